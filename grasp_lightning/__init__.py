@@ -1,0 +1,9 @@
+"""Compress large language models by replacing redundant layers with low-rank linears.
+
+Importing this package registers low-rank linears with transformers, so that ``from_pretrained``
+opens compressed models.
+"""
+
+import grasp_lightning.models.lowrank  # noqa: F401  (registers on import)
+
+__version__ = "0.1.0"

@@ -1,0 +1,120 @@
+"""The program ``grasp-lightning``: commands, exit codes, and what is printed."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+from grasp_lightning import __version__
+from grasp_lightning.config import CompressConfig
+from grasp_lightning.errors import GraspError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class Command(NamedTuple):
+    """One command of the program.
+
+    Attributes:
+        help: What it does, in one line.
+        run: Runs it on the rest of the command line.
+    """
+
+    help: str
+    run: Callable[[str, Sequence[str]], None]
+
+
+def _compress(prog: str, argv: Sequence[str]) -> None:
+    # Imported here: other commands should not wait for what this one needs.
+    from rich.console import Console  # noqa: PLC0415
+
+    from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
+    from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
+    from grasp_lightning.reporting.tables import comparison_table  # noqa: PLC0415
+
+    run = run_compress(parse(CompressConfig, prog, argv))
+    console = Console()
+    console.print(comparison_table(run.metrics))
+    print(f"model:  {run.folder / 'model'}")
+    print(f"report: {run.folder / 'report.html'}")
+
+
+def _plan(prog: str, argv: Sequence[str]) -> None:
+    from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
+    from grasp_lightning.commands.plan import run_plan  # noqa: PLC0415
+
+    print("\n".join(run_plan(parse(CompressConfig, prog, argv)).lines))
+
+
+COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
+    {
+        "compress": Command("calibrate, decide, replace, save and report", _compress),
+        "plan": Command("what would be removed, from the model's config alone", _plan),
+    }
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code.
+
+    Args:
+        argv: Command line without the program's name; None takes this process's.
+
+    Returns:
+        0 on success, 2 on bad input (one line on standard error), 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else ""
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        print(f"grasp-lightning {__version__}")
+        return 0
+    if name not in COMMANDS:
+        came = f"unknown command {name!r}" if words else "no command"
+        return _fail(f"{came}; expected one of {', '.join(COMMANDS)}")
+    _configure_logging()
+    return _run(name, words[1:])
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    try:
+        COMMANDS[name].run(f"{_program()} {name}", argv)
+    except GraspError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again")
+        return INTERRUPTED
+    except SystemExit as leave:  # --help and --print_config of a command's parser
+        return int(leave.code or 0)
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _program() -> str:
+    return os.path.basename(sys.argv[0]) or "grasp-lightning"  # noqa: PTH119  a string, no path
+
+
+def _usage() -> str:
+    lines = [f"usage: {_program()} COMMAND [--config FILE.yaml] [--key value ...]", "", "commands:"]
+    lines += [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", f"{_program()} COMMAND --help lists a command's options."])
+
+
+def _configure_logging() -> None:
+    # The level stands on the handler: libraries set their own loggers to INFO when imported.
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    # Lightning brings a handler of its own, and announces devices and tips here.
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(f"{library}.utilities.rank_zero").setLevel(logging.WARNING)

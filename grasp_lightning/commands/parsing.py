@@ -1,0 +1,199 @@
+"""From command line and YAML to a typed configuration, with one clear line for every mistake."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from grasp_lightning.errors import ConfigError
+
+C = TypeVar("C")
+_PARSER_OPTIONS = ("config", "help", "print_config")
+_BAD_VALUE = re.compile(r'Parser key "([^"]+)":')
+_MISSING = re.compile(r"arguments are required: ([\w.]+)")
+_GOT = re.compile(r"(?:Got value|Given value): (.*)$", re.MULTILINE)
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
+    """Return the configuration that YAML files and flags describe; later ones win.
+
+    ``--help`` and ``--print_config`` print and end the program with code 0.
+
+    Args:
+        config_type: Frozen dataclass of the command.
+        prog: How the command is called, for the help text.
+        argv: Command line after the command's name.
+
+    Returns:
+        An instance of ``config_type``.
+
+    Raises:
+        ConfigError: If a key or value is wrong: file or command line, key, and what is allowed.
+    """
+    schema = dict(_leaves(config_type))
+    argv = _with_flag_values(argv, schema)
+    files = _config_files(argv)
+    contents = {file: _read_yaml(file, config_type) for file in files}
+    flags = _flags(argv, schema)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=config_type.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file; flags override it")
+    parser.add_class_arguments(config_type, as_group=False)
+    try:
+        parsed = parser.instantiate(parser.parse_args(argv))
+    except ArgumentError as error:
+        raise ConfigError(_explain(str(error), schema, flags, contents)) from error
+    values = {
+        field.name: parsed[field.name] for field in dataclasses.fields(_as_dataclass(config_type))
+    }
+    return config_type(**values)
+
+
+def to_dict(config: object) -> dict[str, Any]:  # Any: values of YAML
+    """Return a configuration as nested plain values that YAML and JSON can hold.
+
+    Args:
+        config: A dataclass instance.
+
+    Returns:
+        Nested dicts, lists, and scalars.
+    """
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(_as_dataclass(config)).items()}
+
+
+def _as_dataclass(config: Any) -> Any:  # noqa: ANN401  "is a dataclass" is no type
+    if not dataclasses.is_dataclass(config):
+        raise TypeError(f"expected a dataclass, got {config!r}")
+    return config
+
+
+def _leaves(config_type: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, type) of every value, sections left out."""
+    for name, kind in get_type_hints(config_type).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from _leaves(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, kind
+
+
+def _with_flag_values(argv: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
+    """Let ``--overwrite`` alone mean ``--overwrite=true``."""
+    result = []
+    for position, word in enumerate(argv):
+        following = argv[position + 1] if position + 1 < len(argv) else "--"
+        alone = schema.get(word.removeprefix("--")) is bool and following.startswith("--")
+        result.append(f"{word}=true" if alone and word.startswith("--") else word)
+    return result
+
+
+def _config_files(argv: Sequence[str]) -> list[str]:
+    files = []
+    for position, word in enumerate(argv):
+        if word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        elif word == "--config":
+            if position + 1 >= len(argv):
+                raise ConfigError("--config needs the path of a YAML file")
+            files.append(argv[position + 1])
+    return files
+
+
+def _flags(argv: Sequence[str], schema: Mapping[str, Any]) -> set[str]:
+    """Return the keys given on the command line, after checking that they exist."""
+    words = [word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")]
+    for key in words:
+        if key not in schema and key not in _PARSER_OPTIONS:
+            raise ConfigError(f"command line: unknown option --{key}; {_allowed(key, schema)}")
+    return set(words)
+
+
+def _read_yaml(file: str, config_type: type) -> dict[str, Any]:
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"--config {file}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected keys and values, got {type(content).__name__}")
+    _check_keys(content, config_type, file, dict(_leaves(config_type)))
+    return content
+
+
+def _check_keys(
+    content: Mapping[str, Any],
+    config_type: type,
+    file: str,
+    schema: Mapping[str, Any],
+    prefix: str = "",
+) -> None:
+    kinds = get_type_hints(config_type)
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if name not in kinds:
+            raise ConfigError(f"{file}: unknown key {key}; {_allowed(key, schema)}")
+        kind = kinds[name]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{file}: {key}: expected a section of keys, got {value!r}")
+            _check_keys(value, kind, file, schema, f"{key}.")
+
+
+def _allowed(key: str, schema: Mapping[str, Any]) -> str:
+    """Return what could have been meant by an unknown key."""
+    section = key.rpartition(".")[0]
+    siblings = [k for k in schema if section and k.rpartition(".")[0] == section]
+    names = siblings or sorted({k.partition(".")[0] for k in schema})
+    near = difflib.get_close_matches(key, [*schema, *names], n=1, cutoff=0.8)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}allowed: {', '.join(names)}"
+
+
+def _explain(
+    message: str, schema: Mapping[str, Any], flags: set[str], contents: Mapping[str, dict[str, Any]]
+) -> str:
+    """Turn a parser's message into one line with source, key, expectation and value."""
+    missing = _MISSING.search(message)
+    if missing:
+        key = missing.group(1)
+        return f"{key} is not set; set it in a --config file or as --{key}=..."
+    found = _BAD_VALUE.search(message)
+    if found is None or found.group(1) not in schema:
+        return " ".join(message.split())
+    key = found.group(1)
+    holders = [file for file, content in contents.items() if _holds(content, key)]
+    source = "command line" if key in flags or not holders else holders[-1]
+    got = _GOT.search(message)
+    value = f", got {got.group(1)!r}" if got else ""
+    return f"{source}: {key}: expected {_describe(schema[key])}{value}"
+
+
+def _holds(content: object, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(content, dict) or part not in content:
+            return False
+        content = content[part]
+    return True
+
+
+def _describe(kind: Any) -> str:  # noqa: ANN401  a type annotation
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_describe(part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(str(value) for value in get_args(kind))
+    if get_origin(kind) is tuple:
+        return "a list such as [20, 21]"
+    return "null" if kind is NoneType else _TYPE_NAMES.get(kind, str(kind))

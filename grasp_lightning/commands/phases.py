@@ -1,0 +1,60 @@
+"""Wall-clock time and peak memory of a run."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Phases:
+    """Sums the seconds spent in named phases.
+
+    Attributes:
+        seconds: Seconds per phase so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str, excluding: Iterable[str] = ()) -> Iterator[None]:
+        """Add the time of a ``with`` block to a phase.
+
+        Args:
+            name: The phase.
+            excluding: Phases inside the block whose time is theirs alone.
+
+        Yields:
+            Nothing.
+        """
+        inner = tuple(excluding)
+        start, before = time.perf_counter(), self._sum(inner)
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start - (self._sum(inner) - before)
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+
+    def _sum(self, names: tuple[str, ...]) -> float:
+        return sum(self.seconds.get(name, 0.0) for name in names)
+
+    @property
+    def total(self) -> float:
+        """Seconds since this object was made."""
+        return time.perf_counter() - self._start
+
+
+def peak_memory_bytes() -> int:
+    """Return the highest resident memory of this process, or of its CUDA device if it used one.
+
+    Returns:
+        Bytes.
+    """
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

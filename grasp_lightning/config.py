@@ -1,0 +1,163 @@
+"""Typed configuration of the commands. No torch here, so that parsing and ``--help`` are quick.
+
+``None`` means "not set by the user": presets and methods fill in what is left (see ``resolve``).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+MethodName = Literal["grasp", "drop"]
+LayerMetric = Literal["similarity", "angular"]
+Terms = Literal["full", "sigma"]
+Reduction = Literal["signed", "absolute", "squared"]
+Score = Literal["taylor", "gradient", "magnitude"]
+Schedule = Literal["one_shot"]
+Precision = Literal["32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model to load, and how.
+
+    Attributes:
+        path: Hugging Face folder, hub name, .gguf file, or the alias ``smollm2``.
+        revision: Branch, tag or commit of a hub model.
+        gguf_file: Name of a .gguf file inside the folder or hub repository ``path``.
+        dtype: Floating point type of the weights; auto keeps the checkpoint's (GGUF: float32).
+        device: Device that holds the model: auto, cpu, cuda, cuda:1, ...
+        trust_remote_code: Run model code that comes with the checkpoint.
+    """
+
+    path: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What is removed, and how it is chosen.
+
+    Attributes:
+        name: Compression method.
+        preset: Named set of options; it fills only keys that are not set.
+        layer_metric: How redundant layers are found when ``num_layers`` is given.
+        num_layers: Number of decoder layers to replace or delete.
+        layers: Explicit indices of decoder layers instead of ``num_layers``.
+        keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1).
+        terms: Parameters of a component that are scored: all of u, s, v, or s alone.
+        reduction: How per-window scores are combined.
+        score: taylor multiplies each gradient with its parameter, gradient does not, magnitude
+            takes the singular values alone.
+        schedule: one_shot scores all chosen layers in one pass.
+    """
+
+    name: MethodName = "grasp"
+    preset: Literal["paper"] | None = None
+    layer_metric: LayerMetric | None = None
+    num_layers: int | None = None
+    layers: tuple[int, ...] | None = None
+    keep_ratio: float | None = None
+    terms: Terms | None = None
+    reduction: Reduction | None = None
+    score: Score | None = None
+    schedule: Schedule | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """The text that scores are measured on.
+
+    Attributes:
+        source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file with ``path``.
+        path: A .txt, .jsonl or .parquet file for ``source: file``.
+        split: Part of the corpus; None takes the source's own part for calibration.
+        field: Column that holds the text of .jsonl and .parquet files.
+        num_samples: Number of windows.
+        seqlen: Tokens per window.
+        batch_size: Windows per forward pass; changes speed and memory, never scores.
+        add_bos: Start every window with the tokenizer's beginning-of-sequence token.
+    """
+
+    source: str = "wikitext2"
+    path: str | None = None
+    split: str | None = None
+    field: str = "text"
+    num_samples: int = 512
+    seqlen: int = 512
+    batch_size: int = 1
+    add_bos: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The held-out text that perplexity is measured on, before and after.
+
+    Attributes:
+        source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file with ``path``.
+        path: A .txt, .jsonl or .parquet file for ``source: file``.
+        split: Part of the corpus; None takes the source's own held-out part.
+        field: Column that holds the text of .jsonl and .parquet files.
+        num_samples: Number of windows, from the start of the corpus; None takes all.
+        seqlen: Tokens per window.
+        batch_size: Windows per forward pass.
+        add_bos: Start every window with the tokenizer's beginning-of-sequence token.
+        tail: Keep or drop a last window that is shorter than ``seqlen``.
+    """
+
+    source: str = "wikitext2"
+    path: str | None = None
+    split: str | None = None
+    field: str = "text"
+    num_samples: int | None = None
+    seqlen: int = 2048
+    batch_size: int = 1
+    add_bos: bool = False
+    tail: Literal["keep", "drop"] = "keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How Lightning runs the calibration.
+
+    Attributes:
+        accelerator: Lightning accelerator; auto follows ``model.device``.
+        devices: Number of devices per node.
+        num_nodes: Number of nodes.
+        strategy: Lightning strategy.
+        precision: Numerical precision of the forward and backward pass.
+    """
+
+    accelerator: Literal["auto", "cpu", "cuda", "gpu"] = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: Literal["auto"] = "auto"
+    precision: Precision = "32-true"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """Everything that ``compress`` and ``plan`` read.
+
+    Attributes:
+        output_dir: Run folder that is written; ``plan`` needs none.
+        overwrite: Delete what an earlier run wrote there.
+        seed: Seed of the choice of calibration windows.
+        model: Which model.
+        method: What is removed.
+        calibration: Text to measure on.
+        evaluation: Held-out text.
+        trainer: Lightning settings.
+    """
+
+    output_dir: str | None = None
+    overwrite: bool = False
+    seed: int = 0
+    model: ModelConfig
+    method: MethodConfig = field(default_factory=MethodConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)

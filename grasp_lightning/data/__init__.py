@@ -1,0 +1,1 @@
+"""Corpora, and token windows packed from them. Nothing here loads a model."""

@@ -1,0 +1,125 @@
+"""Where text comes from: the embedded corpus, the hub, or a local file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from grasp_lightning.data.files import read_file
+from grasp_lightning.data.hub import HUB_CORPORA, hub_documents
+from grasp_lightning.data.pydoc import PYDOC_SPLITS, pydoc_documents
+from grasp_lightning.errors import ConfigError, DataError
+
+Part = Literal["calibration", "evaluation"]
+"""What the text is for; also the section of the configuration that asks for it."""
+
+SOURCES = ("pydoc", *HUB_CORPORA, "file")
+_DEFAULT_FIELD = "text"
+
+
+class Corpus(Protocol):
+    """The keys that ``CalibrationConfig`` and ``EvaluationConfig`` share about the corpus."""
+
+    @property
+    def source(self) -> str:
+        """Name of the corpus, one of ``SOURCES``."""
+
+    @property
+    def path(self) -> str | None:
+        """File of ``source: file``."""
+
+    @property
+    def split(self) -> str | None:
+        """Part of the corpus; None for the default."""
+
+    @property
+    def field(self) -> str:
+        """Column that holds the text of .jsonl and .parquet files."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Text in pieces that do not continue each other.
+
+    Attributes:
+        texts: The documents, at least one with text.
+        name: What messages call the corpus.
+    """
+
+    texts: tuple[str, ...]
+    name: str
+
+
+def read_documents(corpus: Corpus, part: Part) -> Documents:
+    """Read the text that a section of the configuration asks for.
+
+    Args:
+        corpus: The section.
+        part: Which section it is; chooses the default split and names the keys in messages.
+
+    Returns:
+        The documents, in the order of the source.
+
+    Raises:
+        ConfigError: If the source or the split is unknown, or a key has no effect.
+        DataError: If the corpus cannot be read, or has no text.
+    """
+    if corpus.source not in SOURCES:
+        raise ConfigError(
+            f"{part}.source {corpus.source!r} is unknown; expected one of {', '.join(SOURCES)}"
+        )
+    if corpus.source == "file":
+        return _file_documents(corpus, part)
+    _refuse_file_keys(corpus, part)
+    split = _split(corpus, part)
+    name = f"{corpus.source} ({split})"
+    if corpus.source == "pydoc":
+        texts = pydoc_documents("test" if split == "test" else "train")
+    else:
+        texts = hub_documents(corpus.source, split)
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{name} has no text; choose another {part}.source")
+    return Documents(texts, name)
+
+
+def _file_documents(corpus: Corpus, part: Part) -> Documents:
+    if not corpus.path:
+        raise ConfigError(f"{part}.source file needs {part}.path: a .txt, .jsonl or .parquet file")
+    if corpus.split is not None:
+        raise ConfigError(
+            f"{part}.split {corpus.split!r} has no effect with {part}.source file; remove it, and "
+            f"let {part}.path name the file of that split"
+        )
+    path = Path(corpus.path).expanduser()
+    if path.suffix.lower() == ".txt":
+        _refuse_field(corpus, part, "a .txt file has no columns")
+    return Documents(read_file(path, corpus.field), str(path))
+
+
+def _refuse_file_keys(corpus: Corpus, part: Part) -> None:
+    if corpus.path is not None:
+        raise ConfigError(
+            f"{part}.path {corpus.path!r} has no effect with {part}.source {corpus.source}; remove "
+            f"it, or set {part}.source to file"
+        )
+    _refuse_field(corpus, part, f"{part}.source is {corpus.source}")
+
+
+def _refuse_field(corpus: Corpus, part: Part, reason: str) -> None:
+    if corpus.field != _DEFAULT_FIELD:
+        raise ConfigError(f"{part}.field {corpus.field!r} has no effect: {reason}; remove it")
+
+
+def _split(corpus: Corpus, part: Part) -> str:
+    if corpus.source == "pydoc":
+        splits: tuple[str, ...] = PYDOC_SPLITS
+        default = "train" if part == "calibration" else "test"
+    else:
+        hub = HUB_CORPORA[corpus.source]
+        splits = hub.splits
+        default = hub.calibration_split if part == "calibration" else hub.evaluation_split
+    split = default if corpus.split is None else corpus.split
+    if split not in splits:
+        raise ConfigError(
+            f"{part}.split {split!r} is unknown; {corpus.source} has: {', '.join(splits)}"
+        )
+    return split

@@ -1,0 +1,299 @@
+"""Token windows: a corpus, tokenised once and cut into pieces of equal length."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from grasp_lightning.config import CalibrationConfig, EvaluationConfig
+from grasp_lightning.data.sources import Part, read_documents
+from grasp_lightning.errors import ConfigError, DataError
+
+CANDIDATE_FACTOR = 4
+"""Calibration stops reading documents at this many times the windows it needs."""
+
+_MIN_TOKENS = 2  # one to predict, and one before it
+_LEAST = {"num_samples": 1, "seqlen": _MIN_TOKENS, "batch_size": 1}
+_WINDOW_DIMS = 2  # (N, T)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWindows:
+    """Windows of tokens; two of them are equal if their ``sha256`` is.
+
+    Attributes:
+        input_ids: Token ids, ``(N, T)`` int64.
+        mask: True where a token is real, False where it is padding, ``(N, T)``.
+        targets: True where a token is predicted from the ones before it in its window, ``(N, T)``.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = {tuple(t.shape) for t in (self.input_ids, self.mask, self.targets)}
+        if len(shapes) != 1 or self.input_ids.dim() != _WINDOW_DIMS:
+            raise ValueError(f"expected three tensors of one shape (N, T), got {sorted(shapes)}")
+        dtypes = (self.input_ids.dtype, self.mask.dtype, self.targets.dtype)
+        if dtypes != (torch.int64, torch.bool, torch.bool):
+            raise ValueError(f"expected int64 ids and boolean mask and targets, got {dtypes}")
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return self.input_ids.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of real tokens."""
+        return int(self.mask.sum())
+
+    @property
+    def num_targets(self) -> int:
+        """Number of predicted tokens."""
+        return int(self.targets.sum())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the shape, the ids, the mask and the targets, in hexadecimal."""
+        digest = hashlib.sha256(str(tuple(self.input_ids.shape)).encode())
+        digest.update(self.input_ids.cpu().numpy().astype("<i8").tobytes())
+        for flags in (self.mask, self.targets):
+            digest.update(flags.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def select(self, indices: Sequence[int] | Tensor) -> Self:
+        """Return some of the windows.
+
+        Args:
+            indices: Which ones, in the order wanted.
+
+        Returns:
+            New windows of the same length.
+        """
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        return type(self)(self.input_ids[rows], self.mask[rows], self.targets[rows])
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return some of the windows in the form that models and observers take.
+
+        Args:
+            indices: Which ones.
+
+        Returns:
+            ``input_ids``, ``mask``, ``targets``, each ``(B, T)``, and ``index`` ``(B,)`` int64.
+        """
+        part = self.select(indices)
+        return {
+            "input_ids": part.input_ids,
+            "mask": part.mask,
+            "targets": part.targets,
+            "index": torch.tensor(indices, dtype=torch.int64),
+        }
+
+
+def batches(windows: TokenWindows, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Yield all windows in their order, some at a time.
+
+    Args:
+        windows: The windows.
+        batch_size: Windows per batch; the last batch may hold fewer.
+
+    Yields:
+        Batches as ``TokenWindows.batch`` gives them.
+
+    Raises:
+        ValueError: If the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for start in range(0, len(windows), batch_size):
+        yield windows.batch(range(start, min(start + batch_size, len(windows))))
+
+
+def pack_windows(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seqlen: int,
+    add_bos: bool,
+    tail: Literal["drop", "keep"] = "drop",
+    pad_id: int = 0,
+    enough: int | None = None,
+) -> TokenWindows:
+    """Tokenise documents and cut the stream of their tokens into windows that do not overlap.
+
+    Each document is tokenised once, without special tokens. The first token of a window is never a
+    target, nor is the first token of a document, which nothing before it announces.
+
+    Args:
+        documents: Texts, in order.
+        tokenizer: Tokenizer of the model.
+        seqlen: Tokens per window, at least 2; with ``add_bos`` one of them is not from the corpus.
+        add_bos: Start every window with the beginning-of-sequence token.
+        tail: Drop a last, shorter window, or keep it, padded, if it has two real tokens.
+        pad_id: Id that fills the tail. It is masked, and no real token comes after it, so any id
+            that the model knows will do.
+        enough: Read no further document once this many windows are full; None reads all. Windows
+            beyond this number, from the last document read, are kept.
+
+    Returns:
+        The windows; none if there are too few tokens.
+
+    Raises:
+        ConfigError: If ``add_bos`` is set and the tokenizer has no such token.
+        ValueError: If ``seqlen`` is below 2.
+    """
+    if seqlen < _MIN_TOKENS:
+        raise ValueError(f"seqlen must be at least {_MIN_TOKENS}, got {seqlen}")
+    if add_bos and tokenizer.bos_token_id is None:
+        raise ConfigError(
+            "add_bos is set, but the tokenizer has no beginning-of-sequence token; "
+            "set add_bos: false"
+        )
+    prefix = [tokenizer.bos_token_id] if add_bos else []
+    stride = seqlen - len(prefix)  # corpus tokens per window
+    wanted = None if enough is None else enough * stride
+    tokens, is_seam = _token_stream(documents, tokenizer, wanted)
+    num_windows, rest = divmod(len(tokens), stride)
+    if tail == "keep" and len(prefix) + rest >= _MIN_TOKENS:
+        num_windows += 1
+
+    def rows(stream: Tensor, fill: int) -> Tensor:
+        """Return a stream, trimmed or filled up at its end, as (num_windows, stride)."""
+        stream = stream[: num_windows * stride]
+        filling = stream.new_full((num_windows * stride - len(stream),), fill)
+        return torch.cat([stream, filling]).view(num_windows, stride)
+
+    bos = torch.tensor(prefix, dtype=torch.int64).expand(num_windows, -1)  # (num_windows, 0 or 1)
+    mask = torch.cat([bos >= 0, rows(torch.ones_like(is_seam), False)], dim=1)
+    targets = torch.cat([bos < 0, rows(~is_seam, False)], dim=1)
+    targets[:, 0] = False
+    return TokenWindows(torch.cat([bos, rows(tokens, pad_id)], dim=1), mask, targets)
+
+
+def calibration_windows(
+    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> TokenWindows:
+    """Draw the windows that scores are measured on.
+
+    The seed shuffles the documents. They are read until there are ``CANDIDATE_FACTOR`` times as
+    many windows as needed (a shard of C4 has hundreds of times as many), or all are read, and a
+    second draw takes ``num_samples`` of these: of one document, every window can be drawn. An
+    option out of range or without effect is a ``ConfigError``, a corpus that cannot be read or has
+    too little text a ``DataError``.
+
+    Args:
+        config: Section ``calibration`` of the configuration.
+        tokenizer: Tokenizer of the model.
+        seed: Seed of both draws.
+
+    Returns:
+        ``num_samples`` full windows, in the order in which they stand in the shuffled corpus.
+    """
+    check_window_options(config, "calibration")
+    documents = read_documents(config, "calibration")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(documents.texts), generator=generator).tolist()
+    windows = pack_windows(
+        (documents.texts[index] for index in order),
+        tokenizer,
+        seqlen=config.seqlen,
+        add_bos=config.add_bos,
+        enough=CANDIDATE_FACTOR * config.num_samples,
+    )
+    _require_windows(windows, config.num_samples, documents.name, "calibration")
+    chosen = torch.randperm(len(windows), generator=generator)[: config.num_samples]
+    return _with_targets(windows.select(chosen.sort().values), documents.name)
+
+
+def evaluation_windows(
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
+) -> TokenWindows:
+    """Cut the held-out text into windows, from its start.
+
+    An option out of range or without effect is a ``ConfigError``, a corpus that cannot be read or
+    has too little text a ``DataError``.
+
+    Args:
+        config: Section ``evaluation`` of the configuration.
+        tokenizer: Tokenizer of the model.
+
+    Returns:
+        The first ``num_samples`` windows, or all.
+    """
+    check_window_options(config, "evaluation")
+    documents = read_documents(config, "evaluation")
+    windows = pack_windows(
+        documents.texts,
+        tokenizer,
+        seqlen=config.seqlen,
+        add_bos=config.add_bos,
+        tail=config.tail,
+        enough=config.num_samples,
+    )
+    _require_windows(windows, config.num_samples, documents.name, "evaluation")
+    if config.num_samples is not None:
+        windows = windows.select(range(config.num_samples))
+    return _with_targets(windows, documents.name)
+
+
+def check_window_options(config: CalibrationConfig | EvaluationConfig, part: Part) -> None:
+    """Refuse numbers that no windows can be made with.
+
+    Args:
+        config: A section of the configuration.
+        part: Name of the section.
+
+    Raises:
+        ConfigError: If a number is too small.
+    """
+    for key, least in _LEAST.items():
+        value: int | None = getattr(config, key)
+        if value is not None and value < least:
+            raise ConfigError(f"{part}.{key} must be at least {least}, got {value}")
+
+
+def _token_stream(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the token ids of the documents, (n,), and where each document begins, (n,)."""
+    pieces = [torch.empty(0, dtype=torch.int64)]
+    seams = []
+    length = 0
+    for text in documents:
+        if wanted is not None and length >= wanted:
+            break
+        # verbose: a corpus is meant to be longer than the model's context.
+        encoding = tokenizer(text, add_special_tokens=False, verbose=False)
+        piece = torch.tensor(encoding["input_ids"], dtype=torch.int64)
+        if len(piece) > 0:
+            pieces.append(piece)
+            seams.append(length)
+            length += len(piece)
+    is_seam = torch.zeros(length, dtype=torch.bool)
+    is_seam[seams] = True
+    return torch.cat(pieces), is_seam
+
+
+def _require_windows(
+    windows: TokenWindows, num_samples: int | None, corpus: str, part: Part
+) -> None:
+    if len(windows) >= (num_samples or 1):
+        return
+    length = windows.input_ids.shape[1]
+    needed = "at least 1 is needed" if num_samples is None else f"num_samples is {num_samples}"
+    raise DataError(
+        f"{part}: {needed}, but {corpus} gives {len(windows)} windows of {length} tokens; lower "
+        f"{part}.num_samples or {part}.seqlen, or use a longer corpus"
+    )
+
+
+def _with_targets(windows: TokenWindows, corpus: str) -> TokenWindows:
+    if windows.num_targets > 0:
+        return windows
+    raise DataError(f"{corpus} has no token to predict: each of its documents is one token")

@@ -1,0 +1,32 @@
+"""The errors a caller may handle, each with one clear line of text.
+
+The command line prints that line and exits with code 2; a traceback is for our own faults only.
+"""
+
+
+class GraspError(Exception):
+    """A state a caller can handle; the message says what was expected, what came, what to do."""
+
+
+class ConfigError(GraspError):
+    """A configuration value that is unknown, of the wrong type, out of range, or without effect."""
+
+
+class DataError(GraspError):
+    """A corpus that cannot be read, or has too little text."""
+
+
+class ModelError(GraspError):
+    """A model that cannot be loaded, or that the requested operation does not fit."""
+
+
+class NumericsError(GraspError):
+    """NaN or infinity where a finite number is needed, named by layer or module."""
+
+
+class OutputError(GraspError):
+    """A run folder that cannot be written, or must not be overwritten."""
+
+
+class PlanError(GraspError):
+    """A stored plan, or its tensors, that cannot be read or applied."""

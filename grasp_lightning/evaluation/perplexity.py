@@ -1,0 +1,115 @@
+"""Perplexity on held-out windows, token-weighted."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from grasp_lightning.errors import NumericsError
+from grasp_lightning.models.calls import locate_non_finite
+from grasp_lightning.models.decoder import DecoderView, frozen
+
+
+def forward_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the keyword arguments with which a model is called on a batch of windows.
+
+    Args:
+        batch: ``input_ids`` and ``mask``, both ``(B, T)``.
+
+    Returns:
+        The ids, and an attention mask only where something is padded: without one, attention takes
+        its faster causal path.
+    """
+    inputs = {"input_ids": batch["input_ids"]}
+    if not batch["mask"].all():
+        inputs["attention_mask"] = batch["mask"].long()
+    return inputs
+
+
+def next_token_losses(logits: Tensor, input_ids: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of every predicted token; labels are shifted here, and only here.
+
+    Args:
+        logits: Scores of the next token, ``(B, T, V)``, any float dtype.
+        input_ids: Token ids, ``(B, T)``.
+        targets: True where a token is predicted from the ones before it, ``(B, T)``; the first
+            column is never read.
+
+    Returns:
+        Float32 losses in nats, one per predicted token, ``(num_targets,)``.
+    """
+    predicted = targets[:, 1:]
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1][predicted].float(), input_ids[:, 1:][predicted], reduction="none"
+    )
+
+
+class Perplexity(Metric):
+    """exp of the mean next-token loss over all predicted tokens, exact across processes.
+
+    Every token weighs the same, whatever the window or batch it is in.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    is_differentiable = False
+    loss_sum: Tensor
+    num_tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor) -> None:
+        """Add the losses of some predicted tokens.
+
+        Args:
+            losses: Nats per predicted token, ``(n,)``.
+        """
+        self.loss_sum += losses.double().sum()
+        self.num_tokens += losses.numel()
+
+    def compute(self) -> Tensor:
+        """Return the perplexity of all tokens so far.
+
+        Returns:
+            Float64 scalar; NaN if there were none.
+        """
+        return torch.exp(self.loss_sum / self.num_tokens)
+
+
+def evaluate_perplexity(view: DecoderView, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """Return the perplexity of a model on windows of text.
+
+    Args:
+        view: The model, on any device.
+        batches: Held-out windows: ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``.
+
+    Returns:
+        The perplexity.
+
+    Raises:
+        NumericsError: If a loss is NaN or infinite, naming the first decoder layer whose output
+            is, or if the perplexity is too large for float64.
+    """
+    metric, model = Perplexity(), view.model
+    with frozen(model), torch.no_grad():
+        for batch in batches:
+            moved = {key: value.to(model.device) for key, value in batch.items()}
+            inputs = forward_inputs(moved)
+            logits = model(**inputs, use_cache=False).logits
+            losses = next_token_losses(logits, moved["input_ids"], moved["targets"])
+            if not losses.isfinite().all():
+                where = locate_non_finite(view, inputs)
+                raise NumericsError(
+                    f"the loss on the evaluation text is NaN or infinite, first in {where}; "
+                    "check the checkpoint, or try model.dtype float32"
+                )
+            metric.update(losses.cpu())
+    value = float(metric.compute())
+    if not math.isfinite(value):
+        raise NumericsError(f"the perplexity on the evaluation text is {value}, beyond float64")
+    return value

@@ -1,0 +1,1 @@
+"""Mathematics of the compression on plain tensors: no module, no file, no state."""

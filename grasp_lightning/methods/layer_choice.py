@@ -1,0 +1,138 @@
+"""Which decoder layers are redundant: the first part of every layer-wise method."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grasp_lightning.config import LayerMetric
+from grasp_lightning.errors import ConfigError, NumericsError
+from grasp_lightning.methods.base import Decision
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.plan import OptionValue, SelectLayers
+from grasp_lightning.stats.base import Needs, Statistics, Step
+
+SELECT = "select"
+_SCORE_KEYS: dict[LayerMetric, str] = {
+    "similarity": "layer_similarity",
+    "angular": "layer_angular_distance",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerChoice:
+    """Explicit layers, or a number of layers and the metric that finds them.
+
+    Source: similarity: Liu et al., "GRASP", arXiv:2501.00339, Eq. 1; angular: Gromov et al.,
+    arXiv:2403.17887, the block of contiguous layers with the smallest angular distance.
+
+    Attributes:
+        layers: Explicit layer indices, ascending; None to choose by metric.
+        num_layers: Number of layers to choose.
+        metric: Metric to choose by.
+    """
+
+    layers: tuple[int, ...] | None = None
+    num_layers: int | None = None
+    metric: LayerMetric = "similarity"
+
+    @property
+    def options(self) -> Mapping[str, OptionValue]:
+        """The options that the choice depends on."""
+        if self.layers is not None:
+            return {"layers": self.layers}
+        return {"num_layers": self.num_layers, "layer_metric": self.metric}
+
+    @property
+    def count(self) -> int:
+        """Number of layers that will be chosen."""
+        return len(self.layers) if self.layers is not None else int(self.num_layers or 0)
+
+    def check(self, num_layers: int) -> None:
+        """Check the choice against a model.
+
+        Args:
+            num_layers: Number of decoder layers of the model.
+
+        Raises:
+            ConfigError: If the model has too few layers.
+        """
+        if self.layers is not None:
+            outside = [index for index in self.layers if index >= num_layers]
+            if outside:
+                raise ConfigError(
+                    f"method.layers names {outside[0]}, but the model has layers "
+                    f"0 to {num_layers - 1}"
+                )
+        elif self.count > num_layers:
+            raise ConfigError(
+                f"method.num_layers is {self.count}, but the model has {num_layers} decoder layers"
+            )
+
+    def step(self, model: DecoderView) -> Step:
+        """Return the step that chooses the layers; explicit ones need no measurement.
+
+        Args:
+            model: The model.
+
+        Returns:
+            The step, named ``select``.
+        """
+        self.check(model.num_layers)
+        if self.layers is not None:
+            return Step(name=SELECT)
+        span = self.count if self.metric == "angular" else 1
+        return Step(name=SELECT, needs=Needs(layer_metric=self.metric, span=span))
+
+    def chosen(self, stats: Statistics) -> tuple[int, ...]:
+        """Return the indices of the chosen layers, ascending.
+
+        A metric that is not finite is a ``NumericsError`` that names the layer.
+
+        Args:
+            stats: The metric of every layer; not read for explicit layers.
+
+        Returns:
+            Indices as in the original model.
+
+        Raises:
+            ValueError: If the metric is needed and was not measured.
+        """
+        if self.layers is not None:
+            return self.layers
+        if stats.layer_metric is None:
+            raise ValueError(f"the metric {self.metric!r} was not measured")
+        _check_metric(stats.layer_metric)
+        return self._best(stats.layer_metric)
+
+    def decide(self, stats: Statistics) -> Decision:
+        """Return the choice as a decision.
+
+        Args:
+            stats: The metric of every layer; not read for explicit layers.
+
+        Returns:
+            One ``SelectLayers``, and the metric, where one was measured, as a score to store.
+        """
+        metric = stats.layer_metric
+        return Decision(
+            operations=(SelectLayers(layers=self.chosen(stats)),),
+            scores={} if metric is None else {_SCORE_KEYS[self.metric]: metric},
+        )
+
+    def _best(self, values: Tensor) -> tuple[int, ...]:
+        if self.metric == "angular":
+            start = int(values.argmin())
+            return tuple(range(start, start + self.count))
+        # A stable sort gives ties to the lower index, whatever the number of threads.
+        order = torch.sort(values, descending=True, stable=True).indices[: self.count]
+        return tuple(sorted(order.tolist()))
+
+
+def _check_metric(values: Tensor) -> None:
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise NumericsError(
+            f"hidden states at layer {bad[0]} are NaN or infinite; try model.dtype float32"
+        )

@@ -1,0 +1,1 @@
+"""Hugging Face models: loading, structure, surgery, and the saved artefact."""

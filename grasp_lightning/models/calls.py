@@ -1,0 +1,78 @@
+"""How decoder layers are called: what goes in, what comes out, and where it stops being finite."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from grasp_lightning.models.decoder import DecoderView
+
+
+def hidden_input(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
+    """Return the hidden states that a decoder layer was called with.
+
+    Args:
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        The hidden states, ``(B, T, D)``.
+
+    Raises:
+        TypeError: If the layer was called in a way that no supported family uses.
+    """
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"expected hidden states as first argument, got {type(hidden).__name__}")
+    return hidden
+
+
+def hidden_output(output: object) -> Tensor:
+    """Return the hidden states that a decoder layer gave back, bare or first in a tuple.
+
+    Args:
+        output: What the layer returned.
+
+    Returns:
+        The hidden states, ``(B, T, D)``.
+
+    Raises:
+        TypeError: If there are none.
+    """
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"expected hidden states as layer output, got {type(hidden).__name__}")
+    return hidden
+
+
+def locate_non_finite(view: DecoderView, inputs: Mapping[str, Tensor]) -> str:
+    """Return in words where a forward pass first gives NaN or infinity.
+
+    Args:
+        view: The model.
+        inputs: Keyword arguments with which the model gave NaN or infinity.
+
+    Returns:
+        The first decoder layer whose output is not finite, or the language-model head.
+    """
+    bad: list[int] = []
+    with ExitStack() as stack, torch.no_grad():
+        for index in view.layer_indices:
+            hook = _NoteNonFinite(index, bad)
+            stack.callback(view.layer(index).register_forward_hook(hook).remove)
+        view.model(**inputs, use_cache=False)
+    return f"the output of decoder layer {bad[0]}" if bad else "the language-model head"
+
+
+class _NoteNonFinite:
+    """Forward hook that notes a layer whose output holds NaN or infinity."""
+
+    def __init__(self, index: int, bad: list[int]) -> None:
+        self._index = index
+        self._bad = bad
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        del module, args
+        if not hidden_output(output).isfinite().all():
+            self._bad.append(self._index)

@@ -1,0 +1,198 @@
+"""Saving a changed model as an ordinary Hugging Face folder."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from grasp_lightning.errors import ModelError
+from grasp_lightning.models import lowrank
+from grasp_lightning.models.lowrank import (
+    QUANT_METHOD,
+    REMOTE_MODULE,
+    GraspConfig,
+    GraspQuantizer,
+    check_fails_closed,
+    low_rank_linears,
+    ranks_of,
+)
+
+# Auto classes through which a saved model opens on machines without the package, if its family has
+# them.
+_AUTO_CLASSES = {
+    "AutoModel": transformers.MODEL_MAPPING,
+    "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForSequenceClassification": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "AutoModelForTokenClassification": transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+}
+
+# Bound methods of the family's own class: it does the loading, so that its key conversions and
+# every other rule that transformers ties to its own classes stay in force.
+_REMOTE_CLASS = '''
+
+class Grasp{name}(transformers.{name}):
+    """``{name}``, with low-rank linears registered; what it loads is a ``{name}``."""
+
+    from_pretrained = transformers.{name}.from_pretrained
+    _from_config = transformers.{name}._from_config
+'''
+
+
+def save_model(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a model, changed or not, as a folder that ``from_pretrained`` opens.
+
+    A model with low-rank linears gets a ``quantization_config`` that names them, and a generated
+    ``modeling_grasp.py`` for machines without grasp_lightning. It loads after ``import
+    grasp_lightning``, or with ``trust_remote_code=True``; with neither, loading stops with an
+    error. A model whose layers were only dropped becomes a plain folder. Weight files of an
+    earlier save in the folder are deleted. The model stays usable, and can be saved again.
+
+    A ``ModelError`` says that the model is quantized by another method, that a low-rank linear has
+    as many ranks as output features, or that the config would rebuild another model.
+
+    Args:
+        model: The model, in any dtype.
+        folder: Where to write; created if absent.
+        tokenizer: Saved beside the model.
+        max_shard_size: Largest size of one weight file, in bytes or as text such as ``5GB``.
+    """
+    path = Path(folder)
+    _check_saveable(model)
+    attach_quantizer(model)
+    _check_rebuild(model)
+    path.mkdir(parents=True, exist_ok=True)
+    _delete_earlier_save(path)
+    classes = _remote_classes(model)
+    with _auto_map(model.config, classes):
+        # The keys of the model in memory: transformers' reverse conversions to an older layout may
+        # split or permute tensors, and know nothing of factors.
+        save_original_format = not low_rank_linears(model)
+        model.save_pretrained(
+            path, max_shard_size=max_shard_size, save_original_format=save_original_format
+        )
+    if classes:
+        (path / f"{REMOTE_MODULE}.py").write_text(_remote_module(classes), encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def foreign_quantizer(model: PreTrainedModel) -> str | None:
+    """Return the name of a quantization method on the model that is not this one.
+
+    Args:
+        model: Any Hugging Face model.
+
+    Returns:
+        For example ``gguf`` or ``bitsandbytes``; None if there is none, or only ours.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    config = getattr(model.config, "quantization_config", None)
+    config = quantizer.quantization_config if quantizer is not None else config
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+    return None if method == QUANT_METHOD else str(getattr(method, "value", method))
+
+
+def attach_quantizer(model: PreTrainedModel) -> None:
+    """Make ``save_pretrained`` store the low-rank linears of a model changed in memory.
+
+    Without it the factors would be written under keys that no loader expects. A model without
+    low-rank linears loses what an earlier call attached.
+
+    Args:
+        model: A model without a foreign quantizer.
+    """
+    holder: Any = model  # Any: transformers does not declare the attributes it sets
+    ranks = ranks_of(model)
+    if ranks:
+        model.config.quantization_config = GraspConfig(ranks)
+        holder.hf_quantizer = GraspQuantizer(model.config.quantization_config)
+    elif getattr(model, "hf_quantizer", None) is not None:
+        holder.hf_quantizer.remove_quantization_config(model)
+
+
+def _check_saveable(model: PreTrainedModel) -> None:
+    foreign = foreign_quantizer(model)
+    if foreign is not None:
+        raise ModelError(
+            f"the model is quantized with {foreign}; expected floating-point weights, so load it "
+            f"dequantized and without its quantization state"
+        )
+    try:
+        check_fails_closed(model)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def _check_rebuild(model: PreTrainedModel) -> None:
+    """Raise if the config builds a model with other tensors: loading would leave them random."""
+    content = model.config.to_dict()
+    content.pop("quantization_config", None)
+    config = type(model.config).from_dict(content)  # as it will be read
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        rebuilt = type(model)(config)
+    if low_rank_linears(model):
+        quantizer = GraspQuantizer(model.config.quantization_config)
+        quantizer.preprocess_model(rebuilt)
+    expected, actual = _shapes(rebuilt), _shapes(model)
+    if expected != actual:
+        key = min(key for key, _ in expected.items() ^ actual.items())
+        raise ModelError(
+            f"the config of {type(model).__name__} would rebuild another model: {key} has shape "
+            f"{expected.get(key)} there and {actual.get(key)} in the model to save"
+        )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+def _delete_earlier_save(path: Path) -> None:
+    """Delete weights that from_pretrained would prefer to, or mix with, the ones to be written."""
+    stale = [path / "model.safetensors", path / "model.safetensors.index.json"]
+    for file in (*stale, *path.glob("model-*-of-*.safetensors"), path / f"{REMOTE_MODULE}.py"):
+        file.unlink(missing_ok=True)
+
+
+def _remote_classes(model: PreTrainedModel) -> dict[str, str]:
+    """Return auto class -> transformers class to offer as remote code; empty if none is needed."""
+    if not low_rank_linears(model) or not type(model).__module__.startswith("transformers."):
+        return {}  # a model with code of its own keeps its own auto_map
+    classes: dict[str, str] = {}
+    for auto, mapping in _AUTO_CLASSES.items():
+        if type(model.config) in mapping:
+            found: Any = mapping[type(model.config)]  # Any: a class, or a tuple of classes
+            classes[auto] = (found[0] if isinstance(found, tuple) else found).__name__
+    return classes
+
+
+@contextmanager
+def _auto_map(config: PreTrainedConfig, classes: Mapping[str, str]) -> Iterator[None]:
+    """Name the remote classes in the config, only while it is written."""
+    if not classes:
+        yield
+        return
+    config.auto_map = {auto: f"{REMOTE_MODULE}.Grasp{name}" for auto, name in classes.items()}
+    try:
+        yield
+    finally:
+        del config.auto_map
+
+
+def _remote_module(classes: Mapping[str, str]) -> str:
+    source = inspect.getsource(lowrank)
+    header = "\n\nimport transformers  # noqa: E402\n"
+    return source + header + "".join(_REMOTE_CLASS.format(name=name) for name in classes.values())

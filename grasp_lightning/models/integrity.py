@@ -1,0 +1,50 @@
+"""Whether a model's weights are sound, and which weights they are."""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from grasp_lightning.errors import NumericsError
+
+
+def check_finite(model: nn.Module) -> None:
+    """Check that no parameter holds NaN or infinity.
+
+    Args:
+        model: Any module.
+
+    Raises:
+        NumericsError: Naming the first parameter that does.
+    """
+    for name, parameter in model.named_parameters():
+        finite = torch.isfinite(parameter)
+        if not finite.all():
+            bad = finite.numel() - int(finite.sum())
+            raise NumericsError(
+                f"weight {name} holds NaN or infinity ({bad} of {finite.numel()} values): the "
+                f"checkpoint is damaged, or {parameter.dtype} is too narrow for it; "
+                f"try model.dtype=float32"
+            )
+
+
+def model_hash(model: nn.Module) -> str:
+    """Return a fingerprint of a model's weights that does not depend on the device.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        sha256 in hex, over name, dtype, shape and bytes of each tensor of the state dict, by name.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    # numpy has no bfloat16, so the bytes are taken before the tensor leaves torch.
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data

@@ -1,0 +1,283 @@
+"""Load a causal language model completely, or not at all."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from grasp_lightning.config import ModelConfig
+from grasp_lightning.errors import ModelError
+from grasp_lightning.models.device import resolve_device
+from grasp_lightning.models.integrity import check_finite, model_hash
+
+# The import also makes compressed models known to transformers.
+from grasp_lightning.models.lowrank import QUANT_METHOD
+from grasp_lightning.models.source import (
+    ModelOrigin,
+    ModelSource,
+    describe_origin,
+    first_line,
+    hub_error,
+    resolve_source,
+    weight_files,
+)
+
+__all__ = [
+    "LoadedModel",
+    "ModelOrigin",
+    "check_finite",
+    "load_meta_model",
+    "load_model",
+    "model_hash",
+    "resolve_device",
+]
+
+logger = logging.getLogger(__name__)
+
+_MAX_NAMED = 3  # tensors that one message names
+
+# What transformers, tokenizers, safetensors and torch raise on files they cannot use.
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    EOFError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model that is complete and finite, with what belongs to it.
+
+    Attributes:
+        model: The model in eval mode, on the wanted device.
+        tokenizer: Its tokenizer.
+        origin: Name, licence and size of the source.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    origin: ModelOrigin
+
+
+def load_model(config: ModelConfig) -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Whatever a user can cause ends in one line: a ``ConfigError`` for keys that are unknown, without
+    effect, or name a device that is not there; a ``ModelError`` for a model that does not exist, or
+    of which a part is missing or damaged; a ``NumericsError`` for weights with NaN or infinity.
+
+    Args:
+        config: Which model, in which dtype, on which device.
+
+    Returns:
+        The model in eval mode, every weight read from the checkpoint and finite.
+    """
+    device = resolve_device(config.device)
+    source = resolve_source(config)
+    _require_parts(source)
+    # Before transformers reads a local file: a damaged GGUF file is found here.
+    origin = None if source.is_hub else describe_origin(source)
+    hf_config = _read_config(source, config)
+    tokenizer = _read_tokenizer(source, config)
+    model = _read_weights(source, config, hf_config)
+    with _as_model_error(source):
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a too narrow type
+    check_finite(model)
+    model.config.name_or_path = model.name_or_path = source.name  # no path of this machine is saved
+    tokenizer.name_or_path = source.name
+    # A hub model's licence and size are known only now, when its files are in the cache.
+    return LoadedModel(model=model, tokenizer=tokenizer, origin=origin or describe_origin(source))
+
+
+def load_meta_model(config: ModelConfig) -> PreTrainedModel:
+    """Build a model from its configuration alone, without weights.
+
+    Fails as ``load_model`` does, save for what concerns weights, tokenizer and device.
+
+    Args:
+        config: Which model; the device is not used.
+
+    Returns:
+        The model with all parameters on the meta device: shapes, and no memory.
+    """
+    source = resolve_source(config)
+    _require_config(source)
+    if source.gguf_file is not None:
+        describe_origin(source)
+    hf_config = _read_config(source, config)
+    dtype = _dtype_of(config, source)
+    with _as_model_error(source), torch.device("meta"):
+        build: Any = AutoModelForCausalLM.from_config  # Any: untyped in transformers
+        options = {} if dtype == "auto" else {"dtype": dtype}
+        model = build(hf_config, trust_remote_code=config.trust_remote_code, **options)
+        stored = getattr(hf_config, "quantization_config", None)
+        if isinstance(stored, Mapping) and stored.get("quant_method") == QUANT_METHOD:
+            quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
+            quantizer.preprocess_model(model=model)
+    return cast(PreTrainedModel, model.eval())
+
+
+def _require_parts(source: ModelSource) -> None:
+    _require_config(source)
+    if source.gguf_file is not None or source.is_hub:
+        return
+    folder = Path(source.location)
+    if not weight_files(folder):
+        raise ModelError(
+            f"model.path: {folder} has a config.json but no weights "
+            f"(model.safetensors or pytorch_model.bin)"
+        )
+
+
+def _require_config(source: ModelSource) -> None:
+    folder = Path(source.location)
+    if source.gguf_file is not None or source.is_hub or (folder / "config.json").is_file():
+        return
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    hint = f"; it has {files[0]}: set model.gguf_file" if files else ""
+    raise ModelError(f"model.path: {folder} is no model folder, it has no config.json{hint}")
+
+
+def _read_config(source: ModelSource, config: ModelConfig) -> PreTrainedConfig:
+    with _as_model_error(source), _quiet_transformers():
+        return cast(PreTrainedConfig, AutoConfig.from_pretrained(**_arguments(source, config)))
+
+
+def _read_tokenizer(source: ModelSource, config: ModelConfig) -> PreTrainedTokenizerBase:
+    with _as_model_error(source, "the tokenizer of "), _quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(**_arguments(source, config))
+    # transformers makes an empty tokenizer for some families when its files are missing.
+    ids = set(tokenizer("the text", add_special_tokens=False)["input_ids"])
+    if ids <= set(tokenizer.all_special_ids):
+        raise ModelError(
+            f"{source.name} has no tokenizer, or one without a vocabulary: put tokenizer.json and "
+            f"tokenizer_config.json next to its config.json"
+        )
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _read_weights(
+    source: ModelSource, config: ModelConfig, hf_config: PreTrainedConfig
+) -> PreTrainedModel:
+    options: dict[str, Any] = {}  # Any: keyword arguments of transformers
+    if source.gguf_file is not None:
+        # Where GPU kernels for GGUF are installed, weights would otherwise stay packed.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    with _as_model_error(source), _quiet_transformers():
+        read: Any = AutoModelForCausalLM.from_pretrained  # Any: its type ignores the report
+        model, report = read(
+            **_arguments(source, config),
+            config=hf_config,
+            dtype=_dtype_of(config, source),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the report names them; they are refused below
+            **options,
+        )
+    _check_complete(source, report)
+    if source.gguf_file is not None and hasattr(model, "hf_quantizer"):
+        # Left behind for families that transformers reads by its older parser; saving would refuse.
+        model.hf_quantizer.remove_quantization_config(model)
+    return cast(PreTrainedModel, model)
+
+
+def _check_complete(source: ModelSource, report: Mapping[str, Any]) -> None:  # Any: mixed report
+    mismatched = [
+        f"{name} is {tuple(stored)}, expected {tuple(wanted)}"
+        for name, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    problems = (
+        ("lacks weights", sorted(report["missing_keys"])),
+        ("has weights of another shape", mismatched),
+        ("has weights that cannot be converted", [first_line(e) for e in report["error_msgs"]]),
+    )
+    for problem, names in problems:
+        if names:
+            raise ModelError(
+                f"the checkpoint of {source.name} {problem}: {_some(names)}; "
+                f"it does not fit its own config.json"
+            )
+    if unexpected := sorted(report["unexpected_keys"]):
+        logger.warning(
+            "the checkpoint of %s has weights that the model does not use: %s",
+            source.name,
+            _some(unexpected),
+        )
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _arguments(
+    source: ModelSource, config: ModelConfig
+) -> dict[str, Any]:  # Any: keyword arguments
+    arguments: dict[str, Any] = {
+        "pretrained_model_name_or_path": source.location,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if source.gguf_file is not None:
+        arguments["gguf_file"] = str(source.gguf_file)
+    elif source.revision is not None:
+        arguments["revision"] = source.revision
+    return arguments
+
+
+def _dtype_of(config: ModelConfig, source: ModelSource) -> torch.dtype | str:
+    if config.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, config.dtype))
+    return torch.float32 if source.gguf_file is not None else "auto"
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence reports that this module makes itself, in one line each; progress bars stay."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+@contextmanager
+def _as_model_error(source: ModelSource, part: str = "") -> Iterator[None]:
+    """Turn what the libraries raise on unusable files into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"{source.name} does not fit: {first_line(error)}") from error
+    except _LOADING_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{source.name} needs its own model code; read that code, and set "
+                f"model.trust_remote_code: true if you trust it"
+            ) from error
+        if source.is_hub and isinstance(error, OSError):
+            raise hub_error(source.name, error) from error
+        raise ModelError(f"cannot load {part}{source.name}: {first_line(error)}") from error

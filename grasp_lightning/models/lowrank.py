@@ -1,0 +1,299 @@
+"""Low-rank linears, and how transformers loads and saves a model that has them.
+
+This file needs torch and transformers only: its text is also copied into every saved model, so
+that the model opens on machines without grasp_lightning (with ``trust_remote_code=True``).
+
+A saved model is an ordinary Hugging Face folder whose ``quantization_config`` names the low-rank
+linears and their ranks. The right factor is stored under the key of the linear that it replaces
+(``<module>.weight``): a program that does not know this format meets a tensor of the wrong shape
+and stops, instead of leaving the linear at random values.
+"""
+
+import re
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+QUANT_METHOD = "grasp_lightning"
+REMOTE_MODULE = "modeling_grasp"
+
+
+class LowRankLinear(nn.Module):
+    """A linear ``y = left(right(x))`` of lower rank, in place of a dense one.
+
+    Attributes:
+        right: First linear, in_features -> rank, without bias.
+        left: Second linear, rank -> out_features, with the bias of the dense linear.
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output.
+        rank: Size between the two linears.
+        bias: True if the left linear has a bias.
+        device: Where the parameters are created.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @property
+    def in_features(self) -> int:
+        """Size of the last dimension of the input."""
+        return self.right.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of the last dimension of the output."""
+        return self.left.out_features
+
+    @property
+    def rank(self) -> int:
+        """Size between the two linears."""
+        return self.right.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply both linears.
+
+        Args:
+            x: Input, ``(..., in_features)``.
+
+        Returns:
+            Output, ``(..., out_features)``.
+        """
+        return cast(Tensor, self.left(self.right(x)))
+
+
+def is_low_rank(module: nn.Module) -> bool:
+    """Return whether a module is a low-rank linear, of this file or of a copy of it.
+
+    A model loaded through remote code holds the class of the copied file, so ``isinstance`` would
+    miss it.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True for a ``LowRankLinear``.
+    """
+    return type(module).__name__ == LowRankLinear.__name__
+
+
+def low_rank_linears(model: nn.Module) -> dict[str, LowRankLinear]:
+    """Return the low-rank linears of a model by full name, sorted by name."""
+    found = {name: module for name, module in model.named_modules() if is_low_rank(module)}
+    return {name: cast(LowRankLinear, found[name]) for name in sorted(found)}
+
+
+class GraspConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a model with low-rank linears.
+
+    Attributes:
+        quant_method: Name under which transformers finds the quantizer.
+        ranks: Full module name -> rank, for each low-rank linear.
+
+    Args:
+        ranks: Full module name -> rank.
+        quant_method: Name of this format, as it stands in config.json.
+        **unknown: Keys that this version does not know.
+
+    Raises:
+        ValueError: If a rank is no positive integer, or a key is unknown: a newer format must not
+            be read as if its additions did not matter.
+    """
+
+    def __init__(
+        self,
+        ranks: Mapping[str, int] | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: object,
+    ) -> None:
+        if unknown:
+            raise ValueError(
+                f"quantization_config has unknown keys {sorted(unknown)}: the model was saved by a "
+                f"newer version of {QUANT_METHOD}, please update it"
+            )
+        for module, rank in (ranks or {}).items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"rank of {module} must be a positive integer, got {rank!r}")
+        self.quant_method = quant_method  # type: ignore[assignment]  # its enum has no others
+        self.ranks = dict(ranks or {})
+
+
+class GraspQuantizer(HfQuantizer):
+    """Loads and saves low-rank linears through transformers' quantizer registry.
+
+    Attributes:
+        requires_calibration: True, so that transformers refuses to "quantize" a dense checkpoint.
+        is_trainable: True: the factors are ordinary parameters.
+        is_qat_trainable: True, else trainers refuse to train the factors themselves.
+        is_compileable: True: nothing here breaks a graph.
+
+    Args:
+        quantization_config: Names and ranks of the low-rank linears.
+        **kwargs: Passed on to transformers.
+    """
+
+    requires_calibration = True
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
+    quantization_config: GraspConfig
+
+    def __init__(self, quantization_config: GraspConfig, **kwargs: bool) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._modules: dict[str, str] = {}  # name in the checkpoint -> name in the model
+        self._renamings: list[WeightRenaming] = []
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        **kwargs: object,  # noqa: ARG002  (transformers' signature)
+    ) -> None:
+        """Swap dense linears for low-rank ones while the model is still on the meta device."""
+        names = {name for name, _ in model.named_modules()}
+        for stored, rank in self.quantization_config.ranks.items():
+            module = _name_in_model(model, names, stored)
+            linear = model.get_submodule(module)
+            if not isinstance(linear, nn.Linear):
+                raise TypeError(f"{stored} must be a Linear, got {type(linear).__name__}")
+            if rank > min(linear.in_features, linear.out_features):
+                raise ValueError(
+                    f"rank {rank} of {stored} does not fit a linear of {linear.out_features} x "
+                    f"{linear.in_features}"
+                )
+            new = LowRankLinear(
+                linear.in_features,
+                linear.out_features,
+                rank,
+                bias=linear.bias is not None,
+                device="meta",
+                dtype=linear.weight.dtype,
+            )
+            model.set_submodule(module, new)
+            self._modules[stored] = module
+
+    def get_weight_conversions(self) -> list[WeightTransform]:
+        """Return how checkpoint keys become parameter names.
+
+        Returns:
+            One renaming per low-rank linear: ``<module>.weight`` holds the right factor.
+        """
+        self._renamings = [
+            WeightRenaming(
+                source_patterns=rf"^{re.escape(stored)}\.weight$",
+                target_patterns=f"{module}.right.weight",
+            )
+            for stored, module in self._modules.items()
+        ]
+        return [*self._renamings]
+
+    def _process_model_after_weight_loading(
+        self,
+        model: PreTrainedModel,
+        **kwargs: object,  # noqa: ARG002  (transformers' signature)
+    ) -> PreTrainedModel:
+        """Leave the model as if it had been compressed in memory."""
+        # transformers reverses used renamings on save; ours would give keys that end in "$", and
+        # get_state_dict_and_metadata has already renamed.
+        ours = {id(renaming) for renaming in self._renamings}
+        used = getattr(model, "_weight_conversions", None) or []
+        holder: Any = model  # Any: transformers does not declare the attributes it sets
+        holder._weight_conversions = [entry for entry in used if id(entry) not in ours]
+        # Names of the model that was saved; the loaded class may have another prefix.
+        model.config.quantization_config = GraspConfig(ranks_of(model))
+        _forget_remote_code(model)
+        # The factors are plain floating point, so .half() and .float() may stay allowed.
+        holder.is_quantized = False
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors to store, the right factors under the keys of the dense weights.
+
+        A ``ValueError`` says that this would not be safe, see ``check_fails_closed``.
+
+        Args:
+            model: A model with low-rank linears.
+
+        Returns:
+            Key -> tensor, and no metadata.
+        """
+        check_fails_closed(model)
+        stored = {
+            f"{module}.right.weight": f"{module}.weight" for module in low_rank_linears(model)
+        }
+        return {stored.get(key, key): value for key, value in model.state_dict().items()}, {}
+
+    def is_serializable(self) -> bool:
+        """Return True: ``save_pretrained`` may be called."""
+        return True
+
+
+def ranks_of(model: nn.Module) -> dict[str, int]:
+    """Return the rank of every low-rank linear by full name, sorted by name."""
+    return {module: linear.rank for module, linear in low_rank_linears(model).items()}
+
+
+def check_fails_closed(model: nn.Module) -> None:
+    """Check that a loader which does not know low-rank linears will stop at each of them.
+
+    Args:
+        model: Any module.
+
+    Raises:
+        ValueError: If a low-rank linear has as many ranks as output features, so that its right
+            factor has the shape of the dense weight.
+    """
+    for module, linear in low_rank_linears(model).items():
+        if linear.rank == linear.out_features:
+            raise ValueError(
+                f"{module} has rank {linear.rank} for as many output features, which saves "
+                f"nothing; leave it dense"
+            )
+
+
+def _name_in_model(model: PreTrainedModel, names: AbstractSet[str], stored: str) -> str:
+    """Return a module's name in a model that may have, or lack, the prefix of the base model."""
+    prefix = f"{model.base_model_prefix}."
+    for name in (stored, stored.removeprefix(prefix), prefix + stored):
+        if name in names:
+            return name
+    raise ValueError(
+        f"quantization_config names {stored}, but {type(model).__name__} has no such module"
+    )
+
+
+def _forget_remote_code(model: PreTrainedModel) -> None:
+    """Drop our entries of ``auto_map``: ``save_pretrained`` would not copy the file they name."""
+    auto_map = getattr(model.config, "auto_map", None) or {}
+    kept = {auto: ref for auto, ref in auto_map.items() if f"{REMOTE_MODULE}." not in ref}
+    if kept:
+        model.config.auto_map = kept
+    elif auto_map:
+        del model.config.auto_map
+
+
+# Only where absent: the package and the file inside a saved model may both be loaded.
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, GraspConfig)
+AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, GraspQuantizer)

@@ -1,0 +1,75 @@
+"""Sizes of a model in parameters and bytes."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from grasp_lightning.models.decoder import DecoderView
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSize:
+    """How large a model is, as a whole and in the linears of its decoder layers.
+
+    Attributes:
+        parameters: Number of parameters, tied ones counted once.
+        decoder_linear_parameters: Those of the linears in decoder layers, dense and low-rank,
+            biases included.
+        bytes: Size of all parameters at one dtype.
+        decoder_linear_bytes: Size of those of the linears in decoder layers, at the same dtype.
+    """
+
+    parameters: int
+    decoder_linear_parameters: int
+    bytes: int
+    decoder_linear_bytes: int
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, tied ones counted once.
+
+    Args:
+        model: Any module, also on the meta device.
+
+    Returns:
+        Number of scalars.
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_decoder_linears(view: DecoderView) -> int:
+    """Return the number of parameters in linears of decoder layers, tied ones counted once.
+
+    The factors of low-rank linears are linears too. Biases count.
+
+    Args:
+        view: The model.
+
+    Returns:
+        Number of scalars.
+    """
+    layers = (view.layer(index) for index in view.layer_indices)
+    linears = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    return count_parameters(nn.ModuleList(linears))
+
+
+def measure_size(view: DecoderView, element_size: int | None = None) -> ModelSize:
+    """Return the size of a model, with bytes at one dtype for all parameters.
+
+    Args:
+        view: The model.
+        element_size: Bytes per parameter; None takes the model's dtype. Two models are comparable
+            in bytes only at an equal element size.
+
+    Returns:
+        The size.
+    """
+    size = view.model.dtype.itemsize if element_size is None else element_size
+    parameters = count_parameters(view.model)
+    linears = count_decoder_linears(view)
+    return ModelSize(
+        parameters=parameters,
+        decoder_linear_parameters=linears,
+        bytes=parameters * size,
+        decoder_linear_bytes=linears * size,
+    )

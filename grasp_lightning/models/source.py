@@ -1,0 +1,266 @@
+"""Where a model comes from: which folder, hub repository or file, and under which licence."""
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from grasp_lightning.config import ModelConfig
+from grasp_lightning.errors import ConfigError, ModelError
+from grasp_lightning.models import gguf
+
+_LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*(?:\n|\Z)", re.DOTALL)
+_MAX_QUOTED = 300  # characters of a foreign error message
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOrigin:
+    """What a report and a model card say about the source.
+
+    Attributes:
+        name: Hub name, the folder's own name, or the GGUF file's name with its quantization; never
+            a path of this machine.
+        licence: Licence identifier that the source states, None if it states none.
+        licence_files: Licence and notice files to hand on with a derived model.
+        source_bytes: Size of the weight files on disk.
+        quantized_source: True for a GGUF file that is smaller than its own float32 copy.
+        folder: Local folder, or single .gguf file, that output must never touch; None for a hub
+            model.
+    """
+
+    name: str
+    licence: str | None
+    licence_files: tuple[Path, ...]
+    source_bytes: int | None
+    quantized_source: bool
+    folder: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A resolved ``ModelConfig.path``.
+
+    Attributes:
+        location: What transformers opens: a local folder, or a hub name.
+        name: See ``ModelOrigin``.
+        revision: Branch, tag or commit of a hub model.
+        gguf_file: The local GGUF file, None for other formats.
+        folder: See ``ModelOrigin``.
+        is_alias: True for the model inside the quickstart's wheel.
+    """
+
+    location: str
+    name: str
+    revision: str | None = None
+    gguf_file: Path | None = None
+    folder: Path | None = None
+    is_alias: bool = False
+
+    @property
+    def is_hub(self) -> bool:
+        """True if transformers fetches the files from the hub or its cache."""
+        return self.gguf_file is None and self.folder is None
+
+    def local_folder(self) -> Path | None:
+        """Return the folder that holds the files; for a hub model its cached snapshot, if any."""
+        if not self.is_hub:
+            return Path(self.location)
+        try:
+            cached = try_to_load_from_cache(self.location, "config.json", revision=self.revision)
+        except HFValidationError:
+            return None
+        return Path(cached).parent if isinstance(cached, str) else None
+
+
+def resolve_source(config: ModelConfig) -> ModelSource:
+    """Return what ``model.path``, ``model.revision`` and ``model.gguf_file`` point to.
+
+    Args:
+        config: The user's choice of a model.
+
+    Returns:
+        The source; its local files exist, nothing of them has been read.
+
+    Raises:
+        ConfigError: If keys contradict each other.
+        ModelError: If there is no such file, folder or installed alias.
+    """
+    if not config.path.strip():
+        raise ConfigError(
+            "model.path is empty; expected a folder, a hub name, a .gguf file or smollm2"
+        )
+    if config.path == gguf.ALIAS:
+        _refuse_keys(config, "the alias smollm2", "revision", "gguf_file")
+        file = gguf.find_alias()
+        return _gguf_source(file, folder=file.parent, is_alias=True)
+    path = Path(config.path).expanduser()
+    if path.is_file():
+        return _file_source(config, path)
+    if path.is_dir():
+        return _folder_source(config, path)
+    if _looks_like_path(config.path):
+        raise ModelError(f"model.path: no such file or folder: {config.path}")
+    return _hub_source(config)
+
+
+def describe_origin(source: ModelSource) -> ModelOrigin:
+    """Return name, licence and size of a source; a damaged GGUF file is a ``ModelError``.
+
+    Args:
+        source: A resolved source. A hub model is described as far as its cached files go.
+
+    Returns:
+        The facts that reports and model cards need.
+    """
+    if source.gguf_file is not None:
+        return _gguf_origin(source, source.gguf_file)
+    folder = source.local_folder()
+    return ModelOrigin(
+        name=source.name,
+        licence=_card_licence(folder) if folder else None,
+        licence_files=_licence_files(folder) if folder else (),
+        source_bytes=_weight_bytes(folder) if folder else None,
+        quantized_source=False,
+        folder=source.folder,
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a Hugging Face folder; empty if it has none."""
+    for pattern in _WEIGHT_PATTERNS:
+        if found := sorted(folder.glob(pattern)):
+            return found
+    return []
+
+
+def _looks_like_path(text: str) -> bool:
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith(".gguf")
+
+
+def _refuse_keys(config: ModelConfig, where: str, *keys: str) -> None:
+    for key in keys:
+        if getattr(config, key) is not None:
+            raise ConfigError(f"model.{key} has no effect with {where}; leave it out")
+
+
+def _gguf_source(file: Path, *, folder: Path, is_alias: bool = False) -> ModelSource:
+    # Absolute: transformers looks for a GGUF file in the working directory first.
+    file = file.absolute()
+    return ModelSource(
+        location=str(file.parent),
+        name=gguf.display_name(file),
+        gguf_file=file,
+        folder=folder,
+        is_alias=is_alias,
+    )
+
+
+def _file_source(config: ModelConfig, path: Path) -> ModelSource:
+    if path.suffix != ".gguf":
+        raise ModelError(
+            f"model.path: {config.path} is a file; expected a folder with config.json, a hub name, "
+            f"a .gguf file or smollm2"
+        )
+    _refuse_keys(config, "a .gguf file as model.path", "revision", "gguf_file")
+    return _gguf_source(path, folder=path.absolute())
+
+
+def _folder_source(config: ModelConfig, path: Path) -> ModelSource:
+    _refuse_keys(config, "a local folder", "revision")
+    if config.gguf_file is not None:
+        file = path / config.gguf_file
+        if not file.is_file():
+            raise ModelError(f"model.gguf_file: {config.path} has no file {config.gguf_file}")
+        return _gguf_source(file, folder=path)
+    return ModelSource(location=str(path), name=path.resolve().name, folder=path)
+
+
+def _hub_source(config: ModelConfig) -> ModelSource:
+    if not _HUB_NAME.fullmatch(config.path):
+        raise ModelError(
+            f"model.path: {config.path!r} is neither a file, a folder nor a hub name like "
+            f"HuggingFaceTB/SmolLM2-135M"
+        )
+    if config.gguf_file is None:
+        return ModelSource(location=config.path, name=config.path, revision=config.revision)
+    try:
+        file = Path(hf_hub_download(config.path, config.gguf_file, revision=config.revision))
+    except (OSError, HFValidationError) as error:
+        raise hub_error(config.path, error) from error
+    return ModelSource(
+        location=str(file.parent),
+        name=f"{config.path} ({file.name})",
+        revision=config.revision,
+        gguf_file=file,
+    )
+
+
+def hub_error(name: str, error: Exception) -> ModelError:
+    """Return the one line that says that a hub model could not be fetched, and what to do.
+
+    Args:
+        name: Hub name.
+        error: What the hub's client raised.
+
+    Returns:
+        The error to raise.
+    """
+    return ModelError(
+        f"model.path: cannot get {name} from the Hugging Face hub ({first_line(error)}); check "
+        f"the name, model.revision, the network and HF_HUB_OFFLINE, or give a local folder"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, cut to a readable length."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return textwrap.shorten(text, _MAX_QUOTED, placeholder=" ...")
+
+
+def _gguf_origin(source: ModelSource, file: Path) -> ModelOrigin:
+    header = gguf.read_header(file)
+    return ModelOrigin(
+        name=source.name,
+        licence=header.licence or _card_licence(file.parent),
+        licence_files=(
+            gguf.alias_licence_files() if source.is_alias else _licence_files(file.parent)
+        ),
+        source_bytes=header.file_bytes,
+        quantized_source=header.is_smaller_than_float32,
+        folder=source.folder,
+    )
+
+
+def _licence_files(folder: Path) -> tuple[Path, ...]:
+    found = {path for pattern in _LICENCE_PATTERNS for path in folder.glob(pattern)}
+    return tuple(sorted(path for path in found if path.is_file()))
+
+
+def _weight_bytes(folder: Path) -> int | None:
+    files = weight_files(folder)
+    return sum(file.stat().st_size for file in files) if files else None
+
+
+def _card_licence(folder: Path) -> str | None:
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
+    try:
+        fields = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return None
+    if not isinstance(fields, dict):
+        return None
+    licence = fields.get("license")
+    if licence == "other":  # the hub's word for a licence with its own name
+        licence = fields.get("license_name", licence)
+    return licence if isinstance(licence, str) else None

@@ -1,0 +1,191 @@
+"""The only module that changes models: it applies the operations of a plan."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from grasp_lightning.errors import ModelError, PlanError
+from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantizer
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.lowrank import LowRankLinear
+from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation, SelectLayers
+
+
+def apply_operations(
+    view: DecoderView, operations: Sequence[Operation], tensors: Mapping[str, Tensor]
+) -> None:
+    """Change a model as a plan says, or not at all if any part of the plan does not fit it.
+
+    A ``PlanError`` says which operation does not fit, or which factor is missing, of another
+    shape, or not finite in the dtype of the weight it replaces.
+
+    Args:
+        view: The model, changed in place.
+        operations: What to do, in order, with names and layer numbers of the original model.
+        tensors: Factors of the factorised linears, ``<module>.left`` ``(N, r)`` and
+            ``<module>.right`` ``(r, M)`` for a weight ``(N, M)``, any float dtype and device.
+            Others are ignored.
+    """
+    _check_operations(view, operations)
+    for operation in operations:
+        if isinstance(operation, FactorizeLinear):
+            _check_factors(view, operation, tensors)
+    for operation in operations:
+        match operation:
+            case FactorizeLinear():
+                _factorize(view, operation, tensors)
+            case DropLayers():
+                view.drop(operation.layers)
+            case SelectLayers():
+                pass
+    attach_quantizer(view.model)
+
+
+def parameters_after(view: DecoderView, operations: Sequence[Operation]) -> int:
+    """Return how many parameters a model would have after operations, tied ones counted once.
+
+    Shapes alone decide, so a model on the meta device will do. Nothing is changed. A ``PlanError``
+    says which operation does not fit.
+
+    Args:
+        view: The model.
+        operations: What would be done, in order.
+
+    Returns:
+        Number of parameters of the whole model.
+    """
+    ranks, dropped = _check_operations(view, operations)
+    gone = {id(module) for index in dropped for module in view.layer(index).modules()}
+    linears = [(_dense(view, module), rank) for module, rank in ranks.items()]
+    linears = [(linear, rank) for linear, rank in linears if id(linear) not in gone]
+    replaced = {id(linear) for linear, _ in linears}
+    # By identity, and through every owner: a weight tied to one that stays does not go away.
+    kept: dict[int, int] = {}
+    for module in view.model.modules():
+        if id(module) not in gone:
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(module) not in replaced or name != "weight":
+                    kept[id(parameter)] = parameter.numel()
+    factors = sum(rank * (linear.in_features + linear.out_features) for linear, rank in linears)
+    return sum(kept.values()) + factors
+
+
+def _check_operations(
+    view: DecoderView, operations: Sequence[Operation]
+) -> tuple[dict[str, int], set[int]]:
+    """Return the ranks and dropped layers that the operations lead to, without any change."""
+    foreign = foreign_quantizer(view.model)
+    if foreign is not None:
+        raise PlanError(
+            f"the model is quantized with {foreign}; expected floating-point weights, so load it "
+            f"dequantized and without its quantization state"
+        )
+    ranks: dict[str, int] = {}
+    dropped: set[int] = set()
+    for operation in operations:
+        match operation:
+            case FactorizeLinear():
+                _check_factorize(view, operation, ranks, dropped)
+                ranks[operation.module] = operation.rank
+            case DropLayers():
+                _check_layers(view, operation.layers, dropped)
+                dropped.update(operation.layers)
+            case SelectLayers():
+                _check_layers(view, operation.layers, dropped)
+    if len(dropped) == len(view.layer_indices):
+        raise PlanError(f"the plan drops all {len(dropped)} decoder layers: one must be left")
+    return ranks, dropped
+
+
+def _check_layers(view: DecoderView, layers: Sequence[int], dropped: set[int]) -> None:
+    if len(set(layers)) != len(layers):
+        raise PlanError(f"the plan names a decoder layer twice in {list(layers)}")
+    left = set(view.layer_indices) - dropped
+    missing = sorted(set(layers) - left)
+    if missing:
+        raise PlanError(f"the plan names decoder layers {missing}, the model has {sorted(left)}")
+
+
+def _check_factorize(
+    view: DecoderView, operation: FactorizeLinear, ranks: Mapping[str, int], dropped: set[int]
+) -> None:
+    module, rank = operation.module, operation.rank
+    if module in ranks:
+        raise PlanError(f"the plan factorizes {module} twice")
+    if any(module.startswith(f"{view.layers_name}.{index}.") for index in dropped):
+        raise PlanError(f"the plan factorizes {module} after dropping its decoder layer")
+    linear = _dense(view, module)
+    largest = min(linear.in_features, linear.out_features)
+    if not 1 <= rank <= largest:
+        raise PlanError(f"rank of {module} must be from 1 to {largest}, the plan says {rank}")
+    components = operation.components
+    if components is None:
+        return
+    if len(components) != rank or len(set(components)) != rank:
+        raise PlanError(
+            f"{module} has rank {rank}, but the plan keeps components {list(components)}"
+        )
+    if not all(0 <= component < largest for component in components):
+        raise PlanError(
+            f"components of {module} must be from 0 to {largest - 1}, the plan keeps "
+            f"{list(components)}"
+        )
+
+
+def _check_factors(
+    view: DecoderView, operation: FactorizeLinear, tensors: Mapping[str, Tensor]
+) -> None:
+    linear = _dense(view, operation.module)
+    shapes = {
+        "left": (linear.out_features, operation.rank),
+        "right": (operation.rank, linear.in_features),
+    }
+    for side, shape in shapes.items():
+        key = f"{operation.module}.{side}"
+        if key not in tensors:
+            raise PlanError(f"factor {key} is missing")
+        factor = tensors[key]
+        if tuple(factor.shape) != shape:
+            raise PlanError(f"factor {key} must have shape {shape}, got {tuple(factor.shape)}")
+        # After the cast: what is finite in float32 can overflow in float16.
+        if not torch.isfinite(factor.to(linear.weight.dtype)).all():
+            raise PlanError(f"factor {key} has values that are not finite in {linear.weight.dtype}")
+
+
+def _dense(view: DecoderView, module: str) -> nn.Linear:
+    try:
+        linear = view.module(module)
+    except ModelError as error:
+        raise PlanError(f"the plan factorizes {module}: {error}") from error
+    if not isinstance(linear, nn.Linear):
+        raise PlanError(
+            f"the plan factorizes {module}: expected a Linear, the model has "
+            f"{type(linear).__name__}"
+        )
+    if not linear.weight.is_floating_point():
+        raise PlanError(f"weight of {module} must be floating point, got {linear.weight.dtype}")
+    return linear
+
+
+def _factorize(
+    view: DecoderView, operation: FactorizeLinear, tensors: Mapping[str, Tensor]
+) -> None:
+    old = _dense(view, operation.module)
+    # On the meta device first: no memory for values that are replaced at once, no random numbers
+    # drawn.
+    new = LowRankLinear(
+        old.in_features, old.out_features, operation.rank, bias=old.bias is not None, device="meta"
+    )
+    new.left.weight = _like(tensors[f"{operation.module}.left"], old.weight)
+    new.right.weight = _like(tensors[f"{operation.module}.right"], old.weight)
+    new.left.bias = old.bias
+    view.set_module(operation.module, new.train(old.training))
+
+
+def _like(factor: Tensor, weight: Tensor) -> nn.Parameter:
+    """Return a factor as a parameter of its own, in other respects like the weight it replaces."""
+    own = factor.detach().to(
+        device=weight.device, dtype=weight.dtype, copy=True, memory_format=torch.contiguous_format
+    )
+    return nn.Parameter(own, requires_grad=weight.requires_grad)

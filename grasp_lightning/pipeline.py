@@ -1,0 +1,38 @@
+"""The loop that compresses a model: measure, decide, apply, until nothing is left to do."""
+
+from collections.abc import Callable
+
+from grasp_lightning.methods.base import CompressionMethod, Decision
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.surgery import apply_operations
+from grasp_lightning.plan import Plan
+from grasp_lightning.stats.base import Statistics, Step
+
+Measure = Callable[[DecoderView, Step], Statistics]
+"""Measures what a step needs: a Trainer in production, stored tensors in tests."""
+
+OnStep = Callable[[Plan, Decision], None]
+"""Called after each applied step with the plan so far, so that a crash loses one step at most."""
+
+
+def compress(
+    model: DecoderView, method: CompressionMethod, measure: Measure, plan: Plan, on_step: OnStep
+) -> Plan:
+    """Compress a model in place and return the complete plan.
+
+    Args:
+        model: The model, with all operations of ``plan`` applied.
+        method: Decides what is done.
+        measure: Measures what each step needs.
+        plan: Decisions so far; an empty plan at the start.
+        on_step: Called after each step.
+
+    Returns:
+        The plan with all operations, marked complete.
+    """
+    while (step := method.next_step(model, plan)) is not None:
+        decision = method.decide(step, model, measure(model, step))
+        apply_operations(model, decision.operations, decision.tensors)
+        plan = plan.extended(decision.operations)
+        on_step(plan, decision)
+    return plan.completed()

@@ -1,0 +1,172 @@
+"""The plan: what a method decided, as data that can be stored, compared byte by byte, and replayed.
+
+A plan holds decisions only. It has no floats that come from data, no timestamps and no paths, so
+equal inputs give equal bytes. Layer indices and module names are those of the original model.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
+
+from grasp_lightning.errors import PlanError
+
+PLAN_VERSION = 1
+
+OptionValue = str | int | float | bool | None | tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectLayers:
+    """Mark decoder layers as redundant; changes nothing in the model.
+
+    Attributes:
+        layers: Indices of the chosen decoder layers, ascending.
+    """
+
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FactorizeLinear:
+    """Replace one linear by two of lower rank.
+
+    Attributes:
+        module: Full name of the linear in the original model.
+        rank: Inner dimension of the factors.
+        components: Indices of the kept singular components, ascending, in the order of the
+            singular values; None where the factors were solved instead of selected, so that a
+            replay needs the stored factors.
+    """
+
+    module: str
+    rank: int
+    components: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DropLayers:
+    """Delete whole decoder layers.
+
+    Attributes:
+        layers: Indices of the deleted decoder layers, ascending.
+    """
+
+    layers: tuple[int, ...]
+
+
+Operation = SelectLayers | FactorizeLinear | DropLayers
+
+_OPERATIONS: dict[str, type[Operation]] = {
+    "select_layers": SelectLayers,
+    "factorize_linear": FactorizeLinear,
+    "drop_layers": DropLayers,
+}
+_KINDS = {operation: kind for kind, operation in _OPERATIONS.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The decisions of one compression run, in the order in which they were made.
+
+    Attributes:
+        method: Name of the method that decided.
+        options: The options that the decisions depend on.
+        inputs: Hashes of what the decisions were made from (model, calibration windows).
+        operations: What to do to the model, in order.
+        complete: True once the method has nothing left to do.
+    """
+
+    method: str
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    operations: tuple[Operation, ...] = ()
+    complete: bool = False
+
+    @property
+    def selected_layers(self) -> tuple[int, ...] | None:
+        """Layers marked by the last ``SelectLayers``; None before there is one."""
+        chosen = [op.layers for op in self.operations if isinstance(op, SelectLayers)]
+        return chosen[-1] if chosen else None
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of every factorised linear, by module name."""
+        return {op.module: op.rank for op in self.operations if isinstance(op, FactorizeLinear)}
+
+    @property
+    def dropped_layers(self) -> tuple[int, ...]:
+        """Indices of all deleted layers, ascending."""
+        dropped = [op.layers for op in self.operations if isinstance(op, DropLayers)]
+        return tuple(sorted(index for layers in dropped for index in layers))
+
+    def extended(self, operations: tuple[Operation, ...]) -> Self:
+        """Return this plan with more operations at its end.
+
+        Args:
+            operations: What the method decided in its latest step.
+
+        Returns:
+            A new plan; this one stays as it is.
+        """
+        return replace(self, operations=(*self.operations, *operations))
+
+    def completed(self) -> Self:
+        """Return this plan, marked as having nothing left to do.
+
+        Returns:
+            A new plan; this one stays as it is.
+        """
+        return replace(self, complete=True)
+
+    def to_json(self) -> str:
+        """Return the canonical text of the plan: sorted keys, one line feed at the end."""
+        content = {
+            "version": PLAN_VERSION,
+            "method": self.method,
+            "options": dict(self.options),
+            "inputs": dict(self.inputs),
+            "operations": [{"kind": _KINDS[type(op)], **asdict(op)} for op in self.operations],
+            "complete": self.complete,
+        }
+        return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the plan that ``to_json`` wrote.
+
+        Args:
+            text: Content of a plan.json.
+
+        Returns:
+            The plan, equal to the one that was written.
+
+        Raises:
+            PlanError: If the text is no plan of this version.
+        """
+        try:
+            content = json.loads(text)
+            if content["version"] != PLAN_VERSION:
+                raise PlanError(
+                    f"plan has version {content['version']}, this program reads {PLAN_VERSION}"
+                )
+            return cls(
+                method=content["method"],
+                options={key: _tuple_if_list(value) for key, value in content["options"].items()},
+                inputs=content["inputs"],
+                operations=tuple(_operation(entry) for entry in content["operations"]),
+                complete=content["complete"],
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(
+                f"not a plan: {error!r}; expected the content of a plan.json"
+            ) from error
+
+
+def _operation(entry: dict[str, Any]) -> Operation:  # Any: parsed JSON
+    fields = {key: _tuple_if_list(value) for key, value in entry.items() if key != "kind"}
+    return _OPERATIONS[entry["kind"]](**fields)
+
+
+def _tuple_if_list(value: Any) -> Any:  # noqa: ANN401  parsed JSON
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,124 @@
+"""The model card: README.md of the compressed model, with the front matter that the hub reads."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from grasp_lightning.plan import Plan
+from grasp_lightning.reporting.metrics import Metrics
+from grasp_lightning.reporting.tables import comparison_notes, comparison_rows, indices_text
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+def model_card(
+    metrics: Metrics,
+    plan: Plan,
+    *,
+    origin_name: str,
+    licence: str | None,
+    licence_files: Sequence[str],
+    config: Mapping[str, Any],  # Any: values of YAML
+) -> str:
+    """Return the README.md of a compressed model.
+
+    It holds no paths of this machine and no times, so that equal runs give equal cards.
+
+    Args:
+        metrics: Numbers of the run.
+        plan: Its decisions.
+        origin_name: Name of the base model: ``owner/name`` counts as a hub name, so a local folder
+            must not be given that way; of any other path only the last part is printed.
+        licence: Licence of the base model as its own card or file names it, None if unknown.
+        licence_files: Names of the licence files that lie beside the card.
+        config: Resolved configuration, nested, of plain values.
+
+    Returns:
+        YAML front matter, then Markdown.
+    """
+    is_hub_name = _is_hub_name(origin_name)
+    base_model = origin_name if is_hub_name else _last_part(origin_name)
+    environment = Environment(
+        loader=PackageLoader("grasp_lightning", "reporting"),
+        autoescape=False,  # Markdown: _code quotes what is not ours
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = _code
+    return environment.get_template("card.md.jinja").render(
+        front_matter=_front_matter(
+            plan, base_model if is_hub_name else None, licence, licence_files
+        ),
+        base_model=base_model,
+        is_hub_name=is_hub_name,
+        metrics=metrics,
+        layers=indices_text(metrics.layers),
+        num_linears=len(plan.ranks),
+        options=_options(plan),
+        calibration=_text_source(config, "calibration"),
+        evaluation=_text_source(config, "evaluation"),
+        rows=comparison_rows(metrics),
+        notes=comparison_notes(metrics),
+        licence=licence,
+        licence_files=sorted(licence_files),
+    )
+
+
+def _front_matter(
+    plan: Plan, base_model: str | None, licence: str | None, licence_files: Sequence[str]
+) -> str:
+    content: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base_model is not None:
+        content["base_model"] = base_model
+    if licence is not None:
+        content |= _licence_keys(licence, licence_files)
+    kind = "low-rank" if plan.ranks else "layer-pruning"
+    content["tags"] = ["grasp", "compressed", kind]
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _licence_keys(licence: str, licence_files: Sequence[str]) -> dict[str, str]:
+    """Return the hub's keys; it takes its own identifiers only, and a name of any other licence."""
+    if _LICENCE_ID.fullmatch(licence.lower()):
+        return {"license": licence.lower()}
+    keys = {"license": "other", "license_name": licence}
+    return {**keys, "license_link": min(licence_files)} if licence_files else keys
+
+
+def _options(plan: Plan) -> dict[str, str]:
+    """Return the plan's options as text, without those that the method left unset."""
+    return {
+        name: indices_text(value) if isinstance(value, tuple) else str(value)
+        for name, value in sorted(plan.options.items())
+        if value is not None
+    }
+
+
+def _text_source(config: Mapping[str, Any], section: str) -> dict[str, Any]:  # Any: values of YAML
+    """Return source, number of windows and their length; a file's path is private, so it goes."""
+    values = config.get(section) or {}
+    source = values.get("source")
+    return {
+        "source": "a local file" if source == "file" else _code(str(source)) if source else None,
+        "num_samples": values.get("num_samples"),
+        "seqlen": values.get("seqlen"),
+    }
+
+
+def _is_hub_name(name: str) -> bool:
+    return _HUB_NAME.fullmatch(name) is not None and not name.lower().endswith(".gguf")
+
+
+def _last_part(name: str) -> str:
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def _code(text: str) -> str:
+    """Return foreign text as a Markdown code span, where nothing in it has a meaning."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"

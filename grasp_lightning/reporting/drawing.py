@@ -1,0 +1,186 @@
+"""Drawing with matplotlib's object interface: no pyplot, no global state, no display."""
+
+import io
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from grasp_lightning.reporting.linears import Array
+
+WIDTH = 9.2  # inches; 883 CSS pixels, so that 10 points are legible at 100 %
+# Okabe and Ito's palette, which stays apart for colour-blind readers.
+CHOSEN, OTHER, REST = "#D55E00", "#56B4E9", "#BBBBBB"
+_TWO_DECADES = 100
+_STYLE: dict[str, object] = {
+    "axes.axisbelow": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "figure.constrained_layout.h_pad": 0.07,
+    "font.size": 10,
+    "grid.color": "#E3E6EA",
+    "legend.frameon": False,
+    # A fixed salt, and no date below: equal runs give equal pages.
+    "svg.hashsalt": "grasp_lightning",
+}
+
+
+def svg_text(height: float, draw: Callable[[Figure], None]) -> str:
+    """Return the SVG of a figure; a user's own matplotlib settings neither matter nor change.
+
+    Args:
+        height: Of the figure, in inches; all are equally wide.
+        draw: Fills an empty figure.
+
+    Returns:
+        An SVG document with text as outlines, so that it needs no fonts.
+    """
+    with style.context(["default", _STYLE]):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", dpi=220, metadata={"Date": None, "Creator": None})
+    return text.getvalue()
+
+
+def draw_stacked_bars(
+    figure: Figure, inside: Array, outside: Array, text: Callable[[float], str]
+) -> None:
+    """Draw the dense bar above the compressed one, each in two parts.
+
+    Args:
+        figure: An empty figure.
+        inside: Parameters of decoder linears, dense and compressed, ``(2,)``.
+        outside: All other parameters, ``(2,)``.
+        text: Writes a number of parameters.
+    """
+    axes = figure.subplots()
+    total = inside + outside
+    for widths, left, colour, label in (
+        (inside, 0 * inside, OTHER, "decoder linears"),
+        (outside, inside, REST, "embeddings, norms, output head"),
+    ):
+        bars = axes.barh([0, 1], widths, left=left, height=0.66, color=colour, label=label)
+        labels = [text(width) if width > 0.06 * total.max() else "" for width in widths]
+        axes.bar_label(bars, labels=labels, label_type="center")
+    axes.bar_label(bars, labels=[text(value) for value in total], padding=6, fontweight="bold")
+    axes.set_yticks([0, 1], labels=["dense", "compressed"])
+    axes.set_xlim(0, 1.1 * total.max())
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    figure.legend(loc="outside upper right", ncols=2)
+
+
+def draw_layer_bars(
+    figure: Figure, heights: Array, chosen: Iterable[int], *, bottom: float = 0
+) -> Axes:
+    """Draw one bar per decoder layer, the chosen ones in another colour.
+
+    Args:
+        figure: An empty figure.
+        heights: Value of each layer, ``(L,)``.
+        chosen: Indices of the chosen layers.
+        bottom: Where the vertical axis starts.
+
+    Returns:
+        The axes, to be labelled.
+    """
+    axes = figure.subplots()
+    axes.grid(visible=True, axis="y")
+    index = np.arange(len(heights))
+    is_chosen = np.isin(index, list(chosen))
+    for mask, colour, label in ((~is_chosen, OTHER, "not chosen"), (is_chosen, CHOSEN, "chosen")):
+        axes.bar(
+            index[mask],
+            heights[mask] - bottom,
+            bottom=bottom,
+            width=0.78,
+            color=colour,
+            label=label,
+        )
+    axes.set_xlim(-0.7, len(heights) - 0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=32, integer=True, steps=[1, 2, 5, 10]))
+    figure.legend(loc="outside upper right", ncols=2)
+    return axes
+
+
+def draw_components(axes: Axes, values: Array, scores: Array, components: Iterable[int]) -> None:
+    """Draw score against singular value with logarithmic axes, kept components in another colour.
+
+    Args:
+        axes: Empty axes.
+        values: Singular values, ``(K,)``.
+        scores: Scores, ``(K,)``; zeros are drawn at half the smallest positive one.
+        components: Indices of the kept components.
+    """
+    is_kept = np.isin(np.arange(len(values)), list(components))
+    x, y = _positive(values), _positive(scores)
+    for mask, colour, size, label in (
+        (~is_kept, OTHER, 5, "removed component"),
+        (is_kept, CHOSEN, 9, "kept component"),
+    ):
+        # Thousands of points: as vectors they would make the page several megabytes.
+        axes.scatter(x[mask], y[mask], s=size, c=colour, linewidths=0, label=label, rasterized=True)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis, drawn in ((axes.xaxis, x), (axes.yaxis, y)):
+        # Minor ticks take half of the drawing time, and their labels run into each other.
+        axis.set_minor_locator(NullLocator())
+        if drawn.max() < _TWO_DECADES * drawn.min():
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
+            axis.set_major_formatter(FuncFormatter(_plain_number))
+    axes.grid(visible=True, axis="both")
+
+
+def draw_heat_map(
+    figure: Figure, values: Array, columns: list[str], rows: list[str], *, is_annotated: bool
+) -> None:
+    """Draw non-negative values as colours; NaN leaves its field empty.
+
+    Args:
+        figure: An empty figure.
+        values: What the colours mean, ``(rows, columns)``.
+        columns: Labels of the columns.
+        rows: Labels of the rows.
+        is_annotated: Write each value into its field.
+    """
+    axes = figure.subplots()
+    axes.set_facecolor("#EEEEEE")
+    image = axes.pcolormesh(values, cmap="cividis", vmin=0, edgecolors="white", linewidth=1.5)
+    axes.set_xticks(np.arange(len(columns)) + 0.5, labels=columns)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, labels=rows)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("decoder layer")
+    figure.colorbar(image, ax=axes, label="rank", pad=0.01)
+    if is_annotated:
+        _annotate(axes, values)
+
+
+def _plain_number(value: float, position: int | None) -> str:
+    """Return the label of a tick: matplotlib passes its value and its position."""
+    del position
+    return f"{value:g}"
+
+
+def _positive(values: Array) -> Array:
+    """Return values with zeros raised to half the smallest positive one, for a logarithmic axis."""
+    positive = values[values > 0]
+    return np.maximum(values, positive.min() / 2 if positive.size else 1.0)
+
+
+def _annotate(axes: Axes, values: Array) -> None:
+    middle = np.nanmax(values) / 2
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = "black" if value > middle else "white"
+            axes.text(
+                column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center", color=colour
+            )

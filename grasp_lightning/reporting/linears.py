@@ -1,0 +1,100 @@
+"""What a plan and its scores tell about each replaced linear."""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from grasp_lightning.plan import FactorizeLinear, Plan
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
+class ScoredLinear(NamedTuple):
+    """One replaced linear whose components were scored and selected.
+
+    Attributes:
+        module: Full name in the original model.
+        components: Indices of the kept components, ascending.
+        scores: One score per component, ``(K,)``.
+        singular_values: Descending, ``(K,)``.
+    """
+
+    module: str
+    components: tuple[int, ...]
+    scores: Array
+    singular_values: Array
+
+    @property
+    def layer(self) -> int:
+        """Index of its decoder layer."""
+        return module_place(self.module)[0]
+
+    @property
+    def kind(self) -> str:
+        """Name inside the layer, such as ``mlp.gate_proj``."""
+        return module_place(self.module)[1]
+
+    @property
+    def num_beyond_largest(self) -> int:
+        """Number of kept components that plain truncation to the same rank would remove."""
+        return sum(index >= len(self.components) for index in self.components)
+
+    @property
+    def kept_score(self) -> float:
+        """Share of the sum of scores that the kept components have, in [0, 1]."""
+        return self._kept_share(self.scores)
+
+    @property
+    def kept_energy(self) -> float:
+        """Share of the squared Frobenius norm that the kept components have, in [0, 1]."""
+        return self._kept_share(self.singular_values**2)
+
+    def _kept_share(self, values: Array) -> float:
+        total = float(values.sum())
+        return float(values[list(self.components)].sum()) / total if total > 0 else 0.0
+
+
+def scored_linears(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[ScoredLinear, ...]:
+    """Return the replaced linears that have scores, in the order of the plan.
+
+    Args:
+        plan: Decisions of the run.
+        scores: ``<module>.scores`` and ``<module>.singular_values``, each ``(K,)``.
+
+    Returns:
+        None of the linears whose factors were solved instead of selected.
+    """
+    return tuple(
+        ScoredLinear(
+            module=operation.module,
+            components=operation.components,
+            scores=float64_array(scores[f"{operation.module}.scores"]),
+            singular_values=float64_array(scores[f"{operation.module}.singular_values"]),
+        )
+        for operation in plan.operations
+        if isinstance(operation, FactorizeLinear)
+        and operation.components
+        and f"{operation.module}.scores" in scores
+        and f"{operation.module}.singular_values" in scores
+    )
+
+
+def module_place(module: str) -> tuple[int, str]:
+    """Return the layer index and the kind of a linear, from its full name.
+
+    Args:
+        module: Name such as ``model.layers.22.mlp.gate_proj``.
+
+    Returns:
+        Such as ``(22, "mlp.gate_proj")``; layer -1 and the whole name where it holds no index.
+    """
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", module)
+    return (int(match[1]), match[2]) if match else (-1, module)
+
+
+def float64_array(tensor: Tensor) -> Array:
+    """Return the values of a tensor as float64, on the host."""
+    return tensor.detach().cpu().double().numpy()

@@ -1,0 +1,185 @@
+"""The report of one run: a single HTML page that needs no other file and no network."""
+
+import base64
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import Tensor
+
+from grasp_lightning.plan import FactorizeLinear, Plan
+from grasp_lightning.reporting.linears import module_place, scored_linears
+from grasp_lightning.reporting.metrics import Metrics
+from grasp_lightning.reporting.plots import Plot, run_plots
+from grasp_lightning.reporting.tables import (
+    NOT_MEASURED,
+    comparison_notes,
+    comparison_rows,
+    count_text,
+    duration_text,
+    factor_text,
+    indices_text,
+    perplexity_text,
+    size_text,
+    summary,
+)
+
+_PHASES = {
+    "load": "Load the model",
+    "similarity": "Measure the decoder layers",
+    "attribution": "Score singular components",
+    "factorize": "Factorise and replace",
+    "save": "Save the model",
+    "evaluate": "Evaluate before and after",
+}
+
+
+class Headline(NamedTuple):
+    """One of the large numbers at the top of the page.
+
+    Attributes:
+        label: What it is.
+        value: The number, with its unit.
+        detail: What it is made of; may be empty.
+    """
+
+    label: str
+    value: str
+    detail: str
+
+
+class Phase(NamedTuple):
+    """Wall-clock time of one phase.
+
+    Attributes:
+        name: What was done.
+        duration: Time, as text.
+        share: Part of the longest phase, in percent, for the bar.
+    """
+
+    name: str
+    duration: str
+    share: float
+
+
+class RankRow(NamedTuple):
+    """One replaced linear in the table of ranks; empty text where scores are missing.
+
+    Attributes:
+        layer: Index of its decoder layer, -1 if it is in none.
+        kind: Name inside the layer.
+        rank: Rank of its factors.
+        num_components: Number of its singular components.
+        kept_score: Share of the sum of scores that is kept.
+        kept_energy: Share of the squared Frobenius norm that is kept.
+        num_beyond: Number of kept components that plain truncation would remove.
+    """
+
+    layer: int
+    kind: str
+    rank: int
+    num_components: str = ""
+    kept_score: str = ""
+    kept_energy: str = ""
+    num_beyond: str = ""
+
+
+def render_report(
+    metrics: Metrics,
+    plan: Plan,
+    scores: Mapping[str, Tensor],
+    config: Mapping[str, Any],  # Any: values of YAML
+) -> str:
+    """Return the page that tells what a run did, and what it cost.
+
+    Args:
+        metrics: Numbers of the run.
+        plan: Its decisions.
+        scores: Content of its scores.safetensors; may be empty.
+        config: Resolved configuration, nested, of plain values.
+
+    Returns:
+        A complete HTML document; equal inputs give equal text.
+    """
+    environment = Environment(
+        loader=PackageLoader("grasp_lightning", "reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(
+        metrics=metrics,
+        summary=summary(metrics),
+        headlines=_headlines(metrics),
+        rows=comparison_rows(metrics),
+        notes=comparison_notes(metrics),
+        plots=[(plot, _data_uri(plot)) for plot in run_plots(metrics, plan, scores)],
+        ranks=_rank_rows(plan, scores),
+        phases=_phases(metrics),
+        total=duration_text(metrics.seconds.total),
+        settings=yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=False),
+    )
+
+
+def _headlines(metrics: Metrics) -> list[Headline]:
+    parameters, perplexity = metrics.parameters, metrics.perplexity
+    verb = "dropped" if metrics.method == "drop" else "replaced"
+    numbers = [
+        Headline(
+            "Parameters removed",
+            f"{metrics.removed_ratio:.1%}",
+            f"{count_text(parameters.dense)} \u2192 {count_text(parameters.compressed)}",
+        ),
+        Headline(
+            f"Size at {metrics.dtype}",
+            size_text(metrics.bytes.compressed),
+            f"from {size_text(metrics.bytes.dense)}",
+        ),
+        Headline(
+            "Perplexity",
+            factor_text(perplexity.dense, perplexity.compressed) or NOT_MEASURED,
+            f"{perplexity_text(perplexity.dense)} \u2192 {perplexity_text(perplexity.compressed)}",
+        ),
+        Headline(f"Layers {verb}", str(len(metrics.layers)), indices_text(metrics.layers)),
+    ]
+    if metrics.seconds.total is not None:
+        memory = metrics.peak_memory_bytes
+        detail = "" if memory is None else f"{size_text(memory)} at its peak"
+        numbers.append(Headline("Time", duration_text(metrics.seconds.total), detail))
+    return numbers
+
+
+def _phases(metrics: Metrics) -> list[Phase]:
+    times = {
+        name: seconds
+        for phase, name in _PHASES.items()
+        if (seconds := getattr(metrics.seconds, phase)) is not None
+    }
+    longest = max(times.values(), default=0.0) or 1.0
+    return [
+        Phase(name, duration_text(seconds), round(100 * seconds / longest, 1))
+        for name, seconds in times.items()
+    ]
+
+
+def _rank_rows(plan: Plan, scores: Mapping[str, Tensor]) -> list[RankRow]:
+    rows = {}
+    for operation in plan.operations:
+        if isinstance(operation, FactorizeLinear):
+            layer, kind = module_place(operation.module)
+            rows[operation.module] = RankRow(layer, kind, operation.rank)
+    for linear in scored_linears(plan, scores):
+        rows[linear.module] = rows[linear.module]._replace(
+            num_components=str(len(linear.scores)),
+            kept_score=f"{linear.kept_score:.1%}",
+            kept_energy=f"{linear.kept_energy:.1%}",
+            num_beyond=str(linear.num_beyond_largest),
+        )
+    return list(rows.values())
+
+
+def _data_uri(plot: Plot) -> str:
+    # An image of its own keeps the identifiers of one SVG apart from those of the next.
+    return "data:image/svg+xml;base64," + base64.b64encode(plot.svg.encode()).decode()

@@ -1,0 +1,180 @@
+"""The folder of one run: safe to start, to kill at any moment, to go on with, and to overwrite.
+
+Without torch and transformers, so that asking for a finished run takes no time.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from grasp_lightning.errors import OutputError
+from grasp_lightning.run_folder.lock import FolderLock, make_folders, remove_made, safe_root
+from grasp_lightning.run_folder.manifest import Manifest
+from grasp_lightning.run_folder.rules import CONFIG_NAME, RunState, classify, config_hash
+from grasp_lightning.run_folder.writer import RunWriter, as_output_error
+
+__all__ = ["RunFolder", "RunState"]
+
+_MEGABYTE = 1_000_000
+
+
+class RunFolder(RunWriter):
+    """One run's folder, locked while it is written.
+
+    Every path is recorded in the folder's manifest before it is written, and every file takes its
+    place complete. So a run that is killed leaves a folder that can be told from a finished one and
+    gone on with, and deleting a run never touches a foreign file. ``open`` makes one.
+
+    Args:
+        root: A folder that ``open`` has checked.
+        state: What was found there.
+        manifest: The list of what is written.
+
+    Attributes:
+        root: The folder, absolute, links resolved.
+        state: What ``open`` found: new, or unfinished with the same configuration, or finished with
+            the same configuration; after ``finish`` finished. A finished run cannot be written.
+    """
+
+    state: RunState
+
+    def __init__(self, root: Path, state: RunState, manifest: Manifest) -> None:
+        super().__init__(root, manifest)
+        self.state = state
+        self._lock: FolderLock | None = None
+        self._made: list[Path] = []
+
+    @classmethod
+    def open(
+        cls,
+        output_dir: str | Path,
+        config: Mapping[str, Any],  # Any: resolved configuration
+        *,
+        overwrite: bool = False,
+        protected: Sequence[str | Path] = (),
+    ) -> Self:
+        """Start a run in a folder, go on with it, or find it finished.
+
+        An ``OutputError`` of one line is raised for a folder that must not be written: it is, holds
+        or lies in a protected folder, is the home or working directory or a parent of them, has
+        another configuration's run or foreign files, cannot be created, or is written by another
+        process.
+
+        Args:
+            output_dir: The run folder; absent folders are made.
+            config: The resolved configuration as plain data. ``output_dir`` and ``overwrite`` in it
+                do not count when it is compared.
+            overwrite: Delete what an earlier run's manifest lists, and start anew, whatever state
+                the earlier run is in.
+            protected: Folders and files that must stay as they are, such as the model's; those that
+                do not exist are passed over.
+
+        Returns:
+            The folder. Finished: nothing was written and no lock is held. Else: locked, with its
+            config.yaml.
+
+        Raises:
+            BaseException: Whatever ended the start, after what it made is removed again.
+        """
+        with as_output_error(Path(output_dir)):
+            root = safe_root(output_dir, protected)
+            # Before the lock, so that refusing and finding a finished run write nothing at all.
+            manifest, found = classify(root, config, overwrite)
+        if manifest is not None and found == "finished":
+            return cls(root, "finished", manifest)
+        made, lock = make_folders(root), None
+        try:
+            lock = FolderLock(root)
+            # Again: until the lock was held, another process may have written.
+            manifest, found = classify(root, config, overwrite)
+            folder = cls._started(root, config, manifest, found)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            remove_made(made)
+            raise
+        folder._lock, folder._made = lock, made
+        if folder.state == "finished":
+            folder.close()
+        return folder
+
+    @classmethod
+    def _started(
+        cls,
+        root: Path,
+        config: Mapping[str, Any],  # Any: resolved configuration
+        manifest: Manifest | None,
+        found: RunState,
+    ) -> Self:
+        if manifest is not None and found == "finished":
+            return cls(root, found, manifest)
+        with as_output_error(root):
+            if manifest is not None and found == "unfinished":
+                manifest.delete_partial(root)
+            else:
+                if manifest is not None:
+                    manifest.delete_listed(root)
+                manifest = Manifest(config_hash=config_hash(config))
+        folder = cls(root, found, manifest)
+        if not folder.path(CONFIG_NAME).exists():
+            folder.write_text(CONFIG_NAME, yaml.safe_dump(dict(config), sort_keys=True))
+        return folder
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the folder free for other processes; what is written stays."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def finish(self) -> None:
+        """Mark the run finished: from now on it is only read."""
+        self._require_writable()
+        finished = replace(self._manifest, state="finished")
+        with as_output_error(self.root):
+            finished.write(self.root)
+        self._manifest = finished
+        self.state = "finished"
+
+    def discard(self) -> None:
+        """Delete all that the run wrote, the folders that ``open`` made, and close.
+
+        For a run that failed at the start by an error of the user's kind. An unfinished run that
+        was gone on with loses its earlier part too.
+        """
+        self._require_writable()
+        with as_output_error(self.root):
+            self._manifest.delete_listed(self.root)
+        self.close()
+        remove_made(self._made)
+
+    def check_free_space(self, bytes_needed: int) -> None:
+        """Check that the disk has room, before time is spent on what could not be saved.
+
+        Args:
+            bytes_needed: Size of what is to be written.
+
+        Raises:
+            OutputError: If less is free.
+        """
+        free = shutil.disk_usage(self.root).free
+        if free < bytes_needed:
+            raise OutputError(
+                f"{self.root} needs {bytes_needed / _MEGABYTE:.1f} MB, but "
+                f"{free / _MEGABYTE:.1f} MB are free; free some space or use another output_dir"
+            )

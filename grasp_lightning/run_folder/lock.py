@@ -1,0 +1,120 @@
+"""Which folder a run may write, and the lock that keeps other processes out of it."""
+
+import fcntl
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from grasp_lightning.errors import OutputError
+from grasp_lightning.run_folder.manifest import remove_if_empty
+
+LOCK_NAME = ".lock"
+
+
+class FolderLock:
+    """An exclusive lock on a folder, which the operating system releases when the process dies.
+
+    Args:
+        root: An existing folder; it is locked at once.
+
+    Raises:
+        OutputError: If another process holds the lock, or the folder cannot be written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._file = root / LOCK_NAME
+        try:
+            self._descriptor = self._take()
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another process writes to {root}; wait for it, or use another output_dir"
+            ) from error
+        except OSError as error:
+            raise OutputError(f"cannot lock {self._file}: {error.strerror}") from error
+
+    def _take(self) -> int:
+        while True:
+            descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The holder before may have removed the file between the two calls: then this lock
+                # is on a file that no later process would find.
+                if self._file.exists() and os.path.samestat(
+                    os.fstat(descriptor), self._file.stat()
+                ):
+                    return descriptor
+            except OSError:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def release(self) -> None:
+        """Remove the lock file and give the folder free."""
+        self._file.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+
+def safe_root(output_dir: str | Path, protected: Sequence[str | Path]) -> Path:
+    """Return the absolute path of an output folder, after a check that writing it harms nothing.
+
+    Args:
+        output_dir: The wanted folder; it need not exist.
+        protected: Folders and files that must stay as they are; absent ones are passed over.
+
+    Returns:
+        The path, links resolved.
+
+    Raises:
+        OutputError: If the path is a file; is, holds or lies in a protected folder; or is the home
+            or the working directory, or holds one of them.
+    """
+    try:
+        root, home = Path(output_dir).expanduser().resolve(), Path.home()
+    except RuntimeError as error:  # no home directory, or a loop of links
+        raise OutputError(f"output_dir {output_dir}: {error}") from error
+    for path in (Path(entry).expanduser() for entry in protected):
+        held = path.resolve()
+        if path.exists() and (held.is_relative_to(root) or root.is_relative_to(held)):
+            raise OutputError(
+                f"output_dir {root} is, holds or lies in {held}, which must stay as it is; "
+                f"use another output_dir"
+            )
+    for name, folder in (("working", Path.cwd()), ("home", home)):
+        if folder.resolve().is_relative_to(root):
+            raise OutputError(
+                f"output_dir {root} is or holds the {name} directory; name a folder of its own"
+            )
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    if not existing.is_dir():
+        raise OutputError(f"output_dir {root}: {existing} is a file, expected a folder")
+    return root
+
+
+def make_folders(root: Path) -> list[Path]:
+    """Make a folder and its absent parents.
+
+    Args:
+        root: An absolute path.
+
+    Returns:
+        The folders that were made, outermost first.
+
+    Raises:
+        OutputError: If the folder cannot be made.
+    """
+    absent = [path for path in (root, *root.parents) if not path.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot create output_dir {root}: {error.strerror}") from error
+    return absent[::-1]
+
+
+def remove_made(made: Sequence[Path]) -> None:
+    """Remove folders that ``make_folders`` made, as far as they are empty.
+
+    Args:
+        made: What ``make_folders`` returned.
+    """
+    for folder in reversed(made):
+        remove_if_empty(folder)

@@ -1,0 +1,156 @@
+"""When a run may start in a folder, when it goes on there, and when it is refused."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from grasp_lightning.errors import OutputError
+from grasp_lightning.run_folder.lock import LOCK_NAME
+from grasp_lightning.run_folder.manifest import MANIFEST_NAME, Manifest, partial_path
+
+RunState = Literal["new", "unfinished", "finished"]
+
+CONFIG_NAME = "config.yaml"
+
+_ADVICE = "use another output_dir or --overwrite"
+_MODEL = "model"
+_RESERVED = (
+    *(CONFIG_NAME, "plan.json", "scores.safetensors", "factors.safetensors", _MODEL),
+    *("metrics.json", "report.html", "checkpoints"),
+)
+# They say where a run goes, not what it is.
+_NOT_COMPARED = ("output_dir", "overwrite")
+
+
+def classify(
+    root: Path,
+    config: Mapping[str, Any],  # Any: resolved configuration
+    overwrite: bool,
+) -> tuple[Manifest | None, RunState]:
+    """Return what an output folder holds; reads, and writes nothing.
+
+    Args:
+        root: The folder, which need not exist.
+        config: The resolved configuration of this run.
+        overwrite: Start anew, whatever the earlier run's configuration and state.
+
+    Returns:
+        The earlier run's manifest, None if there is none, and the state; new with a manifest means
+        that what it lists is to be deleted.
+
+    Raises:
+        OutputError: If the folder holds another configuration's run, or foreign files.
+    """
+    manifest = Manifest.read(root) if root.is_dir() else None
+    if manifest is None:
+        _refuse_foreign_folder(root, overwrite)
+    if manifest is None or overwrite or not manifest.counts(root):
+        for name in _RESERVED:
+            refuse_foreign(root, manifest, name, as_whole=name == _MODEL)
+        return manifest, "new"
+    if manifest.config_hash != config_hash(config):
+        raise OutputError(
+            f"{root} holds a run ({manifest.state}) with another configuration: "
+            f"{first_difference(config, root)}; {_ADVICE}"
+        )
+    return manifest, "finished" if manifest.state == "finished" else "unfinished"
+
+
+def _refuse_foreign_folder(root: Path, overwrite: bool) -> None:
+    if overwrite or not root.is_dir():
+        return
+    own = {LOCK_NAME, partial_path(root / MANIFEST_NAME).name}
+    if foreign := sorted(path.name for path in root.iterdir() if path.name not in own):
+        raise OutputError(
+            f"{root} is not empty and holds no run of this program (it has {foreign[0]}); {_ADVICE}"
+        )
+
+
+def refuse_foreign(
+    root: Path, manifest: Manifest | None, name: str, *, as_whole: bool = False
+) -> None:
+    """Refuse to write where something lies that no run wrote.
+
+    Args:
+        root: The run folder.
+        manifest: What the run wrote.
+        name: Relative path that is going to be written.
+        as_whole: True if it is a folder that is going to be replaced with all that it holds.
+
+    Raises:
+        OutputError: If it exists and the manifest does not list it, or it is a link, which runs
+            never write.
+    """
+    path = root / name
+    known = manifest.listed if manifest is not None else set()
+    foreign = [path] if path.is_symlink() or (path.exists() and name not in known) else []
+    if as_whole and not foreign:
+        inner = (file for file in path.rglob("*") if not file.is_dir())
+        foreign = [file for file in inner if file.relative_to(root).as_posix() not in known]
+    if foreign:
+        raise OutputError(
+            f"{foreign[0]} was not written by this program and is in the way; move it, or use "
+            f"another output_dir"
+        )
+
+
+def config_hash(config: Mapping[str, Any]) -> str:  # Any: resolved configuration
+    """Return the fingerprint of a configuration, without the keys that only say where a run goes.
+
+    Args:
+        config: The resolved configuration as plain data.
+
+    Returns:
+        sha256 in hex.
+    """
+    text = json.dumps(dict(_leaves(config)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def first_difference(config: Mapping[str, Any], root: Path) -> str:  # Any: resolved configuration
+    """Say in which key a configuration differs from the one that a run folder was made with.
+
+    Args:
+        config: The resolved configuration of this run.
+        root: Folder of the earlier run.
+
+    Returns:
+        The first differing key with both values, by alphabet.
+    """
+    file = root / CONFIG_NAME
+    try:
+        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        stored = None
+    if not isinstance(stored, Mapping):
+        return f"{file} is gone or damaged"
+    here, there = dict(_leaves(config)), dict(_leaves(stored))
+    for key in sorted(here.keys() | there.keys()):
+        if (mine := _shown(here, key)) != (theirs := _shown(there, key)):
+            return f"{key} is {mine} here and {theirs} in {file}"
+    return f"{file} was changed after the run"
+
+
+def _shown(leaves: Mapping[str, object], key: str) -> str:
+    return json.dumps(leaves[key]) if key in leaves else "not set"
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield dotted keys and values; 1.0 and 1, a tuple and a list are the same value."""
+    for key, value in config.items():
+        if not prefix and key in _NOT_COMPARED:
+            continue
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _plain(value)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

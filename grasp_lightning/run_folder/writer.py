@@ -1,0 +1,202 @@
+"""Writes into a run folder that are recorded first and take their place complete."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from safetensors import SafetensorError
+
+from grasp_lightning.errors import OutputError
+from grasp_lightning.run_folder.manifest import (
+    Manifest,
+    partial_path,
+    remove_if_empty,
+    replace_synced,
+    sync,
+)
+from grasp_lightning.run_folder.rules import refuse_foreign
+
+
+class RunWriter:
+    """Files and folders of one run, each recorded in the manifest before it is written.
+
+    Args:
+        root: An existing folder.
+        manifest: The list of what is written.
+
+    Attributes:
+        root: The folder, absolute, links resolved.
+    """
+
+    root: Path
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self._manifest = manifest
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file or folder of the run, which need not exist.
+
+        Args:
+            name: Relative path, ``/`` between parts.
+
+        Returns:
+            The path inside ``root``.
+
+        Raises:
+            ValueError: If the name leads out of the folder.
+        """
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or not parts.parts:
+            raise ValueError(f"expected a relative path inside the run folder, got {name!r}")
+        return self.root / name
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file in one step, replacing what the run wrote there before.
+
+        Args:
+            name: Relative path.
+            text: Content.
+
+        Returns:
+            Path of the file.
+        """
+        return self.write_with(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write_json(self, name: str, content: object) -> Path:
+        """Write plain data as JSON in one step: indented, keys sorted, no NaN.
+
+        Args:
+            name: Relative path.
+            content: What ``json.dumps`` takes.
+
+        Returns:
+            Path of the file.
+        """
+        return self.write_text(
+            name, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        )
+
+    def write_with(self, name: str, write: Callable[[Path], object]) -> Path:
+        """Let a library write a file, which takes its place only when it is complete.
+
+        A full disk or a missing permission is an ``OutputError``; nothing of the file is left then.
+
+        Args:
+            name: Relative path.
+            write: Writes one file at the path that it is given.
+
+        Returns:
+            Path of the file.
+        """
+        target = self.path(name)
+        temporary = partial_path(target)
+        with as_output_error(target):
+            self._claim(name)
+            try:
+                write(temporary)
+                replace_synced(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return target
+
+    @contextmanager
+    def new_folder(self, name: str) -> Iterator[Path]:
+        """Give a temporary folder that takes its place, complete, when the block ends.
+
+        What the run wrote at that place before is replaced. After an error the temporary folder is
+        deleted, and the place stays as it was.
+
+        Args:
+            name: Relative path of the folder, such as ``model``.
+
+        Yields:
+            An empty folder ``<name>.partial``.
+        """
+        self._require_writable()
+        target, temporary = self.path(name), self.path(f"{name}.partial")
+        with as_output_error(target):
+            refuse_foreign(self.root, self._manifest, name, as_whole=True)
+            refuse_foreign(self.root, self._manifest, f"{name}.partial")
+            self._record_parents(name)
+            self._manifest.work.add(f"{name}.partial")
+            self._manifest.write(self.root)
+            temporary.mkdir(parents=True)
+            try:
+                yield temporary
+                self._adopt(temporary, name)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+                self._manifest.work.discard(f"{name}.partial")
+                self._manifest.write(self.root)
+
+    def _adopt(self, temporary: Path, name: str) -> None:
+        for old in [file for file in self._manifest.files if file.startswith(f"{name}/")]:
+            self.path(old).unlink(missing_ok=True)
+            self._manifest.files.discard(old)
+        for path in temporary.rglob("*"):
+            listed = self._manifest.folders if path.is_dir() else self._manifest.files
+            listed.add(f"{name}/{path.relative_to(temporary).as_posix()}")
+            if path.is_file():
+                sync(path)
+        self._manifest.folders.add(name)
+        self._manifest.write(self.root)
+        for inner in sorted(self.path(name).rglob("*"), reverse=True):
+            remove_if_empty(inner)
+        temporary.replace(self.path(name))
+
+    def remove(self, name: str) -> None:
+        """Delete a file that the run wrote, if it is there.
+
+        Args:
+            name: Relative path.
+
+        Raises:
+            ValueError: If the run did not write that file.
+        """
+        self._require_writable()
+        if name not in self._manifest.files:
+            raise ValueError(f"{name!r} is not a file of this run")
+        with as_output_error(self.path(name)):
+            self.path(name).unlink(missing_ok=True)
+            self._manifest.files.discard(name)
+            self._manifest.write(self.root)
+
+    def _claim(self, name: str) -> None:
+        self._require_writable()
+        refuse_foreign(self.root, self._manifest, name)
+        if name not in self._manifest.files:
+            self._record_parents(name)
+            self._manifest.files.add(name)
+            self._manifest.write(self.root)
+        self.path(name).parent.mkdir(parents=True, exist_ok=True)
+
+    def _record_parents(self, name: str) -> None:
+        parents = {str(parent) for parent in PurePosixPath(name).parents} - {"."}
+        self._manifest.folders |= {parent for parent in parents if not self.path(parent).exists()}
+
+    def _require_writable(self) -> None:
+        if self._manifest.state == "finished":
+            raise ValueError(f"the run in {self.root} is finished and cannot be written")
+
+
+@contextmanager
+def as_output_error(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into one line.
+
+    Args:
+        path: What is written.
+
+    Yields:
+        Nothing; the block writes.
+
+    Raises:
+        OutputError: If the block fails to write.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write {path}: {reason}") from error

@@ -1,0 +1,1 @@
+"""What hooks collect while a model runs."""

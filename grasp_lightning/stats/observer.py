@@ -1,0 +1,85 @@
+"""Inputs and output gradients of linears, read by hooks, window by window.
+
+Nothing reads ``.grad``: all parameters stay frozen, and what is needed follows from a linear's
+input x and its output gradient dL/dy. So the numbers are exact under any strategy that splits the
+data.
+
+Legend: T tokens of a window, N output and M input features of a linear.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from torch import Tensor, nn
+
+from grasp_lightning.models.calls import hidden_input
+from grasp_lightning.models.decoder import DecoderView
+
+WindowSink = Callable[[str, Tensor, Tensor], None]
+
+
+class LinearObserver:
+    """Hands (x, dL/dy) of every window of every observed linear to a sink during backward.
+
+    The input of the lowest observed decoder layer is cut off from what is below and set to require
+    grad, so that backward ends there.
+
+    Args:
+        view: The model, all parameters frozen.
+        modules: Names of the observed linears, as in the original model.
+        sink: Called with (module name, x ``(T, M)``, dL/dy ``(T, N)``) once per window.
+    """
+
+    def __init__(self, view: DecoderView, modules: tuple[str, ...], sink: WindowSink) -> None:
+        self._view = view
+        self._modules = modules
+        self._sink = sink
+        self._batch_size = 1
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hook the model for the duration of a ``with`` block.
+
+        Yields:
+            Nothing.
+        """
+        with ExitStack() as stack:
+            lowest = self._view.layer(min(self._layers_of(self._modules)))
+            handle = lowest.register_forward_pre_hook(self._start_graph, with_kwargs=True)
+            stack.callback(handle.remove)
+            for name in self._modules:
+                module = self._view.module(name)
+                stack.callback(module.register_forward_hook(self._hook(name)).remove)
+            yield
+
+    def _layers_of(self, modules: tuple[str, ...]) -> set[int]:
+        owners = {name: i for i in self._view.layer_indices for name in self._view.linears(i)}
+        return {owners[name] for name in modules}
+
+    def _start_graph(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        del module
+        hidden = hidden_input(args, kwargs)
+        self._batch_size = hidden.shape[0]
+        leaf = hidden.detach().requires_grad_(True)
+        if args:
+            return (leaf, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": leaf}
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            del module
+            if output.requires_grad:
+                # Some families flatten (B, T, M) to (B * T, M) before a linear.
+                x = args[0].detach().reshape(self._batch_size, -1, args[0].shape[-1])
+                hook = partial(self._split, name, x)
+                output.register_hook(hook)  # type: ignore[no-untyped-call]  # untyped in torch
+
+        return read
+
+    def _split(self, name: str, x: Tensor, grad: Tensor) -> None:
+        grad = grad.detach().reshape(*x.shape[:2], grad.shape[-1])
+        for x_TM, grad_TN in zip(x, grad, strict=True):
+            self._sink(name, x_TM, grad_TN)

@@ -1,0 +1,129 @@
+"""Tiny models built from configs, and a byte-level tokenizer: no test needs a download."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+# Tiny matrices: more threads only wait for each other.
+torch.set_num_threads(1)
+
+VOCABULARY = 260  # 256 bytes and the special tokens
+
+_COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+TINY_CONFIGS: dict[str, dict[str, object]] = {
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+    },
+    "qwen2": {
+        "model_type": "qwen2",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+    },
+    "opt": {
+        "model_type": "opt",
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
+    "gpt_neox": {
+        "model_type": "gpt_neox",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+    },
+}
+FAMILIES = tuple(TINY_CONFIGS)
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """Return a tiny random model of one family, float32, in eval mode.
+
+    Weights are drawn larger than at a usual initialisation, so that layers differ visibly.
+    """
+    torch.manual_seed(seed)
+    options = {**_COMMON, **TINY_CONFIGS[family], **overrides}
+    config = AutoConfig.for_model(str(options.pop("model_type")), **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+            elif name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    model.eval()
+    return model
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one id per byte (0 to 255), then <s>, </s> and <pad>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def save_tiny(path: Path, family: str = "llama", seed: int = 0, **overrides: object) -> Path:
+    """Write a tiny model with its tokenizer as a Hugging Face folder."""
+    tiny_model(family, seed, **overrides).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def make_model() -> Callable[..., PreTrainedModel]:
+    return tiny_model
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    """A tiny Llama with tokenizer, on disk."""
+    return save_tiny(tmp_path / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def grasp_data() -> Path:
+    """Folder of the real development data; the test skips where it is not given."""
+    folder = os.environ.get("GRASP_DATA", "")
+    if folder in ("", "none"):
+        pytest.skip("GRASP_DATA is not set: it names the folder with the real development data")
+    return Path(folder)

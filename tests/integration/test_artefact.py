@@ -1,0 +1,472 @@
+"""Saved models, opened in fresh processes with and without the package."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import grasp_lightning
+from grasp_lightning.errors import ModelError
+from grasp_lightning.models.checkpoint import save_model
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.lowrank import GraspConfig
+from grasp_lightning.models.surgery import apply_operations
+from grasp_lightning.plan import DropLayers
+from tests.conftest import FAMILIES, byte_tokenizer, tiny_model
+from tests.unit.models.helpers import factorize_layers
+
+ROOT = Path(grasp_lightning.__file__).parents[1]
+NEW_TOKENS = 8
+
+# One process opens many folders: importing transformers takes seconds.
+CHILD = """
+import json, sys
+from pathlib import Path
+
+mode, root = sys.argv[1], Path(sys.argv[2])
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "grasp_lightning":
+            raise ModuleNotFoundError(f"{name} is blocked")
+
+if "package" in mode:
+    import transformers, grasp_lightning
+else:
+    sys.meta_path.insert(0, Blocker())
+    try:
+        import grasp_lightning
+    except ModuleNotFoundError:
+        pass
+    else:
+        raise SystemExit("grasp_lightning must not be importable here")
+    import transformers
+
+import torch
+from safetensors.torch import load_file
+
+options = {"trust_remote_code": True} if "trust" in mode else {}
+
+def opened(folder, auto, dtype):
+    model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    return model.eval(), sorted(key for keys in info.values() for key in keys)
+
+def check(folder):
+    expected = load_file(folder.parent / (folder.name + ".safetensors"))
+    ids, dtype = expected["ids"], expected["logits"].dtype
+    model, problems = opened(folder, transformers.AutoModelForCausalLM, dtype)
+    with torch.no_grad():
+        result = {
+            "problems": problems,
+            "logits": torch.equal(model(ids).logits, expected["logits"]),
+            "class": type(model).__module__,
+            "auto_map": hasattr(model.config, "auto_map"),
+        }
+        for use_cache, name in ((True, "cached"), (False, "uncached")):
+            tokens = model.generate(
+                ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
+                use_cache=use_cache,
+            )
+            result[name] = torch.equal(tokens, expected[name])
+        base, _ = opened(folder, transformers.AutoModel, dtype)
+        hidden = base(ids).last_hidden_state
+        result["base"] = torch.equal(hidden, expected["hidden"])
+    return result
+
+results = {}
+for file in sorted(root.glob("*.safetensors")):
+    try:
+        results[file.stem] = check(file.with_suffix(""))
+    except Exception as error:
+        results[file.stem] = {"error": f"{type(error).__name__}: {error}"}
+        try:
+            opened(file.with_suffix(""), transformers.AutoModel, torch.float32)
+        except Exception as error:
+            results[file.stem]["base error"] = f"{type(error).__name__}: {error}"
+print("RESULTS" + json.dumps(results))
+""".replace("NEW_TOKENS", str(NEW_TOKENS))
+
+
+def low_rank(model: PreTrainedModel, rank: int = 5) -> PreTrainedModel:
+    """Factorize every linear of the two middle layers with random factors."""
+    view = DecoderView(model)
+    operations, tensors = factorize_layers(view, (1, 2), rank)
+    apply_operations(view, operations, tensors)
+    return model
+
+
+def dropped(model: PreTrainedModel, layers: tuple[int, ...] = (0, 2)) -> PreTrainedModel:
+    apply_operations(DecoderView(model), [DropLayers(layers=layers)], {})
+    return model
+
+
+@torch.no_grad()
+def behaviour(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    generate: Any = model.generate  # Any: the base class has it only with a head
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(2))
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    return {
+        "ids": ids,
+        "logits": model(ids).logits,
+        "hidden": model.base_model(ids).last_hidden_state,
+        "cached": generate(ids, use_cache=True, **options),
+        "uncached": generate(ids, use_cache=False, **options),
+    }
+
+
+def reopened(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    save_model(model, folder)
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert not loaded.training
+    return loaded
+
+
+Case = Callable[[Path], PreTrainedModel]
+
+
+def cases_of(family: str) -> dict[str, Case]:
+    def model() -> PreTrainedModel:
+        return tiny_model(family)
+
+    return {
+        family: lambda _: low_rank(model()),
+        f"{family}-dropped": lambda _: dropped(model()),
+        f"{family}-low-rank-then-dropped": lambda _: dropped(low_rank(model())),
+        # .to(bfloat16) would round rotary frequencies, from_pretrained computes them in float32.
+        f"{family}-bf16": lambda scratch: reopened(low_rank(model()), scratch, torch.bfloat16),
+        f"{family}-saved-twice": lambda scratch: reopened(low_rank(model()), scratch),
+    }
+
+
+FAST: dict[str, Case] = {
+    **{family: cases_of(family)[family] for family in FAMILIES},
+    "llama-dropped": cases_of("llama")["llama-dropped"],
+    "llama-saved-twice": cases_of("llama")["llama-saved-twice"],
+    "llama-sharded": lambda _: low_rank(tiny_model("llama")),
+}
+SLOW: dict[str, Case] = {
+    **{name: case for family in FAMILIES for name, case in cases_of(family).items()},
+    "opt-tied": lambda _: low_rank(tiny_model("opt", tie_word_embeddings=True)),
+    "opt-untied": lambda _: low_rank(tiny_model("opt", tie_word_embeddings=False)),
+    "llama-biased-tied": lambda _: low_rank(
+        tiny_model("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    ),
+    "qwen2-windows-dropped": lambda _: dropped(
+        tiny_model(
+            "qwen2",
+            use_sliding_window=True,
+            sliding_window=4,
+            layer_types=["full_attention", "sliding_attention"] * 2,
+        ),
+        (1, 2),
+    ),
+}
+SLOW = {name: case for name, case in SLOW.items() if name not in FAST}
+TIERS = {"fast": FAST, "slow": SLOW}
+GOOD = {
+    "problems": [],
+    "logits": True,
+    "auto_map": False,
+    "cached": True,
+    "uncached": True,
+    "base": True,
+}
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+Outcome = Callable[[str, str], dict[str, Any]]
+
+
+def save_all(cases: dict[str, Case], root: Path, scratch: Path) -> None:
+    for name, case in cases.items():
+        model = case(scratch / name)
+        before = behaviour(model)
+        max_shard_size = "20KB" if "sharded" in name else "5GB"
+        save_model(model, root / name, tokenizer=byte_tokenizer(), max_shard_size=max_shard_size)
+        after = behaviour(model)
+        assert all(torch.equal(after[key], before[key]) for key in before), f"save changed {name}"
+        save_file(before, root / f"{name}.safetensors")
+
+
+def run_child(mode: str, root: Path, working_folder: Path) -> dict[str, dict[str, Any]]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(working_folder / "modules")}
+    if "package" in mode:
+        environment["PYTHONPATH"] = str(ROOT)
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", CHILD, mode, str(root)],
+        cwd=working_folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    results: dict[str, dict[str, Any]] = json.loads(process.stdout.rpartition("RESULTS")[2])
+    return results
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder with the models of one tier, saved when first asked for."""
+
+    @cache
+    def tier_folder(tier: str) -> Path:
+        root = tmp_path_factory.mktemp(tier)
+        save_all(TIERS[tier], root, tmp_path_factory.mktemp("scratch"))
+        return root
+
+    return tier_folder
+
+
+@pytest.fixture(scope="module")
+def outcome(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """What one process of a mode saw on opening a model; one process per mode and tier."""
+
+    @cache
+    def results(mode: str, tier: str) -> dict[str, dict[str, Any]]:
+        return run_child(mode, saved(tier), tmp_path_factory.mktemp("child"))
+
+    return lambda mode, name: results(mode, "fast" if name in FAST else "slow")[name]
+
+
+def names(*, plain: bool | None = None, fast: bool = True) -> list[Any]:
+    """Names of all cases for parametrisation; plain ones have no low-rank linear."""
+    chosen = [
+        name
+        for name in (*FAST, *SLOW)
+        if plain is None or plain == (name.endswith("-dropped") and "low-rank" not in name)
+    ]
+    return [
+        name if fast and name in FAST else pytest.param(name, marks=pytest.mark.slow)
+        for name in chosen
+    ]
+
+
+def assert_good(result: dict[str, Any]) -> None:
+    assert {key: value for key, value in result.items() if key != "class"} == GOOD
+    assert result["class"].startswith("transformers.models.")
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_saved_model_loads_bit_equal_after_importing_the_package(
+    outcome: Outcome, name: str
+) -> None:
+    assert_good(outcome("package", name))
+
+
+@pytest.mark.parametrize("name", names(plain=False))
+def test_loading_without_the_package_stops_instead_of_giving_random_layers(
+    outcome: Outcome, name: str
+) -> None:
+    result = outcome("bare", name)
+    assert "mismatch" in result["error"]
+    assert "mismatch" in result["base error"]
+
+
+@pytest.mark.parametrize("name", names(plain=True))
+def test_a_model_with_dropped_layers_only_loads_without_the_package(
+    outcome: Outcome, saved: Callable[[str], Path], name: str
+) -> None:
+    assert_good(outcome("bare", name))
+    folder = saved("fast" if name in FAST else "slow") / name
+    assert not {"quantization_config", "auto_map"} & set(read_config(folder))
+    assert not (folder / "modeling_grasp.py").exists()
+
+
+@pytest.mark.parametrize("name", names())
+def test_remote_code_loads_bit_equal_without_the_package(outcome: Outcome, name: str) -> None:
+    assert_good(outcome("trust", name))
+
+
+@pytest.mark.parametrize("name", names(fast=False))
+def test_remote_code_beside_the_package_changes_nothing(outcome: Outcome, name: str) -> None:
+    assert_good(outcome("package and trust", name))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def test_the_sharded_case_has_several_files_with_right_factors_under_dense_keys(
+    saved: Callable[[str], Path],
+) -> None:
+    folder = saved("fast") / "llama-sharded"
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    keys = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"])
+    assert {
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.mlp.up_proj.left.weight",
+    } <= keys
+    assert not [key for key in keys if key.endswith(".right.weight")]
+
+
+def test_the_config_names_ranks_sorted_and_under_current_numbers(tmp_path: Path) -> None:
+    save_model(dropped(low_rank(tiny_model())), tmp_path)
+    quantization = read_config(tmp_path)["quantization_config"]
+    assert quantization["quant_method"] == "grasp_lightning"
+    assert list(quantization["ranks"]) == sorted(quantization["ranks"])
+    # Layers 0 and 2 are gone, so that layer 1 has become layer 0.
+    assert {name.split(".")[2] for name in quantization["ranks"]} == {"0"}
+    assert set(quantization["ranks"].values()) == {5}
+
+
+def test_a_folder_has_everything_a_user_expects(tmp_path: Path) -> None:
+    save_model(low_rank(tiny_model()), tmp_path, tokenizer=byte_tokenizer())
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_grasp.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_a_second_save_leaves_no_weights_of_the_first(tmp_path: Path) -> None:
+    model = low_rank(tiny_model())
+    save_model(model, tmp_path)
+    save_model(model, tmp_path, max_shard_size="20KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    plain = tiny_model(seed=1)
+    save_model(plain, tmp_path)
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
+    ids = torch.arange(8)[None]
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, plain(ids).logits
+    )
+
+
+def test_plain_save_pretrained_after_surgery_is_as_safe_as_save_model(tmp_path: Path) -> None:
+    model = low_rank(tiny_model("gpt_neox"))
+    ids = torch.arange(8)[None]
+    expected = model(ids).logits
+    for step in ("in memory", "after loading"):
+        folder = tmp_path / step
+        model.save_pretrained(folder)
+        assert "auto_map" not in read_config(folder)
+        keys = load_file(folder / "model.safetensors")
+        assert not [key for key in keys if key.endswith((".right.weight", "$"))]
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_saved_without_its_head_loads_with_one(family: str, tmp_path: Path) -> None:
+    base: Any = low_rank(tiny_model(family)).base_model  # Any: a plain Module to mypy
+    save_model(base, tmp_path)
+    load: Any = AutoModelForCausalLM.from_pretrained  # Any: two results with loading info
+    model, info = load(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) <= {"lm_head.weight"}
+    assert not info["unexpected_keys"]
+    ids = torch.arange(8)[None]
+    assert torch.equal(model.eval().base_model(ids).last_hidden_state, base(ids).last_hidden_state)
+    assert all(
+        name in dict(model.named_modules()) for name in model.config.quantization_config.ranks
+    )
+
+
+def test_a_loaded_model_may_change_dtype_and_train(tmp_path: Path) -> None:
+    model = reopened(low_rank(tiny_model()), tmp_path)
+    assert model.half().dtype == torch.float16
+    model.float()(torch.arange(8)[None]).logits.sum().backward()
+    gradients = {key: value.grad for key, value in model.named_parameters()}
+    for side in ("left", "right"):
+        gradient = gradients[f"model.layers.1.mlp.up_proj.{side}.weight"]
+        assert gradient is not None
+        assert gradient.abs().sum() > 0
+
+
+def test_save_refuses_a_rank_whose_right_factor_would_pass_for_the_dense_weight(
+    tmp_path: Path,
+) -> None:
+    model = low_rank(tiny_model(num_key_value_heads=1), rank=8)  # k_proj: 32 -> 8
+    with pytest.raises(ModelError, match=r"k_proj has rank 8 for as many output features"):
+        save_model(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(ValueError, match=r"k_proj has rank 8 for as many output features"):
+        model.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_save_refuses_a_model_quantized_otherwise(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ModelError, match="is quantized with bitsandbytes"):
+        save_model(model, tmp_path)
+
+
+def test_save_refuses_a_config_that_would_rebuild_another_model(tmp_path: Path) -> None:
+    # Which layers are sparse is said by number in this family: after a drop the wrong ones are.
+    sparse = {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
+    config = AutoConfig.for_model("qwen3_moe", num_hidden_layers=3, **SMALL, **sparse)
+    model = dropped(AutoModelForCausalLM.from_config(config), (0,))
+    with pytest.raises(ModelError, match=r"would rebuild another model: model.layers.0.mlp"):
+        save_model(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_save_draws_no_random_numbers(tmp_path: Path) -> None:
+    model = low_rank(tiny_model())
+    state = torch.get_rng_state()
+    save_model(model, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("module", "rank", "message"),
+    [
+        ("mlp.nothing", 5, "names model.layers.1.mlp.nothing, but LlamaForCausalLM has no such"),
+        ("mlp.up_proj", 33, "rank 33 of model.layers.1.mlp.up_proj does not fit"),
+        ("mlp.up_proj", 0, "rank of model.layers.1.mlp.up_proj must be a positive integer, got 0"),
+        ("mlp", 5, "model.layers.1.mlp must be a Linear, got LlamaMLP"),
+    ],
+)
+def test_a_wrong_entry_of_the_config_is_named(
+    tmp_path: Path, module: str, rank: int, message: str
+) -> None:
+    save_model(low_rank(tiny_model()), tmp_path)
+    config = read_config(tmp_path)
+    config["quantization_config"]["ranks"][f"model.layers.1.{module}"] = rank
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_rank_other_than_the_stored_one_does_not_load(tmp_path: Path) -> None:
+    save_model(low_rank(tiny_model()), tmp_path)
+    config = read_config(tmp_path)
+    config["quantization_config"]["ranks"]["model.layers.1.mlp.up_proj"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_dense_checkpoint_cannot_be_declared_low_rank(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="require the model to be pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(
+            tiny_folder, quantization_config=GraspConfig({"model.layers.1.mlp.up_proj": 4})
+        )

@@ -1,0 +1,121 @@
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("grasp_lightning", "callbacks")
+NOT_SOURCE = shutil.ignore_patterns(
+    ".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "lightning_logs"
+)
+HEAVY = ("datasets", "deepspeed", "lightning", "lm_eval", "matplotlib", "peft")
+
+
+def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def pip(*arguments: str | Path, cwd: Path) -> None:
+    done = run(sys.executable, "-m", "pip", *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def source_files(package: str) -> Iterator[str]:
+    for path in (ROOT / package).rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            yield path.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the tree: a build leaves files beside its sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, folder / "tree", ignore=NOT_SOURCE)
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, folder / "tree", cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    pip("install", "--no-deps", "--no-index", "--target", folder, wheel, cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def hostile_folder(tmp_path: Path) -> Path:
+    """A user's folder that has a ``callbacks`` package of its own."""
+    package = tmp_path / "callbacks"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('the callbacks of the user')\n")
+    return tmp_path
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_wheel_installs_two_top_level_names(wheel: Path) -> None:
+    top_level = {name.split("/")[0] for name in names_in(wheel)}
+    assert {name for name in top_level if not name.endswith(".dist-info")} == set(PACKAGES)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_wheel_holds_every_file_of_a_package(package: str, wheel: Path) -> None:
+    held = {name for name in names_in(wheel) if name.startswith(f"{package}/")}
+    expected = set(source_files(package))
+    assert f"{package}/py.typed" in expected
+    assert held == expected
+
+
+def test_wheel_carries_the_licence(wheel: Path) -> None:
+    (licence,) = (name for name in names_in(wheel) if name.endswith("/licenses/LICENSE"))
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [("--help",), ("compress", "--help")], ids=" ".join)
+def test_installed_program_ignores_a_callbacks_package_of_the_working_directory(
+    arguments: tuple[str, ...], installed: Path, hostile_folder: Path
+) -> None:
+    program = installed / "bin" / "grasp-lightning"
+    done = run(sys.executable, program, *arguments, cwd=hostile_folder, PYTHONPATH=str(installed))
+    assert done.returncode == 0, done.stderr
+    assert "compress" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_installed_packages_are_found_before_those_of_the_working_directory(
+    package: str, installed: Path, hostile_folder: Path
+) -> None:
+    # A script beside the installed program has the same search path as the program.
+    script = installed / "bin" / "where.py"
+    script.write_text(
+        f"import importlib.util\nprint(importlib.util.find_spec({package!r}).origin)\n"
+    )
+    done = run(sys.executable, script, cwd=hostile_folder, PYTHONPATH=str(installed))
+    assert Path(done.stdout.strip()) == installed / package / "__init__.py", done.stderr
+
+
+def test_importing_the_library_loads_no_heavy_package() -> None:
+    code = f"import sys, grasp_lightning; print(*sorted(set({HEAVY}) & set(sys.modules)))"
+    done = run(sys.executable, "-c", code, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []

@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grasp_lightning.commands.parsing import parse, to_dict
+from grasp_lightning.config import CompressConfig
+from grasp_lightning.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
+
+
+def parsed(*argv: str) -> CompressConfig:
+    return parse(CompressConfig, "cli.py compress", argv)
+
+
+def write(path: Path, text: str) -> str:
+    file = path / "run.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_every_shipped_config_parses(file: Path) -> None:
+    assert parsed(f"--config={file}").output_dir
+
+
+def test_flags_override_files(tmp_path: Path) -> None:
+    file = write(tmp_path, "model: {path: a}\nmethod: {num_layers: 3, keep_ratio: 0.2}\n")
+    config = parsed("--config", file, "--method.keep_ratio=0.3", "--model.path", "b")
+    assert (config.model.path, config.method.num_layers, config.method.keep_ratio) == ("b", 3, 0.3)
+
+
+def test_lists_become_tuples() -> None:
+    assert parsed("--model.path=a", "--method.layers=[3,1]").method.layers == (3, 1)
+
+
+@pytest.mark.parametrize("argv", [["--overwrite"], ["--overwrite=true"], ["--overwrite", "true"]])
+def test_a_flag_needs_no_value(argv: list[str]) -> None:
+    assert parsed("--model.path=a", *argv).overwrite is True
+    assert parsed(*argv, "--model.path=a").overwrite is True
+
+
+def test_a_configuration_survives_yaml(tmp_path: Path) -> None:
+    config = parsed("--model.path=a", "--method.layers=[3,1]", "--output_dir=x")
+    file = write(tmp_path, yaml.safe_dump(to_dict(config)))
+    assert parsed(f"--config={file}") == config
+
+
+def test_print_config_shows_yaml_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed("--model.path=a", "--print_config")
+    assert ended.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["path"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method: {bogus: 1}", "run.yaml: unknown key method.bogus; allowed: method.name, method."),
+        ("methods: {name: grasp}", "run.yaml: unknown key methods; did you mean method?"),
+        ("method: {keep_ration: 0.1}", "did you mean method.keep_ratio?"),
+        (
+            "method: {num_layers: many}",
+            "method.num_layers: expected a whole number or null, got 'many'",
+        ),
+        ("method: {keep_ratio: much}", "method.keep_ratio: expected a number or null, got 'much'"),
+        ("method: {terms: some}", "method.terms: expected one of full, sigma or null, got 'some'"),
+        ("method: {layers: [1, x]}", "method.layers: expected a list such as [20, 21] or null"),
+        ("method: 3", "run.yaml: method: expected a section of keys, got 3"),
+        ("overwrite: maybe", "overwrite: expected true or false, got 'maybe'"),
+        ("model: [", "run.yaml: not valid YAML"),
+        ("- a\n- b", "run.yaml: expected keys and values, got list"),
+    ],
+)
+def test_mistakes_in_a_file_name_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as error:
+        parsed(f"--config={file}")
+    assert message in str(error.value)
+    assert str(error.value).startswith(file)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--model.path=a", "--method.bogus=1"],
+            "command line: unknown option --method.bogus; allowed:",
+        ),
+        (
+            ["--model.path=a", "--method.num_layers=x"],
+            "command line: method.num_layers: expected a whole",
+        ),
+        (
+            ["--model.path=a", "--seed=1.5"],
+            "command line: seed: expected a whole number, got '1.5'",
+        ),
+        (["--config=nowhere.yaml"], "--config nowhere.yaml: no such file"),
+        (["--config"], "--config needs the path of a YAML file"),
+        (["--model.path=a", "stray"], "stray"),
+        ([], "model.path is not set"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parsed(*argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

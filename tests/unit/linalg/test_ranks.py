@@ -1,0 +1,113 @@
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from grasp_lightning.linalg.ranks import (
+    factor_parameters,
+    rank_for_keep_ratio,
+    stays_dense,
+    top_components,
+)
+
+
+@pytest.mark.parametrize(
+    ("keep_ratio", "out_features", "in_features", "rank"),
+    [
+        (0.1, 4096, 4096, 204),
+        (0.1, 4096, 11008, 298),
+        (0.1, 11008, 4096, 298),
+        (1.0, 4096, 4096, 2048),
+        (1, 3, 6, 2),
+        (1e-05, 64, 64, 1),
+        (0.5, 1, 1, 1),
+    ],
+)
+def test_rank_of_known_sizes(
+    keep_ratio: float, out_features: int, in_features: int, rank: int
+) -> None:
+    assert rank_for_keep_ratio(keep_ratio, out_features, in_features) == rank
+
+
+@pytest.mark.parametrize(
+    ("keep_ratio", "out_features", "in_features", "rank"),
+    [(0.29, 16, 100, 4), (0.7, 45, 90, 21), (0.7, 90, 180, 42), (0.35, 90, 180, 21)],
+)
+def test_budget_that_is_a_whole_rank_is_used_up(
+    keep_ratio: float, out_features: int, in_features: int, rank: int
+) -> None:
+    in_floating_point = keep_ratio * out_features * in_features / (out_features + in_features)
+    assert int(in_floating_point) == rank - 1
+    assert rank_for_keep_ratio(keep_ratio, out_features, in_features) == rank
+
+
+@pytest.mark.parametrize("keep_ratio", [0, 0.0, -0.1, 1.0000001, 10, float("nan"), float("inf")])
+def test_keep_ratio_out_of_range_is_refused(keep_ratio: float) -> None:
+    message = f"keep_ratio must be above 0 and at most 1, got {keep_ratio}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        rank_for_keep_ratio(keep_ratio, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("keep_ratio", "percent"), [(0.05, 22.8), (0.10, 21.6), (0.15, 20.4), (0.20, 19.2)]
+)
+def test_eight_layers_of_llama_2_7b_lose_the_share_that_the_paper_setting_gives(
+    keep_ratio: float, percent: float
+) -> None:
+    shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+    dense = sum(rows * columns for rows, columns in shapes)
+    kept = sum(
+        factor_parameters(rank_for_keep_ratio(keep_ratio, *shape), *shape) for shape in shapes
+    )
+    assert round(100 * 8 * (dense - kept) / 6_738_415_616, 1) == percent
+
+
+def test_equal_parameters_already_stay_dense() -> None:
+    assert stays_dense(2048, 4096, 4096)
+    assert not stays_dense(2047, 4096, 4096)
+
+
+@pytest.mark.parametrize("function", [factor_parameters, stays_dense])
+def test_rank_below_one_is_refused(function: Callable[[int, int, int], object]) -> None:
+    with pytest.raises(ValueError, match=r"^rank must be at least 1, got 0$"):
+        function(0, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "function", [factor_parameters, stays_dense, lambda _, m, n: rank_for_keep_ratio(0.5, m, n)]
+)
+@pytest.mark.parametrize(("out_features", "in_features"), [(0, 5), (5, 0)])
+def test_linear_without_outputs_or_inputs_is_refused(
+    function: Callable[[int, int, int], object], out_features: int, in_features: int
+) -> None:
+    message = rf"^a linear needs at least one output and one input, got {out_features} x "
+    with pytest.raises(ValueError, match=message):
+        function(1, out_features, in_features)
+
+
+def test_top_components_come_in_ascending_order() -> None:
+    assert top_components(torch.tensor([0.1, 5.0, 0.2, 7.0, 6.0]), 3) == (1, 3, 4)
+
+
+def test_ties_go_to_the_lower_index_in_long_vectors() -> None:
+    assert top_components(torch.ones(5000), 100) == tuple(range(100))
+
+
+@pytest.mark.parametrize("rank", [0, -1, 4])
+def test_rank_out_of_range_is_refused(rank: int) -> None:
+    message = f"rank must lie in [1, 3], the number of scores, got {rank}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        top_components(torch.ones(3), rank)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_scores_are_refused(value: float) -> None:
+    message = f"scores has 1 non-finite entries of 3, the first is {value} at component 1"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        top_components(torch.tensor([1.0, value, 2.0]), 1)
+
+
+def test_scores_of_two_dimensions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^scores must have shape \(K,\), got \(2, 3\)$"):
+        top_components(torch.ones(2, 3), 1)

@@ -1,0 +1,141 @@
+"""The contract of every method: pure decisions, from statistics that could come from anywhere."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from grasp_lightning.config import MethodConfig, MethodName
+from grasp_lightning.errors import ConfigError, NumericsError
+from grasp_lightning.linalg.ranks import rank_for_keep_ratio
+from grasp_lightning.methods import METHODS, build_method, resolve_method
+from grasp_lightning.methods.layer_choice import LayerChoice
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.surgery import parameters_after
+from grasp_lightning.pipeline import compress
+from grasp_lightning.plan import DropLayers, FactorizeLinear, Plan, SelectLayers
+from grasp_lightning.stats.base import Statistics, Step
+from tests.conftest import tiny_model
+
+SIMILARITY = torch.tensor([0.2, 0.9, 0.5, 0.9])
+
+
+def stored_statistics(view: DecoderView, step: Step) -> Statistics:
+    """Measure nothing: the layer metric is made up, every component scores its index."""
+    del view
+    scores = {name: torch.arange(basis.s.numel()).float() for name, basis in step.bases.items()}
+    return Statistics(layer_metric=SIMILARITY, component_scores=scores)
+
+
+def method_config(name: MethodName, keep_ratio: float | None = None) -> MethodConfig:
+    return resolve_method(MethodConfig(name=name, num_layers=2, keep_ratio=keep_ratio))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_decide_leaves_the_model_unchanged(name: MethodName) -> None:
+    model = tiny_model()
+    view, method = DecoderView(model), build_method(method_config(name))
+    plan = Plan(method=name)
+    step = method.next_step(view, plan)
+    assert step is not None
+    select = method.decide(step, view, stored_statistics(view, step))
+    before = copy.deepcopy(model.state_dict())
+    step = method.next_step(view, plan.extended(select.operations))
+    assert step is not None
+    decision = method.decide(step, view, stored_statistics(view, step))
+    assert decision.operations
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_steps_end_and_the_size_is_as_predicted(name: MethodName) -> None:
+    view, method = DecoderView(tiny_model()), build_method(method_config(name))
+    untouched = DecoderView(tiny_model())
+    plan = compress(view, method, stored_statistics, Plan(method=name), lambda *_: None)
+    assert plan.complete
+    assert method.next_step(view, plan) is None
+    assert plan.selected_layers == (1, 3)
+    expected = parameters_after(untouched, plan.operations)
+    assert sum(p.numel() for p in view.model.parameters()) == expected
+
+
+def test_grasp_keeps_the_best_scored_components_at_the_ratio() -> None:
+    view = DecoderView(tiny_model())
+    method = build_method(method_config("grasp", keep_ratio=0.3))
+    plan = compress(view, method, stored_statistics, Plan(method="grasp"), lambda *_: None)
+    factorized = [op for op in plan.operations if isinstance(op, FactorizeLinear)]
+    assert len(factorized) == 2 * 7
+    for op in factorized:
+        linear = DecoderView(tiny_model()).module(op.module)
+        assert isinstance(linear, nn.Linear)
+        rows, columns = linear.weight.shape
+        assert op.rank == rank_for_keep_ratio(0.3, rows, columns)
+        last = min(rows, columns)
+        assert op.components == tuple(range(last - op.rank, last))
+
+
+def test_keep_ratio_zero_deletes_the_layers() -> None:
+    view = DecoderView(tiny_model())
+    method = build_method(method_config("grasp", keep_ratio=0.0))
+    plan = compress(view, method, stored_statistics, Plan(method="grasp"), lambda *_: None)
+    assert plan.operations == (SelectLayers(layers=(1, 3)), DropLayers(layers=(1, 3)))
+
+
+def test_magnitude_needs_no_pass_and_keeps_the_largest_singular_values() -> None:
+    config = resolve_method(MethodConfig(layers=(2,), score="magnitude", keep_ratio=0.3))
+    method, view = build_method(config), DecoderView(tiny_model())
+    asked = []
+
+    def measure(view: DecoderView, step: Step) -> Statistics:
+        del view
+        asked.append(step.needs.is_empty)
+        return Statistics()
+
+    plan = compress(view, method, measure, Plan(method="grasp"), lambda *_: None)
+    assert asked == [True, True]
+    for op in plan.operations[1:]:
+        assert isinstance(op, FactorizeLinear)
+        assert op.components == tuple(range(op.rank))
+
+
+def test_a_run_goes_on_from_its_plan() -> None:
+    method = build_method(method_config("grasp"))
+    whole, plans = DecoderView(tiny_model()), []
+    final = compress(
+        whole, method, stored_statistics, Plan(method="grasp"), lambda plan, _: plans.append(plan)
+    )
+    resumed = compress(
+        DecoderView(tiny_model()), method, stored_statistics, plans[0], lambda *_: None
+    )
+    assert resumed.to_json() == final.to_json()
+
+
+def test_ties_between_layers_go_to_the_lower_index() -> None:
+    choice = LayerChoice(num_layers=1)
+    assert choice.chosen(Statistics(layer_metric=SIMILARITY)) == (1,)
+
+
+def test_angular_chooses_the_contiguous_block_of_smallest_distance() -> None:
+    choice = LayerChoice(num_layers=2, metric="angular")
+    assert choice.chosen(Statistics(layer_metric=torch.tensor([0.3, 0.1, 0.2]))) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (LayerChoice(num_layers=5), "method.num_layers is 5, but the model has 4 decoder layers"),
+        (LayerChoice(layers=(1, 4)), "method.layers names 4, but the model has layers 0 to 3"),
+    ],
+)
+def test_more_layers_than_the_model_has_are_refused(choice: LayerChoice, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choice.step(DecoderView(tiny_model()))
+
+
+def test_a_metric_that_is_not_finite_names_its_layer() -> None:
+    stats = Statistics(layer_metric=torch.tensor([0.1, 0.2, float("nan")]))
+    with pytest.raises(NumericsError, match="layer 2"):
+        LayerChoice(num_layers=1).chosen(stats)

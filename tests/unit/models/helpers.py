@@ -1,0 +1,57 @@
+"""What several tests of models need: models without weights, and random factors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.plan import FactorizeLinear, Operation
+from tests.conftest import tiny_model
+
+META = torch.device("meta")
+
+
+def meta_model(family: str, **overrides: object) -> PreTrainedModel:
+    """A model on the meta device; moving a real one there with ``.to`` would untie it."""
+    config = tiny_model(family, 0, **overrides).config
+    with META:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    to: Any = model.to  # Any: transformers annotates its wrapper of .to wrongly
+    converted: PreTrainedModel = to(dtype)
+    return converted
+
+
+def random_factors(
+    view: DecoderView, operations: Sequence[Operation], seed: int = 1
+) -> dict[str, Tensor]:
+    """Random factors of the right shapes for all operations that need some."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for operation in operations:
+        if isinstance(operation, FactorizeLinear):
+            linear = view.module(operation.module)
+            assert isinstance(linear, nn.Linear)
+            left = (linear.out_features, operation.rank)
+            right = (operation.rank, linear.in_features)
+            tensors[f"{operation.module}.left"] = torch.randn(left, generator=generator) * 0.2
+            tensors[f"{operation.module}.right"] = torch.randn(right, generator=generator) * 0.2
+    return tensors
+
+
+def factorize_layers(
+    view: DecoderView, layers: Sequence[int], rank: int
+) -> tuple[list[Operation], dict[str, Tensor]]:
+    """Operations and factors that replace all linears of some layers."""
+    operations: list[Operation] = [
+        FactorizeLinear(module=module, rank=rank, components=None)
+        for layer in layers
+        for module in view.linears(layer)
+    ]
+    return operations, random_factors(view, operations)

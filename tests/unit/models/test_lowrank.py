@@ -1,0 +1,105 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
+)
+
+from grasp_lightning.models import lowrank
+from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantizer
+from grasp_lightning.models.lowrank import (
+    GraspConfig,
+    GraspQuantizer,
+    LowRankLinear,
+    is_low_rank,
+    low_rank_linears,
+    ranks_of,
+)
+from tests.conftest import tiny_model
+
+
+def test_output_is_left_times_right_times_input_plus_bias() -> None:
+    linear = LowRankLinear(6, 5, 2, bias=True, dtype=torch.float64)
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    expected = x @ (linear.left.weight @ linear.right.weight).mT + linear.left.bias
+    torch.testing.assert_close(linear(x), expected)
+    assert (linear.in_features, linear.out_features, linear.rank) == (6, 5, 2)
+    assert linear.right.bias is None
+
+
+def test_without_bias_there_are_two_parameters() -> None:
+    shapes = {name: tuple(p.shape) for name, p in LowRankLinear(6, 5, 2).named_parameters()}
+    assert shapes == {"right.weight": (2, 6), "left.weight": (5, 2)}
+
+
+def test_device_and_dtype_are_those_asked_for() -> None:
+    linear = LowRankLinear(6, 5, 2, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in linear.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_a_copy_of_the_file_is_recognised_and_leaves_the_registry_alone() -> None:
+    copied: dict[str, Any] = {"__name__": "copied"}
+    exec(compile(Path(lowrank.__file__).read_text(encoding="utf-8"), "copied.py", "exec"), copied)
+    assert copied["LowRankLinear"] is not LowRankLinear
+    assert is_low_rank(copied["LowRankLinear"](6, 5, 2))
+    assert not is_low_rank(torch.nn.Linear(6, 5))
+    assert AUTO_QUANTIZER_MAPPING["grasp_lightning"] is GraspQuantizer
+
+
+def test_transformers_finds_config_and_quantizer_by_name() -> None:
+    stored = {"quant_method": "grasp_lightning", "ranks": {"a.b": 3}}
+    config = AutoQuantizationConfig.from_dict(stored)
+    assert isinstance(config, GraspConfig)
+    assert config.to_dict() == stored
+    quantizer = AutoHfQuantizer.from_config(config)
+    assert isinstance(quantizer, GraspQuantizer)
+    assert quantizer.is_trainable
+    assert quantizer.is_qat_trainable
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, "3", True, None])
+def test_a_rank_that_is_no_positive_integer_is_named(rank: object) -> None:
+    with pytest.raises(ValueError, match=r"rank of a\.b must be a positive integer, got"):
+        GraspConfig({"a.b": rank})  # type: ignore[dict-item]  # what a config.json may hold
+
+
+def test_keys_of_a_newer_format_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown keys \['scales'\].*newer version"):
+        AutoQuantizationConfig.from_dict({"quant_method": "grasp_lightning", "scales": {}})
+
+
+def test_ranks_are_listed_under_full_names_in_sorted_order() -> None:
+    model = tiny_model()
+    for name, rank in (("model.layers.2.mlp.up_proj", 3), ("model.layers.0.mlp.up_proj", 4)):
+        model.set_submodule(name, LowRankLinear(32, 48, rank))
+    assert list(ranks_of(model).items()) == [
+        ("model.layers.0.mlp.up_proj", 4),
+        ("model.layers.2.mlp.up_proj", 3),
+    ]
+    assert list(low_rank_linears(model)) == list(ranks_of(model))
+
+
+def test_attaching_follows_the_low_rank_linears_that_are_there() -> None:
+    model = tiny_model()
+    attach_quantizer(model)
+    assert getattr(model, "hf_quantizer", None) is None
+    dense = model.get_submodule("model.layers.0.mlp.up_proj")
+    model.set_submodule("model.layers.0.mlp.up_proj", LowRankLinear(32, 48, 4))
+    attach_quantizer(model)
+    assert model.config.quantization_config.ranks == {"model.layers.0.mlp.up_proj": 4}
+    assert foreign_quantizer(model) is None
+    model.set_submodule("model.layers.0.mlp.up_proj", dense)
+    attach_quantizer(model)
+    assert getattr(model, "hf_quantizer", None) is None
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_another_quantization_method_is_named() -> None:
+    model = tiny_model()
+    assert foreign_quantizer(model) is None
+    model.config.quantization_config = {"quant_method": "gptq"}
+    assert foreign_quantizer(model) == "gptq"

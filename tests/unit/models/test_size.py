@@ -1,0 +1,73 @@
+import pytest
+import torch
+from torch import nn
+
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.lowrank import LowRankLinear
+from grasp_lightning.models.size import (
+    ModelSize,
+    count_decoder_linears,
+    count_parameters,
+    measure_size,
+)
+from tests.conftest import FAMILIES, VOCABULARY, tiny_model
+from tests.unit.models.helpers import in_dtype, meta_model
+
+# q, o: 32 x 32; k, v: 16 x 32; gate, up, down: 48 x 32.
+LLAMA_LAYER = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32
+
+
+def test_tied_embeddings_count_once() -> None:
+    tied, untied = (tiny_model("llama", tie_word_embeddings=tie) for tie in (True, False))
+    assert count_parameters(untied) - count_parameters(tied) == VOCABULARY * 32
+
+
+def test_a_llama_has_the_parameters_of_its_shapes() -> None:
+    view = DecoderView(tiny_model())
+    assert count_decoder_linears(view) == 4 * LLAMA_LAYER
+    norms = 4 * 2 * 32 + 32
+    assert count_parameters(view.model) == 4 * LLAMA_LAYER + norms + 2 * VOCABULARY * 32
+
+
+def test_biases_of_linears_count_but_norms_do_not() -> None:
+    plain = count_decoder_linears(DecoderView(tiny_model()))
+    biased = count_decoder_linears(DecoderView(tiny_model(mlp_bias=True)))
+    assert biased - plain == 4 * (48 + 48 + 32)
+
+
+def test_factors_count_in_place_of_the_dense_linear() -> None:
+    view = DecoderView(tiny_model())
+    view.set_module("model.layers.1.mlp.up_proj", LowRankLinear(32, 48, 5))
+    assert count_decoder_linears(view) == 4 * LLAMA_LAYER - 48 * 32 + 5 * (48 + 32)
+
+
+def test_dropped_layers_do_not_count() -> None:
+    view = DecoderView(tiny_model())
+    view.drop([0, 3])
+    assert count_decoder_linears(view) == 2 * LLAMA_LAYER
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_meta_device_gives_the_same_counts(family: str) -> None:
+    real, meta = tiny_model(family), meta_model(family)
+    assert count_parameters(meta) == count_parameters(real) == real.num_parameters()
+    assert count_decoder_linears(DecoderView(meta)) == count_decoder_linears(DecoderView(real))
+
+
+def test_bytes_follow_the_dtype_or_the_element_size_asked_for() -> None:
+    view = DecoderView(in_dtype(tiny_model(), torch.bfloat16))
+    size = measure_size(view)
+    linears = 4 * LLAMA_LAYER
+    assert size == ModelSize(
+        parameters=count_parameters(view.model),
+        decoder_linear_parameters=linears,
+        bytes=2 * count_parameters(view.model),
+        decoder_linear_bytes=2 * linears,
+    )
+    assert measure_size(view, element_size=4).decoder_linear_bytes == 4 * linears
+
+
+def test_a_parameter_shared_by_two_modules_counts_once() -> None:
+    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    second.weight = first.weight
+    assert count_parameters(nn.ModuleList([first, second])) == 9

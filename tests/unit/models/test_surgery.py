@@ -1,0 +1,196 @@
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from grasp_lightning.errors import PlanError
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.lowrank import LowRankLinear
+from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.surgery import apply_operations, parameters_after
+from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation, SelectLayers
+from tests.conftest import FAMILIES, tiny_model
+from tests.unit.models.helpers import factorize_layers, in_dtype, meta_model, random_factors
+
+UP = "model.layers.1.mlp.up_proj"  # 48 x 32
+IDS = torch.arange(12).reshape(2, 6)
+
+
+def factorize(
+    module: str = UP, rank: int = 3, components: tuple[int, ...] | None = None
+) -> FactorizeLinear:
+    return FactorizeLinear(module=module, rank=rank, components=components)
+
+
+def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_factorized_model_computes_with_the_product_of_its_factors(family: str) -> None:
+    dense, low_rank = DecoderView(tiny_model(family)), DecoderView(tiny_model(family))
+    operations, tensors = factorize_layers(low_rank, (1, 3), rank=3)
+    apply_operations(low_rank, operations, tensors)
+    for module in {key.rpartition(".")[0] for key in tensors}:
+        linear = dense.module(module)
+        assert isinstance(linear, nn.Linear)
+        linear.weight.data = tensors[f"{module}.left"] @ tensors[f"{module}.right"]
+    torch.testing.assert_close(
+        low_rank.model(IDS).logits, dense.model(IDS).logits, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_factors_are_copies_in_the_place_of_the_weight_with_the_old_bias() -> None:
+    view = DecoderView(in_dtype(tiny_model(mlp_bias=True), torch.bfloat16))
+    old = view.linears(1)[UP]
+    tensors = random_factors(view, [factorize()])
+    # Not contiguous, as a slice of columns of U is not.
+    tensors[f"{UP}.left"] = tensors[f"{UP}.left"].mT.contiguous().mT
+    apply_operations(view, [factorize()], tensors)
+    new = view.module(UP)
+    assert isinstance(new, LowRankLinear)
+    assert new.left.bias is old.bias
+    for linear, key in ((new.left, "left"), (new.right, "right")):
+        assert torch.equal(linear.weight, tensors[f"{UP}.{key}"].to(torch.bfloat16))
+        assert linear.weight.is_contiguous()
+        assert linear.weight.data_ptr() != tensors[f"{UP}.{key}"].data_ptr()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_training_state_is_that_of_the_old_linear(training: bool, requires_grad: bool) -> None:
+    view = DecoderView(tiny_model())
+    view.linears(1)[UP].train(training).requires_grad_(requires_grad)
+    apply_operations(view, [factorize()], random_factors(view, [factorize()]))
+    new = view.module(UP)
+    assert {module.training for module in new.modules()} == {training}
+    assert {parameter.requires_grad for parameter in new.parameters()} == {requires_grad}
+
+
+def test_surgery_draws_no_random_numbers() -> None:
+    view = DecoderView(tiny_model())
+    tensors = random_factors(view, [factorize()])
+    before = torch.get_rng_state()
+    apply_operations(view, [factorize()], tensors)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_on_the_meta_device_gets_its_structure() -> None:
+    view, real = DecoderView(meta_model("llama")), DecoderView(tiny_model())
+    operations: list[Operation] = [factorize(), DropLayers(layers=(0,))]
+    tensors = random_factors(real, operations)
+    apply_operations(view, operations, tensors)
+    apply_operations(real, operations, tensors)
+    assert {k: v.shape for k, v in view.model.state_dict().items()} == {
+        k: v.shape for k, v in real.model.state_dict().items()
+    }
+    assert {parameter.device.type for parameter in view.model.parameters()} == {"meta"}
+
+
+def test_operations_use_original_numbers_in_any_order() -> None:
+    operations: list[Operation] = [factorize("model.layers.3.mlp.up_proj"), DropLayers(layers=(1,))]
+    first, second = DecoderView(tiny_model()), DecoderView(tiny_model())
+    tensors = random_factors(first, operations)
+    apply_operations(first, operations, tensors)
+    for operation in reversed(operations):
+        apply_operations(second, [operation], tensors)
+    assert torch.equal(first.model(IDS).logits, second.model(IDS).logits)
+    assert first.current_name("model.layers.3.mlp.up_proj") == "model.layers.2.mlp.up_proj"
+    assert list(first.model.config.quantization_config.ranks) == ["model.layers.2.mlp.up_proj"]
+
+
+def test_selecting_layers_changes_nothing() -> None:
+    view = DecoderView(tiny_model())
+    before = state(view.model)
+    apply_operations(view, [SelectLayers(layers=(1, 2))], {})
+    after = view.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not hasattr(view.model.config, "quantization_config")
+
+
+BAD: list[tuple[Sequence[Operation], str]] = [
+    ([factorize("model.layers.1.mlp.nothing")], "nothing: LlamaForCausalLM has no module"),
+    ([factorize("model.layers.7.mlp.up_proj")], "no decoder layer 7"),
+    ([factorize("model.layers.1.mlp")], "expected a Linear, the model has LlamaMLP"),
+    ([factorize(rank=33)], f"rank of {UP} must be from 1 to 32, the plan says 33"),
+    ([factorize(rank=0)], f"rank of {UP} must be from 1 to 32, the plan says 0"),
+    ([factorize(components=(0, 1))], r"rank 3, but the plan keeps components \[0, 1\]"),
+    ([factorize(components=(0, 1, 1))], "rank 3, but the plan keeps components"),
+    ([factorize(components=(0, 1, 32))], "must be from 0 to 31"),
+    ([factorize(), factorize()], f"factorizes {UP} twice"),
+    ([DropLayers(layers=(1,)), factorize()], f"factorizes {UP} after dropping its decoder layer"),
+    ([DropLayers(layers=(4,))], r"decoder layers \[4\], the model has \[0, 1, 2, 3\]"),
+    (
+        [DropLayers(layers=(1,)), DropLayers(layers=(1,))],
+        r"layers \[1\], the model has \[0, 2, 3\]",
+    ),
+    ([DropLayers(layers=(2, 2))], "names a decoder layer twice"),
+    ([SelectLayers(layers=(9,))], r"decoder layers \[9\]"),
+    ([DropLayers(layers=(0, 1, 2, 3))], "drops all 4 decoder layers"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD)
+def test_a_plan_that_does_not_fit_changes_nothing(bad: Sequence[Operation], message: str) -> None:
+    view = DecoderView(tiny_model())
+    good: list[Operation] = [factorize("model.layers.3.mlp.up_proj"), DropLayers(layers=(0,))]
+    # The message about all layers counts those of the whole plan.
+    operations = [*bad] if "drops all" in message else [good[0], *bad]
+    tensors = random_factors(view, good) | random_factors(view, [factorize()])
+    before = state(view.model)
+    for call in (
+        lambda: apply_operations(view, operations, tensors),
+        lambda: parameters_after(view, operations),
+    ):
+        with pytest.raises(PlanError, match=message):
+            call()
+    assert before.keys() == view.model.state_dict().keys()
+    assert view.layer_indices == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, f"factor {UP}.left is missing"),
+        ({f"{UP}.left": torch.zeros(3, 48)}, r"left must have shape \(48, 3\), got \(3, 48\)"),
+        ({f"{UP}.right": torch.zeros(4, 32)}, r"right must have shape \(3, 32\), got \(4, 32\)"),
+        ({f"{UP}.right": torch.full((3, 32), torch.nan)}, "not finite in torch.float16"),
+        ({f"{UP}.left": torch.full((48, 3), 1e30)}, "not finite in torch.float16"),
+    ],
+)
+def test_factors_that_do_not_fit_change_nothing(
+    change: dict[str, torch.Tensor], message: str
+) -> None:
+    view = DecoderView(in_dtype(tiny_model(), torch.float16))
+    tensors = {f"{UP}.left": torch.zeros(48, 3), f"{UP}.right": torch.zeros(3, 32)}
+    tensors = tensors | change if change else {}
+    with pytest.raises(PlanError, match=message):
+        apply_operations(view, [DropLayers(layers=(0,)), factorize()], tensors)
+    assert view.layer_indices == (0, 1, 2, 3)
+
+
+def test_a_linear_is_factorized_once_only() -> None:
+    view = DecoderView(tiny_model())
+    tensors = random_factors(view, [factorize()])
+    apply_operations(view, [factorize()], tensors)
+    with pytest.raises(PlanError, match="expected a Linear, the model has LowRankLinear"):
+        apply_operations(view, [factorize()], tensors)
+
+
+def test_a_model_quantized_otherwise_is_refused() -> None:
+    view = DecoderView(tiny_model())
+    view.model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(PlanError, match="the model is quantized with gptq"):
+        apply_operations(view, [SelectLayers(layers=(0,))], {})
+
+
+def test_a_weight_that_is_tied_to_one_that_stays_is_still_counted() -> None:
+    view = DecoderView(tiny_model())
+    gate = view.linears(1)["model.layers.1.mlp.gate_proj"]
+    gate.weight = view.linears(1)[UP].weight
+    predicted = parameters_after(view, [factorize()])
+    apply_operations(view, [factorize()], random_factors(view, [factorize()]))
+    assert predicted == count_parameters(view.model)
