@@ -59,7 +59,8 @@ class SingularAttribution(Measurement):
         layers = module.selected_layers
         if layers is None:
             return None
-        return attribution_step(module.view, layers, self._scoring, self._track)
+        modules = [name for index in layers for name in module.view.linears(index)]
+        return attribution_step(module.view, modules, self._scoring, track=self._track)
 
     def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
         """Return the hooks on the linears of the chosen layers."""

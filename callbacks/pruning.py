@@ -7,6 +7,7 @@ from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.methods.grasp import grasp
 from grasp_lightning.methods.low_rank import ATTRIBUTION
+from grasp_lightning.methods.rank_rules import UniformRanks
 from grasp_lightning.models.loading import model_hash
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import Plan
@@ -21,7 +22,7 @@ class ReplaceRedundantLayers(L.Callback):
     (``plan``), and the model in the module is the compressed one.
 
     Args:
-        keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1).
+        keep_ratio: Share of each matrix's parameters that its factors keep, in (0, 1).
     """
 
     def __init__(self, keep_ratio: float = 0.1) -> None:
@@ -44,7 +45,8 @@ class ReplaceRedundantLayers(L.Callback):
                 "nothing was scored: LayerSimilarity needs one epoch and SingularAttribution the "
                 f"next, so use max_epochs=2 (got {trainer.max_epochs}) and both callbacks"
             )
-        method = grasp(layers=choice, scoring=scoring, keep_ratio=self._keep_ratio)
+        rule = UniformRanks(keep_ratio=self._keep_ratio)
+        method = grasp(layers=choice, scoring=scoring, rank_rule=rule)
         inputs = {"model": model_hash(module.model)} | _fingerprint(trainer)
         plan = Plan(method=method.name, options=method.options, inputs=inputs)
         for step, stats in module.measured:

@@ -12,7 +12,8 @@ LayerMetric = Literal["similarity", "angular"]
 Terms = Literal["full", "sigma"]
 Reduction = Literal["signed", "absolute", "squared"]
 Score = Literal["taylor", "gradient", "magnitude"]
-Schedule = Literal["one_shot"]
+Schedule = Literal["one_shot", "iterative"]
+PresetName = Literal["paper", "released"]
 Precision = Literal["32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"]
 
 
@@ -48,23 +49,30 @@ class MethodConfig:
         num_layers: Number of decoder layers to replace or delete.
         layers: Explicit indices of decoder layers instead of ``num_layers``.
         keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1).
+        removed_ratio: Share of all the model's parameters to remove, instead of one of
+            ``num_layers`` and ``keep_ratio``.
         terms: Parameters of a component that are scored: all of u, s, v, or s alone.
         reduction: How per-window scores are combined.
         score: taylor multiplies each gradient with its parameter, gradient does not, magnitude
             takes the singular values alone.
-        schedule: one_shot scores all chosen layers in one pass.
+        schedule: one_shot scores all chosen layers in one pass; iterative replaces the last layer
+            first, its MLP before its attention, and scores each with what is above replaced.
+        score_all_layers: Score the components of all layers, so that ``from_scores`` can choose
+            any of them later; one_shot only.
     """
 
     name: MethodName = "grasp"
-    preset: Literal["paper"] | None = None
+    preset: PresetName | None = None
     layer_metric: LayerMetric | None = None
     num_layers: int | None = None
     layers: tuple[int, ...] | None = None
     keep_ratio: float | None = None
+    removed_ratio: float | None = None
     terms: Terms | None = None
     reduction: Reduction | None = None
     score: Score | None = None
     schedule: Schedule | None = None
+    score_all_layers: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +154,8 @@ class CompressConfig:
         output_dir: Run folder that is written; ``plan`` needs none.
         overwrite: Delete what an earlier run wrote there.
         seed: Seed of the choice of calibration windows.
+        from_scores: Run folder whose stored scores are cut again, without a pass over the data;
+            its configuration is taken where no key is set.
         model: Which model.
         method: What is removed.
         calibration: Text to measure on.
@@ -156,6 +166,7 @@ class CompressConfig:
     output_dir: str | None = None
     overwrite: bool = False
     seed: int = 0
+    from_scores: str | None = None
     model: ModelConfig
     method: MethodConfig = field(default_factory=MethodConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)

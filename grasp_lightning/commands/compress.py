@@ -122,7 +122,7 @@ def _execute(config: CompressConfig, run: RunFolder) -> Metrics:
     view = inputs.view
     dense_size = measure_size(view)
     dense_perplexity = _perplexity(config, inputs, phases, "dense")
-    method = build_method(config.method, _track)
+    method = build_method(config.method, view, _track)
     plan, kept = Plan(method=method.name, options=method.options, inputs=hashes), _Kept()
     with TemporaryDirectory() as logs:
         measure = _timed(TrainerMeasure(inputs.data, config.trainer, Path(logs)), phases)

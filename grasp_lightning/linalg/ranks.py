@@ -4,10 +4,14 @@ Legend: a linear of ``m`` outputs and ``n`` inputs has ``m n`` parameters; two f
 have ``k (m + n)``; the weight has ``K = min(m, n)`` singular components.
 """
 
+import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
 from torch import Tensor
+
+_BISECTIONS = 60  # to the last bit of a ratio in [0, 1]
 
 
 def rank_for_keep_ratio(keep_ratio: float, out_features: int, in_features: int) -> int:
@@ -66,6 +70,58 @@ def stays_dense(rank: int, out_features: int, in_features: int) -> bool:
         True where the factors have at least as many parameters as the dense weight.
     """
     return factor_parameters(rank, out_features, in_features) >= out_features * in_features
+
+
+def ranks_for_budget(shapes: Sequence[tuple[int, int]], kept: int) -> list[int]:
+    """Return the ranks of one common keep ratio that spends a number of parameters.
+
+    The ratio is the largest whose floored ranks stay within the budget. What flooring leaves over
+    is given back one rank at a time, to the weights that it cut short most, so that less than one
+    unit ``m + n`` of the smallest weight below its largest useful rank is left.
+
+    Args:
+        shapes: Outputs and inputs ``(m, n)`` of every weight.
+        kept: Number of parameters that the factors may have together.
+
+    Returns:
+        Rank of every weight, at least 1 and below the rank at which factors save nothing.
+
+    Raises:
+        ValueError: If the budget is below rank 1 everywhere, or a size is below one.
+    """
+    costs = [factor_parameters(1, *shape) for shape in shapes]
+    if kept < sum(costs):
+        raise ValueError(f"rank 1 needs {sum(costs)} parameters, the budget is {kept}")
+    exact = [m * n / (m + n) for m, n in shapes]  # rank at which factors cost what the weight does
+    largest = [max(1, math.ceil(value) - 1) for value in exact]
+
+    def floored(ratio: float) -> list[int]:
+        return [
+            min(top, max(1, math.floor(ratio * value)))
+            for value, top in zip(exact, largest, strict=True)
+        ]
+
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        is_within = _cost(floored(middle), costs) <= kept
+        low, high = (middle, high) if is_within else (low, middle)
+    ranks = floored(low)
+    by_remainder = sorted(range(len(shapes)), key=lambda j: ranks[j] - low * exact[j])
+    spare = kept - _cost(ranks, costs)
+    is_spending = True
+    while is_spending:
+        is_spending = False
+        for j in by_remainder:
+            if costs[j] <= spare and ranks[j] < largest[j]:
+                ranks[j] += 1
+                spare -= costs[j]
+                is_spending = True
+    return ranks
+
+
+def _cost(ranks: Sequence[int], costs: Sequence[int]) -> int:
+    return sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
 
 
 def top_components(scores: Tensor, rank: int) -> tuple[int, ...]:

@@ -6,13 +6,24 @@ from typing import Final
 
 from grasp_lightning.config import MethodConfig
 from grasp_lightning.methods.base import CompressionMethod, Track, untracked
+from grasp_lightning.methods.budget import resolve_num_layers
 from grasp_lightning.methods.drop import DropMethod
 from grasp_lightning.methods.grasp import grasp
 from grasp_lightning.methods.layer_choice import LayerChoice
 from grasp_lightning.methods.presets import DEFAULT_KEEP_RATIO, resolve_method
+from grasp_lightning.methods.rank_rules import BudgetRanks, RankRule, UniformRanks
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.size import count_parameters
 from grasp_lightning.stats.base import Scoring
 
-__all__ = ["METHODS", "build_method", "configured_layers", "resolve_method"]
+__all__ = [
+    "METHODS",
+    "build_method",
+    "configured_layers",
+    "configured_rank_rule",
+    "resolve_method",
+    "resolve_num_layers",
+]
 
 
 def configured_layers(config: MethodConfig) -> LayerChoice:
@@ -31,36 +42,60 @@ def configured_layers(config: MethodConfig) -> LayerChoice:
     )
 
 
-def _grasp(config: MethodConfig, track: Track) -> CompressionMethod:
+def configured_rank_rule(config: MethodConfig, num_parameters: int) -> RankRule | None:
+    """Return how many components each weight keeps.
+
+    Args:
+        config: Options as ``resolve_method`` returns them.
+        num_parameters: Parameters of the whole dense model.
+
+    Returns:
+        The rule; None where layers are deleted.
+    """
+    if config.name == "drop" or config.keep_ratio == 0:
+        return None
+    if config.removed_ratio is not None:
+        return BudgetRanks(removed_ratio=config.removed_ratio, num_parameters=num_parameters)
+    return UniformRanks(keep_ratio=config.keep_ratio or DEFAULT_KEEP_RATIO)
+
+
+def _grasp(config: MethodConfig, view: DecoderView, track: Track) -> CompressionMethod:
     scoring = Scoring(
         terms=config.terms or "full",
         reduction=config.reduction or "absolute",
         score=config.score or "taylor",
     )
-    keep_ratio = DEFAULT_KEEP_RATIO if config.keep_ratio is None else config.keep_ratio
     return grasp(
-        layers=configured_layers(config), scoring=scoring, keep_ratio=keep_ratio, track=track
+        layers=configured_layers(config),
+        scoring=scoring,
+        rank_rule=configured_rank_rule(config, count_parameters(view.model)),
+        schedule=config.schedule or "one_shot",
+        score_all_layers=bool(config.score_all_layers),
+        track=track,
     )
 
 
-def _drop(config: MethodConfig, track: Track) -> CompressionMethod:
-    del track
+def _drop(config: MethodConfig, view: DecoderView, track: Track) -> CompressionMethod:
+    del view, track
     return DropMethod(configured_layers(config))
 
 
-METHODS: Final[Mapping[str, Callable[[MethodConfig, Track], CompressionMethod]]] = MappingProxyType(
-    {"grasp": _grasp, "drop": _drop}
+METHODS: Final[Mapping[str, Callable[[MethodConfig, DecoderView, Track], CompressionMethod]]] = (
+    MappingProxyType({"grasp": _grasp, "drop": _drop})
 )
 
 
-def build_method(config: MethodConfig, track: Track = untracked) -> CompressionMethod:
+def build_method(
+    config: MethodConfig, view: DecoderView, track: Track = untracked
+) -> CompressionMethod:
     """Return the method that a configuration names.
 
     Args:
         config: Options as ``resolve_method`` returns them.
+        view: The dense model: a budget is a share of its size.
         track: Shows the progress of long computations.
 
     Returns:
-        The method.
+        The method. A budget that is out of reach is a ``ConfigError``.
     """
-    return METHODS[config.name](config, track)
+    return METHODS[config.name](resolve_num_layers(config, view), view, track)

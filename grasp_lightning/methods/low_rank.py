@@ -1,15 +1,18 @@
 """Low-rank replacement of chosen layers: layer choice, component score and rank rule as parts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from grasp_lightning.config import Schedule
 from grasp_lightning.errors import ModelError
 from grasp_lightning.linalg.factors import SVD, balanced_factors, factorize
-from grasp_lightning.linalg.ranks import rank_for_keep_ratio, stays_dense, top_components
+from grasp_lightning.linalg.ranks import top_components
 from grasp_lightning.methods.base import CompressionMethod, Decision, Track, untracked
+from grasp_lightning.methods.blocks import blocks, weight_shapes
 from grasp_lightning.methods.drop import DROP, drop_decision, drop_step
 from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
+from grasp_lightning.methods.rank_rules import RankRule
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
 from grasp_lightning.stats.base import Needs, Scoring, Statistics, Step
@@ -18,48 +21,53 @@ ATTRIBUTION = "attribution"
 
 
 def attribution_step(
-    model: DecoderView, layers: tuple[int, ...], scoring: Scoring, track: Track = untracked
+    model: DecoderView,
+    modules: Iterable[str],
+    scoring: Scoring,
+    *,
+    ranks: Mapping[str, int] | None = None,
+    track: Track = untracked,
 ) -> Step:
-    """Return the step that scores every singular component of the linears of some layers.
+    """Return the step that scores every singular component of some linears.
 
     Args:
         model: The model.
-        layers: Indices of the layers, as in the original model.
+        modules: Full names of the linears, as in the original model.
         scoring: How components are scored; ``magnitude`` asks for no pass over the data.
+        ranks: Ranks that the weights are cut to; None leaves them to the decision.
         track: Shows the progress of the factorisation.
 
     Returns:
         The step, with the decomposition of every weight.
     """
     weights = {
-        name: linear.weight for index in layers for name, linear in model.linears(index).items()
+        name: linear.weight
+        for index in model.layer_indices
+        for name, linear in model.linears(index).items()
     }
-    bases = {name: factorize(weights[name].detach()) for name in track(list(weights), "factorize")}
+    bases = {name: factorize(weights[name].detach()) for name in track(list(modules), "factorize")}
     measured = () if scoring.score == "magnitude" else tuple(bases)
     return Step(
         name=ATTRIBUTION,
         needs=Needs(weight_gradients=measured, scoring=scoring),
-        layers=layers,
         bases=bases,
+        ranks=ranks,
     )
 
 
 def keep_best_components(
-    bases: Mapping[str, SVD], scores: Mapping[str, Tensor], keep_ratio: float
+    bases: Mapping[str, SVD], scores: Mapping[str, Tensor], ranks: Mapping[str, int]
 ) -> Decision:
     """Return the factorisation that keeps the best-scored components of each matrix.
 
     Args:
         bases: Decomposition of every weight, by module.
         scores: Score of every component, ``(K,)`` per module, larger is kept first.
-        keep_ratio: Share of each matrix's parameters that its factors keep.
+        ranks: Number of components to keep, by module; a module that is missing stays dense.
 
     Returns:
-        One ``FactorizeLinear`` per module with its factors, scores and singular values; a module
-        whose factors would not be smaller than its weight is left dense.
-
-    Raises:
-        ModelError: If no weight gets smaller.
+        One ``FactorizeLinear`` per rank with its factors; scores and singular values of all
+        modules.
     """
     operations: list[FactorizeLinear] = []
     tensors: dict[str, Tensor] = {}
@@ -67,19 +75,12 @@ def keep_best_components(
     for module, basis in bases.items():
         stored[f"{module}.scores"] = scores[module].float().cpu()
         stored[f"{module}.singular_values"] = basis.s.float().cpu()
-        rows, columns = basis.u.shape[0], basis.vh.shape[1]
-        rank = rank_for_keep_ratio(keep_ratio, rows, columns)
-        if stays_dense(rank, rows, columns):
+        if module not in ranks:
             continue
-        components = top_components(scores[module], rank)
+        components = top_components(scores[module], ranks[module])
         factors = balanced_factors(basis, components)
         tensors[f"{module}.left"], tensors[f"{module}.right"] = factors.left, factors.right
-        operations.append(FactorizeLinear(module=module, rank=rank, components=components))
-    if not operations:
-        raise ModelError(
-            f"no linear of the chosen layers gets smaller at keep_ratio {keep_ratio}: "
-            "their sides are too short; take other layers or a lower keep_ratio"
-        )
+        operations.append(FactorizeLinear(module=module, rank=ranks[module], components=components))
     return Decision(operations=tuple(operations), tensors=tensors, scores=stored)
 
 
@@ -91,8 +92,10 @@ class LowRankMethod(CompressionMethod):
         reference: Publication the combination follows.
         layers: How layers are chosen.
         scoring: How components are scored.
-        keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1); 0 deletes
-            the layers.
+        rank_rule: How many components each weight keeps; None deletes the layers.
+        schedule: ``one_shot``: all layers in one pass; ``iterative``: the last layer first, MLP
+            before attention, each scored with what is above it replaced.
+        score_all_layers: Score all layers' components, beyond the chosen ones; one_shot only.
         track: Shows the progress of factorisations.
     """
 
@@ -103,26 +106,29 @@ class LowRankMethod(CompressionMethod):
         reference: str,
         layers: LayerChoice,
         scoring: Scoring,
-        keep_ratio: float,
+        rank_rule: RankRule | None,
+        schedule: Schedule = "one_shot",
+        score_all_layers: bool = False,
         track: Track = untracked,
     ) -> None:
         self.name = name
         self.reference = reference
         self._layers = layers
         self._scoring = scoring
-        self._keep_ratio = keep_ratio
+        self._rule = rank_rule
+        self._schedule = schedule
+        self._score_all_layers = score_all_layers
         self._track = track
 
     @property
     def options(self) -> Mapping[str, OptionValue]:
         """The options that decisions depend on, for the plan."""
-        options: dict[str, OptionValue] = {**self._layers.options, "keep_ratio": self._keep_ratio}
-        if self._keep_ratio == 0:
-            return options
-        options["score"] = self._scoring.score
+        if self._rule is None:
+            return {**self._layers.options, "keep_ratio": 0.0}
+        options = {**self._layers.options, **self._rule.options, "score": self._scoring.score}
         if self._scoring.score != "magnitude":
             options |= {"terms": self._scoring.terms, "reduction": self._scoring.reduction}
-        return options | {"schedule": "one_shot"}
+        return options | {"schedule": self._schedule}
 
     def next_step(self, model: DecoderView, plan: Plan) -> Step | None:
         """Return the choice of layers, then the attribution of their components.
@@ -133,14 +139,35 @@ class LowRankMethod(CompressionMethod):
 
         Returns:
             The next step, or None after the layers were replaced.
+
+        Raises:
+            ModelError: If no linear of the chosen layers can get smaller.
         """
-        if plan.selected_layers is None:
+        layers = plan.selected_layers
+        if layers is None:
             return self._layers.step(model)
-        if plan.ranks or plan.dropped_layers:
+        if self._rule is None:
+            return None if plan.dropped_layers else drop_step(layers)
+        ranks = self._rule.ranks(weight_shapes(model, plan, layers))
+        if not ranks:
+            raise ModelError(
+                "no linear of the chosen layers gets smaller: their sides are too short; take "
+                "other layers, or a lower keep_ratio"
+            )
+        waiting = {module: rank for module, rank in ranks.items() if module not in plan.ranks}
+        if not waiting:
             return None
-        if self._keep_ratio == 0:
-            return drop_step(plan.selected_layers)
-        return attribution_step(model, plan.selected_layers, self._scoring, self._track)
+        modules = self._next_modules(model, layers, waiting)
+        return attribution_step(model, modules, self._scoring, ranks=waiting, track=self._track)
+
+    def _next_modules(
+        self, model: DecoderView, layers: tuple[int, ...], waiting: Mapping[str, int]
+    ) -> list[str]:
+        if self._schedule == "one_shot":
+            scored = model.layer_indices if self._score_all_layers else layers
+            return [name for index in scored for name in model.linears(index)]
+        groups = [group for index in reversed(layers) for group in blocks(model, index)]
+        return next(list(group) for group in groups if any(name in waiting for name in group))
 
     def decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
         """Return the chosen layers, or the kept components of each of their matrices.
@@ -156,10 +183,17 @@ class LowRankMethod(CompressionMethod):
         del model  # the bases of the step hold what is needed of it
         if step.name == SELECT:
             return self._layers.decide(stats)
-        if step.name == DROP:
+        if step.name == DROP or self._rule is None:
             return drop_decision(step)
         if self._scoring.score == "magnitude":
             scores: Mapping[str, Tensor] = {name: basis.s for name, basis in step.bases.items()}
         else:
             scores = stats.component_scores
-        return keep_best_components(step.bases, scores, self._keep_ratio)
+        ranks = step.ranks
+        if ranks is None:
+            ranks = self._rule.ranks({name: _shape(basis) for name, basis in step.bases.items()})
+        return keep_best_components(step.bases, scores, ranks)
+
+
+def _shape(basis: SVD) -> tuple[int, int]:
+    return basis.u.shape[0], basis.vh.shape[1]

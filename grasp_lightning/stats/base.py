@@ -59,12 +59,14 @@ class Step:
         needs: What must be measured first.
         layers: Decoder layers that the step works on, as in the original model.
         bases: Singular value decompositions of the weights that are scored, by module.
+        ranks: Ranks that weights are cut to, by module; None leaves them to the decision.
     """
 
     name: str
     needs: Needs = Needs()
     layers: tuple[int, ...] = ()
     bases: Mapping[str, SVD] = field(default_factory=dict)
+    ranks: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

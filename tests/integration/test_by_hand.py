@@ -36,7 +36,7 @@ def by_hand(model: PreTrainedModel, *callbacks: L.Callback, epochs: int) -> Cali
 
 
 def by_pipeline(model: PreTrainedModel, config: MethodConfig) -> Plan:
-    method = build_method(resolve_method(config))
+    method = build_method(resolve_method(config), DecoderView(model))
     data = CalibrationData(CONFIG, byte_tokenizer())
     inputs = {"model": model_hash(model), **data.fingerprint}
     plan = Plan(method=method.name, options=method.options, inputs=inputs)

@@ -35,7 +35,8 @@ def method_config(name: MethodName, keep_ratio: float | None = None) -> MethodCo
 @pytest.mark.parametrize("name", METHODS)
 def test_decide_leaves_the_model_unchanged(name: MethodName) -> None:
     model = tiny_model()
-    view, method = DecoderView(model), build_method(method_config(name))
+    view = DecoderView(model)
+    method = build_method(method_config(name), view)
     plan = Plan(method=name)
     step = method.next_step(view, plan)
     assert step is not None
@@ -52,7 +53,8 @@ def test_decide_leaves_the_model_unchanged(name: MethodName) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_steps_end_and_the_size_is_as_predicted(name: MethodName) -> None:
-    view, method = DecoderView(tiny_model()), build_method(method_config(name))
+    view = DecoderView(tiny_model())
+    method = build_method(method_config(name), view)
     untouched = DecoderView(tiny_model())
     plan = compress(view, method, stored_statistics, Plan(method=name), lambda *_: None)
     assert plan.complete
@@ -64,7 +66,7 @@ def test_steps_end_and_the_size_is_as_predicted(name: MethodName) -> None:
 
 def test_grasp_keeps_the_best_scored_components_at_the_ratio() -> None:
     view = DecoderView(tiny_model())
-    method = build_method(method_config("grasp", keep_ratio=0.3))
+    method = build_method(method_config("grasp", keep_ratio=0.3), view)
     plan = compress(view, method, stored_statistics, Plan(method="grasp"), lambda *_: None)
     factorized = [op for op in plan.operations if isinstance(op, FactorizeLinear)]
     assert len(factorized) == 2 * 7
@@ -79,14 +81,15 @@ def test_grasp_keeps_the_best_scored_components_at_the_ratio() -> None:
 
 def test_keep_ratio_zero_deletes_the_layers() -> None:
     view = DecoderView(tiny_model())
-    method = build_method(method_config("grasp", keep_ratio=0.0))
+    method = build_method(method_config("grasp", keep_ratio=0.0), view)
     plan = compress(view, method, stored_statistics, Plan(method="grasp"), lambda *_: None)
     assert plan.operations == (SelectLayers(layers=(1, 3)), DropLayers(layers=(1, 3)))
 
 
 def test_magnitude_needs_no_pass_and_keeps_the_largest_singular_values() -> None:
     config = resolve_method(MethodConfig(layers=(2,), score="magnitude", keep_ratio=0.3))
-    method, view = build_method(config), DecoderView(tiny_model())
+    view = DecoderView(tiny_model())
+    method = build_method(config, view)
     asked = []
 
     def measure(view: DecoderView, step: Step) -> Statistics:
@@ -102,8 +105,8 @@ def test_magnitude_needs_no_pass_and_keeps_the_largest_singular_values() -> None
 
 
 def test_a_run_goes_on_from_its_plan() -> None:
-    method = build_method(method_config("grasp"))
     whole, plans = DecoderView(tiny_model()), []
+    method = build_method(method_config("grasp"), whole)
     final = compress(
         whole, method, stored_statistics, Plan(method="grasp"), lambda plan, _: plans.append(plan)
     )
