@@ -1,6 +1,10 @@
 """Scores singular components by |theta * dL/dtheta|, accumulated in the backward pass of a fit."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
 
 from callbacks.measurement import Measurement
 from grasp_lightning.config import Reduction, Score, Terms
@@ -11,6 +15,8 @@ from grasp_lightning.stats.base import Scoring, Statistics, Step
 from grasp_lightning.stats.components import ComponentScores
 from grasp_lightning.stats.observer import LinearObserver
 from grasp_lightning.training.calibration import Batch, CalibrationModule
+
+_NUM_TARGETS = "num_targets"
 
 
 class SingularAttribution(Measurement):
@@ -65,12 +71,28 @@ class SingularAttribution(Measurement):
     def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
         """Return the hooks on the linears of the chosen layers."""
         self._scores = ComponentScores(step.bases, step.needs.scoring)
+        self._num_targets = 0
         observer = LinearObserver(module.view, step.needs.weight_gradients, self._scores.add)
         return observer.attached()
 
     def start_batch(self, batch: Batch) -> None:
         """Count the predicted tokens."""
         self._num_targets += int(batch["targets"][:, 1:].sum())
+
+    def release(self) -> None:
+        """Let go of the bases."""
+        self._scores = self._given = None
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the sums of every module, and the number of predicted tokens."""
+        assert self._scores is not None
+        return {**self._scores.state(), _NUM_TARGETS: torch.tensor(self._num_targets)}
+
+    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from sums over some windows."""
+        assert self._scores is not None
+        self._scores.load_state(sums)
+        self._num_targets = int(sums[_NUM_TARGETS])
 
     def statistics(self) -> Statistics:
         """Return the score of every component."""

@@ -6,17 +6,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks.attribution import SingularAttribution
+from callbacks.calibration_checkpoint import CalibrationCheckpoint, PassStore, StopRequest
 from callbacks.measurement import Measurement
 from callbacks.progress import StepProgressBar
 from callbacks.similarity import LayerSimilarity
 from grasp_lightning.config import TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
+from grasp_lightning.errors import ConfigError
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.training.calibration import CalibrationModule
+from grasp_lightning.training.hidden_cache import HiddenCache
 
 
 class TrainerMeasure:
@@ -24,9 +28,11 @@ class TrainerMeasure:
 
     Args:
         data: The calibration windows.
-        config: Accelerator, devices, strategy and precision.
+        config: Accelerator, devices, strategy, precision, and how often a pass is saved.
         log_dir: Folder for the CSV log of the calibration loss; None writes none.
         progress: Show progress bars.
+        store: Where the state of the running pass is kept; None keeps none.
+        stop: Tells whether the run shall end at the next batch.
     """
 
     def __init__(
@@ -36,14 +42,20 @@ class TrainerMeasure:
         log_dir: Path | None = None,
         *,
         progress: bool = True,
+        store: PassStore | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self._data = data
         self._config = config or TrainerConfig()
         self._log_dir = log_dir
         self._progress = progress
+        self._store = store
+        self._stop = stop or StopRequest()
+        self._passes = 0
+        self._cache: HiddenCache | None = None
 
     def __call__(self, view: DecoderView, step: Step) -> Statistics:
-        """Run one pass over the windows.
+        """Run one pass over the windows that are not counted yet.
 
         Args:
             view: The model.
@@ -51,34 +63,97 @@ class TrainerMeasure:
 
         Returns:
             The statistics; empty ones, without a pass, if the step needs nothing.
+
+        Raises:
+            RuntimeError: If a window was not counted exactly once.
         """
         if step.needs.is_empty:
             return Statistics()
+        check_trainer(self._config, view.model.device)
+        measurement: Measurement = (
+            SingularAttribution(step=step)
+            if step.needs.weight_gradients
+            else LayerSimilarity(step=step)
+        )
+        state = self._store.load() if self._store is not None else None
+        if state is not None:
+            measurement.go_on_from(state)
         module = CalibrationModule(view)
-        device = view.model.device
-        with _expected_warnings():
-            if step.needs.weight_gradients:
-                trainer = self._trainer(SingularAttribution(step=step), "scoring components")
-                trainer.fit(module, datamodule=self._data)
-            else:
-                trainer = self._trainer(LayerSimilarity(step=step), "comparing layers")
-                trainer.predict(module, datamodule=self._data, return_predictions=False)
-        # A Trainer leaves its module on the CPU.
-        view.model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a narrow type
+        with self._stop.deferred():
+            self._run(module, measurement, step)
+        if sorted(measurement.windows) != list(range(len(self._data.windows))):
+            raise RuntimeError(f"windows counted: {measurement.windows}, expected each one once")
         ((_, stats),) = module.measured
+        module.measured.clear()  # Trainer and module hold each other, and would hold the bases
         return stats
 
-    def _trainer(self, measurement: Measurement, description: str) -> L.Trainer:
-        bars = [StepProgressBar(description)] if self._progress else []
-        logger = CSVLogger(self._log_dir, name="", version="") if self._log_dir else False
+    def _run(self, module: CalibrationModule, measurement: Measurement, step: Step) -> None:
+        rest = self._data.without(measurement.windows)
+        if not rest.batches:  # the pass was complete, and ended before its decision
+            measurement.start(module)
+            measurement.finish(module)
+            return
+        device = module.view.model.device
+        with _expected_warnings():
+            if step.needs.weight_gradients:
+                trainer = self._trainer(device, measurement, "scoring components", self._logger())
+                with self._cached(module, step, rest):
+                    trainer.fit(module, datamodule=rest)
+            else:
+                trainer = self._trainer(device, measurement, "comparing layers")
+                trainer.predict(module, datamodule=rest, return_predictions=False)
+        # A Trainer leaves its module on the CPU.
+        module.view.model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a narrow type
+
+    @contextmanager
+    def _cached(
+        self, module: CalibrationModule, step: Step, data: CalibrationData
+    ) -> Iterator[None]:
+        """Start a pass where the model has not changed since an earlier one."""
+        if not step.layers:
+            yield
+            return
+        module.cache = self._cache = self._cache or HiddenCache(module.view)
+        self._cache.keep_only(step.layers)
+        windows = [window for batch in data.batches for window in batch]
+        start = self._cache.start_layer(max(step.layers), windows)
+        if start is None:
+            with self._cache.capturing(step.layers):
+                yield
+        else:
+            with self._cache.starting_from(start):
+                yield
+
+    def _logger(self) -> CSVLogger | bool:
+        if self._log_dir is None:
+            return False
+        self._passes += 1
+        return CSVLogger(self._log_dir, name="", version=f"pass_{self._passes}")
+
+    def _trainer(
+        self,
+        device: torch.device,
+        measurement: Measurement,
+        description: str,
+        logger: CSVLogger | bool = False,
+    ) -> L.Trainer:
+        callbacks: list[L.Callback] = [measurement]
+        if self._progress:
+            callbacks.append(StepProgressBar(description))
+        if self._store is not None:
+            seconds = self._config.checkpoint_seconds
+            callbacks.append(
+                CalibrationCheckpoint(
+                    measurement, self._store, every_seconds=seconds, stop=self._stop
+                )
+            )
         return L.Trainer(
-            accelerator=self._config.accelerator,
-            devices=self._config.devices,
-            num_nodes=self._config.num_nodes,
+            accelerator=device.type,
+            devices=1 if device.type == "cpu" else [device.index or 0],
             strategy=self._config.strategy,
             precision=self._config.precision,
             max_epochs=1,
-            callbacks=[measurement, *bars],
+            callbacks=callbacks,
             logger=logger,
             log_every_n_steps=1,
             enable_checkpointing=False,
@@ -87,6 +162,33 @@ class TrainerMeasure:
             # Inference tensors that a model caches (rotary tables) cannot be used in backward.
             inference_mode=False,
             use_distributed_sampler=False,
+        )
+
+
+def check_trainer(config: TrainerConfig, device: torch.device) -> None:
+    """Refuse Trainer settings that calibration cannot follow.
+
+    Args:
+        config: The settings.
+        device: Device that holds the model.
+
+    Raises:
+        ConfigError: If more than one process is asked for, or another device than the model's.
+    """
+    for key, value in (("devices", config.devices), ("num_nodes", config.num_nodes)):
+        if value != 1:
+            raise ConfigError(
+                f"trainer.{key} must be 1, got {value}: calibration runs in one process"
+            )
+    wanted = "cuda" if config.accelerator == "gpu" else config.accelerator
+    if wanted not in ("auto", device.type):
+        raise ConfigError(
+            f"trainer.accelerator is {config.accelerator}, but the model is on {device}: leave it "
+            "on auto, and set model.device"
+        )
+    if config.checkpoint_seconds < 0:
+        raise ConfigError(
+            f"trainer.checkpoint_seconds cannot be negative, got {config.checkpoint_seconds}"
         )
 
 

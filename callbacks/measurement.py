@@ -1,24 +1,34 @@
 """What measuring callbacks share: hooks on when an epoch starts, statistics left at its end."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 
 import lightning as L
+import torch
+from torch import Tensor
 
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.training.calibration import Batch, CalibrationModule
+
+_WINDOWS = "windows"
 
 
 class Measurement(L.Callback):
     """Measures one step in one epoch of a fit, or in a predict.
 
     The result is appended to ``CalibrationModule.measured``, where later callbacks find it.
+
+    Attributes:
+        windows: Index of every window that was counted, in order.
     """
 
     def __init__(self) -> None:
+        self.windows: list[int] = []
         self._step: Step | None = None
         self._done = False
         self._hooks = ExitStack()
+        self._earlier: Mapping[str, Tensor] | None = None
 
     @abstractmethod
     def next_step(self, module: CalibrationModule) -> Step | None:
@@ -36,43 +46,110 @@ class Measurement(L.Callback):
     def statistics(self) -> Statistics:
         """Return what was measured in the epoch."""
 
-    def _start(self, pl_module: L.LightningModule) -> None:
+    @abstractmethod
+    def sums(self) -> dict[str, Tensor]:
+        """Return the sums over the windows so far."""
+
+    @abstractmethod
+    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from sums over some windows."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of what was needed to measure: a Trainer may live on."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the sums so far, and which windows are in them.
+
+        Returns:
+            Tensors that ``go_on_from`` takes.
+        """
+        return {**self.sums(), _WINDOWS: torch.tensor(self.windows, dtype=torch.int64)}
+
+    def go_on_from(self, state: Mapping[str, Tensor]) -> None:
+        """Start the coming epoch with the sums of an earlier, interrupted one.
+
+        Args:
+            state: What ``state`` gave then.
+        """
+        self._earlier = state
+        self.windows = state[_WINDOWS].tolist()
+
+    def start(self, module: CalibrationModule) -> None:
+        """Put the hooks on, if it is known what to measure.
+
+        Args:
+            module: The module that runs.
+        """
         if self._done:
             return
-        module = calibration_module(pl_module)
         self._step = self.next_step(module)
         if self._step is not None:
             self._hooks.enter_context(self.observe(module, self._step))
+            if self._earlier is not None:
+                self.load_sums(self._earlier)
 
-    def _finish(self, pl_module: L.LightningModule) -> None:
+    def finish(self, module: CalibrationModule) -> None:
+        """Take the hooks off, and leave the statistics on the module.
+
+        Args:
+            module: The module that ran.
+        """
         if self._done or self._step is None:
             return
         self._hooks.close()
-        calibration_module(pl_module).measured.append((self._step, self.statistics()))
-        self._done = True
+        module.measured.append((self._step, self.statistics()))
+        self._step, self._done = None, True
+        self.release()
+
+    def _begin_batch(self, batch: Batch) -> None:
+        if self._step is not None and not self._done:
+            self.start_batch(batch)
+
+    def _end_batch(self, batch: Batch) -> None:
+        if self._step is not None and not self._done:
+            self.windows += batch["index"].tolist()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Be ready for another fit."""
+        del trainer, pl_module
+        self._step, self._done = None, False
+        if self._earlier is None:
+            self.windows = []
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the hooks on."""
         del trainer
-        self._start(pl_module)
+        self.start(calibration_module(pl_module))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Tell the hooks what batch comes."""
         del trainer, pl_module, batch_idx
-        if self._step is not None and not self._done:
-            self.start_batch(batch)
+        self._begin_batch(batch)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Note which windows were counted."""
+        del trainer, pl_module, outputs, batch_idx
+        self._end_batch(batch)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the hooks off and leave the statistics on the module."""
         del trainer
-        self._finish(pl_module)
+        self.finish(calibration_module(pl_module))
 
     def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the hooks on."""
         del trainer
-        self._start(pl_module)
+        self.start(calibration_module(pl_module))
 
     def on_predict_batch_start(
         self,
@@ -83,13 +160,26 @@ class Measurement(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Tell the hooks what batch comes."""
-        del dataloader_idx
-        self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        del trainer, pl_module, batch_idx, dataloader_idx
+        self._begin_batch(batch)
+
+    def on_predict_batch_end(  # noqa: PLR0917  Lightning's signature
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Note which windows were counted."""
+        del trainer, pl_module, outputs, batch_idx, dataloader_idx
+        self._end_batch(batch)
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the hooks off and leave the statistics on the module."""
         del trainer
-        self._finish(pl_module)
+        self.finish(calibration_module(pl_module))
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

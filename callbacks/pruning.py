@@ -23,9 +23,14 @@ class ReplaceRedundantLayers(L.Callback):
 
     Args:
         keep_ratio: Share of each matrix's parameters that its factors keep, in (0, 1).
+
+    Raises:
+        ConfigError: If the ratio is outside (0, 1).
     """
 
     def __init__(self, keep_ratio: float = 0.1) -> None:
+        if not 0 < keep_ratio < 1:
+            raise ConfigError(f"keep_ratio must be above 0 and below 1, got {keep_ratio}")
         self._keep_ratio = keep_ratio
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -46,6 +51,7 @@ class ReplaceRedundantLayers(L.Callback):
                 f"next, so use max_epochs=2 (got {trainer.max_epochs}) and both callbacks"
             )
         rule = UniformRanks(keep_ratio=self._keep_ratio)
+        module.teardown("fit")  # first: factors take over what the weights are, not what is frozen
         method = grasp(layers=choice, scoring=scoring, rank_rule=rule)
         inputs = {"model": model_hash(module.model)} | _fingerprint(trainer)
         plan = Plan(method=method.name, options=method.options, inputs=inputs)
@@ -54,6 +60,7 @@ class ReplaceRedundantLayers(L.Callback):
             apply_operations(module.view, decision.operations, decision.tensors)
             plan = plan.extended(decision.operations)
         module.plan = plan.completed()
+        module.measured.clear()  # the bases in it are as large as the layers
 
 
 def _scoring(module: CalibrationModule) -> Scoring | None:

@@ -1,6 +1,9 @@
 """Scores decoder layers by how little they change their hidden states."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+
+from torch import Tensor
 
 from callbacks.measurement import Measurement
 from grasp_lightning.config import LayerMetric
@@ -71,6 +74,20 @@ class LayerSimilarity(Measurement):
         """Take which tokens are real."""
         assert self._collector is not None
         self._collector.start_batch(batch["mask"])
+
+    def release(self) -> None:
+        """Let go of the hidden states."""
+        self._collector = None
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the summed metric and the number of tokens."""
+        assert self._collector is not None
+        return self._collector.state()
+
+    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from sums over some windows."""
+        assert self._collector is not None
+        self._collector.load_state(sums)
 
     def statistics(self) -> Statistics:
         """Return the metric of every start layer."""

@@ -2,17 +2,18 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from grasp_lightning import __version__
-from grasp_lightning.config import CompressConfig
-from grasp_lightning.errors import GraspError
+from grasp_lightning.config import CompressConfig, ExportConfig
+from grasp_lightning.errors import GraspError, Interrupted
 
 BAD_INPUT = 2
-INTERRUPTED = 130
+SIGNALLED = 128  # plus the number of the signal, as shells count
 
 
 class Command(NamedTuple):
@@ -32,10 +33,10 @@ def _compress(prog: str, argv: Sequence[str]) -> None:
     from rich.console import Console  # noqa: PLC0415
 
     from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
-    from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
+    from grasp_lightning.commands.parsing import parse, with_run_config  # noqa: PLC0415
     from grasp_lightning.reporting.tables import comparison_table  # noqa: PLC0415
 
-    run = run_compress(parse(CompressConfig, prog, argv))
+    run = run_compress(parse(CompressConfig, prog, with_run_config(argv)))
     console = Console()
     console.print(comparison_table(run.metrics))
     print(f"model:  {run.folder / 'model'}")
@@ -49,10 +50,18 @@ def _plan(prog: str, argv: Sequence[str]) -> None:
     print("\n".join(run_plan(parse(CompressConfig, prog, argv)).lines))
 
 
+def _export(prog: str, argv: Sequence[str]) -> None:
+    from grasp_lightning.commands.export import run_export  # noqa: PLC0415
+    from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
+
+    print("\n".join(run_export(parse(ExportConfig, prog, argv)).lines))
+
+
 COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
     {
         "compress": Command("calibrate, decide, replace, save and report", _compress),
         "plan": Command("what would be removed, from the model's config alone", _plan),
+        "export": Command("a compressed model in another format, for other runtimes", _export),
     }
 )
 
@@ -64,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line without the program's name; None takes this process's.
 
     Returns:
-        0 on success, 2 on bad input (one line on standard error), 130 after Ctrl-C.
+        0 on success, 2 on bad input (one line on standard error), 130 after Ctrl-C and 143 after
+        SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
@@ -86,9 +96,9 @@ def _run(name: str, argv: Sequence[str]) -> int:
         COMMANDS[name].run(f"{_program()} {name}", argv)
     except GraspError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again")
-        return INTERRUPTED
+    except (Interrupted, KeyboardInterrupt) as stop:
+        _fail("interrupted; run the same command again: it goes on from what is saved")
+        return SIGNALLED + getattr(stop, "signal_number", signal.SIGINT)
     except SystemExit as leave:  # --help and --print_config of a command's parser
         return int(leave.code or 0)
     return 0

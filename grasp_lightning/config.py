@@ -14,7 +14,7 @@ Reduction = Literal["signed", "absolute", "squared"]
 Score = Literal["taylor", "gradient", "magnitude"]
 Schedule = Literal["one_shot", "iterative"]
 PresetName = Literal["paper", "released"]
-Precision = Literal["32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"]
+Precision = Literal["32-true", "bf16-mixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,8 @@ class TrainerConfig:
         devices: Number of devices per node.
         num_nodes: Number of nodes.
         strategy: Lightning strategy.
-        precision: Numerical precision of the forward and backward pass.
+        precision: 32-true runs in the model's own dtype, bf16-mixed computes in bfloat16.
+        checkpoint_seconds: Seconds between saves of a running pass, for a killed run to go on from.
     """
 
     accelerator: Literal["auto", "cpu", "cuda", "gpu"] = "auto"
@@ -144,6 +145,7 @@ class TrainerConfig:
     num_nodes: int = 1
     strategy: Literal["auto"] = "auto"
     precision: Precision = "32-true"
+    checkpoint_seconds: float = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,3 +174,20 @@ class CompressConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Everything that ``export`` reads.
+
+    Attributes:
+        model: Folder of a compressed model, such as ``runs/x/model``.
+        format: Shape of the copy; dense multiplies the factors back into ordinary weights.
+        output_dir: Run folder that is written; the copy is in its folder ``model``.
+        overwrite: Delete what an earlier run wrote there.
+    """
+
+    model: str
+    format: Literal["dense"] = "dense"
+    output_dir: str
+    overwrite: bool = False

@@ -28,5 +28,17 @@ class OutputError(GraspError):
     """A run folder that cannot be written, or must not be overwritten."""
 
 
+class Interrupted(Exception):  # noqa: N818  an end that was asked for, not an error
+    """A signal ended the run at a safe moment; what was done so far is saved.
+
+    Args:
+        signal_number: The signal, such as ``signal.SIGTERM``.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"interrupted by signal {signal_number}")
+        self.signal_number = signal_number
+
+
 class PlanError(GraspError):
     """A stored plan, or its tensors, that cannot be read or applied."""

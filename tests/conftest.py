@@ -23,27 +23,19 @@ torch.set_num_threads(1)
 VOCABULARY = 260  # 256 bytes and the special tokens
 
 _COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+_COMMON_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_GROUPED = {**_COMMON_SIZES, "num_key_value_heads": 2}
+_WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 TINY_CONFIGS: dict[str, dict[str, object]] = {
-    "llama": {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-    },
-    "qwen2": {
-        "model_type": "qwen2",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-    },
+    "llama": {"model_type": "llama", **_GROUPED, "tie_word_embeddings": False},
+    "qwen2": {"model_type": "qwen2", **_GROUPED, "tie_word_embeddings": True},
     "opt": {
         "model_type": "opt",
         "hidden_size": 32,
@@ -53,17 +45,57 @@ TINY_CONFIGS: dict[str, dict[str, object]] = {
         "num_attention_heads": 4,
         "max_position_embeddings": 128,
     },
-    "gpt_neox": {
-        "model_type": "gpt_neox",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-    },
+    "gpt_neox": {"model_type": "gpt_neox", **_COMMON_SIZES, "tie_word_embeddings": False},
 }
+# Of the tests that run in seconds.
 FAMILIES = tuple(TINY_CONFIGS)
+TINY_CONFIGS |= {
+    "mistral": {"model_type": "mistral", **_GROUPED, "sliding_window": 8},
+    "qwen3": {"model_type": "qwen3", **_GROUPED, "head_dim": 16, "tie_word_embeddings": True},
+    "gemma2": {
+        "model_type": "gemma2",
+        **_GROUPED,
+        **_WINDOWS,
+        "head_dim": 16,
+        # Softcapping must bend the scores of a tiny model, too.
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {"model_type": "gemma3_text", **_GROUPED, **_WINDOWS, "head_dim": 16},
+    "phi3": {"model_type": "phi3", **_GROUPED},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_inner": 48,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 128,
+    },
+    "falcon": {"model_type": "falcon", **_COMMON_SIZES, "ffn_hidden_size": 48},
+    "falcon_new": {
+        "model_type": "falcon",
+        **_COMMON_SIZES,
+        "ffn_hidden_size": 48,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+    },
+    "bloom": {"model_type": "bloom", "hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "mixtral": {
+        "model_type": "mixtral",
+        **_GROUPED,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        **_GROUPED,
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 24,
+    },
+    "qwen3_moe": {"model_type": "qwen3_moe", **_GROUPED, **_EXPERTS, "head_dim": 16},
+}
+ALL_FAMILIES = tuple(TINY_CONFIGS)
+MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **overrides: object) -> PreTrainedModel:

@@ -2,32 +2,42 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from rich.progress import track
-from torch import Tensor
 
-from callbacks.measure import TrainerMeasure
+from callbacks.calibration_checkpoint import StopRequest
+from callbacks.measure import TrainerMeasure, check_trainer
 from grasp_lightning.commands.outputs import Outcome, write_outputs
 from grasp_lightning.commands.parsing import to_dict
 from grasp_lightning.commands.phases import Phases
 from grasp_lightning.commands.plan import predict
+from grasp_lightning.commands.progress import RunProgress, has_progress
+from grasp_lightning.commands.recut import StoredScores
 from grasp_lightning.config import CompressConfig
 from grasp_lightning.data.datamodules import CalibrationData
-from grasp_lightning.data.windows import TokenWindows, batches, evaluation_windows
-from grasp_lightning.errors import ConfigError, GraspError
+from grasp_lightning.data.windows import (
+    TokenWindows,
+    batches,
+    check_window_options,
+    evaluation_windows,
+)
+from grasp_lightning.errors import ConfigError, GraspError, ModelError, OutputError
 from grasp_lightning.evaluation.perplexity import evaluate_perplexity
 from grasp_lightning.methods import build_method, resolve_method
-from grasp_lightning.methods.base import Decision
+from grasp_lightning.methods.base import CompressionMethod
 from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.low_rank import ATTRIBUTION
+from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.loading import LoadedModel, load_model, model_hash
+from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
 from grasp_lightning.models.size import measure_size
 from grasp_lightning.models.source import resolve_source
+from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.pipeline import Measure, compress
 from grasp_lightning.plan import Plan
 from grasp_lightning.reporting.metrics import Metrics, Pair
@@ -35,6 +45,7 @@ from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Statistics, Step
 
 _PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution"}
+_MAX_SEED = 2**63 - 1
 _SAFETY = 1.1  # tokenizer, report and logs, beside weights and factors
 
 
@@ -57,27 +68,20 @@ class _Inputs:
 
     loaded: LoadedModel
     view: DecoderView
-    data: CalibrationData
+    method: CompressionMethod
     held_out: TokenWindows
-
-
-@dataclass(kw_only=True)
-class _Kept:
-    """What the decisions of all steps leave behind."""
-
-    scores: dict[str, Tensor] = field(default_factory=dict)
-    factors: dict[str, Tensor] = field(default_factory=dict)
-
-    def __call__(self, plan: Plan, decision: Decision) -> None:
-        del plan
-        self.scores |= decision.scores
-        self.factors |= decision.tensors
+    data: CalibrationData | None
+    stored: StoredScores | None
+    hashes: Mapping[str, str]
+    bytes_needed: int
 
 
 def run_compress(config: CompressConfig) -> CompressRun:
     """Compress a model as a configuration says, and write its run folder.
 
-    A run that is finished already is not done again: its metrics are read.
+    A run that is finished already is not done again: its metrics are read. An unfinished one goes
+    on where it was. SIGINT and SIGTERM save at the next batch and raise ``Interrupted``. A wrong
+    configuration, model, corpus or number is a ``GraspError``, and leaves nothing of a new run.
 
     Args:
         config: What the user set.
@@ -87,8 +91,6 @@ def run_compress(config: CompressConfig) -> CompressRun:
 
     Raises:
         ConfigError: If ``output_dir`` is not set.
-        GraspError: Of other kinds, for a wrong configuration, model, corpus, number, or output
-            folder; nothing of the run is left then.
     """
     output_dir = config.output_dir
     if output_dir is None:
@@ -96,45 +98,80 @@ def run_compress(config: CompressConfig) -> CompressRun:
     config = replace(config, method=resolve_method(config.method))
     model_folder = resolve_source(config.model).folder
     protected = [] if model_folder is None else [model_folder]
-    with RunFolder.open(
-        output_dir, to_dict(config), overwrite=config.overwrite, protected=protected
-    ) as run:
-        if run.state == "finished":
-            metrics = _stored_metrics(run)
-        else:
-            try:
-                metrics = _execute(config, run)
-            except GraspError:
-                run.discard()
-                raise
+    stop, phases = StopRequest(), Phases()
+    with stop.installed():
+        # Before anything of an earlier run is deleted.
+        inputs = _prepare(config, phases) if config.overwrite else None
+        with RunFolder.open(
+            output_dir, to_dict(config), overwrite=config.overwrite, protected=protected
+        ) as run:
+            if run.state == "finished":
+                metrics = _stored_metrics(run)
+            else:
+                metrics = _run_in(run, config, inputs, phases, stop)
     return CompressRun(folder=Path(output_dir), metrics=metrics)
 
 
 def _stored_metrics(run: RunFolder) -> Metrics:
-    return Metrics.from_dict(json.loads(run.path("metrics.json").read_text(encoding="utf-8")))
+    try:
+        content = json.loads(run.path("metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"the finished run in {run.root} has no readable metrics.json ({error}); make it again "
+            "with --overwrite"
+        ) from error
+    return Metrics.from_dict(content)
 
 
-def _execute(config: CompressConfig, run: RunFolder) -> Metrics:
-    phases = Phases()
-    with phases("load"):
-        inputs = _prepare(config, run)
-        hashes = {"model": model_hash(inputs.loaded.model), **inputs.data.fingerprint}
-    view = inputs.view
+def _run_in(
+    run: RunFolder,
+    config: CompressConfig,
+    inputs: _Inputs | None,
+    phases: Phases,
+    stop: StopRequest,
+) -> Metrics:
+    """Run, and leave behind either a result, or what a later start can go on from, or nothing."""
+    is_new = run.state == "new"
+    try:
+        return _execute(config, run, inputs or _prepare(config, phases), phases, stop)
+    except BaseException as error:
+        # A wrong input makes what was measured worthless; a full disk or a crash does not.
+        is_wrong_input = isinstance(error, GraspError) and not isinstance(error, OutputError)
+        if is_new and (is_wrong_input or not has_progress(run)):
+            run.discard()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ModelError(
+                "the device has too little memory; lower calibration.batch_size, "
+                "calibration.seqlen or evaluation.batch_size"
+            ) from error
+        raise
+
+
+def _execute(
+    config: CompressConfig, run: RunFolder, inputs: _Inputs, phases: Phases, stop: StopRequest
+) -> Metrics:
+    run.check_free_space(inputs.bytes_needed)
+    view, method = inputs.view, inputs.method
+    progress = RunProgress(
+        run, Plan(method=method.name, options=method.options, inputs=inputs.hashes)
+    )
     dense_size = measure_size(view)
-    dense_perplexity = _perplexity(config, inputs, phases, "dense")
-    method = build_method(config.method, view, _track)
-    plan, kept = Plan(method=method.name, options=method.options, inputs=hashes), _Kept()
+    dense_perplexity = progress.noted("dense_perplexity")
+    if dense_perplexity is None:
+        dense_perplexity = _perplexity(config, inputs, phases, "dense")
+        progress.note("dense_perplexity", dense_perplexity)
+    apply_operations(view, progress.plan.operations, progress.factors)
     with TemporaryDirectory() as logs:
-        measure = _timed(TrainerMeasure(inputs.data, config.trainer, Path(logs)), phases)
+        measure = _timed(_measure(config, inputs, Path(logs), progress, stop), phases)
         with phases("factorize", excluding=_PHASE_OF_STEP.values()):
-            plan = compress(view, method, measure, plan, kept)
+            plan = compress(view, method, measure, progress.plan, progress.add_step)
         with run.new_folder("logs") as folder:
             shutil.copytree(logs, folder, dirs_exist_ok=True)
     outcome = Outcome(
         loaded=inputs.loaded,
         plan=plan,
-        scores=kept.scores,
-        factors=kept.factors,
+        scores=progress.scores,
+        factors=progress.factors,
         sizes=Pair(dense=dense_size, compressed=measure_size(view)),
         perplexity=Pair(
             dense=dense_perplexity,
@@ -144,25 +181,57 @@ def _execute(config: CompressConfig, run: RunFolder) -> Metrics:
         settings=to_dict(config),
     )
     metrics = write_outputs(run, outcome, phases)
+    progress.clear()
     run.finish()
     return metrics
 
 
-def _prepare(config: CompressConfig, run: RunFolder) -> _Inputs:
+def _measure(
+    config: CompressConfig, inputs: _Inputs, logs: Path, progress: RunProgress, stop: StopRequest
+) -> Measure:
+    if inputs.stored is not None:
+        return inputs.stored
+    assert inputs.data is not None  # there are windows, or stored scores
+    return TrainerMeasure(inputs.data, config.trainer, logs, store=progress, stop=stop)
+
+
+def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
     """Load model and text, and fail early on all that does not fit."""
-    loaded = load_model(config.model)
-    view = DecoderView(loaded.model)
-    prediction = predict(view, config.method)
-    factors = prediction.most if prediction.ranks else 0
-    needed = (prediction.most + factors) * loaded.model.dtype.itemsize
-    run.check_free_space(int(_SAFETY * needed))
-    data = CalibrationData(config.calibration, loaded.tokenizer, config.seed)
-    data.setup("fit")
+    if not 0 <= config.seed <= _MAX_SEED:
+        raise ConfigError(f"seed must be from 0 to {_MAX_SEED}, got {config.seed}")
+    check_window_options(config.calibration, "calibration")
+    check_window_options(config.evaluation, "evaluation")
+    check_trainer(config.trainer, resolve_device(config.model.device))
+    stored = None if config.from_scores is None else StoredScores(config.from_scores)
+    if stored is not None:  # what is asked for is scored already, or cannot be had
+        config = replace(config, method=replace(config.method, score_all_layers=None))
+    with phases("load"):
+        loaded = load_model(config.model)
+        view = DecoderView(loaded.model)
+        prediction = predict(view, config.method)
+        method = build_method(config.method, view, _track)
+        hashes, data = {"model": model_hash(loaded.model)}, None
+        if stored is not None:
+            stored.check(hashes["model"], method.options)
+            hashes |= stored.inputs
+        else:
+            check_length(view, config.calibration.seqlen, "calibration")
+            data = CalibrationData(config.calibration, loaded.tokenizer, config.seed)
+            check_vocabulary(view, data.windows.input_ids)
+            hashes |= data.fingerprint
+        check_length(view, config.evaluation.seqlen, "evaluation")
+        held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
+        check_vocabulary(view, held_out.input_ids)
+    needed = (prediction.most + prediction.factors) * loaded.model.dtype.itemsize
     return _Inputs(
         loaded=loaded,
         view=view,
+        method=method,
+        held_out=held_out,
         data=data,
-        held_out=evaluation_windows(config.evaluation, loaded.tokenizer),
+        stored=stored,
+        hashes=hashes,
+        bytes_needed=int(_SAFETY * needed),
     )
 
 

@@ -3,7 +3,7 @@
 import platform
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,6 @@ def write_outputs(run: RunFolder, outcome: Outcome, phases: Phases) -> Metrics:
     metrics = _metrics(outcome, phases)
     report = render_report(metrics, outcome.plan, outcome.scores, outcome.settings)
     run.write_text("report.html", report)
-    metrics = replace(metrics, seconds=replace(metrics.seconds, total=phases.total))
     run.write_json("metrics.json", metrics.to_dict())
     return metrics
 
@@ -98,7 +97,8 @@ def _write_tensors(
 ) -> None:
     """Write tensors, or nothing where there are none (a method that only drops layers)."""
     if tensors:
-        stored = {key: value.to(dtype).cpu().contiguous() for key, value in tensors.items()}
+        # Copies: two names may stand for one tensor, which safetensors refuses.
+        stored = {key: value.to(dtype).cpu().contiguous().clone() for key, value in tensors.items()}
         run.write_with(name, _saver(stored))
 
 

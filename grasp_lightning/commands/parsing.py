@@ -49,10 +49,30 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
         parsed = parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
         raise ConfigError(_explain(str(error), schema, flags, contents)) from error
+    _refuse_nulls(parsed, schema)
     values = {
         field.name: parsed[field.name] for field in dataclasses.fields(_as_dataclass(config_type))
     }
     return config_type(**values)
+
+
+def with_run_config(argv: Sequence[str]) -> list[str]:
+    """Let ``--from_scores RUN`` begin with the configuration of that run; all else overrides it.
+
+    Args:
+        argv: Command line after the command's name.
+
+    Returns:
+        The command line, with the run's config.yaml in front if there is one.
+    """
+    folders = []
+    for position, word in enumerate(argv):
+        if word.startswith("--from_scores="):
+            folders.append(word.partition("=")[2])
+        elif word == "--from_scores":
+            folders += argv[position + 1 : position + 2]
+    files = [Path(folder) / "config.yaml" for folder in folders]
+    return [*(f"--config={file}" for file in files if file.is_file()), *argv]
 
 
 def to_dict(config: object) -> dict[str, Any]:  # Any: values of YAML
@@ -93,7 +113,8 @@ def _with_flag_values(argv: Sequence[str], schema: Mapping[str, Any]) -> list[st
     result = []
     for position, word in enumerate(argv):
         following = argv[position + 1] if position + 1 < len(argv) else "--"
-        alone = schema.get(word.removeprefix("--")) is bool and following.startswith("--")
+        kind = schema.get(word.removeprefix("--"))
+        alone = (kind is bool or bool in get_args(kind)) and following.startswith("--")
         result.append(f"{word}=true" if alone and word.startswith("--") else word)
     return result
 
@@ -160,6 +181,16 @@ def _allowed(key: str, schema: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(key, [*schema, *names], n=1, cutoff=0.8)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{hint}allowed: {', '.join(names)}"
+
+
+def _refuse_nulls(parsed: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
+    """The parser lets null through for every key; here only where the type allows it."""
+    for key, kind in schema.items():
+        value: Any = parsed
+        for part in key.split("."):
+            value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+        if value is None and NoneType not in get_args(kind):
+            raise ConfigError(f"{key}: expected {_describe(kind)}, got null")
 
 
 def _explain(

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from grasp_lightning.config import CompressConfig, MethodConfig
 from grasp_lightning.errors import ModelError
+from grasp_lightning.linalg.ranks import factor_parameters
 from grasp_lightning.methods import (
     configured_layers,
     configured_rank_rule,
@@ -28,6 +29,7 @@ class Prediction:
         least: Parameters after compression, if the largest layers are chosen.
         num_layers: Number of layers that are replaced or deleted.
         ranks: Rank by linear, inside one of the layers; empty if layers are deleted.
+        factors: Parameters of the factors alone.
     """
 
     dense: int
@@ -35,13 +37,14 @@ class Prediction:
     least: int
     num_layers: int
     ranks: dict[str, int]
+    factors: int
 
     @property
     def lines(self) -> list[str]:
         """The prediction as text; the first line begins with the removed share in percent."""
-        share = f"{1 - self.most / self.dense:.1%}"
-        if self.least != self.most:
-            share += f" to {1 - self.least / self.dense:.1%}, depending on the layers chosen,"
+        share, larger = (f"{1 - size / self.dense:.1%}" for size in (self.most, self.least))
+        if larger != share:
+            share += f" to {larger}, depending on the layers chosen,"
         first = f"{share} of {self.dense:,} parameters removed: {self.most:,} remain"
         if not self.ranks:
             return [first, f"{self.num_layers} layers are deleted"]
@@ -74,11 +77,13 @@ def predict(view: DecoderView, method: MethodConfig) -> Prediction:
             f"all {view.num_layers} decoder layers would be deleted; leave at least one"
         )
     by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))
-    sizes, ranks = [], {}
+    sizes, ranks, factors = [], {}, 0
     for layers in (by_size[: choice.count], by_size[-choice.count :]):
         operations: tuple[Operation, ...] = (DropLayers(layers=tuple(sorted(layers))),)
         if rule is not None:
-            ranks = rule.ranks(weight_shapes(view, Plan(method=method.name), tuple(layers)))
+            shapes = weight_shapes(view, Plan(method=method.name), tuple(layers))
+            ranks = rule.ranks(shapes)
+            factors = sum(factor_parameters(rank, *shapes[name]) for name, rank in ranks.items())
             operations = tuple(
                 FactorizeLinear(module=name, rank=rank, components=None)
                 for name, rank in ranks.items()
@@ -91,6 +96,7 @@ def predict(view: DecoderView, method: MethodConfig) -> Prediction:
         least=min(sizes),
         num_layers=choice.count,
         ranks={n.removeprefix(prefix): r for n, r in ranks.items() if n.startswith(prefix)},
+        factors=factors,
     )
 
 

@@ -1,5 +1,7 @@
 """Calibration windows for a Lightning Trainer."""
 
+from collections.abc import Iterable
+
 import lightning as L
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,6 +25,9 @@ class CalibrationData(L.LightningDataModule):
         tokenizer: Tokenizer of the model.
         seed: Seed of the choice of windows.
         windows: Windows that are there already; then only ``config.batch_size`` is used.
+
+    Attributes:
+        done: Indices of windows that the batches leave out, in whole batches.
     """
 
     def __init__(
@@ -38,6 +43,28 @@ class CalibrationData(L.LightningDataModule):
         self._tokenizer = tokenizer
         self._seed = seed
         self._windows = windows
+        self.done: frozenset[int] = frozenset()
+
+    def without(self, windows: Iterable[int]) -> "CalibrationData":
+        """Return the batches that are left when some windows are counted already.
+
+        Args:
+            windows: Indices of these windows: all or none of each batch.
+
+        Returns:
+            A data module over the same windows, with fewer batches.
+        """
+        rest = CalibrationData(self._config, self._tokenizer, self._seed, self.windows)
+        rest.done = frozenset(windows)
+        return rest
+
+    @property
+    def batches(self) -> list[list[int]]:
+        """Indices of the windows of every batch, in order."""
+        size = self._config.batch_size
+        starts = range(0, len(self.windows), size)
+        rows = [list(range(start, min(start + size, len(self.windows)))) for start in starts]
+        return [row for row in rows if not self.done.issuperset(row)]
 
     @property
     def windows(self) -> TokenWindows:
@@ -76,18 +103,19 @@ class CalibrationData(L.LightningDataModule):
         return self._loader()
 
     def _loader(self) -> DataLoader[WindowBatch]:
-        rows = _WindowRows(self.windows)
-        return DataLoader(rows, batch_size=self._config.batch_size, shuffle=False, num_workers=0)
+        # One item is one batch: Lightning replaces samplers, and would change which windows meet.
+        return DataLoader(_WindowBatches(self.windows, self.batches), batch_size=None)
 
 
-class _WindowRows(Dataset[WindowBatch]):
-    """One window per item, without the batch dimension."""
+class _WindowBatches(Dataset[WindowBatch]):
+    """One batch of windows per item."""
 
-    def __init__(self, windows: TokenWindows) -> None:
+    def __init__(self, windows: TokenWindows, rows: list[list[int]]) -> None:
         self._windows = windows
+        self._rows = rows
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> WindowBatch:
-        return {key: value[0] for key, value in self._windows.batch([index]).items()}
+        return self._windows.batch(self._rows[index])

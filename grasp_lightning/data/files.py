@@ -77,10 +77,9 @@ def _jsonl_texts(path: Path, field: str) -> Iterator[str]:
 def _jsonl_text(line: str, field: str, place: str) -> str:
     try:
         record: Any = json.loads(line)  # Any: parsed JSON
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{place} is not JSON ({error.msg}); expected one object per line"
-        ) from error
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
+        reason = getattr(error, "msg", error)
+        raise DataError(f"{place} is not JSON ({reason}); expected one object per line") from error
     if not isinstance(record, dict):
         raise DataError(f"{place} is no JSON object; expected one with the field {field!r}")
     if field not in record:
@@ -88,6 +87,10 @@ def _jsonl_text(line: str, field: str, place: str) -> str:
     text = record[field]
     if not isinstance(text, str):
         raise DataError(f"{place}: field {field!r} is {type(text).__name__}; expected a string")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(
+            f"{place}: field {field!r} holds half of a surrogate pair, which is no text"
+        )
     return text
 
 

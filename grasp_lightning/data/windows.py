@@ -18,6 +18,7 @@ CANDIDATE_FACTOR = 4
 
 _MIN_TOKENS = 2  # one to predict, and one before it
 _LEAST = {"num_samples": 1, "seqlen": _MIN_TOKENS, "batch_size": 1}
+_MOST = 2**31 - 1
 _WINDOW_DIMS = 2  # (N, T)
 
 
@@ -250,12 +251,13 @@ def check_window_options(config: CalibrationConfig | EvaluationConfig, part: Par
         part: Name of the section.
 
     Raises:
-        ConfigError: If a number is too small.
+        ConfigError: If a number is too small or too large.
     """
     for key, least in _LEAST.items():
         value: int | None = getattr(config, key)
-        if value is not None and value < least:
-            raise ConfigError(f"{part}.{key} must be at least {least}, got {value}")
+        if value is not None and not least <= value <= _MOST:
+            bound = f"at least {least}" if value < least else f"at most {_MOST}"
+            raise ConfigError(f"{part}.{key} must be {bound}, got {value}")
 
 
 def _token_stream(

@@ -55,6 +55,25 @@ def component_gradients(svd: SVD, weight_grad: Tensor) -> ComponentGradients:
     )
 
 
+def sigma_gradients(svd: SVD, weight_grad: Tensor) -> Tensor:
+    """Return the gradients of the singular values alone, ``u_k^T G v_k``.
+
+    Args:
+        svd: Decomposition of the weight.
+        weight_grad: ``G``, the loss gradient of the dense weight, ``(N, M)``, any float dtype.
+
+    Returns:
+        ``dL/ds``, signed, ``(K,)``, in the wider dtype of both, float32 or better.
+
+    Raises:
+        ValueError: If ``weight_grad`` has not the shape of the weight.
+    """
+    if problem := _shape_problem(svd, weight_grad):
+        raise ValueError(problem)
+    svd, weight_grad = _in_one_dtype(svd, weight_grad)
+    return (svd.u * _left_product(svd, weight_grad)).sum(dim=0)
+
+
 def window_scores(
     svd: SVD, weight_grad: Tensor, *, terms: ScoredTerms, score: GradientScore, squared: bool
 ) -> Tensor:

@@ -72,6 +72,20 @@ def stays_dense(rank: int, out_features: int, in_features: int) -> bool:
     return factor_parameters(rank, out_features, in_features) >= out_features * in_features
 
 
+def largest_useful_rank(out_features: int, in_features: int) -> int:
+    """Return the largest rank whose factors save parameters, ``ceil(m n / (m + n)) - 1``.
+
+    Args:
+        out_features: Outputs of the linear.
+        in_features: Inputs of the linear.
+
+    Returns:
+        The rank; 0 where even rank 1 saves nothing. A size below one is a ``ValueError``.
+    """
+    _check_sizes(out_features, in_features)
+    return (out_features * in_features - 1) // (out_features + in_features)
+
+
 def ranks_for_budget(shapes: Sequence[tuple[int, int]], kept: int) -> list[int]:
     """Return the ranks of one common keep ratio that spends a number of parameters.
 
@@ -84,7 +98,7 @@ def ranks_for_budget(shapes: Sequence[tuple[int, int]], kept: int) -> list[int]:
         kept: Number of parameters that the factors may have together.
 
     Returns:
-        Rank of every weight, at least 1 and below the rank at which factors save nothing.
+        Rank of every weight: at least 1, and at most its largest useful rank if that is not 0.
 
     Raises:
         ValueError: If the budget is below rank 1 everywhere, or a size is below one.
@@ -93,7 +107,7 @@ def ranks_for_budget(shapes: Sequence[tuple[int, int]], kept: int) -> list[int]:
     if kept < sum(costs):
         raise ValueError(f"rank 1 needs {sum(costs)} parameters, the budget is {kept}")
     exact = [m * n / (m + n) for m, n in shapes]  # rank at which factors cost what the weight does
-    largest = [max(1, math.ceil(value) - 1) for value in exact]
+    largest = [max(1, largest_useful_rank(m, n)) for m, n in shapes]
 
     def floored(ratio: float) -> list[int]:
         return [

@@ -2,6 +2,8 @@
 
 from grasp_lightning.methods.rank_rules import Shapes
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.linears import DenseLinear
+from grasp_lightning.models.lowrank import LowRankLinear
 from grasp_lightning.plan import Plan
 
 
@@ -33,17 +35,20 @@ def weight_shapes(view: DecoderView, plan: Plan, layers: tuple[int, ...]) -> Sha
         layers: Numbers of the layers in the original model.
 
     Returns:
-        ``(N, M)`` by full name, sorted by layer and name.
+        ``(N, M)`` by full name, sorted by layer and name. A plan that the model does not have is a
+        ``TypeError``.
     """
     shapes: dict[str, tuple[int, int]] = {}
     for index in layers:
         prefix = f"{view.layers_name}.{index}."
-        replaced = {name for name in plan.ranks if name.startswith(prefix)}
-        for name in sorted({*view.linears(index), *replaced}):
-            module = view.module(name)
-            shapes[name] = (_size(module, "out_features"), _size(module, "in_features"))
+        found: dict[str, DenseLinear | LowRankLinear] = {**view.linears(index)}
+        found |= {name: _low_rank(view, name) for name in plan.ranks if name.startswith(prefix)}
+        shapes |= {n: (found[n].out_features, found[n].in_features) for n in sorted(found)}
     return shapes
 
 
-def _size(module: object, name: str) -> int:
-    return int(getattr(module, name))
+def _low_rank(view: DecoderView, name: str) -> LowRankLinear:
+    module = view.module(name)
+    if not isinstance(module, LowRankLinear):
+        raise TypeError(f"the plan replaces {name}, but the model has {type(module).__name__}")
+    return module

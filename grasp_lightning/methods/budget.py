@@ -1,5 +1,6 @@
 """From a share of the whole model to a number of layers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -31,22 +32,16 @@ def resolve_num_layers(config: MethodConfig, view: DecoderView) -> MethodConfig:
     """
     if config.removed_ratio is None or config.layers is not None or config.num_layers is not None:
         return config
+    keep_ratio = config.keep_ratio or 0.0
+    if view.num_layers == 1 and not keep_ratio:
+        raise ConfigError("method.removed_ratio: the model has one decoder layer, none can go")
     dense = count_parameters(view.model)
     saved = sorted(
-        dense - parameters_after(view, layer_operations(view, index, config.keep_ratio or 0.0))
+        dense - parameters_after(view, layer_operations(view, index, keep_ratio))
         for index in view.layer_indices
     )
-    shares = [total / dense for total in accumulate(saved)]
-    if config.keep_ratio:
-        count = next((n for n, s in enumerate(shares, 1) if s >= config.removed_ratio), None)
-        if count is None:
-            raise ConfigError(
-                f"method.removed_ratio {config.removed_ratio} is out of reach at keep_ratio "
-                f"{config.keep_ratio}: all {len(shares)} layers give {shares[-1]:.4f}; the "
-                f"feasible range is 0 to {shares[-1]:.4f}"
-            )
-    else:
-        count = _nearest(shares[:-1], config.removed_ratio)  # one layer must be left
+    find = _fewest if keep_ratio else _nearest
+    count = find(config, dense, tuple(accumulate(saved)))
     return replace(config, num_layers=count, layer_metric=config.layer_metric or "similarity")
 
 
@@ -68,7 +63,53 @@ def layer_operations(view: DecoderView, index: int, keep_ratio: float) -> tuple[
     return tuple(FactorizeLinear(module=n, rank=r, components=None) for n, r in ranks.items())
 
 
-def _nearest(shares: Sequence[float], target: float) -> int:
-    if not shares:
-        raise ConfigError("method.removed_ratio: the model has one decoder layer, none can go")
-    return min(range(len(shares)), key=lambda n: abs(shares[n] - target)) + 1
+def _fewest(config: MethodConfig, dense: int, totals: Sequence[int]) -> int:
+    """Return the smallest number of layers that save enough.
+
+    Args:
+        config: The options.
+        dense: Parameters of the whole model.
+        totals: Parameters that 1, 2, ... layers save.
+
+    Returns:
+        The number.
+
+    Raises:
+        ConfigError: If all layers save too little.
+    """
+    # In whole parameters, so that a share that a run has reported can be asked for again.
+    target = round((config.removed_ratio or 0.0) * dense)
+    count = next((n for n, total in enumerate(totals, 1) if total >= target), None)
+    if count is None:
+        raise ConfigError(
+            f"method.removed_ratio {config.removed_ratio} is out of reach at method.keep_ratio "
+            f"{config.keep_ratio}: the feasible range is 0 to "
+            f"{math.floor(1e4 * totals[-1] / dense) / 1e4:.4f}, which all {len(totals)} layers give"
+        )
+    return count
+
+
+def _nearest(config: MethodConfig, dense: int, totals: Sequence[int]) -> int:
+    """Return the number of layers that save nearest to the target.
+
+    Args:
+        config: The options.
+        dense: Parameters of the whole model.
+        totals: Parameters that 1, 2, ... layers save.
+
+    Returns:
+        The number.
+
+    Raises:
+        ConfigError: If that is no layer, or all of them.
+    """
+    target = (config.removed_ratio or 0.0) * dense
+    choices = (0, *totals)
+    count = min(range(len(choices)), key=lambda n: abs(choices[n] - target))
+    if not 0 < count < len(totals):
+        raise ConfigError(
+            f"method.removed_ratio {config.removed_ratio} is out of reach: the feasible range is "
+            f"{totals[0] / dense:.4f} to {totals[-2] / dense:.4f}, from 1 to {len(totals) - 1} "
+            "layers deleted"
+        )
+    return count

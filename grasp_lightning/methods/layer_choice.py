@@ -14,7 +14,7 @@ from grasp_lightning.plan import OptionValue, SelectLayers
 from grasp_lightning.stats.base import Needs, Statistics, Step
 
 SELECT = "select"
-_SCORE_KEYS: dict[LayerMetric, str] = {
+SCORE_KEYS: dict[LayerMetric, str] = {
     "similarity": "layer_similarity",
     "angular": "layer_angular_distance",
 }
@@ -118,7 +118,7 @@ class LayerChoice:
         metric = stats.layer_metric
         return Decision(
             operations=(SelectLayers(layers=self.chosen(stats)),),
-            scores={} if metric is None else {_SCORE_KEYS[self.metric]: metric},
+            scores={} if metric is None else {SCORE_KEYS[self.metric]: metric},
         )
 
     def _best(self, values: Tensor) -> tuple[int, ...]:

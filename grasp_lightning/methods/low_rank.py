@@ -1,6 +1,7 @@
 """Low-rank replacement of chosen layers: layer choice, component score and rank rule as parts."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -157,17 +158,24 @@ class LowRankMethod(CompressionMethod):
         waiting = {module: rank for module, rank in ranks.items() if module not in plan.ranks}
         if not waiting:
             return None
-        modules = self._next_modules(model, layers, waiting)
+        if self._schedule == "iterative":
+            return self._block_step(model, layers, waiting)
+        scored = model.layer_indices if self._score_all_layers else layers
+        modules = [name for index in scored for name in model.linears(index)]
         return attribution_step(model, modules, self._scoring, ranks=waiting, track=self._track)
 
-    def _next_modules(
+    def _block_step(
         self, model: DecoderView, layers: tuple[int, ...], waiting: Mapping[str, int]
-    ) -> list[str]:
-        if self._schedule == "one_shot":
-            scored = model.layer_indices if self._score_all_layers else layers
-            return [name for index in scored for name in model.linears(index)]
-        groups = [group for index in reversed(layers) for group in blocks(model, index)]
-        return next(list(group) for group in groups if any(name in waiting for name in group))
+    ) -> Step:
+        """Return the step of the highest block that is not replaced yet."""
+        index, modules = next(
+            (index, group)
+            for index in reversed(layers)
+            for group in blocks(model, index)
+            if any(name in waiting for name in group)
+        )
+        step = attribution_step(model, modules, self._scoring, ranks=waiting, track=self._track)
+        return replace(step, layers=tuple(layer for layer in layers if layer <= index))
 
     def decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
         """Return the chosen layers, or the kept components of each of their matrices.

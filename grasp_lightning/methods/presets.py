@@ -92,14 +92,15 @@ def _check_removed_ratio(config: MethodConfig) -> None:
             "the whole model that goes"
         )
     has_layers = config.num_layers is not None or config.layers is not None
-    if has_layers and config.keep_ratio is not None:
-        raise ConfigError(
-            "method.removed_ratio, method.keep_ratio and a number of layers say more than can "
-            "hold at once; leave one of them unset"
-        )
+    layers_key = "method.layers" if config.layers is not None else "method.num_layers"
     if config.name == "drop" and has_layers:
         raise ConfigError(
-            "method drop takes removed_ratio or a number of layers, not both; leave one unset"
+            f"method drop takes method.removed_ratio or {layers_key}, not both; leave one unset"
+        )
+    if has_layers and config.keep_ratio is not None:
+        raise ConfigError(
+            f"method.removed_ratio, method.keep_ratio and {layers_key} say more than can hold at "
+            "once; leave one of them unset"
         )
     if config.name != "drop" and not has_layers and config.keep_ratio is None:
         raise ConfigError(

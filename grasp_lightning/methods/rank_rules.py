@@ -1,12 +1,14 @@
 """How many components each weight keeps: the rank rule of low-rank methods."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.linalg.ranks import (
     factor_parameters,
+    largest_useful_rank,
     rank_for_keep_ratio,
     ranks_for_budget,
     stays_dense,
@@ -15,6 +17,8 @@ from grasp_lightning.plan import OptionValue
 
 Shapes = Mapping[str, tuple[int, int]]
 """Output and input features ``(N, M)`` of every weight that may be cut, by module."""
+
+_TOLERANCE = 1e-3  # share of the model by which a removed ratio may be missed
 
 
 class RankRule(ABC):
@@ -91,18 +95,25 @@ class BudgetRanks(RankRule):
             shapes: All weights of all chosen layers.
 
         Returns:
-            Rank by module.
-
-        Raises:
-            ConfigError: If even rank 1 leaves too much, naming the feasible range.
+            Rank by module; dense where factors cannot be smaller.
         """
+        shapes = {name: shape for name, shape in shapes.items() if not stays_dense(1, *shape)}
         dense = sum(rows * columns for rows, columns in shapes.values())
-        smallest = sum(factor_parameters(1, *shape) for shape in shapes.values())
         kept = dense - round(self.removed_ratio * self.num_parameters)
-        if kept < smallest:
-            most = (dense - smallest) / self.num_parameters
-            raise ConfigError(
-                f"method.removed_ratio {self.removed_ratio} is out of reach: the chosen layers can "
-                f"give between 0 and {most:.4f} of the model; choose more layers"
-            )
+        self._check_budget(tuple(shapes.values()), dense, kept)
         return dict(zip(shapes, ranks_for_budget(tuple(shapes.values()), kept), strict=True))
+
+    def _check_budget(self, shapes: Sequence[tuple[int, int]], dense: int, kept: int) -> None:
+        least = sum(factor_parameters(1, *shape) for shape in shapes)
+        most = sum(factor_parameters(largest_useful_rank(*shape), *shape) for shape in shapes)
+        unit = max((sum(shape) for shape in shapes), default=0)
+        if least <= kept <= most + max(_TOLERANCE * self.num_parameters, unit):
+            return
+        # Rounded inwards, so that both ends can be asked for.
+        smallest, largest = ((dense - size) / self.num_parameters for size in (most, least))
+        advice = "; choose more layers" if kept < least else ""
+        raise ConfigError(
+            f"method.removed_ratio {self.removed_ratio} is out of reach: the feasible range of the "
+            f"chosen layers is {math.ceil(smallest * 1e4) / 1e4:.4f} to "
+            f"{math.floor(largest * 1e4) / 1e4:.4f}{advice}"
+        )

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.models.decoder import DecoderView
 
 
@@ -44,6 +45,43 @@ def hidden_output(output: object) -> Tensor:
     if not isinstance(hidden, Tensor):
         raise TypeError(f"expected hidden states as layer output, got {type(hidden).__name__}")
     return hidden
+
+
+def check_length(view: DecoderView, seqlen: int, part: str) -> None:
+    """Refuse windows that are longer than the model has positions.
+
+    Args:
+        view: The model.
+        seqlen: Tokens per window.
+        part: Section of the configuration, for the message.
+
+    Raises:
+        ConfigError: If the windows are too long.
+    """
+    positions = getattr(view.model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and seqlen > positions:
+        raise ConfigError(f"{part}.seqlen is {seqlen}, but the model has {positions} positions")
+
+
+def check_vocabulary(view: DecoderView, input_ids: Tensor) -> None:
+    """Refuse a tokenizer that gives ids which the model does not know.
+
+    Args:
+        view: The model.
+        input_ids: Token ids, any shape, not empty.
+
+    Raises:
+        ModelError: If an id is beyond the embedding.
+    """
+    weight = view.model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)  # every family embeds its tokens
+    size = weight.shape[0]
+    largest = int(input_ids.max())
+    if largest >= size:
+        raise ModelError(
+            f"the tokenizer gives token {largest}, but the model knows {size} tokens: they do not "
+            "belong together"
+        )
 
 
 def locate_non_finite(view: DecoderView, inputs: Mapping[str, Tensor]) -> str:

@@ -22,6 +22,7 @@ from grasp_lightning.models.lowrank import (
     low_rank_linears,
     ranks_of,
 )
+from grasp_lightning.models.numbering import numbered_settings
 
 # Auto classes through which a saved model opens on machines without the package, if its family has
 # them.
@@ -138,7 +139,7 @@ def _check_saveable(model: PreTrainedModel) -> None:
 
 
 def _check_rebuild(model: PreTrainedModel) -> None:
-    """Raise if the config builds a model with other tensors: loading would leave them random."""
+    """Raise if the config builds another model: loading would leave tensors random or wrong."""
     content = model.config.to_dict()
     content.pop("quantization_config", None)
     config = type(model.config).from_dict(content)  # as it will be read
@@ -147,13 +148,30 @@ def _check_rebuild(model: PreTrainedModel) -> None:
     if low_rank_linears(model):
         quantizer = GraspQuantizer(model.config.quantization_config)
         quantizer.preprocess_model(rebuilt)
-    expected, actual = _shapes(rebuilt), _shapes(model)
-    if expected != actual:
-        key = min(key for key, _ in expected.items() ^ actual.items())
+    problem = _first_difference("shape", _shapes(rebuilt), _shapes(model)) or _first_difference(
+        "value", *_common(numbered_settings(rebuilt), numbered_settings(model))
+    )
+    if problem is not None:
         raise ModelError(
-            f"the config of {type(model).__name__} would rebuild another model: {key} has shape "
-            f"{expected.get(key)} there and {actual.get(key)} in the model to save"
+            f"the config of {type(model).__name__} would rebuild another model: {problem}"
         )
+
+
+def _first_difference(
+    kind: str, expected: Mapping[str, object], actual: Mapping[str, object]
+) -> str | None:
+    if expected == actual:
+        return None
+    key = min(key for key, _ in expected.items() ^ actual.items())
+    there, here = expected.get(key), actual.get(key)
+    return f"{key} has {kind} {there} there and {here} in the model to save"
+
+
+def _common(
+    first: Mapping[str, object], second: Mapping[str, object]
+) -> tuple[dict[str, object], dict[str, object]]:
+    keys = first.keys() & second.keys()
+    return {key: first[key] for key in keys}, {key: second[key] for key in keys}
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """The decoder layers of a model, found by structure and addressed by their original numbers."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -7,10 +8,21 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from grasp_lightning.errors import ModelError
-from grasp_lightning.models.lowrank import is_low_rank
+from grasp_lightning.models.linears import (
+    DenseLinear,
+    DenseModule,
+    as_linear,
+    dense_modules,
+    skipped_modules,
+)
+from grasp_lightning.models.lowrank import low_rank_linears
+from grasp_lightning.models.numbering import (
+    number_dependent_option,
+    renumber_layer,
+    shorten_config,
+)
 
-# What transformers' modules call the number of the layer they are in.
-_LAYER_NUMBER_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num")
+logger = logging.getLogger(__name__)
 
 
 class DecoderView:
@@ -29,7 +41,7 @@ class DecoderView:
         model: A decoder-only language model, with or without its head.
 
     Raises:
-        ModelError: If the model has an encoder, no decoder layers, or none with an ``nn.Linear``.
+        ModelError: If the model has an encoder, no decoder layers, or no linears in them.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -41,7 +53,7 @@ class DecoderView:
             raise ModelError(
                 f"{family} has no list of decoder layers that grasp_lightning can find"
             )
-        if not any(isinstance(module, nn.Linear) for module in layers.modules()):
+        if not (low_rank_linears(layers) or any(True for _ in dense_modules(layers, ""))):
             raise ModelError(
                 f"{family} is a model without linears in its layers, so it is not supported"
             )
@@ -50,6 +62,7 @@ class DecoderView:
         self.layers_name = next(name for name, module in model.named_modules() if module is layers)
         self.num_layers = len(layers)
         self.layer_indices = tuple(range(self.num_layers))
+        self._has_warned = False
 
     def layer(self, index: int) -> nn.Module:
         """Return one decoder layer; a ``ModelError`` says that it is not, or no longer, there.
@@ -62,19 +75,57 @@ class DecoderView:
         """
         return self._layers[self._position(index)]
 
-    def linears(self, index: int) -> dict[str, nn.Linear]:
-        """Return the dense linears of one decoder layer, in module order.
+    def linears(self, index: int) -> dict[str, DenseLinear]:
+        """Return the dense linears of one decoder layer, in module order, weights as ``(N, M)``.
 
-        The two factors of a low-rank linear are not among them. A ``ModelError`` says that the
+        The two factors of a low-rank linear are not among them, nor what ``skipped`` names; the
+        first call that leaves something out says so in a warning. A ``ModelError`` says that the
         layer is not, or no longer, there.
 
         Args:
             index: The layer's number in the original model.
 
         Returns:
-            Full name in the original model -> linear.
+            Full name in the original model -> linear: the ``nn.Linear`` itself, or an adapter of
+            a ``Conv1D``.
         """
-        return dict(_leaf_linears(self.layer(index), f"{self.layers_name}.{index}"))
+        self._warn_of_skipped(index)
+        return {name: as_linear(module) for name, module in self.dense_modules(index).items()}
+
+    def dense_modules(self, index: int) -> dict[str, DenseModule]:
+        """Return the modules behind ``linears``, without a warning.
+
+        Args:
+            index: The layer's number in the original model.
+
+        Returns:
+            Full name in the original model -> module.
+        """
+        return dict(dense_modules(self.layer(index), self._layer_name(index)))
+
+    def skipped(self, index: int) -> tuple[str, ...]:
+        """Return what is left out of a decoder layer's linears: parts of a mixture of experts.
+
+        Args:
+            index: The layer's number in the original model.
+
+        Returns:
+            Full names in the original model: experts, router, shared expert and its gate.
+        """
+        return tuple(skipped_modules(self.layer(index), self._layer_name(index)))
+
+    def layer_of(self, module: str) -> int | None:
+        """Return the original number of the decoder layer that a module name lies in.
+
+        Args:
+            module: Full name in the original model; not checked to exist.
+
+        Returns:
+            The number, or None for a module outside the layer list.
+        """
+        number = module.removeprefix(f"{self.layers_name}.").partition(".")[0]
+        inside = module.startswith(f"{self.layers_name}.") and number.isdecimal()
+        return int(number) if inside else None
 
     def current_name(self, module: str) -> str:
         """Return the name that a module has now, after layers before it may have been dropped.
@@ -87,10 +138,11 @@ class DecoderView:
         Returns:
             Full name in the present model; not checked to exist outside the layer list.
         """
-        number, dot, rest = module.removeprefix(f"{self.layers_name}.").partition(".")
-        if not module.startswith(f"{self.layers_name}.") or not number.isdecimal():
+        index = self.layer_of(module)
+        if index is None:
             return module
-        return f"{self.layers_name}.{self._position(int(number))}{dot}{rest}"
+        rest = module.removeprefix(self._layer_name(index))
+        return f"{self.layers_name}.{self._position(index)}{rest}"
 
     def module(self, module: str) -> nn.Module:
         """Return a module.
@@ -122,15 +174,17 @@ class DecoderView:
     def drop(self, indices: Iterable[int]) -> None:
         """Delete decoder layers, and renumber all that holds a layer number or one entry per layer.
 
-        Renumbered are the modules' own numbers (the cache of keys and values is addressed by them),
-        ``num_hidden_layers``, and lists of the config with one entry per layer.
+        These are the modules' own numbers (the cache of keys and values is addressed by them),
+        ``num_hidden_layers``, and lists of the config.
 
         Args:
             indices: Numbers of the layers in the original model.
 
         Raises:
-            ModelError: If a layer is not there, or none would be left.
+            ModelError: If a layer is not there, none would be left, or layers compute with their
+                numbers.
         """
+        self.check_droppable()
         gone = set(indices)
         positions = {self._position(index) for index in gone}
         if len(positions) == len(self._layers):
@@ -140,10 +194,38 @@ class DecoderView:
             del self._layers[position]
         kept = [p for p in range(len(self.layer_indices)) if p not in positions]
         for new, old in enumerate(kept):
-            _renumber(self._layers[new], old, new)
+            renumber_layer(self._layers[new], old, new)
         for config in configs:
-            _shorten(config, positions)
+            shorten_config(config, positions)
         self.layer_indices = tuple(index for index in self.layer_indices if index not in gone)
+
+    def check_droppable(self) -> None:
+        """Check that layers stay what they are under new numbers.
+
+        Raises:
+            ModelError: If the config makes layers compute with their numbers.
+        """
+        option = number_dependent_option(self.model.config)
+        if option is not None:
+            raise ModelError(
+                f"{type(self.model).__name__} has {option}: its decoder layers compute with their "
+                f"numbers, so none can be dropped; replace them with a keep_ratio above 0"
+            )
+
+    def _layer_name(self, index: int) -> str:
+        return f"{self.layers_name}.{index}"
+
+    def _warn_of_skipped(self, index: int) -> None:
+        prefix = f"{self._layer_name(index)}."
+        skipped = [name.removeprefix(prefix) for name in self.skipped(index)]
+        if skipped and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s is a mixture of experts: %s of its decoder layers stay as they are; only the "
+                "other linears can be replaced",
+                type(self.model).__name__,
+                ", ".join(skipped),
+            )
 
     def _position(self, index: int) -> int:
         if not 0 <= index < self.num_layers:
@@ -205,14 +287,6 @@ def _find_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     return next((found for found in lists if len(found) == num_layers), None)
 
 
-def _leaf_linears(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Linear]]:
-    for child_name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            yield f"{name}.{child_name}", child
-        elif not is_low_rank(child):
-            yield from _leaf_linears(child, f"{name}.{child_name}")
-
-
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """Return the distinct configs that the model and its decoder read; usually it is one."""
     configs = [model.config, model.config.get_text_config(), *_held_configs(model)]
@@ -224,22 +298,3 @@ def _layer_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     configs = [model.config.get_text_config(), *_held_configs(model)]
     counting = [c for c in configs if getattr(c, "num_hidden_layers", None) is not None]
     return list({id(config): config for config in counting}.values())
-
-
-def _renumber(layer: nn.Module, old: int, new: int) -> None:
-    for module in layer.modules():
-        for name in _LAYER_NUMBER_NAMES:
-            # Some modules count otherwise under the same name; those keep what they have.
-            if getattr(module, name, None) == old:
-                setattr(module, name, new)
-
-
-def _shorten(config: PreTrainedConfig, positions: set[int]) -> None:
-    num_layers = config.num_hidden_layers
-    for key, value in list(vars(config).items()):
-        # Lists of token ids and class names can have that length by chance.
-        per_layer = not key.endswith("_token_id") and key != "architectures"
-        if per_layer and isinstance(value, list | tuple) and len(value) == num_layers:
-            kept = [entry for position, entry in enumerate(value) if position not in positions]
-            setattr(config, key, type(value)(kept))
-    config.num_hidden_layers = num_layers - len(positions)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -84,18 +85,15 @@ class LowRankLinear(nn.Module):
 
 
 def is_low_rank(module: nn.Module) -> bool:
-    """Return whether a module is a low-rank linear, of this file or of a copy of it.
-
-    A model loaded through remote code holds the class of the copied file, so ``isinstance`` would
-    miss it.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        True for a ``LowRankLinear``.
-    """
+    """Return whether a module is a low-rank linear, of this file or of a copy of it."""
+    # By name: a model loaded through remote code holds the class of the copied file.
     return type(module).__name__ == LowRankLinear.__name__
+
+
+def dense_shape(linear: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Return (out_features, in_features); a ``Conv1D``, as in GPT-2, stores them reversed."""
+    rows, columns = linear.weight.shape
+    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 
 def low_rank_linears(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -164,33 +162,24 @@ class GraspQuantizer(HfQuantizer):
         self._modules: dict[str, str] = {}  # name in the checkpoint -> name in the model
         self._renamings: list[WeightRenaming] = []
 
-    def _process_model_before_weight_loading(
-        self,
-        model: PreTrainedModel,
-        **kwargs: object,  # noqa: ARG002  (transformers' signature)
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
         """Swap dense linears for low-rank ones while the model is still on the meta device."""
         names = {name for name, _ in model.named_modules()}
         for stored, rank in self.quantization_config.ranks.items():
             module = _name_in_model(model, names, stored)
             linear = model.get_submodule(module)
-            if not isinstance(linear, nn.Linear):
+            if not isinstance(linear, nn.Linear | Conv1D):
                 raise TypeError(f"{stored} must be a Linear, got {type(linear).__name__}")
-            if rank > min(linear.in_features, linear.out_features):
+            rows, columns = dense_shape(linear)
+            if rank > min(rows, columns):
                 raise ValueError(
-                    f"rank {rank} of {stored} does not fit a linear of {linear.out_features} x "
-                    f"{linear.in_features}"
+                    f"rank {rank} of {stored} does not fit a linear of {rows} x {columns}"
                 )
-            new = LowRankLinear(
-                linear.in_features,
-                linear.out_features,
-                rank,
-                bias=linear.bias is not None,
-                device="meta",
-                dtype=linear.weight.dtype,
-            )
+            bias, dtype = linear.bias is not None, linear.weight.dtype
+            new = LowRankLinear(columns, rows, rank, bias=bias, device="meta", dtype=dtype)
             model.set_submodule(module, new)
             self._modules[stored] = module
+            _skip_initialization(model.get_submodule(module.rpartition(".")[0]))
 
     def get_weight_conversions(self) -> list[WeightTransform]:
         """Return how checkpoint keys become parameter names.
@@ -208,9 +197,7 @@ class GraspQuantizer(HfQuantizer):
         return [*self._renamings]
 
     def _process_model_after_weight_loading(
-        self,
-        model: PreTrainedModel,
-        **kwargs: object,  # noqa: ARG002  (transformers' signature)
+        self, model: PreTrainedModel, **_: object
     ) -> PreTrainedModel:
         """Leave the model as if it had been compressed in memory."""
         # transformers reverses used renamings on save; ours would give keys that end in "$", and
@@ -258,12 +245,14 @@ def ranks_of(model: nn.Module) -> dict[str, int]:
 def check_fails_closed(model: nn.Module) -> None:
     """Check that a loader which does not know low-rank linears will stop at each of them.
 
+    The right factor ``(r, M)`` must differ from the dense weight: ``(N, M)``, or ``(M, N)`` in a
+    ``Conv1D``, where they agree if r = M = N, so that r = N covers both.
+
     Args:
         model: Any module.
 
     Raises:
-        ValueError: If a low-rank linear has as many ranks as output features, so that its right
-            factor has the shape of the dense weight.
+        ValueError: If a low-rank linear has as many ranks as output features.
     """
     for module, linear in low_rank_linears(model).items():
         if linear.rank == linear.out_features:
@@ -282,6 +271,16 @@ def _name_in_model(model: PreTrainedModel, names: AbstractSet[str], stored: str)
     raise ValueError(
         f"quantization_config names {stored}, but {type(model).__name__} has no such module"
     )
+
+
+def _skip_initialization(parent: nn.Module) -> None:
+    """Keep a family from initialising the weight of a linear that is gone, as GPT-2 does.
+
+    A module with tensors of its own is left as it is: they may need to be initialised.
+    """
+    if not any(True for _ in (*parent.parameters(recurse=False), *parent.buffers(recurse=False))):
+        holder: Any = parent  # Any: transformers does not declare the attributes it sets
+        holder._is_hf_initialized = True
 
 
 def _forget_remote_code(model: PreTrainedModel) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.lowrank import low_rank_linears
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,7 +15,7 @@ class ModelSize:
     Attributes:
         parameters: Number of parameters, tied ones counted once.
         decoder_linear_parameters: Those of the linears in decoder layers, dense and low-rank,
-            biases included.
+            biases included; without what belongs to a mixture of experts.
         bytes: Size of all parameters at one dtype.
         decoder_linear_bytes: Size of those of the linears in decoder layers, at the same dtype.
     """
@@ -40,7 +41,7 @@ def count_parameters(model: nn.Module) -> int:
 def count_decoder_linears(view: DecoderView) -> int:
     """Return the number of parameters in linears of decoder layers, tied ones counted once.
 
-    The factors of low-rank linears are linears too. Biases count.
+    The factors of low-rank linears are linears too. Biases count; experts and routers do not.
 
     Args:
         view: The model.
@@ -48,8 +49,10 @@ def count_decoder_linears(view: DecoderView) -> int:
     Returns:
         Number of scalars.
     """
-    layers = (view.layer(index) for index in view.layer_indices)
-    linears = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    linears: list[nn.Module] = []
+    for index in view.layer_indices:
+        linears += view.dense_modules(index).values()
+        linears += low_rank_linears(view.layer(index)).values()
     return count_parameters(nn.ModuleList(linears))
 
 

@@ -1,14 +1,17 @@
 """The only module that changes models: it applies the operations of a plan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from grasp_lightning.errors import ModelError, PlanError
+from grasp_lightning.errors import ModelError, NumericsError, PlanError
 from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantizer
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.lowrank import LowRankLinear
+from grasp_lightning.models.linears import DenseModule
+from grasp_lightning.models.lowrank import LowRankLinear, dense_shape, low_rank_linears
 from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation, SelectLayers
 
 
@@ -67,8 +70,45 @@ def parameters_after(view: DecoderView, operations: Sequence[Operation]) -> int:
             for name, parameter in module.named_parameters(recurse=False):
                 if id(module) not in replaced or name != "weight":
                     kept[id(parameter)] = parameter.numel()
-    factors = sum(rank * (linear.in_features + linear.out_features) for linear, rank in linears)
+    factors = sum(rank * sum(dense_shape(linear)) for linear, rank in linears)
     return sum(kept.values()) + factors
+
+
+def densify(
+    model: PreTrainedModel, track: Callable[[Sequence[str]], Iterable[str]] = tuple
+) -> tuple[str, ...]:
+    """Multiply the factors of every low-rank linear back into one dense weight.
+
+    Each gets back the module of its family, with the bias as it is, so that the model becomes an
+    ordinary one of its class, of the size it had before its linears were replaced. Products are
+    computed in float32 or better, and have the factors' dtype and device; the meta device will do.
+    A ``NumericsError`` names a linear whose product overflows that dtype.
+
+    Args:
+        model: A model with low-rank linears, changed in place once all products are finite.
+        track: Shows progress: names of the linears -> the same names.
+
+    Returns:
+        Full names of the linears that are dense now, sorted.
+
+    Raises:
+        ModelError: If the model has no low-rank linears.
+    """
+    factors = low_rank_linears(model)
+    if not factors:
+        raise ModelError(
+            f"{type(model).__name__} has no low-rank linears, so there are no factors to multiply: "
+            f"expected a model whose linears were replaced by compress"
+        )
+    originals = _without_factors(model)
+    products = {
+        name: _product(name, factors[name], originals.get_submodule(name))
+        for name in track(list(factors))
+    }
+    for name, dense in products.items():
+        model.set_submodule(name, dense)
+    attach_quantizer(model)
+    return tuple(products)
 
 
 def _check_operations(
@@ -89,6 +129,7 @@ def _check_operations(
                 _check_factorize(view, operation, ranks, dropped)
                 ranks[operation.module] = operation.rank
             case DropLayers():
+                _check_droppable(view)
                 _check_layers(view, operation.layers, dropped)
                 dropped.update(operation.layers)
             case SelectLayers():
@@ -96,6 +137,13 @@ def _check_operations(
     if len(dropped) == len(view.layer_indices):
         raise PlanError(f"the plan drops all {len(dropped)} decoder layers: one must be left")
     return ranks, dropped
+
+
+def _check_droppable(view: DecoderView) -> None:
+    try:
+        view.check_droppable()
+    except ModelError as error:
+        raise PlanError(f"the plan drops decoder layers: {error}") from error
 
 
 def _check_layers(view: DecoderView, layers: Sequence[int], dropped: set[int]) -> None:
@@ -115,8 +163,7 @@ def _check_factorize(
         raise PlanError(f"the plan factorizes {module} twice")
     if any(module.startswith(f"{view.layers_name}.{index}.") for index in dropped):
         raise PlanError(f"the plan factorizes {module} after dropping its decoder layer")
-    linear = _dense(view, module)
-    largest = min(linear.in_features, linear.out_features)
+    largest = min(dense_shape(_dense(view, module)))
     if not 1 <= rank <= largest:
         raise PlanError(f"rank of {module} must be from 1 to {largest}, the plan says {rank}")
     components = operation.components
@@ -137,10 +184,8 @@ def _check_factors(
     view: DecoderView, operation: FactorizeLinear, tensors: Mapping[str, Tensor]
 ) -> None:
     linear = _dense(view, operation.module)
-    shapes = {
-        "left": (linear.out_features, operation.rank),
-        "right": (operation.rank, linear.in_features),
-    }
+    rows, columns = dense_shape(linear)
+    shapes = {"left": (rows, operation.rank), "right": (operation.rank, columns)}
     for side, shape in shapes.items():
         key = f"{operation.module}.{side}"
         if key not in tensors:
@@ -153,15 +198,21 @@ def _check_factors(
             raise PlanError(f"factor {key} has values that are not finite in {linear.weight.dtype}")
 
 
-def _dense(view: DecoderView, module: str) -> nn.Linear:
+def _dense(view: DecoderView, module: str) -> DenseModule:
     try:
         linear = view.module(module)
     except ModelError as error:
         raise PlanError(f"the plan factorizes {module}: {error}") from error
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear, DenseModule):
         raise PlanError(
             f"the plan factorizes {module}: expected a Linear, the model has "
             f"{type(linear).__name__}"
+        )
+    index = view.layer_of(module)
+    if index is not None and module not in view.dense_modules(index):
+        raise PlanError(
+            f"the plan factorizes {module}: it is part of a mixture of experts, or of a linear "
+            f"that is low-rank already"
         )
     if not linear.weight.is_floating_point():
         raise PlanError(f"weight of {module} must be floating point, got {linear.weight.dtype}")
@@ -174,9 +225,9 @@ def _factorize(
     old = _dense(view, operation.module)
     # On the meta device first: no memory for values that are replaced at once, no random numbers
     # drawn.
-    new = LowRankLinear(
-        old.in_features, old.out_features, operation.rank, bias=old.bias is not None, device="meta"
-    )
+    rows, columns = dense_shape(old)
+    bias = old.bias is not None
+    new = LowRankLinear(columns, rows, operation.rank, bias=bias, device="meta")
     new.left.weight = _like(tensors[f"{operation.module}.left"], old.weight)
     new.right.weight = _like(tensors[f"{operation.module}.right"], old.weight)
     new.left.bias = old.bias
@@ -189,3 +240,30 @@ def _like(factor: Tensor, weight: Tensor) -> nn.Parameter:
         device=weight.device, dtype=weight.dtype, copy=True, memory_format=torch.contiguous_format
     )
     return nn.Parameter(own, requires_grad=weight.requires_grad)
+
+
+def _without_factors(model: PreTrainedModel) -> PreTrainedModel:
+    """Return what the config alone builds, on the meta device: every linear of its own class."""
+    content = model.config.to_dict()
+    content.pop("quantization_config", None)
+    config = type(model.config).from_dict(content)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return type(model)(config)
+
+
+def _product(name: str, factors: LowRankLinear, dense: nn.Module) -> nn.Module:
+    """Return the dense module, with the product of the factors as its weight."""
+    left, right = factors.left.weight.detach(), factors.right.weight.detach()
+    wide = torch.promote_types(left.dtype, torch.float32)
+    weight = (left.to(wide) @ right.to(wide)).to(left.dtype)  # (N, M)
+    # Finite factors can overflow in float16. Values on the meta device cannot be looked at.
+    if not weight.is_meta and not torch.isfinite(weight).all():
+        raise NumericsError(
+            f"the product of the factors of {name} is not finite in {left.dtype}; "
+            f"compress with a wider model.dtype"
+        )
+    stored = weight.mT.contiguous() if isinstance(dense, Conv1D) else weight
+    trainable = factors.left.weight.requires_grad
+    dense.register_parameter("weight", nn.Parameter(stored, requires_grad=trainable))
+    dense.register_parameter("bias", factors.left.bias)
+    return dense.train(factors.training)

@@ -1,18 +1,19 @@
-"""The model card: README.md of the compressed model, with the front matter that the hub reads."""
+"""Model cards: README.md of what is written, with the front matter that the hub reads."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from grasp_lightning.plan import Plan
-from grasp_lightning.reporting.metrics import Metrics
+from grasp_lightning.reporting.metrics import Metrics, Pair
 from grasp_lightning.reporting.tables import comparison_notes, comparison_rows, indices_text
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_TITLE = re.compile(r"^# `([^`]+)`, compressed$", re.MULTILINE)  # as card.md.jinja writes it
 
 
 def model_card(
@@ -42,18 +43,12 @@ def model_card(
     """
     is_hub_name = _is_hub_name(origin_name)
     base_model = origin_name if is_hub_name else _last_part(origin_name)
-    environment = Environment(
-        loader=PackageLoader("grasp_lightning", "reporting"),
-        autoescape=False,  # Markdown: _code quotes what is not ours
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["code"] = _code
-    return environment.get_template("card.md.jinja").render(
+    return _template("card.md.jinja").render(
         front_matter=_front_matter(
-            plan, base_model if is_hub_name else None, licence, licence_files
+            "low-rank" if plan.ranks else "layer-pruning",
+            base_model if is_hub_name else None,
+            licence,
+            licence_files,
         ),
         base_model=base_model,
         is_hub_name=is_hub_name,
@@ -70,15 +65,78 @@ def model_card(
     )
 
 
+def export_card(
+    *,
+    base_model: str,
+    num_linears: int,
+    parameters: Pair[int],
+    dtype: str,
+    licence: str | None,
+    licence_files: Sequence[str],
+    source_card: str | None,
+) -> str:
+    """Return the README.md of a dense copy of a compressed model; it says that nothing is gained.
+
+    Args:
+        base_model: Name of the model that was compressed, as ``base_model_of`` gives it, so that
+            ``owner/name`` is a hub name.
+        num_linears: Number of linears whose factors were multiplied.
+        parameters: Of the copy (dense) and of the model that it was made from (compressed).
+        dtype: Floating point type of the weights.
+        licence: Licence of the base model, None if unknown.
+        licence_files: Names of the licence files that lie beside the card.
+        source_card: Name of the compressed model's own card beside this one, None if it has none.
+
+    Returns:
+        YAML front matter, then Markdown.
+    """
+    hub_name = base_model if _is_hub_name(base_model) else None
+    return _template("export_card.md.jinja").render(
+        front_matter=_front_matter("dense", hub_name, licence, licence_files),
+        base_model=base_model,
+        num_linears=num_linears,
+        parameters=parameters,
+        dtype=dtype,
+        licence=licence,
+        licence_files=sorted(licence_files),
+        source_card=source_card,
+    )
+
+
+def base_model_of(card: str) -> str | None:
+    """Return the base model's name that ``model_card`` wrote into a card.
+
+    Args:
+        card: Content of a README.md.
+
+    Returns:
+        Hub name, or the name of a folder or file; None if the card is not one of ours.
+    """
+    title = _TITLE.search(card)
+    return title[1] if title else None
+
+
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=PackageLoader("grasp_lightning", "reporting"),
+        autoescape=False,  # Markdown: _code quotes what is not ours
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = _code
+    return environment.get_template(name)
+
+
 def _front_matter(
-    plan: Plan, base_model: str | None, licence: str | None, licence_files: Sequence[str]
+    kind: str, base_model: str | None, licence: str | None, licence_files: Sequence[str]
 ) -> str:
     content: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base_model is not None:
         content["base_model"] = base_model
     if licence is not None:
         content |= _licence_keys(licence, licence_files)
-    kind = "low-rank" if plan.ranks else "layer-pruning"
     content["tags"] = ["grasp", "compressed", kind]
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 

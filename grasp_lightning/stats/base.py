@@ -57,7 +57,8 @@ class Step:
     Attributes:
         name: What is done, in one word: select, attribution, drop.
         needs: What must be measured first.
-        layers: Decoder layers that the step works on, as in the original model.
+        layers: Decoder layers that this and coming steps change, ascending, as in the original
+            model: what enters them can be kept between passes. Empty if this is the only step.
         bases: Singular value decompositions of the weights that are scored, by module.
         ranks: Ranks that weights are cut to, by module; None leaves them to the decision.
     """

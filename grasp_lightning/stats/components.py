@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from grasp_lightning.errors import NumericsError
-from grasp_lightning.linalg.components import GradientScore, window_scores
+from grasp_lightning.errors import ModelError, NumericsError
+from grasp_lightning.linalg.components import GradientScore, sigma_gradients, window_scores
 from grasp_lightning.linalg.factors import SVD
 from grasp_lightning.stats.base import Scoring
 
@@ -18,7 +18,8 @@ class ComponentScores:
     """Sums per-window scores of every singular component of several linears.
 
     What is not linear in the data (moduli, squares) is formed per window, so scores depend neither
-    on the batch size nor on the number of processes. ``signed`` alone sums the gradients first.
+    on the batch size nor on the number of processes. ``signed`` sums first: the gradients of the
+    singular values where they alone are scored, else the gradient of the weight.
 
     Args:
         bases: Decompositions of the weights, by module.
@@ -35,9 +36,14 @@ class ComponentScores:
         self._scoring = scoring
         self._score: GradientScore = scoring.score
         self.sums = {name: self._zeros(basis) for name, basis in bases.items()}
+        self._num_windows = dict.fromkeys(bases, 0)
+
+    @property
+    def _sums_weight_gradients(self) -> bool:
+        return self._scoring.reduction == "signed" and self._scoring.terms == "full"
 
     def _zeros(self, basis: SVD) -> Tensor:
-        if self._scoring.reduction == "signed":
+        if self._sums_weight_gradients:
             return basis.u.new_zeros(basis.u.shape[0], basis.vh.shape[1])
         return torch.zeros_like(basis.s, dtype=torch.float64)
 
@@ -50,13 +56,28 @@ class ComponentScores:
             grad_output: Gradient of the summed token loss by its output, ``(T, N)``.
         """
         basis = self._bases[module]
+        self._num_windows[module] += 1
         # The hook runs inside a mixed-precision step, where autocast would round the product.
         with torch.autocast(x.device.type, enabled=False):
             weight_grad = grad_output.to(basis.s.dtype).mT @ x.to(basis.s.dtype)  # (N, M)
-        if self._scoring.reduction == "signed":
+        if self._sums_weight_gradients:
             self.sums[module] += weight_grad
+        elif self._scoring.reduction == "signed":
+            self.sums[module] += sigma_gradients(basis, weight_grad)
         else:
             self.sums[module] += self._window_scores(basis, weight_grad)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the sums so far, by module, from which another object can go on."""
+        return {name: value.cpu() for name, value in self.sums.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from sums that ``state`` gave.
+
+        Args:
+            state: The sums.
+        """
+        self.sums = {name: state[name].to(value) for name, value in self.sums.items()}
 
     def mean(self, num_targets: int) -> dict[str, Tensor]:
         """Return the scores of all components, divided once by the number of predicted tokens.
@@ -68,8 +89,17 @@ class ComponentScores:
             Float32, ``(K,)`` per module.
 
         Raises:
+            ModelError: If the model reads a weight without calling its linear, so that it was not
+                seen.
             NumericsError: If a score is NaN or infinite, naming the module.
         """
+        num_windows = max(self._num_windows.values(), default=0)
+        for name, count in self._num_windows.items():
+            if count != num_windows:
+                raise ModelError(
+                    f"{name} was seen in {count} of {num_windows} windows: the model does not "
+                    "call it once per pass, so its components cannot be scored; leave its layer out"
+                )
         scores = {name: self._reduced(name) / num_targets for name in self.sums}
         for name, values in scores.items():
             if not values.isfinite().all():
@@ -80,9 +110,12 @@ class ComponentScores:
         return {name: values.float().cpu() for name, values in scores.items()}
 
     def _reduced(self, module: str) -> Tensor:
+        basis, total = self._bases[module], self.sums[module]
+        if self._sums_weight_gradients:
+            return self._window_scores(basis, total)
         if self._scoring.reduction == "signed":
-            return self._window_scores(self._bases[module], self.sums[module])
-        return self.sums[module]
+            return (total * basis.s if self._score == "taylor" else total).abs()
+        return total
 
     def _window_scores(self, basis: SVD, weight_grad: Tensor) -> Tensor:
         return window_scores(

@@ -1,7 +1,7 @@
 """Hidden states that enter and leave decoder layers, compared while the model runs."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -52,6 +52,19 @@ class LayerMetricCollector:
         self._mask = mask
         self._inputs.clear()
         self.num_tokens += int(mask.sum())
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the sums so far, from which a collector can go on."""
+        return {"sums": self.sums.clone(), "num_tokens": torch.tensor(self.num_tokens)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from sums that ``state`` gave.
+
+        Args:
+            state: The sums.
+        """
+        self.sums = state["sums"].clone()
+        self.num_tokens = int(state["num_tokens"])
 
     def mean(self) -> Tensor:
         """Return the metric per start layer, averaged over all tokens so far.

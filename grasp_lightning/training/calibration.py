@@ -14,6 +14,7 @@ from grasp_lightning.models.calls import locate_non_finite
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.plan import Plan
 from grasp_lightning.stats.base import Statistics, Step
+from grasp_lightning.training.hidden_cache import HiddenCache
 
 Batch = Mapping[str, Tensor]
 
@@ -31,6 +32,7 @@ class CalibrationModule(L.LightningModule):
         view: The model's decoder layers and linears.
         measured: Steps measured so far in this run, for callbacks that come later.
         layer_choice: How ``LayerSimilarity`` or explicit layers choose; None before.
+        cache: Hidden states kept between passes; None keeps none.
         plan: The plan that ``ReplaceRedundantLayers`` has applied; None before.
     """
 
@@ -40,6 +42,7 @@ class CalibrationModule(L.LightningModule):
         self.model = self.view.model
         self.measured: list[tuple[Step, Statistics]] = []
         self.layer_choice: LayerChoice | None = None
+        self.cache: HiddenCache | None = None
         self.plan: Plan | None = None
         self.automatic_optimization = False
         self._frozen = ExitStack()
@@ -64,6 +67,7 @@ class CalibrationModule(L.LightningModule):
         del stage
         self._frozen.close()
         self._frozen.enter_context(frozen(self.model))
+        self.measured.clear()
 
     def teardown(self, stage: str) -> None:
         """Give the model back as it was.
@@ -96,6 +100,8 @@ class CalibrationModule(L.LightningModule):
             NumericsError: If the loss is NaN or infinite, naming the first decoder layer whose
                 output is.
         """
+        if self.cache is not None:
+            self.cache.start_batch(batch["index"])
         logits = self.model(**forward_inputs(batch), use_cache=False).logits
         losses = next_token_losses(logits, batch["input_ids"], batch["targets"])
         loss = losses.sum()

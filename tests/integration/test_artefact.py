@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import grasp_lightning
 from grasp_lightning.errors import ModelError
@@ -21,9 +21,9 @@ from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import GraspConfig
 from grasp_lightning.models.surgery import apply_operations
-from grasp_lightning.plan import DropLayers
-from tests.conftest import FAMILIES, byte_tokenizer, tiny_model
-from tests.unit.models.helpers import factorize_layers
+from grasp_lightning.plan import DropLayers, FactorizeLinear
+from tests.conftest import ALL_FAMILIES, FAMILIES, byte_tokenizer, tiny_model
+from tests.unit.models.helpers import factorize_layers, random_factors
 
 ROOT = Path(grasp_lightning.__file__).parents[1]
 NEW_TOKENS = 8
@@ -105,6 +105,12 @@ def low_rank(model: PreTrainedModel, rank: int = 5) -> PreTrainedModel:
     return model
 
 
+def factorize_one(model: PreTrainedModel, module: str, rank: int) -> None:
+    view = DecoderView(model)
+    operations = [FactorizeLinear(module=module, rank=rank, components=None)]
+    apply_operations(view, operations, random_factors(view, operations))
+
+
 def dropped(model: PreTrainedModel, layers: tuple[int, ...] = (0, 2)) -> PreTrainedModel:
     apply_operations(DecoderView(model), [DropLayers(layers=layers)], {})
     return model
@@ -150,6 +156,10 @@ def cases_of(family: str) -> dict[str, Case]:
     }
 
 
+def all_at_once(family: str) -> Case:
+    return lambda scratch: reopened(dropped(low_rank(tiny_model(family))), scratch, torch.bfloat16)
+
+
 FAST: dict[str, Case] = {
     **{family: cases_of(family)[family] for family in FAMILIES},
     "llama-dropped": cases_of("llama")["llama-dropped"],
@@ -158,10 +168,20 @@ FAST: dict[str, Case] = {
 }
 SLOW: dict[str, Case] = {
     **{name: case for family in FAMILIES for name, case in cases_of(family).items()},
+    # What test_families.py does not do, in one case each.
+    **{
+        f"{family}-low-rank-then-dropped-bf16-saved-twice": all_at_once(family)
+        for family in ALL_FAMILIES
+        if family not in FAMILIES
+    },
     "opt-tied": lambda _: low_rank(tiny_model("opt", tie_word_embeddings=True)),
     "opt-untied": lambda _: low_rank(tiny_model("opt", tie_word_embeddings=False)),
     "llama-biased-tied": lambda _: low_rank(
         tiny_model("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    ),
+    # Attention and MLP one after the other, and positions as a bias of the scores.
+    "falcon-alibi": lambda _: low_rank(
+        tiny_model("falcon", alibi=True, multi_query=False, parallel_attn=False, bias=True)
     ),
     "qwen2-windows-dropped": lambda _: dropped(
         tiny_model(
@@ -182,18 +202,6 @@ GOOD = {
     "cached": True,
     "uncached": True,
     "base": True,
-}
-
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "moe_intermediate_size": 8,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 
 Outcome = Callable[[str, str], dict[str, Any]]
@@ -265,16 +273,17 @@ def names(*, plain: bool | None = None, fast: bool = True) -> list[Any]:
     ]
 
 
-def assert_good(result: dict[str, Any]) -> None:
-    assert {key: value for key, value in result.items() if key != "class"} == GOOD
-    assert result["class"].startswith("transformers.models.")
+def result_is_good(result: dict[str, Any]) -> bool:
+    rest = {key: value for key, value in result.items() if key != "class"}
+    assert rest == GOOD
+    return bool(result["class"].startswith("transformers.models."))
 
 
 @pytest.mark.parametrize("name", names())
 def test_a_saved_model_loads_bit_equal_after_importing_the_package(
     outcome: Outcome, name: str
 ) -> None:
-    assert_good(outcome("package", name))
+    assert result_is_good(outcome("package", name))
 
 
 @pytest.mark.parametrize("name", names(plain=False))
@@ -290,7 +299,7 @@ def test_loading_without_the_package_stops_instead_of_giving_random_layers(
 def test_a_model_with_dropped_layers_only_loads_without_the_package(
     outcome: Outcome, saved: Callable[[str], Path], name: str
 ) -> None:
-    assert_good(outcome("bare", name))
+    assert result_is_good(outcome("bare", name))
     folder = saved("fast" if name in FAST else "slow") / name
     assert not {"quantization_config", "auto_map"} & set(read_config(folder))
     assert not (folder / "modeling_grasp.py").exists()
@@ -298,12 +307,12 @@ def test_a_model_with_dropped_layers_only_loads_without_the_package(
 
 @pytest.mark.parametrize("name", names())
 def test_remote_code_loads_bit_equal_without_the_package(outcome: Outcome, name: str) -> None:
-    assert_good(outcome("trust", name))
+    assert result_is_good(outcome("trust", name))
 
 
 @pytest.mark.parametrize("name", names(fast=False))
 def test_remote_code_beside_the_package_changes_nothing(outcome: Outcome, name: str) -> None:
-    assert_good(outcome("package and trust", name))
+    assert result_is_good(outcome("package and trust", name))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -412,6 +421,37 @@ def test_save_refuses_a_rank_whose_right_factor_would_pass_for_the_dense_weight(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("module", "rank"),
+    [("attn.c_proj", 32), ("mlp.c_proj", 32)],  # (in, out): 32 x 32 and 48 x 32
+)
+def test_save_refuses_a_rank_of_a_transposed_linear_that_saves_nothing(
+    tmp_path: Path, module: str, rank: int
+) -> None:
+    model = tiny_model("gpt2")
+    factorize_one(model, f"transformer.h.1.{module}", rank)
+    with pytest.raises(ModelError, match=rf"{module} has rank 32 for as many output features"):
+        save_model(model, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("module", "rank"),
+    # The right factor is (rank, in), the stored weight (in, out): 32 x 48, 32 x 32, 32 x 96.
+    [("mlp.c_fc", 32), ("attn.c_proj", 31), ("attn.c_attn", 32), ("attn.c_attn", 1)],
+)
+def test_a_loader_that_ignores_the_ranks_stops_at_a_transposed_linear(
+    tmp_path: Path, module: str, rank: int
+) -> None:
+    model = tiny_model("gpt2")
+    factorize_one(model, f"transformer.h.1.{module}", rank)
+    save_model(model, tmp_path)
+    config = read_config(tmp_path)
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_save_refuses_a_model_quantized_otherwise(tmp_path: Path) -> None:
     model = tiny_model()
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
@@ -420,13 +460,25 @@ def test_save_refuses_a_model_quantized_otherwise(tmp_path: Path) -> None:
 
 
 def test_save_refuses_a_config_that_would_rebuild_another_model(tmp_path: Path) -> None:
-    # Which layers are sparse is said by number in this family: after a drop the wrong ones are.
-    sparse = {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
-    config = AutoConfig.for_model("qwen3_moe", num_hidden_layers=3, **SMALL, **sparse)
-    model = dropped(AutoModelForCausalLM.from_config(config), (0,))
+    # Every second layer is sparse in this model: after a drop the wrong ones would be.
+    model = dropped(tiny_model("qwen3_moe", decoder_sparse_step=2), (0,))
     with pytest.raises(ModelError, match=r"would rebuild another model: model.layers.0.mlp"):
         save_model(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_save_refuses_a_layer_that_computes_otherwise_than_its_config_says(tmp_path: Path) -> None:
+    model = tiny_model("gemma3_text")
+    model.get_submodule("model.layers.2.self_attn").is_sliding = False  # type: ignore[assignment]  # plain attribute
+    with pytest.raises(ModelError, match=r"self_attn.is_sliding has value True there and False"):
+        save_model(model, tmp_path / "model")
+
+
+def test_numbers_of_dense_layers_follow_a_drop(tmp_path: Path) -> None:
+    model = dropped(tiny_model("qwen3_moe", mlp_only_layers=[1]), (0,))
+    ids = torch.arange(8)[None]
+    loaded = reopened(model, tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_save_draws_no_random_numbers(tmp_path: Path) -> None:

@@ -105,3 +105,20 @@ def test_the_model_runs_dense_until_the_fit_ends() -> None:
     )
     assert set(seen) == {dense}
     assert sum(p.numel() for p in model.parameters()) < dense
+
+
+def test_factors_are_trainable_as_the_weights_were() -> None:
+    model = tiny_model()
+    model.train()
+    by_hand(model, LayerSimilarity(2), SingularAttribution(), ReplaceRedundantLayers(), epochs=2)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+def test_callbacks_can_be_used_again() -> None:
+    callbacks = (LayerSimilarity(2), SingularAttribution(), ReplaceRedundantLayers(0.3))
+    first = by_hand(tiny_model(), *callbacks, epochs=2)
+    second = by_hand(tiny_model(), *callbacks, epochs=2)
+    assert first.plan is not None
+    assert second.plan is not None
+    assert first.plan.to_json() == second.plan.to_json()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from grasp_lightning.cli import main
 from grasp_lightning.config import MethodName
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import Plan
 from tests.conftest import FAMILIES, save_tiny, tiny_model
@@ -177,7 +178,7 @@ def test_bfloat16_models_stay_bfloat16(settings: list[str], tmp_path: Path) -> N
 
 def test_the_calibration_loss_is_logged(settings: list[str], tmp_path: Path) -> None:
     assert main(["compress", *settings]) == 0
-    with (tmp_path / "run" / "logs" / "metrics.csv").open() as file:
+    with (tmp_path / "run" / "logs" / "pass_1" / "metrics.csv").open() as file:
         losses = [float(row["calibration_loss"]) for row in csv.DictReader(file)]
     assert len(losses) == 4
     assert all(math.isfinite(loss) for loss in losses)
@@ -208,6 +209,8 @@ def written(folder: Path, name: str, text: str) -> str:
     return str(folder / name)
 
 
+UNSET = ("--method.num_layers=null", "--method.keep_ratio=null")
+
 MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "unknown key": (lambda _: ["--method.bogus=1"], "unknown option --method.bogus"),
     "wrong type": (lambda _: ["--method.keep_ratio=x"], "method.keep_ratio: expected a number"),
@@ -232,6 +235,38 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "layer beyond the model": (
         lambda _: ["--method.num_layers=null", "--method.layers=[7]"],
         "the model has layers 0 to 3",
+    ),
+    "more budgets than can hold": (
+        lambda _: ["--method.removed_ratio=0.1"],
+        "method.removed_ratio, method.keep_ratio and method.num_layers say more than can hold",
+    ),
+    "a budget of everything": (
+        lambda _: ["--method.removed_ratio=1", "--method.keep_ratio=null"],
+        "method.removed_ratio must be above 0 and below 1, got 1",
+    ),
+    "a budget alone": (
+        lambda _: [*UNSET, "--method.removed_ratio=0.1"],
+        "method.removed_ratio needs one of method.num_layers",
+    ),
+    "a budget out of reach of two layers": (
+        lambda _: ["--method.removed_ratio=0.9", "--method.keep_ratio=null"],
+        "method.removed_ratio 0.9 is out of reach: the feasible range",
+    ),
+    "a budget out of reach at a keep_ratio": (
+        lambda _: ["--method.removed_ratio=0.9", "--method.num_layers=null"],
+        "method.removed_ratio 0.9 is out of reach at method.keep_ratio 0.3: the feasible range",
+    ),
+    "a budget out of reach of deletion": (
+        lambda _: [*UNSET, "--method.name=drop", "--method.removed_ratio=0.01"],
+        "method.removed_ratio 0.01 is out of reach: the feasible range",
+    ),
+    "drop with two budgets": (
+        lambda _: ["--method.name=drop", "--method.removed_ratio=0.2", "--method.keep_ratio=null"],
+        "method drop takes method.removed_ratio or method.num_layers, not both",
+    ),
+    "all layers scored iteratively": (
+        lambda _: ["--method.schedule=iterative", "--method.score_all_layers=true"],
+        "method.score_all_layers would be ignored",
     ),
     "ignored key": (
         lambda _: ["--method.name=drop"],
@@ -392,6 +427,87 @@ def test_plan_predicts_what_compress_does(
     assert f"{counted:,} remain" in predicted
 
 
+@pytest.mark.parametrize(
+    ("keys", "dtype"),
+    [
+        (["--method.num_layers=2", "--method.removed_ratio=0.16"], "float32"),
+        (["--method.layers=[0, 2, 3]", "--method.removed_ratio=0.2"], "bfloat16"),
+        (["--method.keep_ratio=0.25", "--method.removed_ratio=0.2"], "bfloat16"),
+        (
+            [
+                *("--method.num_layers=3", "--method.removed_ratio=0.24"),
+                "--method.preset=released",
+            ],
+            "float32",
+        ),
+    ],
+)
+def test_a_share_of_the_model_is_removed_as_asked_and_as_planned(
+    keys: list[str],
+    dtype: str,
+    settings: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chosen = [*settings, *UNSET, f"--model.dtype={dtype}", *keys]
+    assert main(["plan", *chosen]) == 0
+    predicted = capsys.readouterr().out.splitlines()[0]
+    assert main(["compress", *chosen]) == 0
+    metrics = read_metrics(tmp_path / "run")
+    asked = float(next(key for key in keys if "removed_ratio" in key).partition("=")[2])
+    parameters = metrics["parameters"]
+    # One rank of the widest linears, 32 x 48; it is more than 0.1 % of this model.
+    assert 0 <= metrics["removed_ratio"] - asked <= 80 / parameters["dense"]
+    assert f"{parameters['compressed']:,} remain" in predicted
+    assert predicted.startswith(f"{metrics['removed_ratio']:.1%} of")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert sum(p.numel() for p in model.parameters()) == parameters["compressed"]
+    assert model.dtype == getattr(torch, dtype)
+
+
+def test_deletion_by_share_removes_the_nearest_number_of_layers(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = [*settings, *UNSET, "--method.name=drop", "--method.removed_ratio=0.4"]
+    assert main(["plan", *chosen]) == 0
+    predicted = capsys.readouterr().out.splitlines()[0]
+    assert main(["compress", *chosen]) == 0
+    metrics = read_metrics(tmp_path / "run")
+    dense, layer = tiny_model(), count_parameters(tiny_model().get_submodule("model.layers.0"))
+    expected = min(range(5), key=lambda n: abs(n * layer - 0.4 * count_parameters(dense)))
+    plan = Plan.from_json((tmp_path / "run" / "plan.json").read_text())
+    assert len(plan.dropped_layers) == expected
+    assert f"{metrics['parameters']['compressed']:,} remain" in predicted
+
+
+def test_the_iterative_schedule_replaces_from_the_last_block_on(
+    settings: list[str], tmp_path: Path
+) -> None:
+    chosen = [*settings, "--method.num_layers=null", "--method.layers=[1, 2]"]
+    assert main(["compress", *chosen, "--method.schedule=iterative"]) == 0
+    plan = Plan.from_json((tmp_path / "run" / "plan.json").read_text())
+    assert plan.options["schedule"] == "iterative"
+    blocks = [".".join(module.split(".")[2:4]) for module in plan.ranks]
+    assert list(dict.fromkeys(blocks)) == ["2.mlp", "2.self_attn", "1.mlp", "1.self_attn"]
+    scores = load_file(tmp_path / "run" / "scores.safetensors")
+    assert {f"{module}.scores" for module in plan.ranks} <= scores.keys()
+    replayed = tiny_model()
+    factors = load_file(tmp_path / "run" / "factors.safetensors")
+    apply_operations(DecoderView(replayed), plan.operations, factors)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    ids = torch.arange(30)[None]
+    assert torch.equal(model(ids).logits, replayed(ids).logits)
+
+
+def test_plan_solves_a_share_of_llama_2_7b(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    keys = ["--method.num_layers=8", "--method.removed_ratio=0.216"]
+    assert main(["plan", f"--model.path={tmp_path}", *keys]) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("21.6% of 6,738,415,616")
+
+
 def test_the_resolved_configuration_is_written(settings: list[str], tmp_path: Path) -> None:
     assert main(["compress", *settings]) == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -416,3 +532,87 @@ def test_help_version_and_unknown_commands(
     assert main(argv) == code
     captured = capsys.readouterr()
     assert text in captured.out + captured.err
+
+
+@pytest.mark.parametrize("score", ["taylor", "gradient", "magnitude"])
+def test_every_score_ends_in_a_model(score: str, settings: list[str], tmp_path: Path) -> None:
+    assert main(["compress", *settings, f"--method.score={score}"]) == 0
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics["parameters"]["compressed"] < metrics["parameters"]["dense"]
+    assert (metrics["seconds"]["attribution"] is not None) or score == "magnitude"
+
+
+def test_mixed_precision_keeps_the_model_s_dtype(settings: list[str], tmp_path: Path) -> None:
+    assert main(["compress", *settings, "--trainer.precision=bf16-mixed"]) == 0
+    assert read_metrics(tmp_path / "run")["dtype"] == "float32"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+LATER_MISTAKES: dict[str, tuple[list[str], str]] = {
+    "two devices": (["--trainer.devices=2"], "trainer.devices must be 1, got 2"),
+    "no device": (["--trainer.devices=0"], "trainer.devices must be 1, got 0"),
+    "two nodes": (["--trainer.num_nodes=2"], "trainer.num_nodes must be 1, got 2"),
+    "other accelerator": (["--trainer.accelerator=cuda"], "the model is on cpu"),
+    "null": (
+        ["--calibration.seqlen=null"],
+        "calibration.seqlen: expected a whole number",
+    ),
+    "null seed": (["--seed=null"], "seed: expected a whole number"),
+    "negative seed": (["--seed=-1"], "seed must be from 0"),
+    "huge seed": (["--seed=99999999999999999999999"], "seed must be from 0"),
+    "huge batch": (["--calibration.batch_size=100000000000000"], "must be at most"),
+    "no samples": (["--calibration.num_samples=0"], "calibration.num_samples must be at least 1"),
+    "long windows": (["--evaluation.seqlen=300"], "but the model has 128 positions"),
+    "long calibration": (["--calibration.seqlen=300"], "but the model has 128 positions"),
+    "unknown precision": (["--trainer.precision=16-mixed"], "one of 32-true, bf16-mixed"),
+}
+
+
+@pytest.mark.parametrize("mistake", LATER_MISTAKES)
+def test_values_out_of_range_are_one_line_and_leave_nothing(
+    mistake: str, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, message = LATER_MISTAKES[mistake]
+    assert main(["compress", *settings, *change]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_overwrite_deletes_nothing_for_a_mistake(settings: list[str], tmp_path: Path) -> None:
+    assert main(["compress", *settings]) == 0
+    before = sorted(path for path in (tmp_path / "run").rglob("*"))
+    assert main(["compress", *settings, "--overwrite", "--method.num_layers=99"]) == 2
+    assert before == sorted(path for path in (tmp_path / "run").rglob("*"))
+
+
+def test_a_crash_before_anything_is_measured_leaves_nothing(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("crash")
+
+    monkeypatch.setattr("grasp_lightning.commands.compress.measure_size", fail)
+    with pytest.raises(RuntimeError, match="crash"):
+        main(["compress", *settings])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(
+        tmp_path / "tiny-llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    assert main(["compress", *settings]) == 2
+    assert "but the model knows 100 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_without_its_metrics_is_explained(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", *settings]) == 0
+    (tmp_path / "run" / "metrics.json").unlink()
+    assert main(["compress", *settings]) == 2
+    assert "has no readable metrics.json" in capsys.readouterr().err

@@ -108,3 +108,10 @@ def test_mistakes_on_the_command_line_are_named(argv: list[str], message: str) -
         parsed(*argv)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["seed: null", "calibration: {seqlen: null}", "overwrite:"])
+def test_null_is_refused_where_a_value_is_needed(tmp_path: Path, text: str) -> None:
+    file = write(tmp_path, f"model: {{path: a}}\n{text}\n")
+    with pytest.raises(ConfigError, match="got null"):
+        parsed(f"--config={file}")

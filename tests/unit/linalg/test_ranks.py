@@ -6,7 +6,9 @@ import torch
 
 from grasp_lightning.linalg.ranks import (
     factor_parameters,
+    largest_useful_rank,
     rank_for_keep_ratio,
+    ranks_for_budget,
     stays_dense,
     top_components,
 )
@@ -75,7 +77,14 @@ def test_rank_below_one_is_refused(function: Callable[[int, int, int], object]) 
 
 
 @pytest.mark.parametrize(
-    "function", [factor_parameters, stays_dense, lambda _, m, n: rank_for_keep_ratio(0.5, m, n)]
+    "function",
+    [
+        factor_parameters,
+        stays_dense,
+        lambda _, m, n: rank_for_keep_ratio(0.5, m, n),
+        lambda _, m, n: largest_useful_rank(m, n),
+        lambda _, m, n: ranks_for_budget([(m, n)], 1000),
+    ],
 )
 @pytest.mark.parametrize(("out_features", "in_features"), [(0, 5), (5, 0)])
 def test_linear_without_outputs_or_inputs_is_refused(
@@ -84,6 +93,45 @@ def test_linear_without_outputs_or_inputs_is_refused(
     message = rf"^a linear needs at least one output and one input, got {out_features} x "
     with pytest.raises(ValueError, match=message):
         function(1, out_features, in_features)
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "rank"),
+    [(4096, 4096, 2047), (3, 6, 1), (6, 7, 3), (2, 2, 0), (1, 4096, 0)],
+)
+def test_largest_useful_rank_is_the_last_that_saves_parameters(
+    out_features: int, in_features: int, rank: int
+) -> None:
+    assert largest_useful_rank(out_features, in_features) == rank
+    assert stays_dense(rank + 1, out_features, in_features)
+
+
+def test_one_ratio_serves_all_shapes_and_the_rest_goes_to_those_cut_short_most() -> None:
+    # Exact ranks at half the parameters: 8, 10.67 and 4; the second is cut short by 0.67.
+    shapes = [(32, 32), (32, 64), (16, 16)]
+    at_half = 8 * 64 + 10 * 96 + 4 * 32
+    assert ranks_for_budget(shapes, at_half) == [8, 10, 4]
+    assert ranks_for_budget(shapes, at_half + 31) == [8, 10, 4]
+    assert ranks_for_budget(shapes, at_half + 32) == [8, 10, 5]
+    assert ranks_for_budget(shapes, at_half + 96) == [8, 11, 4]
+
+
+def test_equal_weights_share_what_is_left_over() -> None:
+    assert ranks_for_budget([(8, 8)] * 4, 9 * 16) == [3, 2, 2, 2]
+    assert ranks_for_budget([(8, 8)] * 4, 11 * 16 + 15) == [3, 3, 3, 2]
+
+
+def test_a_budget_beyond_all_weights_stops_at_the_largest_useful_ranks() -> None:
+    assert ranks_for_budget([(32, 32), (3, 6)], 10_000) == [15, 1]
+
+
+def test_a_budget_below_rank_one_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^rank 1 needs 32 parameters, the budget is 31$"):
+        ranks_for_budget([(8, 8), (8, 8)], 31)
+
+
+def test_a_budget_for_no_weights_gives_no_ranks() -> None:
+    assert ranks_for_budget([], 5) == []
 
 
 def test_top_components_come_in_ascending_order() -> None:

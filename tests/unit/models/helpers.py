@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.linears import DenseModule
+from grasp_lightning.models.lowrank import dense_shape
 from grasp_lightning.plan import FactorizeLinear, Operation
 from tests.conftest import tiny_model
 
@@ -37,9 +39,9 @@ def random_factors(
     for operation in operations:
         if isinstance(operation, FactorizeLinear):
             linear = view.module(operation.module)
-            assert isinstance(linear, nn.Linear)
-            left = (linear.out_features, operation.rank)
-            right = (operation.rank, linear.in_features)
+            assert isinstance(linear, DenseModule)
+            rows, columns = dense_shape(linear)
+            left, right = (rows, operation.rank), (operation.rank, columns)
             tensors[f"{operation.module}.left"] = torch.randn(left, generator=generator) * 0.2
             tensors[f"{operation.module}.right"] = torch.randn(right, generator=generator) * 0.2
     return tensors

@@ -5,12 +5,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     BertConfig,
     BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -19,28 +15,46 @@ from transformers import (
 from grasp_lightning.errors import ModelError
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.lowrank import LowRankLinear
-from tests.conftest import FAMILIES, tiny_model
+from tests.conftest import ALL_FAMILIES, MOE_FAMILIES, tiny_model
 from tests.unit.models.helpers import meta_model
 
 LAYERS = {
-    "llama": "model.layers",
-    "qwen2": "model.layers",
+    **dict.fromkeys(ALL_FAMILIES, "model.layers"),
     "opt": "model.decoder.layers",
     "gpt_neox": "gpt_neox.layers",
+    **dict.fromkeys(["gpt2", "falcon", "falcon_new", "bloom"], "transformer.h"),
 }
+ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
+FUSED = "query_key_value {0}.dense mlp.dense_h_to_4h mlp.dense_4h_to_h"
 LINEARS = {
-    "llama": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
-    "mlp.gate_proj mlp.up_proj mlp.down_proj",
+    **dict.fromkeys(ALL_FAMILIES, f"{ATTENTION} mlp.gate_proj mlp.up_proj mlp.down_proj"),
     "opt": "self_attn.k_proj self_attn.v_proj self_attn.q_proj self_attn.out_proj fc1 fc2",
-    "gpt_neox": "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
+    "gpt_neox": "attention." + FUSED.format("attention"),
+    **dict.fromkeys(
+        ["falcon", "falcon_new", "bloom"], "self_attention." + FUSED.format("self_attention")
+    ),
+    "phi3": "self_attn.o_proj self_attn.qkv_proj mlp.gate_up_proj mlp.down_proj",
+    "gpt2": "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
+    **dict.fromkeys(MOE_FAMILIES, ATTENTION),
 }
-LINEARS["qwen2"] = LINEARS["llama"]
+SKIPPED = {
+    **dict.fromkeys(ALL_FAMILIES, ""),
+    "mixtral": "mlp.gate mlp.experts",
+    "qwen2_moe": "mlp.gate mlp.experts mlp.shared_expert mlp.shared_expert_gate",
+    "qwen3_moe": "mlp.experts mlp.gate",
+}
 
 
 def misnumbered() -> PreTrainedModel:
     """A model whose only list of layers has another length than its config says."""
     model = BertModel(BertConfig(hidden_size=24, num_hidden_layers=1, vocab_size=32))
     model.config.num_hidden_layers = 5
+    return model
+
+
+def without_linears() -> PreTrainedModel:
+    model = tiny_model()
+    model.set_submodule("model.layers", nn.ModuleList(nn.Identity() for _ in range(4)))
     return model
 
 
@@ -52,7 +66,7 @@ def layer_numbers(view: DecoderView) -> list[set[object]]:
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_layers_and_linears_are_found_in_module_order(family: str) -> None:
     model = tiny_model(family)
     view = DecoderView(model)
@@ -61,11 +75,13 @@ def test_layers_and_linears_are_found_in_module_order(family: str) -> None:
     linears = view.linears(2)
     prefix = f"{LAYERS[family]}.2."
     assert [name.removeprefix(prefix) for name in linears] == LINEARS[family].split()
-    assert all(model.get_submodule(name) is linear for name, linear in linears.items())
+    assert [*view.dense_modules(2)] == [*linears]
+    assert all(model.get_submodule(name) is m for name, m in view.dense_modules(2).items())
+    assert view.skipped(2) == tuple(prefix + name for name in SKIPPED[family].split())
     assert view.layer(2) is model.get_submodule(prefix[:-1])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_model_without_head_has_the_same_layers(family: str) -> None:
     model = tiny_model(family)
     base = model.base_model
@@ -82,7 +98,14 @@ def test_factors_of_low_rank_linears_are_not_offered_as_linears() -> None:
     assert len(view.linears(1)) == 6
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_with_low_rank_linears_only_is_still_a_decoder() -> None:
+    view = DecoderView(tiny_model())
+    for name in [name for index in range(4) for name in view.linears(index)]:
+        view.set_module(name, LowRankLinear(32, 48, 4))
+    assert DecoderView(view.model).linears(1) == {}
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_names_and_numbers_stay_those_of_the_original_model(family: str) -> None:
     model = tiny_model(family)
     view = DecoderView(model)
@@ -92,7 +115,7 @@ def test_names_and_numbers_stay_those_of_the_original_model(family: str) -> None
     assert view.layer_indices == (1, 3)
     assert view.num_layers == 4
     assert view.module(name) is kept
-    assert view.linears(3)[name] is kept
+    assert view.dense_modules(3)[name] is kept
     assert view.current_name(name) == name.replace(".3.", ".1.", 1)
     assert view.current_name(f"{view.layers_name}.3") == f"{view.layers_name}.1"
     assert view.current_name("lm_head") == "lm_head"
@@ -104,7 +127,7 @@ def test_names_and_numbers_stay_those_of_the_original_model(family: str) -> None
     assert view.module(name) is new
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("make", [tiny_model, meta_model])
 def test_dropping_layers_renumbers_modules_and_config(
     family: str, make: Callable[[str], PreTrainedModel]
@@ -129,7 +152,7 @@ class Skip(nn.Module):
         return (hidden,) if self.returns_tuple else hidden
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_dropping_layers_is_skipping_them(family: str) -> None:
     ids = torch.arange(12).reshape(2, 6)
     skipping, dropping = DecoderView(tiny_model(family)), DecoderView(tiny_model(family))
@@ -165,7 +188,7 @@ def test_dropping_layers_shortens_lists_with_one_entry_per_layer() -> None:
     model.config.validate()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_cache_of_keys_and_values_works_after_a_drop(family: str) -> None:
     model = tiny_model(family)
     DecoderView(model).drop([0, 2])
@@ -202,20 +225,87 @@ def test_what_is_not_there_is_named(call: Callable[[DecoderView], object], messa
     assert view.model.config.num_hidden_layers == 3
 
 
-def test_layers_under_another_name_are_found_by_their_number() -> None:
-    config = AutoConfig.for_model("bloom", hidden_size=16, n_head=2, n_layer=3, vocab_size=32)
-    view = DecoderView(AutoModelForCausalLM.from_config(config))
-    assert (view.layers_name, view.num_layers) == ("transformer.h", 3)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_linear_computes_with_the_weight_that_it_shows(family: str) -> None:
+    view = DecoderView(tiny_model(family))
+    modules = view.dense_modules(1)
+    for name, linear in view.linears(1).items():
+        assert tuple(linear.weight.shape) == (linear.out_features, linear.in_features)
+        x = torch.randn(2, 3, linear.in_features)
+        expected = nn.functional.linear(x, linear.weight, linear.bias)
+        torch.testing.assert_close(modules[name](x), expected)
+        # A view: what is written there is in the model.
+        with torch.no_grad():
+            linear.weight.zero_()
+        assert not modules[name].weight.any()
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_what_a_mixture_of_experts_keeps_is_named_in_one_warning(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    view = DecoderView(tiny_model(family))
+    view.drop([0])
+    assert not caplog.messages
+    for index in view.layer_indices:
+        view.linears(index)
+    (message,) = caplog.messages
+    assert message.startswith(f"{type(view.model).__name__} is a mixture of experts: ")
+    assert ", ".join(SKIPPED[family].split()) in message
+
+
+def test_dense_layers_beside_sparse_ones_are_offered_whole(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    view = DecoderView(tiny_model("qwen3_moe", mlp_only_layers=[1]))
+    assert len(view.linears(1)) == 7
+    assert not caplog.messages
+    assert len(view.linears(2)) == 4
+    assert "mlp.experts, mlp.gate" in caplog.text
+
+
+def test_experts_that_are_many_small_linears_are_left_out_with_their_router() -> None:
+    model = tiny_model()
+    block = nn.Module()
+    block.gate = nn.Linear(32, 4)
+    block.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+    model.set_submodule("model.layers.2.mlp", block)
+    model.get_submodule("model.layers.3").add_module("router", nn.Linear(32, 4))
+    view = DecoderView(model)
+    assert [name.rpartition(".")[2] for name in view.linears(2)] == [
+        *("q_proj", "k_proj", "v_proj", "o_proj")
+    ]
+    assert view.skipped(2) == ("model.layers.2.mlp.gate", "model.layers.2.mlp.experts")
+    assert len(view.linears(3)) == 7
+    assert view.skipped(3) == ("model.layers.3.router",)
+
+
+def test_convolutions_are_no_experts() -> None:
+    model = tiny_model()
+    model.get_submodule("model.layers.2.mlp").add_module("conv", nn.Conv1d(4, 4, 3))
+    assert len(DecoderView(model).linears(2)) == 7
+
+
+def test_lists_of_layer_numbers_follow_a_drop() -> None:
+    model = tiny_model("qwen3_moe", mlp_only_layers=[0, 1, 3, 2])
+    view = DecoderView(model)
     view.drop([1])
-    assert view.model.config.num_hidden_layers == 2
+    assert model.config.mlp_only_layers == [0, 2, 1]
+
+
+def test_layers_that_compute_with_their_number_cannot_be_dropped() -> None:
+    view = DecoderView(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True))
+    with pytest.raises(ModelError, match="has scale_attn_by_inverse_layer_idx: its decoder layers"):
+        view.drop([1])
+    assert view.layer_indices == (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (
-            lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=2, vocab_size=32)),
-            "GPT2LMHeadModel is a model without linears in its layers",
+            without_linears,
+            "LlamaForCausalLM is a model without linears in its layers",
         ),
         (
             lambda: T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=2)),

@@ -10,7 +10,7 @@ from grasp_lightning.models.size import (
     count_parameters,
     measure_size,
 )
-from tests.conftest import FAMILIES, VOCABULARY, tiny_model
+from tests.conftest import ALL_FAMILIES, MOE_FAMILIES, VOCABULARY, tiny_model
 from tests.unit.models.helpers import in_dtype, meta_model
 
 # q, o: 32 x 32; k, v: 16 x 32; gate, up, down: 48 x 32.
@@ -47,7 +47,7 @@ def test_dropped_layers_do_not_count() -> None:
     assert count_decoder_linears(view) == 2 * LLAMA_LAYER
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_meta_device_gives_the_same_counts(family: str) -> None:
     real, meta = tiny_model(family), meta_model(family)
     assert count_parameters(meta) == count_parameters(real) == real.num_parameters()
@@ -71,3 +71,30 @@ def test_a_parameter_shared_by_two_modules_counts_once() -> None:
     first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
     second.weight = first.weight
     assert count_parameters(nn.ModuleList([first, second])) == 9
+
+
+def test_a_transposed_linear_counts_before_and_after() -> None:
+    view = DecoderView(tiny_model("gpt2"))
+    layer = 32 * 96 + 96 + 32 * 32 + 32 + 32 * 48 + 48 + 48 * 32 + 32
+    assert count_decoder_linears(view) == 4 * layer
+    view.set_module("transformer.h.1.mlp.c_fc", LowRankLinear(32, 48, 5, bias=True))
+    assert count_decoder_linears(view) == 4 * layer - 48 * 32 + 5 * (48 + 32)
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_experts_and_routers_are_no_decoder_linears(family: str) -> None:
+    view = DecoderView(tiny_model(family))
+    attention = [
+        parameter.numel()
+        for name, parameter in view.model.named_parameters()
+        if ".self_attn." in name and "_norm." not in name
+    ]
+    assert count_decoder_linears(view) == sum(attention)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gemma3_text", "falcon", "bloom"])
+def test_families_with_tied_embeddings_count_them_once(family: str) -> None:
+    model = tiny_model(family)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    untied = tiny_model(family, tie_word_embeddings=False)
+    assert count_parameters(untied) - count_parameters(model) == VOCABULARY * 32

@@ -2,7 +2,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from grasp_lightning.errors import PlanError
@@ -11,7 +10,7 @@ from grasp_lightning.models.lowrank import LowRankLinear
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import apply_operations, parameters_after
 from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation, SelectLayers
-from tests.conftest import FAMILIES, tiny_model
+from tests.conftest import ALL_FAMILIES, MOE_FAMILIES, tiny_model
 from tests.unit.models.helpers import factorize_layers, in_dtype, meta_model, random_factors
 
 UP = "model.layers.1.mlp.up_proj"  # 48 x 32
@@ -28,15 +27,17 @@ def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_factorized_model_computes_with_the_product_of_its_factors(family: str) -> None:
     dense, low_rank = DecoderView(tiny_model(family)), DecoderView(tiny_model(family))
     operations, tensors = factorize_layers(low_rank, (1, 3), rank=3)
     apply_operations(low_rank, operations, tensors)
     for module in {key.rpartition(".")[0] for key in tensors}:
-        linear = dense.module(module)
-        assert isinstance(linear, nn.Linear)
-        linear.weight.data = tensors[f"{module}.left"] @ tensors[f"{module}.right"]
+        index = dense.layer_of(module)
+        assert index is not None
+        with torch.no_grad():
+            weight = dense.linears(index)[module].weight
+            weight.copy_(tensors[f"{module}.left"] @ tensors[f"{module}.right"])
     torch.testing.assert_close(
         low_rank.model(IDS).logits, dense.model(IDS).logits, rtol=1e-4, atol=1e-5
     )
@@ -62,7 +63,7 @@ def test_factors_are_copies_in_the_place_of_the_weight_with_the_old_bias() -> No
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_training_state_is_that_of_the_old_linear(training: bool, requires_grad: bool) -> None:
     view = DecoderView(tiny_model())
-    view.linears(1)[UP].train(training).requires_grad_(requires_grad)
+    view.module(UP).train(training).requires_grad_(requires_grad)
     apply_operations(view, [factorize()], random_factors(view, [factorize()]))
     new = view.module(UP)
     assert {module.training for module in new.modules()} == {training}
@@ -178,6 +179,8 @@ def test_a_linear_is_factorized_once_only() -> None:
     apply_operations(view, [factorize()], tensors)
     with pytest.raises(PlanError, match="expected a Linear, the model has LowRankLinear"):
         apply_operations(view, [factorize()], tensors)
+    with pytest.raises(PlanError, match="or of a linear that is low-rank already"):
+        apply_operations(view, [factorize(f"{UP}.left", rank=1)], {})
 
 
 def test_a_model_quantized_otherwise_is_refused() -> None:
@@ -189,8 +192,45 @@ def test_a_model_quantized_otherwise_is_refused() -> None:
 
 def test_a_weight_that_is_tied_to_one_that_stays_is_still_counted() -> None:
     view = DecoderView(tiny_model())
-    gate = view.linears(1)["model.layers.1.mlp.gate_proj"]
-    gate.weight = view.linears(1)[UP].weight
+    modules = view.dense_modules(1)
+    modules["model.layers.1.mlp.gate_proj"].weight = modules[UP].weight
     predicted = parameters_after(view, [factorize()])
     apply_operations(view, [factorize()], random_factors(view, [factorize()]))
     assert predicted == count_parameters(view.model)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_predicted_size_is_that_after_surgery(family: str) -> None:
+    view, meta = DecoderView(tiny_model(family)), DecoderView(meta_model(family))
+    operations, tensors = factorize_layers(view, (1, 3), rank=3)
+    operations = [*operations, DropLayers(layers=(0, 3))]
+    predicted = parameters_after(view, operations)
+    assert parameters_after(meta, operations) == predicted
+    apply_operations(view, operations, tensors)
+    assert count_parameters(view.model) == predicted
+
+
+@pytest.mark.parametrize("side", ["training", "requires_grad"])
+def test_a_transposed_linear_hands_its_state_on_without_gradients(side: str) -> None:
+    view, module = DecoderView(tiny_model("gpt2")), "transformer.h.1.mlp.c_fc"
+    view.module(module).train(side == "training").requires_grad_(side == "requires_grad")
+    with torch.no_grad():
+        apply_operations(view, [factorize(module)], random_factors(view, [factorize(module)]))
+    new = view.module(module)
+    assert {module.training for module in new.modules()} == {side == "training"}
+    assert {p.requires_grad for p in new.parameters()} == {side == "requires_grad"}
+
+
+@pytest.mark.parametrize("part", ["gate", "shared_expert_gate", "shared_expert.up_proj", "experts"])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_a_plan_cannot_replace_a_part_of_a_mixture_of_experts(family: str, part: str) -> None:
+    view = DecoderView(tiny_model(family))
+    module = f"model.layers.1.mlp.{part}"
+    with pytest.raises(PlanError, match=f"factorizes {module}"):
+        apply_operations(view, [factorize(module, rank=1)], {})
+
+
+def test_a_plan_that_drops_layers_which_compute_with_their_number_is_refused() -> None:
+    view = DecoderView(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True))
+    with pytest.raises(PlanError, match="the plan drops decoder layers: GPT2LMHeadModel has scale"):
+        parameters_after(view, [DropLayers(layers=(0,))])

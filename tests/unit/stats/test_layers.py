@@ -1,10 +1,12 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
 from grasp_lightning.config import LayerMetric
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.stats.layers import LayerMetricCollector
-from tests.conftest import FAMILIES, tiny_model
+from tests.conftest import ALL_FAMILIES, tiny_model
 from tests.reference.naive_similarity import naive_angular_distance_sum, naive_cosine_sum
 from tests.unit.evaluation.test_perplexity import random_batch
 
@@ -23,7 +25,8 @@ def hidden_states(family: str, batch: dict) -> list[torch.Tensor]:
     model = tiny_model(family)
     view, stream = DecoderView(model), []
     for index in view.layer_indices:
-        view.layer(index).register_forward_pre_hook(lambda _, args: stream.append(args[0]))
+        # Copies: a family that writes into its input would else go unnoticed.
+        view.layer(index).register_forward_pre_hook(lambda _, args: stream.append(args[0].clone()))
     last = view.layer(view.num_layers - 1)
     last.register_forward_hook(lambda *call: stream.append(call[-1]))
     with torch.no_grad():
@@ -31,7 +34,7 @@ def hidden_states(family: str, batch: dict) -> list[torch.Tensor]:
     return [h[0] if isinstance(h, tuple) else h for h in stream]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize(("metric", "span"), [("similarity", 1), ("angular", 1), ("angular", 2)])
 def test_the_metric_equals_a_naive_loop_over_the_residual_stream(
     family: str, metric: LayerMetric, span: int
@@ -46,6 +49,19 @@ def test_the_metric_equals_a_naive_loop_over_the_residual_stream(
     ]
     measured = measure(DecoderView(tiny_model(family)), [batch], metric, span)
     assert measured.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_residual_stream_is_what_transformers_gives_out(family: str) -> None:
+    batch, model = random_batch(2, 12), tiny_model(family)
+    measured = measure(DecoderView(model), [batch], "similarity")
+    with torch.no_grad():
+        states = model(batch["input_ids"], output_hidden_states=True).hidden_states
+    assert len(states) == 5
+    # The last entry is taken after the final norm.
+    for index, (entering, leaving) in enumerate(pairwise(states[:-1])):
+        expected = naive_cosine_sum(entering, leaving, batch["mask"]) / int(batch["mask"].sum())
+        assert measured[index].item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("metric", ["similarity", "angular"])

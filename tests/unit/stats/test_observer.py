@@ -5,15 +5,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from grasp_lightning.config import Reduction
+from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.evaluation.perplexity import forward_inputs, next_token_losses
 from grasp_lightning.linalg.factors import SVD, factorize
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.stats.base import Scoring
 from grasp_lightning.stats.components import ComponentScores
 from grasp_lightning.stats.observer import LinearObserver
-from tests.conftest import FAMILIES, tiny_model
+from tests.conftest import ALL_FAMILIES, tiny_model
 from tests.unit.evaluation.test_perplexity import random_batch
 
 Batch = dict[str, Tensor]
@@ -37,7 +39,7 @@ def observed_gradients(
     return sums
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_observed_gradients_equal_those_of_autograd(family: str) -> None:
     view, batch = DecoderView(tiny_model(family)), random_batch()
     modules = tuple(name for index in (1, 2) for name in view.linears(index))
@@ -46,6 +48,9 @@ def test_observed_gradients_equal_those_of_autograd(family: str) -> None:
     assert set(observed) == set(modules)
     for name in modules:
         expected = view.model.get_parameter(f"{name}.weight").grad
+        assert expected is not None
+        is_transposed = isinstance(view.module(name), Conv1D)
+        expected = expected.mT if is_transposed else expected
         torch.testing.assert_close(observed[name], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -154,3 +159,26 @@ def test_absolute_scores_do_not_cancel_as_signed_ones_do() -> None:
     for name in absolute:
         assert (absolute[name] >= signed[name] * (1 - 1e-4)).all()
         assert (absolute[name] > signed[name]).any()
+
+
+def test_a_linear_that_the_model_does_not_call_is_named() -> None:
+    view = DecoderView(tiny_model())
+    bases = {name: factorize(linear.weight) for name, linear in view.linears(1).items()}
+    scores = ComponentScores(bases, Scoring())
+    missing, *called = bases
+    for name in called:
+        scores.add(
+            name, torch.ones(2, bases[name].vh.shape[1]), torch.ones(2, bases[name].u.shape[0])
+        )
+    with pytest.raises(ModelError, match=f"{missing} was seen in 0 of 1 windows"):
+        scores.mean(1)
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    view = DecoderView(tiny_model())
+    name, linear = next(iter(view.linears(1).items()))
+    scores = ComponentScores({name: factorize(linear.weight)}, Scoring())
+    x, grad = torch.ones(2, linear.in_features), torch.full((2, linear.out_features), float("inf"))
+    scores.add(name, x, grad)
+    with pytest.raises(NumericsError, match=f"the gradient of {name} is NaN or infinite"):
+        scores.mean(1)

@@ -1,0 +1,68 @@
+"""Counters around a measurement: forward passes, and the highest resident memory."""
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from grasp_lightning.models.calls import hidden_input, hidden_output
+from grasp_lightning.models.decoder import DecoderView
+
+
+class PassCounter:
+    """Counts the windows that each decoder layer works on.
+
+    A layer that hands its input through unchanged, for a pass that starts above it, does not count.
+
+    Args:
+        view: The model, with all its layers.
+    """
+
+    def __init__(self, view: DecoderView) -> None:
+        self._layers = [view.layer(index) for index in view.layer_indices]
+        self.counts = [0] * len(self._layers)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Count for the duration of a ``with`` block."""
+        with ExitStack() as stack:
+            for position, layer in enumerate(self._layers):
+                hook = partial(self._count, position)
+                stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def _count(
+        self,
+        position: int,
+        module: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        output: object,
+    ) -> None:
+        del module
+        entering = hidden_input(args, kwargs)
+        if hidden_output(output) is not entering:
+            self.counts[position] += entering.shape[0]
+
+
+def peak_memory() -> int:
+    """Return the highest resident memory of this process since the peak was last reset, in bytes.
+
+    Linux's own counter, since ``ru_maxrss`` starts at the size of the process that started this
+    one, and cannot be reset.
+    """
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in status if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak of loading, on Linux; elsewhere it counts."""
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

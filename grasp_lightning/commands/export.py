@@ -1,0 +1,213 @@
+"""``export``: a compressed model in a format for runtimes that know no low-rank layers."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import track
+
+from grasp_lightning.commands.parsing import to_dict
+from grasp_lightning.config import ExportConfig, ModelConfig
+from grasp_lightning.errors import GraspError, ModelError, OutputError
+from grasp_lightning.models.checkpoint import save_model
+from grasp_lightning.models.loading import LoadedModel, load_meta_model, load_model
+from grasp_lightning.models.lowrank import ranks_of
+from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.source import weight_files
+from grasp_lightning.models.surgery import densify
+from grasp_lightning.reporting.card import base_model_of, export_card
+from grasp_lightning.reporting.metrics import Pair
+from grasp_lightning.run_folder import RunFolder
+
+FACTS_NAME = "export.json"
+SOURCE_CARD_NAME = "COMPRESSED_MODEL_CARD.md"
+
+_CARD_NAME = "README.md"
+_MODEL_NAME = "model"
+_SAFETY = 1.1  # tokenizer and cards, beside the weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFacts:
+    """What was exported: the content of ``export.json``.
+
+    Attributes:
+        source_sha256: Fingerprint of the compressed model's config.json and weight files.
+        ranks: Rank of each linear whose factors were multiplied, by full name.
+        parameters: Of the copy (dense) and of the model that it was made from (compressed).
+        dtype: Floating point type of the weights.
+    """
+
+    source_sha256: str
+    ranks: dict[str, int]
+    parameters: Pair[int]
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:  # Any: plain values
+        """Return the facts as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the facts that an ``export.json`` holds.
+
+        Args:
+            text: Content of the file.
+
+        Returns:
+            The facts.
+        """
+        content = json.loads(text)
+        return cls(**{**content, "parameters": Pair(**content["parameters"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRun:
+    """A finished export.
+
+    Attributes:
+        folder: The run folder, as the user named it.
+        facts: What was exported.
+    """
+
+    folder: Path
+    facts: ExportFacts
+
+    @property
+    def lines(self) -> list[str]:
+        """What a user is told: where the copy is, and that it is not smaller."""
+        count, parameters = len(self.facts.ranks), self.facts.parameters
+        first = (
+            f"factors of {count} linears multiplied: {parameters.dense:,} parameters, the "
+            f"compressed model has {parameters.compressed:,}; this copy has no gain in size"
+        )
+        return [first, f"model:  {self.folder / _MODEL_NAME}"]
+
+
+def run_export(config: ExportConfig) -> ExportRun:
+    """Write a copy of a compressed model as an ordinary checkpoint.
+
+    An export that is finished already is not done again.
+
+    Args:
+        config: What the user set.
+
+    Returns:
+        The finished export.
+
+    Raises:
+        GraspError: For a model or output folder that does not fit; nothing of the export is left
+            then.
+    """
+    source = _source_folder(config.model)
+    with RunFolder.open(
+        config.output_dir, to_dict(config), overwrite=config.overwrite, protected=[source]
+    ) as run:
+        if run.state == "finished":
+            facts = _stored_facts(run, source)
+        else:
+            try:
+                facts = _execute(source, run)
+            except GraspError:
+                run.discard()
+                raise
+    return ExportRun(folder=Path(config.output_dir), facts=facts)
+
+
+def _source_folder(model: str) -> Path:
+    folder = Path(model).expanduser()
+    expected = "expected the model/ folder of a compressed model"
+    if not folder.is_dir():
+        came = "is a file" if folder.is_file() else "there is no such folder"
+        raise ModelError(f"model: {model}: {came}; {expected}")
+    if not (folder / "config.json").is_file():
+        inner = folder / _MODEL_NAME
+        hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
+        raise ModelError(f"model: {model} has no config.json; {expected}{hint}")
+    return folder
+
+
+def _stored_facts(run: RunFolder, source: Path) -> ExportFacts:
+    file = run.path(FACTS_NAME)
+    try:
+        facts = ExportFacts.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{file} is gone or damaged; export again with --overwrite") from error
+    if facts.source_sha256 != _fingerprint(source):
+        raise OutputError(
+            f"{run.root} holds an export of what {source} was before; use another output_dir or "
+            f"--overwrite"
+        )
+    return facts
+
+
+def _execute(source: Path, run: RunFolder) -> ExportFacts:
+    # On the CPU: one product per linear is quick, and the dense model need not fit a GPU.
+    settings = ModelConfig(path=str(source), device="cpu")
+    shapes = load_meta_model(settings)
+    if not ranks_of(shapes):
+        raise ModelError(
+            f"model: {source} has no low-rank linears: it is an ordinary checkpoint already, so "
+            f"there is nothing to multiply"
+        )
+    densify(shapes)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in shapes.parameters())
+    run.check_free_space(int(_SAFETY * size))
+    loaded = load_model(settings)
+    model = loaded.model
+    ranks, compressed = ranks_of(model), count_parameters(model)
+    densify(model, _track)
+    facts = ExportFacts(
+        source_sha256=_fingerprint(source),
+        ranks=ranks,
+        parameters=Pair(dense=count_parameters(model), compressed=compressed),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+    _write_model(run, source, loaded, facts)
+    run.write_json(FACTS_NAME, facts.to_json())
+    run.finish()
+    return facts
+
+
+def _write_model(run: RunFolder, source: Path, loaded: LoadedModel, facts: ExportFacts) -> None:
+    origin, source_card = loaded.origin, _read_card(source)
+    card = export_card(
+        base_model=base_model_of(source_card or "") or origin.name,
+        num_linears=len(facts.ranks),
+        parameters=facts.parameters,
+        dtype=facts.dtype,
+        licence=origin.licence,
+        licence_files=[file.name for file in origin.licence_files],
+        source_card=SOURCE_CARD_NAME if source_card else None,
+    )
+    with run.new_folder(_MODEL_NAME) as folder:
+        save_model(loaded.model, folder, tokenizer=loaded.tokenizer)
+        for file in origin.licence_files:
+            shutil.copyfile(file, folder / file.name)
+        if source_card:
+            (folder / SOURCE_CARD_NAME).write_text(source_card, encoding="utf-8")
+        (folder / _CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def _read_card(source: Path) -> str | None:
+    file = source / _CARD_NAME
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+
+
+def _fingerprint(source: Path) -> str:
+    """Return a sha256 over config.json and the weight files, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in (source / "config.json", *weight_files(source)):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _track(linears: Sequence[str]) -> Iterable[str]:
+    # On standard error: standard output is for the result.
+    return track(linears, description="multiplying factors", console=Console(stderr=True))

@@ -1,0 +1,169 @@
+"""What an unfinished run keeps in ``checkpoints/``: finished steps, and the pass that runs."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grasp_lightning.errors import OutputError, PlanError
+from grasp_lightning.methods.base import Decision
+from grasp_lightning.plan import Plan
+from grasp_lightning.run_folder import RunFolder
+
+_FOLDER = "checkpoints"
+_PLAN = f"{_FOLDER}/steps.json"
+_PASS = f"{_FOLDER}/pass.safetensors"
+_NOTES = f"{_FOLDER}/notes.json"
+_SCORE_PREFIX, _FACTOR_PREFIX = "scores:", "factors:"
+
+
+def has_progress(run: RunFolder) -> bool:
+    """Tell whether a run has saved anything that a later start could go on from.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        True if it has.
+    """
+    return any(run.path(name).exists() for name in (_PLAN, _PASS))
+
+
+class RunProgress:
+    """The steps of a run, each saved in one step, and the state of the pass that runs.
+
+    A step is a file with its scores and factors; it counts once the plan that holds its operations
+    has taken its place. So a crash loses one step at most, and of a pass what came after its last
+    save.
+
+    Args:
+        run: The run folder.
+        plan: The plan before the first step, with the hashes of what it is made from.
+
+    Attributes:
+        plan: Decisions so far.
+        scores: Scores of all steps so far.
+        factors: Factors of all steps so far.
+
+    Raises:
+        OutputError: If the model or the text has changed since the run was started.
+    """
+
+    def __init__(self, run: RunFolder, plan: Plan) -> None:
+        self._run = run
+        self.plan = plan
+        self.scores: dict[str, Tensor] = {}
+        self.factors: dict[str, Tensor] = {}
+        stored = self._stored_plan()
+        if stored is None:
+            return
+        if (stored.inputs, stored.options) != (plan.inputs, plan.options):
+            raise OutputError(
+                f"{run.root} holds a run whose model or calibration text has changed since it was "
+                "started; use another output_dir or --overwrite"
+            )
+        self.plan = stored
+        for file in sorted(run.path(_FOLDER).glob("step-*.safetensors")):
+            self._take(load_file(file))
+
+    def _stored_plan(self) -> Plan | None:
+        path = self._run.path(_PLAN)
+        return Plan.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, value in tensors.items():
+            if key.startswith(_SCORE_PREFIX):
+                self.scores[key.removeprefix(_SCORE_PREFIX)] = value
+            else:
+                self.factors[key.removeprefix(_FACTOR_PREFIX)] = value
+
+    def add_step(self, plan: Plan, decision: Decision) -> None:
+        """Save a step after it was applied.
+
+        Args:
+            plan: The plan with its operations.
+            decision: Its scores and factors.
+        """
+        tensors = {f"{_SCORE_PREFIX}{key}": value for key, value in decision.scores.items()}
+        tensors |= {f"{_FACTOR_PREFIX}{key}": value for key, value in decision.tensors.items()}
+        stored = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
+        # Numbered by the operations before it: a step that is done again takes its old place.
+        name = f"{_FOLDER}/step-{len(self.plan.operations):06d}.safetensors"
+        self._run.write_with(name, lambda path: save_file(stored, path))
+        self._run.write_text(_PLAN, plan.to_json())
+        self._take(stored)
+        self.plan = plan
+
+    def load(self) -> dict[str, Tensor] | None:
+        """Return the state of the pass that follows the plan so far, if one was saved.
+
+        Returns:
+            The state; None if there is none, or it belongs to an earlier step.
+
+        Raises:
+            PlanError: If the file is damaged.
+        """
+        path = self._run.path(_PASS)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                is_ours = (file.metadata() or {}).get("step") == self._step_key()
+        except SafetensorError as error:
+            raise PlanError(f"{path} is damaged: {error}; delete it to measure again") from error
+        return load_file(path) if is_ours else None
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        """Save the state of the pass that follows the plan so far.
+
+        Args:
+            state: Sums over windows, and which windows are in them.
+        """
+        metadata = {"step": self._step_key()}
+        stored = {key: value.contiguous() for key, value in state.items()}
+        self._run.write_with(_PASS, lambda path: save_file(stored, path, metadata=metadata))
+
+    def _step_key(self) -> str:
+        return hashlib.sha256(self.plan.to_json().encode()).hexdigest()
+
+    def note(self, key: str, value: float) -> None:
+        """Keep a number that would take time to measure again.
+
+        Args:
+            key: What it is.
+            value: The number.
+        """
+        self._run.write_json(_NOTES, {**self._notes(), key: value})
+
+    def noted(self, key: str) -> float | None:
+        """Return a number that ``note`` has kept.
+
+        Args:
+            key: What it is.
+
+        Returns:
+            The number, None if it was not kept.
+        """
+        value = self._notes().get(key)
+        return None if value is None else float(value)
+
+    def _notes(self) -> dict[str, Any]:  # Any: parsed JSON
+        path = self._run.path(_NOTES)
+        notes: dict[str, Any] = {}
+        if path.is_file():
+            notes = json.loads(path.read_text(encoding="utf-8"))
+        return notes
+
+    def clear(self) -> None:
+        """Delete the checkpoints of a run that needs them no more."""
+        folder: Path = self._run.path(_FOLDER)
+        for file in sorted(folder.glob("*")):
+            self._run.remove(f"{_FOLDER}/{file.name}")
+        with suppress(OSError):  # a foreign file in it stays, and so does the folder
+            folder.rmdir()

@@ -1,0 +1,125 @@
+"""Another ratio from the scores of a finished run, without a pass over the data."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from grasp_lightning.errors import ConfigError, PlanError
+from grasp_lightning.linalg.factors import SVD
+from grasp_lightning.methods.layer_choice import SCORE_KEYS
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.plan import OptionValue, Plan
+from grasp_lightning.stats.base import Needs, Statistics, Step
+
+# A second decomposition may differ in the last bits, with other threads or hardware.
+_TOLERANCE: Final = 1e-4
+_SCORING = ("score", "terms", "reduction")
+
+
+class StoredScores:
+    """Answers what a method asks from the scores of a finished run: a ``Measure`` without data.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        ConfigError: If the folder holds no finished run with scores that can be cut again.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        try:
+            self.plan = Plan.from_json((Path(folder) / "plan.json").read_text(encoding="utf-8"))
+            self._scores = load_file(Path(folder) / "scores.safetensors")
+        except (OSError, UnicodeDecodeError, PlanError, SafetensorError) as error:
+            raise ConfigError(
+                f"from_scores: {folder} is no finished run with scores: {error}"
+            ) from error
+        schedule = self.plan.options.get("schedule")
+        if schedule != "one_shot":
+            raise ConfigError(
+                f"from_scores: {folder} was made with schedule {schedule}, whose scores hold only "
+                "for the layers that were replaced before them; only one_shot can be cut again"
+            )
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Hashes of the windows that the scores were measured on."""
+        return {key: value for key, value in self.plan.inputs.items() if key != "model"}
+
+    def check(self, model_hash: str, options: Mapping[str, OptionValue]) -> None:
+        """Check that the scores are of this model, and of the asked kind.
+
+        Args:
+            model_hash: Hash of the dense model.
+            options: Options of the method that will read the scores.
+
+        Raises:
+            ConfigError: If they are not.
+        """
+        if self.plan.inputs.get("model") != model_hash:
+            raise ConfigError(
+                f"from_scores: {self._folder} scored another model, or this model in another dtype"
+            )
+        if options.get("schedule") not in (None, "one_shot"):
+            raise ConfigError("from_scores: schedule iterative must measure; use one_shot")
+        for key in _SCORING:
+            here, there = options.get(key), self.plan.options.get(key)
+            if here is not None and here != there:
+                raise ConfigError(
+                    f"from_scores: method.{key} is {here} here, but {self._folder} holds scores "
+                    f"with {there}"
+                )
+
+    def __call__(self, view: DecoderView, step: Step) -> Statistics:
+        """Return the stored statistics that a step needs.
+
+        Args:
+            view: The model.
+            step: What is asked for.
+
+        Returns:
+            The statistics. What was not stored is a ``ConfigError``.
+        """
+        for module, basis in step.bases.items():
+            self._check_basis(module, basis)
+        metric = None if step.needs.layer_metric is None else self._layer_metric(view, step.needs)
+        scores = {module: self._component_scores(module) for module in step.needs.weight_gradients}
+        return Statistics(layer_metric=metric, component_scores=scores)
+
+    def _layer_metric(self, view: DecoderView, needs: Needs) -> Tensor:
+        assert needs.layer_metric is not None  # the caller asks only then
+        key = SCORE_KEYS[needs.layer_metric]
+        values = self._scores.get(key)
+        expected = view.num_layers - needs.span + 1
+        if values is None or len(values) != expected:
+            raise ConfigError(
+                f"from_scores: {self._folder} has no {key} for spans of {needs.span} layers; set "
+                "method.layers, or the layer_metric and num_layers of that run"
+            )
+        return values
+
+    def _component_scores(self, module: str) -> Tensor:
+        key = f"{module}.scores"
+        if key not in self._scores:
+            raise ConfigError(
+                f"from_scores: {self._folder} has no scores of {module}: more or other layers are "
+                "asked for than it has scored; score them all with method.score_all_layers"
+            )
+        return self._scores[key]
+
+    def _check_basis(self, module: str, basis: SVD) -> None:
+        stored = self._scores.get(f"{module}.singular_values")
+        if stored is None:
+            return
+        here = basis.s.float().cpu()
+        error = (here - stored).abs().max() if here.shape == stored.shape else here.max()
+        if error > _TOLERANCE * stored.max():
+            raise ConfigError(
+                f"from_scores: the singular values of {module} differ from those in {self._folder} "
+                f"by {float(error):.2g}: the scores belong to other weights"
+            )

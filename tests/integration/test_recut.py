@@ -1,0 +1,133 @@
+"""Another ratio from stored scores: the plan of a run that measures, without a pass."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grasp_lightning.cli import main
+from tests.conftest import save_tiny
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [
+        f"--model.path={save_tiny(tmp_path_factory.mktemp('model') / 'tiny')}",
+        "--calibration.source=pydoc",
+        "--calibration.num_samples=4",
+        "--calibration.seqlen=32",
+        "--evaluation.source=pydoc",
+        "--evaluation.num_samples=2",
+        "--evaluation.seqlen=32",
+    ]
+
+
+@pytest.fixture(scope="module")
+def scored(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two layers at 0.3."""
+    folder = tmp_path_factory.mktemp("runs") / "scored"
+    argv = [*settings, "--method.num_layers=2", "--method.keep_ratio=0.3"]
+    assert main(["compress", *argv, f"--output_dir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "callbacks.measure.TrainerMeasure.__call__", lambda *_: pytest.fail("a pass was made")
+    )
+
+
+def operations(folder: Path) -> list:
+    content: dict = json.loads((folder / "plan.json").read_text())
+    return list(content["operations"])
+
+
+@pytest.mark.usefixtures("no_pass")
+def test_another_ratio_needs_no_pass(scored: Path, tmp_path: Path) -> None:
+    argv = ["--from_scores", str(scored), "--method.keep_ratio=0.2"]
+    assert main(["compress", *argv, f"--output_dir={tmp_path / 'cut'}"]) == 0
+    metrics = json.loads((tmp_path / "cut" / "metrics.json").read_text())
+    assert metrics["parameters"]["compressed"] < metrics["parameters"]["dense"]
+    assert metrics["perplexity"]["compressed"] is not None
+
+
+def test_the_plan_is_that_of_a_run_that_measures(
+    settings: list[str], scored: Path, tmp_path: Path
+) -> None:
+    change = ["--method.num_layers=1", "--method.keep_ratio=0.2"]
+    argv = ["--from_scores", str(scored), *change, f"--output_dir={tmp_path / 'cut'}"]
+    assert main(["compress", *argv]) == 0
+    assert main(["compress", *settings, *change, f"--output_dir={tmp_path / 'measured'}"]) == 0
+    cut, measured = tmp_path / "cut", tmp_path / "measured"
+    assert (cut / "plan.json").read_bytes() == (measured / "plan.json").read_bytes()
+    left, right = (load_file(folder / "factors.safetensors") for folder in (cut, measured))
+    assert all(torch.equal(left[key], right[key]) for key in right)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--method.num_layers=3"], "score them all with method.score_all_layers"),
+        (["--method.reduction=signed"], "method.reduction is signed here"),
+        (["--method.schedule=iterative"], "schedule iterative must measure"),
+        (["--method.layer_metric=angular"], "has no layer_angular_distance"),
+        (["--model.dtype=bfloat16"], "scored another model, or this model in another dtype"),
+    ],
+)
+def test_what_was_not_scored_is_refused(
+    change: list[str],
+    message: str,
+    scored: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["--from_scores", str(scored), *change, f"--output_dir={tmp_path / 'cut'}"]
+    assert main(["compress", *argv]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "cut").exists()
+
+
+def test_other_singular_values_are_noticed(
+    scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("plan.json", "config.yaml"):
+        (copy / name).write_bytes((scored / name).read_bytes())
+    scores = load_file(scored / "scores.safetensors")
+    key = next(key for key in scores if key.endswith("singular_values"))
+    scores[key] = scores[key] * 1.01
+    save_file(scores, copy / "scores.safetensors")
+    argv = ["--from_scores", str(copy), f"--output_dir={tmp_path / 'cut'}"]
+    assert main(["compress", *argv]) == 2
+    assert "the scores belong to other weights" in capsys.readouterr().err
+
+
+def test_all_layers_can_be_scored_for_later(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = [*settings, "--method.num_layers=1", "--method.score_all_layers"]
+    assert main(["compress", *every, f"--output_dir={tmp_path / 'all'}"]) == 0
+    assert [op["kind"] for op in operations(tmp_path / "all")].count("factorize_linear") == 7
+    change = ["--method.num_layers=3", "--method.keep_ratio=0.2"]
+    argv = ["--from_scores", str(tmp_path / "all"), *change]
+    assert main(["compress", *argv, f"--output_dir={tmp_path / 'cut'}"]) == 0
+    assert main(["compress", *settings, *change, f"--output_dir={tmp_path / 'measured'}"]) == 0
+    assert operations(tmp_path / "cut") == operations(tmp_path / "measured")
+    iterative = [*settings, "--method.num_layers=1", "--method.schedule=iterative"]
+    assert main(["compress", *iterative, f"--output_dir={tmp_path / 'iterative'}"]) == 0
+    argv = ["--from_scores", str(tmp_path / "iterative"), f"--output_dir={tmp_path / 'no'}"]
+    capsys.readouterr()
+    assert main(["compress", *argv]) == 2
+    assert "only one_shot can be cut again" in capsys.readouterr().err
+
+
+def test_a_folder_without_scores_is_named(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*settings, "--method.num_layers=1", f"--from_scores={tmp_path / 'nowhere'}"]
+    assert main(["compress", *argv, f"--output_dir={tmp_path / 'run'}"]) == 2
+    assert "is no finished run with scores" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""A run that was killed goes on, and ends with the bytes of one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grasp_lightning.cli import main
+from grasp_lightning.training.calibration import CalibrationModule
+from tests.conftest import save_tiny, tiny_model
+
+ROOT = Path(__file__).parents[2]
+# Counts the calls of one function and kills its own process at one of them.
+CHILD = """
+    import os, signal, sys
+    import torch
+    torch.set_num_threads(1)
+    from importlib import import_module
+    from grasp_lightning.cli import main
+
+    where, owner, name, count, number = sys.argv[1:6]
+    target = getattr(import_module(where), owner) if owner else import_module(where)
+    original, calls = getattr(target, name), [0]
+
+    def counting(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == int(count):
+            os.kill(os.getpid(), int(number))
+        return original(*args, **kwargs)
+
+    setattr(target, name, counting)
+    sys.exit(main(["compress", *sys.argv[6:]]))
+"""
+CALIBRATION = "grasp_lightning.training.calibration"
+KILLS = {
+    "similarity": (CALIBRATION, "CalibrationModule", "predict_step", 3),
+    "attribution": (CALIBRATION, "CalibrationModule", "training_step", 2),
+    "first batch": (CALIBRATION, "CalibrationModule", "training_step", 1),
+    "third block": (CALIBRATION, "CalibrationModule", "training_step", 11),
+    "between steps": ("grasp_lightning.pipeline", "", "apply_operations", 3),
+    "last file": ("grasp_lightning.commands.outputs", "", "render_report", 1),
+    # That file of a run is written, complete, and not yet in its place.
+    "file write": ("grasp_lightning.run_folder.writer", "", "replace_synced", 5),
+    "late file write": ("grasp_lightning.run_folder.writer", "", "replace_synced", 12),
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [
+        f"--model.path={save_tiny(tmp_path_factory.mktemp('model') / 'tiny')}",
+        "--method.num_layers=2",
+        "--method.keep_ratio=0.3",
+        "--calibration.source=pydoc",
+        "--calibration.num_samples=7",
+        "--calibration.seqlen=32",
+        "--calibration.batch_size=2",
+        "--evaluation.source=pydoc",
+        "--evaluation.num_samples=2",
+        "--evaluation.seqlen=32",
+        "--trainer.checkpoint_seconds=0",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that nothing interrupts, by preset."""
+    folders = {}
+    for preset in ("paper", "released"):
+        folders[preset] = tmp_path_factory.mktemp("whole") / preset
+        argv = [*settings, f"--method.preset={preset}", f"--output_dir={folders[preset]}"]
+        assert main(["compress", *argv]) == 0
+    return folders
+
+
+def killed(kill: tuple[str, str, str, int], number: int, argv: list[str]) -> int:
+    """Run in a process that ends itself, and return its exit code."""
+    where, owner, name, count = kill
+    code = textwrap.dedent(CHILD)
+    words = [sys.executable, "-c", code, where, owner, name, str(count), str(number), *argv]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, env=environment, capture_output=True, check=False).returncode
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    assert (first / "plan.json").read_bytes() == (second / "plan.json").read_bytes()
+    for name in ("scores.safetensors", "factors.safetensors", "model/model.safetensors"):
+        left, right = load_file(first / name), load_file(second / name)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left)
+    assert not (second / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "preset"),
+    [
+        ("similarity", "paper"),
+        ("attribution", "paper"),
+        ("first batch", "paper"),
+        ("file write", "paper"),
+        ("last file", "paper"),
+        ("third block", "released"),
+        ("between steps", "released"),
+        ("late file write", "released"),
+    ],
+)
+def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(
+    place: str, preset: str, settings: list[str], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    argv = [*settings, f"--method.preset={preset}", f"--output_dir={tmp_path / 'run'}"]
+    assert killed(KILLS[place], signal.SIGKILL, argv) == -signal.SIGKILL
+    assert (tmp_path / "run").is_dir()
+    assert main(["compress", *argv]) == 0
+    assert_equal_runs(whole[preset], tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "number"), [("similarity", signal.SIGTERM), ("attribution", signal.SIGINT)]
+)
+def test_a_signal_saves_at_the_next_batch_and_says_how_to_go_on(
+    place: str, number: int, settings: list[str], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    # Nothing is saved but what the signal asks for.
+    argv = [*settings, "--trainer.checkpoint_seconds=1000", f"--output_dir={tmp_path / 'run'}"]
+    assert killed(KILLS[place], number, argv) == 128 + number
+    state = load_file(tmp_path / "run" / "checkpoints" / "pass.safetensors")
+    assert state["windows"].tolist() == list(range(2 * KILLS[place][3]))
+    size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert size < sum(parameter.nbytes for parameter in tiny_model().parameters())
+    assert main(["compress", *argv]) == 0
+    assert_equal_runs(whole["paper"], tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_resumed_pass_does_only_what_is_left(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = [*settings, f"--output_dir={tmp_path / 'run'}"]
+    assert killed(KILLS["attribution"], signal.SIGKILL, argv) == -signal.SIGKILL
+    batches: list[list[int]] = []
+    original = CalibrationModule.training_step
+
+    def noting(self: CalibrationModule, batch: dict, batch_idx: int) -> None:
+        batches.append(batch["index"].tolist())
+        original(self, batch, batch_idx)
+
+    monkeypatch.setattr(CalibrationModule, "training_step", noting)
+    monkeypatch.setattr(
+        CalibrationModule, "predict_step", lambda *_: pytest.fail("similarity was measured again")
+    )
+    assert main(["compress", *argv]) == 0
+    assert batches == [[2, 3], [4, 5], [6]]
+
+
+def crash(argv: list[str]) -> None:
+    """Run to the last step, and fail by a fault of our own when the outputs are written."""
+
+    def fail(*_: object) -> None:
+        raise OSError("crash")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grasp_lightning.commands.compress.write_outputs", fail)
+        with pytest.raises(OSError, match="crash"):
+            main(["compress", *argv])
+
+
+def test_a_changed_model_is_noticed_when_a_run_goes_on(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny(tmp_path / "model")
+    argv = [*settings, f"--model.path={model}", f"--output_dir={tmp_path / 'run'}"]
+    crash(argv)
+    save_tiny(model, seed=5)
+    assert main(["compress", *argv]) == 2
+    assert "model or calibration text has changed" in capsys.readouterr().err
+    assert main(["compress", *argv, "--overwrite"]) == 0
+
+
+def test_a_crash_after_the_last_step_repeats_no_pass(
+    settings: list[str], whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = [*settings, f"--output_dir={tmp_path / 'run'}"]
+    crash(argv)
+    monkeypatch.setattr(
+        "callbacks.measure.TrainerMeasure.__call__", lambda *_: pytest.fail("measured again")
+    )
+    assert main(["compress", *argv]) == 0
+    assert_equal_runs(whole["paper"], tmp_path / "run")

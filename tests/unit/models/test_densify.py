@@ -1,0 +1,162 @@
+from collections.abc import Iterable, Sequence
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from grasp_lightning.errors import ModelError, NumericsError
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.lowrank import low_rank_linears
+from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.surgery import apply_operations, densify
+from grasp_lightning.plan import DropLayers, Operation
+from tests.conftest import ALL_FAMILIES, tiny_model
+from tests.unit.models.helpers import factorize_layers, in_dtype, meta_model
+
+UP = "model.layers.1.mlp.up_proj"
+IDS = torch.arange(12).reshape(2, 6)
+
+
+def compressed(
+    family: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    more: Sequence[Operation] = (),
+) -> PreTrainedModel:
+    """A model whose layers 1 and 3 have linears of rank 3."""
+    view = DecoderView(in_dtype(tiny_model(family), dtype))
+    operations, tensors = factorize_layers(view, (1, 3), rank=3)
+    apply_operations(view, [*operations, *more], tensors)
+    return view.model
+
+
+def linear(model: PreTrainedModel, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert type(module) is nn.Linear
+    return module
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_dense_model_computes_what_the_low_rank_one_does(family: str) -> None:
+    model, original = compressed(family), tiny_model(family)
+    logits = model(IDS).logits
+    names = tuple(low_rank_linears(model))
+    assert densify(model) == names
+    assert not low_rank_linears(model)
+    for name in names:
+        assert type(model.get_submodule(name)) is type(original.get_submodule(name))
+    difference = (model(IDS).logits - logits).abs().max()
+    assert difference <= 1e-4 * logits.abs().max()
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_dense_model_has_the_structure_of_the_original(family: str) -> None:
+    model, original = compressed(family), tiny_model(family)
+    densify(model)
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, original)]
+    assert shapes[0] == shapes[1]
+    assert count_parameters(model) == count_parameters(original)  # tied ones counted once
+    assert not hasattr(model.config, "quantization_config")
+    assert getattr(model, "hf_quantizer", None) is None
+
+
+def test_dropped_layers_stay_dropped() -> None:
+    model = compressed(more=[DropLayers(layers=(0,))])
+    logits = model(IDS).logits
+    names = densify(model)
+    # Layers 1 and 3 have moved up.
+    assert {name.split(".")[2] for name in names} == {"0", "2"}
+    torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)
+    layer = sum(p.numel() for p in tiny_model().get_submodule("model.layers.0").parameters())
+    assert count_parameters(model) == count_parameters(tiny_model()) - layer
+
+
+def test_biases_are_kept_as_they_are() -> None:
+    model = compressed("opt")
+    before = {name: module.left.bias for name, module in low_rank_linears(model).items()}
+    assert all(bias is not None for bias in before.values())
+    densify(model)
+    assert all(linear(model, name).bias is bias for name, bias in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_product_is_rounded_once_to_the_dtype_of_the_factors(dtype: torch.dtype) -> None:
+    model = compressed(dtype=dtype)
+    factors = low_rank_linears(model)[UP]
+    exact = factors.left.weight.double() @ factors.right.weight.double()
+    densify(model)
+    weight = linear(model, UP).weight
+    assert weight.dtype == dtype
+    assert weight.is_contiguous()
+    # Half a unit in the last place, and what the sum may have lost before.
+    lost = 1e-14 if dtype == torch.float64 else 1e-7
+    error = (weight.double() - exact).abs()
+    assert (error <= exact.abs() * torch.finfo(dtype).eps * 0.51 + lost).all()
+
+
+def test_a_transposed_weight_gets_back_into_its_own_layout() -> None:
+    name = "transformer.h.1.mlp.c_fc"
+    model = compressed("gpt2")
+    factors = low_rank_linears(model)[name]
+    product, bias = factors.left.weight @ factors.right.weight, factors.left.bias
+    assert product.shape == (48, 32)
+    densify(model)
+    new = model.get_submodule(name)
+    assert isinstance(new, Conv1D)
+    torch.testing.assert_close(new.weight, product.mT)
+    assert new.weight.is_contiguous()
+    assert new.bias is bias
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_training_state_is_that_of_the_factors(training: bool, requires_grad: bool) -> None:
+    model = compressed()
+    low_rank_linears(model)[UP].train(training).requires_grad_(requires_grad)
+    densify(model)
+    new = linear(model, UP)
+    assert new.training is training
+    assert new.weight.requires_grad is requires_grad
+    assert new.weight.is_leaf
+
+
+def test_an_overflow_names_the_linear_and_changes_nothing() -> None:
+    model = compressed(dtype=torch.float16)
+    factors = low_rank_linears(model)
+    with torch.no_grad():
+        factors[UP].left.weight.fill_(300)
+        factors[UP].right.weight.fill_(300)
+    with pytest.raises(NumericsError, match=rf"factors of {UP} is not finite in torch.float16"):
+        densify(model)
+    assert low_rank_linears(model) == factors
+    assert set(model.config.quantization_config.ranks) == set(factors)
+
+
+def test_a_model_without_factors_is_refused() -> None:
+    with pytest.raises(ModelError, match="LlamaForCausalLM has no low-rank linears"):
+        densify(tiny_model())
+
+
+def test_the_meta_device_gives_the_sizes_and_no_random_numbers_are_drawn() -> None:
+    view = DecoderView(meta_model("qwen2"))
+    operations, tensors = factorize_layers(DecoderView(tiny_model("qwen2")), (1,), rank=3)
+    apply_operations(view, operations, tensors)
+    before = torch.get_rng_state()
+    densify(view.model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert count_parameters(view.model) == count_parameters(tiny_model("qwen2"))
+    assert {parameter.device.type for parameter in view.model.parameters()} == {"meta"}
+
+
+def test_progress_sees_every_linear() -> None:
+    model = compressed()
+    seen: list[str] = []
+
+    def track(names: Sequence[str]) -> Iterable[str]:
+        seen.extend(names)
+        return names
+
+    assert densify(model, track) == tuple(seen)
+    assert len(seen) == 14

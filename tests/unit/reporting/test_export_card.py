@@ -1,0 +1,84 @@
+import pytest
+import yaml
+
+from grasp_lightning.reporting.card import base_model_of, export_card, model_card
+from grasp_lightning.reporting.metrics import Pair
+from tests.unit.reporting.example import CONFIG, example_metrics, example_plan
+
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def card(
+    base_model: str = HUB_NAME, licence: str | None = "Apache-2.0", source_card: str | None = "C.md"
+) -> str:
+    return export_card(
+        base_model=base_model,
+        num_linears=56,
+        parameters=Pair(dense=134_515_008, compressed=109_013_760),
+        dtype="bfloat16",
+        licence=licence,
+        licence_files=["NOTICE", "LICENSE"] if licence else [],
+        source_card=source_card,
+    )
+
+
+def front_matter(text: str) -> dict:
+    content = yaml.safe_load(text.split("---\n", 2)[1])
+    assert isinstance(content, dict)
+    return content
+
+
+def compressed_card(origin_name: str) -> str:
+    return model_card(
+        example_metrics(),
+        example_plan(),
+        origin_name=origin_name,
+        licence=None,
+        licence_files=[],
+        config=CONFIG,
+    )
+
+
+def test_the_card_says_that_nothing_is_gained() -> None:
+    text = card()
+    for expected in (
+        "**There is no gain in size or speed**",
+        "| parameters | 109,013,760 | 134,515,008 |",
+        "The factors of\n56 linears",
+        "Weights are stored in bfloat16.",
+        "`C.md`, the compressed model's own card",
+        "Its text is in `LICENSE`, `NOTICE`.",
+    ):
+        assert expected in text
+    assert "trust_remote_code" not in text
+
+
+def test_front_matter_names_base_model_and_licence() -> None:
+    assert front_matter(card()) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": HUB_NAME,
+        "license": "apache-2.0",
+        "tags": ["grasp", "compressed", "dense"],
+    }
+    assert "base_model" not in front_matter(card("llama"))
+
+
+def test_what_is_not_known_is_said_so() -> None:
+    text = card(licence=None, source_card=None)
+    assert "license" not in front_matter(text)
+    assert "licence of the base model is not known" in text
+    assert "came without a card" in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize(
+    ("origin_name", "expected"),
+    [(HUB_NAME, HUB_NAME), ("/home/ann/llama", "llama"), ("f/model.Q4_1.gguf", "model.Q4_1.gguf")],
+)
+def test_the_base_model_is_read_from_the_compressed_card(origin_name: str, expected: str) -> None:
+    assert base_model_of(compressed_card(origin_name)) == expected
+
+
+def test_a_foreign_card_names_no_base_model() -> None:
+    assert base_model_of("# A model\n\nIt was compressed.\n") is None
