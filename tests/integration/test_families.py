@@ -82,7 +82,7 @@ def outcome(
 
 def names(method: str | None = None) -> list[Any]:
     return [
-        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+        pytest.param(name, marks=pytest.mark.slow)  # a process each, that imports transformers
         for name in ALL
         if method is None or name.endswith(method)
     ]

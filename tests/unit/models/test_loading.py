@@ -114,6 +114,7 @@ def test_an_empty_path_does_not_mean_the_working_directory() -> None:
     assert "model.path is empty" in message(cpu(""), ConfigError)
 
 
+@pytest.mark.slow  # the hub library tries five times
 def test_a_hub_name_that_cannot_be_fetched_says_what_to_do() -> None:
     text = message(cpu("nobody/nothing"))
 
@@ -122,6 +123,7 @@ def test_a_hub_name_that_cannot_be_fetched_says_what_to_do() -> None:
     assert "give a local folder" in text
 
 
+@pytest.mark.slow
 def test_a_gguf_file_of_a_hub_name_that_cannot_be_fetched_says_what_to_do() -> None:
     assert "cannot get nobody/nothing" in message(cpu("nobody/nothing", gguf_file="a.gguf"))
 
