@@ -13,6 +13,7 @@ from grasp_lightning.config import CompressConfig, ExportConfig
 from grasp_lightning.errors import GraspError, Interrupted
 
 BAD_INPUT = 2
+_HANDLER = "grasp-lightning"
 SIGNALLED = 128  # plus the number of the signal, as shells count
 
 
@@ -120,11 +121,15 @@ def _usage() -> str:
 
 
 def _configure_logging() -> None:
+    root = logging.getLogger()
+    if any(handler.name == _HANDLER for handler in root.handlers):
+        return  # main was called before in this process
     # The level stands on the handler: libraries set their own loggers to INFO when imported.
     handler = logging.StreamHandler()
+    handler.name = _HANDLER
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
+    root.addHandler(handler)
     # Lightning brings a handler of its own, and announces devices and tips here.
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(f"{library}.utilities.rank_zero").setLevel(logging.WARNING)

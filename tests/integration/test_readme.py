@@ -1,0 +1,84 @@
+"""What README.md tells a user to run is run, on a tiny model where it names a real one."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from grasp_lightning.cli import COMMANDS
+from grasp_lightning.commands.parsing import parse
+from grasp_lightning.config import CompressConfig, ExportConfig
+from tests.conftest import tiny_model
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def program_lines() -> list[str]:
+    lines = [line.partition("#")[0] for block in blocks("sh") for line in block.splitlines()]
+    return [line.removeprefix("python cli.py ").strip() for line in lines if "cli.py" in line]
+
+
+@pytest.mark.parametrize("line", program_lines())
+def test_every_command_line_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    command, *argv = shlex.split(line)
+    assert command in COMMANDS
+    if command == "export":
+        assert parse(ExportConfig, command, argv).format == "dense"
+        return
+    if "--from_scores" in argv:  # begins with the configuration of that run
+        argv.append("--model.path=smollm2")
+    assert parse(CompressConfig, command, argv).output_dir
+
+
+def test_make_has_the_two_commands() -> None:
+    targets = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert targets == ["quickstart", "test"]
+    assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def run(
+    code: str, replacements: dict[str, str], folder: Path, chdir: Callable[[Path], None]
+) -> dict[str, object]:
+    for old, new in replacements.items():
+        assert old in code, f"README no longer says {old!r}"
+        code = code.replace(old, new)
+    chdir(folder)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_python_form_compresses(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replacements = {
+        'path="smollm2"': f"path={str(tiny_folder)!r}",
+        "seqlen=512": "seqlen=32",
+        "num_layers=8": "num_layers=2",
+    }
+    names = run(blocks("python")[0], replacements, tmp_path, monkeypatch.chdir)
+    model = getattr(names["loaded"], "model", None)
+    assert isinstance(model, torch.nn.Module)
+    dense = sum(p.numel() for p in tiny_model().parameters())
+    assert sum(p.numel() for p in model.parameters()) < dense
+
+
+def test_loading_works_as_written(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replacements = {"runs/quickstart/model": str(tiny_folder)}
+    names = run(blocks("python")[1], replacements, tmp_path, monkeypatch.chdir)
+    expected = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert type(names["model"]) is type(expected)
