@@ -118,7 +118,7 @@ class TrainerMeasure:
         windows = [window for batch in data.batches for window in batch]
         start = self._cache.start_layer(max(step.layers), windows)
         if start is None:
-            with self._cache.capturing(step.layers):
+            with self._cache.capturing(step.layers, len(windows)):
                 yield
         else:
             with self._cache.starting_from(start):

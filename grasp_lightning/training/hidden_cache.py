@@ -65,11 +65,12 @@ class HiddenCache:
         self._hidden = {layer: self._hidden[layer] for layer in self._hidden if layer in layers}
 
     @contextmanager
-    def capturing(self, layers: Sequence[int]) -> Iterator[None]:
+    def capturing(self, layers: Sequence[int], num_windows: int) -> Iterator[None]:
         """Fill the cache during the forward passes of a ``with`` block.
 
         Args:
-            layers: Layers whose input is kept.
+            layers: Layers whose input is kept, ascending.
+            num_windows: Windows that the passes go over: a layer is kept whole or not at all.
 
         Yields:
             Nothing.
@@ -78,7 +79,8 @@ class HiddenCache:
             for index in self._view.layer_indices:
                 layer = self._view.layer(index)
                 if index in layers:
-                    hook = self._keep_input(index)
+                    above = len(layers) - 1 - layers.index(index)
+                    hook = self._keep_input(index, num_windows, above)
                     handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
                     stack.callback(handle.remove)
                 stack.callback(layer.register_forward_hook(self._note_output(index)).remove)
@@ -109,11 +111,12 @@ class HiddenCache:
             stack.callback(handle.remove)
             yield
 
-    def _keep_input(self, index: int) -> Callable[..., None]:
+    def _keep_input(self, index: int, num_windows: int, above: int) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             del module
             hidden = hidden_input(args, kwargs).detach()
-            if self._used() + hidden.nbytes <= self._limit:
+            # All layers have inputs of one size, and the higher ones save more of a pass.
+            if hidden[0].nbytes * num_windows * (above + 1) <= self._limit:
                 rows = self._hidden.setdefault(index, {})
                 rows.update(zip(self._index, hidden.clone().unbind(), strict=True))
 
@@ -138,9 +141,6 @@ class HiddenCache:
             return _with_hidden(hidden, args, kwargs)
 
         return take
-
-    def _used(self) -> int:
-        return sum(h.nbytes for rows in self._hidden.values() for h in rows.values())
 
 
 def _with_hidden(

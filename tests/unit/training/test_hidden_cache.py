@@ -55,16 +55,28 @@ def test_what_does_not_fit_is_not_kept() -> None:
     view = DecoderView(tiny_model())
     cache = HiddenCache(view, limit=0)
     cache.start_batch(torch.tensor([0]))
-    with cache.capturing((1, 2)), torch.no_grad():
+    with cache.capturing((1, 2), 1), torch.no_grad():
         view.model(torch.arange(8)[None])
     assert cache.start_layer(3, [0]) is None
+
+
+def test_where_not_all_layers_fit_the_highest_are_kept_whole() -> None:
+    view = DecoderView(tiny_model())
+    one_layer = 3 * 8 * 32 * 4  # windows, tokens, hidden size, bytes
+    cache = HiddenCache(view, limit=one_layer)
+    with cache.capturing((1, 2), 3), torch.no_grad():
+        for windows in ([0, 1], [2]):
+            cache.start_batch(torch.tensor(windows))
+            view.model(torch.arange(8).repeat(len(windows), 1))
+    assert cache.start_layer(3, [0, 1, 2]) == 2
+    assert cache.start_layer(1, [0, 1, 2]) is None
 
 
 def test_the_highest_layer_below_the_measured_one_is_chosen() -> None:
     view = DecoderView(tiny_model())
     cache = HiddenCache(view)
     cache.start_batch(torch.tensor([0]))
-    with cache.capturing((1, 2)), torch.no_grad():
+    with cache.capturing((1, 2), 1), torch.no_grad():
         view.model(torch.arange(8)[None])
     assert cache.start_layer(3, [0]) == 2
     assert cache.start_layer(1, [0]) == 1
@@ -80,7 +92,7 @@ def test_layers_are_as_before_after_a_shortened_pass() -> None:
     before = view.model(ids).logits
     cache = HiddenCache(view)
     cache.start_batch(torch.tensor([0]))
-    with cache.capturing((2,)), torch.no_grad():
+    with cache.capturing((2,), 1), torch.no_grad():
         view.model(ids)
     with cache.starting_from(2):
         assert torch.equal(view.model(ids).logits, before)
