@@ -19,11 +19,11 @@ from callbacks.measure import TrainerMeasure
 from grasp_lightning.config import CalibrationConfig, MethodConfig, ModelConfig, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows, batches, calibration_windows
-from grasp_lightning.evaluation.perplexity import forward_inputs, next_token_losses
 from grasp_lightning.linalg.factors import factorize
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.loading import load_model
+from grasp_lightning.models.next_token import forward_inputs, next_token_losses
 from grasp_lightning.pipeline import compress
 from grasp_lightning.plan import FactorizeLinear, Plan
 from grasp_lightning.stats.observer import LinearObserver

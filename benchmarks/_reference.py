@@ -19,16 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from grasp_lightning.errors import ModelError
-from grasp_lightning.evaluation.perplexity import forward_inputs, next_token_losses
 from grasp_lightning.linalg.ranks import rank_for_keep_ratio, top_components
 from grasp_lightning.methods.blocks import blocks
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.next_token import forward_inputs
 
 Gradients = Literal["sigma", "factors", "all"]
 """What is trainable: s of the current block; its u, s and v; or every parameter of the model."""
 
 Kept = dict[str, list[int]]
 """Kept components by module, ascending."""
+
+
+def _summed_loss(logits: Tensor, input_ids: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy summed over predicted tokens, by torch's own function."""
+    predicted = targets[:, 1:]
+    return nn.functional.cross_entropy(
+        logits[:, :-1][predicted].float(), input_ids[:, 1:][predicted], reduction="sum"
+    )
 
 
 class RebuiltLinear(nn.Module):
@@ -117,7 +125,7 @@ class ReferenceProcedure:
         model = self.view.model
         for batch in self.windows:
             logits = model(**forward_inputs(batch), use_cache=False).logits
-            loss = next_token_losses(logits, batch["input_ids"], batch["targets"]).sum()
+            loss = _summed_loss(logits, batch["input_ids"], batch["targets"])
             model.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
             for name, module in rebuilt.items():

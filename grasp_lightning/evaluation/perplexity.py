@@ -10,40 +10,7 @@ from torchmetrics import Metric
 from grasp_lightning.errors import NumericsError
 from grasp_lightning.models.calls import locate_non_finite
 from grasp_lightning.models.decoder import DecoderView, frozen
-
-
-def forward_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the keyword arguments with which a model is called on a batch of windows.
-
-    Args:
-        batch: ``input_ids`` and ``mask``, both ``(B, T)``.
-
-    Returns:
-        The ids, and an attention mask only where something is padded: without one, attention takes
-        its faster causal path.
-    """
-    inputs = {"input_ids": batch["input_ids"]}
-    if not batch["mask"].all():
-        inputs["attention_mask"] = batch["mask"].long()
-    return inputs
-
-
-def next_token_losses(logits: Tensor, input_ids: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of every predicted token; labels are shifted here, and only here.
-
-    Args:
-        logits: Scores of the next token, ``(B, T, V)``, any float dtype.
-        input_ids: Token ids, ``(B, T)``.
-        targets: True where a token is predicted from the ones before it, ``(B, T)``; the first
-            column is never read.
-
-    Returns:
-        Float32 losses in nats, one per predicted token, ``(num_targets,)``.
-    """
-    predicted = targets[:, 1:]
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1][predicted].float(), input_ids[:, 1:][predicted], reduction="none"
-    )
+from grasp_lightning.models.next_token import forward_inputs, next_token_losses
 
 
 class Perplexity(Metric):

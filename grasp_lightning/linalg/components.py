@@ -6,6 +6,11 @@ Legend: ``W = U diag(s) V^T`` weight ``(N, M)`` with ``K`` singular components `
 For parameters ``u``, ``s``, ``v`` of a layer with weight ``U diag(s) V^T`` the chain rule gives
 ``dL/ds_k = u_k^T G v_k``, ``dL/dU = P diag(s)`` and ``dL/dV = Q diag(s)``, so the model never has
 to run in factored form. Flipping the sign of a pair ``(u_k, v_k)`` changes no score.
+
+``G = Y^T X`` sums over ``T`` tokens, ``X`` ``(T, M)`` the inputs of the linear and ``Y`` ``(T, N)``
+the gradients of its outputs. With ``A = X V`` and ``B = Y U``, both ``(T, K)``, the same numbers
+are ``dL/ds_k = sum_t A_tk B_tk``, ``P = Y^T A`` and ``Q = X^T B``: where tokens are few, that takes
+fewer operations than forming ``G``.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -33,6 +38,30 @@ class ComponentGradients(NamedTuple):
     v: Tensor
 
 
+class TokenGradient(NamedTuple):
+    """Gradient of a weight as what it sums over tokens, ``G = grad_output^T x``.
+
+    Attributes:
+        x: Inputs of the linear, ``(T, M)``, any float dtype.
+        grad_output: Gradient of the loss by its outputs, ``(T, N)``, any float dtype.
+    """
+
+    x: Tensor
+    grad_output: Tensor
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the gradient as a matrix.
+
+        Args:
+            dtype: Dtype to compute in.
+
+        Returns:
+            ``G``, ``(N, M)``, in that dtype.
+        """
+        with torch.autocast(self.x.device.type, enabled=False):
+            return self.grad_output.detach().to(dtype).mT @ self.x.detach().to(dtype)
+
+
 def component_gradients(svd: SVD, weight_grad: Tensor) -> ComponentGradients:
     """Return the gradients of ``U``, ``s`` and ``V`` that belong to a gradient of the weight.
 
@@ -55,12 +84,13 @@ def component_gradients(svd: SVD, weight_grad: Tensor) -> ComponentGradients:
     )
 
 
-def sigma_gradients(svd: SVD, weight_grad: Tensor) -> Tensor:
+def sigma_gradients(svd: SVD, weight_grad: Tensor | TokenGradient) -> Tensor:
     """Return the gradients of the singular values alone, ``u_k^T G v_k``.
 
     Args:
         svd: Decomposition of the weight.
-        weight_grad: ``G``, the loss gradient of the dense weight, ``(N, M)``, any float dtype.
+        weight_grad: ``G``, the loss gradient of the dense weight, ``(N, M)``, any float dtype, or
+            the tokens it sums over.
 
     Returns:
         ``dL/ds``, signed, ``(K,)``, in the wider dtype of both, float32 or better.
@@ -70,12 +100,16 @@ def sigma_gradients(svd: SVD, weight_grad: Tensor) -> Tensor:
     """
     if problem := _shape_problem(svd, weight_grad):
         raise ValueError(problem)
-    svd, weight_grad = _in_one_dtype(svd, weight_grad)
-    return (svd.u * _left_product(svd, weight_grad)).sum(dim=0)
+    return _projections(svd, weight_grad, terms="sigma").s_grad
 
 
 def window_scores(
-    svd: SVD, weight_grad: Tensor, *, terms: ScoredTerms, score: GradientScore, squared: bool
+    svd: SVD,
+    weight_grad: Tensor | TokenGradient,
+    *,
+    terms: ScoredTerms,
+    score: GradientScore,
+    squared: bool,
 ) -> Tensor:
     """Score every singular component by its share in the gradient of one calibration window.
 
@@ -91,7 +125,7 @@ def window_scores(
     Args:
         svd: Decomposition of the weight.
         weight_grad: ``G``, the loss gradient of the dense weight over one window (or the sum of
-            it over windows), ``(N, M)``, any float dtype.
+            it over windows), ``(N, M)``, any float dtype, or the tokens it sums over.
         terms: ``full`` scores u, s and v of a component, ``sigma`` its singular value alone.
         score: ``taylor`` takes ``theta dL/dtheta`` of each parameter, ``gradient`` ``dL/dtheta``.
         squared: Square every addend instead of taking its modulus.
@@ -111,33 +145,98 @@ def window_scores(
         raise ValueError(f"score must be one of {get_args(GradientScore)}, got {score!r}")
     if problem := _shape_problem(svd, weight_grad):
         raise ValueError(problem)
-    svd, weight_grad = _in_one_dtype(svd, weight_grad)
-    left = _left_product(svd, weight_grad)  # (N, K)
-    weighted = svd.u * left  # (N, K)
-    s_grad = weighted.sum(dim=0)
+    svd, s_grad, left, right = _projections(svd, weight_grad, terms)
     is_taylor = score == "taylor"
     scores = _modulus(svd.s * s_grad if is_taylor else s_grad, squared)
-    if terms == "sigma":
+    if left is None or right is None:
         return scores
-    right = _right_product(svd, weight_grad)  # (K, M)
-    u_sum = _modulus(weighted if is_taylor else left, squared).sum(dim=0)
+    u_sum = _modulus(svd.u * left if is_taylor else left, squared).sum(dim=0)
     v_sum = _modulus(svd.vh * right if is_taylor else right, squared).sum(dim=1)
     # dL/dU and dL/dV carry s_k as a common factor of the component, applied once to the sums.
     return scores + _modulus(svd.s, squared) * (u_sum + v_sum)
 
 
-def _shape_problem(svd: SVD, weight_grad: Tensor) -> str | None:
-    expected, got = (svd.u.shape[0], svd.vh.shape[1]), tuple(weight_grad.shape)
+def _shape_problem(svd: SVD, weight_grad: Tensor | TokenGradient) -> str | None:
+    expected = (svd.u.shape[0], svd.vh.shape[1])
+    if isinstance(weight_grad, TokenGradient):
+        x, grad_output = (tuple(tensor.shape) for tensor in weight_grad)
+        num_tokens = x[0] if x else 0
+        if (grad_output, x) == ((num_tokens, expected[0]), (num_tokens, expected[1])):
+            return None
+        return (
+            f"x and grad_output must be (tokens, {expected[1]}) and (tokens, {expected[0]}), as "
+            f"the weight is {expected}, got {x} and {grad_output}"
+        )
+    got = tuple(weight_grad.shape)
     if expected == got:
         return None
     return f"weight_grad must have the shape of the weight, {expected}, got {got}"
 
 
 def _in_one_dtype(svd: SVD, weight_grad: Tensor) -> tuple[SVD, Tensor]:
-    dtype = torch.promote_types(svd.s.dtype, weight_grad.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = _common_dtype(svd, weight_grad)
     u, s, vh = (tensor.detach().to(dtype) for tensor in svd)
     return SVD(u, s, vh), weight_grad.detach().to(dtype)
+
+
+def _common_dtype(svd: SVD, *others: Tensor) -> torch.dtype:
+    dtype = torch.promote_types(svd.s.dtype, torch.float32)
+    for tensor in others:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+class _Projections(NamedTuple):
+    """A decomposition and a gradient on it, in one dtype.
+
+    Attributes:
+        svd: The decomposition.
+        s_grad: ``dL/ds``, ``(K,)``.
+        left: ``P``, ``(N, K)``; None where only the singular values are scored.
+        right: ``Q^T``, ``(K, M)``, laid out like ``vh``; None where ``left`` is.
+    """
+
+    svd: SVD
+    s_grad: Tensor
+    left: Tensor | None
+    right: Tensor | None
+
+
+def _projections(svd: SVD, weight_grad: Tensor | TokenGradient, terms: ScoredTerms) -> _Projections:
+    if isinstance(weight_grad, TokenGradient):
+        dtype = _common_dtype(svd, *weight_grad)
+        if _tokens_are_cheaper(svd, len(weight_grad.x), terms):
+            return _token_projections(svd, weight_grad, dtype, terms)
+        weight_grad = weight_grad.dense(dtype)
+    svd, weight_grad = _in_one_dtype(svd, weight_grad)
+    left = _left_product(svd, weight_grad)
+    s_grad = (svd.u * left).sum(dim=0)
+    if terms == "sigma":
+        return _Projections(svd, s_grad, None, None)
+    return _Projections(svd, s_grad, left, _right_product(svd, weight_grad))
+
+
+def _tokens_are_cheaper(svd: SVD, num_tokens: int, terms: ScoredTerms) -> bool:
+    """Tell which way takes fewer multiplications."""
+    rows, num_components, columns = svd.u.shape[0], *svd.vh.shape
+    num_products = 1 if terms == "sigma" else 2
+    per_token = num_products * num_components * (rows + columns)
+    formed = num_tokens * rows * columns + num_products * rows * columns * num_components
+    return num_tokens * per_token < formed
+
+
+def _token_projections(
+    svd: SVD, tokens: TokenGradient, dtype: torch.dtype, terms: ScoredTerms
+) -> _Projections:
+    svd = SVD(*(tensor.detach().to(dtype) for tensor in svd))
+    x, grad_output = (tensor.detach().to(dtype) for tensor in tokens)
+    with torch.autocast(x.device.type, enabled=False):
+        inputs = x @ svd.vh.mT  # A, (T, K)
+        outputs = grad_output @ svd.u  # B, (T, K)
+        s_grad = (inputs * outputs).sum(dim=0)
+        if terms == "sigma":
+            return _Projections(svd, s_grad, None, None)
+        return _Projections(svd, s_grad, grad_output.mT @ inputs, outputs.mT @ x)
 
 
 # Hooks may call from inside a mixed-precision step, where autocast would round both products.

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from grasp_lightning.errors import ModelError, NumericsError
-from grasp_lightning.linalg.components import GradientScore, sigma_gradients, window_scores
+from grasp_lightning.linalg.components import (
+    GradientScore,
+    TokenGradient,
+    sigma_gradients,
+    window_scores,
+)
 from grasp_lightning.linalg.factors import SVD
 from grasp_lightning.stats.base import Scoring
 
@@ -55,17 +60,14 @@ class ComponentScores:
             x: Its input, ``(T, M)``.
             grad_output: Gradient of the summed token loss by its output, ``(T, N)``.
         """
-        basis = self._bases[module]
+        basis, gradient = self._bases[module], TokenGradient(x, grad_output)
         self._num_windows[module] += 1
-        # The hook runs inside a mixed-precision step, where autocast would round the product.
-        with torch.autocast(x.device.type, enabled=False):
-            weight_grad = grad_output.to(basis.s.dtype).mT @ x.to(basis.s.dtype)  # (N, M)
         if self._sums_weight_gradients:
-            self.sums[module] += weight_grad
+            self.sums[module] += gradient.dense(basis.s.dtype)
         elif self._scoring.reduction == "signed":
-            self.sums[module] += sigma_gradients(basis, weight_grad)
+            self.sums[module] += sigma_gradients(basis, gradient)
         else:
-            self.sums[module] += self._window_scores(basis, weight_grad)
+            self.sums[module] += self._window_scores(basis, gradient)
 
     def state(self) -> dict[str, Tensor]:
         """Return the sums so far, by module, from which another object can go on."""
@@ -117,7 +119,7 @@ class ComponentScores:
             return (total * basis.s if self._score == "taylor" else total).abs()
         return total
 
-    def _window_scores(self, basis: SVD, weight_grad: Tensor) -> Tensor:
+    def _window_scores(self, basis: SVD, weight_grad: Tensor | TokenGradient) -> Tensor:
         return window_scores(
             basis,
             weight_grad,

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp_lightning.errors import NumericsError
-from grasp_lightning.evaluation.perplexity import forward_inputs, next_token_losses
 from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
 from grasp_lightning.models.calls import locate_non_finite
 from grasp_lightning.models.decoder import DecoderView, frozen
+from grasp_lightning.models.next_token import forward_inputs, next_token_losses
 from grasp_lightning.plan import Plan
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.training.hidden_cache import HiddenCache
@@ -102,8 +102,11 @@ class CalibrationModule(L.LightningModule):
         """
         if self.cache is not None:
             self.cache.start_batch(batch["index"])
-        logits = self.model(**forward_inputs(batch), use_cache=False).logits
-        losses = next_token_losses(logits, batch["input_ids"], batch["targets"])
+        losses = next_token_losses(
+            self.model(**forward_inputs(batch), use_cache=False).logits,
+            batch["input_ids"],
+            batch["targets"],
+        )
         loss = losses.sum()
         if not loss.isfinite():
             where = locate_non_finite(self.view, forward_inputs(batch))

@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grasp_lightning.linalg.components import component_gradients, window_scores
+from grasp_lightning.linalg.components import (
+    TokenGradient,
+    component_gradients,
+    sigma_gradients,
+    window_scores,
+)
 from grasp_lightning.linalg.factors import SVD, factorize
 from tests.reference.factorized_linear import FactorizedLinear
 
@@ -138,3 +143,20 @@ def test_scores_scale_with_the_gradient(
     power = 2 if option["squared"] else 1
     expected = window_scores(svd, weight_grad, **option) * factor**power
     assert_equal_to_1e9(window_scores(svd, weight_grad * factor, **option), expected, expected)
+
+
+@quick
+@given(sizes, sizes, st.integers(1, 12), seeds, options)
+def test_tokens_score_like_the_gradient_they_sum_to(
+    rows: int, columns: int, num_tokens: int, seed: int, option: Options
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    svd = factorize(normal(generator, rows, columns))
+    tokens = TokenGradient(
+        x=normal(generator, num_tokens, columns), grad_output=normal(generator, num_tokens, rows)
+    )
+    weight_grad = tokens.dense(torch.float64)
+    expected = window_scores(svd, weight_grad, **option)
+    assert_equal_to_1e9(window_scores(svd, tokens, **option), expected, expected)
+    s_grad = sigma_gradients(svd, weight_grad)
+    assert_equal_to_1e9(sigma_gradients(svd, tokens), s_grad, s_grad)

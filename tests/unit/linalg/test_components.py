@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grasp_lightning.linalg.components import component_gradients, window_scores
+from grasp_lightning.linalg.components import TokenGradient, component_gradients, window_scores
 from grasp_lightning.linalg.factors import SVD, factorize
 
 # Any: keyword arguments of several types.
@@ -54,6 +54,34 @@ def test_scores_of_a_diagonal_weight_by_hand() -> None:
     # |G_kk| + s_k (moduli of column k and of row k of G).
     full = window_scores(svd, weight_grad, terms="full", score="gradient", squared=False)
     assert full.tolist() == [43.0, 44.0]
+
+
+def test_tokens_of_another_shape_are_refused() -> None:
+    svd, _ = random_case()
+    tokens = TokenGradient(x=torch.zeros(5, 16), grad_output=torch.zeros(4, 24))
+    message = (
+        "x and grad_output must be (tokens, 16) and (tokens, 24), as the weight is (24, 16), got "
+        "(5, 16) and (4, 24)"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        window_scores(svd, tokens, **PAPER)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 200])  # through the tokens, through the gradient
+@pytest.mark.parametrize("terms", ["full", "sigma"])
+def test_tokens_are_projected_in_the_wider_dtype_under_autocast(
+    num_tokens: int, terms: str
+) -> None:
+    svd, _ = random_case()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(num_tokens, 16, generator=generator).bfloat16()
+    grad_output = torch.randn(num_tokens, 24, generator=generator).bfloat16()
+    option: dict[str, Any] = {**PAPER, "terms": terms}  # Any: as above
+    exact = window_scores(svd, grad_output.double().mT @ x.double(), **option)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = window_scores(svd, TokenGradient(x, grad_output), **option)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -9,9 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp_lightning.config import Reduction
 from grasp_lightning.errors import ModelError, NumericsError
-from grasp_lightning.evaluation.perplexity import forward_inputs, next_token_losses
 from grasp_lightning.linalg.factors import SVD, factorize
 from grasp_lightning.models.decoder import DecoderView, frozen
+from grasp_lightning.models.next_token import forward_inputs, next_token_losses
 from grasp_lightning.stats.base import Scoring
 from grasp_lightning.stats.components import ComponentScores
 from grasp_lightning.stats.observer import LinearObserver
