@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import ParamSpec, TypeVar
 
 from grasp_lightning.errors import GraspError
+from grasp_lightning.evaluation.machine import processor_name
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -92,18 +93,9 @@ def hardware() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     return (
-        f"{_processor()}, {cores} cores, {memory:.0f} GiB, {platform.system()}, "
+        f"{processor_name()}, {cores} cores, {memory:.0f} GiB, {platform.system()}, "
         f"Python {platform.python_version()}, {versions}"
     )
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found.group(1)
-    return platform.processor() or platform.machine()
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

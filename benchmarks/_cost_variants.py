@@ -12,13 +12,14 @@ from typing import Final
 
 import torch
 import transformers
-from _meters import PassCounter, peak_memory, reset_peak_memory
+from _meters import PassCounter
 from _reference import Gradients, Kept, ReferenceProcedure, block_groups
 
 from callbacks.measure import TrainerMeasure
 from grasp_lightning.config import CalibrationConfig, MethodConfig, ModelConfig, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows, batches, calibration_windows
+from grasp_lightning.evaluation.memory import forget_peak, peak_bytes
 from grasp_lightning.linalg.factors import factorize
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.models.decoder import DecoderView, frozen
@@ -29,6 +30,7 @@ from grasp_lightning.plan import FactorizeLinear, Plan
 from grasp_lightning.stats.observer import LinearObserver
 
 _CPU: Final = TrainerConfig(accelerator="cpu")
+_CPU_DEVICE: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +115,8 @@ def measure(variant: str, settings: CostSettings) -> Measured:
     """
     job = _prepare(settings)
     passes = PassCounter(job.view)
-    reset_peak_memory()
-    loaded_bytes = peak_memory()
+    forget_peak(_CPU_DEVICE)
+    loaded_bytes = peak_bytes(_CPU_DEVICE)
     with passes.attached():
         wall, cpu = time.perf_counter(), time.process_time()
         outcome = VARIANTS[variant](job)
@@ -125,7 +127,7 @@ def measure(variant: str, settings: CostSettings) -> Measured:
         cpu_seconds=cpu_seconds * scale,
         passes=passes.counts[-1] / windows * scale,
         layer_passes=sum(passes.counts) / len(passes.counts) / windows * scale,
-        peak_bytes=peak_memory(),
+        peak_bytes=peak_bytes(_CPU_DEVICE),
         loaded_bytes=loaded_bytes,
         parts=outcome.parts,
         kept=outcome.kept,

@@ -1,11 +1,8 @@
-"""Counters around a measurement: forward passes, and the highest resident memory."""
+"""Counts the forward passes of a measurement."""
 
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 
 from torch import nn
 
@@ -47,22 +44,3 @@ class PassCounter:
         entering = hidden_input(args, kwargs)
         if hidden_output(output) is not entering:
             self.counts[position] += entering.shape[0]
-
-
-def peak_memory() -> int:
-    """Return the highest resident memory of this process since the peak was last reset, in bytes.
-
-    Linux's own counter, since ``ru_maxrss`` starts at the size of the process that started this
-    one, and cannot be reset.
-    """
-    if sys.platform != "linux":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (line,) = (line for line in status if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-
-
-def reset_peak_memory() -> None:
-    """Forget the peak of loading, on Linux; elsewhere it counts."""
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -68,8 +68,7 @@ def main() -> None:
             f"round {round_index + 1} of {arguments.rounds}: {variant}: {record['seconds']:.1f} s",
             flush=True,
         )
-    wanted = [r for r in records if r["variant"] in arguments.variants]
-    print("\n" + report([r for r in wanted if r["round"] < arguments.rounds]))
+    print("\n" + report([r for r in records if r["variant"] in arguments.variants]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -190,7 +189,7 @@ def report(records: Sequence[Record]) -> str:
         The text.
     """
     median = {name: _medians(records, name) for name in LABELS if _of(records, name)}
-    header = ["variant", "seconds", "range", "CPU seconds", "passes", "layer passes"]
+    header = ["variant", "rounds", "seconds", "range", "CPU seconds", "passes", "layer passes"]
     header += ["peak MB", "above the model, MB"]
     rows = [_row(records, name, values) for name, values in median.items()]
     lines = [markdown_table(header, rows), "", *_ratios(median), *_floor_parts(records)]
@@ -216,6 +215,7 @@ def _row(records: Sequence[Record], variant: str, values: Mapping[str, float]) -
     peak, loaded = values["peak_bytes"] / 1e6, values["loaded_bytes"] / 1e6
     return [
         LABELS[variant] + (", estimated" if is_estimate else ""),
+        str(len(runs)),
         f"{values['seconds']:.1f}",
         f"{min(seconds):.1f} to {max(seconds):.1f}",
         f"{values['cpu_seconds']:.1f}",

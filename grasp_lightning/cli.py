@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from grasp_lightning import __version__
-from grasp_lightning.config import CompressConfig, ExportConfig
+from grasp_lightning.config import BenchmarkConfig, CompressConfig, EvaluateConfig, ExportConfig
 from grasp_lightning.errors import GraspError, Interrupted
 
 BAD_INPUT = 2
@@ -58,10 +58,38 @@ def _export(prog: str, argv: Sequence[str]) -> None:
     print("\n".join(run_export(parse(ExportConfig, prog, argv)).lines))
 
 
+def _evaluate(prog: str, argv: Sequence[str]) -> None:
+    from rich.console import Console  # noqa: PLC0415
+
+    from grasp_lightning.commands.evaluate import run_evaluate  # noqa: PLC0415
+    from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
+    from grasp_lightning.reporting.evaluation import evaluation_table  # noqa: PLC0415
+
+    run = run_evaluate(parse(EvaluateConfig, prog, argv))
+    Console().print(evaluation_table(run.evaluations))
+    for file in (*run.amended, *([] if run.output is None else [run.output])):
+        print(f"results: {file}")
+
+
+def _benchmark(prog: str, argv: Sequence[str]) -> None:
+    from rich.console import Console  # noqa: PLC0415
+
+    from grasp_lightning.commands.benchmark import run_benchmark  # noqa: PLC0415
+    from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
+    from grasp_lightning.reporting.throughput import throughput_table  # noqa: PLC0415
+
+    run = run_benchmark(parse(BenchmarkConfig, prog, argv))
+    Console().print(throughput_table(run.result))
+    for file in (*run.amended, *(file for file in (run.output, run.plot) if file is not None)):
+        print(f"results: {file}")
+
+
 COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
     {
         "compress": Command("calibrate, decide, replace, save and report", _compress),
         "plan": Command("what would be removed, from the model's config alone", _plan),
+        "evaluate": Command("perplexity, tasks and cost of models, side by side", _evaluate),
+        "benchmark": Command("prefill and decode throughput of models, in turns", _benchmark),
         "export": Command("a compressed model in another format, for other runtimes", _export),
     }
 )

@@ -194,11 +194,10 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityConfig:
-    """The texts that perplexity is measured on.
+class CorpusWindows:
+    """How the texts of ``evaluate`` are cut into windows; keys as in ``EvaluationConfig``.
 
     Attributes:
-        corpora: Each a name (wikitext2, ptb, c4, pydoc) or a .txt, .jsonl or .parquet file.
         split: Part of the corpora; None takes each one's own held-out part.
         field: Column that holds the text of .jsonl and .parquet files.
         num_samples: Number of windows, from the start of each corpus; None takes all.
@@ -208,7 +207,6 @@ class PerplexityConfig:
         tail: Keep or drop a last window that is shorter than ``seqlen``.
     """
 
-    corpora: tuple[str, ...] = ()
     split: str | None = None
     field: str = "text"
     num_samples: int | None = None
@@ -225,19 +223,21 @@ class EvaluateConfig:
     Attributes:
         model: Models, the first one the others are compared with: each a folder, a hub name, a
             .gguf file or the alias ``smollm2``.
-        revision: Branch, tag or commit of the hub models.
+        revision: Branch, tag or commit of a hub model.
         dtype: Floating point type of the weights; auto keeps each checkpoint's.
         device: Device that holds the model: auto, cpu, cuda, cuda:1, ...
         trust_remote_code: Run model code that comes with the checkpoints.
-        perplexity: Texts to measure perplexity on.
-        tasks: Names of lm-eval tasks or groups; needs the extra ``eval``.
-        task_data: Folder with local data, ``<task>/<split>.jsonl``; tasks without a folder in it
-            take theirs from the hub.
+        corpora: Texts to measure perplexity on: each a name (wikitext2, ptb, c4, pydoc), or a
+            .txt, .jsonl or .parquet file.
+        evaluation: How these texts are cut into windows.
+        tasks: Names of lm-eval tasks, tags or groups; needs the extra ``eval``.
+        task_data: Folder with local data of tasks, ``<task>/<split>.jsonl``; a task without a
+            folder there takes its data from the hub.
         limit: Number of documents per task, from its start; None takes all.
         num_fewshot: Examples before each question; None takes each task's own number.
-        batch_size: Requests per forward pass.
-        seed: Seed of everything that draws few-shot examples or samples.
-        output: JSON file that holds the results; what is finished in it is not run again.
+        batch_size: Requests of a task per forward pass.
+        seed: Seed of few-shot examples and of sampling; 1234 is lm-eval's own.
+        output: JSON file that holds the results; what is finished in it is not measured again.
         overwrite: Measure again what ``output`` holds.
     """
 
@@ -246,13 +246,14 @@ class EvaluateConfig:
     dtype: Dtype = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
-    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+    corpora: tuple[str, ...] = ()
+    evaluation: CorpusWindows = field(default_factory=CorpusWindows)
     tasks: tuple[str, ...] = ()
     task_data: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int = 1
-    seed: int = 0
+    seed: int = 1234
     output: str | None = None
     overwrite: bool = False
 

@@ -14,9 +14,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
 # Tiny matrices: more threads only wait for each other.
 torch.set_num_threads(1)
 

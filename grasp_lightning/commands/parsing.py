@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ _PARSER_OPTIONS = ("config", "help", "print_config")
 _BAD_VALUE = re.compile(r'Parser key "([^"]+)":')
 _MISSING = re.compile(r"arguments are required: ([\w.]+)")
 _GOT = re.compile(r"(?:Got value|Given value): (.*)$", re.MULTILINE)
+_NAMES = tuple[str, ...]
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -38,7 +40,7 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
         ConfigError: If a key or value is wrong: file or command line, key, and what is allowed.
     """
     schema = dict(_leaves(config_type))
-    argv = _with_flag_values(argv, schema)
+    argv = _with_lists(_with_flag_values(argv, schema), schema)
     files = _config_files(argv)
     contents = {file: _read_yaml(file, config_type) for file in files}
     flags = _flags(argv, schema)
@@ -117,6 +119,37 @@ def _with_flag_values(argv: Sequence[str], schema: Mapping[str, Any]) -> list[st
         alone = (kind is bool or bool in get_args(kind)) and following.startswith("--")
         result.append(f"{word}=true" if alone and word.startswith("--") else word)
     return result
+
+
+def _with_lists(argv: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
+    """Let ``--tasks a,b`` and ``--model a --model b`` give lists of names, as YAML does."""
+    result: list[str] = []
+    collected: dict[str, list[str]] = {}
+    words = iter(argv)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or schema.get(key) != _NAMES:
+            result.append(word)
+            continue
+        text = value if equals else next(words, "")
+        names = collected.setdefault(key, [])
+        if not names:
+            result.append(f"--{key}=")
+        names += _split_names(text)
+    return [_as_list(word, collected) for word in result]
+
+
+def _split_names(text: str) -> list[str]:
+    """Return the names in ``a,b``, or in a list as YAML writes it."""
+    bare = text.removeprefix("[").removesuffix("]") if text.startswith("[") else text
+    return [name.strip(" \"'") for name in bare.split(",") if name.strip()]
+
+
+def _as_list(word: str, collected: Mapping[str, Sequence[str]]) -> str:
+    key = word.removeprefix("--").removesuffix("=")
+    if word != f"--{key}=" or key not in collected:
+        return word
+    return f"--{key}={json.dumps(list(collected[key]))}"
 
 
 def _config_files(argv: Sequence[str]) -> list[str]:
@@ -226,5 +259,5 @@ def _describe(kind: Any) -> str:  # noqa: ANN401  a type annotation
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(str(value) for value in get_args(kind))
     if get_origin(kind) is tuple:
-        return "a list such as [20, 21]"
+        return "a list of names" if kind == _NAMES else "a list such as [20, 21]"
     return "null" if kind is NoneType else _TYPE_NAMES.get(kind, str(kind))

@@ -51,6 +51,9 @@ class Perplexity(Metric):
 def evaluate_perplexity(view: DecoderView, batches: Iterable[Mapping[str, Tensor]]) -> float:
     """Return the perplexity of a model on windows of text.
 
+    Under ``torch.distributed`` each process gives its own windows, and all get the perplexity of
+    all of them.
+
     Args:
         view: The model, on any device.
         batches: Held-out windows: ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``.

@@ -24,6 +24,8 @@ from grasp_lightning.models.lowrank import (
 )
 from grasp_lightning.models.numbering import numbered_settings
 
+_AUTO_CONFIG = "AutoConfig"
+
 # Auto classes through which a saved model opens on machines without the package, if its family has
 # them.
 _AUTO_CLASSES = {
@@ -42,6 +44,15 @@ class Grasp{name}(transformers.{name}):
 
     from_pretrained = transformers.{name}.from_pretrained
     _from_config = transformers.{name}._from_config
+'''
+
+# Read before the model: some programs look at its quantization_config themselves, as lm-eval does.
+_REMOTE_CONFIG = '''
+
+class Grasp{name}(transformers.{name}):
+    """``{name}``, with low-rank linears registered; what it loads is a ``{name}``."""
+
+    from_pretrained = transformers.{name}.from_pretrained
 '''
 
 
@@ -194,7 +205,7 @@ def _remote_classes(model: PreTrainedModel) -> dict[str, str]:
         if type(model.config) in mapping:
             found: Any = mapping[type(model.config)]  # Any: a class, or a tuple of classes
             classes[auto] = (found[0] if isinstance(found, tuple) else found).__name__
-    return classes
+    return {_AUTO_CONFIG: type(model.config).__name__, **classes}
 
 
 @contextmanager
@@ -211,6 +222,8 @@ def _auto_map(config: PreTrainedConfig, classes: Mapping[str, str]) -> Iterator[
 
 
 def _remote_module(classes: Mapping[str, str]) -> str:
-    source = inspect.getsource(lowrank)
-    header = "\n\nimport transformers  # noqa: E402\n"
-    return source + header + "".join(_REMOTE_CLASS.format(name=name) for name in classes.values())
+    parts = [inspect.getsource(lowrank), "\n\nimport transformers  # noqa: E402\n"]
+    for auto, name in classes.items():
+        form = _REMOTE_CONFIG if auto == _AUTO_CONFIG else _REMOTE_CLASS
+        parts.append(form.format(name=name))
+    return "".join(parts)

@@ -77,6 +77,8 @@ class Metrics:
         seconds: Time per phase.
         peak_memory_bytes: Highest memory use of the process, or of its device.
         versions: Version by package name (grasp_lightning, python, torch, ...).
+        evaluation: What ``evaluate`` measured of the compressed model; None before.
+        throughput: What ``benchmark`` measured of the compressed model; None before.
     """
 
     model: str
@@ -95,6 +97,8 @@ class Metrics:
     seconds: Seconds = field(default_factory=Seconds)
     peak_memory_bytes: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] | None = None  # Any: values of JSON
+    throughput: Mapping[str, Any] | None = None  # Any: values of JSON
 
     def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
         """Return the nested content of ``metrics.json``. Its keys are stable: scripts rely on them.
@@ -105,7 +109,9 @@ class Metrics:
         ``decoder_linears.bytes.{dense,compressed}``, ``source_bytes`` (int),
         ``perplexity.{dense,compressed}`` (float), ``perplexity_tokens`` (int),
         ``seconds.{load,similarity,attribution,factorize,save,evaluate,total}`` (float),
-        ``peak_memory_bytes`` (int), ``versions`` (package name to version).
+        ``peak_memory_bytes`` (int), ``versions`` (package name to version),
+        ``evaluation.{settings,cost,peak_memory_bytes,corpora,tasks,mean_of_seven}`` as in the
+        output of ``evaluate``, and ``throughput``, the output of ``benchmark``.
 
         Every key is always there; a value that does not apply is None.
         """
@@ -151,6 +157,8 @@ class Metrics:
                 ),
                 peak_memory_bytes=_optional_int(content["peak_memory_bytes"]),
                 versions=dict(content["versions"]),
+                evaluation=content.get("evaluation"),
+                throughput=content.get("throughput"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise OutputError(

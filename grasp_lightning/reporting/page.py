@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from grasp_lightning.plan import FactorizeLinear, Plan
+from grasp_lightning.reporting import evaluation, throughput
 from grasp_lightning.reporting.linears import module_place, scored_linears
 from grasp_lightning.reporting.metrics import Metrics
 from grasp_lightning.reporting.plots import Plot, run_plots
@@ -117,6 +118,9 @@ def render_report(
         notes=comparison_notes(metrics),
         plots=[(plot, _data_uri(plot)) for plot in run_plots(metrics, plan, scores)],
         ranks=_rank_rows(plan, scores),
+        evaluation=evaluation.section_rows(metrics.evaluation) if metrics.evaluation else [],
+        throughput=throughput.section_rows(metrics.throughput) if metrics.throughput else [],
+        throughput_reference=metrics.throughput["models"][0]["name"] if metrics.throughput else "",
         phases=_phases(metrics),
         total=duration_text(metrics.seconds.total),
         settings=yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=False),

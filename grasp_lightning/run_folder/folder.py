@@ -104,6 +104,24 @@ class RunFolder(RunWriter):
         return folder
 
     @classmethod
+    def reopen(cls, root: Path) -> Self | None:
+        """Open a finished run, locked, to add to what it says or to replace files of it.
+
+        Args:
+            root: The run folder.
+
+        Returns:
+            The folder; None if it holds no finished run.
+        """
+        manifest = Manifest.read(root)
+        if manifest is None or manifest.state != "finished":
+            return None
+        folder = cls(root, "finished", manifest)
+        folder._lock = FolderLock(root)
+        folder._is_amended = True
+        return folder
+
+    @classmethod
     def _started(
         cls,
         root: Path,

@@ -35,6 +35,7 @@ class RunWriter:
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root = root
         self._manifest = manifest
+        self._is_amended = False
 
     def path(self, name: str) -> Path:
         """Return the path of a file or folder of the run, which need not exist.
@@ -178,7 +179,7 @@ class RunWriter:
         self._manifest.folders |= {parent for parent in parents if not self.path(parent).exists()}
 
     def _require_writable(self) -> None:
-        if self._manifest.state == "finished":
+        if self._manifest.state == "finished" and not self._is_amended:
             raise ValueError(f"the run in {self.root} is finished and cannot be written")
 
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from grasp_lightning.commands.parsing import parse, to_dict
-from grasp_lightning.config import CompressConfig
+from grasp_lightning.config import CompressConfig, EvaluateConfig
 from grasp_lightning.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
@@ -22,7 +22,37 @@ def write(path: Path, text: str) -> str:
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_every_shipped_config_parses(file: Path) -> None:
-    assert parsed(f"--config={file}").output_dir
+    if file.parent.name == "evaluate":
+        argv = [f"--config={file}", "--model=a"]
+        assert parse(EvaluateConfig, "cli.py evaluate", argv).tasks
+    else:
+        assert parsed(f"--config={file}").output_dir
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--model=a,b"],
+        ["--model", "a,b"],
+        ["--model=a", "--limit=3", "--model", "b"],
+        ["--model=[a, b]"],
+        ["--model=['a','b']"],
+    ],
+)
+def test_names_are_listed_with_commas_or_by_repeating_the_flag(argv: list[str]) -> None:
+    assert parse(EvaluateConfig, "cli.py evaluate", argv).model == ("a", "b")
+
+
+def test_a_flag_replaces_the_names_of_a_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "model: [a]\ntasks: [piqa, mathqa]\n")
+    config = parse(EvaluateConfig, "cli.py evaluate", [f"--config={file}", "--tasks=gsm8k"])
+    assert (config.model, config.tasks) == (("a",), ("gsm8k",))
+
+
+def test_a_name_where_a_list_belongs_is_explained(tmp_path: Path) -> None:
+    file = write(tmp_path, "model: a\n")
+    with pytest.raises(ConfigError, match="model: expected a list of names, got 'a'"):
+        parse(EvaluateConfig, "cli.py evaluate", [f"--config={file}"])
 
 
 def test_flags_override_files(tmp_path: Path) -> None:

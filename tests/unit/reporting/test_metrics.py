@@ -40,6 +40,8 @@ KEYS = {
     "versions.grasp_lightning",
     "versions.python",
     "versions.torch",
+    "evaluation",
+    "throughput",
 }
 
 

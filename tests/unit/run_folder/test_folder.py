@@ -440,3 +440,24 @@ def test_files_are_readable_as_the_umask_says(tmp_path: Path) -> None:
     for name in ("secret", "model/weights"):
         mode = (tmp_path / "run" / name).stat().st_mode & 0o777
         assert mode == 0o666 & ~previous
+
+
+def test_a_finished_run_can_be_reopened_to_add_to_it(root: Path) -> None:
+    write_run(root)
+    run = RunFolder.reopen(root)
+    assert run is not None
+    with run:
+        run.write_text("plan.json", "amended")
+        with pytest.raises(OutputError, match="another process writes to"):
+            RunFolder.reopen(root)
+    assert (root / "plan.json").read_text() == "amended"
+    assert RunFolder.open(root, CONFIG).state == "finished"
+    assert not (root / ".lock").exists()
+
+
+@pytest.mark.parametrize("finish", [None, False])
+def test_only_a_finished_run_is_reopened(root: Path, finish: bool | None) -> None:
+    root.mkdir(parents=True)
+    if finish is not None:
+        write_run(root, finish=finish)
+    assert RunFolder.reopen(root) is None

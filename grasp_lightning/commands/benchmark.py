@@ -1,0 +1,289 @@
+"""``benchmark``: throughput and memory of models, measured in turns in one process."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path, PurePath
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import PreTrainedModel
+
+from grasp_lightning.commands.amend import amend_run
+from grasp_lightning.commands.result_files import ResultFiles, write_file
+from grasp_lightning.config import BenchmarkConfig, ModelConfig
+from grasp_lightning.errors import ConfigError, ModelError
+from grasp_lightning.evaluation.machine import describe_machine
+from grasp_lightning.evaluation.own_process import measure_peak_memory
+from grasp_lightning.evaluation.throughput import ModelThroughput, Throughput, measure_throughput
+from grasp_lightning.evaluation.workload import Workload
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.device import resolve_device
+from grasp_lightning.models.loading import load_meta_model, load_model
+from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.source import resolve_source
+from grasp_lightning.reporting.throughput import write_throughput_plot
+
+T = TypeVar("T")
+
+_MAX_SEED = 2**63 - 1
+_MODEL_KEY = re.compile(r"\bmodel\.(path|revision|device|dtype|trust_remote_code)\b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRun:
+    """A finished benchmark.
+
+    Attributes:
+        result: What was measured.
+        output: The JSON file that was written, None if the user named none.
+        plot: The plot beside it.
+        amended: Files of runs that the result was added to.
+    """
+
+    result: Throughput
+    output: Path | None
+    plot: Path | None
+    amended: Sequence[Path] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Variant:
+    """One of the measured models: its name, the key it was given under, and how it is loaded."""
+
+    name: str
+    key: str
+    settings: ModelConfig
+    is_control: bool = False
+
+
+def run_benchmark(config: BenchmarkConfig) -> BenchmarkRun:
+    """Measure throughput and memory of models, and write the result if a file is named.
+
+    Everything that a user can get wrong is a ``GraspError``, as far as possible before the first
+    measurement.
+
+    Args:
+        config: What the user set.
+
+    Returns:
+        The finished benchmark.
+    """
+    _check_numbers(config)
+    files = None if config.output is None else ResultFiles(config.output, config.overwrite)
+    variants = _variants(config)
+    workload = _workload(config, variants)
+    with _torch_threads(config.threads):
+        result = _measure(variants, workload)
+    amended = _amend(config, result)
+    if files is None:
+        return BenchmarkRun(result=result, output=None, plot=None, amended=amended)
+    text = json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n"
+    write_file(files.output, lambda path: path.write_text(text, encoding="utf-8"))
+    write_file(files.plot, lambda path: write_throughput_plot(result, path))
+    return BenchmarkRun(result=result, output=files.output, plot=files.plot, amended=amended)
+
+
+def _amend(config: BenchmarkConfig, result: Throughput) -> list[Path]:
+    """Put the result into the metrics of the runs that made the models; return what changed."""
+    models = [model.name for model in result.models if not model.is_control]
+    changed = [
+        amend_run(path, "throughput", {**result.to_dict(), "model": name})
+        for path, name in zip((config.model, *config.against), models, strict=True)
+    ]
+    return [file for file in changed if file is not None]
+
+
+def variant_names(paths: Sequence[str]) -> list[str]:
+    """Return how models are called in a table: as they were given, or by what tells them apart.
+
+    Args:
+        paths: Folders, files or hub names, no two alike.
+
+    Returns:
+        One name per path, no two alike. Paths with one last component are shortened to what
+        differs: ``runs/x/model`` and ``runs/y/model`` become ``x`` and ``y``.
+    """
+    names = list(paths)
+    for last, count in Counter(PurePath(path).name for path in paths).items():
+        alike = [i for i, path in enumerate(paths) if PurePath(path).name == last]
+        short = _what_differs([PurePath(paths[i]).parts for i in alike])
+        others = {name for i, name in enumerate(names) if i not in alike}
+        if count > 1 and all(short) and others.isdisjoint(short):
+            for i, name in zip(alike, short, strict=True):
+                names[i] = name
+    return names
+
+
+def _what_differs(paths: Sequence[Sequence[str]]) -> list[str]:
+    """Return paths without the components that all of them begin and end with."""
+    start = _num_common(paths)
+    end = _num_common([path[start:][::-1] for path in paths])
+    return ["/".join(path[start : len(path) - end]) for path in paths]
+
+
+def _num_common(paths: Sequence[Sequence[str]]) -> int:
+    """Return with how many equal components all paths begin."""
+    alike = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return sum(1 for _ in alike)
+
+
+def _check_numbers(config: BenchmarkConfig) -> None:
+    for key in ("prefill_lengths", "decode_batch_sizes"):
+        _check_axis(key, getattr(config, key))
+    for key in ("prompt_length", "new_tokens", "rounds", "threads"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"{key} must be at least 1, got {value}")
+    cores = os.cpu_count() or 1
+    if config.threads is not None and config.threads > cores:
+        raise ConfigError(f"threads is {config.threads}, but this machine has {cores} cores")
+    if not 0 <= config.seed <= _MAX_SEED:
+        raise ConfigError(f"seed must be from 0 to {_MAX_SEED}, got {config.seed}")
+
+
+def _check_axis(key: str, values: Sequence[int]) -> None:
+    if not values:
+        raise ConfigError(f"{key} is empty; expected a list of numbers such as [1, 4]")
+    if min(values) < 1:
+        raise ConfigError(f"{key} must hold numbers of at least 1, got {min(values)}")
+    value, count = Counter(values).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(f"{key} holds {value} more than once")
+
+
+def _variants(config: BenchmarkConfig) -> tuple[_Variant, ...]:
+    """Return the models in the order of the tables: the first one, its control, the others."""
+    paths = (config.model, *config.against)
+    if len(set(paths)) < len(paths):
+        twice = Counter(paths).most_common(1)[0][0]
+        raise ConfigError(
+            f"against: {twice} is given more than once; the first model is measured twice anyway, "
+            f"as a control"
+        )
+    keys = ("model", *("against" for _ in config.against))
+    settings = [_settings(config, path, key) for path, key in zip(paths, keys, strict=True)]
+    if config.revision is not None and all(one.revision is None for one in settings):
+        raise ConfigError("revision has no effect: no model comes from the hub; leave it out")
+    first, *others = (
+        _Variant(name=name, key=key, settings=one)
+        for name, key, one in zip(variant_names(paths), keys, settings, strict=True)
+    )
+    control = _Variant(
+        name=f"{first.name} (again)", key="model", settings=first.settings, is_control=True
+    )
+    return (first, control, *others)
+
+
+def _settings(config: BenchmarkConfig, path: str, key: str) -> ModelConfig:
+    with _named_by(key):
+        is_hub = resolve_source(ModelConfig(path=path)).is_hub
+    return ModelConfig(
+        path=path,
+        revision=config.revision if is_hub else None,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _workload(config: BenchmarkConfig, variants: Sequence[_Variant]) -> Workload:
+    """Return what is run, after a check of every model's config that it can be."""
+    with _named_by("model"):
+        resolve_device(config.device)
+    vocabularies = []
+    for variant in variants:
+        with _named_by(variant.key):
+            model = DecoderView(load_meta_model(variant.settings)).model
+        _check_positions(config, variant.name, model)
+        embedding = model.get_input_embeddings().weight
+        assert isinstance(embedding, torch.Tensor)  # every family embeds its tokens
+        vocabularies.append(embedding.shape[0])
+    return Workload(
+        prefill_lengths=config.prefill_lengths,
+        decode_batch_sizes=config.decode_batch_sizes,
+        prompt_length=config.prompt_length,
+        new_tokens=config.new_tokens,
+        num_rounds=config.rounds,
+        seed=config.seed,
+        vocabulary=min(vocabularies),
+    )
+
+
+def _check_positions(config: BenchmarkConfig, name: str, model: PreTrainedModel) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return
+    longest = max(config.prefill_lengths)
+    if longest > positions:
+        raise ConfigError(
+            f"prefill_lengths has {longest}, but {name} has {positions} positions; leave it out"
+        )
+    if config.prompt_length + config.new_tokens > positions:
+        raise ConfigError(
+            f"prompt_length {config.prompt_length} and new_tokens {config.new_tokens} need "
+            f"{config.prompt_length + config.new_tokens} positions, but {name} has {positions}"
+        )
+
+
+def _measure(variants: Sequence[_Variant], workload: Workload) -> Throughput:
+    threads = torch.get_num_threads()
+    memory = {}
+    # Before this process holds models itself: a GPU has to have room.
+    for variant in _track(variants, "peak memory"):
+        with _named_by(variant.key):
+            memory[variant.name] = measure_peak_memory(variant.settings, workload, threads)
+    models = {}
+    for variant in variants:
+        with _named_by(variant.key):
+            models[variant.name] = load_model(variant.settings).model
+    timings = measure_throughput(models, workload, _track)
+    return Throughput(
+        workload=workload,
+        machine=describe_machine(models[variants[0].name].device),
+        models=tuple(
+            ModelThroughput(
+                name=variant.name,
+                is_control=variant.is_control,
+                parameters=count_parameters(models[variant.name]),
+                dtype=str(models[variant.name].dtype).removeprefix("torch."),
+                peak_memory=memory[variant.name],
+                timings=timings[variant.name],
+            )
+            for variant in variants
+        ),
+    )
+
+
+@contextmanager
+def _named_by(key: str) -> Iterator[None]:
+    """Let errors about a model speak of the keys of this command."""
+    try:
+        yield
+    except (ConfigError, ModelError) as error:
+        text = _MODEL_KEY.sub(lambda found: key if found[1] == "path" else found[1], str(error))
+        raise type(error)(text) from error
+
+
+@contextmanager
+def _torch_threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _track(items: Sequence[T], description: str) -> Iterable[T]:
+    # On standard error: standard output is for the result. Drawn between the items only: a thread
+    # that draws would take time from what is measured.
+    console = Console(stderr=True)
+    return track(items, description=description, console=console, auto_refresh=False)

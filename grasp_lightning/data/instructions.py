@@ -1,0 +1,255 @@
+"""Instruction samples as tokens: the Alpaca template, what is learned of it, and what is cut."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from grasp_lightning.data.batching import TokenSamples
+from grasp_lightning.data.instruction_files import Instructions, InstructionSample
+from grasp_lightning.errors import ConfigError, DataError
+
+# Source: the template "alpaca" of Alpaca-LoRA, which the published procedure trains with. It is
+# that of Taori et al., "Stanford Alpaca", with a line feed after the last colon.
+_PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_PROMPT_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+_MIN_TOKENS = 2  # one to predict, and one before it
+_CHUNK = 1000  # samples per call of the tokenizer: Python's lists of ids are large
+
+
+def alpaca_prompt(sample: InstructionSample) -> str:
+    """Return what the model is given of a sample: all but the answer, which follows directly.
+
+    Args:
+        sample: The sample; its input, where it has one, gets a section of its own.
+
+    Returns:
+        The prompt, in the words of the Alpaca template.
+    """
+    template = _PROMPT_WITH_INPUT if sample.input else _PROMPT_WITHOUT_INPUT
+    return template.format(instruction=sample.instruction, input=sample.input)
+
+
+class Split(NamedTuple):
+    """Samples to train on, and others to validate on.
+
+    Attributes:
+        train: At least one sample.
+        validation: Samples that are not in ``train``; may be none.
+    """
+
+    train: Instructions
+    validation: Instructions
+
+
+def split_instructions(
+    instructions: Instructions,
+    *,
+    num_validation: int,
+    seed: int,
+    num_train: int | None = None,
+    section: str = "data",
+) -> Split:
+    """Set samples aside for validation.
+
+    The seed alone chooses them: they do not depend on the number of samples to train on, nor on
+    tokenizer or maximal length.
+
+    Args:
+        instructions: All samples.
+        num_validation: Number of samples to validate on, at least 0.
+        seed: Seed of the draw.
+        num_train: Number of samples to train on, at least 1; None takes all others.
+        section: Section of the configuration that holds these numbers, for messages.
+
+    Returns:
+        Both parts, each in the order of the source.
+
+    Raises:
+        ConfigError: If a number is too small, or more samples are asked for than there are.
+    """
+    if num_validation < 0:
+        raise ConfigError(f"{section}.num_validation must be at least 0, got {num_validation}")
+    if num_train is not None and num_train < 1:
+        raise ConfigError(f"{section}.num_train must be at least 1, got {num_train}")
+    least = 1 if num_train is None else num_train
+    if num_validation + least > len(instructions):
+        raise ConfigError(
+            f"{section}.num_validation is {num_validation}, which with {least} to train on is more "
+            f"than the {len(instructions)} samples of {instructions.name}; lower "
+            f"{section}.num_validation" + (f" or {section}.num_train" if num_train else "")
+        )
+    order = torch.randperm(len(instructions), generator=torch.Generator().manual_seed(seed))
+    end = None if num_train is None else num_validation + num_train
+
+    def part(indices: torch.Tensor) -> Instructions:
+        """Return some of the samples, in the order of the source."""
+        chosen = tuple(instructions.samples[index] for index in indices.sort().values.tolist())
+        return Instructions(chosen, instructions.name)
+
+    return Split(part(order[num_validation:end]), part(order[:num_validation]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleCounts:
+    """What became of the samples.
+
+    Attributes:
+        read: Samples of the source.
+        empty: Left out because their output is blank.
+        cut: Others that are longer than the maximal length and lost their end.
+        cut_prompts: Those of ``cut`` that lost a part of the prompt.
+        no_answer: Left out because nothing of the answer remained after the cut.
+    """
+
+    read: int
+    empty: int
+    cut: int
+    cut_prompts: int
+    no_answer: int
+
+    @property
+    def kept(self) -> int:
+        """Samples that are trained on."""
+        return self.read - self.empty - self.no_answer
+
+    def __str__(self) -> str:
+        """Return the counts in one line."""
+        return (
+            f"{self.kept} of {self.read} samples; {self.cut} too long and cut, {self.cut_prompts} "
+            f"of them inside the prompt; left out: {self.no_answer} whose answer was cut off, "
+            f"{self.empty} with a blank output"
+        )
+
+
+class TokenizedInstructions(NamedTuple):
+    """Samples as tokens.
+
+    Attributes:
+        tokens: The samples that are left.
+        counts: What became of all of them.
+    """
+
+    tokens: TokenSamples
+    counts: SampleCounts
+
+
+def tokenize_instructions(
+    instructions: Instructions,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    train_on_inputs: bool = True,
+    add_eos: bool = False,
+    add_bos: bool | None = None,
+) -> TokenizedInstructions:
+    """Tokenise prompt and answer of every sample as one text, and cut it at the maximal length.
+
+    A token belongs to the answer if it holds any of its characters. A sample whose output is blank,
+    or of whose answer nothing remains after the cut, is left out and counted.
+
+    Args:
+        instructions: The samples; none give no tokens.
+        tokenizer: Tokenizer of the model.
+        max_length: Most tokens of a sample, special tokens included, at least 2.
+        train_on_inputs: Predict all tokens but the first; else those of the answer only.
+        add_eos: End every sample that is not cut with the end-of-sequence token, which is then
+            predicted, too. One that has no room left for it counts as cut.
+        add_bos: Start every sample with the beginning-of-sequence token; None does so if the
+            tokenizer does it itself.
+
+    Returns:
+        The samples that are left, in their order, and the counts.
+
+    Raises:
+        ConfigError: If a special token is asked for that the tokenizer does not have.
+        DataError: If no sample is left.
+        ValueError: If ``max_length`` is below 2.
+    """
+    if max_length < _MIN_TOKENS:
+        raise ValueError(f"max_length must be at least {_MIN_TOKENS}, got {max_length}")
+    if add_eos and tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "add_eos is set, but the tokenizer has no end-of-sequence token; set add_eos: false"
+        )
+    prefix = _prefix(tokenizer, add_bos)
+    suffix = [tokenizer.eos_token_id] if add_eos else []
+    counts: Counter[str] = Counter()
+    ids, targets = [], []
+    samples = [sample for sample in instructions.samples if sample.output.strip()]
+    for num_prompt, tokens in _tokenized(samples, tokenizer, prefix):
+        counts["cut"] += len(tokens) + len(suffix) > max_length
+        counts["cut_prompts"] += num_prompt > max_length
+        if num_prompt >= min(len(tokens), max_length):
+            counts["no_answer"] += 1
+            continue
+        ids.append(torch.tensor([*tokens, *suffix][:max_length]))
+        targets.append(torch.ones(len(ids[-1]), dtype=torch.bool))
+        targets[-1][: 1 if train_on_inputs else max(num_prompt, 1)] = False
+    result = SampleCounts(
+        read=len(instructions),
+        empty=len(instructions) - len(samples),
+        cut=counts["cut"],
+        cut_prompts=counts["cut_prompts"],
+        no_answer=counts["no_answer"],
+    )
+    if len(instructions) > 0 and result.kept == 0:
+        raise DataError(
+            f"{instructions.name} has no sample with an answer within max_length {max_length}: "
+            f"{result}; raise max_length"
+        )
+    return TokenizedInstructions(TokenSamples.from_rows(ids, targets), result)
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> list[int]:
+    bos = tokenizer.bos_token_id
+    if add_bos is None:
+        add_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    if not add_bos:
+        return []
+    if bos is None:
+        raise ConfigError(
+            "add_bos is set, but the tokenizer has no beginning-of-sequence token; "
+            "set add_bos: false"
+        )
+    return [bos]
+
+
+def _tokenized(
+    samples: Sequence[InstructionSample], tokenizer: PreTrainedTokenizerBase, prefix: list[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield of every sample the number of tokens before its answer, and all its tokens."""
+    for start in range(0, len(samples), _CHUNK):
+        part = samples[start : start + _CHUNK]
+        prompts = [alpaca_prompt(sample) for sample in part]
+        texts = [prompt + sample.output for prompt, sample in zip(prompts, part, strict=True)]
+        pairs = zip(_token_ids(prompts, tokenizer), _token_ids(texts, tokenizer), strict=True)
+        for prompt_ids, text_ids in pairs:
+            yield len(prefix) + _num_shared(prompt_ids, text_ids), [*prefix, *text_ids]
+
+
+def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    # verbose: texts longer than the model's context are cut later.
+    encoding = tokenizer(texts, add_special_tokens=False, verbose=False)
+    ids: list[list[int]] = encoding["input_ids"]
+    return ids
+
+
+def _num_shared(first: list[int], second: list[int]) -> int:
+    # A tokenizer may merge the end of the prompt with the beginning of the answer.
+    if second[: len(first)] == first:
+        return len(first)
+    differs = (a != b for a, b in zip(first, second, strict=False))
+    return next((index for index, different in enumerate(differs) if different), len(second))

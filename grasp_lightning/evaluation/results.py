@@ -1,0 +1,150 @@
+"""Everything that ``evaluate`` measured of one model, as plain values and back."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from grasp_lightning.evaluation.cost import ModelCost
+from grasp_lightning.evaluation.harness import PAPER_SEVEN, TaskResult, TaskRun
+from grasp_lightning.evaluation.paired import Estimate, mean_of, paired_difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusResult:
+    """Perplexity on one corpus.
+
+    Attributes:
+        perplexity: exp of the mean next-token loss.
+        num_tokens: Number of predicted tokens.
+        num_windows: Number of windows.
+        windows_sha256: Hash of the windows: two models saw the same tokens if it is equal.
+        seconds: Wall-clock time.
+    """
+
+    perplexity: float
+    num_tokens: int
+    num_windows: int
+    windows_sha256: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEvaluation:
+    """What was measured of one model.
+
+    Attributes:
+        model: The model, as the user named it.
+        sha256: Hash of its weights.
+        cost: Its size and work; None until measured.
+        peak_memory_bytes: Highest memory use during the evaluation, without other models.
+        corpora: Perplexity by corpus.
+        tasks: Runs of tasks by requested name.
+    """
+
+    model: str
+    sha256: str
+    cost: ModelCost | None = None
+    peak_memory_bytes: int | None = None
+    corpora: Mapping[str, CorpusResult] = field(default_factory=dict)
+    tasks: Mapping[str, TaskRun] = field(default_factory=dict)
+
+    @property
+    def task_results(self) -> dict[str, TaskResult]:
+        """Results of all tasks and groups, by their own names."""
+        return {name: result for run in self.tasks.values() for name, result in run.results.items()}
+
+    def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
+        """Return plain values.
+
+        ``model``, ``sha256``, ``cost.{parameters,decoder_linear_parameters,bytes,
+        decoder_linear_bytes,flops_per_token,disk_bytes,dtype}``, ``peak_memory_bytes``,
+        ``corpora.<name>.{perplexity,num_tokens,num_windows,windows_sha256,seconds}``,
+        ``tasks.<name>.seconds`` and ``tasks.<name>.results.<task>.{metrics.<metric>.{value,stderr},
+        num_samples,num_fewshot,version,samples,documents}``.
+        """
+        return {
+            "model": self.model,
+            "sha256": self.sha256,
+            "cost": None if self.cost is None else asdict(self.cost),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "corpora": {name: asdict(result) for name, result in self.corpora.items()},
+            "tasks": {name: run.to_dict() for name, run in self.tasks.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:  # Any: values of JSON
+        """Return the evaluation that ``to_dict`` gave.
+
+        Args:
+            content: Plain values.
+
+        Returns:
+            The evaluation.
+        """
+        cost = content["cost"]
+        return cls(
+            model=content["model"],
+            sha256=content["sha256"],
+            cost=None if cost is None else ModelCost(**cost),
+            peak_memory_bytes=content["peak_memory_bytes"],
+            corpora={name: CorpusResult(**result) for name, result in content["corpora"].items()},
+            tasks={name: TaskRun.from_dict(run) for name, run in content["tasks"].items()},
+        )
+
+
+def paper_mean(results: Mapping[str, TaskResult]) -> Estimate | None:
+    """Return the mean accuracy of the seven tasks of the paper, each weighing the same.
+
+    Source: Liu et al., "GRASP", arXiv:2501.00339, Table 1.
+
+    Args:
+        results: Results by task.
+
+    Returns:
+        The mean of ``acc``; None if a task is missing.
+    """
+    found = [results[task].metrics.get("acc") for task in PAPER_SEVEN if task in results]
+    estimates = [estimate for estimate in found if estimate is not None]
+    return mean_of(estimates) if len(estimates) == len(PAPER_SEVEN) else None
+
+
+def task_difference(
+    result: TaskResult, reference: TaskResult | None, metric: str
+) -> Estimate | None:
+    """Return how a metric differs from that of another model on the same documents.
+
+    Args:
+        result: A model's result.
+        reference: That of the model that it is compared with.
+        metric: Name of the metric.
+
+    Returns:
+        The mean paired difference; None where the documents differ, or the metric is no mean over
+        documents.
+    """
+    if reference is None or not result.documents or result.documents != reference.documents:
+        return None
+    if metric not in result.samples or metric not in reference.samples:
+        return None
+    return paired_difference(result.samples[metric], reference.samples[metric])
+
+
+def paper_mean_difference(
+    results: Mapping[str, TaskResult], references: Mapping[str, TaskResult]
+) -> Estimate | None:
+    """Return how the mean accuracy of the paper's seven tasks differs from another model's.
+
+    Args:
+        results: A model's results by task.
+        references: Those of the model that it is compared with.
+
+    Returns:
+        The mean of the paired differences; None if a task is missing.
+    """
+    differences = [
+        task_difference(results[task], references.get(task), "acc")
+        for task in PAPER_SEVEN
+        if task in results
+    ]
+    known = [difference for difference in differences if difference is not None]
+    return mean_of(known) if len(known) == len(PAPER_SEVEN) else None

@@ -1,0 +1,141 @@
+"""Local data for tasks of lm-eval: JSON lines instead of a data set on the hub."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError, meta
+
+from grasp_lightning.errors import ConfigError, DataError
+
+_SPLIT_KEYS = ("training_split", "validation_split", "test_split")
+_TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
+
+TaskConfig = Mapping[str, Any]  # Any: a task's configuration as YAML has it
+
+
+def local_config(
+    task: str, config: TaskConfig, folder: Path, *, num_fewshot: int | None
+) -> dict[str, Any]:  # Any: as above
+    """Return what to change in a task, so that it reads local files.
+
+    The split that is evaluated stays the one that the task evaluates on: its test split, or its
+    validation split if it has no other.
+
+    Args:
+        task: Name of the task.
+        config: Its configuration in lm-eval.
+        folder: Folder that holds ``<split>.jsonl`` files.
+        num_fewshot: Wanted number of examples; None for the task's own.
+
+    Returns:
+        Overrides for a member of a group of lm-eval; prompts and metrics are not among them.
+
+    Raises:
+        ConfigError: If the task loads its data by code of its own.
+        DataError: If a file or a field is missing, naming file, line and key.
+    """
+    if "class" in config or "custom_dataset" in config:
+        raise ConfigError(
+            f"tasks: {task} loads its data by its own code, so task_data cannot replace it; "
+            f"remove {folder} to take the data from the hub"
+        )
+    files = {file.stem: file for file in sorted(folder.glob("*.jsonl"))}
+    needed = [_evaluated_split(config)]
+    shots = _few_shot_split(config)
+    if _num_shots(config, num_fewshot) > 0 and shots is not None:
+        needed.append(shots)
+    for split in needed:
+        if split not in files:
+            raise DataError(f"{task} needs {folder / f'{split}.jsonl'}, which does not exist")
+        _check_rows(files[split], task, _fields(config))
+    overrides: dict[str, Any] = {
+        "task": task,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(file) for split, file in files.items()}},
+    }
+    for key in (*_SPLIT_KEYS, "fewshot_split"):
+        if config.get(key) is not None and config[key] not in files:
+            overrides[key] = None
+    return overrides
+
+
+def _evaluated_split(config: TaskConfig) -> str:
+    split: str = config.get("test_split") or config.get("validation_split") or "test"
+    return split
+
+
+def _few_shot_split(config: TaskConfig) -> str | None:
+    """Return the split that lm-eval takes examples from."""
+    options = config.get("fewshot_config") or {}
+    if "samples" in options:
+        return None
+    keys = ("training_split", "validation_split", "test_split")
+    named = (config.get("fewshot_split"), options.get("split"), *(config.get(k) for k in keys))
+    return next((split for split in named if split), None)
+
+
+def _num_shots(config: TaskConfig, wanted: int | None) -> int:
+    own = config.get("num_fewshot")
+    # lm-eval keeps a task's own 0 whatever is asked for.
+    shots = own if wanted is None or own == 0 else wanted
+    return int(shots or 0)
+
+
+def _fields(config: TaskConfig) -> set[str]:
+    """Return the fields that a task's templates read from a row."""
+    if "process_docs" in config:
+        return set()  # the templates see rows that code has changed
+    fields = set()
+    environment = Environment(autoescape=False)
+    for key in _TEMPLATES:
+        text = config.get(key)
+        if not isinstance(text, str) or text.startswith("!function"):
+            continue
+        if text.isidentifier():
+            fields.add(text)
+            continue
+        try:
+            fields |= meta.find_undeclared_variables(environment.parse(text))
+        except TemplateSyntaxError:
+            continue  # lm-eval itself will tell
+    return fields
+
+
+def _check_rows(file: Path, task: str, fields: set[str]) -> None:
+    count = 0
+    for number, row in _rows(file):
+        count += 1
+        if count == 1:
+            # Code may read what templates do not name; a row without it would be read as null.
+            fields = fields | row.keys()
+        missing = sorted(fields - row.keys())
+        if missing:
+            raise DataError(
+                f"{file}, line {number}: no field {missing[0]!r}, which {task} reads; it has: "
+                f"{', '.join(row)}"
+            )
+    if count == 0:
+        raise DataError(f"{file} is empty; expected one JSON object per line")
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:  # Any: parsed JSON
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise DataError(
+                        f"{file}, line {number}: expected a JSON object, got {line:.40}"
+                    )
+                yield number, row
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}, line {number} is not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text ({error.reason})") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error

@@ -1,0 +1,239 @@
+"""Results of ``evaluate`` as text: models side by side, with paired differences to the first."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
+from string import ascii_uppercase
+from typing import Any, NamedTuple
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+from grasp_lightning.evaluation.paired import Estimate
+from grasp_lightning.evaluation.results import (
+    ModelEvaluation,
+    paper_mean,
+    paper_mean_difference,
+    task_difference,
+)
+from grasp_lightning.reporting.tables import NOT_MEASURED, factor_text, perplexity_text, size_text
+
+_MEGA = 1_000_000
+_PERCENT = 100
+_MEAN_NAME = "mean of the seven, acc"
+_SHOWN_FIRST = ("acc", "acc_norm", "exact_match")
+
+
+class EvaluationRow(NamedTuple):
+    """One line of the comparison, ready to print.
+
+    Attributes:
+        quantity: What is compared, with its unit.
+        values: One text per model.
+    """
+
+    quantity: str
+    values: tuple[str, ...]
+
+
+def evaluation_table(evaluations: Sequence[ModelEvaluation]) -> Table:
+    """Return the models side by side, for the terminal.
+
+    Args:
+        evaluations: At least one.
+
+    Returns:
+        One line per quantity, one column per model. Models are letters, which the caption explains:
+        names are too long for a narrow terminal.
+    """
+    models = [evaluation.model for evaluation in evaluations]
+    letters = ascii_uppercase[: len(models)] if len(models) <= len(ascii_uppercase) else models
+    legend = [f"{letter}: {model}" for letter, model in zip(letters, models, strict=True)]
+    # Text, not str: a name may hold brackets, which rich would read as markup.
+    table = Table(
+        caption=Text("\n".join([*legend, *evaluation_notes(evaluations)])),
+        caption_justify="left",
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("", no_wrap=True)
+    for letter in letters:
+        table.add_column(Text(letter), justify="right")
+    for row in evaluation_rows(evaluations):
+        table.add_row(Text(row.quantity), *row.values)
+    return table
+
+
+def evaluation_markdown(evaluations: Sequence[ModelEvaluation]) -> str:
+    """Return the models side by side as a Markdown table.
+
+    Args:
+        evaluations: At least one.
+
+    Returns:
+        Lines joined by line feeds.
+    """
+    header = ["", *(evaluation.model for evaluation in evaluations)]
+    rule = [":--", *["--:"] * len(evaluations)]
+    rows = [[row.quantity, *row.values] for row in evaluation_rows(evaluations)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def evaluation_rows(evaluations: Sequence[ModelEvaluation]) -> list[EvaluationRow]:
+    """Return cost, perplexity and tasks as text; differences are to the first model.
+
+    Args:
+        evaluations: At least one.
+
+    Returns:
+        The rows: what no model has is left out.
+    """
+    return [*_cost_rows(evaluations), *_corpus_rows(evaluations), *_task_rows(evaluations)]
+
+
+def evaluation_notes(evaluations: Sequence[ModelEvaluation]) -> list[str]:
+    """Return the sentences a reader needs to judge the table.
+
+    Args:
+        evaluations: At least one.
+
+    Returns:
+        What the numbers mean.
+    """
+    notes = []
+    if any(evaluation.tasks for evaluation in evaluations):
+        notes.append("Tasks in percent with the standard error of each.")
+    if len(evaluations) > 1 and any(evaluation.tasks for evaluation in evaluations[1:]):
+        notes.append(
+            "In brackets: paired difference to the first model on the same documents, and its "
+            "standard error."
+        )
+    return notes
+
+
+def section_rows(section: Mapping[str, Any]) -> list[tuple[str, str]]:  # Any: values of JSON
+    """Return what the section ``evaluation`` of a run's metrics holds, as text.
+
+    Args:
+        section: Perplexity by corpus and metrics by task, as plain values.
+
+    Returns:
+        Pairs of quantity and value.
+    """
+    rows = [
+        (
+            f"perplexity, {_short(corpus)}, {result['num_tokens']:,} predicted tokens",
+            perplexity_text(result["perplexity"]),
+        )
+        for corpus, result in section["corpora"].items()
+    ]
+    for task, result in section["tasks"].items():
+        for metric in _metrics([result["metrics"]]):
+            estimate = Estimate(**result["metrics"][metric])
+            count = f", {result['num_samples']:,} documents" if result["num_samples"] else ""
+            rows.append((f"{task}, {metric}{count}", _estimate_text(estimate, None)))
+    if section["mean_of_seven"] is not None:
+        mean = Estimate(**section["mean_of_seven"])
+        rows.append((_MEAN_NAME, _estimate_text(mean, None)))
+    return rows
+
+
+def _cost_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow]:
+    costs = [evaluation.cost for evaluation in evaluations]
+    dtypes = sorted({cost.dtype for cost in costs if cost is not None})
+
+    def row(quantity: str, key: str, text: Callable[[int], str]) -> EvaluationRow:
+        values = [None if cost is None else getattr(cost, key) for cost in costs]
+        return EvaluationRow(
+            quantity, tuple(NOT_MEASURED if value is None else text(value) for value in values)
+        )
+
+    if not dtypes:
+        return
+    yield row("parameters", "parameters", "{:,}".format)
+    yield row("parameters in decoder linears", "decoder_linear_parameters", "{:,}".format)
+    yield row(f"size at {' / '.join(dtypes)}", "bytes", size_text)
+    yield row("size of decoder linears", "decoder_linear_bytes", size_text)
+    yield row("weight files on disk", "disk_bytes", size_text)
+    yield row("MFLOPs per token", "flops_per_token", lambda count: f"{count / _MEGA:,.1f}")
+    peaks = [evaluation.peak_memory_bytes for evaluation in evaluations]
+    if any(peak is not None for peak in peaks):
+        yield EvaluationRow(
+            "peak memory of the evaluation",
+            tuple(NOT_MEASURED if peak is None else size_text(peak) for peak in peaks),
+        )
+
+
+def _corpus_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow]:
+    for corpus in _names(evaluation.corpora for evaluation in evaluations):
+        first = evaluations[0].corpora.get(corpus)
+        values = []
+        for evaluation in evaluations:
+            result = evaluation.corpora.get(corpus)
+            text = perplexity_text(None if result is None else result.perplexity)
+            is_same_text = (
+                first is not None
+                and result is not None
+                and evaluation is not evaluations[0]
+                and first.windows_sha256 == result.windows_sha256
+            )
+            if is_same_text and first is not None and result is not None:
+                text += f" ({factor_text(first.perplexity, result.perplexity)})"
+            values.append(text)
+        yield EvaluationRow(f"perplexity, {_short(corpus)}", tuple(values))
+
+
+def _task_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow]:
+    results = [evaluation.task_results for evaluation in evaluations]
+    for task in _names(results):
+        for metric in _metrics([found[task].metrics for found in results if task in found]):
+            values = []
+            for position, found in enumerate(results):
+                if task not in found:
+                    values.append(NOT_MEASURED)
+                    continue
+                reference = results[0].get(task) if position else None
+                values.append(
+                    _estimate_text(
+                        found[task].metrics.get(metric),
+                        task_difference(found[task], reference, metric),
+                    )
+                )
+            yield EvaluationRow(f"{task}, {metric}", tuple(values))
+    means = [paper_mean(found) for found in results]
+    if any(mean is not None for mean in means):
+        yield EvaluationRow(
+            _MEAN_NAME,
+            tuple(
+                _estimate_text(mean, paper_mean_difference(found, results[0]) if position else None)
+                for position, (mean, found) in enumerate(zip(means, results, strict=True))
+            ),
+        )
+
+
+def _short(corpus: str) -> str:
+    """Return a corpus's name, or the last two parts of a file's path."""
+    return "/".join(PurePath(corpus).parts[-2:])
+
+
+def _names(mappings: Iterable[Mapping[str, object]]) -> list[str]:
+    return list(dict.fromkeys(name for mapping in mappings for name in mapping))
+
+
+def _metrics(mappings: Sequence[Mapping[str, object]]) -> list[str]:
+    names = _names(mappings)
+    return sorted(names, key=lambda name: (*(not name.startswith(m) for m in _SHOWN_FIRST), name))
+
+
+def _estimate_text(estimate: Estimate | None, difference: Estimate | None) -> str:
+    if estimate is None:
+        return NOT_MEASURED
+    text = f"{_PERCENT * estimate.value:.1f}{_error_text(estimate)}"
+    if difference is None:
+        return text
+    return f"{text} ({_PERCENT * difference.value:+.1f}{_error_text(difference)})"
+
+
+def _error_text(estimate: Estimate) -> str:
+    return "" if estimate.stderr is None else f" \u00b1 {_PERCENT * estimate.stderr:.1f}"

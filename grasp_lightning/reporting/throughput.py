@@ -1,0 +1,239 @@
+"""Throughput as a table for the terminal and as a plot."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+from grasp_lightning.evaluation.throughput import ModelThroughput, Spread, Throughput, Timing
+from grasp_lightning.reporting.drawing import WIDTH
+from grasp_lightning.reporting.tables import count_text, size_text
+
+_HEIGHT = 3.6  # inches
+_DPI = 150
+_LEGEND_WIDTH, _LEGEND_LINE = 100, 8  # characters
+_STEP = 0.05  # between the bars of two models, in powers of two
+# Okabe and Ito's palette, which stays apart for colour-blind readers.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLE: dict[str, object] = {
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "font.size": 10,
+    "grid.color": "#E3E6EA",
+    "legend.frameon": False,
+}
+_MEMORY_NOTES = {
+    "cuda": "Memory: the most that torch allocated on the device, weights included.",
+    "resident": "Memory: the most that was resident while the model ran alone in a process, "
+    "interpreter and libraries included.",
+    "resident_with_loading": "Memory: the most that was resident in a process with the model "
+    "alone, interpreter, libraries and loading included (this system cannot leave it out).",
+}
+
+
+def section_rows(section: Mapping[str, Any]) -> list[tuple[str, str, str]]:  # Any: values of JSON
+    """Return what the section ``throughput`` of a run's metrics holds of the run's model, as text.
+
+    Args:
+        section: A benchmark's plain values, and the name of the run's model in it.
+
+    Returns:
+        Setting, tokens per second, and ratio to the benchmark's first model (empty if that is
+        this one).
+    """
+    (own,) = (
+        model
+        for model in section["models"]
+        if model["name"] == section["model"] and not model["is_control"]
+    )
+    rows = []
+    for kind, key, unit in (("prefill", "length", "tokens"), ("decode", "batch_size", "sequences")):
+        for timing in own[kind]:
+            ratio = timing["ratio"]
+            speed = f"{timing['tokens_per_second']['median']:,.0f}"
+            rows.append(
+                (
+                    f"{kind}, {timing[key]} {unit}",
+                    speed,
+                    "" if ratio is None else f"{ratio['median']:.2f}",
+                )
+            )
+    return rows
+
+
+def throughput_table(result: Throughput) -> Table:
+    """Return the comparison for the terminal, setting by setting.
+
+    Args:
+        result: What was measured.
+
+    Returns:
+        A table with one line per setting and model, then one for the memory of each. Models are
+        letters, which the caption explains: names are too long for a narrow terminal.
+    """
+    # Text, not str: a model's name may hold brackets, which rich would read as markup.
+    table = Table(
+        title="Throughput",
+        caption=Text("\n".join(throughput_notes(result))),
+        caption_justify="left",
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for heading in ("", "model"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("tokens/s", "quartiles", "ratio", "quartiles", "first token"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    models = list(zip(_letters(result), result.models, strict=True))
+    for index, setting in enumerate(result.workload.settings):
+        label = f"{setting.kind} {setting.size}"
+        for letter, model in models:
+            table.add_row(label, letter, *_cells(model.timings[index]))
+            label = ""
+        table.add_section()
+    label, first = "memory", result.models[0].peak_memory.bytes
+    for letter, model in models:
+        size = model.peak_memory.bytes
+        ratio = "" if model is result.models[0] else f"{size / first:.2f}"
+        table.add_row(label, letter, size_text(size), "", ratio)
+        label = ""
+    return table
+
+
+def throughput_notes(result: Throughput) -> tuple[str, ...]:
+    """Return the sentences a reader needs to judge the numbers.
+
+    Args:
+        result: What was measured.
+
+    Returns:
+        What was run and on what, and what the columns mean.
+    """
+    workload, machine = result.workload, result.machine
+    models = [
+        f"{letter}: {model.name}, {count_text(model.parameters)} parameters, {model.dtype}"
+        for letter, model in zip(_letters(result), result.models, strict=True)
+        if not model.is_control
+    ]
+    rounds = "1 round" if workload.num_rounds == 1 else f"{workload.num_rounds} rounds"
+    how = (
+        f"Medians and quartiles of {rounds} in random order. prefill N: one prompt of N tokens; "
+        f"decode N: {workload.new_tokens} tokens after {workload.prompt_length}, N sequences at "
+        f"once, with cache."
+    )
+    control = (
+        "Ratio: to A in the same round, above 1 is faster. A (again) is the same model loaded a "
+        "second time: what it differs by is chance."
+    )
+    where = (
+        f"{machine.device_name}, {machine.cores} cores, {machine.threads} threads, "
+        f"torch {machine.versions['torch']}, transformers {machine.versions['transformers']}."
+    )
+    memory = _MEMORY_NOTES[result.models[0].peak_memory.covers]
+    return *models, how, control, memory, where
+
+
+def write_throughput_plot(result: Throughput, path: Path) -> None:
+    """Write the plot of a benchmark: prefill over prompt length, decoding over batch size.
+
+    Args:
+        result: What was measured.
+        path: The PNG file.
+    """
+    # A user's own matplotlib settings neither matter nor change.
+    with style.context(["default", _STYLE]):
+        figure = Figure(figsize=(WIDTH, _HEIGHT), layout="constrained")
+        prefill, decode = figure.subplots(1, 2)
+        draw_throughput(prefill, result, "prefill")
+        prefill.set(title="prefill, one prompt", xlabel="tokens of the prompt")
+        prefill.set_ylabel("tokens per second")
+        draw_throughput(decode, result, "decode")
+        decode.set(title="decode with cache", xlabel="sequences at once")
+        handles, labels = decode.get_legend_handles_labels()
+        columns = max(1, _LEGEND_WIDTH // (max(map(len, labels)) + _LEGEND_LINE))
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+        figure.savefig(path, format="png", dpi=_DPI)
+
+
+def draw_throughput(axes: Axes, result: Throughput, kind: str) -> None:
+    """Draw tokens per second of every model, median and quartiles, over the size of the setting.
+
+    Args:
+        axes: Empty axes.
+        result: What was measured.
+        kind: ``prefill`` or ``decode``.
+    """
+    sizes: set[int] = set()
+    middle = (len(result.models) - 1) / 2
+    for index, (model, colour, line) in enumerate(_looks(result)):
+        timings = sorted(model.of_kind(kind), key=lambda timing: timing.setting.size)
+        spreads = [timing.tokens_per_second for timing in timings]
+        x = [timing.setting.size for timing in timings]
+        below = [spread.median - spread.first_quartile for spread in spreads]
+        above = [spread.third_quartile - spread.median for spread in spreads]
+        axes.errorbar(
+            [size * 2 ** (_STEP * (index - middle)) for size in x],  # side by side
+            [spread.median for spread in spreads],
+            yerr=(below, above),
+            label=model.name,
+            color=colour,
+            linestyle=line,
+            marker="o",
+            markersize=4,
+            capsize=3,
+        )
+        sizes.update(x)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(sizes)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(bottom=0)
+
+
+def _looks(result: Throughput) -> Iterator[tuple[ModelThroughput, str, str]]:
+    """Yield every model with its colour and line: the control has the first one's, dashed."""
+    colours = itertools.cycle(_COLOURS)
+    first = next(colours)
+    for index, model in enumerate(result.models):
+        is_first = index == 0 or model.is_control
+        yield model, first if is_first else next(colours), "--" if model.is_control else "-"
+
+
+def _letters(result: Throughput) -> list[str]:
+    """Return A, A (again), B, C, ... for the models."""
+    letters: list[str] = []
+    names = (letter * count for count in itertools.count(1) for letter in ascii_uppercase)
+    for model in result.models:
+        letters.append(f"{letters[0]} (again)" if model.is_control else next(names))
+    return letters
+
+
+def _cells(timing: Timing) -> tuple[str, ...]:
+    ratio, wait = timing.ratio, timing.first_token_seconds
+    return (
+        _rate_text(timing.tokens_per_second.median),
+        _range_text(timing.tokens_per_second, _rate_text),
+        "" if ratio is None else f"{ratio.median:.2f}",
+        "" if ratio is None else _range_text(ratio, lambda value: f"{value:.2f}"),
+        "" if wait is None else f"{1000 * wait.median:,.1f} ms",
+    )
+
+
+def _rate_text(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"  # noqa: PLR2004  three digits
+
+
+def _range_text(spread: Spread, text: Callable[[float], str]) -> str:
+    return f"{text(spread.first_quartile)}-{text(spread.third_quartile)}"

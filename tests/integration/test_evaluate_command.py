@@ -1,0 +1,224 @@
+"""``evaluate`` as a user runs it: numbers, files, resume, and one line for every mistake."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from grasp_lightning.cli import main
+from grasp_lightning.evaluation.perplexity import evaluate_perplexity
+from grasp_lightning.models.decoder import DecoderView
+from tests.conftest import byte_tokenizer, save_tiny
+from tests.unit.evaluation.test_harness import questions
+
+TEXT = "The quick brown fox jumps over the lazy dog.\nNobody knows why it does so.\n" * 5
+SEQLEN = 48
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    file = tmp_path / "corpus.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture
+def task_data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data" / "openbookqa"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions()))
+    return tmp_path / "data"
+
+
+def evaluate(*argv: object) -> int:
+    return main(["evaluate", f"--evaluation.seqlen={SEQLEN}", *map(str, argv)])
+
+
+def read(file: Path) -> dict[str, Any]:  # Any: values of JSON
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content
+
+
+def plain_perplexity(folder: Path) -> float:
+    """Loop over windows that do not overlap, the last one shorter, as the definition says."""
+    text = "\n\n".join(TEXT.splitlines(keepends=True))
+    ids = byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) % SEQLEN > 1
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    losses: list[float] = []
+    for start in range(0, len(ids), SEQLEN):
+        window = ids[start : start + SEQLEN]
+        with torch.no_grad():
+            log_probs = model(torch.tensor([window])).logits[0].log_softmax(-1)
+        losses += [-float(log_probs[i - 1, window[i]]) for i in range(1, len(window))]
+    return math.exp(sum(losses) / len(losses))
+
+
+def test_perplexity_is_that_of_a_plain_loop(
+    tiny_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.json"
+    assert evaluate(f"--model={tiny_folder}", "--corpora", corpus, "--output", output) == 0
+    (result,) = read(output)["models"][0]["corpora"].values()
+    assert result["perplexity"] == pytest.approx(plain_perplexity(tiny_folder), rel=1e-5)
+
+
+def test_models_stand_side_by_side_with_paired_differences(
+    tiny_folder: Path,
+    corpus: Path,
+    task_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other, output = save_tiny(tmp_path / "other", seed=1), tmp_path / "results.json"
+    argv = [f"--model={tiny_folder}", f"--model={other}", f"--corpora={corpus}"]
+    argv += ["--tasks=openbookqa", f"--task_data={task_data}", f"--output={output}"]
+    assert evaluate(*argv) == 0
+    content = read(output)
+    first, second = content["models"]
+    assert [first["model"], second["model"]] == [str(tiny_folder), str(other)]
+    results = [model["tasks"]["openbookqa"]["results"]["openbookqa"] for model in (first, second)]
+    samples = [result["samples"]["acc"] for result in results]
+    difference = content["differences"]["models"][str(other)]["openbookqa"]["acc"]
+    expected = [b - a for a, b in zip(*samples, strict=True)]
+    assert difference["value"] == pytest.approx(sum(expected) / len(expected))
+    variance = torch.tensor(expected, dtype=torch.float64).var()
+    assert difference["stderr"] == pytest.approx(math.sqrt(float(variance) / len(expected)))
+    printed = capsys.readouterr().out
+    assert "openbookqa, acc_norm" in printed
+    assert "parameters in decoder linears" in printed
+    assert f"results: {output}" in printed
+
+
+def test_what_is_finished_is_not_measured_again(
+    tiny_folder: Path, corpus: Path, task_data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.json"
+    argv = [f"--model={tiny_folder}", f"--output={output}"]
+    assert evaluate(*argv, f"--corpora={corpus}") == 0
+    before = read(output)["models"][0]["corpora"]
+    argv += [f"--corpora={corpus}", "--tasks=openbookqa", f"--task_data={task_data}"]
+    # task_data is a setting of the stored results.
+    assert evaluate(*argv) == 2
+    assert evaluate(*argv, "--overwrite") == 0
+    content = read(output)
+    assert content["models"][0]["corpora"] != before  # measured again: other seconds
+    assert evaluate(*argv) == 0
+    assert read(output) == content
+    other = save_tiny(tmp_path / "other", seed=1)
+    assert evaluate(f"--model={other}", *argv) == 0
+    stored = {model["model"]: model for model in read(output)["models"]}
+    assert stored[str(tiny_folder)] == content["models"][0]
+    assert stored[str(other)]["tasks"]
+
+
+def test_a_killed_evaluation_goes_on_after_its_last_measurement(
+    tiny_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, second = tmp_path / "results.json", tmp_path / "second.txt"
+    second.write_text(TEXT[::-1])
+    argv = [f"--model={tiny_folder}", f"--corpora={corpus},{second}", f"--output={output}"]
+    seen = []
+
+    def killed(view: DecoderView, batches: Iterable[Mapping[str, Tensor]]) -> float:
+        seen.append(1)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return evaluate_perplexity(view, batches)
+
+    monkeypatch.setattr("grasp_lightning.commands.evaluate.evaluate_perplexity", killed)
+    assert evaluate(*argv) == 130
+    stored = read(output)["models"][0]["corpora"]
+    assert list(stored) == [str(corpus)]
+    assert evaluate(*argv) == 0
+    assert len(seen) == 3  # the second text alone
+    assert read(output)["models"][0]["corpora"][str(corpus)] == stored[str(corpus)]
+
+
+def test_a_run_s_metrics_and_report_gain_the_evaluation(
+    tiny_folder: Path, task_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    argv = [f"--model.path={tiny_folder}", f"--output_dir={run}", "--method.name=drop"]
+    argv += ["--method.num_layers=1", "--calibration.source=pydoc", "--calibration.num_samples=2"]
+    argv += ["--calibration.seqlen=32", "--evaluation.source=pydoc", "--evaluation.seqlen=32"]
+    argv += ["--evaluation.num_samples=2"]
+    assert main(["compress", *argv]) == 0
+    before = read(run / "metrics.json")
+    assert before["evaluation"] is None
+    tasks = ["--tasks=openbookqa", f"--task_data={task_data}", "--limit=5"]
+    assert evaluate(f"--model={run / 'model'}", *tasks) == 0
+    after = read(run / "metrics.json")
+    task = after["evaluation"]["tasks"]["openbookqa"]
+    assert (task["num_samples"], set(task["metrics"])) == (5, {"acc", "acc_norm"})
+    assert {**after, "evaluation": None} == before
+    assert "openbookqa, acc_norm, 5 documents" in (run / "report.html").read_text()
+    # The run is still finished, and its own.
+    assert main(["compress", *argv]) == 0
+    assert read(run / "metrics.json") == after
+    assert not (run / ".lock").exists()
+
+
+@pytest.fixture
+def workplace(tiny_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a model, a corpus, and things that are neither."""
+    folder = corpus.parent
+    monkeypatch.chdir(folder)
+    (folder / "short.txt").write_text("too short")
+    (folder / "empty").mkdir()
+    save_tiny(folder / "bare")
+    for file in (folder / "bare").glob("tokenizer*"):
+        file.unlink()
+    assert tiny_folder.parent == folder
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--tasks=openbook_qa"], "lm-eval has no task, tag or group 'openbook_qa'; the closest"),
+        (["--tasks=openbookqa", "--task_data=absent"], "task_data: absent is no folder"),
+        (["--task_data=data"], "task_data has no effect without tasks"),
+        (["--corpora=wikitext3"], "corpora: expected pydoc, wikitext2, c4, ptb, or a file"),
+        (["--corpora=absent.txt"], "absent.txt does not exist"),
+        (["--corpora=corpus.txt", "--evaluation.seqlen=500"], "128"),
+        (["--corpora=corpus.txt", "--evaluation.seqlen=1"], "evaluation.seqlen must be at least 2"),
+        (
+            ["--corpora=short.txt", "--evaluation.tail=drop"],
+            "gives 0 windows of 48 tokens; lower evaluation.num_samples or evaluation.seqlen",
+        ),
+        (["--corpora=pydoc,pydoc"], "corpora: pydoc is named twice"),
+        (["--model=./absent/model"], "no such file or folder: ./absent/model"),
+        (["--model=empty"], "is no model folder, it has no config.json"),
+        (["--model=bare"], "tokenizer"),
+        (["--output=corpus.txt"], "corpus.txt exists and is no output of evaluate"),
+        (["--output=empty"], "is a folder"),
+        (["--limit=0", "--tasks=piqa"], "limit must be at least 1, got 0"),
+    ],
+)
+def test_every_mistake_is_one_line(
+    workplace: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {file: file.read_bytes() for file in workplace.glob("*.*")}
+    assert evaluate("--model=tiny-llama", *argv) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in errors if line.startswith("error: ")] == errors[-1:]
+    assert message in errors[-1]
+    assert {file: file.read_bytes() for file in workplace.glob("*.*")} == before
+
+
+def test_other_weights_under_a_stored_name_are_refused(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "results.json"
+    argv = [f"--model={tiny_folder}", f"--output={output}"]
+    assert evaluate(*argv) == 0
+    save_tiny(tiny_folder, seed=5)
+    assert evaluate(*argv) == 2
+    assert f"holds results of what {tiny_folder} was before" in capsys.readouterr().err

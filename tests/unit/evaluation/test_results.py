@@ -1,0 +1,75 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from grasp_lightning.evaluation.cost import ModelCost
+from grasp_lightning.evaluation.harness import PAPER_SEVEN, TaskResult, TaskRun
+from grasp_lightning.evaluation.paired import Estimate
+from grasp_lightning.evaluation.results import (
+    CorpusResult,
+    ModelEvaluation,
+    paper_mean,
+    paper_mean_difference,
+    task_difference,
+)
+
+RESULT = TaskResult(
+    metrics={"acc": Estimate(0.5, 0.25), "acc_norm": Estimate(0.75, 0.2)},
+    num_samples=4,
+    num_fewshot=0,
+    version="1.0",
+    samples={"acc": [1, 0, 1, 0], "acc_norm": [1, 1, 1, 0]},
+    documents="abc",
+)
+SEVEN = dict.fromkeys(PAPER_SEVEN, RESULT)
+EVALUATION = ModelEvaluation(
+    model="a",
+    sha256="123",
+    cost=ModelCost(
+        parameters=10,
+        decoder_linear_parameters=8,
+        bytes=40,
+        decoder_linear_bytes=32,
+        flops_per_token=20,
+        disk_bytes=None,
+        dtype="float32",
+    ),
+    peak_memory_bytes=1000,
+    corpora={
+        "pydoc": CorpusResult(
+            perplexity=9.5, num_tokens=70, num_windows=2, windows_sha256="f", seconds=0.5
+        )
+    },
+    tasks={"piqa": TaskRun(results={"piqa": RESULT}, seconds=1.5)},
+)
+
+
+def test_an_evaluation_survives_json() -> None:
+    content = json.loads(json.dumps(EVALUATION.to_dict()))
+    assert ModelEvaluation.from_dict(content) == EVALUATION
+
+
+def test_the_paper_s_mean_takes_acc_of_all_seven() -> None:
+    mean = paper_mean(SEVEN)
+    assert mean is not None
+    assert mean.value == 0.5
+    assert mean.stderr == pytest.approx(0.25 / 7**0.5)
+    assert paper_mean(dict.fromkeys(PAPER_SEVEN[1:], RESULT)) is None
+
+
+def test_differences_pair_documents() -> None:
+    other = replace(RESULT, samples={"acc": [0, 0, 1, 0], "acc_norm": [1, 1, 1, 0]})
+    assert task_difference(RESULT, other, "acc") == Estimate(0.25, 0.25)
+    assert task_difference(RESULT, other, "acc_norm") == Estimate(0.0, 0.0)
+    difference = paper_mean_difference(SEVEN, dict.fromkeys(PAPER_SEVEN, other))
+    assert difference is not None
+    assert difference.value == 0.25
+
+
+def test_different_documents_are_not_paired() -> None:
+    assert task_difference(RESULT, replace(RESULT, documents="xyz"), "acc") is None
+    assert task_difference(RESULT, None, "acc") is None
+    assert task_difference(RESULT, RESULT, "word_perplexity") is None
+    others = {**SEVEN, "piqa": replace(RESULT, documents="xyz")}
+    assert paper_mean_difference(SEVEN, others) is None
