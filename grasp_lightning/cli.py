@@ -23,10 +23,12 @@ class Command(NamedTuple):
     Attributes:
         help: What it does, in one line.
         run: Runs it on the rest of the command line.
+        resumes: Whether the same command goes on where an interrupted one was.
     """
 
     help: str
     run: Callable[[str, Sequence[str]], None]
+    resumes: bool = False
 
 
 def _compress(prog: str, argv: Sequence[str]) -> None:
@@ -86,9 +88,11 @@ def _benchmark(prog: str, argv: Sequence[str]) -> None:
 
 COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
     {
-        "compress": Command("calibrate, decide, replace, save and report", _compress),
+        "compress": Command("calibrate, decide, replace, save and report", _compress, resumes=True),
         "plan": Command("what would be removed, from the model's config alone", _plan),
-        "evaluate": Command("perplexity, tasks and cost of models, side by side", _evaluate),
+        "evaluate": Command(
+            "perplexity, tasks and cost of models, side by side", _evaluate, resumes=True
+        ),
         "benchmark": Command("prefill and decode throughput of models, in turns", _benchmark),
         "export": Command("a compressed model in another format, for other runtimes", _export),
     }
@@ -126,7 +130,8 @@ def _run(name: str, argv: Sequence[str]) -> int:
     except GraspError as error:
         return _fail(str(error))
     except (Interrupted, KeyboardInterrupt) as stop:
-        _fail("interrupted; run the same command again: it goes on from what is saved")
+        advice = "; run the same command again: it goes on from what is saved"
+        _fail("interrupted" + (advice if COMMANDS[name].resumes else "; nothing was written"))
         return SIGNALLED + getattr(stop, "signal_number", signal.SIGINT)
     except SystemExit as leave:  # --help and --print_config of a command's parser
         return int(leave.code or 0)

@@ -34,8 +34,9 @@ def forward_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def next_token_losses(logits: Tensor, input_ids: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of every predicted token; labels are shifted here, and only here.
 
-    Besides the gradient of the logits no tensor of their size is made or kept: who lets go of the
-    logits before ``backward`` has their memory back. ``backward`` works once.
+    No tensor of the size of the logits is made: logits that require grad are overwritten by their
+    gradient. (Torch refuses ``backward`` if a model needs them for its own.) ``backward`` works
+    once.
 
     Args:
         logits: Scores of the next token, ``(B, T, V)``, any float dtype.
@@ -59,23 +60,24 @@ def next_token_losses(logits: Tensor, input_ids: Tensor, targets: Tensor) -> Ten
 class _CrossEntropy(torch.autograd.Function):
     """Cross-entropy of some rows of logits, a few rows at a time.
 
-    The gradient by the logits is made in the forward pass, so that the logits need not be kept.
+    The forward pass puts the gradient by the logits in their place: at a window of 2048 tokens and
+    a vocabulary of 128 thousand, each copy of them would take a gigabyte.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN401  torch's own type
-        ctx.rows, ctx.grad = rows, None
-        if ctx.needs_input_grad[0]:
-            ctx.grad = torch.zeros_like(logits)
+        # Detached, it shares memory and version counter: whoever saved the logits will notice.
+        grad = logits.detach() if ctx.needs_input_grad[0] else None
+        ctx.rows, ctx.grad = rows, grad
         losses = []
         for row, label in _parts(logits.shape[1], rows, labels):
             at_label = (torch.arange(len(row), device=row.device), label)
             log_probs = log_softmax(logits[row].float(), dim=-1)
             losses.append(-log_probs[at_label])
-            if ctx.grad is not None:
+            if grad is not None:
                 rows_grad = log_probs.exp_()
                 rows_grad[at_label] -= 1
-                ctx.grad[row] = rows_grad.to(ctx.grad.dtype)
+                grad[row] = rows_grad.to(grad.dtype)
         return torch.cat(losses)
 
     @staticmethod
@@ -83,6 +85,9 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401  torch's own type
         # Scaled in place, so it serves one backward pass.
         grad, ctx.grad = ctx.grad, None
+        is_predicted = torch.zeros(len(grad), dtype=torch.bool, device=grad.device)
+        is_predicted[ctx.rows] = True
+        grad[~is_predicted] = 0  # not by a product: a logit there may be infinite
         scale = grad.new_zeros(len(grad))
         scale[ctx.rows] = grad_losses.to(grad.dtype)
         return grad.mul_(scale[:, None]), None, None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,15 @@ def test_every_mistake_is_one_line(
     assert [line for line in errors if line.startswith("error: ")] == errors[-1:]
     assert message in errors[-1]
     assert {file: file.read_bytes() for file in workplace.glob("*.*")} == before
+
+
+def test_without_lm_eval_tasks_say_how_to_get_it(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # importing it fails
+    assert evaluate(f"--model={tiny_folder}", "--tasks=piqa") == 2
+    assert "pip install 'grasp-lightning[eval]'" in capsys.readouterr().err
+    assert evaluate(f"--model={tiny_folder}") == 0
 
 
 def test_other_weights_under_a_stored_name_are_refused(
