@@ -21,7 +21,7 @@ from grasp_lightning.data.windows import (
     check_window_options,
     evaluation_windows,
 )
-from grasp_lightning.errors import ConfigError, ModelError
+from grasp_lightning.errors import ConfigError, DataError, ModelError
 from grasp_lightning.evaluation.cost import measure_cost
 from grasp_lightning.evaluation.harness import Harness, TaskSettings
 from grasp_lightning.evaluation.machine import describe_machine
@@ -204,6 +204,11 @@ def _measurements(
 def _windows(view: DecoderView, loaded: LoadedModel, options: EvaluationConfig) -> TokenWindows:
     check_length(view, options.seqlen, "evaluation")
     windows = evaluation_windows(options, loaded.tokenizer)
+    if windows.num_tokens < options.seqlen:
+        raise DataError(
+            f"evaluation.seqlen is {options.seqlen}, but {options.path or options.source} has only "
+            f"{windows.num_tokens} tokens; lower evaluation.seqlen, or use a longer text"
+        )
     check_vocabulary(view, windows.input_ids)
     return windows
 

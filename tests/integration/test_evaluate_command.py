@@ -194,6 +194,7 @@ def workplace(tiny_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) 
             ["--corpora=short.txt", "--evaluation.tail=drop"],
             "gives 0 windows of 48 tokens; lower evaluation.num_samples or evaluation.seqlen",
         ),
+        (["--corpora=short.txt"], "evaluation.seqlen is 48, but short.txt has only 9 tokens"),
         (["--corpora=pydoc,pydoc"], "corpora: pydoc is named twice"),
         (["--model=./absent/model"], "no such file or folder: ./absent/model"),
         (["--model=empty"], "is no model folder, it has no config.json"),
