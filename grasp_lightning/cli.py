@@ -14,6 +14,7 @@ from grasp_lightning.errors import GraspError, Interrupted
 
 BAD_INPUT = 2
 _HANDLER = "grasp-lightning"
+_GOES_ON = "run the same command again: it goes on from what is saved"
 SIGNALLED = 128  # plus the number of the signal, as shells count
 
 
@@ -23,12 +24,12 @@ class Command(NamedTuple):
     Attributes:
         help: What it does, in one line.
         run: Runs it on the rest of the command line.
-        resumes: Whether the same command goes on where an interrupted one was.
+        when_interrupted: What a user is told after Ctrl-C.
     """
 
     help: str
     run: Callable[[str, Sequence[str]], None]
-    resumes: bool = False
+    when_interrupted: str = "nothing was written"
 
 
 def _compress(prog: str, argv: Sequence[str]) -> None:
@@ -88,10 +89,12 @@ def _benchmark(prog: str, argv: Sequence[str]) -> None:
 
 COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
     {
-        "compress": Command("calibrate, decide, replace, save and report", _compress, resumes=True),
+        "compress": Command("calibrate, decide, replace, save and report", _compress, _GOES_ON),
         "plan": Command("what would be removed, from the model's config alone", _plan),
         "evaluate": Command(
-            "perplexity, tasks and cost of models, side by side", _evaluate, resumes=True
+            "perplexity, tasks and cost of models, side by side",
+            _evaluate,
+            "run the same command again: with --output, and without --overwrite, it goes on",
         ),
         "benchmark": Command("prefill and decode throughput of models, in turns", _benchmark),
         "export": Command("a compressed model in another format, for other runtimes", _export),
@@ -130,8 +133,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
     except GraspError as error:
         return _fail(str(error))
     except (Interrupted, KeyboardInterrupt) as stop:
-        advice = "; run the same command again: it goes on from what is saved"
-        _fail("interrupted" + (advice if COMMANDS[name].resumes else "; nothing was written"))
+        _fail(f"interrupted; {COMMANDS[name].when_interrupted}")
         return SIGNALLED + getattr(stop, "signal_number", signal.SIGINT)
     except SystemExit as leave:  # --help and --print_config of a command's parser
         return int(leave.code or 0)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +16,10 @@ from rich.progress import track
 from transformers import PreTrainedModel
 
 from grasp_lightning.commands.amend import amend_run
+from grasp_lightning.commands.model_settings import model_settings, named_by
 from grasp_lightning.commands.result_files import ResultFiles, write_file
 from grasp_lightning.config import BenchmarkConfig, ModelConfig
-from grasp_lightning.errors import ConfigError, ModelError
+from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.machine import describe_machine
 from grasp_lightning.evaluation.own_process import measure_peak_memory
 from grasp_lightning.evaluation.throughput import ModelThroughput, Throughput, measure_throughput
@@ -28,13 +28,11 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.device import resolve_device
 from grasp_lightning.models.loading import load_meta_model, load_model
 from grasp_lightning.models.size import count_parameters
-from grasp_lightning.models.source import resolve_source
 from grasp_lightning.reporting.throughput import write_throughput_plot
 
 T = TypeVar("T")
 
 _MAX_SEED = 2**63 - 1
-_MODEL_KEY = re.compile(r"\bmodel\.(path|revision|device|dtype|trust_remote_code)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +80,14 @@ def run_benchmark(config: BenchmarkConfig) -> BenchmarkRun:
     workload = _workload(config, variants)
     with _torch_threads(config.threads):
         result = _measure(variants, workload)
+    output = plot = None
+    if files is not None:
+        output, plot = files.output, files.plot
+        text = json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n"
+        write_file(output, lambda path: path.write_text(text, encoding="utf-8"))
+        write_file(plot, lambda path: write_throughput_plot(result, path))
     amended = _amend(config, result)
-    if files is None:
-        return BenchmarkRun(result=result, output=None, plot=None, amended=amended)
-    text = json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n"
-    write_file(files.output, lambda path: path.write_text(text, encoding="utf-8"))
-    write_file(files.plot, lambda path: write_throughput_plot(result, path))
-    return BenchmarkRun(result=result, output=files.output, plot=files.plot, amended=amended)
+    return BenchmarkRun(result=result, output=output, plot=plot, amended=amended)
 
 
 def _amend(config: BenchmarkConfig, result: Throughput) -> list[Path]:
@@ -169,7 +168,7 @@ def _variants(config: BenchmarkConfig) -> tuple[_Variant, ...]:
             f"as a control"
         )
     keys = ("model", *("against" for _ in config.against))
-    settings = [_settings(config, path, key) for path, key in zip(paths, keys, strict=True)]
+    settings = [model_settings(config, path, key) for path, key in zip(paths, keys, strict=True)]
     if config.revision is not None and all(one.revision is None for one in settings):
         raise ConfigError("revision has no effect: no model comes from the hub; leave it out")
     first, *others = (
@@ -182,25 +181,13 @@ def _variants(config: BenchmarkConfig) -> tuple[_Variant, ...]:
     return (first, control, *others)
 
 
-def _settings(config: BenchmarkConfig, path: str, key: str) -> ModelConfig:
-    with _named_by(key):
-        is_hub = resolve_source(ModelConfig(path=path)).is_hub
-    return ModelConfig(
-        path=path,
-        revision=config.revision if is_hub else None,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
-
-
 def _workload(config: BenchmarkConfig, variants: Sequence[_Variant]) -> Workload:
     """Return what is run, after a check of every model's config that it can be."""
-    with _named_by("model"):
+    with named_by("model"):
         resolve_device(config.device)
     vocabularies = []
     for variant in variants:
-        with _named_by(variant.key):
+        with named_by(variant.key):
             model = DecoderView(load_meta_model(variant.settings)).model
         _check_positions(config, variant.name, model)
         embedding = model.get_input_embeddings().weight
@@ -238,11 +225,11 @@ def _measure(variants: Sequence[_Variant], workload: Workload) -> Throughput:
     memory = {}
     # Before this process holds models itself: a GPU has to have room.
     for variant in _track(variants, "peak memory"):
-        with _named_by(variant.key):
+        with named_by(variant.key):
             memory[variant.name] = measure_peak_memory(variant.settings, workload, threads)
     models = {}
     for variant in variants:
-        with _named_by(variant.key):
+        with named_by(variant.key):
             models[variant.name] = load_model(variant.settings).model
     timings = measure_throughput(models, workload, _track)
     return Throughput(
@@ -260,16 +247,6 @@ def _measure(variants: Sequence[_Variant], workload: Workload) -> Throughput:
             for variant in variants
         ),
     )
-
-
-@contextmanager
-def _named_by(key: str) -> Iterator[None]:
-    """Let errors about a model speak of the keys of this command."""
-    try:
-        yield
-    except (ConfigError, ModelError) as error:
-        text = _MODEL_KEY.sub(lambda found: key if found[1] == "path" else found[1], str(error))
-        raise type(error)(text) from error
 
 
 @contextmanager

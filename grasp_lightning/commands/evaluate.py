@@ -1,18 +1,25 @@
 """``evaluate``: perplexity, tasks and cost of models, side by side."""
 
 import gc
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
 from grasp_lightning.commands.amend import amend_run
-from grasp_lightning.commands.evaluation_file import EvaluationFile, stored_section
+from grasp_lightning.commands.evaluation_file import (
+    EvaluationFile,
+    Request,
+    Settings,
+    merge_sections,
+    stored_section,
+)
+from grasp_lightning.commands.model_settings import model_settings, named_by
 from grasp_lightning.config import EvaluateConfig, EvaluationConfig, ModelConfig
 from grasp_lightning.data.sources import SOURCES
 from grasp_lightning.data.windows import (
@@ -21,17 +28,22 @@ from grasp_lightning.data.windows import (
     check_window_options,
     evaluation_windows,
 )
-from grasp_lightning.errors import ConfigError, DataError, ModelError
+from grasp_lightning.errors import ConfigError, DataError, ModelError, OutputError
 from grasp_lightning.evaluation.cost import measure_cost
 from grasp_lightning.evaluation.harness import Harness, TaskSettings
-from grasp_lightning.evaluation.machine import describe_machine
+from grasp_lightning.evaluation.machine import Machine, describe_machine
 from grasp_lightning.evaluation.memory import forget_peak, peak_bytes
 from grasp_lightning.evaluation.perplexity import evaluate_perplexity
 from grasp_lightning.evaluation.results import CorpusResult, ModelEvaluation
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
-from grasp_lightning.models.source import resolve_source
+from grasp_lightning.models.loading import (
+    LoadedModel,
+    load_meta_model,
+    load_model,
+    model_hash,
+    resolve_device,
+)
 
 _FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _FILE = "file"
@@ -64,22 +76,46 @@ def run_evaluate(config: EvaluateConfig) -> EvaluateRun:
     Returns:
         The measurements.
     """
-    _check(config)
+    models = _check(config)
     corpora = {corpus: _corpus_config(corpus, config) for corpus in config.corpora}
-    settings = _settings(config)
     harness = _harness(config)
     machine = describe_machine(torch.device(resolve_device(config.device)))
-    file = EvaluationFile(config.output, settings, machine, overwrite=config.overwrite)
+    request = Request(
+        models=config.model,
+        corpora=config.corpora,
+        tasks=config.tasks,
+        settings=_settings(config, harness, machine),
+        overwrite=config.overwrite,
+    )
+    file = EvaluationFile(config.output, request, machine)
     evaluations, amended = [], []
-    for model in config.model:
-        evaluations.append(_evaluate(model, config, corpora, harness, file))
-        changed = amend_run(model, "evaluation", stored_section(evaluations[-1], settings))
+    for model in models:
+        evaluation = _evaluate(model, config, corpora, harness, file)
+        evaluations.append(evaluation)
+        section = stored_section(evaluation, request.settings)
+        changed = amend_run(model.path, "evaluation", section, merge_sections)
         amended += [] if changed is None else [changed]
     output = None if config.output is None else Path(config.output)
     return EvaluateRun(evaluations=evaluations, output=output, amended=amended)
 
 
-def _check(config: EvaluateConfig) -> None:
+def _check(config: EvaluateConfig) -> list[ModelConfig]:
+    """Return how each model is loaded, after checks that need no weights."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("evaluate runs in one process; start it without torchrun")
+    _check_names(config)
+    models = [model_settings(config, model, "model") for model in config.model]
+    if config.revision is not None and all(model.revision is None for model in models):
+        raise ConfigError("revision has no effect: no model comes from the hub; leave it out")
+    for model in models:
+        with named_by("model"):
+            view = DecoderView(load_meta_model(model))
+            if config.corpora:
+                check_length(view, config.evaluation.seqlen, "evaluation")
+    return models
+
+
+def _check_names(config: EvaluateConfig) -> None:
     if not config.model:
         raise ConfigError("model is empty; name at least one model, as in --model=runs/x/model")
     for key in ("model", "corpora", "tasks"):
@@ -89,18 +125,6 @@ def _check(config: EvaluateConfig) -> None:
             raise ConfigError(f"{key}: {twice[0]} is named twice")
     if config.task_data is not None and not config.tasks:
         raise ConfigError("task_data has no effect without tasks")
-    for model in config.model:
-        resolve_source(_model_config(model, config))
-
-
-def _model_config(model: str, config: EvaluateConfig) -> ModelConfig:
-    return ModelConfig(
-        path=model,
-        revision=config.revision,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
 
 
 def _corpus_config(corpus: str, config: EvaluateConfig) -> EvaluationConfig:
@@ -120,11 +144,15 @@ def _corpus_config(corpus: str, config: EvaluateConfig) -> EvaluationConfig:
     return windows
 
 
-def _settings(config: EvaluateConfig) -> dict[str, Any]:  # Any: values of JSON
-    """Return what results depend on beside model, corpus and task."""
-    windows = {f"evaluation.{key}": value for key, value in asdict(config.evaluation).items()}
-    keys = ("revision", "dtype", "task_data", "limit", "num_fewshot", "batch_size", "seed")
-    return {**{key: getattr(config, key) for key in keys}, **windows}
+def _settings(config: EvaluateConfig, harness: Harness | None, machine: Machine) -> Settings:
+    """Return what results depend on beside model, corpus and task, by part."""
+    keys = ("limit", "num_fewshot", "batch_size", "seed")
+    tasks = {key: getattr(config, key) for key in keys}
+    return {
+        "model": {"dtype": config.dtype, "revision": config.revision, "device": machine.device},
+        "windows": {f"evaluation.{key}": v for key, v in asdict(config.evaluation).items()},
+        "tasks": tasks if harness is None else {**tasks, **harness.fingerprint},
+    }
 
 
 def _harness(config: EvaluateConfig) -> Harness | None:
@@ -140,23 +168,35 @@ def _harness(config: EvaluateConfig) -> Harness | None:
 
 
 def _evaluate(
-    model: str,
+    model: ModelConfig,
     config: EvaluateConfig,
     corpora: Mapping[str, EvaluationConfig],
     harness: Harness | None,
     file: EvaluationFile,
 ) -> ModelEvaluation:
     """Load one model and measure what is missing."""
-    loaded = load_model(_model_config(model, config))
-    evaluation = file.get(model, model_hash(loaded.model))
-    forget_peak(loaded.model.device)
+    with named_by("model"):
+        loaded = load_model(model)
+    evaluation = file.get(model.path, model_hash(loaded.model))
+    texts = {corpus: _windows(loaded, options) for corpus, options in corpora.items()}
+    for corpus, windows in texts.items():
+        stored = evaluation.corpora.get(corpus)
+        if stored is not None and stored.windows_sha256 != windows.sha256:
+            raise OutputError(
+                f"output: {config.output} holds the perplexity on what {corpus} was before; name "
+                "another file, or measure again with --overwrite"
+            )
+    can_forget = forget_peak(loaded.model.device)
     try:
-        for extended in _measurements(evaluation, config, loaded, corpora, harness):
-            file.put(extended)
+        for extended in _measurements(evaluation, config, loaded, texts, harness):
             evaluation = extended
+            if can_forget:
+                peak = max(evaluation.peak_memory_bytes or 0, peak_bytes(loaded.model.device))
+                evaluation = replace(evaluation, peak_memory_bytes=peak)
+            file.put(evaluation)
     except torch.OutOfMemoryError as error:
         raise ModelError(
-            f"the device has too little memory to evaluate {model}; lower batch_size, "
+            f"the device has too little memory to evaluate {model.path}; lower batch_size, "
             "evaluation.batch_size or evaluation.seqlen"
         ) from error
     del loaded
@@ -168,48 +208,34 @@ def _measurements(
     evaluation: ModelEvaluation,
     config: EvaluateConfig,
     loaded: LoadedModel,
-    corpora: Mapping[str, EvaluationConfig],
+    texts: Mapping[str, TokenWindows],
     harness: Harness | None,
 ) -> Iterator[ModelEvaluation]:
     """Yield the evaluation after each measurement that was missing."""
     view, name = DecoderView(loaded.model), evaluation.model
-    # All texts first: one that does not fit is told before hours of work.
-    windows = {
-        corpus: _windows(view, loaded, options)
-        for corpus, options in corpora.items()
-        if corpus not in evaluation.corpora
-    }
     if evaluation.cost is None:
         evaluation = replace(evaluation, cost=measure_cost(view, loaded.origin.source_bytes))
         yield evaluation
-    for corpus, texts in windows.items():
-        result = _perplexity(view, texts, config.evaluation.batch_size, f"{name}: {corpus}")
-        evaluation = replace(
-            evaluation,
-            corpora={**evaluation.corpora, corpus: result},
-            peak_memory_bytes=_peak(evaluation, loaded),
-        )
-        yield evaluation
+    for corpus, windows in texts.items():
+        if corpus not in evaluation.corpora:
+            result = _perplexity(view, windows, config.evaluation.batch_size, f"{name}: {corpus}")
+            evaluation = replace(evaluation, corpora={**evaluation.corpora, corpus: result})
+            yield evaluation
     for task in config.tasks:
         if harness is not None and task not in evaluation.tasks:
             run = harness.run(loaded.model, loaded.tokenizer, task)
-            evaluation = replace(
-                evaluation,
-                tasks={**evaluation.tasks, task: run},
-                peak_memory_bytes=_peak(evaluation, loaded),
-            )
+            evaluation = replace(evaluation, tasks={**evaluation.tasks, task: run})
             yield evaluation
 
 
-def _windows(view: DecoderView, loaded: LoadedModel, options: EvaluationConfig) -> TokenWindows:
-    check_length(view, options.seqlen, "evaluation")
+def _windows(loaded: LoadedModel, options: EvaluationConfig) -> TokenWindows:
     windows = evaluation_windows(options, loaded.tokenizer)
     if windows.num_tokens < options.seqlen:
         raise DataError(
             f"evaluation.seqlen is {options.seqlen}, but {options.path or options.source} has only "
             f"{windows.num_tokens} tokens; lower evaluation.seqlen, or use a longer text"
         )
-    check_vocabulary(view, windows.input_ids)
+    check_vocabulary(DecoderView(loaded.model), windows.input_ids)
     return windows
 
 
@@ -230,7 +256,3 @@ def _perplexity(
         windows_sha256=windows.sha256,
         seconds=time.perf_counter() - start,
     )
-
-
-def _peak(evaluation: ModelEvaluation, loaded: LoadedModel) -> int:
-    return max(evaluation.peak_memory_bytes or 0, peak_bytes(loaded.model.device))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,27 @@ from grasp_lightning.evaluation.results import (
 
 _FORMAT = "grasp_lightning evaluation 1"
 
-Settings = Mapping[str, Any]  # Any: values of JSON
+Settings = Mapping[str, Mapping[str, Any]]  # Any: values of JSON
+"""What results depend on, by part: ``model`` for all, ``windows`` for corpora, ``tasks``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What one command asks for.
+
+    Attributes:
+        models: Models in their order; the first one is what the others are compared with.
+        corpora: Names of corpora.
+        tasks: Names of tasks.
+        settings: What results depend on beside these.
+        overwrite: Measure again what is stored.
+    """
+
+    models: tuple[str, ...]
+    corpora: tuple[str, ...]
+    tasks: tuple[str, ...]
+    settings: Settings
+    overwrite: bool
 
 
 class EvaluationFile:
@@ -28,20 +48,18 @@ class EvaluationFile:
 
     Args:
         path: The file; None keeps nothing.
-        settings: What results depend on beside model, corpus and task; a file with others is not
-            gone on with.
+        request: What is asked for. Stored results that were made with other settings are not mixed
+            with new ones.
         machine: What measures now.
-        overwrite: Forget what the file holds.
 
     Raises:
         OutputError: If the file holds something else, or cannot be written.
     """
 
-    def __init__(
-        self, path: str | None, settings: Settings, machine: Machine, *, overwrite: bool
-    ) -> None:
+    def __init__(self, path: str | None, request: Request, machine: Machine) -> None:
         self._path = None if path is None else Path(path).expanduser()
-        self._settings = json.loads(json.dumps(settings))
+        self._request = request
+        self._settings: dict[str, Any] = json.loads(json.dumps(request.settings))  # Any: JSON
         self._machine = machine
         self._evaluations: dict[str, ModelEvaluation] = {}
         if self._path is None:
@@ -51,10 +69,35 @@ class EvaluationFile:
         check_parent(self._path)
         if self._path.exists():
             content = self._read()  # also before overwriting: only a file of ours is replaced
-            if not overwrite:
-                self._check_settings(content["settings"])
-                stored = [ModelEvaluation.from_dict(model) for model in content["models"]]
-                self._evaluations = {evaluation.model: evaluation for evaluation in stored}
+            for evaluation in map(ModelEvaluation.from_dict, content["models"]):
+                kept = self._kept(evaluation, content["settings"])
+                self._evaluations[evaluation.model] = kept
+
+    def _kept(self, evaluation: ModelEvaluation, stored: Settings) -> ModelEvaluation:
+        """Return what of a stored evaluation stays valid beside new results."""
+        request = self._request
+        for part, results in (
+            ("model", [evaluation.cost, *evaluation.corpora, *evaluation.tasks]),
+            ("windows", evaluation.corpora),
+            ("tasks", evaluation.tasks if request.tasks else ()),
+        ):
+            difference = first_difference(stored[part], self._settings[part])
+            if difference is None or not results:
+                continue
+            if not request.overwrite:
+                raise OutputError(
+                    f"output: {self._path} holds results with {difference}; name another file, or "
+                    "measure again with --overwrite"
+                )
+            evaluation = _without(evaluation, part)
+        if not request.overwrite or evaluation.model not in request.models:
+            return evaluation
+        return replace(
+            evaluation,
+            cost=None,
+            corpora={k: v for k, v in evaluation.corpora.items() if k not in request.corpora},
+            tasks={k: v for k, v in evaluation.tasks.items() if k not in request.tasks},
+        )
 
     def _read(self) -> dict[str, Any]:  # Any: values of JSON
         assert self._path is not None
@@ -73,14 +116,6 @@ class EvaluationFile:
             )
         return content
 
-    def _check_settings(self, stored: Settings) -> None:
-        for key, value in self._settings.items():
-            if stored.get(key) != value:
-                raise OutputError(
-                    f"output: {self._path} holds results with {key} {stored.get(key)}, now it is "
-                    f"{value}; name another file, or measure again with --overwrite"
-                )
-
     def get(self, model: str, sha256: str) -> ModelEvaluation:
         """Return what was measured of a model.
 
@@ -96,6 +131,8 @@ class EvaluationFile:
         """
         found = self._evaluations.get(model, ModelEvaluation(model=model, sha256=sha256))
         if found.sha256 != sha256:
+            if self._request.overwrite:
+                return ModelEvaluation(model=model, sha256=sha256)
             raise OutputError(
                 f"output: {self._path} holds results of what {model} was before; name another "
                 "file, or measure again with --overwrite"
@@ -111,7 +148,10 @@ class EvaluationFile:
         self._evaluations[evaluation.model] = evaluation
         if self._path is None:
             return
-        evaluations = list(self._evaluations.values())
+        # In the order of the command, so that differences are to the same model as on the screen.
+        order = [name for name in self._request.models if name in self._evaluations]
+        order += [name for name in self._evaluations if name not in order]
+        evaluations = [self._evaluations[name] for name in order]
         content = {
             "format": _FORMAT,
             "settings": self._settings,
@@ -145,6 +185,32 @@ def _plain(estimate: Estimate | None) -> dict[str, float | None] | None:
     return None if estimate is None else estimate._asdict()
 
 
+def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:  # Any: JSON
+    """Return in what stored settings differ from those of now, as text.
+
+    A key that only one side has says nothing: a file of a task that the other did not run.
+
+    Args:
+        stored: Settings of stored results.
+        now: Settings of now.
+
+    Returns:
+        The first difference; None if there is none.
+    """
+    for key in sorted(stored.keys() & now.keys()):
+        if stored[key] != now[key]:
+            return f"{key} {stored[key]}, now it is {now[key]}"
+    return None
+
+
+def _without(evaluation: ModelEvaluation, part: str) -> ModelEvaluation:
+    if part == "windows":
+        return replace(evaluation, corpora={})
+    if part == "tasks":
+        return replace(evaluation, tasks={})
+    return ModelEvaluation(model=evaluation.model, sha256=evaluation.sha256)
+
+
 def stored_section(evaluation: ModelEvaluation, settings: Settings) -> dict[str, Any]:  # Any: JSON
     """Return the section ``evaluation`` of a run's ``metrics.json``: without values per document.
 
@@ -165,10 +231,40 @@ def stored_section(evaluation: ModelEvaluation, settings: Settings) -> dict[str,
         for task, result in evaluation.task_results.items()
     }
     return {
-        "settings": dict(settings),
+        "settings": {part: dict(values) for part, values in settings.items()},
+        "sha256": evaluation.sha256,
         "cost": None if evaluation.cost is None else asdict(evaluation.cost),
         "peak_memory_bytes": evaluation.peak_memory_bytes,
         "corpora": {name: asdict(result) for name, result in evaluation.corpora.items()},
         "tasks": tasks,
         "mean_of_seven": _plain(paper_mean(evaluation.task_results)),
     }
+
+
+def merge_sections(
+    earlier: Mapping[str, Any], content: Mapping[str, Any]
+) -> dict[str, Any]:  # Any: values of JSON
+    """Return a section with the results of an earlier one that belong beside the new ones.
+
+    Args:
+        earlier: What ``stored_section`` gave earlier.
+        content: What it gave now.
+
+    Returns:
+        The new section, and of the earlier one the corpora and tasks that were measured on the same
+        weights with the same settings.
+    """
+    before, now = earlier["settings"], content["settings"]
+    if earlier["sha256"] != content["sha256"] or first_difference(before["model"], now["model"]):
+        return dict(content)
+    merged = dict(content)
+    for key, part in (("corpora", "windows"), ("tasks", "tasks")):
+        if not content[key]:
+            merged[key] = earlier[key]
+            merged["settings"] = {**merged["settings"], part: before[part]}
+        elif first_difference(before[part], now[part]) is None:
+            merged[key] = {**earlier[key], **content[key]}
+            merged["settings"] = {**merged["settings"], part: {**before[part], **now[part]}}
+    if content["mean_of_seven"] is None and merged["tasks"] == earlier["tasks"]:
+        merged["mean_of_seven"] = earlier["mean_of_seven"]
+    return merged

@@ -131,16 +131,19 @@ def _with_lists(argv: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
         if not word.startswith("--") or schema.get(key) != _NAMES:
             result.append(word)
             continue
-        text = value if equals else next(words, "")
-        names = collected.setdefault(key, [])
-        if not names:
+        text = value if equals else next(words, "--")
+        if text.startswith("--"):
+            raise ConfigError(f"command line: --{key} needs a name")
+        if key not in collected:
             result.append(f"--{key}=")
-        names += _split_names(text)
+        collected.setdefault(key, []).extend(_split_names(text))
     return [_as_list(word, collected) for word in result]
 
 
 def _split_names(text: str) -> list[str]:
     """Return the names in ``a,b``, or in a list as YAML writes it."""
+    if Path(text).exists():  # a path may hold a comma
+        return [text] if text else []
     bare = text.removeprefix("[").removesuffix("]") if text.startswith("[") else text
     return [name.strip(" \"'") for name in bare.split(",") if name.strip()]
 

@@ -37,7 +37,7 @@ class ResultFiles:
         self.plot = self.output.with_suffix(".png")
         for file in (self.output, self.plot):
             _check_free(file, overwrite)
-        if self.output.exists():
+        if self.output.exists() or self.plot.exists():
             _check_is_result(self.output)
         check_parent(self.output)
 

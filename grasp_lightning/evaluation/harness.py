@@ -4,19 +4,24 @@ import difflib
 import hashlib
 import logging
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import UndefinedError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grasp_lightning.errors import ConfigError, DataError
+from grasp_lightning.errors import ConfigError, DataError, NumericsError
 from grasp_lightning.evaluation.paired import Estimate
-from grasp_lightning.evaluation.task_data import local_config
+from grasp_lightning.evaluation.task_data import evaluated_split, first_line_without, local_config
+
+logger = logging.getLogger(__name__)
 
 PAPER_SEVEN = (
     "openbookqa",
@@ -30,6 +35,7 @@ PAPER_SEVEN = (
 """The tasks of Liu et al., "GRASP", arXiv:2501.00339, Table 1, whose mean accuracy it reports."""
 
 _NO_FILTER = "none"
+_MOST = 2**32 - 1  # what numpy takes as a seed
 _RANDOM_SEED = 0  # lm-eval's own, of Python's generator
 
 
@@ -182,18 +188,32 @@ class Harness:
     """
 
     def __init__(self, names: Sequence[str], task_data: str | None, settings: TaskSettings) -> None:
-        for key, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
+        for key, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1), ("seed", 0)):
             value = getattr(settings, key)
-            if value is not None and value < least:
-                raise ConfigError(f"{key} must be at least {least}, got {value}")
+            if value is not None and not least <= value <= _MOST:
+                bound = f"at least {least}" if value < least else f"at most {_MOST}"
+                raise ConfigError(f"{key} must be {bound}, got {value}")
         self._library = _lm_eval()
         self._settings = settings
         self._folder = None if task_data is None else Path(task_data).expanduser().absolute()
         if self._folder is not None and not self._folder.is_dir():
             raise DataError(f"task_data: {task_data} is no folder; expected <task>/<split>.jsonl")
         self._manager = _task_manager()
-        # Whatever can be wrong with a name or a local file is found before a model runs.
+        # What can be wrong with a name or a local file is found before a model runs.
+        self._files: dict[str, Path] = {}
         self._specs = {name: self._spec(name) for name in dict.fromkeys(names)}
+        for name, spec in self._specs.items():
+            if not isinstance(spec, str):
+                self._tasks(name)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What results depend on beside the settings: lm-eval's version, hashes of local files."""
+        hashes = {
+            f"task_data.{task}": hashlib.sha256(file.read_bytes()).hexdigest()
+            for task, file in self._files.items()
+        }
+        return {"lm_eval": version("lm_eval"), **hashes}
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> TaskRun:
         """Run one of the names on a model.
@@ -221,13 +241,19 @@ class Harness:
                 torch_random_seed=settings.seed,
                 fewshot_random_seed=settings.seed,
             )
-        return TaskRun(
-            results={
-                task: _task_result(task, values, results)
-                for task, values in results["results"].items()
-            },
-            seconds=time.perf_counter() - start,
-        )
+        found = {
+            task: _task_result(task, values, results) for task, values in results["results"].items()
+        }
+        wanted = settings.num_fewshot
+        for task, result in found.items():
+            if wanted is not None and result.num_fewshot not in (None, wanted):
+                logger.warning(
+                    "%s has its own number of examples, %s, instead of num_fewshot %s",
+                    task,
+                    result.num_fewshot,
+                    wanted,
+                )
+        return TaskRun(results=found, seconds=time.perf_counter() - start)
 
     def _spec(self, name: str) -> str | dict[str, Any]:  # Any: a task's configuration
         """Return what lm-eval loads for a name: the name, or a group that changes its data."""
@@ -247,16 +273,14 @@ class Harness:
                 f"tasks: task_data has data for {', '.join(local)} of {name}; name the tasks "
                 f"instead: {', '.join(members)}"
             )
-        settings = self._settings
-        configs = [
-            local_config(
-                task,
-                self._manager.task_index[task].cfg,
-                self._folder / task,
-                num_fewshot=settings.num_fewshot,
+        configs = []
+        for task in members:
+            config = self._manager.task_index[task].cfg
+            folder = self._folder / task
+            configs.append(
+                local_config(task, config, folder, num_fewshot=self._settings.num_fewshot)
             )
-            for task in members
-        ]
+            self._files[task] = folder / f"{evaluated_split(config)}.jsonl"
         return {"group": f"local_{name}", "task": configs}
 
     def _leaves(self, name: str) -> Iterator[str]:
@@ -269,9 +293,14 @@ class Harness:
         else:
             yield name
             return
+        yield from self._members(members)
+
+    def _members(self, members: Sequence[Any]) -> Iterator[str]:  # Any: as above
         for member in members:
             inner = member if isinstance(member, str) else member.get("task", member.get("group"))
-            if inner in self._manager.task_index:
+            if isinstance(inner, list):  # a group defined inside a group
+                yield from self._members(inner)
+            elif inner in self._manager.task_index:
                 yield from self._leaves(inner)
 
     def _tasks(self, name: str) -> list[Any]:  # Any: tasks and groups of lm-eval
@@ -279,12 +308,14 @@ class Harness:
 
         spec = self._specs[name]
         try:
-            loaded = self._manager.load([spec])
-        except KeyError as error:
-            raise DataError(
-                f"{name}: its data has no field {error}; expected the fields of the data set that "
-                "lm-eval reads"
-            ) from error
+            with _quiet():
+                loaded = self._manager.load([spec])
+                for task in loaded["tasks"].values():
+                    self._check_documents(task)
+        except (KeyError, UndefinedError) as error:
+            raise self._missing_field(name, error) from error
+        except ImportError as error:
+            raise ConfigError(f"tasks: {name} needs more packages: {error}") from error
         # ValueError: what datasets raises offline for a data set that is not in its cache.
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = str(error).strip().partition("\n")[0]
@@ -301,6 +332,36 @@ class Harness:
             return [loaded["groups"][spec]]
         return list(loaded["tasks"].values())
 
+    def _check_documents(self, task: Any) -> None:  # noqa: ANN401  lm-eval has no usable types
+        """Render every local document, as lm-eval will, so that a bad one is named now."""
+        file = self._files.get(task.config.task)
+        if file is None or not hasattr(task, "doc_to_choice"):
+            return
+        for index, document in enumerate(task.eval_docs):
+            if index == self._settings.limit:
+                return
+            try:
+                task.doc_to_text(document)
+                task.doc_to_target(document)
+                if task.config.doc_to_choice is not None:
+                    task.doc_to_choice(document)
+            except (ValueError, IndexError, TypeError) as error:
+                raise DataError(
+                    f"{file}, document {index + 1}: {task.config.task} cannot use it ({error})"
+                ) from error
+
+    def _missing_field(self, name: str, error: Exception) -> DataError:
+        """Return an error that names the file and the line where a field is missing."""
+        found = re.search(r"'([^']+)'(?: is undefined|$)|attribute '([^']+)'", str(error))
+        field = next((group for group in found.groups() if group), "") if found else ""
+        for task, file in self._files.items():
+            if task == name and field and (line := first_line_without(file, field)):
+                return DataError(f"{file}, line {line}: no field {field!r}, which {task} reads")
+        return DataError(
+            f"{name}: its data lacks something that lm-eval reads ({error}); expected the fields "
+            "of the data set that it takes from the hub"
+        )
+
 
 def _task_result(
     task: str, values: Mapping[str, Any], results: Mapping[str, Any]
@@ -310,10 +371,19 @@ def _task_result(
         metric, _, name = key.partition(",")
         if not name or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
+        if math.isnan(value):
+            raise NumericsError(
+                f"{task}: {metric} is NaN; check the checkpoint, or try dtype float32"
+            )
         stderr = values.get(f"{metric}_stderr,{name}")  # "N/A" where there is none
         is_known = isinstance(stderr, int | float) and math.isfinite(stderr)
         metrics[_metric_name(metric, name)] = Estimate(float(value), stderr if is_known else None)
     records = (results.get("samples") or {}).get(task, [])
+    if any(_holds_nan(record["resps"]) for record in records):
+        # lm-eval would take the first answer for the likeliest one.
+        raise NumericsError(
+            f"{task}: a likelihood is NaN; check the checkpoint, or try dtype float32"
+        )
     count = results.get("n-samples", {}).get(task, {}).get("effective", 0)
     return TaskResult(
         metrics=metrics,
@@ -323,6 +393,12 @@ def _task_result(
         samples=_samples(records),
         documents=_documents_hash(records),
     )
+
+
+def _holds_nan(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_holds_nan(part) for part in value)
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _metric_name(metric: str, filter_name: str) -> str:

@@ -65,7 +65,8 @@ def evaluate_perplexity(view: DecoderView, batches: Iterable[Mapping[str, Tensor
         NumericsError: If a loss is NaN or infinite, naming the first decoder layer whose output
             is, or if the perplexity is too large for float64.
     """
-    metric, model = Perplexity(), view.model
+    model = view.model
+    metric = Perplexity().to(model.device)  # where a process group can reduce it
     with frozen(model), torch.no_grad():
         for batch in batches:
             moved = {key: value.to(model.device) for key, value in batch.items()}
@@ -78,7 +79,7 @@ def evaluate_perplexity(view: DecoderView, batches: Iterable[Mapping[str, Tensor
                     f"the loss on the evaluation text is NaN or infinite, first in {where}; "
                     "check the checkpoint, or try model.dtype float32"
                 )
-            metric.update(losses.cpu())
+            metric.update(losses)
     value = float(metric.compute())
     if not math.isfinite(value):
         raise NumericsError(f"the perplexity on the evaluation text is {value}, beyond float64")

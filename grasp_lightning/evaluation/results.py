@@ -1,5 +1,6 @@
 """Everything that ``evaluate`` measured of one model, as plain values and back."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -124,9 +125,17 @@ def task_difference(
     """
     if reference is None or not result.documents or result.documents != reference.documents:
         return None
-    if metric not in result.samples or metric not in reference.samples:
+    if not (_is_mean(result, metric) and _is_mean(reference, metric)):
         return None
     return paired_difference(result.samples[metric], reference.samples[metric])
+
+
+def _is_mean(result: TaskResult, metric: str) -> bool:
+    """Whether a metric is the mean of its values per document: a perplexity is not."""
+    samples, estimate = result.samples.get(metric, ()), result.metrics.get(metric)
+    if estimate is None or len(samples) != result.num_samples or not samples:
+        return False
+    return math.isclose(math.fsum(samples) / len(samples), estimate.value, rel_tol=1e-9)
 
 
 def paper_mean_difference(

@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError, meta
-
 from grasp_lightning.errors import ConfigError, DataError
 
 _SPLIT_KEYS = ("training_split", "validation_split", "test_split")
@@ -33,7 +31,7 @@ def local_config(
         Overrides for a member of a group of lm-eval; prompts and metrics are not among them.
 
     Raises:
-        ConfigError: If the task loads its data by code of its own.
+        ConfigError: If the task loads its data by code of its own, or has fewer rows than examples.
         DataError: If a file or a field is missing, naming file, line and key.
     """
     if "class" in config or "custom_dataset" in config:
@@ -42,14 +40,19 @@ def local_config(
             f"remove {folder} to take the data from the hub"
         )
     files = {file.stem: file for file in sorted(folder.glob("*.jsonl"))}
-    needed = [_evaluated_split(config)]
+    needed = [evaluated_split(config)]
     shots = _few_shot_split(config)
     if _num_shots(config, num_fewshot) > 0 and shots is not None:
         needed.append(shots)
     for split in needed:
         if split not in files:
             raise DataError(f"{task} needs {folder / f'{split}.jsonl'}, which does not exist")
-        _check_rows(files[split], task, _fields(config))
+        count = _check_rows(files[split], task, _columns(config))
+        if split == shots and count <= _num_shots(config, num_fewshot):
+            raise ConfigError(
+                f"num_fewshot must be below {count}, the number of rows of {files[split]}, got "
+                f"{_num_shots(config, num_fewshot)}"
+            )
     overrides: dict[str, Any] = {
         "task": task,
         "dataset_path": "json",
@@ -62,7 +65,15 @@ def local_config(
     return overrides
 
 
-def _evaluated_split(config: TaskConfig) -> str:
+def evaluated_split(config: TaskConfig) -> str:
+    """Return the split that a task of lm-eval is evaluated on.
+
+    Args:
+        config: Its configuration in lm-eval.
+
+    Returns:
+        Its test split, or its validation split if it has no other.
+    """
     split: str = config.get("test_split") or config.get("validation_split") or "test"
     return split
 
@@ -84,32 +95,40 @@ def _num_shots(config: TaskConfig, wanted: int | None) -> int:
     return int(shots or 0)
 
 
-def _fields(config: TaskConfig) -> set[str]:
-    """Return the fields that a task's templates read from a row."""
+def _columns(config: TaskConfig) -> set[str]:
+    """Return the fields that a task names directly: without one lm-eval would print its name."""
     if "process_docs" in config:
-        return set()  # the templates see rows that code has changed
-    fields = set()
-    environment = Environment(autoescape=False)
-    for key in _TEMPLATES:
-        text = config.get(key)
-        if not isinstance(text, str) or text.startswith("!function"):
-            continue
-        if text.isidentifier():
-            fields.add(text)
-            continue
-        try:
-            fields |= meta.find_undeclared_variables(environment.parse(text))
-        except TemplateSyntaxError:
-            continue  # lm-eval itself will tell
-    return fields
+        return set()  # names are of rows that code has changed
+    texts = [config.get(key) for key in _TEMPLATES]
+    return {text for text in texts if isinstance(text, str) and text.isidentifier()}
 
 
-def _check_rows(file: Path, task: str, fields: set[str]) -> None:
+def first_line_without(file: Path, field: str) -> int | None:
+    """Return the first line of a file whose object has not some field, at any depth.
+
+    Args:
+        file: JSON lines.
+        field: The key.
+
+    Returns:
+        Number of the line, from 1; None if all have it.
+    """
+    return next((number for number, row in _rows(file) if not _has(row, field)), None)
+
+
+def _has(value: object, field: str) -> bool:
+    if isinstance(value, dict):
+        return field in value or any(_has(part, field) for part in value.values())
+    return isinstance(value, list) and any(_has(part, field) for part in value)
+
+
+def _check_rows(file: Path, task: str, fields: set[str]) -> int:
+    """Return the number of rows, after a check that all have the same fields, and these."""
     count = 0
     for number, row in _rows(file):
         count += 1
         if count == 1:
-            # Code may read what templates do not name; a row without it would be read as null.
+            # A row without a field of the others would be read as null.
             fields = fields | row.keys()
         missing = sorted(fields - row.keys())
         if missing:
@@ -119,6 +138,7 @@ def _check_rows(file: Path, task: str, fields: set[str]) -> None:
             )
     if count == 0:
         raise DataError(f"{file} is empty; expected one JSON object per line")
+    return count
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:  # Any: parsed JSON

@@ -202,7 +202,7 @@ def turns(names: Sequence[str], workload: Workload) -> Iterator[Turn]:
     """Yield what is measured, in order: a warm-up of everything, then round by round.
 
     In each round the settings come in random order, and at each setting the models do: those that
-    are compared with each other run one right after the other, and each as often first.
+    are compared with each other run one right after the other.
 
     Args:
         names: The models.

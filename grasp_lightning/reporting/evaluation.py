@@ -22,6 +22,7 @@ _MEGA = 1_000_000
 _PERCENT = 100
 _MEAN_NAME = "mean of the seven, acc"
 _SHOWN_FIRST = ("acc", "acc_norm", "exact_match")
+_SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1")
 
 
 class EvaluationRow(NamedTuple):
@@ -65,21 +66,6 @@ def evaluation_table(evaluations: Sequence[ModelEvaluation]) -> Table:
     return table
 
 
-def evaluation_markdown(evaluations: Sequence[ModelEvaluation]) -> str:
-    """Return the models side by side as a Markdown table.
-
-    Args:
-        evaluations: At least one.
-
-    Returns:
-        Lines joined by line feeds.
-    """
-    header = ["", *(evaluation.model for evaluation in evaluations)]
-    rule = [":--", *["--:"] * len(evaluations)]
-    rows = [[row.quantity, *row.values] for row in evaluation_rows(evaluations)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
-
-
 def evaluation_rows(evaluations: Sequence[ModelEvaluation]) -> list[EvaluationRow]:
     """Return cost, perplexity and tasks as text; differences are to the first model.
 
@@ -103,7 +89,7 @@ def evaluation_notes(evaluations: Sequence[ModelEvaluation]) -> list[str]:
     """
     notes = []
     if any(evaluation.tasks for evaluation in evaluations):
-        notes.append("Tasks in percent with the standard error of each.")
+        notes.append("Accuracies in percent, with standard errors.")
     if len(evaluations) > 1 and any(evaluation.tasks for evaluation in evaluations[1:]):
         notes.append(
             "In brackets: paired difference to the first model on the same documents, and its "
@@ -121,7 +107,8 @@ def section_rows(section: Mapping[str, Any]) -> list[tuple[str, str]]:  # Any: v
     Returns:
         Pairs of quantity and value.
     """
-    rows = [
+    rows = _cost_section(section)
+    rows += [
         (
             f"perplexity, {_short(corpus)}, {result['num_tokens']:,} predicted tokens",
             perplexity_text(result["perplexity"]),
@@ -132,10 +119,21 @@ def section_rows(section: Mapping[str, Any]) -> list[tuple[str, str]]:  # Any: v
         for metric in _metrics([result["metrics"]]):
             estimate = Estimate(**result["metrics"][metric])
             count = f", {result['num_samples']:,} documents" if result["num_samples"] else ""
-            rows.append((f"{task}, {metric}{count}", _estimate_text(estimate, None)))
+            rows.append((f"{task}, {metric}{count}", _estimate_text(estimate, None, metric)))
     if section["mean_of_seven"] is not None:
         mean = Estimate(**section["mean_of_seven"])
-        rows.append((_MEAN_NAME, _estimate_text(mean, None)))
+        rows.append((_MEAN_NAME, _estimate_text(mean, None, "acc")))
+    return rows
+
+
+def _cost_section(section: Mapping[str, Any]) -> list[tuple[str, str]]:  # Any: as above
+    rows, cost, peak = [], section["cost"], section["peak_memory_bytes"]
+    if cost is not None:
+        rows.append(("MFLOPs per token", f"{cost['flops_per_token'] / _MEGA:,.1f}"))
+        if cost["disk_bytes"] is not None:
+            rows.append(("weight files on disk", size_text(cost["disk_bytes"])))
+    if peak is not None:
+        rows.append(("peak memory of the evaluation", size_text(peak)))
     return rows
 
 
@@ -198,6 +196,7 @@ def _task_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow
                     _estimate_text(
                         found[task].metrics.get(metric),
                         task_difference(found[task], reference, metric),
+                        metric,
                     )
                 )
             yield EvaluationRow(f"{task}, {metric}", tuple(values))
@@ -206,7 +205,9 @@ def _task_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow
         yield EvaluationRow(
             _MEAN_NAME,
             tuple(
-                _estimate_text(mean, paper_mean_difference(found, results[0]) if position else None)
+                _estimate_text(
+                    mean, paper_mean_difference(found, results[0]) if position else None, "acc"
+                )
                 for position, (mean, found) in enumerate(zip(means, results, strict=True))
             ),
         )
@@ -222,18 +223,28 @@ def _names(mappings: Iterable[Mapping[str, object]]) -> list[str]:
 
 
 def _metrics(mappings: Sequence[Mapping[str, object]]) -> list[str]:
-    names = _names(mappings)
-    return sorted(names, key=lambda name: (*(not name.startswith(m) for m in _SHOWN_FIRST), name))
+    """Return the metrics of a task, the usual ones first."""
+    order = {metric: place for place, metric in enumerate(_SHOWN_FIRST)}
+    return sorted(_names(mappings), key=lambda name: (order.get(_base(name), len(order)), name))
 
 
-def _estimate_text(estimate: Estimate | None, difference: Estimate | None) -> str:
+def _base(metric: str) -> str:
+    """Return a metric's name without its filter."""
+    return metric.partition(",")[0]
+
+
+def _estimate_text(estimate: Estimate | None, difference: Estimate | None, metric: str) -> str:
     if estimate is None:
         return NOT_MEASURED
-    text = f"{_PERCENT * estimate.value:.1f}{_error_text(estimate)}"
-    if difference is None:
-        return text
-    return f"{text} ({_PERCENT * difference.value:+.1f}{_error_text(difference)})"
+    text = _number_text(estimate, metric, "")
+    return text if difference is None else f"{text} ({_number_text(difference, metric, '+')})"
 
 
-def _error_text(estimate: Estimate) -> str:
-    return "" if estimate.stderr is None else f" \u00b1 {_PERCENT * estimate.stderr:.1f}"
+def _number_text(estimate: Estimate, metric: str, sign: str) -> str:
+    """Return a share in percent, any other number as it is."""
+    if _base(metric) in _SHARES:
+        parts = (f"{_PERCENT * estimate.value:{sign}.1f}", _PERCENT, ".1f")
+    else:
+        parts = (f"{estimate.value:{sign}.4g}", 1, ".2g")
+    value, scale, form = parts
+    return value if estimate.stderr is None else f"{value} \u00b1 {scale * estimate.stderr:{form}}"

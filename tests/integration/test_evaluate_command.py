@@ -20,6 +20,7 @@ from tests.unit.evaluation.test_harness import questions
 
 TEXT = "The quick brown fox jumps over the lazy dog.\nNobody knows why it does so.\n" * 5
 SEQLEN = 48
+FEW = ("--evaluation.num_samples=2",)
 
 
 @pytest.fixture
@@ -101,22 +102,72 @@ def test_what_is_finished_is_not_measured_again(
     tiny_folder: Path, corpus: Path, task_data: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "results.json"
-    argv = [f"--model={tiny_folder}", f"--output={output}"]
-    assert evaluate(*argv, f"--corpora={corpus}") == 0
-    before = read(output)["models"][0]["corpora"]
-    argv += [f"--corpora={corpus}", "--tasks=openbookqa", f"--task_data={task_data}"]
-    # task_data is a setting of the stored results.
-    assert evaluate(*argv) == 2
-    assert evaluate(*argv, "--overwrite") == 0
-    content = read(output)
-    assert content["models"][0]["corpora"] != before  # measured again: other seconds
+    argv = [f"--model={tiny_folder}", f"--output={output}", f"--corpora={corpus}"]
     assert evaluate(*argv) == 0
+    corpora = read(output)["models"][0]["corpora"]
+    tasks = [*argv, "--tasks=openbookqa", f"--task_data={task_data}"]
+    assert evaluate(*tasks) == 0
+    content = read(output)
+    assert content["models"][0]["corpora"] == corpora  # seconds among them
+    assert evaluate(*tasks) == 0
     assert read(output) == content
     other = save_tiny(tmp_path / "other", seed=1)
-    assert evaluate(f"--model={other}", *argv) == 0
-    stored = {model["model"]: model for model in read(output)["models"]}
-    assert stored[str(tiny_folder)] == content["models"][0]
-    assert stored[str(other)]["tasks"]
+    assert evaluate(f"--model={other}", *tasks) == 0
+    assert [model["model"] for model in read(output)["models"]] == [str(other), str(tiny_folder)]
+    assert read(output)["models"][1] == content["models"][0]
+    assert read(output)["differences"]["to"] == str(other)
+    # What is asked for is measured again, and nothing else is lost.
+    assert (
+        evaluate(
+            f"--model={other}",
+            f"--output={output}",
+            "--tasks=openbookqa",
+            f"--task_data={task_data}",
+            "--overwrite",
+        )
+        == 0
+    )
+    models = {model["model"]: model for model in read(output)["models"]}
+    assert models[str(tiny_folder)] == content["models"][0]
+    assert list(models[str(other)]["corpora"]) == [str(corpus)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--evaluation.seqlen=32", "with evaluation.seqlen 48, now it is 32; name another file"),
+        ("--limit=3", "with limit None, now it is 3"),
+        ("--dtype=bfloat16", "with dtype auto, now it is bfloat16"),
+    ],
+)
+def test_other_settings_are_not_mixed_with_stored_results(
+    workplace: Path, task_data: Path, flag: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = workplace / "results.json"
+    argv = ["--model=tiny-llama", f"--output={output}", "--corpora=corpus.txt"]
+    argv += ["--tasks=openbookqa", f"--task_data={task_data}"]
+    assert evaluate(*argv) == 0
+    before = output.read_bytes()
+    assert evaluate(*argv, flag) == 2
+    assert message in capsys.readouterr().err
+    assert output.read_bytes() == before
+    assert evaluate(*argv, flag, "--overwrite") == 0
+
+
+def test_a_changed_text_or_task_is_noticed(
+    tiny_folder: Path, corpus: Path, task_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = corpus.parent / "results.json"
+    argv = [f"--model={tiny_folder}", f"--output={output}"]
+    texts, tasks = [f"--corpora={corpus}"], ["--tasks=openbookqa", f"--task_data={task_data}"]
+    assert evaluate(*argv, *texts, *tasks) == 0
+    corpus.write_text(TEXT[::-1])
+    assert evaluate(*argv, *texts) == 2
+    assert f"the perplexity on what {corpus} was before" in capsys.readouterr().err
+    file = task_data / "openbookqa" / "test.jsonl"
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    assert evaluate(*argv, *tasks) == 2
+    assert "holds results with task_data.openbookqa" in capsys.readouterr().err
 
 
 def test_a_killed_evaluation_goes_on_after_its_last_measurement(
@@ -160,6 +211,11 @@ def test_a_run_s_metrics_and_report_gain_the_evaluation(
     assert (task["num_samples"], set(task["metrics"])) == (5, {"acc", "acc_norm"})
     assert {**after, "evaluation": None} == before
     assert "openbookqa, acc_norm, 5 documents" in (run / "report.html").read_text()
+    assert evaluate(f"--model={run / 'model'}", "--corpora=pydoc", *FEW) == 0
+    both = read(run / "metrics.json")["evaluation"]
+    assert both["tasks"] == after["evaluation"]["tasks"]
+    assert set(both["corpora"]) == {"pydoc"}
+    after = read(run / "metrics.json")
     # The run is still finished, and its own.
     assert main(["compress", *argv]) == 0
     assert read(run / "metrics.json") == after
@@ -188,7 +244,7 @@ def workplace(tiny_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--task_data=data"], "task_data has no effect without tasks"),
         (["--corpora=wikitext3"], "corpora: expected pydoc, wikitext2, c4, ptb, or a file"),
         (["--corpora=absent.txt"], "absent.txt does not exist"),
-        (["--corpora=corpus.txt", "--evaluation.seqlen=500"], "128"),
+        (["--corpora=corpus.txt", "--evaluation.seqlen=500"], "evaluation.seqlen is 500, but"),
         (["--corpora=corpus.txt", "--evaluation.seqlen=1"], "evaluation.seqlen must be at least 2"),
         (
             ["--corpora=short.txt", "--evaluation.tail=drop"],
@@ -198,7 +254,10 @@ def workplace(tiny_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--corpora=pydoc,pydoc"], "corpora: pydoc is named twice"),
         (["--model=./absent/model"], "no such file or folder: ./absent/model"),
         (["--model=empty"], "is no model folder, it has no config.json"),
-        (["--model=bare"], "tokenizer"),
+        (["--model=bare"], "cannot load the tokenizer of bare"),
+        (["--tasks"], "command line: --tasks needs a name"),
+        (["--tasks=piqa", "--seed=-1"], "seed must be at least 0, got -1"),
+        (["--revision=abc"], "revision has no effect: no model comes from the hub"),
         (["--output=corpus.txt"], "corpus.txt exists and is no output of evaluate"),
         (["--output=empty"], "is a folder"),
         (["--limit=0", "--tasks=piqa"], "limit must be at least 1, got 0"),
@@ -222,6 +281,20 @@ def test_without_lm_eval_tasks_say_how_to_get_it(
     assert evaluate(f"--model={tiny_folder}", "--tasks=piqa") == 2
     assert "pip install 'grasp-lightning[eval]'" in capsys.readouterr().err
     assert evaluate(f"--model={tiny_folder}") == 0
+
+
+def test_a_run_that_cannot_be_written_costs_a_warning(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    argv = [f"--model.path={tiny_folder}", f"--output_dir={run}", "--method.name=drop"]
+    argv += ["--method.num_layers=1", "--calibration.source=pydoc", "--calibration.num_samples=2"]
+    argv += ["--calibration.seqlen=32", "--evaluation.source=pydoc", "--evaluation.seqlen=32"]
+    assert main(["compress", *argv, "--evaluation.num_samples=2"]) == 0
+    (run / "plan.json").write_text("{}")
+    assert evaluate(f"--model={run / 'model'}", "--corpora=pydoc", *FEW) == 0
+    assert "is not added to its run" in caplog.text
+    assert read(run / "metrics.json")["evaluation"] is None
 
 
 def test_other_weights_under_a_stored_name_are_refused(

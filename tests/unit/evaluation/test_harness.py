@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from grasp_lightning.errors import ConfigError, DataError
+from grasp_lightning.errors import ConfigError, DataError, NumericsError
 from grasp_lightning.evaluation.harness import Harness, TaskRun, TaskSettings
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
@@ -118,6 +118,61 @@ def test_numbers_out_of_range_are_refused(settings: dict[str, int], message: str
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no folder; expected <task>/<split>"):
         Harness(["piqa"], str(tmp_path / "absent"), TaskSettings())
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        (
+            "openbookqa",
+            {"choices": {"text": ["a"]}},
+            "line 2: no field 'label', which openbookqa reads",
+        ),
+        (
+            "openbookqa",
+            {"answerKey": "E"},
+            "document 2: openbookqa cannot use it ('E' is not in list)",
+        ),
+        ("winogrande", {}, "line 1: no field 'answer', which winogrande reads"),
+        ("hellaswag", {}, "line 1: no field 'ctx_a', which hellaswag reads"),
+    ],
+)
+def test_documents_that_a_task_cannot_use_are_named_before_a_model_runs(
+    task_data: Path, task: str, row: dict[str, object], message: str
+) -> None:
+    folder = task_data / task
+    folder.mkdir(exist_ok=True)
+    split = "test" if task == "openbookqa" else "validation"
+    good = next(questions())
+    lines = [json.dumps(line) for line in (good, {**good, **row})]
+    (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        Harness([task], str(task_data), TaskSettings())
+    assert message in str(caught.value)
+
+
+def test_nan_is_no_accuracy(task_data: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        next(model.model.layers[2].parameters()).fill_(float("nan"))
+    harness = Harness(["openbookqa"], str(task_data), TaskSettings(limit=2))
+    with pytest.raises(NumericsError, match="openbookqa: a likelihood is NaN"):
+        harness.run(model, byte_tokenizer(), "openbookqa")
+
+
+def test_a_task_s_own_number_of_examples_is_told(
+    task_data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = task_data / "gsm8k_cot_zeroshot"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text('{"question": "1 + 1", "answer": "so #### 2"}\n')
+    names = ["gsm8k_cot_zeroshot"]
+    harness = Harness(names, str(task_data), TaskSettings(num_fewshot=1, limit=1))
+    model = tiny_model(max_position_embeddings=512)
+    found = harness.run(model, byte_tokenizer(), names[0]).results[names[0]]
+    assert "exact_match,strict-match" in found.metrics
+    if found.num_fewshot != 1:
+        assert "has its own number of examples, 0, instead of num_fewshot 1" in caplog.text
 
 
 def test_data_that_is_only_on_the_hub_says_how_to_go_without(task_data: Path) -> None:

@@ -59,7 +59,11 @@ def test_the_paper_s_mean_takes_acc_of_all_seven() -> None:
 
 
 def test_differences_pair_documents() -> None:
-    other = replace(RESULT, samples={"acc": [0, 0, 1, 0], "acc_norm": [1, 1, 1, 0]})
+    other = replace(
+        RESULT,
+        metrics={**RESULT.metrics, "acc": Estimate(0.25, 0.25)},
+        samples={"acc": [0, 0, 1, 0], "acc_norm": [1, 1, 1, 0]},
+    )
     assert task_difference(RESULT, other, "acc") == Estimate(0.25, 0.25)
     assert task_difference(RESULT, other, "acc_norm") == Estimate(0.0, 0.0)
     difference = paper_mean_difference(SEVEN, dict.fromkeys(PAPER_SEVEN, other))
@@ -73,3 +77,12 @@ def test_different_documents_are_not_paired() -> None:
     assert task_difference(RESULT, RESULT, "word_perplexity") is None
     others = {**SEVEN, "piqa": replace(RESULT, documents="xyz")}
     assert paper_mean_difference(SEVEN, others) is None
+
+
+def test_a_metric_that_is_no_mean_over_documents_has_no_paired_difference() -> None:
+    likelihoods = {"perplexity": [-1.0, -2.0, -3.0, -2.0]}
+    perplexity = {"perplexity": Estimate(7.39, None)}
+    result = replace(RESULT, metrics=perplexity, samples=likelihoods)
+    assert task_difference(result, result, "perplexity") is None
+    short = replace(RESULT, samples={"acc": [1, 0, 1]})
+    assert task_difference(short, RESULT, "acc") is None

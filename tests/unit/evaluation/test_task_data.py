@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from grasp_lightning.errors import ConfigError, DataError
-from grasp_lightning.evaluation.task_data import local_config
+from grasp_lightning.evaluation.task_data import first_line_without, local_config
 
 # Any: a task's configuration as YAML has it.
 QUIZ: dict[str, Any] = {
@@ -70,7 +70,7 @@ def test_examples_come_from_the_split_that_lm_eval_takes_them_from(tmp_path: Pat
     assert refusal(tmp_path, {**QUIZ, "num_fewshot": 5}, num_fewshot=None) == message
     # lm-eval keeps a task's own 0.
     local_config("quiz", {**QUIZ, "num_fewshot": 0}, tmp_path, num_fewshot=2)
-    write(tmp_path, "train", ROW)
+    write(tmp_path, "train", *[ROW] * 6)
     local_config("quiz", QUIZ, tmp_path, num_fewshot=2)
 
 
@@ -81,12 +81,30 @@ def test_a_missing_field_is_named_with_file_and_line(tmp_path: Path, missing: st
     assert refusal(tmp_path) == (
         f"{file}, line 3: no field {missing!r}, which quiz reads; it has: {', '.join(other)}"
     )
-    file = write(tmp_path, "test", other)
-    assert f"{file}, line 1: no field {missing!r}" in refusal(tmp_path)
+
+
+def test_a_field_that_the_task_names_itself_is_needed_in_the_first_row_too(tmp_path: Path) -> None:
+    file = write(tmp_path, "test", {"choices": ROW["choices"], "key": "A"})
+    assert f"{file}, line 1: no field 'question', which quiz reads" in refusal(tmp_path)
+
+
+def test_there_must_be_more_rows_than_examples(tmp_path: Path) -> None:
+    write(tmp_path, "test", ROW)
+    file = write(tmp_path, "train", ROW, ROW)
+    local_config("quiz", QUIZ, tmp_path, num_fewshot=1)
+    message = f"num_fewshot must be below 2, the number of rows of {file}, got 2"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        local_config("quiz", QUIZ, tmp_path, num_fewshot=2)
+
+
+def test_the_first_line_without_a_field_is_found_at_any_depth(tmp_path: Path) -> None:
+    file = write(tmp_path, "test", ROW, {**ROW, "choices": {"text": ["a"]}})
+    assert first_line_without(file, "label") == 2
+    assert first_line_without(file, "text") is None
 
 
 def test_rows_that_code_reads_must_be_like_the_first(tmp_path: Path) -> None:
-    config = {**QUIZ, "process_docs": "!function utils.process"}
+    config = {**QUIZ, "process_docs": "/lm_eval/tasks/quiz/utils.process"}
     file = write(tmp_path, "test", {"ctx": "a", "label": 1}, {"ctx": "b"})
     assert f"{file}, line 2: no field 'label'" in refusal(tmp_path, config)
 

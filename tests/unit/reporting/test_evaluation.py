@@ -4,7 +4,6 @@ from grasp_lightning.evaluation.harness import PAPER_SEVEN, TaskResult, TaskRun
 from grasp_lightning.evaluation.paired import Estimate
 from grasp_lightning.evaluation.results import CorpusResult, ModelEvaluation
 from grasp_lightning.reporting.evaluation import (
-    evaluation_markdown,
     evaluation_notes,
     evaluation_rows,
     section_rows,
@@ -61,12 +60,6 @@ def test_other_documents_and_other_windows_are_not_compared() -> None:
     assert found["perplexity, wikitext2_raw/test.txt"][1] == "15.00"
 
 
-def test_markdown_has_one_column_per_model() -> None:
-    text = evaluation_markdown([evaluation("a", {}, 10.0), evaluation("b", {}, 12.0)])
-    assert text.splitlines()[:2] == ["|  | a | b |", "| :-- | --: | --: |"]
-    assert "| perplexity, wikitext2_raw/test.txt | 10.00 | 12.00 (x 1.20) |" in text
-
-
 def test_notes_explain_brackets_only_where_there_are_some() -> None:
     first = evaluation("a", {"piqa": RESULT}, 10.0)
     assert len(evaluation_notes([first])) == 1
@@ -76,6 +69,8 @@ def test_notes_explain_brackets_only_where_there_are_some() -> None:
 
 def test_the_report_s_rows_come_from_plain_values() -> None:
     section = {
+        "cost": {"flops_per_token": 2_500_000, "disk_bytes": None},
+        "peak_memory_bytes": 3_000_000,
         "corpora": {"pydoc": {"perplexity": 9.5, "num_tokens": 1234}},
         "tasks": {
             "piqa": {"metrics": {"acc": {"value": 0.5, "stderr": 0.125}}, "num_samples": 16},
@@ -84,7 +79,22 @@ def test_the_report_s_rows_come_from_plain_values() -> None:
         "mean_of_seven": None,
     }
     assert section_rows(section) == [
+        ("MFLOPs per token", "2.5"),
+        ("peak memory of the evaluation", "3.0 MB"),
         ("perplexity, pydoc, 1,234 predicted tokens", "9.50"),
         ("piqa, acc, 16 documents", "50.0 \u00b1 12.5"),
         ("mmlu, acc", "25.0"),
     ]
+
+
+def test_numbers_that_are_no_shares_are_printed_as_they_are() -> None:
+    metrics = {"word_perplexity": Estimate(25.3, None), "bits_per_byte": Estimate(0.87, 0.012)}
+    text = TaskResult(metrics=metrics, num_samples=1, documents="abc")
+    found = rows(evaluation("a", {"wikitext": text}, 10.0))
+    assert found["wikitext, word_perplexity"] == ("25.3",)
+    assert found["wikitext, bits_per_byte"] == ("0.87 \u00b1 0.012",)
+
+
+def test_the_usual_metrics_come_first() -> None:
+    names = [row.quantity for row in evaluation_rows([evaluation("a", {"piqa": RESULT}, 10.0)])]
+    assert names[-2:] == ["piqa, acc", "piqa, acc_norm"]
