@@ -53,6 +53,8 @@ else:
     import transformers
 
 import torch
+
+torch.set_num_threads(1)  # as in the tests: products of experts round by the number of threads
 from safetensors.torch import load_file
 
 options = {"trust_remote_code": True} if "trust" in mode else {}
