@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grasp_lightning.commands.result_files import check_parent, write_file
+from grasp_lightning.commands.result_files import check_parent
 from grasp_lightning.errors import OutputError
 from grasp_lightning.evaluation.harness import TaskResult
 from grasp_lightning.evaluation.machine import Machine
@@ -17,6 +17,7 @@ from grasp_lightning.evaluation.results import (
     paper_mean_difference,
     task_difference,
 )
+from grasp_lightning.run_folder import write_file
 
 _FORMAT = "grasp_lightning evaluation 1"
 

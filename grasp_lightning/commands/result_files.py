@@ -2,12 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from grasp_lightning.errors import ConfigError, OutputError
-from grasp_lightning.run_folder.manifest import partial_path, replace_synced
-from grasp_lightning.run_folder.writer import as_output_error
 
 _KEYS = {"workload", "machine", "models"}
 
@@ -40,23 +37,6 @@ class ResultFiles:
         if self.output.exists() or self.plot.exists():
             _check_is_result(self.output)
         check_parent(self.output)
-
-
-def write_file(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that takes its place when it is complete; failing is an ``OutputError``.
-
-    Args:
-        target: Its place; missing folders are made.
-        write: Writes one file at the path that it is given.
-    """
-    temporary = partial_path(target)
-    with as_output_error(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            replace_synced(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _check_free(file: Path, overwrite: bool) -> None:

@@ -83,8 +83,8 @@ def _few_shot_split(config: TaskConfig) -> str | None:
     options = config.get("fewshot_config") or {}
     if "samples" in options:
         return None
-    keys = ("training_split", "validation_split", "test_split")
-    named = (config.get("fewshot_split"), options.get("split"), *(config.get(k) for k in keys))
+    splits = (config.get(key) for key in _SPLIT_KEYS)
+    named = (config.get("fewshot_split"), options.get("split"), *splits)
     return next((split for split in named if split), None)
 
 

@@ -1,5 +1,6 @@
 """The folder of one run: its rules, its lock, its manifest, and files that are whole or absent."""
 
 from grasp_lightning.run_folder.folder import RunFolder
+from grasp_lightning.run_folder.writer import write_file
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "write_file"]

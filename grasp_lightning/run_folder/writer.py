@@ -93,14 +93,9 @@ class RunWriter:
             Path of the file.
         """
         target = self.path(name)
-        temporary = partial_path(target)
         with as_output_error(target):
             self._claim(name)
-            try:
-                write(temporary)
-                replace_synced(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+        write_file(target, write)
         return target
 
     @contextmanager
@@ -201,3 +196,20 @@ def as_output_error(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"cannot write {path}: {reason}") from error
+
+
+def write_file(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that takes its place when it is complete; failing is an ``OutputError``.
+
+    Args:
+        target: Its place; missing folders are made.
+        write: Writes one file at the path that it is given.
+    """
+    temporary = partial_path(target)
+    with as_output_error(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            replace_synced(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
