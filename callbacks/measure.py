@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks.attribution import SingularAttribution
-from callbacks.calibration_checkpoint import CalibrationCheckpoint, PassStore, StopRequest
+from callbacks.calibration_checkpoint import CalibrationCheckpoint, PassStore
 from callbacks.measurement import Measurement
 from callbacks.progress import StepProgressBar
 from callbacks.similarity import LayerSimilarity
+from callbacks.stop_request import StopRequest
 from grasp_lightning.config import TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError
@@ -166,7 +167,7 @@ class TrainerMeasure:
 
 
 def check_trainer(config: TrainerConfig, device: torch.device) -> None:
-    """Refuse Trainer settings that calibration cannot follow.
+    """Refuse Trainer settings that no pass can follow.
 
     Args:
         config: The settings.
@@ -177,9 +178,7 @@ def check_trainer(config: TrainerConfig, device: torch.device) -> None:
     """
     for key, value in (("devices", config.devices), ("num_nodes", config.num_nodes)):
         if value != 1:
-            raise ConfigError(
-                f"trainer.{key} must be 1, got {value}: calibration runs in one process"
-            )
+            raise ConfigError(f"trainer.{key} must be 1, got {value}: it runs in one process")
     wanted = "cuda" if config.accelerator == "gpu" else config.accelerator
     if wanted not in ("auto", device.type):
         raise ConfigError(

@@ -7,27 +7,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from rich.progress import track
 
-from callbacks.calibration_checkpoint import StopRequest
 from callbacks.measure import TrainerMeasure, check_trainer
+from callbacks.stop_request import StopRequest
 from grasp_lightning.commands.outputs import Outcome, write_outputs
 from grasp_lightning.commands.parsing import to_dict
 from grasp_lightning.commands.phases import Phases
 from grasp_lightning.commands.plan import predict
-from grasp_lightning.commands.progress import RunProgress, has_progress
+from grasp_lightning.commands.progress import RunProgress, attempt
 from grasp_lightning.commands.recut import StoredScores
+from grasp_lightning.commands.tracked import tracked_perplexity
 from grasp_lightning.config import CompressConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import (
     TokenWindows,
-    batches,
     check_window_options,
     evaluation_windows,
 )
-from grasp_lightning.errors import ConfigError, GraspError, ModelError, OutputError
-from grasp_lightning.evaluation.perplexity import evaluate_perplexity
+from grasp_lightning.errors import ConfigError, OutputError
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.base import CompressionMethod
 from grasp_lightning.methods.layer_choice import SELECT
@@ -46,6 +44,7 @@ from grasp_lightning.stats.base import Statistics, Step
 
 _PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution"}
 _MAX_SEED = 2**63 - 1
+_MEMORY_KEYS = "calibration.batch_size, calibration.seqlen or evaluation.batch_size"
 _SAFETY = 1.1  # tokenizer, report and logs, beside weights and factors
 
 
@@ -108,7 +107,9 @@ def run_compress(config: CompressConfig) -> CompressRun:
             if run.state == "finished":
                 metrics = _stored_metrics(run)
             else:
-                metrics = _run_in(run, config, inputs, phases, stop)
+                with attempt(run, _MEMORY_KEYS):
+                    inputs = inputs or _prepare(config, phases)
+                    metrics = _execute(config, run, inputs, phases, stop)
     return CompressRun(folder=Path(output_dir), metrics=metrics)
 
 
@@ -121,30 +122,6 @@ def _stored_metrics(run: RunFolder) -> Metrics:
             "with --overwrite"
         ) from error
     return Metrics.from_dict(content)
-
-
-def _run_in(
-    run: RunFolder,
-    config: CompressConfig,
-    inputs: _Inputs | None,
-    phases: Phases,
-    stop: StopRequest,
-) -> Metrics:
-    """Run, and leave behind either a result, or what a later start can go on from, or nothing."""
-    is_new = run.state == "new"
-    try:
-        return _execute(config, run, inputs or _prepare(config, phases), phases, stop)
-    except BaseException as error:
-        # A wrong input makes what was measured worthless; a full disk or a crash does not.
-        is_wrong_input = isinstance(error, GraspError) and not isinstance(error, OutputError)
-        if is_new and (is_wrong_input or not has_progress(run)):
-            run.discard()
-        if isinstance(error, torch.OutOfMemoryError):
-            raise ModelError(
-                "the device has too little memory; lower calibration.batch_size, "
-                "calibration.seqlen or evaluation.batch_size"
-            ) from error
-        raise
 
 
 def _execute(
@@ -215,11 +192,11 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
             stored.check(hashes["model"], method.options)
             hashes |= stored.inputs
         else:
-            check_length(view, config.calibration.seqlen, "calibration")
+            check_length(view, config.calibration.seqlen, "calibration.seqlen")
             data = CalibrationData(config.calibration, loaded.tokenizer, config.seed)
             check_vocabulary(view, data.windows.input_ids)
             hashes |= data.fingerprint
-        check_length(view, config.evaluation.seqlen, "evaluation")
+        check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
         held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
         check_vocabulary(view, held_out.input_ids)
     needed = (prediction.most + prediction.factors) * loaded.model.dtype.itemsize
@@ -236,14 +213,10 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
 
 
 def _perplexity(config: CompressConfig, inputs: _Inputs, phases: Phases, which: str) -> float:
-    size = config.evaluation.batch_size
-    stream = track(
-        batches(inputs.held_out, size),
-        total=-(-len(inputs.held_out) // size),
-        description=f"perplexity, {which}",
-    )
     with phases("evaluate"):
-        return evaluate_perplexity(inputs.view, stream)
+        return tracked_perplexity(
+            inputs.view, inputs.held_out, config.evaluation.batch_size, f"perplexity, {which}"
+        )
 
 
 def _timed(measure: Measure, phases: Phases) -> Measure:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import track
 
 from grasp_lightning.commands.amend import amend_run
 from grasp_lightning.commands.evaluation_file import (
@@ -20,11 +19,11 @@ from grasp_lightning.commands.evaluation_file import (
     stored_section,
 )
 from grasp_lightning.commands.model_settings import model_settings, named_by
+from grasp_lightning.commands.tracked import tracked_perplexity
 from grasp_lightning.config import EvaluateConfig, EvaluationConfig, ModelConfig
 from grasp_lightning.data.sources import SOURCES
 from grasp_lightning.data.windows import (
     TokenWindows,
-    batches,
     check_window_options,
     evaluation_windows,
 )
@@ -33,7 +32,6 @@ from grasp_lightning.evaluation.cost import measure_cost
 from grasp_lightning.evaluation.harness import Harness, TaskSettings
 from grasp_lightning.evaluation.machine import Machine, describe_machine
 from grasp_lightning.evaluation.memory import forget_peak, peak_bytes
-from grasp_lightning.evaluation.perplexity import evaluate_perplexity
 from grasp_lightning.evaluation.results import CorpusResult, ModelEvaluation
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
@@ -111,7 +109,7 @@ def _check(config: EvaluateConfig) -> list[ModelConfig]:
         with named_by("model"):
             view = DecoderView(load_meta_model(model))
             if config.corpora:
-                check_length(view, config.evaluation.seqlen, "evaluation")
+                check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
     return models
 
 
@@ -243,14 +241,9 @@ def _perplexity(
     view: DecoderView, windows: TokenWindows, batch_size: int, description: str
 ) -> CorpusResult:
     start = time.perf_counter()
-    stream = track(
-        batches(windows, batch_size),
-        total=-(-len(windows) // batch_size),
-        description=description,
-        console=Console(stderr=True),  # standard output is for the result
-    )
     return CorpusResult(
-        perplexity=evaluate_perplexity(view, stream),
+        # On standard error: standard output is for the result.
+        perplexity=tracked_perplexity(view, windows, batch_size, description, Console(stderr=True)),
         num_tokens=windows.num_targets,
         num_windows=len(windows),
         windows_sha256=windows.sha256,

@@ -131,10 +131,18 @@ def _metrics(outcome: Outcome, phases: Phases) -> Metrics:
         perplexity_tokens=outcome.perplexity_tokens,
         seconds=Seconds(**{**seconds, "total": phases.total}),
         peak_memory_bytes=peak_memory_bytes(),
-        versions=_versions(),
+        versions=package_versions(),
     )
 
 
-def _versions() -> dict[str, str]:
-    packages = {package: version(package) for package in _PACKAGES}
+def package_versions(*more: str) -> dict[str, str]:
+    """Return the versions of what a run was made with.
+
+    Args:
+        *more: Packages that this kind of run uses beside the usual ones.
+
+    Returns:
+        Version by package name.
+    """
+    packages = {package: version(package) for package in (*_PACKAGES, *more)}
     return {"grasp_lightning": __version__, "python": platform.python_version(), **packages}

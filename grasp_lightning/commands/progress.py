@@ -2,16 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grasp_lightning.errors import OutputError, PlanError
+from grasp_lightning.errors import GraspError, ModelError, OutputError, PlanError
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.plan import Plan
 from grasp_lightning.run_folder import RunFolder
@@ -20,7 +21,55 @@ _FOLDER = "checkpoints"
 _PLAN = f"{_FOLDER}/steps.json"
 _PASS = f"{_FOLDER}/pass.safetensors"
 _NOTES = f"{_FOLDER}/notes.json"
+TRAINING_CHECKPOINT = f"{_FOLDER}/last.ckpt"
 _SCORE_PREFIX, _FACTOR_PREFIX = "scores:", "factors:"
+
+
+class RunNotes:
+    """Numbers of an unfinished run that would take time to measure again.
+
+    Args:
+        run: The run folder.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+
+    def note(self, key: str, value: float) -> None:
+        """Keep a number that would take time to measure again.
+
+        Args:
+            key: What it is.
+            value: The number.
+        """
+        self._run.write_json(_NOTES, {**self._notes(), key: value})
+
+    def noted(self, key: str) -> float | None:
+        """Return a number that ``note`` has kept.
+
+        Args:
+            key: What it is.
+
+        Returns:
+            The number, None if it was not kept.
+        """
+        value = self._notes().get(key)
+        return None if value is None else float(value)
+
+    def _notes(self) -> dict[str, Any]:  # Any: parsed JSON
+        path = self._run.path(_NOTES)
+        notes: dict[str, Any] = {}
+        if path.is_file():
+            notes = json.loads(path.read_text(encoding="utf-8"))
+        return notes
+
+    def clear(self) -> None:
+        """Delete the checkpoints of a run that needs them no more."""
+        folder: Path = self._run.path(_FOLDER)
+        for file in sorted(folder.glob("*")):
+            self._run.remove(f"{_FOLDER}/{file.name}")
+        with suppress(OSError):  # a foreign file in it stays, and so does the folder
+            folder.rmdir()
 
 
 def has_progress(run: RunFolder) -> bool:
@@ -32,10 +81,38 @@ def has_progress(run: RunFolder) -> bool:
     Returns:
         True if it has.
     """
-    return any(run.path(name).exists() for name in (_PLAN, _PASS))
+    return any(run.path(name).exists() for name in (_PLAN, _PASS, TRAINING_CHECKPOINT))
 
 
-class RunProgress:
+@contextmanager
+def attempt(run: RunFolder, memory_advice: str) -> Iterator[None]:
+    """Leave behind either a result, or what a later start can go on from, or nothing.
+
+    Args:
+        run: The run folder, open.
+        memory_advice: Keys to lower where the device has too little memory.
+
+    Yields:
+        Nothing; the block does the work of the run.
+
+    Raises:
+        BaseException: Whatever ended the block.
+        ModelError: If the device had too little memory.
+    """
+    is_new = run.state == "new"
+    try:
+        yield
+    except BaseException as error:
+        # A wrong input makes what was measured worthless; a full disk or a crash does not.
+        is_wrong_input = isinstance(error, GraspError) and not isinstance(error, OutputError)
+        if is_new and (is_wrong_input or not has_progress(run)):
+            run.discard()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ModelError(f"the device has too little memory; lower {memory_advice}") from error
+        raise
+
+
+class RunProgress(RunNotes):
     """The steps of a run, each saved in one step, and the state of the pass that runs.
 
     A step is a file with its scores and factors; it counts once the plan that holds its operations
@@ -56,7 +133,7 @@ class RunProgress:
     """
 
     def __init__(self, run: RunFolder, plan: Plan) -> None:
-        self._run = run
+        super().__init__(run)
         self.plan = plan
         self.scores: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
@@ -131,39 +208,3 @@ class RunProgress:
 
     def _step_key(self) -> str:
         return hashlib.sha256(self.plan.to_json().encode()).hexdigest()
-
-    def note(self, key: str, value: float) -> None:
-        """Keep a number that would take time to measure again.
-
-        Args:
-            key: What it is.
-            value: The number.
-        """
-        self._run.write_json(_NOTES, {**self._notes(), key: value})
-
-    def noted(self, key: str) -> float | None:
-        """Return a number that ``note`` has kept.
-
-        Args:
-            key: What it is.
-
-        Returns:
-            The number, None if it was not kept.
-        """
-        value = self._notes().get(key)
-        return None if value is None else float(value)
-
-    def _notes(self) -> dict[str, Any]:  # Any: parsed JSON
-        path = self._run.path(_NOTES)
-        notes: dict[str, Any] = {}
-        if path.is_file():
-            notes = json.loads(path.read_text(encoding="utf-8"))
-        return notes
-
-    def clear(self) -> None:
-        """Delete the checkpoints of a run that needs them no more."""
-        folder: Path = self._run.path(_FOLDER)
-        for file in sorted(folder.glob("*")):
-            self._run.remove(f"{_FOLDER}/{file.name}")
-        with suppress(OSError):  # a foreign file in it stays, and so does the folder
-            folder.rmdir()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp_lightning.config import BatchOrder
 from grasp_lightning.errors import ModelError
 from grasp_lightning.models.decoder import frozen
 from grasp_lightning.models.next_token import forward_inputs
@@ -20,7 +21,6 @@ from grasp_lightning.models.next_token import forward_inputs
 Rows = list[list[int]]
 """The rows of one batch: the indices of the samples that stand in each, one after another."""
 
-Order = Literal["shuffled", "length_grouped", "packed"]
 PackingForm = Literal["positions", "mask"]
 """How a model is told where a packed row changes from one sample to the next."""
 
@@ -115,7 +115,7 @@ def epoch_batches(
     samples: TokenSamples,
     batch_size: int,
     *,
-    order: Order = "shuffled",
+    order: BatchOrder = "shuffled",
     row_length: int,
     seed: int,
     epoch: int,

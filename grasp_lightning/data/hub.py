@@ -19,6 +19,7 @@ class HubCorpus:
         splits: Parts that can be asked for.
         calibration_split: Part to calibrate on.
         evaluation_split: Held-out part.
+        licence: Conditions of use, as its publishers state them.
         config: Configuration of the data set.
         files: File of each split inside the repository, for data sets of which one file is
             enough; None loads the whole split.
@@ -31,6 +32,7 @@ class HubCorpus:
     splits: tuple[str, ...]
     calibration_split: str
     evaluation_split: str
+    licence: str
     config: str | None = None
     files: Mapping[str, str] | None = None
 
@@ -45,6 +47,7 @@ HUB_CORPORA: dict[str, HubCorpus] = {
         splits=("train", "validation", "test"),
         calibration_split="train",
         evaluation_split="test",
+        licence="CC BY-SA 3.0 and GFDL",
     ),
     # One shard of 1024 and of 8: 356 thousand and 46 thousand documents.
     "c4": HubCorpus(
@@ -55,6 +58,7 @@ HUB_CORPORA: dict[str, HubCorpus] = {
         splits=("train", "validation"),
         calibration_split="train",
         evaluation_split="validation",
+        licence="ODC-By 1.0, and the terms of use of Common Crawl",
         files={
             "train": "en/c4-train.00000-of-01024.json.gz",
             "validation": "en/c4-validation.00000-of-00008.json.gz",
@@ -70,6 +74,7 @@ HUB_CORPORA: dict[str, HubCorpus] = {
         splits=("train", "validation", "test"),
         calibration_split="train",
         evaluation_split="test",
+        licence="LDC User Agreement for Non-Members",
         files={
             "train": "penn_treebank/train/0000.parquet",
             "validation": "penn_treebank/validation/0000.parquet",

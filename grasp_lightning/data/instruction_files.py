@@ -49,11 +49,13 @@ class HubInstructions:
         repository: Name of the data set, with the columns of ``InstructionSample``.
         revision: Commit.
         split: Part of the data set.
+        licence: Conditions of use, as the publishers of Stanford Alpaca state them.
     """
 
     repository: str
     revision: str
     split: str
+    licence: str
 
 
 HUB_INSTRUCTIONS: dict[str, HubInstructions] = {
@@ -62,6 +64,7 @@ HUB_INSTRUCTIONS: dict[str, HubInstructions] = {
         repository="yahma/alpaca-cleaned",
         revision="12567cabf869d7c92e573c7c783905fc160e9639",
         split="train",
+        licence="CC BY-NC 4.0",
     ),
 }
 INSTRUCTION_SOURCES = (*HUB_INSTRUCTIONS, "file")

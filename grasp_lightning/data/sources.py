@@ -9,7 +9,7 @@ from grasp_lightning.data.hub import HUB_CORPORA, hub_documents
 from grasp_lightning.data.pydoc import PYDOC_SPLITS, pydoc_documents
 from grasp_lightning.errors import ConfigError, DataError
 
-Part = Literal["calibration", "evaluation"]
+Part = Literal["calibration", "evaluation", "text"]
 """What the text is for; also the section of the configuration that asks for it."""
 
 SOURCES = ("pydoc", *HUB_CORPORA, "file")
@@ -47,6 +47,20 @@ class Documents:
 
     texts: tuple[str, ...]
     name: str
+
+
+def source_licence(source: str) -> str | None:
+    """Return the conditions of use of a named corpus, as its publishers state them.
+
+    Args:
+        source: One of ``SOURCES``.
+
+    Returns:
+        The licence; None for a local file.
+    """
+    if source == "pydoc":
+        return "PSF License Agreement, version 2"
+    return HUB_CORPORA[source].licence if source in HUB_CORPORA else None
 
 
 def read_documents(corpus: Corpus, part: Part) -> Documents:
@@ -112,11 +126,11 @@ def _refuse_field(corpus: Corpus, part: Part, reason: str) -> None:
 def _split(corpus: Corpus, part: Part) -> str:
     if corpus.source == "pydoc":
         splits: tuple[str, ...] = PYDOC_SPLITS
-        default = "train" if part == "calibration" else "test"
+        default = "test" if part == "evaluation" else "train"
     else:
         hub = HUB_CORPORA[corpus.source]
         splits = hub.splits
-        default = hub.calibration_split if part == "calibration" else hub.evaluation_split
+        default = hub.evaluation_split if part == "evaluation" else hub.calibration_split
     split = default if corpus.split is None else corpus.split
     if split not in splits:
         raise ConfigError(

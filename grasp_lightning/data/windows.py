@@ -178,9 +178,12 @@ def pack_windows(
 
 
 def calibration_windows(
-    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    part: Part = "calibration",
 ) -> TokenWindows:
-    """Draw the windows that scores are measured on.
+    """Draw the windows that scores are measured on, or that a model is trained on.
 
     The seed shuffles the documents. They are read until there are ``CANDIDATE_FACTOR`` times as
     many windows as needed (a shard of C4 has hundreds of times as many), or all are read, and a
@@ -192,12 +195,13 @@ def calibration_windows(
         config: Section ``calibration`` of the configuration.
         tokenizer: Tokenizer of the model.
         seed: Seed of both draws.
+        part: Name of the section, for messages.
 
     Returns:
         ``num_samples`` full windows, in the order in which they stand in the shuffled corpus.
     """
-    check_window_options(config, "calibration")
-    documents = read_documents(config, "calibration")
+    check_window_options(config, part)
+    documents = read_documents(config, part)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents.texts), generator=generator).tolist()
     windows = pack_windows(
@@ -207,7 +211,7 @@ def calibration_windows(
         add_bos=config.add_bos,
         enough=CANDIDATE_FACTOR * config.num_samples,
     )
-    _require_windows(windows, config.num_samples, documents.name, "calibration")
+    _require_windows(windows, config.num_samples, documents.name, part)
     chosen = torch.randperm(len(windows), generator=generator)[: config.num_samples]
     return _with_targets(windows.select(chosen.sort().values), documents.name)
 

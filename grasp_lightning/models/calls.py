@@ -47,20 +47,20 @@ def hidden_output(output: object) -> Tensor:
     return hidden
 
 
-def check_length(view: DecoderView, seqlen: int, part: str) -> None:
+def check_length(view: DecoderView, length: int, key: str) -> None:
     """Refuse windows that are longer than the model has positions.
 
     Args:
         view: The model.
-        seqlen: Tokens per window.
-        part: Section of the configuration, for the message.
+        length: Most tokens of a window or sample.
+        key: Its key in the configuration, for the message.
 
     Raises:
         ConfigError: If the windows are too long.
     """
     positions = getattr(view.model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and seqlen > positions:
-        raise ConfigError(f"{part}.seqlen is {seqlen}, but the model has {positions} positions")
+    if isinstance(positions, int) and length > positions:
+        raise ConfigError(f"{key} is {length}, but the model has {positions} positions")
 
 
 def check_vocabulary(view: DecoderView, input_ids: Tensor) -> None:

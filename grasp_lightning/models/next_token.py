@@ -3,7 +3,7 @@
 Legend: B windows of T tokens, V words in the vocabulary, n predicted tokens.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,37 +47,120 @@ def next_token_losses(logits: Tensor, input_ids: Tensor, targets: Tensor) -> Ten
     Returns:
         Float32 losses in nats, one per predicted token, ``(n,)``.
     """
+    rows, labels = _predicted(input_ids, targets)
+
+    def cross_entropy(part: Tensor, place: slice) -> tuple[Tensor, Tensor]:
+        return _cross_entropy(part, labels[place])
+
+    return _row_losses(logits, rows, cross_entropy)
+
+
+def distillation_losses(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    input_ids: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    mix: float,
+) -> Tensor:
+    """Return how far every prediction is from a teacher's, mixed with its cross-entropy.
+
+    Per predicted token ``mix * t^2 * KL(teacher || student) + (1 - mix) * cross-entropy``, where
+    both distributions of the divergence are softened by the temperature t. As in
+    ``next_token_losses``, logits that require grad are overwritten.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531,
+    section 2 (the factor t^2 keeps the size of gradients).
+
+    Args:
+        logits: Scores of the next token by the student, ``(B, T, V)``, any float dtype.
+        teacher_logits: The same by the teacher; no gradient flows into it.
+        input_ids: Token ids, ``(B, T)``.
+        targets: True where a token is predicted, ``(B, T)``; the first column is never read.
+        temperature: Divides both logits, above 0.
+        mix: Share of the teacher, in [0, 1].
+
+    Returns:
+        Float32 losses in nats, one per predicted token, ``(n,)``.
+
+    Raises:
+        ValueError: If the two logits differ in shape.
+    """
+    if logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student and teacher must score the same tokens, got logits of shape "
+            f"{tuple(logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+    rows, labels = _predicted(input_ids, targets)
+    flat = teacher_logits.detach().flatten(end_dim=1)
+
+    def mixed(part: Tensor, place: slice) -> tuple[Tensor, Tensor]:
+        divergence, divergence_grad = _divergence(part, flat[rows[place]].float(), temperature)
+        losses, grad = _cross_entropy(part, labels[place])
+        return torch.lerp(losses, divergence, mix), torch.lerp(grad, divergence_grad, mix)
+
+    return _row_losses(logits, rows, mixed)
+
+
+PartLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""Float32 logits of some predicted tokens ``(p, V)``, and which of the n tokens these are -> losses
+``(p,)``, and their gradient by the logits ``(p, V)``."""
+
+
+def _predicted(input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where in the flattened logits tokens are predicted, and which tokens, (n,) each."""
     predicted = torch.zeros_like(targets)
     predicted[:, :-1] = targets[:, 1:]
-    rows = predicted.flatten().nonzero().squeeze(1)  # (n,), in the flattened logits
-    labels = input_ids.flatten()[rows + 1]
-    losses: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]  # untyped in torch
-        logits.flatten(end_dim=1), rows, labels
+    rows = predicted.flatten().nonzero().squeeze(1)
+    return rows, input_ids.flatten()[rows + 1]
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    at_label = (torch.arange(len(logits), device=logits.device), labels)
+    log_probs = log_softmax(logits, dim=-1)
+    losses = -log_probs[at_label]
+    grad = log_probs.exp_()
+    grad[at_label] -= 1
+    return losses, grad
+
+
+def _divergence(logits: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    log_probs = log_softmax(logits / temperature, dim=-1)
+    teacher_log_probs = log_softmax(teacher / temperature, dim=-1)
+    teacher_probs = teacher_log_probs.exp()
+    # A probability of zero times a logarithm of minus infinity counts nothing.
+    terms = torch.where(teacher_probs > 0, teacher_probs * (teacher_log_probs - log_probs), 0.0)
+    return temperature**2 * terms.sum(dim=-1), temperature * (log_probs.exp_() - teacher_probs)
+
+
+def _row_losses(logits: Tensor, rows: Tensor, part_loss: PartLoss) -> Tensor:
+    losses: Tensor = _RowLosses.apply(  # type: ignore[no-untyped-call]  # untyped in torch
+        logits.flatten(end_dim=1), rows, part_loss
     )
     return losses
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of some rows of logits, a few rows at a time.
+class _RowLosses(torch.autograd.Function):
+    """A loss of each of some rows of logits, a few rows at a time.
 
     The forward pass puts the gradient by the logits in their place: at a window of 2048 tokens and
     a vocabulary of 128 thousand, each copy of them would take a gigabyte.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN401  torch's own type
+    def forward(ctx: Any, logits: Tensor, rows: Tensor, part_loss: PartLoss) -> Tensor:  # noqa: ANN401  torch's own type
         # Detached, it shares memory and version counter: whoever saved the logits will notice.
         grad = logits.detach() if ctx.needs_input_grad[0] else None
         ctx.rows, ctx.grad = rows, grad
         losses = []
-        for row, label in _parts(logits.shape[1], rows, labels):
-            at_label = (torch.arange(len(row), device=row.device), label)
-            log_probs = log_softmax(logits[row].float(), dim=-1)
-            losses.append(-log_probs[at_label])
+        size = max(_PART // logits.shape[1], 1)
+        for start in range(0, max(len(rows), 1), size):
+            place = slice(start, start + size)
+            part_losses, part_grad = part_loss(logits[rows[place]].float(), place)
+            losses.append(part_losses)
             if grad is not None:
-                rows_grad = log_probs.exp_()
-                rows_grad[at_label] -= 1
-                grad[row] = rows_grad.to(grad.dtype)
+                grad[rows[place]] = part_grad.to(grad.dtype)
         return torch.cat(losses)
 
     @staticmethod
@@ -91,9 +174,3 @@ class _CrossEntropy(torch.autograd.Function):
         scale = grad.new_zeros(len(grad))
         scale[ctx.rows] = grad_losses.to(grad.dtype)
         return grad.mul_(scale[:, None]), None, None
-
-
-def _parts(vocabulary: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    size = max(_PART // vocabulary, 1)
-    for start in range(0, max(len(tensors[0]), 1), size):
-        yield tuple(tensor[start : start + size] for tensor in tensors)

@@ -6,7 +6,7 @@ Nothing outside this list is ever deleted.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self, get_args
@@ -33,6 +33,7 @@ class Manifest:
         files: Relative paths of files, ``/`` between parts.
         folders: Relative paths of folders that the run made; deleted only when empty.
         work: Relative paths of temporary folders, deleted with all they hold.
+        live: Relative paths of folders that libraries write into, with all they hold.
     """
 
     config_hash: str
@@ -40,11 +41,12 @@ class Manifest:
     files: set[str] = field(default_factory=set)
     folders: set[str] = field(default_factory=set)
     work: set[str] = field(default_factory=set)
+    live: set[str] = field(default_factory=set)
 
     @property
     def listed(self) -> set[str]:
         """All relative paths of the run."""
-        return self.files | self.folders | self.work
+        return self.files | self.folders | self.work | self.live
 
     def counts(self, root: Path) -> bool:
         """Return whether there is anything to go on with: not half deleted, and something written.
@@ -90,6 +92,7 @@ class Manifest:
         if content["state"] not in get_args(ManifestState):
             raise ValueError(f"unknown state {content['state']!r}")
         lists = {key: set(_inside(content[key])) for key in ("files", "folders", "work")}
+        lists["live"] = set(_inside(content.get("live", [])))  # runs of earlier versions have none
         return cls(config_hash=str(content["config_hash"]), state=content["state"], **lists)
 
     def write(self, root: Path) -> None:
@@ -105,6 +108,7 @@ class Manifest:
             "files": sorted(self.files),
             "folders": sorted(self.folders),
             "work": sorted(self.work),
+            "live": sorted(self.live),
         }
         temporary = partial_path(root / MANIFEST_NAME)
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -119,6 +123,7 @@ class Manifest:
         self.state = "deleting"
         self.write(root)
         self.delete_partial(root)
+        _delete_folders(root, self.live)
         for name in self.files:
             if _is_own(root, name) and ((path := root / name).is_symlink() or not path.is_dir()):
                 path.unlink(missing_ok=True)
@@ -132,12 +137,17 @@ class Manifest:
         Args:
             root: The run folder.
         """
-        for name in self.work:
-            if _is_own(root, name) and (root / name).is_dir():
-                shutil.rmtree(root / name)
+        _delete_folders(root, self.work)
         for name in self.files:
             if _is_own(root, name):
                 partial_path(root / name).unlink(missing_ok=True)
+
+
+def _delete_folders(root: Path, names: Iterable[str]) -> None:
+    for name in names:
+        folder = root / name
+        if _is_own(root, name) and folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
 
 
 def partial_path(path: Path) -> Path:

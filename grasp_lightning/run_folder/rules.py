@@ -23,7 +23,7 @@ _RESERVED = (
     *("metrics.json", "report.html", "checkpoints"),
 )
 # They say where a run goes, not what it is.
-_NOT_COMPARED = ("output_dir", "overwrite")
+_NOT_COMPARED = ("output_dir", "overwrite", "push_to_hub")
 
 
 def classify(

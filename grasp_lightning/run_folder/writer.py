@@ -128,6 +128,27 @@ class RunWriter:
                 self._manifest.work.discard(f"{name}.partial")
                 self._manifest.write(self.root)
 
+    def live_folder(self, name: str) -> Path:
+        """Give a folder that libraries write into while the run goes on; all in it is of the run.
+
+        Unlike ``new_folder`` it can be looked at meanwhile, and keeps what an earlier start wrote.
+
+        Args:
+            name: Relative path of the folder, such as ``logs``.
+
+        Returns:
+            The folder.
+        """
+        self._require_writable()
+        target = self.path(name)
+        with as_output_error(target):
+            refuse_foreign(self.root, self._manifest, name)
+            self._record_parents(name)
+            self._manifest.live.add(name)
+            self._manifest.write(self.root)
+            target.mkdir(parents=True, exist_ok=True)
+        return target
+
     def _adopt(self, temporary: Path, name: str) -> None:
         for old in [file for file in self._manifest.files if file.startswith(f"{name}/")]:
             self.path(old).unlink(missing_ok=True)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp_lightning.config import BatchOrder
 from grasp_lightning.data.batching import (
-    Order,
     Rows,
     TokenSamples,
     collate,
@@ -19,7 +19,7 @@ from grasp_lightning.errors import ModelError
 from grasp_lightning.models.next_token import forward_inputs, next_token_losses
 from tests.conftest import ALL_FAMILIES, FAMILIES, tiny_model
 
-ORDERS: tuple[Order, ...] = ("shuffled", "length_grouped", "packed")
+ORDERS: tuple[BatchOrder, ...] = ("shuffled", "length_grouped", "packed")
 ROW = 40
 
 
@@ -48,7 +48,7 @@ def indices(batches: list[Rows]) -> Iterator[int]:
 
 
 def epoch(
-    samples: TokenSamples, order: Order, number: int = 0, seed: int = 0, batch_size: int = 4
+    samples: TokenSamples, order: BatchOrder, number: int = 0, seed: int = 0, batch_size: int = 4
 ) -> list[Rows]:
     return epoch_batches(samples, batch_size, order=order, row_length=ROW, seed=seed, epoch=number)
 
@@ -92,7 +92,7 @@ def test_inconsistent_samples_are_refused() -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("count", [0, 1, 103, 450])
-def test_every_sample_is_in_one_batch_of_an_epoch(order: Order, count: int) -> None:
+def test_every_sample_is_in_one_batch_of_an_epoch(order: BatchOrder, count: int) -> None:
     batches = epoch(random_samples(count), order)
     assert sorted(indices(batches)) == list(range(count))
     assert all(len(rows) == 4 for rows in batches[:-1]) or order == "length_grouped"
@@ -100,7 +100,7 @@ def test_every_sample_is_in_one_batch_of_an_epoch(order: Order, count: int) -> N
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_seed_and_epoch_alone_decide_the_batches(order: Order) -> None:
+def test_seed_and_epoch_alone_decide_the_batches(order: BatchOrder) -> None:
     samples = random_samples(103)
     assert epoch(samples, order) == epoch(random_samples(103), order)
     different = [epoch(samples, order, number, seed) for seed in (0, 1) for number in (0, 1)]
@@ -108,13 +108,13 @@ def test_seed_and_epoch_alone_decide_the_batches(order: Order) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_all_epochs_have_as_many_batches(order: Order) -> None:
+def test_all_epochs_have_as_many_batches(order: BatchOrder) -> None:
     samples = random_samples(450)
     assert len({len(epoch(samples, order, number)) for number in range(5)}) == 1
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_samples_are_not_in_order_of_length(order: Order) -> None:
+def test_samples_are_not_in_order_of_length(order: BatchOrder) -> None:
     samples = random_samples(450)
     longest = [
         max(samples.lengths[i] for row in rows for i in row) for rows in epoch(samples, order)
@@ -274,7 +274,7 @@ def test_packed_rows_give_the_logits_of_their_samples(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("order", ORDERS)
 def test_summed_loss_and_gradient_equal_those_of_the_samples_alone(
-    family: str, order: Order
+    family: str, order: BatchOrder
 ) -> None:
     model, samples = tiny_model(family), random_samples(12)
     weight = next(model.parameters())

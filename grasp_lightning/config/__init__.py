@@ -1,0 +1,78 @@
+"""Typed configuration of the commands. No torch here, so that parsing and ``--help`` are quick.
+
+``None`` means "not set by the user": presets and methods fill in what is left (see ``resolve``).
+"""
+
+from grasp_lightning.config.common import (
+    CalibrationConfig,
+    Dtype,
+    EvaluationConfig,
+    ModelConfig,
+    Precision,
+    TrainerConfig,
+)
+from grasp_lightning.config.compensate import (
+    BatchOrder,
+    CompensateConfig,
+    DistillationConfig,
+    InstructionConfig,
+    LearningRateSchedule,
+    LoggersConfig,
+    LoraSettings,
+    Objective,
+    OptimizerConfig,
+    TextConfig,
+    TrainingConfig,
+    TrainMode,
+)
+from grasp_lightning.config.compress import (
+    CompressConfig,
+    ExportConfig,
+    LayerMetric,
+    MethodConfig,
+    MethodName,
+    PresetName,
+    Reduction,
+    Schedule,
+    Score,
+    Terms,
+)
+from grasp_lightning.config.measure import (
+    BenchmarkConfig,
+    CorpusWindows,
+    EvaluateConfig,
+)
+
+__all__ = [
+    "BatchOrder",
+    "BenchmarkConfig",
+    "CalibrationConfig",
+    "CompensateConfig",
+    "CompressConfig",
+    "CorpusWindows",
+    "DistillationConfig",
+    "Dtype",
+    "EvaluateConfig",
+    "EvaluationConfig",
+    "ExportConfig",
+    "InstructionConfig",
+    "LayerMetric",
+    "LearningRateSchedule",
+    "LoggersConfig",
+    "LoraSettings",
+    "MethodConfig",
+    "MethodName",
+    "ModelConfig",
+    "Objective",
+    "OptimizerConfig",
+    "Precision",
+    "PresetName",
+    "Reduction",
+    "Schedule",
+    "Score",
+    "Terms",
+    "TextConfig",
+    "TrainMode",
+    "TrainerConfig",
+    "TrainingConfig",
+]

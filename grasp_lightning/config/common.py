@@ -1,0 +1,101 @@
+"""Sections that several commands have: models, texts and the Trainer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Precision = Literal["32-true", "bf16-mixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model to load, and how.
+
+    Attributes:
+        path: Hugging Face folder, hub name, .gguf file, or the alias ``smollm2``.
+        revision: Branch, tag or commit of a hub model.
+        gguf_file: Name of a .gguf file inside the folder or hub repository ``path``.
+        dtype: Floating point type of the weights; auto keeps the checkpoint's (GGUF: float32).
+        device: Device that holds the model: auto, cpu, cuda, cuda:1, ...
+        trust_remote_code: Run model code that comes with the checkpoint.
+    """
+
+    path: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """The text that scores are measured on.
+
+    Attributes:
+        source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file with ``path``.
+        path: A .txt, .jsonl or .parquet file for ``source: file``.
+        split: Part of the corpus; None takes the source's own part for calibration.
+        field: Column that holds the text of .jsonl and .parquet files.
+        num_samples: Number of windows.
+        seqlen: Tokens per window.
+        batch_size: Windows per forward pass; changes speed and memory, never scores.
+        add_bos: Start every window with the tokenizer's beginning-of-sequence token.
+    """
+
+    source: str = "wikitext2"
+    path: str | None = None
+    split: str | None = None
+    field: str = "text"
+    num_samples: int = 512
+    seqlen: int = 512
+    batch_size: int = 1
+    add_bos: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The held-out text that perplexity is measured on, before and after.
+
+    Attributes:
+        source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file with ``path``.
+        path: A .txt, .jsonl or .parquet file for ``source: file``.
+        split: Part of the corpus; None takes the source's own held-out part.
+        field: Column that holds the text of .jsonl and .parquet files.
+        num_samples: Number of windows, from the start of the corpus; None takes all.
+        seqlen: Tokens per window.
+        batch_size: Windows per forward pass.
+        add_bos: Start every window with the tokenizer's beginning-of-sequence token.
+        tail: Keep or drop a last window that is shorter than ``seqlen``.
+    """
+
+    source: str = "wikitext2"
+    path: str | None = None
+    split: str | None = None
+    field: str = "text"
+    num_samples: int | None = None
+    seqlen: int = 2048
+    batch_size: int = 1
+    add_bos: bool = False
+    tail: Literal["keep", "drop"] = "keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How Lightning runs the calibration.
+
+    Attributes:
+        accelerator: Lightning accelerator; auto follows ``model.device``.
+        devices: Number of devices per node.
+        num_nodes: Number of nodes.
+        strategy: Lightning strategy.
+        precision: 32-true runs in the model's own dtype, bf16-mixed computes in bfloat16.
+        checkpoint_seconds: Seconds between saves of a running pass, for a killed run to go on from.
+    """
+
+    accelerator: Literal["auto", "cpu", "cuda", "gpu"] = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: Literal["auto"] = "auto"
+    precision: Precision = "32-true"
+    checkpoint_seconds: float = 30.0

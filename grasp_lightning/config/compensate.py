@@ -1,0 +1,211 @@
+"""Configuration of ``compensate``. The defaults are the published settings, preset ``paper``."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from grasp_lightning.config.common import EvaluationConfig, ModelConfig, TrainerConfig
+
+TrainMode = Literal["lora", "factors", "lora_on_factors"]
+Objective = Literal["instruction", "text", "distill"]
+BatchOrder = Literal["shuffled", "length_grouped", "packed"]
+LearningRateSchedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters, which are merged into the weights at the end.
+
+    Attributes:
+        rank: Rank of each adapter; half the smaller side of a linear is the most it gets.
+        alpha: An adapter's product is scaled by alpha / rank.
+        dropout: Share of an adapter's inputs that is set to zero in training, in [0, 1).
+        targets: Names of linears, such as q_proj, or full module names; empty takes all linears of
+            the decoder layers.
+    """
+
+    rank: int = 256
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionConfig:
+    """Instructions with answers, as the Alpaca template presents them.
+
+    Attributes:
+        source: alpaca (hub), or file with ``path``.
+        path: A .jsonl, .json or .parquet file with instruction, output and, optionally, input.
+        num_train: Number of samples to train on; None takes all that are not set aside.
+        num_validation: Number of samples set aside to validate on.
+        max_length: Most tokens of a sample; longer ones lose their end.
+        train_on_inputs: Learn the prompt, too, not the answer alone.
+        add_eos: End samples with the end-of-sequence token.
+        add_bos: Start samples with the beginning-of-sequence token; None does as the tokenizer.
+        order: shuffled, length_grouped (less padding) or packed (several samples per row, apart).
+        licence: Licence of a local file, for the model card.
+    """
+
+    source: str = "alpaca"
+    path: str | None = None
+    num_train: int | None = None
+    num_validation: int = 2000
+    max_length: int = 256
+    train_on_inputs: bool = True
+    add_eos: bool = False
+    add_bos: bool | None = None
+    order: BatchOrder = "shuffled"
+    licence: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Plain text, in windows of equal length.
+
+    Attributes:
+        source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file with ``path``.
+        path: A .txt, .jsonl or .parquet file for ``source: file``.
+        split: Part of the corpus; None takes the source's own part for calibration.
+        field: Column that holds the text of .jsonl and .parquet files.
+        num_samples: Number of windows to train on.
+        num_validation: Number of other windows to validate on.
+        seqlen: Tokens per window.
+        add_bos: Start every window with the tokenizer's beginning-of-sequence token.
+        licence: Licence of a local file, for the model card.
+    """
+
+    source: str = "wikitext2"
+    path: str | None = None
+    split: str | None = None
+    field: str = "text"
+    num_samples: int = 512
+    num_validation: int = 32
+    seqlen: int = 512
+    add_bos: bool = False
+    licence: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Learning from the distribution that a teacher gives, beside the text itself.
+
+    Attributes:
+        teacher: The dense model: a folder, hub name, .gguf file, or the alias ``smollm2``.
+        data: What both models read: instruction (section ``data``) or text (section ``text``).
+        temperature: Both distributions are taken at this temperature, above 0.
+        mix: Share of the teacher in the loss, in (0, 1]; the rest is the usual cross-entropy.
+        device: Where the teacher is held: auto (beside the model), or another device, such as cpu.
+    """
+
+    teacher: str | None = None
+    data: Literal["instruction", "text"] = "instruction"
+    temperature: float = 1.0
+    mix: float = 0.5
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning rate.
+
+    Attributes:
+        learning_rate: Highest learning rate.
+        weight_decay: Decoupled decay of all trained parameters.
+        beta1: Decay of the mean of gradients.
+        beta2: Decay of the mean of squared gradients.
+        epsilon: Added to the root of that mean.
+        schedule: How the learning rate falls after the warm-up: constant, linear or cosine to 0.
+        warmup_steps: Optimizer steps over which the learning rate rises from 0.
+        gradient_clip: Largest norm of all gradients together; None does not clip.
+    """
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    schedule: LearningRateSchedule = "linear"
+    warmup_steps: int = 100
+    gradient_clip: float | None = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long to train, in which steps, and what to keep.
+
+    Attributes:
+        epochs: How often each sample is seen.
+        max_steps: Most optimizer steps; None leaves it to ``epochs``.
+        batch_size: Rows per optimizer step.
+        micro_batch_size: Rows per forward pass; changes memory and speed, not what is learned.
+        validate_every: Optimizer steps between validations; None validates before and after only.
+        patience: End after so many validations without a lower loss; None goes on.
+        keep: Weights to keep: last, or best (lowest validation loss).
+        gradient_checkpointing: Compute activations again in the backward pass to save memory.
+    """
+
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 32
+    micro_batch_size: int = 4
+    validate_every: int | None = None
+    patience: int | None = None
+    keep: Literal["last", "best"] = "last"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggersConfig:
+    """Where losses are logged, beside the CSV file in ``logs``.
+
+    Attributes:
+        tensorboard: Write TensorBoard files into ``logs``; needs the extra ``tensorboard``.
+        wandb: Project on Weights & Biases; needs the package wandb.
+    """
+
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensateConfig:
+    """Everything that ``compensate`` reads.
+
+    Attributes:
+        output_dir: Run folder that is written.
+        overwrite: Delete what an earlier run wrote there.
+        seed: Seed of validation split, order, adapters and dropout.
+        preset: Named set of defaults: paper, the settings of arXiv:2501.00339, Table 6.
+        train: What is trained: lora (adapters on all linears), factors (the low-rank factors of
+            replaced layers themselves), or lora_on_factors (adapters on these factors alone).
+        objective: What is learned: instruction, text, or distill (a teacher's distribution).
+        push_to_hub: Name of a hub repository that the finished model is uploaded to.
+        model: The compressed model.
+        lora: Adapters.
+        data: Instructions to learn.
+        text: Text to learn.
+        distillation: The teacher.
+        optimizer: AdamW and its learning rate.
+        training: Steps, batches, and what to keep.
+        evaluation: Held-out text that perplexity is measured on, before and after.
+        trainer: Lightning settings.
+        loggers: Where losses are logged.
+    """
+
+    output_dir: str | None = None
+    overwrite: bool = False
+    seed: int = 0
+    preset: Literal["paper"] = "paper"
+    train: TrainMode = "lora"
+    objective: Objective = "instruction"
+    push_to_hub: str | None = None
+    model: ModelConfig
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    data: InstructionConfig = field(default_factory=InstructionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    loggers: LoggersConfig = field(default_factory=LoggersConfig)

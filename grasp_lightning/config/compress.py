@@ -1,0 +1,101 @@
+"""Configuration of ``compress``, ``plan`` and ``export``."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from grasp_lightning.config.common import (
+    CalibrationConfig,
+    EvaluationConfig,
+    ModelConfig,
+    TrainerConfig,
+)
+
+MethodName = Literal["grasp", "drop"]
+LayerMetric = Literal["similarity", "angular"]
+Terms = Literal["full", "sigma"]
+Reduction = Literal["signed", "absolute", "squared"]
+Score = Literal["taylor", "gradient", "magnitude"]
+Schedule = Literal["one_shot", "iterative"]
+PresetName = Literal["paper", "released"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What is removed, and how it is chosen.
+
+    Attributes:
+        name: Compression method.
+        preset: Named set of options; it fills only keys that are not set.
+        layer_metric: How redundant layers are found when ``num_layers`` is given.
+        num_layers: Number of decoder layers to replace or delete.
+        layers: Explicit indices of decoder layers instead of ``num_layers``.
+        keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1).
+        removed_ratio: Share of all the model's parameters to remove, instead of one of
+            ``num_layers`` and ``keep_ratio``.
+        terms: Parameters of a component that are scored: all of u, s, v, or s alone.
+        reduction: How per-window scores are combined.
+        score: taylor multiplies each gradient with its parameter, gradient does not, magnitude
+            takes the singular values alone.
+        schedule: one_shot scores all chosen layers in one pass; iterative replaces the last layer
+            first, its MLP before its attention, and scores each with what is above replaced.
+        score_all_layers: Score the components of all layers, so that ``from_scores`` can choose
+            any of them later; one_shot only.
+    """
+
+    name: MethodName = "grasp"
+    preset: PresetName | None = None
+    layer_metric: LayerMetric | None = None
+    num_layers: int | None = None
+    layers: tuple[int, ...] | None = None
+    keep_ratio: float | None = None
+    removed_ratio: float | None = None
+    terms: Terms | None = None
+    reduction: Reduction | None = None
+    score: Score | None = None
+    schedule: Schedule | None = None
+    score_all_layers: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """Everything that ``compress`` and ``plan`` read.
+
+    Attributes:
+        output_dir: Run folder that is written; ``plan`` needs none.
+        overwrite: Delete what an earlier run wrote there.
+        seed: Seed of the choice of calibration windows.
+        from_scores: Run folder whose stored scores are cut again, without a pass over the data;
+            its configuration is taken where no key is set.
+        model: Which model.
+        method: What is removed.
+        calibration: Text to measure on.
+        evaluation: Held-out text.
+        trainer: Lightning settings.
+    """
+
+    output_dir: str | None = None
+    overwrite: bool = False
+    seed: int = 0
+    from_scores: str | None = None
+    model: ModelConfig
+    method: MethodConfig = field(default_factory=MethodConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Everything that ``export`` reads.
+
+    Attributes:
+        model: Folder of a compressed model, such as ``runs/x/model``.
+        format: Shape of the copy; dense multiplies the factors back into ordinary weights.
+        output_dir: Run folder that is written; the copy is in its folder ``model``.
+        overwrite: Delete what an earlier run wrote there.
+    """
+
+    model: str
+    format: Literal["dense"] = "dense"
+    output_dir: str
+    overwrite: bool = False

@@ -1,0 +1,111 @@
+"""Configuration of ``evaluate`` and ``benchmark``."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from grasp_lightning.config.common import Dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusWindows:
+    """How the texts of ``evaluate`` are cut into windows; keys as in ``EvaluationConfig``.
+
+    Attributes:
+        split: Part of the corpora; None takes each one's own held-out part.
+        field: Column that holds the text of .jsonl and .parquet files.
+        num_samples: Number of windows, from the start of each corpus; None takes all.
+        seqlen: Tokens per window.
+        batch_size: Windows per forward pass.
+        add_bos: Start every window with the tokenizer's beginning-of-sequence token.
+        tail: Keep or drop a last window that is shorter than ``seqlen``.
+    """
+
+    split: str | None = None
+    field: str = "text"
+    num_samples: int | None = None
+    seqlen: int = 2048
+    batch_size: int = 1
+    add_bos: bool = False
+    tail: Literal["keep", "drop"] = "keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Everything that ``evaluate`` reads.
+
+    Attributes:
+        model: Models, the first one the others are compared with: each a folder, a hub name, a
+            .gguf file or the alias ``smollm2``.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Floating point type of the weights; auto keeps each checkpoint's.
+        device: Device that holds the model: auto, cpu, cuda, cuda:1, ...
+        trust_remote_code: Run model code that comes with the checkpoints.
+        corpora: Texts to measure perplexity on: each a name (wikitext2, ptb, c4, pydoc), or a
+            .txt, .jsonl or .parquet file.
+        evaluation: How these texts are cut into windows.
+        tasks: Names of lm-eval tasks, tags or groups; needs the extra ``eval``.
+        task_data: Folder with local data of tasks, ``<task>/<split>.jsonl``; a task without a
+            folder there takes its data from the hub.
+        limit: Number of documents per task, from its start; None takes all.
+        num_fewshot: Examples before each question; None takes each task's own number.
+        batch_size: Requests of a task per forward pass.
+        seed: Seed of few-shot examples and of sampling; 1234 is lm-eval's own.
+        output: JSON file that holds the results; what is finished in it is not measured again.
+        overwrite: Measure again what ``output`` holds.
+    """
+
+    model: tuple[str, ...]
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    corpora: tuple[str, ...] = ()
+    evaluation: CorpusWindows = field(default_factory=CorpusWindows)
+    tasks: tuple[str, ...] = ()
+    task_data: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 1
+    seed: int = 1234
+    output: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Everything that ``benchmark`` reads.
+
+    Attributes:
+        model: The model that the others are compared with: a folder, a hub name, a .gguf file or
+            the alias ``smollm2``.
+        against: The others.
+        revision: Branch, tag or commit of the hub models.
+        dtype: Floating point type of the weights; auto keeps each checkpoint's.
+        device: Device that holds the models: auto, cpu, cuda, cuda:1, ...
+        trust_remote_code: Run model code that comes with the checkpoints.
+        threads: Threads of torch on the CPU; None leaves torch's own number.
+        prefill_lengths: Prompt lengths, in tokens, whose prefill is timed, one prompt at a time.
+        decode_batch_sizes: Numbers of sequences that are decoded together.
+        prompt_length: Tokens per sequence before decoding.
+        new_tokens: Tokens that are decoded per sequence.
+        rounds: How often everything is measured, in random order.
+        seed: Seed of the prompts and of the order.
+        output: JSON file that is written, and beside it a plot of the same name.
+        overwrite: Write over an ``output`` that exists.
+    """
+
+    model: str
+    against: tuple[str, ...] = ()
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    threads: int | None = None
+    prefill_lengths: tuple[int, ...] = (128, 256, 512, 1024)
+    decode_batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    prompt_length: int = 128
+    new_tokens: int = 32
+    rounds: int = 7
+    seed: int = 0
+    output: str | None = None
+    overwrite: bool = False
