@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 
 from grasp_lightning.errors import OutputError, PlanError
 from grasp_lightning.plan import Plan
+from grasp_lightning.reporting.compensation import render_compensation_report
+from grasp_lightning.reporting.compensation_metrics import CompensationMetrics
 from grasp_lightning.reporting.metrics import Metrics
 from grasp_lightning.reporting.page import render_report
 from grasp_lightning.run_folder import RunFolder
@@ -59,16 +62,40 @@ def amend_run(model: str, section: str, content: Section, merge: Merge = _replac
 
 
 def _amend(run: RunFolder, section: str, content: Section, merge: Merge) -> Path:
-    scores_file = run.path("scores.safetensors")
-    try:
+    with _readable_files(run):
         stored = json.loads(run.path(_METRICS_NAME).read_text(encoding="utf-8"))
-        plan = Plan.from_json(run.path("plan.json").read_text(encoding="utf-8"))
         settings = yaml.safe_load(run.path("config.yaml").read_text(encoding="utf-8"))
-        scores = load_file(scores_file) if scores_file.is_file() else {}
-    except (OSError, ValueError, yaml.YAMLError, SafetensorError, PlanError) as error:
-        raise OutputError(f"the run in {run.root} has unreadable files ({error})") from error
     earlier = stored.get(section)
     new = content if earlier is None else merge(earlier, content)
-    metrics = Metrics.from_dict({**stored, section: dict(new)})
-    run.write_text("report.html", render_report(metrics, plan, scores, settings))
-    return run.write_json(_METRICS_NAME, metrics.to_dict())
+    changed = {**stored, section: dict(new)}
+    # The metrics of a compression have no such key.
+    rendered = _compensation if "train" in stored else _compression
+    metrics, report = rendered(run, changed, settings)
+    run.write_text("report.html", report)
+    return run.write_json(_METRICS_NAME, metrics)
+
+
+def _compression(run: RunFolder, changed: Section, settings: Section) -> tuple[Section, str]:
+    """Return the content of metrics.json and report.html of a run of ``compress``."""
+    scores_file = run.path("scores.safetensors")
+    with _readable_files(run):
+        plan = Plan.from_json(run.path("plan.json").read_text(encoding="utf-8"))
+        scores = load_file(scores_file) if scores_file.is_file() else {}
+    metrics = Metrics.from_dict(changed)
+    return metrics.to_dict(), render_report(metrics, plan, scores, settings)
+
+
+def _compensation(run: RunFolder, changed: Section, settings: Section) -> tuple[Section, str]:
+    """Return the same of a run of ``compensate``, which decides nothing and has no plan."""
+    del run
+    metrics = CompensationMetrics.from_dict(changed)
+    return metrics.to_dict(), render_compensation_report(metrics, settings)
+
+
+@contextmanager
+def _readable_files(run: RunFolder) -> Iterator[None]:
+    """Turn what goes wrong while files of a run are read into one line."""
+    try:
+        yield
+    except (OSError, ValueError, yaml.YAMLError, SafetensorError, PlanError) as error:
+        raise OutputError(f"the run in {run.root} has unreadable files ({error})") from error

@@ -13,7 +13,8 @@ from grasp_lightning.reporting.tables import comparison_notes, comparison_rows, 
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-_TITLE = re.compile(r"^# `([^`]+)`, compressed$", re.MULTILINE)  # as card.md.jinja writes it
+# As card.md.jinja and compensation_card.md.jinja write it.
+_TITLE = re.compile(r"^# `([^`]+)`, (?:compressed|compensated)$", re.MULTILINE)
 
 
 def model_card(
@@ -41,23 +42,21 @@ def model_card(
     Returns:
         YAML front matter, then Markdown.
     """
-    is_hub_name = _is_hub_name(origin_name)
-    base_model = origin_name if is_hub_name else _last_part(origin_name)
-    return _template("card.md.jinja").render(
-        front_matter=_front_matter(
+    base_model = public_name(origin_name)
+    return card_template("card.md.jinja").render(
+        front_matter=front_matter(
             "low-rank" if plan.ranks else "layer-pruning",
-            base_model if is_hub_name else None,
+            base_model if is_hub_name(base_model) else None,
             licence,
             licence_files,
         ),
         base_model=base_model,
-        is_hub_name=is_hub_name,
         metrics=metrics,
         layers=indices_text(metrics.layers),
         num_linears=len(plan.ranks),
         options=_options(plan),
-        calibration=_text_source(config, "calibration"),
-        evaluation=_text_source(config, "evaluation"),
+        calibration=text_source(config, "calibration"),
+        evaluation=text_source(config, "evaluation"),
         rows=comparison_rows(metrics),
         notes=comparison_notes(metrics),
         licence=licence,
@@ -90,9 +89,9 @@ def export_card(
     Returns:
         YAML front matter, then Markdown.
     """
-    hub_name = base_model if _is_hub_name(base_model) else None
-    return _template("export_card.md.jinja").render(
-        front_matter=_front_matter("dense", hub_name, licence, licence_files),
+    hub_name = base_model if is_hub_name(base_model) else None
+    return card_template("export_card.md.jinja").render(
+        front_matter=front_matter("dense", hub_name, licence, licence_files),
         base_model=base_model,
         num_linears=num_linears,
         parameters=parameters,
@@ -104,7 +103,7 @@ def export_card(
 
 
 def base_model_of(card: str) -> str | None:
-    """Return the base model's name that ``model_card`` wrote into a card.
+    """Return the base model's name that a card of a compressed or compensated model holds.
 
     Args:
         card: Content of a README.md.
@@ -116,22 +115,41 @@ def base_model_of(card: str) -> str | None:
     return title[1] if title else None
 
 
-def _template(name: str) -> Template:
+def card_template(name: str) -> Template:
+    """Return a Markdown template.
+
+    Args:
+        name: File in this package. Foreign text in it must pass the filter ``code``.
+
+    Returns:
+        The template; a name that it is not given is an error.
+    """
     environment = Environment(
         loader=PackageLoader("grasp_lightning", "reporting"),
-        autoescape=False,  # Markdown: _code quotes what is not ours
+        autoescape=False,  # Markdown: code_span quotes what is not ours
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["code"] = _code
+    environment.filters["code"] = code_span
     return environment.get_template(name)
 
 
-def _front_matter(
+def front_matter(
     kind: str, base_model: str | None, licence: str | None, licence_files: Sequence[str]
 ) -> str:
+    """Return what the hub reads of a card, without the lines of dashes around it.
+
+    Args:
+        kind: Last tag.
+        base_model: Hub name of the base model, None if it has none.
+        licence: Licence of the base model, None if unknown.
+        licence_files: Names of the licence files that lie beside the card.
+
+    Returns:
+        A mapping as YAML.
+    """
     content: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base_model is not None:
         content["base_model"] = base_model
@@ -158,25 +176,34 @@ def _options(plan: Plan) -> dict[str, str]:
     }
 
 
-def _text_source(config: Mapping[str, Any], section: str) -> dict[str, Any]:  # Any: values of YAML
+def text_source(config: Mapping[str, Any], section: str) -> dict[str, Any]:  # Any: values of YAML
     """Return source, number of windows and their length; a file's path is private, so it goes."""
     values = config.get(section) or {}
     source = values.get("source")
+    if source:
+        source = "a local file" if source == "file" else code_span(str(source))
     return {
-        "source": "a local file" if source == "file" else _code(str(source)) if source else None,
+        "source": source or None,
         "num_samples": values.get("num_samples"),
         "seqlen": values.get("seqlen"),
     }
 
 
-def _is_hub_name(name: str) -> bool:
-    return _HUB_NAME.fullmatch(name) is not None and not name.lower().endswith(".gguf")
+def public_name(name: str) -> str:
+    """Return a hub name as it is, and of any path the last part."""
+    return name if is_hub_name(name) else last_part(name)
 
 
-def _last_part(name: str) -> str:
+def last_part(name: str) -> str:
+    """Return the last part of a path, whichever system wrote it."""
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
-def _code(text: str) -> str:
+def is_hub_name(name: str) -> bool:
+    """Return whether a name has the form ``owner/name``."""
+    return _HUB_NAME.fullmatch(name) is not None and not name.lower().endswith(".gguf")
+
+
+def code_span(text: str) -> str:
     """Return foreign text as a Markdown code span, where nothing in it has a meaning."""
     return "`" + " ".join(text.replace("`", "'").split()) + "`"

@@ -13,7 +13,7 @@ from grasp_lightning.reporting.linears import Array
 
 WIDTH = 9.2  # inches; 883 CSS pixels, so that 10 points are legible at 100 %
 # Okabe and Ito's palette, which stays apart for colour-blind readers.
-CHOSEN, OTHER, REST = "#D55E00", "#56B4E9", "#BBBBBB"
+CHOSEN, OTHER, REST, LINE = "#D55E00", "#56B4E9", "#BBBBBB", "#0072B2"
 _TWO_DECADES = 100
 _STYLE: dict[str, object] = {
     "axes.axisbelow": True,
@@ -162,6 +162,58 @@ def draw_heat_map(
     figure.colorbar(image, ax=axes, label="rank", pad=0.01)
     if is_annotated:
         _annotate(axes, values)
+
+
+def draw_training(
+    figure: Figure,
+    steps: Array,
+    loss: Array,
+    validation: tuple[Array, Array] | None,
+    *,
+    window: int,
+    kept_step: int | None,
+) -> None:
+    """Draw the loss of every optimizer step with its moving mean, and that of validations on top.
+
+    Args:
+        figure: An empty figure.
+        steps: Optimizer steps, ``(N,)``, ascending.
+        loss: Training loss of each, ``(N,)``.
+        validation: Steps and losses of the validations, each ``(V,)``; None if there are none.
+        window: Number of steps in the moving mean; 1 joins the points instead.
+        kept_step: Step whose weights were kept, marked by a line; None marks none.
+    """
+    axes = figure.subplots()
+    axes.grid(visible=True, axis="y")
+    # Thousands of points: as vectors they would make the page several megabytes.
+    axes.scatter(
+        steps, loss, s=7, c=OTHER, linewidths=0, label="training, one step", rasterized=True
+    )
+    label = f"training, mean of {window} steps" if window > 1 else None
+    axes.plot(steps, moving_mean(loss, window), color=LINE, linewidth=1.4, label=label)
+    if validation is not None:
+        axes.plot(*validation, color=CHOSEN, marker="o", markersize=4.5, label="validation")
+    if kept_step is not None:
+        axes.axvline(kept_step, color="black", linewidth=0.9, linestyle=(0, (4, 3)), label="kept")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss in nats per predicted token")
+    figure.legend(loc="outside upper right", ncols=4)
+
+
+def moving_mean(values: Array, window: int) -> Array:
+    """Return the mean around each value; at the ends over the part of the window that is there.
+
+    Args:
+        values: In order, ``(N,)``.
+        window: Number of values per mean, at most N.
+
+    Returns:
+        Means, ``(N,)``.
+    """
+    weights = np.ones(window)
+    counts = np.convolve(np.ones(len(values)), weights, mode="same")
+    return np.convolve(values, weights, mode="same") / counts
 
 
 def _plain_number(value: float, position: int | None) -> str:

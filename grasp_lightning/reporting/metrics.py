@@ -1,6 +1,7 @@
 """The numbers of one run: the content of ``metrics.json``. Standard library only."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Generic, Self, TypeVar
 
@@ -125,12 +126,10 @@ class Metrics:
             content: Parsed content of a ``metrics.json``.
 
         Returns:
-            Metrics equal to those that were written.
-
-        Raises:
-            OutputError: If a key is missing, or a value has another type.
+            Metrics equal to those that were written. A missing key, or a value of another type, is
+            an ``OutputError``.
         """
-        try:
+        with reading_metrics():
             linears = content["decoder_linears"]
             return cls(
                 model=str(content["model"]),
@@ -143,36 +142,52 @@ class Metrics:
                 decoder_linears=DecoderLinears(
                     parameters=_int_pair(linears["parameters"]), bytes=_int_pair(linears["bytes"])
                 ),
-                source_bytes=_optional_int(content["source_bytes"]),
+                source_bytes=optional_int(content["source_bytes"]),
                 perplexity=Pair[float | None](
-                    dense=_optional_float(content["perplexity"]["dense"]),
-                    compressed=_optional_float(content["perplexity"]["compressed"]),
+                    dense=optional_float(content["perplexity"]["dense"]),
+                    compressed=optional_float(content["perplexity"]["compressed"]),
                 ),
-                perplexity_tokens=_optional_int(content["perplexity_tokens"]),
+                perplexity_tokens=optional_int(content["perplexity_tokens"]),
                 seconds=Seconds(
                     **{
-                        phase.name: _optional_float(content["seconds"][phase.name])
+                        phase.name: optional_float(content["seconds"][phase.name])
                         for phase in fields(Seconds)
                     }
                 ),
-                peak_memory_bytes=_optional_int(content["peak_memory_bytes"]),
+                peak_memory_bytes=optional_int(content["peak_memory_bytes"]),
                 versions=dict(content["versions"]),
                 evaluation=content.get("evaluation"),
                 throughput=content.get("throughput"),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise OutputError(
-                f"not the metrics of a run: {error!r}; expected the content of a metrics.json"
-            ) from error
+
+
+@contextmanager
+def reading_metrics() -> Iterator[None]:
+    """Turn what goes wrong while the content of a metrics.json is read into one line.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutputError: If a key is missing, or a value has another type.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise OutputError(
+            f"not the metrics of a run: {error!r}; expected the content of a metrics.json"
+        ) from error
 
 
 def _int_pair(content: Mapping[str, Any]) -> Pair[int]:  # Any: values of JSON
     return Pair(dense=int(content["dense"]), compressed=int(content["compressed"]))
 
 
-def _optional_int(value: float | None) -> int | None:
+def optional_int(value: float | None) -> int | None:
+    """Return a number of JSON as int; None stays None."""
     return None if value is None else int(value)
 
 
-def _optional_float(value: float | None) -> float | None:
+def optional_float(value: float | None) -> float | None:
+    """Return a number of JSON as float; None stays None."""
     return None if value is None else float(value)

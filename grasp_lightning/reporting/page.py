@@ -1,7 +1,7 @@
 """The report of one run: a single HTML page that needs no other file and no network."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grasp_lightning.plan import FactorizeLinear, Plan
 from grasp_lightning.reporting import evaluation, throughput
+from grasp_lightning.reporting.compensation_metrics import CompensationMetrics
 from grasp_lightning.reporting.linears import module_place, scored_linears
 from grasp_lightning.reporting.metrics import Metrics
 from grasp_lightning.reporting.plots import Plot, run_plots
@@ -103,6 +104,39 @@ def render_report(
     Returns:
         A complete HTML document; equal inputs give equal text.
     """
+    return render_page(
+        "report.html.jinja",
+        metrics,
+        config,
+        run_plots(metrics, plan, scores),
+        summary=summary(metrics),
+        headlines=_headlines(metrics),
+        rows=comparison_rows(metrics),
+        notes=comparison_notes(metrics),
+        phases=phase_bars(metrics, _PHASES),
+        ranks=_rank_rows(plan, scores),
+    )
+
+
+def render_page(
+    template: str,
+    metrics: Metrics | CompensationMetrics,
+    config: Mapping[str, Any],  # Any: values of YAML
+    plots: Iterable[Plot],
+    **content: object,
+) -> str:
+    """Return a page made of base.html.jinja: the parts that every command's report has.
+
+    Args:
+        template: File in this package that extends base.html.jinja.
+        metrics: Numbers of the run.
+        config: Resolved configuration, nested, of plain values.
+        plots: Drawings in reading order; without any, their section is left out.
+        **content: The other values of the template.
+
+    Returns:
+        A complete HTML document; equal inputs give equal text.
+    """
     environment = Environment(
         loader=PackageLoader("grasp_lightning", "reporting"),
         autoescape=True,
@@ -110,27 +144,62 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja").render(
+    return environment.get_template(template).render(
         metrics=metrics,
-        summary=summary(metrics),
-        headlines=_headlines(metrics),
-        rows=comparison_rows(metrics),
-        notes=comparison_notes(metrics),
-        plots=[(plot, _data_uri(plot)) for plot in run_plots(metrics, plan, scores)],
-        ranks=_rank_rows(plan, scores),
+        plots=[(plot, _data_uri(plot)) for plot in plots],
         evaluation=evaluation.section_rows(metrics.evaluation) if metrics.evaluation else [],
         throughput=throughput.section_rows(metrics.throughput) if metrics.throughput else [],
         throughput_reference=metrics.throughput["models"][0]["name"] if metrics.throughput else "",
-        phases=_phases(metrics),
         total=duration_text(metrics.seconds.total),
         settings=yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=False),
+        **content,
     )
 
 
+def perplexity_headline(before: float | None, after: float | None) -> Headline:
+    """Return by which factor the perplexity changed."""
+    return Headline(
+        "Perplexity",
+        factor_text(before, after) or NOT_MEASURED,
+        f"{perplexity_text(before)} \u2192 {perplexity_text(after)}",
+    )
+
+
+def time_headlines(metrics: Metrics | CompensationMetrics) -> list[Headline]:
+    """Return how long the command took; nothing if that was not measured."""
+    if metrics.seconds.total is None:
+        return []
+    memory = metrics.peak_memory_bytes
+    detail = "" if memory is None else f"{size_text(memory)} at its peak"
+    return [Headline("Time", duration_text(metrics.seconds.total), detail)]
+
+
+def phase_bars(metrics: Metrics | CompensationMetrics, phases: Mapping[str, str]) -> list[Phase]:
+    """Return the time of every phase that the run had.
+
+    Args:
+        metrics: Numbers of the run.
+        phases: What was done, by name of the phase, in the order of the page.
+
+    Returns:
+        One bar per phase, relative to the longest.
+    """
+    times = {
+        name: seconds
+        for phase, name in phases.items()
+        if (seconds := getattr(metrics.seconds, phase)) is not None
+    }
+    longest = max(times.values(), default=0.0) or 1.0
+    return [
+        Phase(name, duration_text(seconds), round(100 * seconds / longest, 1))
+        for name, seconds in times.items()
+    ]
+
+
 def _headlines(metrics: Metrics) -> list[Headline]:
-    parameters, perplexity = metrics.parameters, metrics.perplexity
+    parameters = metrics.parameters
     verb = "dropped" if metrics.method == "drop" else "replaced"
-    numbers = [
+    return [
         Headline(
             "Parameters removed",
             f"{metrics.removed_ratio:.1%}",
@@ -141,30 +210,9 @@ def _headlines(metrics: Metrics) -> list[Headline]:
             size_text(metrics.bytes.compressed),
             f"from {size_text(metrics.bytes.dense)}",
         ),
-        Headline(
-            "Perplexity",
-            factor_text(perplexity.dense, perplexity.compressed) or NOT_MEASURED,
-            f"{perplexity_text(perplexity.dense)} \u2192 {perplexity_text(perplexity.compressed)}",
-        ),
+        perplexity_headline(metrics.perplexity.dense, metrics.perplexity.compressed),
         Headline(f"Layers {verb}", str(len(metrics.layers)), indices_text(metrics.layers)),
-    ]
-    if metrics.seconds.total is not None:
-        memory = metrics.peak_memory_bytes
-        detail = "" if memory is None else f"{size_text(memory)} at its peak"
-        numbers.append(Headline("Time", duration_text(metrics.seconds.total), detail))
-    return numbers
-
-
-def _phases(metrics: Metrics) -> list[Phase]:
-    times = {
-        name: seconds
-        for phase, name in _PHASES.items()
-        if (seconds := getattr(metrics.seconds, phase)) is not None
-    }
-    longest = max(times.values(), default=0.0) or 1.0
-    return [
-        Phase(name, duration_text(seconds), round(100 * seconds / longest, 1))
-        for name, seconds in times.items()
+        *time_headlines(metrics),
     ]
 
 

@@ -1,7 +1,7 @@
 """The before/after comparison as text, for the terminal, the report page and the model card."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -40,16 +40,34 @@ def comparison_table(metrics: Metrics) -> Table:
     Returns:
         A table with a title, one line per quantity, and a caption on what was measured.
     """
-    # Text, not str: a model's name may hold brackets, which rich would read as markup.
-    table = Table(
-        title=Text(f"{metrics.model}: {summary(metrics)}"),
-        caption=Text(" ".join(comparison_notes(metrics))),
-        caption_justify="left",
+    return change_table(
+        f"{metrics.model}: {summary(metrics)}",
+        ("dense", "compressed", "change"),
+        comparison_rows(metrics),
+        comparison_notes(metrics),
     )
+
+
+def change_table(
+    title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str]
+) -> Table:
+    """Return two states of a model side by side, for the terminal.
+
+    Args:
+        title: Name of the model, and what was done to it.
+        headings: Of all columns but the first.
+        rows: Quantity, both values, and the change.
+        notes: Sentences for the caption.
+
+    Returns:
+        A table with numbers flush right.
+    """
+    # Text, not str: a model's name may hold brackets, which rich would read as markup.
+    table = Table(title=Text(title), caption=Text(" ".join(notes)), caption_justify="left")
     table.add_column("")
-    for heading in ("dense", "compressed", "change"):
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in comparison_rows(metrics):
+    for row in rows:
         table.add_row(*row)
     return table
 
@@ -71,7 +89,7 @@ def comparison_rows(metrics: Metrics) -> tuple[Row, ...]:
     sizes = ((f"MB at {dtype}", metrics.bytes), ("MB in decoder linears", linears.bytes))
     return (
         *(_row(name, pair, "{:,}".format) for name, pair in counts),
-        *(_row(name, pair, _megabytes) for name, pair in sizes),
+        *(_row(name, pair, megabytes_text) for name, pair in sizes),
         Row(
             "perplexity",
             perplexity_text(metrics.perplexity.dense),
@@ -92,10 +110,7 @@ def comparison_notes(metrics: Metrics) -> tuple[str, ...]:
     """
     notes = []
     if metrics.perplexity_tokens is not None:
-        notes.append(
-            f"Perplexity on {metrics.perplexity_tokens:,} predicted tokens of held-out text; "
-            "lower is better."
-        )
+        notes.append(perplexity_note(metrics.perplexity_tokens))
     if metrics.source_bytes is not None and metrics.source_bytes < metrics.bytes.dense:
         notes.append(
             "The source stores its weights in fewer bits: "
@@ -123,7 +138,23 @@ def count_text(count: int) -> str:
 
 def size_text(size: int) -> str:
     """Return a number of bytes in decimal units, such as ``538.1 MB`` or ``13.48 GB``."""
-    return f"{size / _GIGA:,.2f} GB" if size >= _GIGA else f"{_megabytes(size)} MB"
+    return f"{size / _GIGA:,.2f} GB" if size >= _GIGA else f"{megabytes_text(size)} MB"
+
+
+def megabytes_text(size: int) -> str:
+    """Return a number of bytes in millions, without the unit."""
+    megabytes = size / _MEGA
+    return f"{megabytes:,.1f}" if megabytes >= 1 else f"{megabytes:.3f}"
+
+
+def percent_text(before: int, after: int) -> str:
+    """Return by which share a count changed, such as ``-19.0%``; empty where there was none."""
+    return f"{after / before - 1:+.1%}" if before else ""
+
+
+def perplexity_note(num_tokens: int) -> str:
+    """Return the sentence on what perplexities were measured on."""
+    return f"Perplexity on {num_tokens:,} predicted tokens of held-out text; lower is better."
 
 
 def perplexity_text(perplexity: float | None) -> str:
@@ -161,10 +192,5 @@ def indices_text(indices: Iterable[int]) -> str:
 
 
 def _row(quantity: str, pair: Pair[int], text: Callable[[int], str]) -> Row:
-    change = f"{pair.compressed / pair.dense - 1:+.1%}" if pair.dense else ""
+    change = percent_text(pair.dense, pair.compressed)
     return Row(quantity, text(pair.dense), text(pair.compressed), change)
-
-
-def _megabytes(size: int) -> str:
-    megabytes = size / _MEGA
-    return f"{megabytes:,.1f}" if megabytes >= 1 else f"{megabytes:.3f}"
