@@ -9,7 +9,13 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from grasp_lightning import __version__
-from grasp_lightning.config import BenchmarkConfig, CompressConfig, EvaluateConfig, ExportConfig
+from grasp_lightning.config import (
+    BenchmarkConfig,
+    CompensateConfig,
+    CompressConfig,
+    EvaluateConfig,
+    ExportConfig,
+)
 from grasp_lightning.errors import GraspError, Interrupted
 
 BAD_INPUT = 2
@@ -45,6 +51,21 @@ def _compress(prog: str, argv: Sequence[str]) -> None:
     console.print(comparison_table(run.metrics))
     print(f"model:  {run.folder / 'model'}")
     print(f"report: {run.folder / 'report.html'}")
+
+
+def _compensate(prog: str, argv: Sequence[str]) -> None:
+    from rich.console import Console  # noqa: PLC0415
+
+    from grasp_lightning.commands.compensate import run_compensate  # noqa: PLC0415
+    from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
+    from grasp_lightning.reporting.compensation import compensation_table  # noqa: PLC0415
+
+    run = run_compensate(parse(CompensateConfig, prog, argv))
+    Console().print(compensation_table(run.metrics))
+    print(f"model:  {run.folder / 'model'}")
+    print(f"report: {run.folder / 'report.html'}")
+    if run.uploaded is not None:
+        print(f"upload: {run.uploaded}")
 
 
 def _plan(prog: str, argv: Sequence[str]) -> None:
@@ -90,6 +111,9 @@ def _benchmark(prog: str, argv: Sequence[str]) -> None:
 COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
     {
         "compress": Command("calibrate, decide, replace, save and report", _compress, _GOES_ON),
+        "compensate": Command(
+            "train a compressed model for a while, merge, save and report", _compensate, _GOES_ON
+        ),
         "plan": Command("what would be removed, from the model's config alone", _plan),
         "evaluate": Command(
             "perplexity, tasks and cost of models, side by side",

@@ -1,16 +1,42 @@
-"""Calibration windows for a Lightning Trainer."""
+"""Data for a Lightning Trainer: windows to calibrate on, samples to train on."""
 
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from typing import NamedTuple
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from grasp_lightning.config import CalibrationConfig
-from grasp_lightning.data.windows import TokenWindows, calibration_windows, check_window_options
+from grasp_lightning.config import (
+    BatchOrder,
+    CalibrationConfig,
+    InstructionConfig,
+    TextConfig,
+    TrainingConfig,
+)
+from grasp_lightning.data.batching import Rows, TokenSamples, collate, epoch_batches
+from grasp_lightning.data.instruction_files import Instructions, read_instructions
+from grasp_lightning.data.instructions import (
+    TokenizedInstructions,
+    split_instructions,
+    tokenize_instructions,
+)
+from grasp_lightning.data.steps import MicroBatch, StepOptions, TrainingSteps
+from grasp_lightning.data.windows import (
+    TokenWindows,
+    calibration_windows,
+    check_window_options,
+)
+from grasp_lightning.errors import ConfigError
 
 WindowBatch = dict[str, Tensor]
+
+_LEAST_LENGTH = 2  # tokens: one to predict, and one before it
 
 
 class CalibrationData(L.LightningDataModule):
@@ -119,3 +145,257 @@ class _WindowBatches(Dataset[WindowBatch]):
 
     def __getitem__(self, index: int) -> WindowBatch:
         return self._windows.batch(self._rows[index])
+
+
+class TrainingSamples(NamedTuple):
+    """What a model is trained and validated on.
+
+    Attributes:
+        train: At least one sample.
+        validation: Other samples; may be none.
+        counts: What became of the samples of the source, for reports.
+    """
+
+    train: TokenSamples
+    validation: TokenSamples
+    counts: Mapping[str, int]
+
+
+class TrainingData(L.LightningDataModule):
+    """Samples to train on, dealt out to optimizer steps, and others to validate on.
+
+    A Trainer sees one epoch that holds all steps of all epochs (``max_epochs=1``), each a list of
+    micro-batches. Text is read when it is first needed.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        training: Batch sizes, and how long to train.
+        seed: Seed of the validation split and of the order.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, training: TrainingConfig, seed: int
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.training = training
+        self.seed = seed
+
+    @property
+    @abstractmethod
+    def order(self) -> BatchOrder:
+        """How samples meet in a batch."""
+
+    @property
+    @abstractmethod
+    def row_length(self) -> int:
+        """Most tokens of a row."""
+
+    @cached_property
+    @abstractmethod
+    def samples(self) -> TrainingSamples:
+        """The samples, read on first access."""
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What identifies the samples: their hashes, and the seed."""
+        return {
+            "train": self.samples.train.sha256,
+            "validation": self.samples.validation.sha256,
+            "seed": str(self.seed),
+        }
+
+    def steps(self) -> TrainingSteps:
+        """Return all optimizer steps, from the first one on.
+
+        Returns:
+            A new sequence of steps.
+        """
+        options = StepOptions.of(
+            self.training, order=self.order, row_length=self.row_length, seed=self.seed
+        )
+        return TrainingSteps(self.samples.train, options)
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002  # Lightning passes it by name
+        """Read the samples, so that what cannot be read fails before the first step.
+
+        Args:
+            stage: What the Trainer is about to do; the data is the same for all.
+        """
+        _ = self.samples
+
+    def train_dataloader(self) -> TrainingSteps:
+        """Return all optimizer steps.
+
+        Returns:
+            A loader whose position is saved with a checkpoint.
+        """
+        return self.steps()
+
+    def val_dataloader(self) -> DataLoader[MicroBatch] | list[object]:
+        """Return the validation samples in micro-batches, always in the same order.
+
+        Returns:
+            A loader; no loaders if there are no samples.
+        """
+        validation = self.samples.validation
+        if len(validation) == 0:
+            return []
+        rows = epoch_batches(
+            validation,
+            self.training.micro_batch_size,
+            order="packed" if self.order == "packed" else "length_grouped",
+            row_length=self.row_length,
+            seed=0,
+            epoch=0,
+        )
+        return DataLoader(_MicroBatches(validation, rows), batch_size=None)
+
+
+class InstructionData(TrainingData):
+    """Instructions with their answers, in the Alpaca template.
+
+    Args:
+        config: Section ``data`` of the configuration.
+        tokenizer: Tokenizer of the model.
+        training: Batch sizes, and how long to train.
+        seed: Seed of the validation split and of the order.
+
+    Raises:
+        ConfigError: If a number is too small.
+    """
+
+    def __init__(
+        self,
+        config: InstructionConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        training: TrainingConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(tokenizer, training or TrainingConfig(), seed)
+        if config.max_length < _LEAST_LENGTH:
+            raise ConfigError(
+                f"data.max_length must be at least {_LEAST_LENGTH}, got {config.max_length}"
+            )
+        self.config = config
+
+    @property
+    def order(self) -> BatchOrder:
+        """How samples meet in a batch."""
+        return self.config.order
+
+    @property
+    def row_length(self) -> int:
+        """Most tokens of a row."""
+        return self.config.max_length
+
+    @cached_property
+    def samples(self) -> TrainingSamples:
+        """The samples, read on first access; too few of them are a ``ConfigError``."""
+        config = self.config
+        split = split_instructions(
+            read_instructions(config.source, config.path, "data"),
+            num_validation=config.num_validation,
+            num_train=config.num_train,
+            seed=self.seed,
+        )
+        train, validation = self._tokens(split.train), self._tokens(split.validation)
+        counts = {**asdict(train.counts), "train": len(train.tokens)}
+        return TrainingSamples(
+            train.tokens, validation.tokens, {**counts, "validation": len(validation.tokens)}
+        )
+
+    def _tokens(self, instructions: Instructions) -> TokenizedInstructions:
+        return tokenize_instructions(
+            instructions,
+            self.tokenizer,
+            max_length=self.config.max_length,
+            train_on_inputs=self.config.train_on_inputs,
+            add_eos=self.config.add_eos,
+            add_bos=self.config.add_bos,
+        )
+
+
+class TextData(TrainingData):
+    """Windows of plain text.
+
+    Args:
+        config: Section ``text`` of the configuration.
+        tokenizer: Tokenizer of the model.
+        training: Batch sizes, and how long to train.
+        seed: Seed of the choice of windows and of their order.
+
+    Raises:
+        ConfigError: If a number is too small.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        training: TrainingConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(tokenizer, training or TrainingConfig(), seed)
+        if config.num_samples < 1 or config.num_validation < 0:
+            raise ConfigError(
+                "text.num_samples must be at least 1 and text.num_validation at least 0, got "
+                f"{config.num_samples} and {config.num_validation}"
+            )
+        self.config = config
+
+    @property
+    def order(self) -> BatchOrder:
+        """How windows meet in a batch; all are equally long."""
+        return "shuffled"
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a window."""
+        return self.config.seqlen
+
+    @cached_property
+    def samples(self) -> TrainingSamples:
+        """The windows, read on first access; too short a text is a ``DataError``."""
+        config = self.config
+        windows = calibration_windows(
+            CalibrationConfig(
+                source=config.source,
+                path=config.path,
+                split=config.split,
+                field=config.field,
+                num_samples=config.num_samples + config.num_validation,
+                seqlen=config.seqlen,
+                add_bos=config.add_bos,
+            ),
+            self.tokenizer,
+            self.seed,
+            part="text",
+        )
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(windows), generator=generator)
+        train = windows.select(order[config.num_validation :].sort().values)
+        validation = windows.select(order[: config.num_validation].sort().values)
+        return TrainingSamples(
+            _as_samples(train),
+            _as_samples(validation),
+            {"train": len(train), "validation": len(validation)},
+        )
+
+
+def _as_samples(windows: TokenWindows) -> TokenSamples:
+    return TokenSamples.from_rows([*windows.input_ids], [*windows.targets])
+
+
+class _MicroBatches(Dataset[MicroBatch]):
+    """One micro-batch per item."""
+
+    def __init__(self, samples: TokenSamples, batches: list[Rows]) -> None:
+        self._samples = samples
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        return collate(self._samples, self._batches[index])

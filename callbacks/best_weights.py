@@ -1,0 +1,70 @@
+"""Which weights a compensation keeps, and when it ends early."""
+
+import math
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping
+
+from callbacks.calibration_checkpoint import PassStore
+from callbacks.trainable import compensation_module
+from grasp_lightning.training.compensation import VALIDATION_LOSS
+
+
+class BestWeights(L.Callback):
+    """Keeps the trained parameters of the lowest validation loss, and takes them in the end.
+
+    Args:
+        store: Where they are kept meanwhile.
+
+    Attributes:
+        step: Optimizer steps that led to them; None before the first validation.
+    """
+
+    def __init__(self, store: PassStore) -> None:
+        self._store = store
+        self._loss = math.inf
+        self.step: int | None = None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the parameters if the loss is the lowest so far."""
+        loss = float(trainer.callback_metrics[VALIDATION_LOSS])
+        if loss < self._loss:
+            self._loss, self.step = loss, trainer.global_step
+            self._store.save(compensation_module(pl_module).trained_state())
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the best parameters, before adapters are merged."""
+        del trainer
+        best = self._store.load() if self.step is not None else None
+        if best is not None:
+            compensation_module(pl_module).load_trained_state(best)
+
+    def state_dict(self) -> dict[str, Any]:  # Any: Lightning's own type
+        """Return the lowest loss and its step; the parameters are in the store."""
+        return {"loss": self._loss, "step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: Lightning's own type
+        """Go on from an earlier start.
+
+        Args:
+            state_dict: What ``state_dict`` gave.
+        """
+        self._loss, self.step = state_dict["loss"], state_dict["step"]
+
+
+class StopWithoutProgress(EarlyStopping):
+    """Ends a training whose validation loss no longer falls, also one that goes on just then.
+
+    Args:
+        patience: Validations without a lower loss after which it ends.
+    """
+
+    def __init__(self, patience: int) -> None:
+        super().__init__(VALIDATION_LOSS, patience=patience, mode="min")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End at once if the checkpoint was saved when patience was at its end."""
+        del pl_module
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True

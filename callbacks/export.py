@@ -1,0 +1,45 @@
+"""Merges adapters at the end of a compensation, and writes the model."""
+
+from pathlib import Path
+
+import lightning as L
+from transformers import PreTrainedTokenizerBase
+
+from callbacks.trainable import compensation_module
+from grasp_lightning.models.checkpoint import save_model
+from grasp_lightning.training.compensation import merge_adapters
+
+
+class ExportMergedModel(L.Callback):
+    """Leaves a model without adapters after a fit, with as many parameters as before it.
+
+    An adapter on a dense linear is added to its weight; adapters on the factors of a low-rank
+    linear are added to these factors, so that it stays low-rank.
+
+    Args:
+        folder: Where the merged model is written as a Hugging Face folder; None only merges.
+        tokenizer: Saved beside the model.
+    """
+
+    def __init__(
+        self, folder: str | Path | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        self._folder = folder
+        self._tokenizer = tokenizer
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Merge and write.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: A ``CompensationModule``.
+
+        Raises:
+            RuntimeError: If nothing was made trainable.
+        """
+        module = compensation_module(pl_module)
+        if module.trained is None:
+            raise RuntimeError("nothing was trained: put TrainableParameters among the callbacks")
+        merge_adapters(module.trained)
+        if self._folder is not None and trainer.is_global_zero:
+            save_model(module.model, self._folder, tokenizer=self._tokenizer)

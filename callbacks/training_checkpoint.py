@@ -1,0 +1,66 @@
+"""Saves a running compensation, so that a killed or interrupted one goes on where it was."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+
+from callbacks.stop_request import StopRequest
+
+
+class TrainingCheckpoint(L.Callback):
+    """Saves a Trainer's checkpoint after steps, every so often and before an interruption.
+
+    It must be the last callback: what others note of a step is in the checkpoint then. A step that
+    is followed by a validation is saved after it, so that no validation is left out or done twice.
+
+    Args:
+        store: Lets a function write the checkpoint to a path, in place of an earlier one.
+        every_seconds: Seconds between saves.
+        stop: Tells whether the run shall end.
+    """
+
+    def __init__(
+        self,
+        store: Callable[[Callable[[Path], None]], object],
+        *,
+        every_seconds: float,
+        stop: StopRequest,
+    ) -> None:
+        self._store = store
+        self._every_seconds = every_seconds
+        self._stop = stop
+        self._saved_at = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the signals back from the Trainer."""
+        del trainer, pl_module
+        self._stop.take_over()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Save, if it is time or the run shall end, and no validation comes first."""
+        del pl_module, outputs, batch
+        interval = trainer.val_check_batch
+        if not (trainer.enable_validation and interval and (batch_idx + 1) % interval == 0):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save, if it is time or the run shall end."""
+        del pl_module
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        is_due = time.monotonic() - self._saved_at >= self._every_seconds
+        if is_due or self._stop.signal_number is not None:
+            self._store(partial(trainer.save_checkpoint, weights_only=False))
+            self._saved_at = time.monotonic()
+        self._stop.check()

@@ -1,0 +1,274 @@
+"""``compensate``: a compressed model is trained for a while, and written at its own size."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from callbacks.measure import check_trainer
+from callbacks.stop_request import StopRequest
+from grasp_lightning.commands.compensate_settings import check_settings, uses_instructions
+from grasp_lightning.commands.compensation_outputs import CompensationOutcome, write_compensation
+from grasp_lightning.commands.hub import push_folder
+from grasp_lightning.commands.model_settings import named_by
+from grasp_lightning.commands.parsing import to_dict
+from grasp_lightning.commands.phases import Phases
+from grasp_lightning.commands.progress import RunNotes, attempt
+from grasp_lightning.commands.tracked import tracked_perplexity
+from grasp_lightning.commands.training import TrainingRun
+from grasp_lightning.config import CompensateConfig, ModelConfig
+from grasp_lightning.data.datamodules import InstructionData, TextData, TrainingData
+from grasp_lightning.data.windows import TokenWindows, check_window_options, evaluation_windows
+from grasp_lightning.errors import ConfigError, ModelError, OutputError
+from grasp_lightning.models.calls import check_length, check_vocabulary
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
+from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.source import resolve_source
+from grasp_lightning.reporting.compensation_metrics import Change, CompensationMetrics
+from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.training.compensation import CompensationModule, Teacher, trainable_linears
+
+_INPUTS_NAME = "checkpoints/inputs.json"
+_MEMORY_KEYS = (
+    "training.micro_batch_size, data.max_length, text.seqlen or evaluation.batch_size, or set "
+    "training.gradient_checkpointing"
+)
+_SAFETY = 1.1  # tokenizer, report and logs, beside weights and checkpoint
+_CHECKPOINT_BYTES = 4 * 4 * 2  # per trained parameter: Adam's two, itself, its best; twice, to swap
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensateRun:
+    """A finished run.
+
+    Attributes:
+        folder: The run folder, as the user named it.
+        metrics: What was measured.
+        uploaded: Address of the uploaded model; None if none was asked for.
+    """
+
+    folder: Path
+    metrics: CompensationMetrics
+    uploaded: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What a run works on, after everything that a user can get wrong was checked."""
+
+    loaded: LoadedModel
+    view: DecoderView
+    data: TrainingData
+    held_out: TokenWindows
+    teacher: Teacher | None
+    hashes: Mapping[str, str]
+    bytes_needed: int
+
+
+def run_compensate(config: CompensateConfig) -> CompensateRun:
+    """Train a compressed model as a configuration says, and write its run folder.
+
+    A run that is finished already is not done again: its metrics are read. An unfinished one goes
+    on after the step that was saved last. SIGINT and SIGTERM save at the next step and raise
+    ``Interrupted``. A wrong configuration, model, text or number is a ``GraspError``, and leaves
+    nothing of a new run.
+
+    Args:
+        config: What the user set.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ConfigError: If ``output_dir`` is not set.
+    """
+    output_dir = config.output_dir
+    if output_dir is None:
+        raise ConfigError("output_dir is not set: name the run folder to write, e.g. runs/second")
+    check_settings(config)
+    stop, phases = StopRequest(), Phases()
+    with stop.installed():
+        # Before anything of an earlier run is deleted.
+        inputs = _prepare(config, phases) if config.overwrite else None
+        with RunFolder.open(
+            output_dir, to_dict(config), overwrite=config.overwrite, protected=_protected(config)
+        ) as run:
+            if run.state == "finished":
+                metrics = _stored_metrics(run)
+            else:
+                with attempt(run, _MEMORY_KEYS):
+                    inputs = inputs or _prepare(config, phases)
+                    metrics = _execute(config, run, inputs, phases, stop)
+    folder, uploaded = Path(output_dir), None
+    if config.push_to_hub is not None:
+        uploaded = push_folder(folder / "model", config.push_to_hub)
+    return CompensateRun(folder=folder, metrics=metrics, uploaded=uploaded)
+
+
+def _protected(config: CompensateConfig) -> list[Path]:
+    models = [config.model]
+    if config.distillation.teacher is not None:
+        models.append(_teacher_settings(config))
+    folders = [resolve_source(model).folder for model in models]
+    return [folder for folder in folders if folder is not None]
+
+
+def _stored_metrics(run: RunFolder) -> CompensationMetrics:
+    try:
+        content = json.loads(run.path("metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"the finished run in {run.root} has no readable metrics.json ({error}); make it again "
+            "with --overwrite"
+        ) from error
+    return CompensationMetrics.from_dict(content)
+
+
+def _execute(
+    config: CompensateConfig, run: RunFolder, inputs: _Inputs, phases: Phases, stop: StopRequest
+) -> CompensationMetrics:
+    run.check_free_space(inputs.bytes_needed)
+    _check_inputs(run, inputs.hashes)
+    notes, view = RunNotes(run), inputs.view
+    parameters = count_parameters(view.model)
+    module = CompensationModule(view, config.optimizer, teacher=inputs.teacher, seed=config.seed)
+    training = TrainingRun(config, run, module, inputs.data, stop)
+    before, loss_before = notes.noted("perplexity_before"), notes.noted("loss_before")
+    if before is None:
+        before = _perplexity(config, inputs, phases, "before")
+        notes.note("perplexity_before", before)
+    if loss_before is None and training.can_validate:
+        with phases("evaluate"):
+            loss_before = training.validation_loss()
+        notes.note("loss_before", loss_before)
+    with phases("train"):
+        training.fit()
+    after = _perplexity(config, inputs, phases, "after")
+    with phases("evaluate"):
+        loss_after = training.validation_loss() if training.can_validate else None
+    outcome = CompensationOutcome(
+        config=config,
+        loaded=inputs.loaded,
+        data=inputs.data,
+        module=module,
+        history=training.history,
+        best_step=training.best_step,
+        parameters_before=parameters,
+        perplexity=Change(before=before, after=after),
+        perplexity_tokens=inputs.held_out.num_targets,
+        validation_loss=Change(before=loss_before, after=loss_after),
+    )
+    metrics = write_compensation(run, outcome, phases)
+    notes.clear()
+    run.finish()
+    return metrics
+
+
+def _check_inputs(run: RunFolder, hashes: Mapping[str, str]) -> None:
+    """Refuse to go on with another model or other samples than the run was started with."""
+    file = run.path(_INPUTS_NAME)
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != hashes:
+        raise OutputError(
+            f"{run.root} holds a run whose model, teacher or training data has changed since it "
+            "was started; use another output_dir or --overwrite"
+        )
+    run.write_json(_INPUTS_NAME, hashes)
+
+
+def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
+    """Load model and text, and fail early on all that does not fit."""
+    check_window_options(config.evaluation, "evaluation")
+    check_trainer(config.trainer, resolve_device(config.model.device))
+    with phases("load"):
+        loaded = load_model(config.model)
+        view = DecoderView(loaded.model)
+        linears = trainable_linears(view, config.train, config.lora.targets)
+        _check_dtype(config, loaded)
+        data = _training_data(config, loaded)
+        check_vocabulary(view, data.samples.train.input_ids)
+        _check_steps(config, data)
+        check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
+        held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
+        check_vocabulary(view, held_out.input_ids)
+        hashes = {"model": model_hash(loaded.model), **data.fingerprint}
+        teacher = None
+        if config.objective == "distill":
+            teacher = _teacher(config, loaded)
+            hashes["teacher"] = model_hash(teacher.model)
+    trained = sum(linear.weight.numel() for linear in linears.values())  # at most
+    needed = count_parameters(view.model) * loaded.model.dtype.itemsize
+    return _Inputs(
+        loaded=loaded,
+        view=view,
+        data=data,
+        held_out=held_out,
+        teacher=teacher,
+        hashes=hashes,
+        bytes_needed=int(_SAFETY * (needed + _CHECKPOINT_BYTES * trained)),
+    )
+
+
+def _training_data(config: CompensateConfig, loaded: LoadedModel) -> TrainingData:
+    view = DecoderView(loaded.model)
+    if uses_instructions(config):
+        check_length(view, config.data.max_length, "data.max_length")
+        return InstructionData(config.data, loaded.tokenizer, config.training, config.seed)
+    check_length(view, config.text.seqlen, "text.seqlen")
+    return TextData(config.text, loaded.tokenizer, config.training, config.seed)
+
+
+def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
+    if config.train == "factors" and loaded.model.dtype.itemsize < torch.float32.itemsize:
+        raise ConfigError(
+            f"train: factors would change weights in {loaded.model.dtype}, which is too coarse for "
+            "small steps; set model.dtype: float32 (trainer.precision: bf16-mixed computes in "
+            "bfloat16), or train: lora"
+        )
+
+
+def _check_steps(config: CompensateConfig, data: TrainingData) -> None:
+    num_steps = len(data.steps())
+    if config.optimizer.warmup_steps >= num_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, but there are only "
+            f"{num_steps} steps; lower it"
+        )
+
+
+def _teacher_settings(config: CompensateConfig) -> ModelConfig:
+    assert config.distillation.teacher is not None  # checked with the settings
+    device = config.distillation.device
+    return replace(
+        config.model,
+        path=config.distillation.teacher,
+        revision=None,
+        gguf_file=None,
+        device=config.model.device if device == "auto" else device,
+    )
+
+
+def _teacher(config: CompensateConfig, loaded: LoadedModel) -> Teacher:
+    with named_by("distillation.teacher"):
+        teacher = load_model(_teacher_settings(config))
+    sizes = [m.config.get_text_config().vocab_size for m in (teacher.model, loaded.model)]
+    if sizes[0] != sizes[1] or teacher.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+        raise ModelError(
+            f"distillation.teacher: {teacher.origin.name} has another vocabulary than the model "
+            f"({sizes[0]} and {sizes[1]} tokens); use the dense model that was compressed"
+        )
+    teacher.model.requires_grad_(False)
+    return Teacher(
+        model=teacher.model,
+        temperature=config.distillation.temperature,
+        mix=config.distillation.mix,
+    )
+
+
+def _perplexity(config: CompensateConfig, inputs: _Inputs, phases: Phases, when: str) -> float:
+    with phases("evaluate"):
+        return tracked_perplexity(
+            inputs.view, inputs.held_out, config.evaluation.batch_size, f"perplexity, {when}"
+        )

@@ -1,0 +1,192 @@
+"""The Trainer of ``compensate``: callbacks, loggers, and a checkpoint to go on from."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from callbacks.best_weights import BestWeights, StopWithoutProgress
+from callbacks.export import ExportMergedModel
+from callbacks.history import TrainingHistory
+from callbacks.progress import StepProgressBar
+from callbacks.stop_request import StopRequest
+from callbacks.trainable import TrainableParameters
+from callbacks.training_checkpoint import TrainingCheckpoint
+from grasp_lightning.commands.progress import TRAINING_CHECKPOINT
+from grasp_lightning.config import CompensateConfig
+from grasp_lightning.data.datamodules import TrainingData
+from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.training.compensation import VALIDATION_LOSS, CompensationModule
+
+_BEST = "checkpoints/best.safetensors"
+_LOGS = "logs"
+
+
+class TrainingRun:
+    """Validates and trains a module in a run folder.
+
+    Args:
+        config: The resolved configuration.
+        run: The run folder, open.
+        module: What is trained.
+        data: What it is trained on.
+        stop: Tells whether the run shall end.
+
+    Attributes:
+        history: Losses of all steps, those before an interruption included.
+    """
+
+    def __init__(
+        self,
+        config: CompensateConfig,
+        run: RunFolder,
+        module: CompensationModule,
+        data: TrainingData,
+        stop: StopRequest,
+    ) -> None:
+        self._config = config
+        self._run = run
+        self._module = module
+        self._data = data
+        self._stop = stop
+        self._device = module.model.device
+        self._best = BestWeights(_TensorFile(run, _BEST))
+        self.history = TrainingHistory()
+
+    @property
+    def can_validate(self) -> bool:
+        """Whether samples were set aside."""
+        return len(self._data.samples.validation) > 0
+
+    @property
+    def best_step(self) -> int | None:
+        """Steps that led to the weights that are kept; None if the last ones are."""
+        return self._best.step
+
+    def validation_loss(self) -> float:
+        """Return the mean cross-entropy on the samples that were set aside.
+
+        Returns:
+            Nats per predicted token.
+        """
+        trainer = self._trainer([StepProgressBar("validation")])
+        with _expected_warnings():
+            (result,) = trainer.validate(self._module, datamodule=self._data, verbose=False)
+        self._back_to_device()
+        return float(result[VALIDATION_LOSS])
+
+    def fit(self) -> None:
+        """Train, from the last checkpoint on if there is one, and merge what was trained."""
+        checkpoint = self._run.path(TRAINING_CHECKPOINT)
+        trainer = self._trainer(self._callbacks(), self._loggers(), is_training=True)
+        with _expected_warnings(), self._stop.deferred():
+            trainer.fit(
+                self._module,
+                datamodule=self._data,
+                ckpt_path=str(checkpoint) if checkpoint.is_file() else None,
+                weights_only=True,
+            )
+        self._back_to_device()
+
+    def _back_to_device(self) -> None:
+        # A Trainer leaves its module on the CPU.
+        self._module.model.to(self._device)  # type: ignore[arg-type]  # transformers wraps it with a narrow type
+
+    def _callbacks(self) -> list[L.Callback]:
+        config = self._config
+        trainable = TrainableParameters(
+            config.train,
+            config.lora,
+            gradient_checkpointing=config.training.gradient_checkpointing,
+            seed=config.seed,
+        )
+        callbacks: list[L.Callback] = [trainable, self.history]
+        if config.training.keep == "best":
+            callbacks.append(self._best)
+        if config.training.patience is not None:
+            callbacks.append(StopWithoutProgress(config.training.patience))
+        checkpoint = TrainingCheckpoint(
+            lambda write: self._run.write_with(TRAINING_CHECKPOINT, write),
+            every_seconds=config.trainer.checkpoint_seconds,
+            stop=self._stop,
+        )
+        return [*callbacks, ExportMergedModel(), StepProgressBar("training"), checkpoint]
+
+    def _loggers(self) -> list[Logger]:
+        logs, settings = self._run.live_folder(_LOGS), self._config.loggers
+        # One per start: a logger deletes what it finds under its own name.
+        version = f"start_{sum(1 for _ in logs.glob('start_*')) + 1}"
+        loggers: list[Logger] = [
+            CSVLogger(logs, name="", version=version, flush_logs_every_n_steps=10)
+        ]
+        if settings.tensorboard:
+            loggers.append(TensorBoardLogger(logs, name="", version=version))
+        if settings.wandb is not None:
+            loggers.append(WandbLogger(project=settings.wandb, save_dir=logs))
+        return loggers
+
+    def _trainer(
+        self,
+        callbacks: list[L.Callback],
+        loggers: list[Logger] | None = None,
+        *,
+        is_training: bool = False,
+    ) -> L.Trainer:
+        every = self._config.training.validate_every if is_training else None
+        return L.Trainer(
+            accelerator=self._device.type,
+            devices=1 if self._device.type == "cpu" else [self._device.index or 0],
+            strategy=self._config.trainer.strategy,
+            precision=self._config.trainer.precision,
+            max_epochs=1,
+            limit_val_batches=0 if is_training and every is None else None,
+            val_check_interval=every,
+            check_val_every_n_epoch=None if every is not None else 1,
+            num_sanity_val_steps=0,
+            callbacks=callbacks,
+            logger=loggers or False,
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            # Inference tensors that a model caches (rotary tables) cannot be used in backward.
+            inference_mode=False,
+            use_distributed_sampler=False,
+        )
+
+
+class _TensorFile:
+    """Tensors in one file of a run folder."""
+
+    def __init__(self, run: RunFolder, name: str) -> None:
+        self._run = run
+        self._name = name
+
+    def load(self) -> dict[str, Tensor] | None:
+        file = self._run.path(self._name)
+        return load_file(file) if file.is_file() else None
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        stored = {name: value.cpu().contiguous() for name, value in state.items()}
+        self._run.write_with(self._name, _saver(stored))
+
+
+def _saver(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+    return lambda path: save_file(tensors, path)
+
+
+@contextmanager
+def _expected_warnings() -> Iterator[None]:
+    """Silence what Lightning warns of and what is meant to be so here."""
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",  # samples are in memory
+            ".*treespec, LeafSpec.*",  # inside Lightning, with torch 2.13
+            ".*Experiment logs directory .* exists and is not empty.*",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield

@@ -1,0 +1,136 @@
+"""The batches of every optimizer step of a training, from any step on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor
+
+from grasp_lightning.config import BatchOrder, TrainingConfig
+from grasp_lightning.data.batching import Rows, TokenSamples, collate, epoch_batches
+
+MicroBatch = dict[str, Tensor]
+"""``input_ids``, ``mask``, ``targets`` and ``position_ids``, each ``(B, T)``; see ``collate``."""
+
+StepBatch = list[MicroBatch]
+"""What one optimizer step learns from, in parts that fit into memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How samples are dealt out to optimizer steps.
+
+    Attributes:
+        batch_size: Rows per step.
+        micro_batch_size: Rows per forward pass.
+        order: How samples meet.
+        row_length: Most tokens of a row.
+        epochs: How often each sample is seen.
+        max_steps: Most steps; None leaves it to ``epochs``.
+        seed: Seed of the order.
+    """
+
+    batch_size: int
+    micro_batch_size: int
+    order: BatchOrder
+    row_length: int
+    epochs: int
+    max_steps: int | None
+    seed: int
+
+    @classmethod
+    def of(
+        cls, config: TrainingConfig, *, order: BatchOrder, row_length: int, seed: int
+    ) -> "StepOptions":
+        """Return the options that a section of the configuration gives.
+
+        Args:
+            config: Section ``training``.
+            order: How samples meet.
+            row_length: Most tokens of a row.
+            seed: Seed of the order.
+
+        Returns:
+            The options.
+        """
+        return cls(
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            order=order,
+            row_length=row_length,
+            epochs=config.epochs,
+            max_steps=config.max_steps,
+            seed=seed,
+        )
+
+
+class TrainingSteps:
+    """Iterates over the optimizer steps of all epochs, as one sequence.
+
+    Equal samples and options give equal steps, so that a training that was stopped goes on with the
+    very samples that are left. A loader in the sense of Lightning: it has a length, and its
+    position is saved with a checkpoint (``state_dict``).
+
+    Args:
+        samples: What is learned.
+        options: How it is dealt out.
+    """
+
+    def __init__(self, samples: TokenSamples, options: StepOptions) -> None:
+        self._samples = samples
+        self._options = options
+        self._position = 0
+        self._epoch = lru_cache(maxsize=1)(self._batches_of)
+        self.steps_per_epoch = len(self._epoch(0))
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        most = self._options.epochs * self.steps_per_epoch
+        limit = self._options.max_steps
+        return most if limit is None else min(most, limit)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        """Yield the steps that are left."""
+        while self._position < len(self):
+            rows = self.rows(self._position)
+            self._position += 1  # before the step: a state that is saved after it counts it
+            size = self._options.micro_batch_size
+            yield [
+                collate(self._samples, rows[start : start + size])
+                for start in range(0, len(rows), size)
+            ]
+        self._position = 0
+
+    def rows(self, step: int) -> Rows:
+        """Return which samples a step learns from.
+
+        Args:
+            step: Number of the step, from 0.
+
+        Returns:
+            Indices of the samples in each row.
+        """
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[index]
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of steps that were given out."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on after the steps that were given out.
+
+        Args:
+            state_dict: What ``state_dict`` gave.
+        """
+        self._position = state_dict["position"]
+
+    def _batches_of(self, epoch: int) -> list[Rows]:
+        return epoch_batches(
+            self._samples,
+            self._options.batch_size,
+            order=self._options.order,
+            row_length=self._options.row_length,
+            seed=self._options.seed,
+            epoch=epoch,
+        )

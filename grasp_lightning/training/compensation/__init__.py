@@ -1,0 +1,25 @@
+"""Training after compression: what is trained, and the LightningModule that trains it."""
+
+from grasp_lightning.training.compensation.adapters import (
+    Trained,
+    make_trainable,
+    merge_adapters,
+    resolve_targets,
+    trainable_linears,
+)
+from grasp_lightning.training.compensation.module import (
+    VALIDATION_LOSS,
+    CompensationModule,
+    Teacher,
+)
+
+__all__ = [
+    "VALIDATION_LOSS",
+    "CompensationModule",
+    "Teacher",
+    "Trained",
+    "make_trainable",
+    "merge_adapters",
+    "resolve_targets",
+    "trainable_linears",
+]

@@ -1,0 +1,231 @@
+"""What is trained: adapters on linears, or the factors of low-rank linears; and how adapters go.
+
+Legend: N output and M input features of a linear, r the rank of an adapter.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, LoraModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from grasp_lightning.config import LoraSettings, TrainMode
+from grasp_lightning.errors import ConfigError, ModelError, NumericsError
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.linears import DenseModule
+from grasp_lightning.models.lowrank import low_rank_linears
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER = "default"
+_FACTORS = ("left", "right")
+
+# The names that publications use, by the names under which families fuse or call them.
+_FUSED = {
+    "q_proj": ("qkv_proj", "query_key_value", "c_attn", "Wqkv"),
+    "k_proj": ("qkv_proj", "query_key_value", "c_attn", "Wqkv"),
+    "v_proj": ("qkv_proj", "query_key_value", "c_attn", "Wqkv"),
+    "o_proj": ("out_proj", "attention.dense", "self_attention.dense", "attn.c_proj"),
+    "gate_proj": ("gate_up_proj",),
+    "up_proj": ("gate_up_proj", "fc1", "dense_h_to_4h", "c_fc"),
+    "down_proj": ("fc2", "dense_4h_to_h", "mlp.c_proj"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What is trained of a model.
+
+    Attributes:
+        modules: Full names of the linears that are trained or have adapters, in the model's order.
+        adapters: The adapters; None where the linears themselves are trained.
+        num_parameters: Number of trained parameters.
+    """
+
+    modules: tuple[str, ...]
+    adapters: LoraModel | None
+    num_parameters: int
+
+
+def make_trainable(view: DecoderView, train: TrainMode, lora: LoraSettings) -> Trained:
+    """Freeze a model, and make trainable what a mode of training changes.
+
+    Adapters start as zero, so the model computes what it did. The first factors of adapters are
+    drawn from torch's global generator. A rank above half the smaller side of a linear is capped
+    there, and alpha with it, so that the scale of its adapter stays; one warning says so.
+
+    Source: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
+
+    Args:
+        view: The model, changed in place; its names stay those of the linears.
+        train: What is trained.
+        lora: Adapters; of no effect for ``factors``.
+
+    Returns:
+        What is trained; ``merge_adapters`` takes adapters away again.
+    """
+    linears = trainable_linears(view, train, lora.targets)
+    view.model.requires_grad_(False)
+    adapters = None
+    if train == "factors":
+        for linear in linears.values():
+            linear.weight.requires_grad_(True)
+    else:
+        adapters = _attach(view.model, linears, lora)
+    trained = (p.numel() for p in view.model.parameters() if p.requires_grad)
+    return Trained(modules=tuple(linears), adapters=adapters, num_parameters=sum(trained))
+
+
+def trainable_linears(
+    view: DecoderView, train: TrainMode, targets: Sequence[str]
+) -> dict[str, DenseModule]:
+    """Return the linears that a mode of training changes, or puts adapters on.
+
+    Args:
+        view: The model.
+        train: What is trained.
+        targets: See ``resolve_targets``.
+
+    Returns:
+        Full name -> linear, in the model's order; factors as ``<module>.left`` and ``.right``.
+
+    Raises:
+        ModelError: If factors are to be trained of a model that has none.
+    """
+    found: dict[str, DenseModule] = {}
+    for module, low_rank in low_rank_linears(view.model).items():
+        found[f"{module}.right"], found[f"{module}.left"] = low_rank.right, low_rank.left
+    if train == "lora":
+        for index in view.layer_indices:
+            view.linears(index)  # warns of what is skipped
+            dense = view.dense_modules(index)
+            found |= {view.current_name(name): linear for name, linear in dense.items()}
+    if not found:
+        raise ModelError(
+            f"train: {train} needs a model with low-rank linears, and this one has none: give the "
+            "model/ folder of a compressed model, or use train: lora"
+        )
+    ordered = [name for name, _ in view.model.named_modules() if name in found]
+    return {name: found[name] for name in resolve_targets(ordered, targets)}
+
+
+def resolve_targets(linears: Iterable[str], targets: Sequence[str]) -> tuple[str, ...]:
+    """Return the full names of the linears that targets name.
+
+    A target is a full name, or the end of one (``q_proj``, ``self_attn.q_proj``). The factors of a
+    low-rank linear go by its name. Where a family fuses several linears, or calls one by another
+    name, the usual names find it, too.
+
+    Args:
+        linears: Full names of all linears, factors as ``<module>.left`` and ``<module>.right``.
+        targets: Targets; none name all linears.
+
+    Returns:
+        Full names, in the order of ``linears``.
+
+    Raises:
+        ConfigError: If a target matches no linear; it names those that exist.
+    """
+    names = list(linears)
+    if not targets:
+        return tuple(names)
+    chosen: set[str] = set()
+    for target in targets:
+        found = _matching(names, [target]) or _matching(names, _FUSED.get(target, ()))
+        if not found:
+            kinds = sorted({_without_factor(name).rpartition(".")[2] for name in names})
+            raise ConfigError(
+                f"lora.targets: no linear matches {target!r}; the linears are: {', '.join(kinds)}"
+            )
+        chosen |= found
+    return tuple(name for name in names if name in chosen)
+
+
+def merge_adapters(trained: Trained) -> None:
+    """Add every adapter to the weight of its linear, and take it away; factors stay factors.
+
+    Args:
+        trained: What ``make_trainable`` returned; its model is changed in place.
+
+    Raises:
+        NumericsError: If a merged weight is NaN or infinite.
+    """
+    if trained.adapters is None:
+        return
+    try:
+        trained.adapters.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise NumericsError(
+            f"training has led to NaN or infinity: {error}; lower optimizer.learning_rate"
+        ) from error
+
+
+def _matching(names: Sequence[str], targets: Iterable[str]) -> set[str]:
+    return {
+        name
+        for name in names
+        for target in targets
+        if any(
+            whole == target or whole.endswith(f".{target}")
+            for whole in (name, _without_factor(name))
+        )
+    }
+
+
+def _without_factor(name: str) -> str:
+    module, _, last = name.rpartition(".")
+    return module if last in _FACTORS else name
+
+
+def _attach(
+    model: PreTrainedModel, linears: Mapping[str, DenseModule], lora: LoraSettings
+) -> LoraModel:
+    ranks = {name: min(lora.rank, _most_rank(linear)) for name, linear in linears.items()}
+    capped = {name: rank for name, rank in ranks.items() if rank < lora.rank}
+    if capped:
+        logger.warning(
+            "lora.rank %d is more than half the smaller side of %d of %d linears, and is capped "
+            "there (at %d to %d)",
+            lora.rank,
+            len(capped),
+            len(linears),
+            min(capped.values()),
+            max(capped.values()),
+        )
+    scale = lora.alpha / lora.rank
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number will do
+        lora_dropout=lora.dropout,
+        target_modules=list(linears),
+        rank_pattern=capped,
+        alpha_pattern={name: scale * rank for name, rank in capped.items()},
+        bias="none",
+    )
+    with _expected_warnings():
+        adapters = LoraModel(model, config, _ADAPTER)
+    model.train(model.training)  # the new modules, too
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # In the model's low precision, small steps of the optimizer would be lost.
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return adapters
+
+
+def _most_rank(linear: nn.Module) -> int:
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)  # linears have one
+    return max(min(weight.shape) // 2, 1)
+
+
+@contextmanager
+def _expected_warnings() -> Iterator[None]:
+    """Silence what peft says of GPT-2's transposed linears beside ordinary ones."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out is set to.*")
+        yield

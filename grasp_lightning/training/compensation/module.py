@@ -1,0 +1,315 @@
+"""The LightningModule of compensation: a compressed model is trained, a part of it."""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel, get_scheduler
+
+from grasp_lightning.config import OptimizerConfig
+from grasp_lightning.data.batching import PackingForm, packed_inputs, packing_form
+from grasp_lightning.data.datamodules import TrainingData
+from grasp_lightning.data.steps import MicroBatch, StepBatch
+from grasp_lightning.errors import ModelError, NumericsError
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.integrity import model_hash
+from grasp_lightning.models.next_token import (
+    distillation_losses,
+    forward_inputs,
+    next_token_losses,
+)
+from grasp_lightning.training.compensation.adapters import Trained
+
+VALIDATION_LOSS = "validation_loss"
+_FINGERPRINT, _NUM_TOKENS = "grasp_lightning_fingerprint", "grasp_lightning_trained_tokens"
+
+
+class Teacher(NamedTuple):
+    """A dense model whose distribution the compressed one learns.
+
+    Attributes:
+        model: The teacher, on the device where it stays.
+        temperature: Both distributions are taken at this temperature.
+        mix: Share of the teacher in the loss.
+    """
+
+    model: PreTrainedModel
+    temperature: float
+    mix: float
+
+
+class CompensationModule(L.LightningModule):
+    """Trains what a callback has made trainable of a causal language model.
+
+    A batch is what one optimizer step learns from, in micro-batches. The loss is the mean over the
+    predicted tokens of the whole step, so that it does not depend on how rows are dealt out to
+    micro-batches. Dropout is seeded by step, so that a training that goes on from a checkpoint
+    drops what it would have dropped.
+
+    A checkpoint holds trained parameters only, never the model they belong to; it is refused by a
+    module with another model, other samples or another objective.
+
+    Args:
+        model: A Hugging Face causal language model, or a view of one.
+        optimizer: AdamW and its learning rate.
+        teacher: Learn its distribution, too.
+        seed: Seed of dropout.
+
+    Attributes:
+        view: The model's decoder layers and linears.
+        trained: What is trained; None before ``TrainableParameters`` has decided.
+        num_trained_tokens: Predicted tokens that were learned from so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | DecoderView,
+        optimizer: OptimizerConfig | None = None,
+        *,
+        teacher: Teacher | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.view = model if isinstance(model, DecoderView) else DecoderView(model)
+        self.model = self.view.model
+        self.trained: Trained | None = None
+        self.num_trained_tokens = 0
+        self.automatic_optimization = False
+        self.strict_loading = False  # a checkpoint holds a part; it is checked here instead
+        self._optimizer_config = optimizer or OptimizerConfig()
+        # In a tuple: a module attribute would be moved, saved and wrapped with this module.
+        self._teacher = (teacher,)
+        self._seed = seed
+        self._forms: dict[int, PackingForm] = {}
+        self._model_hash = model_hash(self.model)
+        self._validation = MeanMetric().set_dtype(torch.float64)
+
+    def setup(self, stage: str) -> None:
+        """Find out how packed rows are told apart, if there are any.
+
+        Args:
+            stage: ``fit`` or ``validate``.
+        """
+        del stage
+        data = self._data()
+        if data is None or data.order != "packed":
+            return
+        for model in self._models():
+            self._forms[id(model)] = packing_form(model, data.row_length)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW over the trainable parameters, with warm-up and decay by step."""
+        config = self._optimizer_config
+        optimizer = torch.optim.AdamW(
+            (p for p in self.parameters() if p.requires_grad),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+        )
+        scheduler = get_scheduler(
+            config.schedule,
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=self._num_steps(),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
+
+    def on_fit_start(self) -> None:
+        """Turn dropout on; Lightning leaves modules in the mode that they are in."""
+        self.model.train()
+
+    def on_fit_end(self) -> None:
+        """Turn dropout off."""
+        self.model.train(False)
+
+    def training_step(
+        self, batch: StepBatch, batch_idx: int
+    ) -> dict[str, Any]:  # Any: Lightning's own type
+        """Take one optimizer step.
+
+        Args:
+            batch: Micro-batches, each with ``input_ids``, ``mask``, ``targets`` and
+                ``position_ids``, ``(B, T)``.
+            batch_idx: Number of the step.
+
+        Returns:
+            ``loss``: mean over the predicted tokens, in nats; ``learning_rate`` of the step.
+
+        Raises:
+            NumericsError: If the loss is NaN or infinite.
+        """
+        start = time.perf_counter()
+        torch.manual_seed(_step_seed(self._seed, batch_idx))
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)  # there is one
+        optimizer.zero_grad()
+        num_tokens = sum(int(part["targets"].sum()) for part in batch)
+        total = torch.zeros((), device=self.device)
+        for part in batch:
+            loss = self._losses(part).sum() / num_tokens
+            if not loss.isfinite():
+                raise NumericsError(
+                    f"the training loss is {float(loss)} in step {batch_idx}; lower "
+                    "optimizer.learning_rate, or try model.dtype float32"
+                )
+            self.manual_backward(loss)
+            total += loss.detach()
+        learning_rate = self._step(optimizer)
+        self.num_trained_tokens += num_tokens
+        speed = num_tokens / (time.perf_counter() - start)
+        self.log_dict({"loss": total, "tokens_per_second": speed}, prog_bar=True)
+        self.log("learning_rate", learning_rate)
+        return {"loss": total, "learning_rate": learning_rate}
+
+    def _step(self, optimizer: LightningOptimizer) -> float:
+        """Clip gradients, change parameters, and return the learning rate that was used."""
+        clip = self._optimizer_config.gradient_clip
+        if clip is not None:
+            self.clip_gradients(
+                optimizer,  # type: ignore[arg-type]  # it wraps the optimizer that is meant
+                gradient_clip_val=clip,
+                gradient_clip_algorithm="norm",
+            )
+        optimizer.step()
+        scheduler: Any = self.lr_schedulers()  # Any: Lightning's type allows lists and plateaus
+        learning_rate = float(scheduler.get_last_lr()[0])
+        scheduler.step()
+        return learning_rate
+
+    def on_validation_epoch_start(self) -> None:
+        """Start a new mean."""
+        self._validation.reset()
+
+    def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        """Add the cross-entropy of validation samples.
+
+        Args:
+            batch: One micro-batch.
+            batch_idx: Its number.
+        """
+        del batch_idx
+        logits = self._logits(self.model, batch)
+        self._validation.update(
+            next_token_losses(logits, batch["input_ids"], batch["targets"]).double()
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over all predicted tokens."""
+        self.log(VALIDATION_LOSS, self._validation.compute(), prog_bar=True)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return the trainable parameters by name.
+
+        Returns:
+            Name -> parameter, detached, not copied.
+        """
+        return {
+            name: parameter.detach()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Give the trainable parameters the values that ``trained_state`` returned.
+
+        Args:
+            state: Name -> values, for all of them.
+        """
+        with torch.no_grad():
+            for name, parameter in self.trained_state().items():
+                parameter.copy_(state[name])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # Any: Lightning's own type
+        """Leave in a checkpoint what is trained, and say what it belongs to.
+
+        Args:
+            checkpoint: Content of the checkpoint, changed in place.
+        """
+        trained = self.trained_state()
+        stored = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: stored[name] for name in stored if name in trained}
+        checkpoint[_FINGERPRINT] = self._fingerprint()
+        checkpoint[_NUM_TOKENS] = self.num_trained_tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # Any: Lightning's own type
+        """Refuse a checkpoint of another training.
+
+        Args:
+            checkpoint: Content of the checkpoint.
+
+        Raises:
+            ModelError: If it belongs to another model, other samples, or trains something else.
+        """
+        stored, own = checkpoint.get(_FINGERPRINT, {}), self._fingerprint()
+        differing = sorted(key for key in own if stored.get(key) != own[key])
+        if differing:
+            raise ModelError(
+                f"the checkpoint belongs to another training: it differs in {', '.join(differing)};"
+                " start anew, or use what it was made with"
+            )
+        self.num_trained_tokens = checkpoint[_NUM_TOKENS]
+
+    def _fingerprint(self) -> dict[str, str]:
+        data = self._data()
+        shapes = {name: tuple(value.shape) for name, value in self.trained_state().items()}
+        return {
+            "model": self._model_hash,
+            "trained parameters": hashlib.sha256(str(shapes).encode()).hexdigest(),
+            "samples": str(None if data is None else data.fingerprint),
+        }
+
+    def _losses(self, batch: MicroBatch) -> Tensor:
+        """Return the loss of every predicted token, (n,)."""
+        (teacher,) = self._teacher
+        if teacher is None:
+            logits = self._logits(self.model, batch)
+            return next_token_losses(logits, batch["input_ids"], batch["targets"])
+        with torch.inference_mode():
+            given = self._logits(teacher.model, batch)
+        return distillation_losses(
+            self._logits(self.model, batch),
+            given.to(self.device),
+            batch["input_ids"],
+            batch["targets"],
+            temperature=teacher.temperature,
+            mix=teacher.mix,
+        )
+
+    def _logits(self, model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+        batch = {name: part.to(model.device) for name, part in batch.items()}
+        form = self._forms.get(id(model))
+        inputs: dict[str, Any]  # Any: keyword arguments of a model
+        if form is None:
+            inputs = {**forward_inputs(batch), "use_cache": False}
+        else:
+            inputs = dict(packed_inputs(batch, form, model.dtype))
+        logits: Tensor = model(**inputs).logits
+        return logits
+
+    def _num_steps(self) -> int:
+        data = self._data()
+        # Not the Trainer's own estimate: it would make the loader before the checkpoint is read,
+        # and Lightning gives a loader its position only when it is made after that.
+        return int(self.trainer.estimated_stepping_batches) if data is None else len(data.steps())
+
+    def _models(self) -> list[PreTrainedModel]:
+        (teacher,) = self._teacher
+        return [self.model] if teacher is None else [self.model, teacher.model]
+
+    def _data(self) -> TrainingData | None:
+        # Lightning adds the attribute when fit is called with a data module, and declares no type.
+        data = getattr(self.trainer, "datamodule", None)
+        return data if isinstance(data, TrainingData) else None
+
+
+def _step_seed(seed: int, step: int) -> int:
+    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
