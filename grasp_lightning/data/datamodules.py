@@ -1,5 +1,6 @@
 """Data for a Lightning Trainer: windows to calibrate on, samples to train on."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -33,6 +34,8 @@ from grasp_lightning.data.windows import (
     check_window_options,
 )
 from grasp_lightning.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 WindowBatch = dict[str, Tensor]
 
@@ -300,6 +303,8 @@ class InstructionData(TrainingData):
             seed=self.seed,
         )
         train, validation = self._tokens(split.train), self._tokens(split.validation)
+        if train.counts.kept < train.counts.read:
+            logger.warning("%s: %s", split.train.name, train.counts)
         counts = {**asdict(train.counts), "train": len(train.tokens)}
         return TrainingSamples(
             train.tokens, validation.tokens, {**counts, "validation": len(validation.tokens)}

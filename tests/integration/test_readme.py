@@ -13,6 +13,7 @@ from grasp_lightning.cli import COMMANDS
 from grasp_lightning.commands.parsing import parse
 from grasp_lightning.config import (
     BenchmarkConfig,
+    CompensateConfig,
     CompressConfig,
     EvaluateConfig,
     ExportConfig,
@@ -25,6 +26,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 CONFIGS: dict[str, type] = {
     "compress": CompressConfig,
+    "compensate": CompensateConfig,
     "plan": CompressConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
@@ -86,10 +88,24 @@ def test_the_python_form_compresses(
     assert sum(p.numel() for p in model.parameters()) < dense
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_python_form_compensates(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replacements = {
+        "runs/quickstart/model": str(tiny_folder),
+        "num_samples=64, seqlen=256": "num_samples=16, num_validation=0, seqlen=32",
+    }
+    run(blocks("python")[1], replacements, tmp_path, monkeypatch.chdir)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/by-hand/model")
+    first, before = (next(iter(m.model.layers[0].parameters())) for m in (trained, tiny_model()))
+    assert not torch.equal(first, before)
+
+
 def test_loading_works_as_written(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replacements = {"runs/quickstart/model": str(tiny_folder)}
-    names = run(blocks("python")[1], replacements, tmp_path, monkeypatch.chdir)
+    names = run(blocks("python")[2], replacements, tmp_path, monkeypatch.chdir)
     expected = AutoModelForCausalLM.from_pretrained(tiny_folder)
     assert type(names["model"]) is type(expected)
