@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.compensation import compressed_folder, write_samples
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody knows why.\n" * 40
 
@@ -119,6 +121,34 @@ def test_finished_rows_of_the_perplexity_table_are_read(tiny_folder: Path, tmp_p
     dense = results["drop"]["perplexity"]["dense"]
     assert f"| nothing (dense) |  | {dense:.1f} | 0 % |" in done.stdout
     assert "Perplexity over 62 predicted tokens." in done.stdout
+
+
+def test_the_compensation_table_trains_in_four_ways(tmp_path: Path) -> None:
+    model = compressed_folder(tmp_path / "compressed")
+    (tmp_path / "data" / "alpaca").mkdir(parents=True)
+    (tmp_path / "data" / "wikitext2_raw").mkdir()
+    write_samples(tmp_path / "data" / "alpaca" / "train.jsonl")
+    (tmp_path / "data" / "wikitext2_raw" / "test.txt").write_text(TEXT)
+    settings = ["--model", model, "--teacher", tmp_path / "compressed" / "tiny"]
+    settings += ["--data", tmp_path / "data", "--runs", tmp_path / "runs", "--rank", 4]
+    settings += ["--steps", 10, "--batch_size", 2, "--validation", 4, "--test_windows", 2]
+    settings += ["--seqlen", 32, "--learning_rate", 0.01, "--output", tmp_path / "table.json"]
+    half = run("compensation_table.py", *settings, "--rows", "factors", cwd=tmp_path)
+    assert half.returncode == 0, half.stderr
+    before = (tmp_path / "runs" / "factors" / "metrics.json").stat().st_mtime_ns
+
+    done = run("compensation_table.py", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "factors" / "metrics.json").stat().st_mtime_ns == before
+    content = json.loads((tmp_path / "table.json").read_text())
+    results = {row["row"]: row["metrics"] for row in content["rows"]}
+    assert list(results) == ["lora", "factors", "lora_on_factors", "distill"]
+    for name, metrics in results.items():
+        assert metrics["steps"] == 10
+        loss = metrics["validation_loss"]
+        assert loss["after"] < loss["before"]
+        trainable = f"{metrics['parameters']['trainable']:,}"
+        assert f"| {name} | {trainable} | {metrics['perplexity']['after']:.1f} |" in done.stdout
 
 
 def test_missing_data_is_one_line(tmp_path: Path) -> None:

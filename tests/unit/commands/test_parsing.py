@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grasp_lightning.commands.compensate_settings import check_settings
 from grasp_lightning.commands.parsing import parse, to_dict
-from grasp_lightning.config import CompressConfig, EvaluateConfig
+from grasp_lightning.config import CompensateConfig, CompressConfig, EvaluateConfig
 from grasp_lightning.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
@@ -25,6 +26,10 @@ def test_every_shipped_config_parses(file: Path) -> None:
     if file.parent.name == "evaluate":
         argv = [f"--config={file}", "--model=a"]
         assert parse(EvaluateConfig, "cli.py evaluate", argv).tasks
+    elif file.parent.name == "compensate":
+        config = parse(CompensateConfig, "cli.py compensate", [f"--config={file}"])
+        check_settings(config)
+        assert config.output_dir
     else:
         assert parsed(f"--config={file}").output_dir
 
