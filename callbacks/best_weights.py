@@ -28,6 +28,8 @@ class BestWeights(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the parameters if the loss is the lowest so far."""
+        if trainer.sanity_checking:
+            return
         loss = float(trainer.callback_metrics[VALIDATION_LOSS])
         if loss < self._loss:
             self._loss, self.step = loss, trainer.global_step

@@ -36,6 +36,8 @@ class TrainingHistory(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the validation loss."""
         del pl_module
+        if trainer.sanity_checking:
+            return
         self.validations.append(
             (trainer.global_step, float(trainer.callback_metrics[VALIDATION_LOSS]))
         )

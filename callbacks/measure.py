@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -11,10 +12,11 @@ from lightning.pytorch.loggers import CSVLogger
 
 from callbacks.attribution import SingularAttribution
 from callbacks.calibration_checkpoint import CalibrationCheckpoint, PassStore
-from callbacks.measurement import Measurement
+from callbacks.measurement import WINDOWS, Measurement
 from callbacks.progress import StepProgressBar
 from callbacks.similarity import LayerSimilarity
 from callbacks.stop_request import StopRequest
+from grasp_lightning import processes
 from grasp_lightning.config import TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError
@@ -22,6 +24,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.training.calibration import CalibrationModule
 from grasp_lightning.training.hidden_cache import HiddenCache
+from grasp_lightning.training.strategies import CalibrationDDP
 
 
 class TrainerMeasure:
@@ -77,19 +80,26 @@ class TrainerMeasure:
             else LayerSimilarity(step=step)
         )
         state = self._store.load() if self._store is not None else None
+        done: list[int] = []
         if state is not None:
             measurement.go_on_from(state)
+            done = state[WINDOWS].tolist()
         module = CalibrationModule(view)
         with self._stop.deferred():
-            self._run(module, measurement, step)
+            self._run(module, measurement, step, self._data.without(done))
         if sorted(measurement.windows) != list(range(len(self._data.windows))):
             raise RuntimeError(f"windows counted: {measurement.windows}, expected each one once")
         ((_, stats),) = module.measured
         module.measured.clear()  # Trainer and module hold each other, and would hold the bases
         return stats
 
-    def _run(self, module: CalibrationModule, measurement: Measurement, step: Step) -> None:
-        rest = self._data.without(measurement.windows)
+    def _run(
+        self,
+        module: CalibrationModule,
+        measurement: Measurement,
+        step: Step,
+        rest: CalibrationData,
+    ) -> None:
         if not rest.batches:  # the pass was complete, and ended before its decision
             measurement.start(module)
             measurement.finish(module)
@@ -150,8 +160,7 @@ class TrainerMeasure:
             )
         return L.Trainer(
             accelerator=device.type,
-            devices=1 if device.type == "cpu" else [device.index or 0],
-            strategy=self._config.strategy,
+            **placement(self._config, device),
             precision=self._config.precision,
             max_epochs=1,
             callbacks=callbacks,
@@ -166,6 +175,26 @@ class TrainerMeasure:
         )
 
 
+def placement(config: TrainerConfig, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of a Trainer that say where it runs, alone or in a group.
+
+    Args:
+        config: The settings.
+        device: Device that holds the model of this process.
+
+    Returns:
+        ``devices``, ``num_nodes`` and ``strategy``.
+    """
+    if processes.num_processes() == 1:
+        devices = 1 if device.type == "cpu" else [device.index or 0]
+        return {"devices": devices, "num_nodes": 1, "strategy": "auto"}
+    return {
+        "devices": config.devices,
+        "num_nodes": config.num_nodes,
+        "strategy": CalibrationDDP(),
+    }
+
+
 def check_trainer(config: TrainerConfig, device: torch.device) -> None:
     """Refuse Trainer settings that no pass can follow.
 
@@ -174,11 +203,15 @@ def check_trainer(config: TrainerConfig, device: torch.device) -> None:
         device: Device that holds the model.
 
     Raises:
-        ConfigError: If more than one process is asked for, or another device than the model's.
+        ConfigError: If another number of processes is asked for than there are, or another device
+            than the model's.
     """
-    for key, value in (("devices", config.devices), ("num_nodes", config.num_nodes)):
-        if value != 1:
-            raise ConfigError(f"trainer.{key} must be 1, got {value}: it runs in one process")
+    wanted_processes = config.devices * config.num_nodes
+    if wanted_processes != processes.num_processes():
+        raise ConfigError(
+            f"trainer.devices times trainer.num_nodes is {wanted_processes}, but there are "
+            f"{processes.num_processes()} processes: start as many with torchrun or srun"
+        )
     wanted = "cuda" if config.accelerator == "gpu" else config.accelerator
     if wanted not in ("auto", device.type):
         raise ConfigError(

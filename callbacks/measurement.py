@@ -8,10 +8,11 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from grasp_lightning import processes
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.training.calibration import Batch, CalibrationModule
 
-_WINDOWS = "windows"
+WINDOWS = "windows"
 
 
 class Measurement(L.Callback):
@@ -64,16 +65,20 @@ class Measurement(L.Callback):
         Returns:
             Tensors that ``go_on_from`` takes.
         """
-        return {**self.sums(), _WINDOWS: torch.tensor(self.windows, dtype=torch.int64)}
+        return {**self.sums(), WINDOWS: torch.tensor(self.windows, dtype=torch.int64)}
 
     def go_on_from(self, state: Mapping[str, Tensor]) -> None:
         """Start the coming epoch with the sums of an earlier, interrupted one.
 
+        Of several processes only the first does so, since sums are added up in the end.
+
         Args:
             state: What ``state`` gave then.
         """
+        if not processes.is_first():
+            return
         self._earlier = state
-        self.windows = state[_WINDOWS].tolist()
+        self.windows = state[WINDOWS].tolist()
 
     def start(self, module: CalibrationModule) -> None:
         """Put the hooks on, if it is known what to measure.
@@ -98,12 +103,15 @@ class Measurement(L.Callback):
         if self._done or self._step is None:
             return
         self._hooks.close()
+        if processes.num_processes() > 1:
+            self.load_sums(processes.summed(self.sums()))
+            self.windows = [index for part in processes.gather(self.windows) for index in part]
         module.measured.append((self._step, self.statistics()))
         self._step, self._done = None, True
         self.release()
 
     def _begin_batch(self, batch: Batch) -> None:
-        if self._step is not None and not self._done:
+        if self._step is not None and not self._done and len(batch["index"]) > 0:
             self.start_batch(batch)
 
     def _end_batch(self, batch: Batch) -> None:

@@ -1,5 +1,6 @@
 """Progress of calibration passes."""
 
+import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
 
@@ -17,6 +18,14 @@ class StepProgressBar(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         del current_epoch
         return self._description
+
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return what stands beside the bar: losses and speed, without the logger's version."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
 
     @property
     def predict_description(self) -> str:

@@ -47,21 +47,22 @@ class TrainableParameters(L.Callback):
         """
         del trainer
         module = compensation_module(pl_module)
-        if stage != "fit" or module.trained is not None:
+        if stage != "fit" or (module.trained is not None and module.trained_state()):
             return
         with torch.random.fork_rng():
             torch.manual_seed(self._seed)
             module.trained = make_trainable(module.view, self._train, self._lora)
         if self._gradient_checkpointing:
             model: Any = module.model  # Any: untyped in transformers
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave a model that keeps its activations again."""
         del trainer
         if self._gradient_checkpointing:
             model: Any = compensation_module(pl_module).model  # Any: untyped in transformers
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
+            model.disable_input_require_grads()
 
 
 def compensation_module(module: L.LightningModule) -> CompensationModule:

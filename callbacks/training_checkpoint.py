@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning as L
 
 from callbacks.stop_request import StopRequest
+from grasp_lightning import processes
 
 
 class TrainingCheckpoint(L.Callback):
@@ -50,17 +51,29 @@ class TrainingCheckpoint(L.Callback):
         """Save, if it is time or the run shall end, and no validation comes first."""
         del pl_module, outputs, batch
         interval = trainer.val_check_batch
-        if not (trainer.enable_validation and interval and (batch_idx + 1) % interval == 0):
+        validates = trainer.enable_validation and any(trainer.num_val_batches)
+        if not (validates and interval and (batch_idx + 1) % interval == 0):
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save, if it is time or the run shall end."""
         del pl_module
-        self._save(trainer)
+        if not trainer.sanity_checking:
+            self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
         is_due = time.monotonic() - self._saved_at >= self._every_seconds
+        if processes.num_processes() > 1:
+            # All save the same step, and end after the same one.
+            is_due, self._stop.signal_number = _agreed(is_due, self._stop.signal_number)
         if is_due or self._stop.signal_number is not None:
             self._store(partial(trainer.save_checkpoint, weights_only=False))
             self._saved_at = time.monotonic()
         self._stop.check()
+
+
+def _agreed(is_due: bool, signal_number: int | None) -> tuple[bool, int | None]:
+    """Return whether rank 0 finds a save due, and a signal that came to any process."""
+    given = processes.gather((is_due, signal_number))
+    numbers = [number for _, number in given if number is not None]
+    return given[0][0], max(numbers, default=None)

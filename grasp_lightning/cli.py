@@ -5,8 +5,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple
+
+from rich.console import Console, RenderableType
 
 from grasp_lightning import __version__
 from grasp_lightning.config import (
@@ -39,33 +42,41 @@ class Command(NamedTuple):
 
 
 def _compress(prog: str, argv: Sequence[str]) -> None:
-    # Imported here: other commands should not wait for what this one needs.
-    from rich.console import Console  # noqa: PLC0415
-
-    from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
+    # Imported here: other commands should not wait for what this one needs, nor should a process
+    # that only starts others.
+    from grasp_lightning.commands.launch import joined  # noqa: PLC0415
     from grasp_lightning.commands.parsing import parse, with_run_config  # noqa: PLC0415
-    from grasp_lightning.reporting.tables import comparison_table  # noqa: PLC0415
 
-    run = run_compress(parse(CompressConfig, prog, with_run_config(argv)))
-    console = Console()
-    console.print(comparison_table(run.metrics))
-    print(f"model:  {run.folder / 'model'}")
-    print(f"report: {run.folder / 'report.html'}")
+    config = parse(CompressConfig, prog, with_run_config(argv))
+    with joined(config.trainer, config.model.device, "compress", argv) as speaks:
+        from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
+        from grasp_lightning.reporting.tables import comparison_table  # noqa: PLC0415
+
+        run = run_compress(config)
+        if speaks:
+            _print_run(run.folder, comparison_table(run.metrics))
 
 
 def _compensate(prog: str, argv: Sequence[str]) -> None:
-    from rich.console import Console  # noqa: PLC0415
-
-    from grasp_lightning.commands.compensate import run_compensate  # noqa: PLC0415
+    from grasp_lightning.commands.launch import joined  # noqa: PLC0415
     from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
-    from grasp_lightning.reporting.compensation import compensation_table  # noqa: PLC0415
 
-    run = run_compensate(parse(CompensateConfig, prog, argv))
-    Console().print(compensation_table(run.metrics))
-    print(f"model:  {run.folder / 'model'}")
-    print(f"report: {run.folder / 'report.html'}")
-    if run.uploaded is not None:
-        print(f"upload: {run.uploaded}")
+    config = parse(CompensateConfig, prog, argv)
+    with joined(config.trainer, config.model.device, "compensate", argv) as speaks:
+        from grasp_lightning.commands.compensate import run_compensate  # noqa: PLC0415
+        from grasp_lightning.reporting.compensation import compensation_table  # noqa: PLC0415
+
+        run = run_compensate(config)
+        if speaks:
+            _print_run(run.folder, compensation_table(run.metrics))
+            if run.uploaded is not None:
+                print(f"upload: {run.uploaded}")
+
+
+def _print_run(folder: Path, table: RenderableType) -> None:
+    Console().print(table)
+    print(f"model:  {folder / 'model'}")
+    print(f"report: {folder / 'report.html'}")
 
 
 def _plan(prog: str, argv: Sequence[str]) -> None:
@@ -83,8 +94,6 @@ def _export(prog: str, argv: Sequence[str]) -> None:
 
 
 def _evaluate(prog: str, argv: Sequence[str]) -> None:
-    from rich.console import Console  # noqa: PLC0415
-
     from grasp_lightning.commands.evaluate import run_evaluate  # noqa: PLC0415
     from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
     from grasp_lightning.reporting.evaluation import evaluation_table  # noqa: PLC0415
@@ -96,8 +105,6 @@ def _evaluate(prog: str, argv: Sequence[str]) -> None:
 
 
 def _benchmark(prog: str, argv: Sequence[str]) -> None:
-    from rich.console import Console  # noqa: PLC0415
-
     from grasp_lightning.commands.benchmark import run_benchmark  # noqa: PLC0415
     from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
     from grasp_lightning.reporting.throughput import throughput_table  # noqa: PLC0415

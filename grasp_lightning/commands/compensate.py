@@ -9,13 +9,14 @@ import torch
 
 from callbacks.measure import check_trainer
 from callbacks.stop_request import StopRequest
+from grasp_lightning import processes
 from grasp_lightning.commands.compensate_settings import check_settings, uses_instructions
 from grasp_lightning.commands.compensation_outputs import CompensationOutcome, write_compensation
 from grasp_lightning.commands.hub import push_folder
 from grasp_lightning.commands.model_settings import named_by
 from grasp_lightning.commands.parsing import to_dict
 from grasp_lightning.commands.phases import Phases
-from grasp_lightning.commands.progress import RunNotes, attempt
+from grasp_lightning.commands.progress import RunNotes, attempt, open_together, stored_metrics
 from grasp_lightning.commands.tracked import tracked_perplexity
 from grasp_lightning.commands.training import TrainingRun
 from grasp_lightning.config import CompensateConfig, ModelConfig
@@ -93,18 +94,19 @@ def run_compensate(config: CompensateConfig) -> CompensateRun:
     with stop.installed():
         # Before anything of an earlier run is deleted.
         inputs = _prepare(config, phases) if config.overwrite else None
-        with RunFolder.open(
+        with open_together(
             output_dir, to_dict(config), overwrite=config.overwrite, protected=_protected(config)
         ) as run:
             if run.state == "finished":
-                metrics = _stored_metrics(run)
+                metrics = CompensationMetrics.from_dict(stored_metrics(run))
             else:
                 with attempt(run, _MEMORY_KEYS):
                     inputs = inputs or _prepare(config, phases)
                     metrics = _execute(config, run, inputs, phases, stop)
     folder, uploaded = Path(output_dir), None
     if config.push_to_hub is not None:
-        uploaded = push_folder(folder / "model", config.push_to_hub)
+        name = config.push_to_hub
+        uploaded = processes.on_first(lambda: push_folder(folder / "model", name))
     return CompensateRun(folder=folder, metrics=metrics, uploaded=uploaded)
 
 
@@ -116,22 +118,11 @@ def _protected(config: CompensateConfig) -> list[Path]:
     return [folder for folder in folders if folder is not None]
 
 
-def _stored_metrics(run: RunFolder) -> CompensationMetrics:
-    try:
-        content = json.loads(run.path("metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(
-            f"the finished run in {run.root} has no readable metrics.json ({error}); make it again "
-            "with --overwrite"
-        ) from error
-    return CompensationMetrics.from_dict(content)
-
-
 def _execute(
     config: CompensateConfig, run: RunFolder, inputs: _Inputs, phases: Phases, stop: StopRequest
 ) -> CompensationMetrics:
-    run.check_free_space(inputs.bytes_needed)
-    _check_inputs(run, inputs.hashes)
+    processes.on_first(lambda: run.check_free_space(inputs.bytes_needed))
+    processes.on_first(lambda: _check_inputs(run, inputs.hashes))
     notes, view = RunNotes(run), inputs.view
     parameters = count_parameters(view.model)
     module = CompensationModule(view, config.optimizer, teacher=inputs.teacher, seed=config.seed)
@@ -161,7 +152,7 @@ def _execute(
         perplexity_tokens=inputs.held_out.num_targets,
         validation_loss=Change(before=loss_before, after=loss_after),
     )
-    metrics = write_compensation(run, outcome, phases)
+    metrics = processes.on_first(lambda: write_compensation(run, outcome, phases))
     notes.clear()
     run.finish()
     return metrics

@@ -1,5 +1,6 @@
 """Checks of the configuration of ``compensate`` that need neither model nor text."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from importlib.util import find_spec
@@ -61,15 +62,17 @@ def _bounds(config: CompensateConfig) -> Iterator[_Bound]:
     training, at_least_1, positive = config.training, "at least 1", "above 0"
     yield _Bound("seed", 0 <= config.seed <= _MAX_SEED, f"from 0 to {_MAX_SEED}")
     yield _Bound("lora.rank", lora.rank >= 1, at_least_1)
-    yield _Bound("lora.alpha", lora.alpha > 0, positive)
+    yield _Bound("lora.alpha", 0 < lora.alpha < math.inf, positive)
     yield _Bound("lora.dropout", 0 <= lora.dropout < 1, "at least 0 and below 1")
-    yield _Bound("distillation.temperature", teacher.temperature > 0, positive)
+    yield _Bound("distillation.temperature", 0 < teacher.temperature < math.inf, positive)
     yield _Bound("distillation.mix", 0 < teacher.mix <= 1, "above 0 and at most 1")
-    yield _Bound("optimizer.learning_rate", optimizer.learning_rate > 0, positive)
-    yield _Bound("optimizer.weight_decay", optimizer.weight_decay >= 0, "at least 0")
+    yield _Bound(
+        "optimizer.learning_rate", 0 < optimizer.learning_rate <= 1, "above 0 and at most 1"
+    )
+    yield _Bound("optimizer.weight_decay", 0 <= optimizer.weight_decay < math.inf, "at least 0")
     yield _Bound("optimizer.beta1", 0 <= optimizer.beta1 < 1, "at least 0 and below 1")
     yield _Bound("optimizer.beta2", 0 <= optimizer.beta2 < 1, "at least 0 and below 1")
-    yield _Bound("optimizer.epsilon", optimizer.epsilon > 0, positive)
+    yield _Bound("optimizer.epsilon", 0 < optimizer.epsilon < math.inf, positive)
     yield _Bound("optimizer.warmup_steps", optimizer.warmup_steps >= 0, "at least 0")
     yield _Bound("optimizer.gradient_clip", _is_above(optimizer.gradient_clip, 0), positive)
     yield _Bound("training.epochs", training.epochs >= 1, at_least_1)

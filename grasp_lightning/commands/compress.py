@@ -1,6 +1,5 @@
 """``compress``: from a configuration to a run folder with a smaller model in it."""
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +10,12 @@ from rich.progress import track
 
 from callbacks.measure import TrainerMeasure, check_trainer
 from callbacks.stop_request import StopRequest
+from grasp_lightning import processes
 from grasp_lightning.commands.outputs import Outcome, write_outputs
 from grasp_lightning.commands.parsing import to_dict
 from grasp_lightning.commands.phases import Phases
 from grasp_lightning.commands.plan import predict
-from grasp_lightning.commands.progress import RunProgress, attempt
+from grasp_lightning.commands.progress import RunProgress, attempt, open_together, stored_metrics
 from grasp_lightning.commands.recut import StoredScores
 from grasp_lightning.commands.tracked import tracked_perplexity
 from grasp_lightning.config import CompressConfig
@@ -25,7 +25,7 @@ from grasp_lightning.data.windows import (
     check_window_options,
     evaluation_windows,
 )
-from grasp_lightning.errors import ConfigError, OutputError
+from grasp_lightning.errors import ConfigError
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.base import CompressionMethod
 from grasp_lightning.methods.layer_choice import SELECT
@@ -101,11 +101,11 @@ def run_compress(config: CompressConfig) -> CompressRun:
     with stop.installed():
         # Before anything of an earlier run is deleted.
         inputs = _prepare(config, phases) if config.overwrite else None
-        with RunFolder.open(
+        with open_together(
             output_dir, to_dict(config), overwrite=config.overwrite, protected=protected
         ) as run:
             if run.state == "finished":
-                metrics = _stored_metrics(run)
+                metrics = Metrics.from_dict(stored_metrics(run))
             else:
                 with attempt(run, _MEMORY_KEYS):
                     inputs = inputs or _prepare(config, phases)
@@ -113,21 +113,10 @@ def run_compress(config: CompressConfig) -> CompressRun:
     return CompressRun(folder=Path(output_dir), metrics=metrics)
 
 
-def _stored_metrics(run: RunFolder) -> Metrics:
-    try:
-        content = json.loads(run.path("metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(
-            f"the finished run in {run.root} has no readable metrics.json ({error}); make it again "
-            "with --overwrite"
-        ) from error
-    return Metrics.from_dict(content)
-
-
 def _execute(
     config: CompressConfig, run: RunFolder, inputs: _Inputs, phases: Phases, stop: StopRequest
 ) -> Metrics:
-    run.check_free_space(inputs.bytes_needed)
+    processes.on_first(lambda: run.check_free_space(inputs.bytes_needed))
     view, method = inputs.view, inputs.method
     progress = RunProgress(
         run, Plan(method=method.name, options=method.options, inputs=inputs.hashes)
@@ -157,7 +146,7 @@ def _execute(
         perplexity_tokens=inputs.held_out.num_targets,
         settings=to_dict(config),
     )
-    metrics = write_outputs(run, outcome, phases)
+    metrics = processes.on_first(lambda: write_outputs(run, outcome, phases))
     progress.clear()
     run.finish()
     return metrics
@@ -195,6 +184,11 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
             check_length(view, config.calibration.seqlen, "calibration.seqlen")
             data = CalibrationData(config.calibration, loaded.tokenizer, config.seed)
             check_vocabulary(view, data.windows.input_ids)
+            if len(data.windows) < processes.num_processes():
+                raise ConfigError(
+                    f"calibration.num_samples is {len(data.windows)}, fewer than the "
+                    f"{processes.num_processes()} processes: use fewer processes or more windows"
+                )
             hashes |= data.fingerprint
         check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
         held_out = evaluation_windows(config.evaluation, loaded.tokenizer)

@@ -2,24 +2,25 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grasp_lightning.errors import GraspError, ModelError, OutputError, PlanError
+from grasp_lightning import processes
+from grasp_lightning.commands.pass_files import PassFile, PassFiles
+from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.plan import Plan
-from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.run_folder import FollowedRun, RunFolder
+from grasp_lightning.run_folder.folder import RunState
 
 _FOLDER = "checkpoints"
 _PLAN = f"{_FOLDER}/steps.json"
-_PASS = f"{_FOLDER}/pass.safetensors"
 _NOTES = f"{_FOLDER}/notes.json"
 TRAINING_CHECKPOINT = f"{_FOLDER}/last.ckpt"
 _SCORE_PREFIX, _FACTOR_PREFIX = "scores:", "factors:"
@@ -81,7 +82,59 @@ def has_progress(run: RunFolder) -> bool:
     Returns:
         True if it has.
     """
-    return any(run.path(name).exists() for name in (_PLAN, _PASS, TRAINING_CHECKPOINT))
+    has_pass = bool(PassFile.found_in(run.path(_FOLDER)))
+    return has_pass or any(run.path(name).exists() for name in (_PLAN, TRAINING_CHECKPOINT))
+
+
+def open_together(
+    output_dir: str,
+    config: Mapping[str, Any],  # Any: resolved configuration
+    *,
+    overwrite: bool,
+    protected: Sequence[Path],
+) -> RunFolder:
+    """Open a run folder in all processes of a run; rank 0 alone writes it.
+
+    Args:
+        output_dir: The run folder.
+        config: The resolved configuration as plain data.
+        overwrite: Delete what an earlier run wrote there.
+        protected: Folders that must stay as they are.
+
+    Returns:
+        The folder; what is not rank 0 only reads it.
+    """
+    opened: list[RunFolder] = []
+
+    def work() -> tuple[Path, RunState]:
+        run = RunFolder.open(output_dir, config, overwrite=overwrite, protected=protected)
+        opened.append(run)
+        return run.root, run.state
+
+    root, state = processes.on_first(work)
+    return opened[0] if opened else FollowedRun(root, state)
+
+
+def stored_metrics(run: RunFolder) -> dict[str, Any]:  # Any: values of JSON
+    """Return the content of the metrics.json of a finished run.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The content.
+
+    Raises:
+        OutputError: If it cannot be read.
+    """
+    try:
+        content: dict[str, Any] = json.loads(run.path("metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"the finished run in {run.root} has no readable metrics.json ({error}); make it again "
+            "with --overwrite"
+        ) from error
+    return content
 
 
 @contextmanager
@@ -134,6 +187,7 @@ class RunProgress(RunNotes):
 
     def __init__(self, run: RunFolder, plan: Plan) -> None:
         super().__init__(run)
+        self._pass = PassFiles(run, _FOLDER)
         self.plan = plan
         self.scores: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
@@ -182,19 +236,8 @@ class RunProgress(RunNotes):
 
         Returns:
             The state; None if there is none, or it belongs to an earlier step.
-
-        Raises:
-            PlanError: If the file is damaged.
         """
-        path = self._run.path(_PASS)
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                is_ours = (file.metadata() or {}).get("step") == self._step_key()
-        except SafetensorError as error:
-            raise PlanError(f"{path} is damaged: {error}; delete it to measure again") from error
-        return load_file(path) if is_ours else None
+        return self._pass.load(self._step_key())
 
     def save(self, state: Mapping[str, Tensor]) -> None:
         """Save the state of the pass that follows the plan so far.
@@ -202,9 +245,7 @@ class RunProgress(RunNotes):
         Args:
             state: Sums over windows, and which windows are in them.
         """
-        metadata = {"step": self._step_key()}
-        stored = {key: value.contiguous() for key, value in state.items()}
-        self._run.write_with(_PASS, lambda path: save_file(stored, path, metadata=metadata))
+        self._pass.save(state, self._step_key())
 
     def _step_key(self) -> str:
         return hashlib.sha256(self.plan.to_json().encode()).hexdigest()

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.progress import track
 
+from grasp_lightning import processes
 from grasp_lightning.data.windows import TokenWindows, batches
 from grasp_lightning.evaluation.perplexity import evaluate_perplexity
 from grasp_lightning.models.decoder import DecoderView
@@ -17,6 +18,8 @@ def tracked_perplexity(
 ) -> float:
     """Return the perplexity of a model on windows of text, with a progress bar.
 
+    Several processes share the windows.
+
     Args:
         view: The model.
         windows: Held-out windows.
@@ -27,9 +30,10 @@ def tracked_perplexity(
     Returns:
         The perplexity.
     """
+    own = windows.select(processes.own_share(range(len(windows))))
     stream = track(
-        batches(windows, batch_size),
-        total=-(-len(windows) // batch_size),
+        batches(own, batch_size),
+        total=-(-len(own) // batch_size),
         description=description,
         console=console,
     )

@@ -4,19 +4,23 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from callbacks.best_weights import BestWeights, StopWithoutProgress
 from callbacks.export import ExportMergedModel
 from callbacks.history import TrainingHistory
+from callbacks.measure import placement
 from callbacks.progress import StepProgressBar
 from callbacks.stop_request import StopRequest
 from callbacks.trainable import TrainableParameters
 from callbacks.training_checkpoint import TrainingCheckpoint
+from grasp_lightning import processes
 from grasp_lightning.commands.progress import TRAINING_CHECKPOINT
 from grasp_lightning.config import CompensateConfig
 from grasp_lightning.data.datamodules import TrainingData
@@ -111,11 +115,17 @@ class TrainingRun:
         if config.training.patience is not None:
             callbacks.append(StopWithoutProgress(config.training.patience))
         checkpoint = TrainingCheckpoint(
-            lambda write: self._run.write_with(TRAINING_CHECKPOINT, write),
+            self._save,
             every_seconds=config.trainer.checkpoint_seconds,
             stop=self._stop,
         )
         return [*callbacks, ExportMergedModel(), StepProgressBar("training"), checkpoint]
+
+    def _save(self, write: Callable[[Path], None]) -> None:
+        if processes.is_first():
+            self._run.write_with(TRAINING_CHECKPOINT, write)
+        else:  # it takes part, and writes nothing
+            write(self._run.path(TRAINING_CHECKPOINT))
 
     def _loggers(self) -> list[Logger]:
         logs, settings = self._run.live_folder(_LOGS), self._config.loggers
@@ -140,8 +150,7 @@ class TrainingRun:
         every = self._config.training.validate_every if is_training else None
         return L.Trainer(
             accelerator=self._device.type,
-            devices=1 if self._device.type == "cpu" else [self._device.index or 0],
-            strategy=self._config.trainer.strategy,
+            **self._placement(is_training),
             precision=self._config.trainer.precision,
             max_epochs=1,
             limit_val_batches=0 if is_training and every is None else None,
@@ -158,6 +167,13 @@ class TrainingRun:
             use_distributed_sampler=False,
         )
 
+    def _placement(self, is_training: bool) -> dict[str, Any]:
+        arguments = placement(self._config.trainer, self._device)
+        if is_training and processes.num_processes() > 1:
+            # Buffers do not change, and processes validate on different numbers of batches.
+            arguments["strategy"] = DDPStrategy(broadcast_buffers=False)
+        return arguments
+
 
 class _TensorFile:
     """Tensors in one file of a run folder."""
@@ -167,6 +183,7 @@ class _TensorFile:
         self._name = name
 
     def load(self) -> dict[str, Tensor] | None:
+        processes.barrier()  # rank 0 may be writing it
         file = self._run.path(self._name)
         return load_file(file) if file.is_file() else None
 

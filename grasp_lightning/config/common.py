@@ -88,7 +88,7 @@ class TrainerConfig:
         accelerator: Lightning accelerator; auto follows ``model.device``.
         devices: Number of devices per node.
         num_nodes: Number of nodes.
-        strategy: Lightning strategy.
+        strategy: auto, or ddp: a process per device, each with the whole model.
         precision: 32-true runs in the model's own dtype, bf16-mixed computes in bfloat16.
         checkpoint_seconds: Seconds between saves of a running pass, for a killed run to go on from.
     """
@@ -96,6 +96,6 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "cuda", "gpu"] = "auto"
     devices: int = 1
     num_nodes: int = 1
-    strategy: Literal["auto"] = "auto"
+    strategy: Literal["auto", "ddp"] = "auto"
     precision: Precision = "32-true"
     checkpoint_seconds: float = 30.0

@@ -140,7 +140,7 @@ class TrainingConfig:
         micro_batch_size: Rows per forward pass; changes memory and speed, not what is learned.
         validate_every: Optimizer steps between validations; None validates before and after only.
         patience: End after so many validations without a lower loss; None goes on.
-        keep: Weights to keep: last, or best (lowest validation loss).
+        keep: Weights to keep: last, or best (lowest loss of those that were validated).
         gradient_checkpointing: Compute activations again in the backward pass to save memory.
     """
 

@@ -88,6 +88,12 @@ class TokenSamples:
         """Position of the first token of each sample, ``(N,)`` int64."""
         return self.lengths.cumsum(0) - self.lengths
 
+    @cached_property
+    def num_targets_of(self) -> Tensor:
+        """Number of predicted tokens of each sample, ``(N,)`` int64."""
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), self.targets.cumsum(0)])
+        return before[self.starts + self.lengths] - before[self.starts]
+
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.lengths)

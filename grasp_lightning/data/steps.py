@@ -3,17 +3,30 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from grasp_lightning import processes
 from grasp_lightning.config import BatchOrder, TrainingConfig
 from grasp_lightning.data.batching import Rows, TokenSamples, collate, epoch_batches
 
 MicroBatch = dict[str, Tensor]
 """``input_ids``, ``mask``, ``targets`` and ``position_ids``, each ``(B, T)``; see ``collate``."""
 
-StepBatch = list[MicroBatch]
-"""What one optimizer step learns from, in parts that fit into memory."""
+
+class StepBatch(NamedTuple):
+    """What one optimizer step learns from.
+
+    Attributes:
+        parts: The rows of this process, in parts that fit into memory; at least one part, of which
+            nothing is learned where there are fewer rows than processes.
+        num_targets: Predicted tokens of the whole step, over all processes.
+    """
+
+    parts: list[MicroBatch]
+    num_targets: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +81,8 @@ class TrainingSteps:
     """Iterates over the optimizer steps of all epochs, as one sequence.
 
     Equal samples and options give equal steps, so that a training that was stopped goes on with the
-    very samples that are left. A loader in the sense of Lightning: it has a length, and its
-    position is saved with a checkpoint (``state_dict``).
+    very samples that are left. Several processes share the rows of a step. A loader in the sense of
+    Lightning: it has a length, and its position is saved with a checkpoint (``state_dict``).
 
     Args:
         samples: What is learned.
@@ -94,12 +107,22 @@ class TrainingSteps:
         while self._position < len(self):
             rows = self.rows(self._position)
             self._position += 1  # before the step: a state that is saved after it counts it
-            size = self._options.micro_batch_size
-            yield [
-                collate(self._samples, rows[start : start + size])
-                for start in range(0, len(rows), size)
-            ]
+            yield StepBatch(self._parts(rows), self._num_targets(rows))
         self._position = 0
+
+    def _parts(self, rows: Rows) -> list[MicroBatch]:
+        own, size = list(processes.own_share(rows)), self._options.micro_batch_size
+        if own:
+            return [
+                collate(self._samples, own[start : start + size])
+                for start in range(0, len(own), size)
+            ]
+        # A backward pass is due in every process: one of which nothing is learned.
+        part = collate(self._samples, rows[:1])
+        return [{**part, "targets": torch.zeros_like(part["targets"])}]
+
+    def _num_targets(self, rows: Rows) -> int:
+        return sum(int(self._samples.num_targets_of[index]) for row in rows for index in row)
 
     def rows(self, step: int) -> Rows:
         """Return which samples a step learns from.

@@ -182,6 +182,7 @@ def calibration_windows(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     part: Part = "calibration",
+    asked: str | None = None,
 ) -> TokenWindows:
     """Draw the windows that scores are measured on, or that a model is trained on.
 
@@ -196,6 +197,7 @@ def calibration_windows(
         tokenizer: Tokenizer of the model.
         seed: Seed of both draws.
         part: Name of the section, for messages.
+        asked: How the section asks for so many windows; None: by its ``num_samples``.
 
     Returns:
         ``num_samples`` full windows, in the order in which they stand in the shuffled corpus.
@@ -211,7 +213,7 @@ def calibration_windows(
         add_bos=config.add_bos,
         enough=CANDIDATE_FACTOR * config.num_samples,
     )
-    _require_windows(windows, config.num_samples, documents.name, part)
+    _require_windows(windows, config.num_samples, documents.name, part, asked)
     chosen = torch.randperm(len(windows), generator=generator)[: config.num_samples]
     return _with_targets(windows.select(chosen.sort().values), documents.name)
 
@@ -287,12 +289,17 @@ def _token_stream(
 
 
 def _require_windows(
-    windows: TokenWindows, num_samples: int | None, corpus: str, part: Part
+    windows: TokenWindows,
+    num_samples: int | None,
+    corpus: str,
+    part: Part,
+    asked: str | None = None,
 ) -> None:
     if len(windows) >= (num_samples or 1):
         return
     length = windows.input_ids.shape[1]
     needed = "at least 1 is needed" if num_samples is None else f"num_samples is {num_samples}"
+    needed = asked or needed
     raise DataError(
         f"{part}: {needed}, but {corpus} gives {len(windows)} windows of {length} tokens; lower "
         f"{part}.num_samples or {part}.seqlen, or use a longer corpus"

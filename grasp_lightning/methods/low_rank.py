@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from grasp_lightning import processes
 from grasp_lightning.config import Schedule
 from grasp_lightning.errors import ModelError
 from grasp_lightning.linalg.factors import SVD, balanced_factors, factorize
@@ -46,7 +48,7 @@ def attribution_step(
         for index in model.layer_indices
         for name, linear in model.linears(index).items()
     }
-    bases = {name: factorize(weights[name].detach()) for name in track(list(modules), "factorize")}
+    bases = _factorized({name: weights[name].detach() for name in modules}, track)
     measured = () if scoring.score == "magnitude" else tuple(bases)
     return Step(
         name=ATTRIBUTION,
@@ -54,6 +56,30 @@ def attribution_step(
         bases=bases,
         ranks=ranks,
     )
+
+
+def _factorized(weights: Mapping[str, Tensor], track: Track) -> dict[str, SVD]:
+    """Return the decomposition of every weight; several processes share the work."""
+    own = {
+        name: factorize(weights[name])
+        for name in track(processes.own_share(list(weights)), "factorize")
+    }
+    if processes.num_processes() == 1:
+        return own
+    bases = {}
+    for position, (name, weight) in enumerate(weights.items()):
+        basis = own[name] if name in own else _empty_basis(weight)
+        owner = position % processes.num_processes()
+        bases[name] = SVD(*(processes.from_rank(part, owner) for part in basis))
+    return bases
+
+
+def _empty_basis(weight: Tensor) -> SVD:
+    rows, columns = weight.shape
+    count = min(rows, columns)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    shapes = ((rows, count), (count,), (count, columns))
+    return SVD(*(torch.empty(shape, dtype=dtype, device=weight.device) for shape in shapes))
 
 
 def keep_best_components(

@@ -129,8 +129,8 @@ def _divergence(logits: Tensor, teacher: Tensor, temperature: float) -> tuple[Te
     log_probs = log_softmax(logits / temperature, dim=-1)
     teacher_log_probs = log_softmax(teacher / temperature, dim=-1)
     teacher_probs = teacher_log_probs.exp()
-    # A probability of zero times a logarithm of minus infinity counts nothing.
-    terms = torch.where(teacher_probs > 0, teacher_probs * (teacher_log_probs - log_probs), 0.0)
+    # A probability of zero times a logarithm of minus infinity counts nothing; NaN stays.
+    terms = torch.where(teacher_probs == 0, 0.0, teacher_probs * (teacher_log_probs - log_probs))
     return temperature**2 * terms.sum(dim=-1), temperature * (log_probs.exp_() - teacher_probs)
 
 

@@ -24,6 +24,8 @@ _RESERVED = (
 )
 # They say where a run goes, not what it is.
 _NOT_COMPARED = ("output_dir", "overwrite", "push_to_hub")
+# Nor how many processes do it: what depends on their number is compared by the command.
+_NOT_COMPARED_BELOW = ("trainer.devices", "trainer.num_nodes", "trainer.strategy")
 
 
 def classify(
@@ -143,6 +145,8 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
     """Yield dotted keys and values; 1.0 and 1, a tuple and a list are the same value."""
     for key, value in config.items():
         if not prefix and key in _NOT_COMPARED:
+            continue
+        if f"{prefix}{key}" in _NOT_COMPARED_BELOW:
             continue
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")

@@ -80,6 +80,15 @@ class RunWriter:
             name, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
         )
 
+    def claim(self, name: str) -> None:
+        """Record a file that another process of the run is going to write.
+
+        Args:
+            name: Relative path.
+        """
+        with as_output_error(self.path(name)):
+            self._claim(name)
+
     def write_with(self, name: str, write: Callable[[Path], object]) -> Path:
         """Let a library write a file, which takes its place only when it is complete.
 

@@ -100,6 +100,8 @@ class CalibrationModule(L.LightningModule):
             NumericsError: If the loss is NaN or infinite, naming the first decoder layer whose
                 output is.
         """
+        if len(batch["input_ids"]) == 0:  # other processes have windows left
+            return
         if self.cache is not None:
             self.cache.start_batch(batch["index"])
         losses = next_token_losses(
@@ -126,6 +128,8 @@ class CalibrationModule(L.LightningModule):
             batch_idx: Number of the batch.
         """
         del batch_idx
+        if len(batch["input_ids"]) == 0:  # other processes have windows left
+            return
         self.model.base_model(**forward_inputs(batch), use_cache=False)
 
 

@@ -286,7 +286,7 @@ def test_an_upload_that_fails_keeps_the_model_and_can_be_tried_again(
             "set model.dtype: float32",
         ),
         (["--train=sideways"], "train: expected one of lora, factors, lora_on_factors"),
-        (["--trainer.devices=2"], "trainer.devices must be 1"),
+        (["--trainer.num_nodes=2"], "trainer.num_nodes is 2: start the command on every node"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -1,11 +1,7 @@
 """A training that was killed goes on, and ends with the bytes of one that was not."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,47 +11,29 @@ from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
 from tests.integration.compensation import compensate_argv, compressed_folder
+from tests.integration.killing import Kill, killed
 
-ROOT = Path(__file__).parents[2]
-# Counts the calls of one function and kills its own process at one of them.
-CHILD = """
-    import os, signal, sys
-    import torch
-    torch.set_num_threads(1)
-    from importlib import import_module
-    from grasp_lightning.cli import main
-
-    where, owner, name, count, number = sys.argv[1:6]
-    target = getattr(import_module(where), owner) if owner else import_module(where)
-    original, calls = getattr(target, name), [0]
-
-    def counting(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == int(count):
-            os.kill(os.getpid(), int(number))
-        return original(*args, **kwargs)
-
-    setattr(target, name, counting)
-    sys.exit(main(["compensate", *sys.argv[6:]]))
-"""
+WRITER = "grasp_lightning.run_folder.writer"
 MODULE = ("grasp_lightning.training.compensation.module", "CompensationModule")
 # 12 steps of 2 epochs, validations after 4, 8 and 12, each of 2 batches; 2 batches before.
-KILLS: Mapping[str, tuple[str, str, str, int]] = {
-    "before the first step": (*MODULE, "training_step", 1),
-    "inside the first epoch": (*MODULE, "training_step", 4),
-    "after a validation": (*MODULE, "training_step", 5),
-    "inside the second epoch": (*MODULE, "training_step", 9),
-    "in a validation": (*MODULE, "validation_step", 6),
-    "at the start of a validation": (*MODULE, "on_validation_epoch_start", 3),
-    "in the last validation": (*MODULE, "validation_step", 8),
-    "after the last step": ("callbacks.export", "", "merge_adapters", 1),
-    "while the model is written": (
+KILLS: Mapping[str, Kill] = {
+    "before the first step": Kill(*MODULE, "training_step", 1),
+    "inside the first epoch": Kill(*MODULE, "training_step", 4),
+    "after a validation": Kill(*MODULE, "training_step", 5),
+    "inside the second epoch": Kill(*MODULE, "training_step", 9),
+    "in a validation": Kill(*MODULE, "validation_step", 6),
+    "at the start of a validation": Kill(*MODULE, "on_validation_epoch_start", 3),
+    "in the last validation": Kill(*MODULE, "validation_step", 8),
+    "after the last step": Kill("callbacks.export", "", "merge_adapters", 1),
+    "while the model is written": Kill(
         "grasp_lightning.commands.compensation_outputs",
         "",
         "save_model",
         1,
     ),
-    "while a checkpoint is written": ("grasp_lightning.run_folder.writer", "", "replace_synced", 9),
+    "while a checkpoint is written": Kill(
+        "grasp_lightning.run_folder.writer", "", "replace_synced", 9
+    ),
 }
 OPTIONS = {
     "lora": ["--train=lora", "--lora.rank=4", "--lora.dropout=0.3", "--training.keep=best"],
@@ -85,15 +63,6 @@ def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict
     return folders
 
 
-def killed(kill: tuple[str, str, str, int], number: int, argv: list[str]) -> int:
-    """Run in a process that ends itself, and return its exit code."""
-    where, owner, name, count = kill
-    code = textwrap.dedent(CHILD)
-    words = [sys.executable, "-c", code, where, owner, name, str(count), str(number), *argv]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(words, env=environment, capture_output=True, check=False).returncode
-
-
 def assert_equal_runs(first: Path, second: Path) -> None:
     left, right = (load_file(folder / "model" / "model.safetensors") for folder in (first, second))
     assert left.keys() == right.keys()
@@ -119,7 +88,7 @@ def test_a_killed_training_ends_with_the_bytes_of_one_that_was_not(
     place: str, train: str, settings: list[str], whole: dict[str, Path], tmp_path: Path
 ) -> None:
     argv = [*settings, *OPTIONS[train], f"--output_dir={tmp_path / 'run'}"]
-    assert killed(KILLS[place], signal.SIGKILL, argv) == -signal.SIGKILL
+    assert killed(KILLS[place], signal.SIGKILL, ["compensate", *argv]) == -signal.SIGKILL
     assert (tmp_path / "run").is_dir()
     assert main(["compensate", *argv]) == 0
     assert_equal_runs(whole[train], tmp_path / "run")
@@ -133,7 +102,7 @@ def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(
 ) -> None:
     argv = [*settings, *OPTIONS["lora"], f"--output_dir={tmp_path / 'run'}"]
     argv.append("--trainer.checkpoint_seconds=1000")  # nothing else saves
-    assert killed(KILLS[place], number, argv) == 128 + number
+    assert killed(KILLS[place], number, ["compensate", *argv]) == 128 + number
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
     assert main(["compensate", *argv]) == 0
     assert_equal_runs(whole["lora"], tmp_path / "run")
@@ -148,7 +117,10 @@ def test_a_run_does_not_go_on_with_other_samples(
     text = Path(lines).read_text()
     data.write_text(text)
     argv = [*settings, *OPTIONS["lora"], f"--data.path={data}", f"--output_dir={tmp_path / 'run'}"]
-    assert killed(KILLS["inside the first epoch"], signal.SIGKILL, argv) == -signal.SIGKILL
+    assert (
+        killed(KILLS["inside the first epoch"], signal.SIGKILL, ["compensate", *argv])
+        == -signal.SIGKILL
+    )
     data.write_text(text.replace("word", "work"))
     assert main(["compensate", *argv]) == 2
     assert "has changed since it was started" in capsys.readouterr().err

@@ -1,10 +1,6 @@
 """A run that was killed goes on, and ends with the bytes of one that was not."""
 
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,40 +10,19 @@ from safetensors.torch import load_file
 from grasp_lightning.cli import main
 from grasp_lightning.training.calibration import CalibrationModule
 from tests.conftest import save_tiny, tiny_model
+from tests.integration.killing import Kill, killed
 
-ROOT = Path(__file__).parents[2]
-# Counts the calls of one function and kills its own process at one of them.
-CHILD = """
-    import os, signal, sys
-    import torch
-    torch.set_num_threads(1)
-    from importlib import import_module
-    from grasp_lightning.cli import main
-
-    where, owner, name, count, number = sys.argv[1:6]
-    target = getattr(import_module(where), owner) if owner else import_module(where)
-    original, calls = getattr(target, name), [0]
-
-    def counting(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == int(count):
-            os.kill(os.getpid(), int(number))
-        return original(*args, **kwargs)
-
-    setattr(target, name, counting)
-    sys.exit(main(["compress", *sys.argv[6:]]))
-"""
 CALIBRATION = "grasp_lightning.training.calibration"
 KILLS = {
-    "similarity": (CALIBRATION, "CalibrationModule", "predict_step", 3),
-    "attribution": (CALIBRATION, "CalibrationModule", "training_step", 2),
-    "first batch": (CALIBRATION, "CalibrationModule", "training_step", 1),
-    "third block": (CALIBRATION, "CalibrationModule", "training_step", 11),
-    "between steps": ("grasp_lightning.pipeline", "", "apply_operations", 3),
-    "last file": ("grasp_lightning.commands.outputs", "", "render_report", 1),
+    "similarity": Kill(CALIBRATION, "CalibrationModule", "predict_step", 3),
+    "attribution": Kill(CALIBRATION, "CalibrationModule", "training_step", 2),
+    "first batch": Kill(CALIBRATION, "CalibrationModule", "training_step", 1),
+    "third block": Kill(CALIBRATION, "CalibrationModule", "training_step", 11),
+    "between steps": Kill("grasp_lightning.pipeline", "", "apply_operations", 3),
+    "last file": Kill("grasp_lightning.commands.outputs", "", "render_report", 1),
     # That file of a run is written, complete, and not yet in its place.
-    "file write": ("grasp_lightning.run_folder.writer", "", "replace_synced", 5),
-    "late file write": ("grasp_lightning.run_folder.writer", "", "replace_synced", 12),
+    "file write": Kill("grasp_lightning.run_folder.writer", "", "replace_synced", 5),
+    "late file write": Kill("grasp_lightning.run_folder.writer", "", "replace_synced", 12),
 }
 
 
@@ -79,15 +54,6 @@ def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict
     return folders
 
 
-def killed(kill: tuple[str, str, str, int], number: int, argv: list[str]) -> int:
-    """Run in a process that ends itself, and return its exit code."""
-    where, owner, name, count = kill
-    code = textwrap.dedent(CHILD)
-    words = [sys.executable, "-c", code, where, owner, name, str(count), str(number), *argv]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(words, env=environment, capture_output=True, check=False).returncode
-
-
 def assert_equal_runs(first: Path, second: Path) -> None:
     assert (first / "plan.json").read_bytes() == (second / "plan.json").read_bytes()
     for name in ("scores.safetensors", "factors.safetensors", "model/model.safetensors"):
@@ -115,7 +81,7 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(
     place: str, preset: str, settings: list[str], whole: dict[str, Path], tmp_path: Path
 ) -> None:
     argv = [*settings, f"--method.preset={preset}", f"--output_dir={tmp_path / 'run'}"]
-    assert killed(KILLS[place], signal.SIGKILL, argv) == -signal.SIGKILL
+    assert killed(KILLS[place], signal.SIGKILL, ["compress", *argv]) == -signal.SIGKILL
     assert (tmp_path / "run").is_dir()
     assert main(["compress", *argv]) == 0
     assert_equal_runs(whole[preset], tmp_path / "run")
@@ -130,8 +96,8 @@ def test_a_signal_saves_at_the_next_batch_and_says_how_to_go_on(
 ) -> None:
     # Nothing is saved but what the signal asks for.
     argv = [*settings, "--trainer.checkpoint_seconds=1000", f"--output_dir={tmp_path / 'run'}"]
-    assert killed(KILLS[place], number, argv) == 128 + number
-    state = load_file(tmp_path / "run" / "checkpoints" / "pass.safetensors")
+    assert killed(KILLS[place], number, ["compress", *argv]) == 128 + number
+    state = load_file(tmp_path / "run" / "checkpoints" / "pass-0-0.safetensors")
     assert state["windows"].tolist() == list(range(2 * KILLS[place][3]))
     size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert size < sum(parameter.nbytes for parameter in tiny_model().parameters())
@@ -144,7 +110,7 @@ def test_a_resumed_pass_does_only_what_is_left(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = [*settings, f"--output_dir={tmp_path / 'run'}"]
-    assert killed(KILLS["attribution"], signal.SIGKILL, argv) == -signal.SIGKILL
+    assert killed(KILLS["attribution"], signal.SIGKILL, ["compress", *argv]) == -signal.SIGKILL
     batches: list[list[int]] = []
     original = CalibrationModule.training_step
 

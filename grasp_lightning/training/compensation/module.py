@@ -3,16 +3,19 @@
 import hashlib
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, get_scheduler
 
+from grasp_lightning import processes
 from grasp_lightning.config import OptimizerConfig
 from grasp_lightning.data.batching import PackingForm, packed_inputs, packing_form
 from grasp_lightning.data.datamodules import TrainingData
@@ -86,10 +89,11 @@ class CompensationModule(L.LightningModule):
         self._optimizer_config = optimizer or OptimizerConfig()
         # In a tuple: a module attribute would be moved, saved and wrapped with this module.
         self._teacher = (teacher,)
+        self._teacher_key = None if teacher is None else (model_hash(teacher.model), *teacher[1:])
         self._seed = seed
         self._forms: dict[int, PackingForm] = {}
         self._model_hash = model_hash(self.model)
-        self._validation = MeanMetric().set_dtype(torch.float64)
+        self._validation = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
 
     def setup(self, stage: str) -> None:
         """Find out how packed rows are told apart, if there are any.
@@ -136,38 +140,49 @@ class CompensationModule(L.LightningModule):
         """Take one optimizer step.
 
         Args:
-            batch: Micro-batches, each with ``input_ids``, ``mask``, ``targets`` and
-                ``position_ids``, ``(B, T)``.
+            batch: The rows of this process in micro-batches, each with ``input_ids``, ``mask``,
+                ``targets`` and ``position_ids``, ``(B, T)``.
             batch_idx: Number of the step.
 
         Returns:
-            ``loss``: mean over the predicted tokens, in nats; ``learning_rate`` of the step.
+            ``loss``: mean over the predicted tokens of all processes, in nats, and the step's
+            ``learning_rate``.
 
         Raises:
             NumericsError: If the loss is NaN or infinite.
         """
         start = time.perf_counter()
-        torch.manual_seed(_step_seed(self._seed, batch_idx))
+        torch.manual_seed(_step_seed(self._seed, batch_idx, self.global_rank))
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # there is one
         optimizer.zero_grad()
-        num_tokens = sum(int(part["targets"].sum()) for part in batch)
+        num_tokens = max(batch.num_targets, 1)  # windows of single tokens predict nothing
         total = torch.zeros((), device=self.device)
-        for part in batch:
-            loss = self._losses(part).sum() / num_tokens
-            if not loss.isfinite():
-                raise NumericsError(
-                    f"the training loss is {float(loss)} in step {batch_idx}; lower "
-                    "optimizer.learning_rate, or try model.dtype float32"
-                )
-            self.manual_backward(loss)
+        for number, part in enumerate(batch.parts, start=1):
+            with self._synchronized(number == len(batch.parts)):
+                loss = self._losses(part).sum() / num_tokens
+                if not loss.isfinite():
+                    raise NumericsError(
+                        f"the training loss is {float(loss.detach())} in step {batch_idx}; lower "
+                        "optimizer.learning_rate, or try model.dtype float32"
+                    )
+                # Strategies take the mean of gradients over processes, and a sum is meant.
+                self.manual_backward(loss * self.trainer.world_size)
             total += loss.detach()
+        total = processes.summed({"loss": total})["loss"]
         learning_rate = self._step(optimizer)
         self.num_trained_tokens += num_tokens
         speed = num_tokens / (time.perf_counter() - start)
         self.log_dict({"loss": total, "tokens_per_second": speed}, prog_bar=True)
         self.log("learning_rate", learning_rate)
         return {"loss": total, "learning_rate": learning_rate}
+
+    def _synchronized(self, is_last: bool) -> AbstractContextManager[None]:
+        """Return a block whose backward pass adds up gradients here, or over all processes."""
+        strategy = self.trainer.strategy
+        if is_last or not isinstance(strategy, ParallelStrategy):
+            return nullcontext()
+        return strategy.block_backward_sync()
 
     def _step(self, optimizer: LightningOptimizer) -> float:
         """Clip gradients, change parameters, and return the learning rate that was used."""
@@ -202,8 +217,18 @@ class CompensationModule(L.LightningModule):
         )
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean over all predicted tokens."""
-        self.log(VALIDATION_LOSS, self._validation.compute(), prog_bar=True)
+        """Log the mean over all predicted tokens.
+
+        Raises:
+            NumericsError: If it is NaN or infinite.
+        """
+        loss = self._validation.compute()
+        if not loss.isfinite():
+            raise NumericsError(
+                f"the validation loss is {float(loss)}; lower optimizer.learning_rate, or try "
+                "model.dtype float32"
+            )
+        self.log(VALIDATION_LOSS, loss, prog_bar=True)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return the trainable parameters by name.
@@ -264,6 +289,7 @@ class CompensationModule(L.LightningModule):
             "model": self._model_hash,
             "trained parameters": hashlib.sha256(str(shapes).encode()).hexdigest(),
             "samples": str(None if data is None else data.fingerprint),
+            "teacher": str(self._teacher_key),
         }
 
     def _losses(self, batch: MicroBatch) -> Tensor:
@@ -310,6 +336,6 @@ class CompensationModule(L.LightningModule):
         return data if isinstance(data, TrainingData) else None
 
 
-def _step_seed(seed: int, step: int) -> int:
-    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -1,18 +1,18 @@
-"""Data for a Lightning Trainer: windows to calibrate on, samples to train on."""
+"""Samples to train on, for a Lightning Trainer."""
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from typing import NamedTuple
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from grasp_lightning import processes
 from grasp_lightning.config import (
     BatchOrder,
     CalibrationConfig,
@@ -28,126 +28,12 @@ from grasp_lightning.data.instructions import (
     tokenize_instructions,
 )
 from grasp_lightning.data.steps import MicroBatch, StepOptions, TrainingSteps
-from grasp_lightning.data.windows import (
-    TokenWindows,
-    calibration_windows,
-    check_window_options,
-)
+from grasp_lightning.data.windows import TokenWindows, calibration_windows
 from grasp_lightning.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-WindowBatch = dict[str, Tensor]
-
 _LEAST_LENGTH = 2  # tokens: one to predict, and one before it
-
-
-class CalibrationData(L.LightningDataModule):
-    """The same batches in the same order for ``fit`` and for ``predict``.
-
-    A batch holds ``input_ids``, ``mask``, ``targets``, each ``(B, T)``, and ``index`` ``(B,)``, the
-    position of each window in ``windows``. Text is read when it is first needed. A number in the
-    configuration that is too small is a ``ConfigError``.
-
-    Args:
-        config: Section ``calibration`` of the configuration.
-        tokenizer: Tokenizer of the model.
-        seed: Seed of the choice of windows.
-        windows: Windows that are there already; then only ``config.batch_size`` is used.
-
-    Attributes:
-        done: Indices of windows that the batches leave out, in whole batches.
-    """
-
-    def __init__(
-        self,
-        config: CalibrationConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        seed: int = 0,
-        windows: TokenWindows | None = None,
-    ) -> None:
-        super().__init__()
-        check_window_options(config, "calibration")
-        self._config = config
-        self._tokenizer = tokenizer
-        self._seed = seed
-        self._windows = windows
-        self.done: frozenset[int] = frozenset()
-
-    def without(self, windows: Iterable[int]) -> "CalibrationData":
-        """Return the batches that are left when some windows are counted already.
-
-        Args:
-            windows: Indices of these windows: all or none of each batch.
-
-        Returns:
-            A data module over the same windows, with fewer batches.
-        """
-        rest = CalibrationData(self._config, self._tokenizer, self._seed, self.windows)
-        rest.done = frozenset(windows)
-        return rest
-
-    @property
-    def batches(self) -> list[list[int]]:
-        """Indices of the windows of every batch, in order."""
-        size = self._config.batch_size
-        starts = range(0, len(self.windows), size)
-        rows = [list(range(start, min(start + size, len(self.windows)))) for start in starts]
-        return [row for row in rows if not self.done.issuperset(row)]
-
-    @property
-    def windows(self) -> TokenWindows:
-        """The calibration windows, built on first access."""
-        if self._windows is None:
-            self._windows = calibration_windows(self._config, self._tokenizer, self._seed)
-        return self._windows
-
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        """What identifies the windows in a plan: ``calibration``, their hash, and ``seed``."""
-        return {"calibration": self.windows.sha256, "seed": str(self._seed)}
-
-    def setup(self, stage: str) -> None:  # noqa: ARG002  # Lightning passes it by name
-        """Build the windows, so that a corpus that cannot be read fails before the first batch.
-
-        Args:
-            stage: What the Trainer is about to do; the data is the same for all.
-        """
-        self._windows = self.windows
-
-    def train_dataloader(self) -> DataLoader[WindowBatch]:
-        """Return the batches, in order and not shuffled.
-
-        Returns:
-            A loader over all windows.
-        """
-        return self._loader()
-
-    def predict_dataloader(self) -> DataLoader[WindowBatch]:
-        """Return the batches, in order.
-
-        Returns:
-            A loader over all windows.
-        """
-        return self._loader()
-
-    def _loader(self) -> DataLoader[WindowBatch]:
-        # One item is one batch: Lightning replaces samplers, and would change which windows meet.
-        return DataLoader(_WindowBatches(self.windows, self.batches), batch_size=None)
-
-
-class _WindowBatches(Dataset[WindowBatch]):
-    """One batch of windows per item."""
-
-    def __init__(self, windows: TokenWindows, rows: list[list[int]]) -> None:
-        self._windows = windows
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> WindowBatch:
-        return self._windows.batch(self._rows[index])
 
 
 class TrainingSamples(NamedTuple):
@@ -238,6 +124,8 @@ class TrainingData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[MicroBatch] | list[object]:
         """Return the validation samples in micro-batches, always in the same order.
 
+        Several processes share them.
+
         Returns:
             A loader; no loaders if there are no samples.
         """
@@ -252,7 +140,8 @@ class TrainingData(L.LightningDataModule):
             seed=0,
             epoch=0,
         )
-        return DataLoader(_MicroBatches(validation, rows), batch_size=None)
+        own = list(processes.own_share(rows))
+        return DataLoader(_MicroBatches(validation, own), batch_size=None)
 
 
 class InstructionData(TrainingData):
@@ -296,8 +185,9 @@ class InstructionData(TrainingData):
     def samples(self) -> TrainingSamples:
         """The samples, read on first access; too few of them are a ``ConfigError``."""
         config = self.config
+        read = read_instructions(config.source, config.path, "data")
         split = split_instructions(
-            read_instructions(config.source, config.path, "data"),
+            read,
             num_validation=config.num_validation,
             num_train=config.num_train,
             seed=self.seed,
@@ -305,7 +195,7 @@ class InstructionData(TrainingData):
         train, validation = self._tokens(split.train), self._tokens(split.validation)
         if train.counts.kept < train.counts.read:
             logger.warning("%s: %s", split.train.name, train.counts)
-        counts = {**asdict(train.counts), "train": len(train.tokens)}
+        counts = {**asdict(train.counts), "read": len(read), "train": len(train.tokens)}
         return TrainingSamples(
             train.tokens, validation.tokens, {**counts, "validation": len(validation.tokens)}
         )
@@ -376,6 +266,7 @@ class TextData(TrainingData):
             self.tokenizer,
             self.seed,
             part="text",
+            asked=f"num_samples is {config.num_samples} and num_validation {config.num_validation}",
         )
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(windows), generator=generator)

@@ -1,0 +1,226 @@
+"""Starts the processes of a run, or takes part in those that torchrun or srun have started."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO, NamedTuple
+
+import grasp_lightning
+from grasp_lightning.config import TrainerConfig
+from grasp_lightning.errors import ConfigError
+
+_PARENT = "GRASP_LIGHTNING_PARENT"
+_POLL = 0.1  # seconds
+_GRACE = 5.0  # seconds in which the first process may end by itself, and tell why
+_PATIENCE = 30.0  # seconds in which a process may save what it has
+_FAILED = 1
+
+
+@contextmanager
+def joined(
+    trainer: TrainerConfig, device: str, command: str, argv: Sequence[str]
+) -> Iterator[bool]:
+    """Do something in as many processes as the configuration says, for a ``with`` block.
+
+    In the process that a user started, the block is not done: it starts the others, waits for them,
+    and ends.
+
+    Args:
+        trainer: Section of the configuration.
+        device: Key ``model.device``.
+        command: Name of the command, to start it again.
+        argv: Its command line.
+
+    Yields:
+        Whether this process speaks to the user: rank 0 alone does.
+
+    Raises:
+        ConfigError: If the processes of several nodes were not started from outside.
+        SystemExit: In the process that has started others, with the exit code of the run.
+    """
+    _take_slurm_environment()
+    if "RANK" not in os.environ:
+        if trainer.devices * trainer.num_nodes == 1:
+            yield True
+            return
+        if trainer.num_nodes > 1:
+            raise ConfigError(
+                f"trainer.num_nodes is {trainer.num_nodes}: start the command on every node, with "
+                "torchrun or srun"
+            )
+        raise SystemExit(_launch(command, argv, trainer.devices))
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        yield True
+        return
+    # Imported here: a process that only starts others does without.
+    from grasp_lightning import processes  # noqa: PLC0415
+    from grasp_lightning.models.device import resolve_device  # noqa: PLC0415
+
+    _end_with_parent()
+    processes.join(resolve_device(device))
+    try:
+        yield processes.is_first()
+    finally:
+        processes.leave()
+
+
+def _take_slurm_environment() -> None:
+    """Let the variables of srun stand for those that torchrun sets."""
+    # Of a step that srun has started: the batch script itself has no such number.
+    number = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in os.environ or int(number) == 1:
+        return
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # noqa: PLC0415
+
+    slurm = SLURMEnvironment(auto_requeue=False)
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "NODE_RANK": os.environ["SLURM_NODEID"],
+        "WORLD_SIZE": number,
+        "MASTER_ADDR": slurm.main_address,
+        "MASTER_PORT": str(slurm.main_port),
+    }
+
+
+class _Child(NamedTuple):
+    """A process that was started.
+
+    Attributes:
+        rank: Its number.
+        process: The process.
+        errors: What it writes to standard error; None for rank 0, which writes to the user's.
+    """
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    errors: IO[bytes] | None
+
+
+def _launch(command: str, argv: Sequence[str], number: int) -> int:
+    """Run the command in several processes, and return the exit code."""
+    words = [sys.executable, "-m", "grasp_lightning", command, *argv]
+    environment = _environment(number)
+    children: list[_Child] = []
+    try:
+        for rank in range(number):
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # What is not rank 0 says the same; it is shown where it alone fails.
+            errors = None if rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115
+            process = subprocess.Popen(
+                words,
+                env=own,
+                stdout=None if rank == 0 else subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,  # Ctrl-C comes here, and is passed on once
+            )
+            children.append(_Child(rank, process, errors))
+        with _passing_signals_on(children):
+            return _wait(children)
+    finally:
+        for child in children:
+            child.process.kill()
+            child.process.wait()
+
+
+def _environment(number: int) -> Mapping[str, str]:
+    root = str(Path(grasp_lightning.__file__).parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = str(max((os.cpu_count() or 1) // number, 1))
+    return {
+        "OMP_NUM_THREADS": threads,
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        _PARENT: str(os.getpid()),
+    }
+
+
+@contextmanager
+def _passing_signals_on(children: Sequence[_Child]) -> Iterator[None]:
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        del frame
+        for child in children:
+            child.process.send_signal(number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if is_main else ()
+    earlier = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _wait(children: Sequence[_Child]) -> int:
+    """Return 0 when all have ended well; where one has not, end the others and tell which."""
+    failed = None
+    while failed is None and any(child.process.poll() is None for child in children):
+        failed = next((child for child in children if child.process.poll()), None)
+        time.sleep(_POLL)
+    failed = failed or next((child for child in children if child.process.poll()), None)
+    if failed is None:
+        return 0
+    first = children[0].process
+    _wait_for([first], _GRACE)
+    speaks_itself = (first.poll() or 0) > 0
+    for child in children:
+        if child.process.poll() is None:
+            child.process.terminate()
+    _wait_for([child.process for child in children], _PATIENCE)
+    code = failed.process.poll()
+    assert code is not None  # it has failed
+    if code > _FAILED and speaks_itself:
+        return first.poll() or code
+    sys.stderr.write(f"error: {_what_happened(failed, len(children))}\n")
+    return max(_FAILED, code)
+
+
+def _wait_for(waited: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(process.poll() is None for process in waited):
+        time.sleep(_POLL)
+
+
+def _what_happened(child: _Child, number: int) -> str:
+    code = child.process.poll() or 0
+    end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    text = ""
+    if child.errors is not None:
+        child.errors.seek(0)
+        lines = child.errors.read().decode(errors="replace").strip().splitlines()
+        text = f" ({lines[-1].removeprefix('error: ')})" if lines else ""
+    return (
+        f"process {child.rank} of {number} {end}{text}, and the others were ended; run the same "
+        "command again: it goes on from what is saved"
+    )
+
+
+def _end_with_parent() -> None:
+    """Save and end when the process is gone that has started this one."""
+    parent = os.environ.get(_PARENT)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

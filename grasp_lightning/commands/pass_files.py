@@ -1,0 +1,139 @@
+"""The files in which the processes of a run keep the state of the pass that runs.
+
+Each process saves the windows that it has counted itself. When a run is started again, with as many
+processes or other ones, rank 0 begins with all that is saved, and its first file of that start says
+so; until that file is written, the files of earlier starts count.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grasp_lightning import processes
+from grasp_lightning.errors import PlanError
+from grasp_lightning.run_folder import RunFolder, write_file
+
+_NAME = re.compile(r"pass-(\d+)-(\d+)\.safetensors")
+_CONCATENATED = "windows"  # all other tensors are sums
+
+
+class PassFile(NamedTuple):
+    """One file of one process.
+
+    Attributes:
+        start: How often the run had been started before it was written.
+        rank: The process.
+    """
+
+    start: int
+    rank: int
+
+    @property
+    def name(self) -> str:
+        """Name of the file in its folder."""
+        return f"pass-{self.start}-{self.rank}.safetensors"
+
+    @classmethod
+    def found_in(cls, folder: Path) -> list[Self]:
+        """Return all files in a folder, in order.
+
+        Args:
+            folder: Need not exist.
+
+        Returns:
+            The files.
+        """
+        names = [_NAME.fullmatch(path.name) for path in folder.glob("pass-*")]
+        return sorted(cls(int(name[1]), int(name[2])) for name in names if name)
+
+
+class PassFiles:
+    """The state of a running pass, over all processes and starts.
+
+    Args:
+        run: The run folder.
+        folder: Name of the folder in it.
+    """
+
+    def __init__(self, run: RunFolder, folder: str) -> None:
+        self._run = run
+        self._folder = folder
+        self._start = 0
+
+    def load(self, step: str) -> dict[str, Tensor] | None:
+        """Return what all processes have saved of a step, added up; a new start begins here.
+
+        All processes must call it, since no file is written before all have read.
+
+        Args:
+            step: Key of the step that runs.
+
+        Returns:
+            The state, the same in all processes; None if nothing of this step was saved.
+        """
+        found = PassFile.found_in(self._path())
+        own = [file for file in found if self._step_of(file) == step]
+        state = _added_up([load_file(self._path(file)) for file in _counting(own)])
+        self._start = max((file.start for file in found), default=-1) + 1
+        processes.barrier()
+        if processes.is_first():
+            self._remove(file for file in found if file not in own)
+            for rank in range(processes.num_processes()):
+                self._run.claim(self._name(PassFile(self._start, rank)))
+        processes.barrier()
+        return state
+
+    def save(self, state: Mapping[str, Tensor], step: str) -> None:
+        """Save what this process has counted; of rank 0, with all that was loaded.
+
+        Args:
+            state: Sums over windows, and ``windows``: which ones are in them.
+            step: Key of the step that runs.
+        """
+        stored = {key: value.contiguous() for key, value in state.items()}
+        file = PassFile(self._start, processes.rank())
+        write_file(self._path(file), lambda path: save_file(stored, path, metadata={"step": step}))
+        if processes.is_first():
+            earlier = PassFile.found_in(self._path())
+            self._remove(other for other in earlier if other.start < self._start)
+
+    def _remove(self, files: Iterable[PassFile]) -> None:
+        for file in files:
+            self._run.remove(self._name(file))
+
+    def _name(self, file: PassFile) -> str:
+        return f"{self._folder}/{file.name}"
+
+    def _path(self, file: PassFile | None = None) -> Path:
+        return self._run.path(self._folder if file is None else self._name(file))
+
+    def _step_of(self, file: PassFile) -> str | None:
+        path = self._path(file)
+        try:
+            with safe_open(path, framework="pt") as content:
+                return (content.metadata() or {}).get("step")
+        except SafetensorError as error:
+            raise PlanError(f"{path} is damaged: {error}; delete it to measure again") from error
+
+
+def _counting(files: list[PassFile]) -> list[PassFile]:
+    """Return the files whose windows are not in a later file of rank 0."""
+    last = max((file.start for file in files if file.rank == 0), default=0)
+    return [file for file in files if file.start >= last]
+
+
+def _added_up(states: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+    if not states:
+        return None
+    total = dict(states[0])
+    for state in states[1:]:
+        for key, value in state.items():
+            joined = torch.cat([total[key], value]) if key == _CONCATENATED else total[key] + value
+            total[key] = joined
+    return total

@@ -1,0 +1,125 @@
+"""Calibration windows for a Lightning Trainer."""
+
+from collections.abc import Iterable
+
+import lightning as L
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from grasp_lightning import processes
+from grasp_lightning.config import CalibrationConfig
+from grasp_lightning.data.windows import TokenWindows, calibration_windows, check_window_options
+
+WindowBatch = dict[str, Tensor]
+
+
+class CalibrationData(L.LightningDataModule):
+    """The same batches in the same order for ``fit`` and for ``predict``.
+
+    A batch holds ``input_ids``, ``mask``, ``targets``, each ``(B, T)``, and ``index`` ``(B,)``, the
+    position of each window in ``windows``. Text is read when it is first needed. A number in the
+    configuration that is too small is a ``ConfigError``.
+
+    Args:
+        config: Section ``calibration`` of the configuration.
+        tokenizer: Tokenizer of the model.
+        seed: Seed of the choice of windows.
+        windows: Windows that are there already; then only ``config.batch_size`` is used.
+
+    Attributes:
+        done: Indices of windows that the batches leave out.
+    """
+
+    def __init__(
+        self,
+        config: CalibrationConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int = 0,
+        windows: TokenWindows | None = None,
+    ) -> None:
+        super().__init__()
+        check_window_options(config, "calibration")
+        self._config = config
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._windows = windows
+        self.done: frozenset[int] = frozenset()
+
+    def without(self, windows: Iterable[int]) -> "CalibrationData":
+        """Return the batches that are left when some windows are counted already.
+
+        Args:
+            windows: Indices of these windows.
+
+        Returns:
+            A data module over the same windows, with fewer batches.
+        """
+        rest = CalibrationData(self._config, self._tokenizer, self._seed, self.windows)
+        rest.done = frozenset(windows)
+        return rest
+
+    @property
+    def batches(self) -> list[list[int]]:
+        """Indices of the windows of every batch of this process, in order.
+
+        All processes have as many batches: where windows run out, the last ones are empty.
+        """
+        size = self._config.batch_size
+        left = [index for index in range(len(self.windows)) if index not in self.done]
+        own, most = processes.own_share(left), -(-len(left) // processes.num_processes())
+        return [list(own[start : start + size]) for start in range(0, most, size)]
+
+    @property
+    def windows(self) -> TokenWindows:
+        """The calibration windows, built on first access."""
+        if self._windows is None:
+            self._windows = calibration_windows(self._config, self._tokenizer, self._seed)
+        return self._windows
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What identifies the windows in a plan: ``calibration``, their hash, and ``seed``."""
+        return {"calibration": self.windows.sha256, "seed": str(self._seed)}
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002  # Lightning passes it by name
+        """Build the windows, so that a corpus that cannot be read fails before the first batch.
+
+        Args:
+            stage: What the Trainer is about to do; the data is the same for all.
+        """
+        self._windows = self.windows
+
+    def train_dataloader(self) -> DataLoader[WindowBatch]:
+        """Return the batches, in order and not shuffled.
+
+        Returns:
+            A loader over all windows.
+        """
+        return self._loader()
+
+    def predict_dataloader(self) -> DataLoader[WindowBatch]:
+        """Return the batches, in order.
+
+        Returns:
+            A loader over all windows.
+        """
+        return self._loader()
+
+    def _loader(self) -> DataLoader[WindowBatch]:
+        # One item is one batch: Lightning replaces samplers, and would change which windows meet.
+        return DataLoader(_WindowBatches(self.windows, self.batches), batch_size=None)
+
+
+class _WindowBatches(Dataset[WindowBatch]):
+    """One batch of windows per item."""
+
+    def __init__(self, windows: TokenWindows, rows: list[list[int]]) -> None:
+        self._windows = windows
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> WindowBatch:
+        return self._windows.batch(self._rows[index])

@@ -1,0 +1,148 @@
+"""The processes of one run: how many there are, sums over them, and work that one does for all.
+
+A run of several processes runs the same code in each of them (rank 0, 1, ...). In a run of one
+process all functions here do the obvious thing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def num_processes() -> int:
+    """Return how many processes work together."""
+    return dist.get_world_size() if _is_group() else 1
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if _is_group() else 0
+
+
+def is_first() -> bool:
+    """Return whether this process writes files and speaks to the user."""
+    return rank() == 0
+
+
+def own_share(items: Sequence[T]) -> Sequence[T]:
+    """Return every n-th of some items, for n processes, so that together they have each one once.
+
+    Args:
+        items: The items, the same in all processes.
+
+    Returns:
+        Those of this process, in order.
+    """
+    return items[rank() :: num_processes()]
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if num_processes() > 1:
+        gather(None)
+
+
+def gather(value: T) -> list[T]:
+    """Return a value of every process, by rank.
+
+    Args:
+        value: That of this process; it is pickled.
+
+    Returns:
+        All of them, in all processes.
+    """
+    if num_processes() == 1:
+        return [value]
+    values = [value] * num_processes()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """Let rank 0 do something, and give its result, or what it raised, to all.
+
+    Args:
+        work: What rank 0 does; its result is pickled.
+
+    Returns:
+        The result, in all processes.
+
+    Raises:
+        error: What the work raised, in all processes.
+    """
+    if num_processes() == 1:
+        return work()
+    result: list[T] = []
+    error: Exception | None = None
+    if is_first():
+        try:
+            result.append(work())
+        except Exception as raised:  # noqa: BLE001  raised again below, in every process
+            error = raised
+    outcome = [(result, error)]
+    dist.broadcast_object_list(outcome, src=0)
+    ((result, error),) = outcome
+    if error is not None:
+        raise error
+    return result[0]
+
+
+def summed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sums of tensors over all processes, to the bit the same in all of them.
+
+    Args:
+        tensors: Name -> tensor, the same names and shapes in all processes.
+
+    Returns:
+        Name -> sum, on the device of the tensor.
+    """
+    if num_processes() == 1:
+        return dict(tensors)
+    sums = {}
+    for name, value in tensors.items():
+        total = value.clone()
+        dist.reduce(total, dst=0)
+        sums[name] = from_rank(total, 0)
+    return sums
+
+
+def from_rank(tensor: Tensor, source: int) -> Tensor:
+    """Return the tensor of one process.
+
+    Args:
+        tensor: That of this process, of the shape and type of the source's; it is overwritten.
+        source: Rank of the process.
+
+    Returns:
+        The tensor, in all processes.
+    """
+    if num_processes() > 1:
+        dist.broadcast(tensor, src=source)
+    return tensor
+
+
+def join(device: torch.device) -> None:
+    """Form a group with the other processes, as the environment names them (``RANK``, ...).
+
+    Args:
+        device: Device that this process computes on.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend)
+
+
+def leave() -> None:
+    """Leave the group."""
+    if _is_group():
+        dist.destroy_process_group()
+
+
+def _is_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
