@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks.attribution import SingularAttribution
@@ -183,16 +184,23 @@ def placement(config: TrainerConfig, device: torch.device) -> dict[str, Any]:
         device: Device that holds the model of this process.
 
     Returns:
-        ``devices``, ``num_nodes`` and ``strategy``.
+        ``devices``, ``num_nodes``, ``strategy`` and ``plugins``.
     """
-    if processes.num_processes() == 1:
-        devices = 1 if device.type == "cpu" else [device.index or 0]
-        return {"devices": devices, "num_nodes": 1, "strategy": "auto"}
-    return {
-        "devices": config.devices,
-        "num_nodes": config.num_nodes,
-        "strategy": CalibrationDDP(),
+    arguments: dict[str, Any] = {
+        # The environment was read when the processes were joined. Lightning's own reading of that
+        # of SLURM would requeue from a signal handler, in the middle of a batch.
+        "plugins": [LightningEnvironment()],
+        "devices": 1 if device.type == "cpu" else [device.index or 0],
+        "num_nodes": 1,
+        "strategy": "auto",
     }
+    if processes.num_processes() > 1:
+        arguments |= {
+            "devices": config.devices,
+            "num_nodes": config.num_nodes,
+            "strategy": CalibrationDDP(),
+        }
+    return arguments
 
 
 def check_trainer(config: TrainerConfig, device: torch.device) -> None:
