@@ -44,9 +44,13 @@ def joined(
         Whether this process speaks to the user: rank 0 alone does.
 
     Raises:
-        ConfigError: If the processes of several nodes were not started from outside.
+        ConfigError: If a number is below 1, or the processes of several nodes were not started
+            from outside.
         SystemExit: In the process that has started others, with the exit code of the run.
     """
+    for key in ("devices", "num_nodes"):
+        if getattr(trainer, key) < 1:
+            raise ConfigError(f"trainer.{key} must be at least 1, got {getattr(trainer, key)}")
     _take_slurm_environment()
     if "RANK" not in os.environ:
         if trainer.devices * trainer.num_nodes == 1:

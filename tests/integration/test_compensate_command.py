@@ -180,6 +180,7 @@ def test_plain_text_is_learned_with_the_objective_text(compressed: Path, tmp_pat
     assert metrics["data_licence"] == "PSF License Agreement, version 2"
 
 
+@pytest.mark.slow
 def test_a_teacher_is_learned_from(compressed: Path, settings: list[str], tmp_path: Path) -> None:
     teacher = compressed.parent.parent / "tiny"
     options = [

@@ -522,7 +522,7 @@ def test_the_resolved_configuration_is_written(settings: list[str], tmp_path: Pa
         (["--help"], 0, "compress"),
         (["--version"], 0, "grasp-lightning"),
         (["compress", "--help"], 0, "--method.keep_ratio"),
-        ([], 2, "no command; expected one of compress, plan"),
+        ([], 2, "no command; expected one of compress, compensate, plan"),
         (["shrink"], 2, "unknown command 'shrink'"),
     ],
 )
@@ -550,9 +550,9 @@ def test_mixed_precision_keeps_the_model_s_dtype(settings: list[str], tmp_path: 
 
 
 LATER_MISTAKES: dict[str, tuple[list[str], str]] = {
-    "two devices": (["--trainer.devices=2"], "trainer.devices must be 1, got 2"),
-    "no device": (["--trainer.devices=0"], "trainer.devices must be 1, got 0"),
-    "two nodes": (["--trainer.num_nodes=2"], "trainer.num_nodes must be 1, got 2"),
+    "no device": (["--trainer.devices=0"], "trainer.devices must be at least 1, got 0"),
+    "two nodes": (["--trainer.num_nodes=2"], "start the command on every node"),
+    "no node": (["--trainer.num_nodes=0"], "trainer.num_nodes must be at least 1, got 0"),
     "other accelerator": (["--trainer.accelerator=cuda"], "the model is on cpu"),
     "null": (
         ["--calibration.seqlen=null"],

@@ -119,6 +119,7 @@ def test_killed_processes_go_on_as_another_number_of_them(  # noqa: PLR0917  par
     child = tmp_path / "child.py"
     child.write_text(CHILD)
     where = ("grasp_lightning.training.calibration", "CalibrationModule", place)
+    settings = [*settings, "--calibration.batch_size=1"]
     words = [*settings, "--trainer.devices=2", f"--output_dir={tmp_path / 'run'}"]
     # Both kill themselves in this call: what each had saved before is there.
     both = [str(child), *where, str(call + 1), str(int(signal.SIGKILL)), "compress", *words]
