@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := setup
-.PHONY: setup quickstart test test-fast lint
+.PHONY: setup quickstart test test-fast test-slurm lint
 
 setup: $(STAMP)
 
@@ -31,10 +31,14 @@ quickstart: $(STAMP)
 
 # Everything that can run on this machine; the last -m wins over the one in pyproject.toml.
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not network" --durations=15
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not network and not slurm" --durations=15
 
 test-fast: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# On a real SLURM of one node, which root installs where it is missing; skipped elsewhere.
+test-slurm: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slurm --numprocesses=0 -rs --durations=0 tests/slurm
 
 lint: $(STAMP)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

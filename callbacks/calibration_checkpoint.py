@@ -48,6 +48,16 @@ class CalibrationCheckpoint(L.Callback):
         self._stop = stop
         self._saved_at = time.monotonic()
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the signals back from the Trainer."""
+        del trainer, pl_module
+        self._stop.take_over()
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the signals back from the Trainer."""
+        del trainer, pl_module
+        self._stop.take_over()
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object
     ) -> None:

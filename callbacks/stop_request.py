@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run at the next safe moment."""
+"""Ctrl-C, SIGTERM and SLURM's warning end a run at the next safe moment."""
 
 import signal
 import threading
@@ -6,28 +6,39 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from callbacks.requeue import REQUEUE_SIGNAL, is_slurm_job
+from grasp_lightning import processes
 from grasp_lightning.errors import Interrupted
 
 Handler = Callable[[int, FrameType | None], object] | int | None
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Remembers SIGINT and SIGTERM until the next safe moment.
+    """Remembers SIGINT and SIGTERM, in a SLURM job SIGUSR1 too, until the next safe moment.
+
+    SIGUSR1 asks for an end after which the job is put back into the queue (``requeue_job``). Of
+    several signals the last one counts, but SIGUSR1 never counts after another one: a job that was
+    cancelled must not come back.
+
+    SLURM sends SIGTERM up to three times within milliseconds, so that no repetition of a signal
+    cuts what the first one has begun, except for a second Ctrl-C.
 
     Attributes:
-        signal_number: The signal that came, None if none did.
+        signal_number: The signal that counts, None if none came.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self._is_deferred = False
+        self._ends = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle both signals for the duration of a ``with`` block, in the main thread only.
+        """Handle the signals for the duration of a ``with`` block, in the main thread only.
 
-        Outside of ``deferred`` a signal raises ``Interrupted`` at once; inside, a second one does.
+        Outside of ``deferred`` a signal raises ``Interrupted`` at once; inside, a second Ctrl-C
+        does. When SIGUSR1 has ended the block, the signals stay handled, so that none can end the
+        process before ``requeue_job`` is called.
 
         Yields:
             Nothing.
@@ -36,11 +47,12 @@ class StopRequest:
         try:
             yield
         finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
+            if not (self._ends and self.signal_number == REQUEUE_SIGNAL):
+                for number, handler in earlier.items():
+                    signal.signal(number, handler)
 
     def take_over(self) -> dict[signal.Signals, Handler]:
-        """Handle both signals from now on, in the main thread only.
+        """Handle the signals from now on, in the main thread only.
 
         A Trainer that starts puts a handler of its own around the one it finds, and ends in the
         middle of a validation by it.
@@ -50,7 +62,10 @@ class StopRequest:
         """
         if threading.current_thread() is not threading.main_thread():
             return {}
-        return {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if is_slurm_job():
+            numbers.append(REQUEUE_SIGNAL)
+        return {number: signal.signal(number, self._handle) for number in numbers}
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -58,10 +73,20 @@ class StopRequest:
 
         Yields:
             Nothing.
+
+        Raises:
+            Interrupted: If a signal came, also where a process that got it too has ended already.
+            RuntimeError: Any other one of the block.
         """
         self._is_deferred = True
         try:
             yield
+        except RuntimeError as error:
+            # torch raises no narrower class where a process waits for another one that is gone.
+            if self.signal_number is None or processes.num_processes() == 1:
+                raise
+            self._ends = True
+            raise Interrupted(self.signal_number) from error
         finally:
             self._is_deferred = False
         self.check()
@@ -73,11 +98,16 @@ class StopRequest:
             Interrupted: If one did.
         """
         if self.signal_number is not None:
+            self._ends = True
             raise Interrupted(self.signal_number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        is_first = self.signal_number is None
-        self.signal_number = number
-        if not (self._is_deferred and is_first):
-            raise Interrupted(number)
+        is_impatient = number == signal.SIGINT and self.signal_number == signal.SIGINT
+        if self.signal_number is None or not (self._ends or number == REQUEUE_SIGNAL):
+            self.signal_number = number
+        if not self._ends:
+            # A Trainer's handler talks to other processes, which may be gone when SIGTERM follows.
+            self.take_over()
+        if is_impatient or not (self._is_deferred or self._ends):
+            self.check()

@@ -140,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line without the program's name; None takes this process's.
 
     Returns:
-        0 on success, 2 on bad input (one line on standard error), 130 after Ctrl-C and 143 after
-        SIGTERM.
+        0 on success, also if a job of SLURM is back in its queue; 2 on bad input (one line on
+        standard error), 130 after Ctrl-C and 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
@@ -164,11 +164,24 @@ def _run(name: str, argv: Sequence[str]) -> int:
     except GraspError as error:
         return _fail(str(error))
     except (Interrupted, KeyboardInterrupt) as stop:
-        _fail(f"interrupted; {COMMANDS[name].when_interrupted}")
-        return SIGNALLED + getattr(stop, "signal_number", signal.SIGINT)
+        return _interrupted(name, getattr(stop, "signal_number", signal.SIGINT))
     except SystemExit as leave:  # --help and --print_config of a command's parser
         return int(leave.code or 0)
     return 0
+
+
+def _interrupted(name: str, number: int) -> int:
+    how = "interrupted"
+    if number == signal.SIGUSR1:
+        from callbacks.requeue import requeue_job  # noqa: PLC0415
+
+        refusal = requeue_job()
+        if refusal is None:
+            # Any other code would let srun, or our own launcher, end the ranks that still save.
+            return 0
+        how = f"interrupted, and not back in the queue ({refusal})"
+    _fail(f"{how}; {COMMANDS[name].when_interrupted}")
+    return SIGNALLED + number
 
 
 def _fail(message: str) -> int:

@@ -1,5 +1,7 @@
 """The device that a model is put on."""
 
+import os
+
 import torch
 
 from grasp_lightning.errors import ConfigError
@@ -9,7 +11,7 @@ def resolve_device(name: str) -> torch.device:
     """Return the device that a name means, after a check that this machine has it.
 
     Args:
-        name: ``auto`` (the first CUDA device, else cpu), ``cpu``, ``cuda``, ``cuda:1``, ...
+        name: ``auto`` (the CUDA device of this process, else cpu), ``cpu``, ``cuda``, ``cuda:1``, ...
 
     Returns:
         The device.
@@ -18,7 +20,11 @@ def resolve_device(name: str) -> torch.device:
         ConfigError: If the name is no device, or this machine has no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # One of several processes on this machine takes a device of its own.
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -1,0 +1,57 @@
+"""A job of SLURM that has to end goes back into its queue, once what is done was saved."""
+
+import logging
+import os
+import signal
+import subprocess
+from typing import Final
+
+logger = logging.getLogger(__name__)
+
+REQUEUE_SIGNAL: Final = signal.SIGUSR1
+_JOB = "SLURM_JOB_ID"
+
+
+def is_slurm_job() -> bool:
+    """Return whether this process runs inside a job of SLURM."""
+    return _JOB in os.environ
+
+
+def requeue_job() -> str | None:
+    """Put the job of this process back into the queue; rank 0 does it for all ranks.
+
+    SLURM then sends SIGTERM to every process of the job, to this one and to ``scontrol`` too, and
+    SIGKILL after a while (``KillWait``, 30 seconds by default), in which other ranks may still
+    save. So SIGTERM and the signal itself are ignored from here on: call it last, in a process that
+    is about to end.
+
+    Returns:
+        Why the job was not put back, in one line; None if it was, or if this is another rank.
+    """
+    for number in (signal.SIGTERM, REQUEUE_SIGNAL):
+        signal.signal(number, signal.SIG_IGN)  # unlike a handler, scontrol inherits that
+    if _rank() != 0:
+        return None
+    job = _job_name()
+    try:
+        done = subprocess.run(
+            ["scontrol", "requeue", job], capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        return f"scontrol requeue {job}: {error.strerror}"
+    if done.returncode != 0:
+        said = " ".join((done.stderr or done.stdout).split())
+        return f"scontrol requeue {job}: {said or f'exit code {done.returncode}'}"
+    logger.warning("job %s is in the queue again, and will go on from what is saved", job)
+    return None
+
+
+def _rank() -> int:
+    # Processes that this program or torchrun has started share the number that srun gave.
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _job_name() -> str:
+    # The number of an array's last task is that of the whole array, too.
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
+    return os.environ[_JOB] if array is None else f"{array}_{task}"
