@@ -11,7 +11,7 @@ def resolve_device(name: str) -> torch.device:
     """Return the device that a name means, after a check that this machine has it.
 
     Args:
-        name: ``auto`` (the CUDA device of this process, else cpu), ``cpu``, ``cuda``, ``cuda:1``, ...
+        name: ``auto`` (CUDA device of this process, else cpu), ``cpu``, ``cuda``, ``cuda:1``, ...
 
     Returns:
         The device.
