@@ -1,6 +1,5 @@
 """The production ``Measure``: one pass of a Lightning Trainer per step."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from callbacks.attribution import SingularAttribution
 from callbacks.calibration_checkpoint import CalibrationCheckpoint, PassStore
+from callbacks.expected_warnings import expected_warnings
 from callbacks.measurement import WINDOWS, Measurement
 from callbacks.progress import StepProgressBar
 from callbacks.similarity import LayerSimilarity
@@ -106,7 +106,7 @@ class TrainerMeasure:
             measurement.finish(module)
             return
         device = module.view.model.device
-        with _expected_warnings():
+        with expected_warnings():
             if step.needs.weight_gradients:
                 trainer = self._trainer(device, measurement, "scoring components", self._logger())
                 with self._cached(module, step, rest):
@@ -230,18 +230,3 @@ def check_trainer(config: TrainerConfig, device: torch.device) -> None:
         raise ConfigError(
             f"trainer.checkpoint_seconds cannot be negative, got {config.checkpoint_seconds}"
         )
-
-
-@contextmanager
-def _expected_warnings() -> Iterator[None]:
-    """Silence what Lightning warns of and what is meant to be so here."""
-    with warnings.catch_warnings():
-        for message in (
-            ".*does not have many workers.*",  # windows are in memory
-            ".*returned `None`, this fit will run with no optimizer.*",
-            ".*module\\(s\\) in eval mode at the start of training.*",
-            "predict returned None.*",  # hooks read what they need; nothing is predicted
-            ".*treespec, LeafSpec.*",  # inside Lightning, with torch 2.13
-        ):
-            warnings.filterwarnings("ignore", message=message)
-        yield

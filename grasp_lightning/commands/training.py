@@ -1,8 +1,6 @@
 """The Trainer of ``compensate``: callbacks, loggers, and a checkpoint to go on from."""
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from callbacks.best_weights import BestWeights, StopWithoutProgress
+from callbacks.expected_warnings import expected_warnings
 from callbacks.export import ExportMergedModel
 from callbacks.history import TrainingHistory
 from callbacks.measure import placement
@@ -78,8 +77,8 @@ class TrainingRun:
         Returns:
             Nats per predicted token.
         """
-        trainer = self._trainer([StepProgressBar("validation")])
-        with _expected_warnings():
+        with expected_warnings():
+            trainer = self._trainer([StepProgressBar("validation")])
             (result,) = trainer.validate(self._module, datamodule=self._data, verbose=False)
         self._back_to_device()
         return float(result[VALIDATION_LOSS])
@@ -87,8 +86,8 @@ class TrainingRun:
     def fit(self) -> None:
         """Train, from the last checkpoint on if there is one, and merge what was trained."""
         checkpoint = self._run.path(TRAINING_CHECKPOINT)
-        trainer = self._trainer(self._callbacks(), self._loggers(), is_training=True)
-        with _expected_warnings(), self._stop.deferred():
+        with expected_warnings(), self._stop.deferred():
+            trainer = self._trainer(self._callbacks(), self._loggers(), is_training=True)
             trainer.fit(
                 self._module,
                 datamodule=self._data,
@@ -194,16 +193,3 @@ class _TensorFile:
 
 def _saver(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
     return lambda path: save_file(tensors, path)
-
-
-@contextmanager
-def _expected_warnings() -> Iterator[None]:
-    """Silence what Lightning warns of and what is meant to be so here."""
-    with warnings.catch_warnings():
-        for message in (
-            ".*does not have many workers.*",  # samples are in memory
-            ".*treespec, LeafSpec.*",  # inside Lightning, with torch 2.13
-            ".*Experiment logs directory .* exists and is not empty.*",
-        ):
-            warnings.filterwarnings("ignore", message=message)
-        yield
