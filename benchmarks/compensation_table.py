@@ -5,9 +5,11 @@ again, and one that was killed goes on after its last saved step.
 """
 
 import argparse
+import csv
 import json
 import math
 import os
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +67,9 @@ def main() -> None:
     results: list[tuple[Row, Metrics]] = []
     for row in (row for row in ROWS if row.name in arguments.rows):
         config = _config(row, arguments, teacher, samples, text)
-        results.append((row, run_fresh(_compensate, config)))
+        metrics = run_fresh(_compensate, config)
+        metrics["tokens_per_second"] = _speed(arguments.runs / row.name)
+        results.append((row, metrics))
         _write(Path(arguments.output), results)
         print(f"{row.name}: perplexity {results[-1][1]['perplexity']['after']:.1f}", flush=True)
     print("\n" + report(results))
@@ -153,6 +157,15 @@ def _compensate(config: CompensateConfig) -> Metrics:
     return run_compensate(config).metrics.to_dict()
 
 
+def _speed(run: Path) -> float:
+    """Return predicted tokens per second of the median step, which other work disturbs least."""
+    speeds = []
+    for file in run.glob("logs/start_*/metrics.csv"):
+        with file.open(encoding="utf-8") as lines:
+            speeds += [row["tokens_per_second"] for row in csv.DictReader(lines)]
+    return statistics.median(float(speed) for speed in speeds if speed)
+
+
 def _write(output: Path, results: Sequence[tuple[Row, Metrics]]) -> None:
     rows = [{"row": row.name, "metrics": metrics} for row, metrics in results]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -175,25 +188,30 @@ def report(results: Sequence[tuple[Row, Metrics]]) -> str:
         "WikiText-2 perplexity",
         "Alpaca validation loss",
         "seconds",
-        "nats of WikiText-2 per 1000 s",
+        "tokens/s",
+        "gain per 1000 s",
+        "peak GB",
     ]
     start = (f"{first['perplexity']['before']:.1f}", f"{first['validation_loss']['before']:.3f}")
-    rows = [["nothing (compressed)", "", *start, "", ""]]
+    rows = [["nothing (compressed)", "", *start, "", "", "", ""]]
     rows += [_cells(row, metrics) for row, metrics in results]
     tokens = f"{first['perplexity_tokens']:,} and {first['validation_tokens']:,} predicted tokens."
     return "\n".join([markdown_table(header, rows), "", tokens, hardware()])
 
 
 def _cells(row: Row, metrics: Metrics) -> list[str]:
-    perplexity, seconds = metrics["perplexity"], metrics["seconds"]["train"]
+    perplexity, speed = metrics["perplexity"], metrics["tokens_per_second"]
     gain = math.log(perplexity["before"] / perplexity["after"])
+    undisturbed = metrics["trained_tokens"] / speed  # seconds
     return [
         row.name,
         f"{metrics['parameters']['trainable']:,}",
         f"{perplexity['after']:.1f}",
         f"{metrics['validation_loss']['after']:.3f}",
-        f"{seconds:.0f}",
-        f"{1000 * gain / seconds:.2f}",
+        f"{metrics['seconds']['train']:.0f}",
+        f"{speed:.0f}",
+        f"{1000 * gain / undisturbed:.2f}",
+        f"{metrics['peak_memory_bytes'] / 1e9:.1f}",
     ]
 
 
