@@ -221,6 +221,26 @@ def test_batches_may_be_ordered_otherwise(order: str, settings: list[str], tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("train", "options", "stored"),
+    [
+        ("lora", ["--trainer.precision=bf16-mixed"], torch.float32),
+        ("factors", ["--trainer.precision=bf16-mixed", "--lora.rank=256"], torch.float32),
+        ("lora", ["--model.dtype=bfloat16"], torch.bfloat16),
+        ("lora", ["--model.dtype=bfloat16", "--data.order=packed"], torch.bfloat16),
+    ],
+)
+def test_precision_of_computing_and_of_storing_are_apart(
+    train: str, options: list[str], stored: torch.dtype, settings: list[str], tmp_path: Path
+) -> None:
+    assert main(["compensate", *settings, f"--train={train}", *options]) == 0
+    loss = metrics_of(tmp_path / "run")["validation_loss"]
+    assert loss["after"] < loss["before"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert {parameter.dtype for parameter in model.parameters()} == {stored}
+
+
+@pytest.mark.slow
 def test_activations_can_be_computed_again_to_save_memory(
     settings: list[str], tmp_path: Path
 ) -> None:
