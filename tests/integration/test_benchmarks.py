@@ -151,6 +151,27 @@ def test_the_compensation_table_trains_in_four_ways(tmp_path: Path) -> None:
         assert f"| {name} | {trainable} | {metrics['perplexity']['after']:.1f} |" in done.stdout
 
 
+def test_the_scaling_program_measures_what_is_missing(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = ("--model", tiny_folder, "--shrink", 8, "--output", tmp_path / "scaling.jsonl")
+    keys = ("windows", "seqlen", "layers", "processes")
+    counts = [(2, 16, 1, 1), (4, 16, 1, 1), (8, 16, 1, 1), (16, 16, 1, 1)]
+    counts += [(windows, 16, 1, 2) for windows in (2, 4, 8, 16)]
+    counts += [(2, 32, 1, 1), (2, 64, 1, 1), (2, 16, 2, 1)]
+    seconds = {"similarity": 1.0, "attribution": 2.0, "factorize": 0.5}
+    known = [{**dict(zip(keys, case, strict=True)), **seconds} for case in counts]
+    left = known.pop(4)  # of two processes
+    text = "".join(json.dumps(record) + "\n" for record in known)
+    (tmp_path / "scaling.jsonl").write_text(text)
+    done = run("scaling.py", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "scaling.jsonl").read_text().splitlines()
+    assert len(lines) == len(known) + 1
+    measured = json.loads(lines[-1])
+    assert {key: measured[key] for key in keys} == {key: left[key] for key in keys}
+    assert measured["attribution"] > 0
+    assert "| 16 | 16 | 1 | 1 | 1.0 | 2.0 | 0.5 | 3.5 |" in done.stdout
+
+
 def test_missing_data_is_one_line(tmp_path: Path) -> None:
     done = run("perplexity_table.py", "--data", tmp_path, "--output", "x.json", cwd=tmp_path)
     assert done.returncode == 2
