@@ -25,7 +25,7 @@ from grasp_lightning.data.windows import TokenWindows, check_window_options, eva
 from grasp_lightning.errors import ConfigError, ModelError, OutputError
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
+from grasp_lightning.models.loading import LoadedModel, load_model, resolve_device
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.reporting.compensation_metrics import Change, CompensationMetrics
@@ -65,7 +65,6 @@ class _Inputs:
     data: TrainingData
     held_out: TokenWindows
     teacher: Teacher | None
-    hashes: Mapping[str, str]
     bytes_needed: int
 
 
@@ -122,10 +121,11 @@ def _execute(
     config: CompensateConfig, run: RunFolder, inputs: _Inputs, phases: Phases, stop: StopRequest
 ) -> CompensationMetrics:
     processes.on_first(lambda: run.check_free_space(inputs.bytes_needed))
-    processes.on_first(lambda: _check_inputs(run, inputs.hashes))
     notes, view = RunNotes(run), inputs.view
     parameters = count_parameters(view.model)
     module = CompensationModule(view, config.optimizer, teacher=inputs.teacher, seed=config.seed)
+    hashes = {**inputs.data.fingerprint, **module.model_hashes}
+    processes.on_first(lambda: _check_inputs(run, hashes))
     training = TrainingRun(config, run, module, inputs.data, stop)
     before, loss_before = notes.noted("perplexity_before"), notes.noted("loss_before")
     if before is None:
@@ -184,11 +184,9 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
         check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
         held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
         check_vocabulary(view, held_out.input_ids)
-        hashes = {"model": model_hash(loaded.model), **data.fingerprint}
         teacher = None
         if config.objective == "distill":
             teacher = _teacher(config, loaded)
-            hashes["teacher"] = model_hash(teacher.model)
     trained = sum(linear.weight.numel() for linear in linears.values())  # at most
     needed = count_parameters(view.model) * loaded.model.dtype.itemsize
     return _Inputs(
@@ -197,7 +195,6 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
         data=data,
         held_out=held_out,
         teacher=teacher,
-        hashes=hashes,
         bytes_needed=int(_SAFETY * (needed + _CHECKPOINT_BYTES * trained)),
     )
 

@@ -69,6 +69,7 @@ class CompensationModule(L.LightningModule):
         view: The model's decoder layers and linears.
         trained: What is trained; None before ``TrainableParameters`` has decided.
         num_trained_tokens: Predicted tokens that were learned from so far.
+        model_hashes: Fingerprint of the ``model`` before training, and of the ``teacher``, if any.
     """
 
     def __init__(
@@ -89,10 +90,11 @@ class CompensationModule(L.LightningModule):
         self._optimizer_config = optimizer or OptimizerConfig()
         # In a tuple: a module attribute would be moved, saved and wrapped with this module.
         self._teacher = (teacher,)
-        self._teacher_key = None if teacher is None else (model_hash(teacher.model), *teacher[1:])
         self._seed = seed
         self._forms: dict[int, PackingForm] = {}
-        self._model_hash = model_hash(self.model)
+        self.model_hashes = {"model": model_hash(self.model)}
+        if teacher is not None:
+            self.model_hashes["teacher"] = model_hash(teacher.model)
         self._validation = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
 
     def setup(self, stage: str) -> None:
@@ -283,13 +285,13 @@ class CompensationModule(L.LightningModule):
         self.num_trained_tokens = checkpoint[_NUM_TOKENS]
 
     def _fingerprint(self) -> dict[str, str]:
-        data = self._data()
+        (teacher,), data = self._teacher, self._data()
         shapes = {name: tuple(value.shape) for name, value in self.trained_state().items()}
         return {
-            "model": self._model_hash,
+            "model": self.model_hashes["model"],
             "trained parameters": hashlib.sha256(str(shapes).encode()).hexdigest(),
             "samples": str(None if data is None else data.fingerprint),
-            "teacher": str(self._teacher_key),
+            "teacher": str(teacher and (self.model_hashes["teacher"], *teacher[1:])),
         }
 
     def _losses(self, batch: MicroBatch) -> Tensor:
