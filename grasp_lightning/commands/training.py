@@ -188,8 +188,4 @@ class _TensorFile:
 
     def save(self, state: Mapping[str, Tensor]) -> None:
         stored = {name: value.cpu().contiguous() for name, value in state.items()}
-        self._run.write_with(self._name, _saver(stored))
-
-
-def _saver(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
-    return lambda path: save_file(tensors, path)
+        self._run.write_with(self._name, lambda path: save_file(stored, path))
