@@ -1,6 +1,6 @@
 """The production ``Measure``: one pass of a Lightning Trainer per step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from callbacks.progress import StepProgressBar
 from callbacks.similarity import LayerSimilarity
 from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
-from grasp_lightning.config import TrainerConfig
+from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.models.decoder import DecoderView
@@ -203,17 +203,29 @@ def placement(config: TrainerConfig, device: torch.device) -> dict[str, Any]:
     return arguments
 
 
-def check_trainer(config: TrainerConfig, device: torch.device) -> None:
+def check_trainer(
+    config: TrainerConfig,
+    device: torch.device,
+    strategies: Sequence[Strategy] = CALIBRATION_STRATEGIES,
+    stage: str = "calibration",
+) -> None:
     """Refuse Trainer settings that no pass can follow.
 
     Args:
         config: The settings.
         device: Device that holds the model.
+        strategies: Strategies that the stage supports.
+        stage: Name of the stage, for the message.
 
     Raises:
-        ConfigError: If another number of processes is asked for than there are, or another device
-            than the model's.
+        ConfigError: If another number of processes is asked for than there are, another device
+            than the model's, or a strategy of another stage.
     """
+    if config.strategy not in strategies:
+        raise ConfigError(
+            f"trainer.strategy is {config.strategy}, which {stage} does not support; expected one "
+            f"of {', '.join(strategies)}"
+        )
     wanted_processes = config.devices * config.num_nodes
     if wanted_processes != processes.num_processes():
         raise ConfigError(

@@ -4,11 +4,13 @@
 """
 
 from grasp_lightning.config.common import (
+    CALIBRATION_STRATEGIES,
     CalibrationConfig,
     Dtype,
     EvaluationConfig,
     ModelConfig,
     Precision,
+    Strategy,
     TrainerConfig,
 )
 from grasp_lightning.config.compensate import (
@@ -44,6 +46,7 @@ from grasp_lightning.config.measure import (
 )
 
 __all__ = [
+    "CALIBRATION_STRATEGIES",
     "BatchOrder",
     "BenchmarkConfig",
     "CalibrationConfig",
@@ -70,6 +73,7 @@ __all__ = [
     "Reduction",
     "Schedule",
     "Score",
+    "Strategy",
     "Terms",
     "TextConfig",
     "TrainMode",

@@ -5,6 +5,17 @@ from typing import Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Precision = Literal["32-true", "bf16-mixed"]
+Strategy = Literal[
+    "auto",
+    "ddp",
+    "fsdp",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_3",
+    "deepspeed_stage_2_offload",
+    "deepspeed_stage_3_offload",
+]
+CALIBRATION_STRATEGIES: tuple[Strategy, ...] = ("auto", "ddp", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +93,15 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How Lightning runs the calibration.
+    """How Lightning runs calibration and compensation.
 
     Attributes:
         accelerator: Lightning accelerator; auto follows ``model.device``.
         devices: Number of devices per node.
         num_nodes: Number of nodes.
-        strategy: auto, or ddp: a process per device, each with the whole model.
+        strategy: auto, ddp: a process per device, each with the whole model; fsdp: each with a
+            part of every weight; deepspeed_stage_1, _2, _3, _2_offload, _3_offload: compensation
+            alone.
         precision: 32-true runs in the model's own dtype, bf16-mixed computes in bfloat16.
         checkpoint_seconds: Seconds between saves of a running pass, for a killed run to go on from.
     """
@@ -96,6 +109,6 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "cuda", "gpu"] = "auto"
     devices: int = 1
     num_nodes: int = 1
-    strategy: Literal["auto", "ddp"] = "auto"
+    strategy: Strategy = "auto"
     precision: Precision = "32-true"
     checkpoint_seconds: float = 30.0

@@ -290,7 +290,11 @@ def test_a_signal_lets_all_processes_save(
             "calibration.num_samples is 1, fewer than the 2 processes",
         ),
         (["--trainer.num_nodes=2"], "trainer.num_nodes is 2: start the command on every node"),
-        (["--trainer.strategy=tp"], "trainer.strategy: expected one of auto, ddp"),
+        (["--trainer.strategy=tp"], "trainer.strategy: expected one of auto, ddp, fsdp"),
+        (
+            ["--trainer.strategy=deepspeed_stage_2"],
+            "trainer.strategy is deepspeed_stage_2, which calibration does not support",
+        ),
         (["--model.path=/nowhere/at/all"], "model.path: no such file or folder"),
     ],
 )
