@@ -195,6 +195,24 @@ def unweight(svd: SVD, left: Tensor | None, right: Tensor | None) -> SVD:
     return SVD(u.contiguous(), s, vh.contiguous())
 
 
+def even_norms(svd: SVD) -> SVD:
+    """Return the same components with both vectors of each scaled to one norm.
+
+    ``u_k`` and ``v_k`` of a weighted decomposition have norms in the inverse units of the roots,
+    which may be many orders apart. ``balanced_factors`` of the result are balanced again.
+
+    Args:
+        svd: Components, whose vectors need not be of norm 1.
+
+    Returns:
+        Equal ``s`` and equal products ``u_k v_k^T``. A component with a vector of zeros stays as it
+        is.
+    """
+    ratio = (svd.vh.norm(dim=1) / svd.u.norm(dim=0)).sqrt()
+    ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
+    return SVD(svd.u * ratio, svd.s, svd.vh / ratio[:, None])
+
+
 def curvature_error(weight_change: Tensor, a_gram: Tensor | None, c_gram: Tensor | None) -> Tensor:
     """Return the weighted squared size of a change of a weight, ``tr(A D C D^T)``.
 
