@@ -9,6 +9,9 @@ from torch import Tensor
 
 from callbacks.measurement import Measurement
 from callbacks.stop_request import StopRequest
+from grasp_lightning.stats.base import Moments
+
+_MOST_SAVING = 0.05  # share of the time
 
 
 class PassStore(Protocol):
@@ -21,11 +24,25 @@ class PassStore(Protocol):
         """Save the state of this pass in one step, in place of an earlier one."""
 
 
+class StepStore(Protocol):
+    """Keeps what is measured for the step that runs, in one pass or several."""
+
+    def pass_store(self, part: str) -> PassStore:
+        """Return what keeps the state of one of the passes."""
+
+    def load_moments(self, part: str) -> Mapping[str, Moments] | None:
+        """Return the moments that were kept of a pass, or None."""
+
+    def keep_moments(self, moments: Mapping[str, Moments], part: str) -> Mapping[str, Moments]:
+        """Keep the complete moments of a pass, and return them as they are kept."""
+
+
 class CalibrationCheckpoint(L.Callback):
     """Saves a measurement's sums at batch boundaries, every so often and before an interruption.
 
-    A checkpoint has kilobytes to megabytes: sums over windows and the indices of these windows,
-    never the model.
+    A checkpoint has sums over windows and the indices of these windows, never the model: kilobytes
+    to megabytes, and of Gram matrices as much as the model. Where saving takes long it is done less
+    often, so that it takes a twentieth of the time at most.
 
     Args:
         measurement: The callback that measures; it must stand before this one in the Trainer.
@@ -45,6 +62,7 @@ class CalibrationCheckpoint(L.Callback):
         self._measurement = measurement
         self._store = store
         self._every_seconds = every_seconds
+        self._saving_seconds = 0.0
         self._stop = stop
         self._saved_at = time.monotonic()
 
@@ -73,8 +91,10 @@ class CalibrationCheckpoint(L.Callback):
         self._end_batch()
 
     def _end_batch(self) -> None:
-        is_due = time.monotonic() - self._saved_at >= self._every_seconds
-        if is_due or self._stop.signal_number is not None:
+        start = time.monotonic()
+        wait = max(self._every_seconds, self._saving_seconds / _MOST_SAVING)
+        if start - self._saved_at >= wait or self._stop.signal_number is not None:
             self._store.save(self._measurement.state())
             self._saved_at = time.monotonic()
+            self._saving_seconds = self._saved_at - start
         self._stop.check()

@@ -1,7 +1,9 @@
 """The production ``Measure``: one pass of a Lightning Trainer per step."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks.attribution import SingularAttribution
-from callbacks.calibration_checkpoint import CalibrationCheckpoint, PassStore
+from callbacks.calibration_checkpoint import CalibrationCheckpoint, PassStore, StepStore
 from callbacks.expected_warnings import expected_warnings
 from callbacks.measurement import WINDOWS, Measurement
+from callbacks.moments import LinearMoments
 from callbacks.progress import StepProgressBar
 from callbacks.similarity import LayerSimilarity
 from callbacks.stop_request import StopRequest
@@ -21,11 +24,21 @@ from grasp_lightning import processes
 from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError
+from grasp_lightning.methods.layer_choice import SELECT
+from grasp_lightning.methods.low_rank import ATTRIBUTION
+from grasp_lightning.methods.weighted import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.stats.base import Statistics, Step
+from grasp_lightning.stats.base import MergedMoments, Moments, Statistics, Step
+from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.training.calibration import CalibrationModule
 from grasp_lightning.training.hidden_cache import HiddenCache
 from grasp_lightning.training.strategies import CalibrationDDP
+
+_DESCRIPTIONS = {
+    SELECT: "comparing layers",
+    ATTRIBUTION: "scoring components",
+    CURVATURE: "measuring curvature",
+}
 
 
 class TrainerMeasure:
@@ -36,8 +49,9 @@ class TrainerMeasure:
         config: Accelerator, devices, strategy, precision, and how often a pass is saved.
         log_dir: Folder for the CSV log of the calibration loss; None writes none.
         progress: Show progress bars.
-        store: Where the state of the running pass is kept; None keeps none.
+        store: Where what is measured is kept for a later start; None keeps none.
         stop: Tells whether the run shall end at the next batch.
+        max_bytes: Memory that the moments of one pass may take; more are measured in several.
     """
 
     def __init__(
@@ -47,8 +61,9 @@ class TrainerMeasure:
         log_dir: Path | None = None,
         *,
         progress: bool = True,
-        store: PassStore | None = None,
+        store: StepStore | None = None,
         stop: StopRequest | None = None,
+        max_bytes: float = math.inf,
     ) -> None:
         self._data = data
         self._config = config or TrainerConfig()
@@ -56,6 +71,7 @@ class TrainerMeasure:
         self._progress = progress
         self._store = store
         self._stop = stop or StopRequest()
+        self._max_bytes = max_bytes
         self._passes = 0
         self._cache: HiddenCache | None = None
 
@@ -68,26 +84,40 @@ class TrainerMeasure:
 
         Returns:
             The statistics; empty ones, without a pass, if the step needs nothing.
-
-        Raises:
-            RuntimeError: If a window was not counted exactly once.
         """
         if step.needs.is_empty:
             return Statistics()
         check_trainer(self._config, view.model.device)
-        measurement: Measurement = (
-            SingularAttribution(step=step)
-            if step.needs.weight_gradients
-            else LayerSimilarity(step=step)
-        )
-        state = self._store.load() if self._store is not None else None
+        if step.needs.moment_kinds:
+            return Statistics(moments=self._moments(view, step))
+        return self._pass(view, step)
+
+    def _moments(self, view: DecoderView, step: Step) -> Mapping[str, Moments]:
+        """Measure moments, in as many passes as their memory asks for."""
+        groups = layer_groups(view, step.needs, self._max_bytes)
+        found: list[Mapping[str, Moments]] = []
+        for number, group in enumerate(groups, start=1):
+            part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+            moments = None if self._store is None else self._store.load_moments(part)
+            if moments is None:
+                narrowed = replace(step, needs=replace(step.needs, moments=group))
+                moments = self._pass(view, narrowed, part).moments
+                if self._store is not None:
+                    moments = self._store.keep_moments(moments, part)
+            found.append(moments)
+        return found[0] if len(found) == 1 else MergedMoments(found)
+
+    def _pass(self, view: DecoderView, step: Step, part: str = "") -> Statistics:
+        measurement = _measurement(step)
+        store = None if self._store is None else self._store.pass_store(part)
+        state = None if store is None else store.load()
         done: list[int] = []
         if state is not None:
             measurement.go_on_from(state)
             done = state[WINDOWS].tolist()
         module = CalibrationModule(view)
         with self._stop.deferred():
-            self._run(module, measurement, step, self._data.without(done))
+            self._run(module, measurement, step, self._data.without(done), store)
         if sorted(measurement.windows) != list(range(len(self._data.windows))):
             raise RuntimeError(f"windows counted: {measurement.windows}, expected each one once")
         ((_, stats),) = module.measured
@@ -100,19 +130,21 @@ class TrainerMeasure:
         measurement: Measurement,
         step: Step,
         rest: CalibrationData,
+        store: PassStore | None,
     ) -> None:
         if not rest.batches:  # the pass was complete, and ended before its decision
             measurement.start(module)
             measurement.finish(module)
             return
         device = module.view.model.device
+        description = _DESCRIPTIONS.get(step.name, step.name)
         with expected_warnings():
-            if step.needs.weight_gradients:
-                trainer = self._trainer(device, measurement, "scoring components", self._logger())
+            if step.needs.is_backward:
+                trainer = self._trainer(device, measurement, description, store, self._logger())
                 with self._cached(module, step, rest):
                     trainer.fit(module, datamodule=rest)
             else:
-                trainer = self._trainer(device, measurement, "comparing layers")
+                trainer = self._trainer(device, measurement, description, store)
                 trainer.predict(module, datamodule=rest, return_predictions=False)
         # A Trainer leaves its module on the CPU.
         module.view.model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a narrow type
@@ -147,17 +179,16 @@ class TrainerMeasure:
         device: torch.device,
         measurement: Measurement,
         description: str,
+        store: PassStore | None,
         logger: CSVLogger | bool = False,
     ) -> L.Trainer:
         callbacks: list[L.Callback] = [measurement]
         if self._progress:
             callbacks.append(StepProgressBar(description))
-        if self._store is not None:
+        if store is not None:
             seconds = self._config.checkpoint_seconds
             callbacks.append(
-                CalibrationCheckpoint(
-                    measurement, self._store, every_seconds=seconds, stop=self._stop
-                )
+                CalibrationCheckpoint(measurement, store, every_seconds=seconds, stop=self._stop)
             )
         return L.Trainer(
             accelerator=device.type,
@@ -174,6 +205,14 @@ class TrainerMeasure:
             inference_mode=False,
             use_distributed_sampler=False,
         )
+
+
+def _measurement(step: Step) -> Measurement:
+    if step.needs.moment_kinds:
+        return LinearMoments(step)
+    if step.needs.weight_gradients:
+        return SingularAttribution(step=step)
+    return LayerSimilarity(step=step)
 
 
 def placement(config: TrainerConfig, device: torch.device) -> dict[str, Any]:

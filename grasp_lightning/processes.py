@@ -126,6 +126,24 @@ def from_rank(tensor: Tensor, source: int) -> Tensor:
     return tensor
 
 
+def shared(value: T | None, source: int) -> T:
+    """Return an object of one process.
+
+    Args:
+        value: That of this process, read in the source alone; it is pickled.
+        source: Rank of the process.
+
+    Returns:
+        The object, in all processes.
+    """
+    values = [value]
+    if num_processes() > 1:
+        dist.broadcast_object_list(values, src=source)
+    (result,) = values
+    assert result is not None  # the source has one
+    return result
+
+
 def join(device: torch.device) -> None:
     """Form a group with the other processes, as the environment names them (``RANK``, ...).
 

@@ -30,6 +30,7 @@ from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.base import CompressionMethod
 from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.low_rank import ATTRIBUTION
+from grasp_lightning.methods.weighted import CURVATURE
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
@@ -42,7 +43,7 @@ from grasp_lightning.reporting.metrics import Metrics, Pair
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Statistics, Step
 
-_PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution"}
+_PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
 _MAX_SEED = 2**63 - 1
 _MEMORY_KEYS = "calibration.batch_size, calibration.seqlen or evaluation.batch_size"
 _SAFETY = 1.1  # tokenizer, report and logs, beside weights and factors
@@ -148,6 +149,8 @@ def _execute(
     )
     metrics = processes.on_first(lambda: write_outputs(run, outcome, phases))
     progress.clear()
+    if not config.statistics.store:
+        progress.forget_moments()
     run.finish()
     return metrics
 
@@ -158,13 +161,24 @@ def _measure(
     if inputs.stored is not None:
         return inputs.stored
     assert inputs.data is not None  # there are windows, or stored scores
-    return TrainerMeasure(inputs.data, config.trainer, logs, store=progress, stop=stop)
+    return TrainerMeasure(
+        inputs.data,
+        config.trainer,
+        logs,
+        store=progress,
+        stop=stop,
+        max_bytes=config.statistics.max_memory * 1e9,
+    )
 
 
 def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
     """Load model and text, and fail early on all that does not fit."""
     if not 0 <= config.seed <= _MAX_SEED:
         raise ConfigError(f"seed must be from 0 to {_MAX_SEED}, got {config.seed}")
+    if not config.statistics.max_memory > 0:
+        raise ConfigError(
+            f"statistics.max_memory must be above 0 GB, got {config.statistics.max_memory}"
+        )
     check_window_options(config.calibration, "calibration")
     check_window_options(config.evaluation, "evaluation")
     check_trainer(config.trainer, resolve_device(config.model.device))

@@ -21,6 +21,11 @@ _MISSING = re.compile(r"arguments are required: ([\w.]+)")
 _GOT = re.compile(r"(?:Got value|Given value): (.*)$", re.MULTILINE)
 _NAMES = tuple[str, ...]
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_METHODS = ("--method.name", "--method.preset")
+_METHOD_PARTS = (
+    *("preset", "terms", "reduction", "score", "schedule"),
+    *("weighting", "ranks", "multiple_of", "gradient_damping", "input_damping"),
+)
 
 
 def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
@@ -61,6 +66,8 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
 def with_run_config(argv: Sequence[str]) -> list[str]:
     """Let ``--from_scores RUN`` begin with the configuration of that run; all else overrides it.
 
+    Of another method or preset, the parts are its own and not those of the run.
+
     Args:
         argv: Command line after the command's name.
 
@@ -74,7 +81,10 @@ def with_run_config(argv: Sequence[str]) -> list[str]:
         elif word == "--from_scores":
             folders += argv[position + 1 : position + 2]
     files = [Path(folder) / "config.yaml" for folder in folders]
-    return [*(f"--config={file}" for file in files if file.is_file()), *argv]
+    begin = [f"--config={file}" for file in files if file.is_file()]
+    if begin and any(word.partition("=")[0] in _METHODS for word in argv):
+        begin += [f"--method.{key}=null" for key in _METHOD_PARTS]
+    return [*begin, *argv]
 
 
 def to_dict(config: object) -> dict[str, Any]:  # Any: values of YAML

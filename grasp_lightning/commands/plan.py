@@ -12,6 +12,8 @@ from grasp_lightning.methods import (
     resolve_num_layers,
 )
 from grasp_lightning.methods.blocks import weight_shapes
+from grasp_lightning.methods.global_ranks import GlobalRanks
+from grasp_lightning.methods.layer_choice import LayerChoice
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import load_meta_model
 from grasp_lightning.models.size import count_parameters
@@ -30,6 +32,7 @@ class Prediction:
         num_layers: Number of layers that are replaced or deleted.
         ranks: Rank by linear, inside one of the layers; empty if layers are deleted.
         factors: Parameters of the factors alone.
+        is_budget: Ranks follow from the data, under one budget for all linears of the layers.
     """
 
     dense: int
@@ -38,6 +41,7 @@ class Prediction:
     num_layers: int
     ranks: dict[str, int]
     factors: int
+    is_budget: bool = False
 
     @property
     def lines(self) -> list[str]:
@@ -46,6 +50,9 @@ class Prediction:
         if larger != share:
             share += f" to {larger}, depending on the layers chosen,"
         first = f"{share} of {self.dense:,} parameters removed: {self.most:,} remain"
+        if self.is_budget:
+            where = f"all linears of {self.num_layers} layers share one budget"
+            return [first, f"{where}: the data decides on ranks, and on what stays dense"]
         if not self.ranks:
             return [first, f"{self.num_layers} layers are deleted"]
         rows = [f"  {name}: rank {rank}" for name, rank in self.ranks.items()]
@@ -76,6 +83,8 @@ def predict(view: DecoderView, method: MethodConfig) -> Prediction:
         raise ModelError(
             f"all {view.num_layers} decoder layers would be deleted; leave at least one"
         )
+    if isinstance(rule, GlobalRanks):
+        return _predict_budget(view, rule, choice)
     by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))
     sizes, ranks, factors = [], {}, 0
     for layers in (by_size[: choice.count], by_size[-choice.count :]):
@@ -97,6 +106,25 @@ def predict(view: DecoderView, method: MethodConfig) -> Prediction:
         num_layers=choice.count,
         ranks={n.removeprefix(prefix): r for n, r in ranks.items() if n.startswith(prefix)},
         factors=factors,
+    )
+
+
+def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -> Prediction:
+    """Return the size that a budget leaves; which layers and ranks, the data decides."""
+    dense, sizes, factors = count_parameters(view.model), [], []
+    by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))
+    for layers in (by_size[: choice.count], by_size[-choice.count :]):
+        shapes = weight_shapes(view, Plan(method="plan"), tuple(layers))
+        factors.append(rule.budget(shapes))
+        sizes.append(dense - sum(n * m for n, m in shapes.values()) + factors[-1])
+    return Prediction(
+        dense=dense,
+        most=max(sizes),
+        least=min(sizes),
+        num_layers=choice.count,
+        ranks={},
+        factors=max(factors),
+        is_budget=True,
     )
 
 

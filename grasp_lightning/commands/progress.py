@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grasp_lightning import processes
+from grasp_lightning.commands.moment_files import MomentFiles, stored_moments
 from grasp_lightning.commands.pass_files import PassFile, PassFiles
 from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.plan import Plan
 from grasp_lightning.run_folder import FollowedRun, RunFolder
 from grasp_lightning.run_folder.folder import RunState
+from grasp_lightning.stats.base import Moments
 
 _FOLDER = "checkpoints"
 _PLAN = f"{_FOLDER}/steps.json"
@@ -82,7 +84,7 @@ def has_progress(run: RunFolder) -> bool:
     Returns:
         True if it has.
     """
-    has_pass = bool(PassFile.found_in(run.path(_FOLDER)))
+    has_pass = bool(PassFile.found_in(run.path(_FOLDER)) or stored_moments(run.root))
     return has_pass or any(run.path(name).exists() for name in (_PLAN, TRAINING_CHECKPOINT))
 
 
@@ -165,6 +167,35 @@ def attempt(run: RunFolder, memory_advice: str) -> Iterator[None]:
         raise
 
 
+class PassProgress:
+    """The state of one pass.
+
+    Args:
+        files: Files that hold it.
+        key: What tells this pass from all others of the run.
+    """
+
+    def __init__(self, files: PassFiles, key: str) -> None:
+        self._files = files
+        self._key = key
+
+    def load(self) -> dict[str, Tensor] | None:
+        """Return the state, if one was saved.
+
+        Returns:
+            The state; None if there is none, or it belongs to another pass.
+        """
+        return self._files.load(self._key)
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        """Save the state.
+
+        Args:
+            state: Sums over windows, and which windows are in them.
+        """
+        self._files.save(state, self._key)
+
+
 class RunProgress(RunNotes):
     """The steps of a run, each saved in one step, and the state of the pass that runs.
 
@@ -188,6 +219,7 @@ class RunProgress(RunNotes):
     def __init__(self, run: RunFolder, plan: Plan) -> None:
         super().__init__(run)
         self._pass = PassFiles(run, _FOLDER)
+        self._moments = MomentFiles(run)
         self.plan = plan
         self.scores: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
@@ -231,21 +263,46 @@ class RunProgress(RunNotes):
         self._take(stored)
         self.plan = plan
 
-    def load(self) -> dict[str, Tensor] | None:
-        """Return the state of the pass that follows the plan so far, if one was saved.
-
-        Returns:
-            The state; None if there is none, or it belongs to an earlier step.
-        """
-        return self._pass.load(self._step_key())
-
-    def save(self, state: Mapping[str, Tensor]) -> None:
-        """Save the state of the pass that follows the plan so far.
+    def pass_store(self, part: str) -> PassProgress:
+        """Return what keeps the state of a pass that follows the plan so far.
 
         Args:
-            state: Sums over windows, and which windows are in them.
+            part: Which of the passes of the step.
+
+        Returns:
+            The store.
         """
-        self._pass.save(state, self._step_key())
+        return PassProgress(self._pass, self._step_key() + part)
+
+    def load_moments(self, part: str) -> Mapping[str, Moments] | None:
+        """Return the moments of the step that follows the plan so far, if they were kept.
+
+        Args:
+            part: Which of the passes of the step.
+
+        Returns:
+            The moments; None if there are none, or they belong to an earlier step.
+        """
+        return self._moments.load(part, self._step_key())
+
+    def keep_moments(self, moments: Mapping[str, Moments], part: str) -> Mapping[str, Moments]:
+        """Keep the moments of the step that follows the plan so far.
+
+        Args:
+            moments: What was measured, complete.
+            part: Which of the passes of the step.
+
+        Returns:
+            The same moments, to be read from their file.
+        """
+        self._moments.save(moments, part, self._step_key())
+        kept = self.load_moments(part)
+        assert kept is not None  # it was written just now
+        return kept
+
+    def forget_moments(self) -> None:
+        """Delete the moments of all steps."""
+        self._moments.remove()
 
     def _step_key(self) -> str:
         return hashlib.sha256(self.plan.to_json().encode()).hexdigest()

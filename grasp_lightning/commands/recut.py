@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from grasp_lightning.commands.moment_files import stored_moments
 from grasp_lightning.errors import ConfigError, PlanError
 from grasp_lightning.linalg.factors import SVD
 from grasp_lightning.methods.layer_choice import SCORE_KEYS
@@ -39,8 +40,9 @@ class StoredScores:
             raise ConfigError(
                 f"from_scores: {folder} is no finished run with scores: {error}"
             ) from error
+        self._moments = stored_moments(Path(folder))
         schedule = self.plan.options.get("schedule")
-        if schedule != "one_shot":
+        if schedule != "one_shot" and not self._moments:
             raise ConfigError(
                 f"from_scores: {folder} was made with schedule {schedule}, whose scores hold only "
                 "for the layers that were replaced before them; only one_shot can be cut again"
@@ -67,6 +69,8 @@ class StoredScores:
             )
         if options.get("schedule") not in (None, "one_shot"):
             raise ConfigError("from_scores: schedule iterative must measure; use one_shot")
+        if "weighting" in options:
+            return
         for key in _SCORING:
             here, there = options.get(key), self.plan.options.get(key)
             if here is not None and here != there:
@@ -88,6 +92,10 @@ class StoredScores:
         for module, basis in step.bases.items():
             self._check_basis(module, basis)
         metric = None if step.needs.layer_metric is None else self._layer_metric(view, step.needs)
+        for module in step.needs.moments:
+            self._check_moments(module, step.needs)
+        if step.needs.moment_kinds:
+            return Statistics(moments=self._moments)
         scores = {module: self._component_scores(module) for module in step.needs.weight_gradients}
         return Statistics(layer_metric=metric, component_scores=scores)
 
@@ -111,6 +119,14 @@ class StoredScores:
                 "asked for than it has scored; score them all with method.score_all_layers"
             )
         return self._scores[key]
+
+    def _check_moments(self, module: str, needs: Needs) -> None:
+        missing = sorted(needs.moment_kinds - self._moments.kinds(module))
+        if missing:
+            raise ConfigError(
+                f"from_scores: {self._folder} has no {missing[0]} of {module}; name a run with the "
+                "same method.weighting on all layers that are asked for, and statistics.store"
+            )
 
     def _check_basis(self, module: str, basis: SVD) -> None:
         stored = self._scores.get(f"{module}.singular_values")

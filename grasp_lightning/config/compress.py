@@ -10,13 +10,15 @@ from grasp_lightning.config.common import (
     TrainerConfig,
 )
 
-MethodName = Literal["grasp", "drop"]
+MethodName = Literal["grasp", "grasp_plus", "low_rank", "drop"]
 LayerMetric = Literal["similarity", "angular"]
 Terms = Literal["full", "sigma"]
 Reduction = Literal["signed", "absolute", "squared"]
 Score = Literal["taylor", "gradient", "magnitude"]
 Schedule = Literal["one_shot", "iterative"]
-PresetName = Literal["paper", "released"]
+PresetName = Literal["paper", "released", "svd_llm", "asvd", "fwsvd"]
+Weighting = Literal["none", "fisher_rows", "scale_columns", "input_gram", "kfac"]
+RankChoice = Literal["uniform", "global"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class MethodConfig:
     """What is removed, and how it is chosen.
 
     Attributes:
-        name: Compression method.
+        name: Compression method: grasp, the paper's; grasp_plus, ranks by loss curvature under one
+            budget; low_rank, parts or a preset of one's own choice; drop, deletion of layers.
         preset: Named set of options; it fills only keys that are not set.
         layer_metric: How redundant layers are found when ``num_layers`` is given.
         num_layers: Number of decoder layers to replace or delete.
@@ -40,6 +43,13 @@ class MethodConfig:
             first, its MLP before its attention, and scores each with what is above replaced.
         score_all_layers: Score the components of all layers, so that ``from_scores`` can choose
             any of them later; one_shot only.
+        weighting: Metric of the decompositions of low_rank and grasp_plus: none, fisher_rows
+            (FWSVD), scale_columns (ASVD), input_gram (SVD-LLM), or kfac, the curvature of the loss.
+        ranks: uniform: one keep ratio for all matrices; global: the budget is spent where it hurts
+            least.
+        multiple_of: Ranks are multiples of this number.
+        gradient_damping: Share of its mean diagonal that is added to the Gram matrix of gradients.
+        input_damping: The same for the Gram matrix of inputs.
     """
 
     name: MethodName = "grasp"
@@ -54,6 +64,24 @@ class MethodConfig:
     score: Score | None = None
     schedule: Schedule | None = None
     score_all_layers: bool | None = None
+    weighting: Weighting | None = None
+    ranks: RankChoice | None = None
+    multiple_of: int | None = None
+    gradient_damping: float | None = None
+    input_damping: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsConfig:
+    """Gram matrices that grasp_plus and low_rank measure.
+
+    Attributes:
+        max_memory: GB that they may take; more are measured in several passes, some layers each.
+        store: Keep them in the run folder, so that ``from_scores`` can cut at another ratio.
+    """
+
+    max_memory: float = 8.0
+    store: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +99,7 @@ class CompressConfig:
         calibration: Text to measure on.
         evaluation: Held-out text.
         trainer: Lightning settings.
+        statistics: Limits of what is measured.
     """
 
     output_dir: str | None = None
@@ -82,6 +111,7 @@ class CompressConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,26 +134,47 @@ def weighted_svd(
 
     Returns:
         Contiguous tensors: float64 if ``weight`` is, float32 otherwise. The singular values are in
-        the unit of ``|L^T W R|``. Without roots equal to ``factorize(weight)``.
-
-    Raises:
-        ValueError: If ``weight`` is no finite float matrix, or a root has not the size of its side,
-            is not lower triangular, has zeros on its diagonal, or is not finite.
+        the unit of ``|L^T W R|``. Without roots equal to ``factorize(weight)``. A weight that is no
+        finite float matrix, and a root that has not the size of its side, is not lower triangular,
+        has zeros on its diagonal or is not finite, is a ``ValueError``.
     """
     if left is None and right is None:
         return factorize(weight)
     if weight.ndim != _MATRIX_NDIM or not weight.is_floating_point():
         return factorize(weight)  # refuses it
+    left, right = to_dtype(left, dtype), to_dtype(right, dtype)
+    svd = unweight(factorize(_weighted(weight, left, right, dtype)), left, right)
+    returned = torch.promote_types(weight.dtype, torch.float32)
+    return SVD(*(tensor.to(returned) for tensor in svd))
+
+
+def weighted_singular_values(weight: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Return the singular values of ``weighted_svd`` alone, which takes about a third of the time.
+
+    Args:
+        weight: ``W``, outputs first, ``(N, M)``, finite, any float dtype.
+        left: As in ``weighted_svd``.
+        right: As in ``weighted_svd``.
+
+    Returns:
+        ``(K,)``, descending, float64. A root that does not fit is a ``ValueError``.
+    """
+    left, right = to_dtype(left, torch.float64), to_dtype(right, torch.float64)
+    values: Tensor = torch.linalg.svdvals(_weighted(weight, left, right, torch.float64))
+    return values
+
+
+def _weighted(
+    weight: Tensor, left: Tensor | None, right: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return ``L^T W R``, ``(N, M)``."""
     for name, root, size in zip(("left", "right"), (left, right), weight.shape, strict=True):
         if problem := root_problem(name, root, size):
             raise ValueError(problem)
-    left, right = to_dtype(left, dtype), to_dtype(right, dtype)
     weighted = weight.detach().to(dtype)
     if right is not None:
         weighted = weighted * right if right.ndim == 1 else weighted @ right
-    svd = unweight(factorize(left_weighted(weighted, left)), left, right)
-    returned = torch.promote_types(weight.dtype, torch.float32)
-    return SVD(*(tensor.to(returned) for tensor in svd))
+    return left_weighted(weighted, left)
 
 
 def left_weighted(weight: Tensor, left: Tensor | None) -> Tensor:

@@ -18,7 +18,8 @@ def resolve_num_layers(config: MethodConfig, view: DecoderView) -> MethodConfig:
     """Return the options with the number of layers that a removed ratio needs.
 
     Replacement takes the fewest layers that reach the target at ``keep_ratio``, for any choice of
-    layers; deletion takes the number that comes nearest.
+    layers; deletion takes the number that comes nearest. Methods that truncate in a metric take
+    all layers.
 
     Args:
         config: Options as ``resolve_method`` returns them.
@@ -30,7 +31,11 @@ def resolve_num_layers(config: MethodConfig, view: DecoderView) -> MethodConfig:
     Raises:
         ConfigError: If the target is out of reach, naming the feasible range.
     """
-    if config.removed_ratio is None or config.layers is not None or config.num_layers is not None:
+    if config.layers is not None or config.num_layers is not None:
+        return config
+    if config.name in ("low_rank", "grasp_plus"):
+        return replace(config, layers=view.layer_indices)
+    if config.removed_ratio is None:
         return config
     keep_ratio = config.keep_ratio or 0.0
     if view.num_layers == 1 and not keep_ratio:

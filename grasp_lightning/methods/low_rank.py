@@ -14,8 +14,16 @@ from grasp_lightning.linalg.ranks import top_components
 from grasp_lightning.methods.base import CompressionMethod, Decision, Track, untracked
 from grasp_lightning.methods.blocks import blocks, weight_shapes
 from grasp_lightning.methods.drop import DROP, drop_decision, drop_step
+from grasp_lightning.methods.global_ranks import GlobalRanks
 from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
-from grasp_lightning.methods.rank_rules import RankRule
+from grasp_lightning.methods.rank_rules import RankRule, Shapes
+from grasp_lightning.methods.weighted import (
+    CURVATURE,
+    curvature_step,
+    predicted_losses,
+    truncation,
+)
+from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
 from grasp_lightning.stats.base import Needs, Scoring, Statistics, Step
@@ -120,6 +128,8 @@ class LowRankMethod(CompressionMethod):
         layers: How layers are chosen.
         scoring: How components are scored.
         rank_rule: How many components each weight keeps; None deletes the layers.
+        metric: Truncate in this measured metric, the largest components first, instead of scoring
+            the components of plain decompositions.
         schedule: ``one_shot``: all layers in one pass; ``iterative``: the last layer first, MLP
             before attention, each scored with what is above it replaced.
         score_all_layers: Score all layers' components, beyond the chosen ones; one_shot only.
@@ -133,7 +143,8 @@ class LowRankMethod(CompressionMethod):
         reference: str,
         layers: LayerChoice,
         scoring: Scoring,
-        rank_rule: RankRule | None,
+        rank_rule: RankRule | GlobalRanks | None,
+        metric: Metric | None = None,
         schedule: Schedule = "one_shot",
         score_all_layers: bool = False,
         track: Track = untracked,
@@ -143,6 +154,7 @@ class LowRankMethod(CompressionMethod):
         self._layers = layers
         self._scoring = scoring
         self._rule = rank_rule
+        self._metric = metric
         self._schedule = schedule
         self._score_all_layers = score_all_layers
         self._track = track
@@ -152,7 +164,10 @@ class LowRankMethod(CompressionMethod):
         """The options that decisions depend on, for the plan."""
         if self._rule is None:
             return {**self._layers.options, "keep_ratio": 0.0}
-        options = {**self._layers.options, **self._rule.options, "score": self._scoring.score}
+        options = {**self._layers.options, **self._rule.options}
+        if self._metric is not None:
+            return {**options, **self._metric.options}
+        options["score"] = self._scoring.score
         if self._scoring.score != "magnitude":
             options |= {"terms": self._scoring.terms, "reduction": self._scoring.reduction}
         return options | {"schedule": self._schedule}
@@ -175,20 +190,38 @@ class LowRankMethod(CompressionMethod):
             return self._layers.step(model)
         if self._rule is None:
             return None if plan.dropped_layers else drop_step(layers)
-        ranks = self._rule.ranks(weight_shapes(model, plan, layers))
+        shapes = weight_shapes(model, plan, layers)
+        if isinstance(self._rule, GlobalRanks):
+            self._rule.budget(shapes)  # refuses what is out of reach
+            return None if plan.ranks else self._curvature_step(model, shapes, None)
+        ranks = self._rule.ranks(shapes)
         if not ranks:
             raise ModelError(
                 "no linear of the chosen layers gets smaller: their sides are too short; take "
                 "other layers, or a lower keep_ratio"
             )
         waiting = {module: rank for module, rank in ranks.items() if module not in plan.ranks}
-        if not waiting:
-            return None
+        return self._cutting_step(model, layers, waiting) if waiting else None
+
+    def _cutting_step(
+        self, model: DecoderView, layers: tuple[int, ...], waiting: Mapping[str, int]
+    ) -> Step:
+        """Return the step that decides on factors of known ranks."""
+        if self._metric is not None:
+            return self._curvature_step(model, waiting, waiting)
         if self._schedule == "iterative":
             return self._block_step(model, layers, waiting)
         scored = model.layer_indices if self._score_all_layers else layers
         modules = [name for index in scored for name in model.linears(index)]
         return attribution_step(model, modules, self._scoring, ranks=waiting, track=self._track)
+
+    def _curvature_step(
+        self, model: DecoderView, modules: Iterable[str], ranks: Mapping[str, int] | None
+    ) -> Step:
+        assert self._metric is not None  # a global budget comes with one
+        asked = set(modules)
+        ordered = [n for i in model.layer_indices for n in model.linears(i) if n in asked]
+        return curvature_step(ordered, self._metric, ranks)
 
     def _block_step(
         self, model: DecoderView, layers: tuple[int, ...], waiting: Mapping[str, int]
@@ -214,19 +247,38 @@ class LowRankMethod(CompressionMethod):
         Returns:
             The decision of this step.
         """
-        del model  # the bases of the step hold what is needed of it
         if step.name == SELECT:
             return self._layers.decide(stats)
         if step.name == DROP or self._rule is None:
             return drop_decision(step)
+        if step.name == CURVATURE and self._metric is not None:
+            return self._truncate(step, model, stats, self._metric)
         if self._scoring.score == "magnitude":
             scores: Mapping[str, Tensor] = {name: basis.s for name, basis in step.bases.items()}
         else:
             scores = stats.component_scores
         ranks = step.ranks
         if ranks is None:
+            assert not isinstance(self._rule, GlobalRanks)  # it comes with a metric
             ranks = self._rule.ranks({name: _shape(basis) for name, basis in step.bases.items()})
         return keep_best_components(step.bases, scores, ranks)
+
+    def _truncate(
+        self, step: Step, model: DecoderView, stats: Statistics, metric: Metric
+    ) -> Decision:
+        modules, ranks, losses = step.needs.moments, step.ranks, {}
+        if ranks is None:
+            assert isinstance(self._rule, GlobalRanks)  # other rules know ranks from shapes
+            losses = predicted_losses(model, modules, metric, stats.moments, self._track)
+            ranks = self._rule.ranks(_shapes_of(model, modules), losses)
+        decision = truncation(model, ranks, metric, stats.moments, self._track)
+        dense = {f"{n}.scores": v.float() for n, v in losses.items() if n not in ranks}
+        return replace(decision, scores={**decision.scores, **dense})
+
+
+def _shapes_of(model: DecoderView, modules: Iterable[str]) -> Shapes:
+    linears = {n: m for index in model.layer_indices for n, m in model.linears(index).items()}
+    return {name: (linears[name].out_features, linears[name].in_features) for name in modules}
 
 
 def _shape(basis: SVD) -> tuple[int, int]:

@@ -1,12 +1,23 @@
 """From what the user set to complete options: presets, defaults, and keys without effect."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
-from grasp_lightning.config import MethodConfig, PresetName, Reduction, Schedule, Score, Terms
+from grasp_lightning.config import (
+    MethodConfig,
+    PresetName,
+    RankChoice,
+    Reduction,
+    Schedule,
+    Score,
+    Terms,
+    Weighting,
+)
 from grasp_lightning.errors import ConfigError
+from grasp_lightning.methods.weighting import GRADIENT_DAMPING, INPUT_DAMPING, Metric
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,10 +44,36 @@ _RELEASED: Final = Preset(terms="sigma", reduction="signed", score="taylor", sch
 PRESETS: Final[Mapping[PresetName, Preset]] = MappingProxyType(
     {"paper": _PAPER, "released": _RELEASED}
 )
-DEFAULT_KEEP_RATIO = 0.1
-_LOW_RANK_KEYS = (
-    *("preset", "keep_ratio", "terms", "reduction", "score", "schedule", "score_all_layers"),
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightedPreset:
+    """Named options of methods that truncate in a metric.
+
+    Attributes:
+        weighting: See ``MethodConfig``.
+        ranks: See ``MethodConfig``.
+    """
+
+    weighting: Weighting
+    ranks: RankChoice = "uniform"
+
+
+WEIGHTED_PRESETS: Final[Mapping[PresetName, WeightedPreset]] = MappingProxyType(
+    {
+        "svd_llm": WeightedPreset(weighting="input_gram"),
+        "asvd": WeightedPreset(weighting="scale_columns"),
+        "fwsvd": WeightedPreset(weighting="fisher_rows"),
+    }
 )
+_PLAIN = WeightedPreset(weighting="none")
+_PLUS = WeightedPreset(weighting="kfac", ranks="global")
+DEFAULT_KEEP_RATIO = 0.1
+DEFAULT_REMOVED_RATIO = 0.2
+_SCORING_KEYS = ("terms", "reduction", "score", "schedule", "score_all_layers")
+_DAMPING_KEYS = ("gradient_damping", "input_damping")
+_WEIGHTED_KEYS = ("weighting", "ranks", "multiple_of", *_DAMPING_KEYS)
+_LOW_RANK_KEYS = ("preset", "keep_ratio", *_SCORING_KEYS, *_WEIGHTED_KEYS)
 
 
 def resolve_method(config: MethodConfig) -> MethodConfig:
@@ -52,6 +89,8 @@ def resolve_method(config: MethodConfig) -> MethodConfig:
         ConfigError: If a value is out of range, keys contradict each other, or a key would have
             no effect.
     """
+    if config.name in ("low_rank", "grasp_plus"):
+        return _resolve_weighted(config)
     _check_removed_ratio(config)
     config = _resolve_layers(config)
     if config.name == "drop":
@@ -59,8 +98,11 @@ def resolve_method(config: MethodConfig) -> MethodConfig:
             config, _LOW_RANK_KEYS, "method drop deletes layers and scores no components"
         )
         return config
+    _refuse_ignored(
+        config, _WEIGHTED_KEYS, "method grasp scores plain components; see grasp_plus and low_rank"
+    )
     config = _resolve_keep_ratio(config)
-    preset = PRESETS[config.preset or "paper"]
+    preset = PRESETS[_checked_preset(config, tuple(PRESETS)) or "paper"]
     config = replace(
         config,
         preset=config.preset or "paper",
@@ -82,15 +124,86 @@ def resolve_method(config: MethodConfig) -> MethodConfig:
     )
 
 
-def _check_removed_ratio(config: MethodConfig) -> None:
-    ratio = config.removed_ratio
-    if ratio is None:
-        return
-    if not 0 < ratio < 1:
+def _resolve_weighted(config: MethodConfig) -> MethodConfig:
+    """Return the options of a method that truncates in a metric, all layers by default."""
+    _refuse_ignored(config, _SCORING_KEYS, f"method {config.name} keeps the largest components")
+    if config.layers is not None or config.num_layers is not None:
+        config = _resolve_layers(config)
+    else:
+        _refuse_ignored(config, ("layer_metric",), "all layers are compressed")
+    if config.removed_ratio is not None and config.keep_ratio is not None:
+        raise ConfigError(
+            f"method {config.name} takes method.removed_ratio or method.keep_ratio, not both; "
+            "leave one unset"
+        )
+    if config.keep_ratio is None:
+        config = replace(config, removed_ratio=config.removed_ratio or DEFAULT_REMOVED_RATIO)
+        _check_share(config.removed_ratio)
+    elif not 0 < config.keep_ratio < 1:
+        raise ConfigError(
+            f"method.keep_ratio must be above 0 and below 1, got {config.keep_ratio}: it is the "
+            "share of the linears' parameters that is kept"
+        )
+    return _resolve_parts(config)
+
+
+def _resolve_parts(config: MethodConfig) -> MethodConfig:
+    if config.name == "grasp_plus":
+        _refuse_ignored(config, ("preset",), "method grasp_plus is one; see low_rank")
+        preset = _PLUS
+    else:
+        name = _checked_preset(config, tuple(WEIGHTED_PRESETS))
+        preset = _PLAIN if name is None else WEIGHTED_PRESETS[name]
+    config = replace(
+        config,
+        weighting=config.weighting or preset.weighting,
+        ranks=config.ranks or preset.ranks,
+    )
+    if config.ranks == "uniform":
+        _refuse_ignored(config, ("multiple_of",), "method.ranks is uniform")
+    elif config.multiple_of is not None and config.multiple_of < 1:
+        raise ConfigError(f"method.multiple_of must be at least 1, got {config.multiple_of}")
+    return _resolve_damping(config)
+
+
+def _resolve_damping(config: MethodConfig) -> MethodConfig:
+    used = Metric(weighting=config.weighting or "none").options
+    reason = f"method.weighting is {config.weighting}"
+    for key in _DAMPING_KEYS:
+        value: float | None = getattr(config, key)
+        if key not in used:
+            _refuse_ignored(config, (key,), reason)
+        elif value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"method.{key} must be finite and not negative, got {value}")
+    if config.gradient_damping is None and "gradient_damping" in used:
+        config = replace(config, gradient_damping=GRADIENT_DAMPING)
+    if config.input_damping is None and "input_damping" in used:
+        config = replace(config, input_damping=INPUT_DAMPING)
+    return config
+
+
+def _checked_preset(config: MethodConfig, known: tuple[PresetName, ...]) -> PresetName | None:
+    if config.preset is not None and config.preset not in known:
+        raise ConfigError(
+            f"method.preset {config.preset} does not belong to method {config.name}, which has: "
+            f"{', '.join(known)}"
+        )
+    return config.preset
+
+
+def _check_share(ratio: float | None) -> None:
+    if ratio is not None and not 0 < ratio < 1:
         raise ConfigError(
             f"method.removed_ratio must be above 0 and below 1, got {ratio}: it is the share of "
             "the whole model that goes"
         )
+
+
+def _check_removed_ratio(config: MethodConfig) -> None:
+    ratio = config.removed_ratio
+    if ratio is None:
+        return
+    _check_share(ratio)
     has_layers = config.num_layers is not None or config.layers is not None
     layers_key = "method.layers" if config.layers is not None else "method.num_layers"
     if config.name == "drop" and has_layers:

@@ -44,6 +44,7 @@ class Seconds:
         load: Reading the model.
         similarity: Pass that measures the decoder layers.
         attribution: Pass that scores singular components.
+        curvature: Pass that sums up moments of linears.
         factorize: Singular value decompositions and replacement.
         save: Writing the model.
         evaluate: Perplexity before and after.
@@ -53,6 +54,7 @@ class Seconds:
     load: float | None = None
     similarity: float | None = None
     attribution: float | None = None
+    curvature: float | None = None
     factorize: float | None = None
     save: float | None = None
     evaluate: float | None = None
@@ -109,7 +111,7 @@ class Metrics:
         ``decoder_linears.parameters.{dense,compressed}``,
         ``decoder_linears.bytes.{dense,compressed}``, ``source_bytes`` (int),
         ``perplexity.{dense,compressed}`` (float), ``perplexity_tokens`` (int),
-        ``seconds.{load,similarity,attribution,factorize,save,evaluate,total}`` (float),
+        ``seconds.{load,similarity,attribution,curvature,factorize,save,evaluate,total}`` (float),
         ``peak_memory_bytes`` (int), ``versions`` (package name to version),
         ``evaluation.{settings,cost,peak_memory_bytes,corpora,tasks,mean_of_seven}`` as in the
         output of ``evaluate``, and ``throughput``, the output of ``benchmark``.
@@ -150,7 +152,7 @@ class Metrics:
                 perplexity_tokens=optional_int(content["perplexity_tokens"]),
                 seconds=Seconds(
                     **{
-                        phase.name: optional_float(content["seconds"][phase.name])
+                        phase.name: optional_float(content["seconds"].get(phase.name))
                         for phase in fields(Seconds)
                     }
                 ),

@@ -1,7 +1,8 @@
 """What a step asks to be measured, and what a measurement gives back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -28,6 +29,10 @@ class Scoring:
     score: Score = "taylor"
 
 
+MomentKind = Literal["input_gram", "gradient_gram", "input_scale", "fisher_columns"]
+FORWARD_MOMENTS: frozenset[MomentKind] = frozenset({"input_gram", "input_scale"})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
     """What a step asks to be measured; the default asks for nothing.
@@ -37,17 +42,26 @@ class Needs:
         span: Number of contiguous layers that the metric compares across.
         weight_gradients: Modules whose weight gradients are scored, in model order.
         scoring: How they are scored.
+        moments: Modules whose inputs and output gradients are summed up, in model order.
+        moment_kinds: What is summed up of them.
     """
 
     layer_metric: LayerMetric | None = None
     span: int = 1
     weight_gradients: tuple[str, ...] = ()
     scoring: Scoring = Scoring()
+    moments: tuple[str, ...] = ()
+    moment_kinds: frozenset[MomentKind] = frozenset()
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
-        return self.layer_metric is None and not self.weight_gradients
+        return self.layer_metric is None and not self.weight_gradients and not self.moment_kinds
+
+    @property
+    def is_backward(self) -> bool:
+        """True if the pass needs gradients."""
+        return bool(self.weight_gradients) or not self.moment_kinds <= FORWARD_MOMENTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +69,7 @@ class Step:
     """One measurement and the decision that follows it.
 
     Attributes:
-        name: What is done, in one word: select, attribution, drop.
+        name: What is done, in one word: select, attribution, curvature, drop.
         needs: What must be measured first.
         layers: Decoder layers that this and coming steps change, ascending, as in the original
             model: what enters them can be kept between passes. Empty if this is the only step.
@@ -71,6 +85,50 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Moments:
+    """What passed through one linear of N outputs and M inputs, as means over tokens.
+
+    Linears that read the same input (q, k and v; gate and up) share its tensors. A gradient is that
+    of the cross-entropy summed over the predicted tokens of a window, in nats, by the output.
+
+    Attributes:
+        input_gram: Mean of x x^T, ``(M, M)``.
+        gradient_gram: Mean of g g^T, g = dL/dy, ``(N, N)``.
+        input_scale: Mean of ``|x|``, ``(M,)``.
+        fisher_columns: Mean over tokens of (dL/dW)^2, squared per window and summed over the
+            outputs, ``(M,)``.
+    """
+
+    input_gram: Tensor | None = None
+    gradient_gram: Tensor | None = None
+    input_scale: Tensor | None = None
+    fisher_columns: Tensor | None = None
+
+
+class MergedMoments(Mapping[str, Moments]):
+    """Moments of several passes, none of them read before it is asked for.
+
+    Args:
+        parts: Moments of each pass, of different linears.
+    """
+
+    def __init__(self, parts: Sequence[Mapping[str, Moments]]) -> None:
+        self._owners = {module: part for part in parts for module in part}
+
+    def __getitem__(self, module: str) -> Moments:
+        """Return the moments of one linear."""
+        return self._owners[module][module]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of all linears."""
+        return iter(self._owners)
+
+    def __len__(self) -> int:
+        """Return the number of linears."""
+        return len(self._owners)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Statistics:
     """Result of one pass over the calibration windows.
 
@@ -78,7 +136,9 @@ class Statistics:
         layer_metric: Value of the asked metric for every start layer, float32, ``(L - span + 1,)``.
         component_scores: Score of every singular component, float32, ``(K,)`` per module, in nats
             per predicted token (squared reduction: nats squared per predicted token).
+        moments: What was summed up of linears, by module.
     """
 
     layer_metric: Tensor | None = None
     component_scores: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: Mapping[str, Moments] = field(default_factory=dict)

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from grasp_lightning.models.calls import hidden_input
 from grasp_lightning.models.decoder import DecoderView
 
 WindowSink = Callable[[str, Tensor, Tensor], None]
+InputSink = Callable[[str, Tensor], None]
 
 
 class LinearObserver:
@@ -83,3 +85,81 @@ class LinearObserver:
         grad = grad.detach().reshape(*x.shape[:2], grad.shape[-1])
         for x_TM, grad_TN in zip(x, grad, strict=True):
             self._sink(name, x_TM, grad_TN)
+
+
+class InputObserver:
+    """Hands x of every window of every observed linear to a sink during a forward pass.
+
+    Args:
+        view: The model.
+        modules: Names of the observed linears, as in the original model.
+        sink: Called with (module name, x ``(T, M)``) once per window.
+    """
+
+    def __init__(self, view: DecoderView, modules: tuple[str, ...], sink: InputSink) -> None:
+        self._view = view
+        self._modules = modules
+        self._sink = sink
+        self._batch_size = 1
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hook the model for the duration of a ``with`` block.
+
+        Yields:
+            Nothing.
+        """
+        with ExitStack() as stack:
+            first = self._view.layer(self._view.layer_indices[0])
+            handle = first.register_forward_pre_hook(self._note_batch_size, with_kwargs=True)
+            stack.callback(handle.remove)
+            for name in self._modules:
+                module = self._view.module(name)
+                stack.callback(module.register_forward_hook(self._hook(name)).remove)
+            yield
+
+    def _note_batch_size(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        del module
+        self._batch_size = hidden_input(args, kwargs).shape[0]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            del module, output
+            x = args[0].detach()
+            for x_TM in x.reshape(self._batch_size, -1, x.shape[-1]):
+                self._sink(name, x_TM)
+
+        return read
+
+
+def shared_inputs(view: DecoderView, modules: tuple[str, ...]) -> dict[str, str]:
+    """Return which linears read the same tensor (q, k and v; gate and up), found by a short pass.
+
+    Args:
+        view: The model.
+        modules: Names of linears, as in the original model, in model order.
+
+    Returns:
+        Module -> the first to be called of those that read the same tensor, which may be itself.
+    """
+    readers: dict[int, str] = {}
+    sources = dict(zip(modules, modules, strict=True))
+    kept: list[Tensor] = []  # so that no memory is given to a second tensor
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            del module
+            kept.append(args[0])
+            sources[name] = readers.setdefault(id(args[0]), name)
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for name in modules:
+            handle = view.module(name).register_forward_pre_hook(note(name))
+            stack.callback(handle.remove)
+        ids = torch.zeros((1, 2), dtype=torch.int64, device=view.model.device)
+        view.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return sources

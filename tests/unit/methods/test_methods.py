@@ -15,7 +15,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.pipeline import compress
 from grasp_lightning.plan import DropLayers, FactorizeLinear, Plan, SelectLayers
-from grasp_lightning.stats.base import Statistics, Step
+from grasp_lightning.stats.base import Moments, Statistics, Step
 from tests.conftest import tiny_model
 
 SIMILARITY = torch.tensor([0.2, 0.9, 0.5, 0.9])
@@ -23,9 +23,23 @@ SIMILARITY = torch.tensor([0.2, 0.9, 0.5, 0.9])
 
 def stored_statistics(view: DecoderView, step: Step) -> Statistics:
     """Measure nothing: the layer metric is made up, every component scores its index."""
-    del view
     scores = {name: torch.arange(basis.s.numel()).float() for name, basis in step.bases.items()}
-    return Statistics(layer_metric=SIMILARITY, component_scores=scores)
+    moments = {name: made_up_moments(view, name) for name in step.needs.moments}
+    return Statistics(layer_metric=SIMILARITY, component_scores=scores, moments=moments)
+
+
+def made_up_moments(view: DecoderView, module: str) -> Moments:
+    linear = view.module(module)
+    assert isinstance(linear, nn.Linear)
+    generator = torch.Generator().manual_seed(len(module))
+    x = torch.randn(64, linear.in_features, generator=generator)
+    gradient = torch.randn(64, linear.out_features, generator=generator)
+    return Moments(
+        input_gram=x.mT @ x / 64,
+        gradient_gram=gradient.mT @ gradient / 64,
+        input_scale=x.abs().mean(dim=0),
+        fisher_columns=(gradient.mT @ x).square().sum(dim=0),
+    )
 
 
 def method_config(name: MethodName, keep_ratio: float | None = None) -> MethodConfig:

@@ -32,6 +32,7 @@ KEYS = {
     "seconds.load",
     "seconds.similarity",
     "seconds.attribution",
+    "seconds.curvature",
     "seconds.factorize",
     "seconds.save",
     "seconds.evaluate",

@@ -1,0 +1,70 @@
+"""Sums up inputs and output gradients of linears over the windows of a pass."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from callbacks.measurement import Measurement
+from grasp_lightning.stats.base import Statistics, Step
+from grasp_lightning.stats.moments import MomentSums
+from grasp_lightning.stats.observer import InputObserver, LinearObserver, shared_inputs
+from grasp_lightning.training.calibration import Batch, CalibrationModule
+
+_NUM_TOKENS = "num_tokens"
+
+
+class LinearMoments(Measurement):
+    """Measures Gram matrices of inputs and output gradients, as a step of a method asks for.
+
+    Args:
+        step: What is measured.
+    """
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self._given: Step | None = step
+        self._sums: MomentSums | None = None
+        self._num_tokens = 0
+
+    def next_step(self, module: CalibrationModule) -> Step | None:
+        """Return the step."""
+        del module
+        return self._given
+
+    def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
+        """Return the hooks on the linears."""
+        view, needs = module.view, step.needs
+        linears = {n: m for i in view.layer_indices for n, m in view.linears(i).items()}
+        shapes = {n: (linears[n].out_features, linears[n].in_features) for n in needs.moments}
+        sources = shared_inputs(view, needs.moments)
+        self._sums = MomentSums(shapes, needs.moment_kinds, sources, view.model.device)
+        self._num_tokens = 0
+        if needs.is_backward:
+            return LinearObserver(view, needs.moments, self._sums.add).attached()
+        return InputObserver(view, needs.moments, self._sums.add).attached()
+
+    def start_batch(self, batch: Batch) -> None:
+        """Count the tokens."""
+        self._num_tokens += int(batch["mask"].sum())
+
+    def release(self) -> None:
+        """Let go of the sums."""
+        self._sums = self._given = None
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the sums of all linears, and the number of tokens."""
+        assert self._sums is not None
+        return {**self._sums.state(), _NUM_TOKENS: torch.tensor(self._num_tokens)}
+
+    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from sums over some windows."""
+        assert self._sums is not None
+        self._sums.load_state(sums)
+        self._num_tokens = int(sums[_NUM_TOKENS])
+
+    def statistics(self) -> Statistics:
+        """Return the moments of every linear."""
+        assert self._sums is not None
+        return Statistics(moments=self._sums.mean(self._num_tokens))

@@ -1,0 +1,88 @@
+"""Our own method, and low-rank methods put together from its parts."""
+
+from grasp_lightning.methods.base import Track, untracked
+from grasp_lightning.methods.global_ranks import GlobalRanks
+from grasp_lightning.methods.layer_choice import LayerChoice
+from grasp_lightning.methods.low_rank import LowRankMethod
+from grasp_lightning.methods.rank_rules import RankRule
+from grasp_lightning.methods.weighting import Metric
+from grasp_lightning.stats.base import Scoring
+
+_MAGNITUDE = Scoring(score="magnitude")
+
+
+def grasp_plus(
+    *,
+    layers: LayerChoice,
+    rank_rule: RankRule | GlobalRanks | None,
+    metric: Metric,
+    track: Track = untracked,
+) -> LowRankMethod:
+    """Return the method that spends one parameter budget where the loss curves least.
+
+    A change D of a weight costs ``tr(A D C D^T) / 2`` nats per token, with C the mean of x x^T over
+    the inputs of the linear, and A that of g g^T over the loss gradients by its outputs. The
+    decomposition in this metric gives components whose losses are comparable across all matrices of
+    the model, and one Lagrange multiplier decides which stay dense, and at which rank the others
+    go. There is no choice of layers beforehand, and no score beside the singular value.
+
+    It takes from GRASP (arXiv:2501.00339) that loss gradients on little text decide; from SVD-LLM
+    (arXiv:2403.07378) the Gram matrix of inputs as a metric; from K-FAC (arXiv:1503.05671) the
+    curvature as a product of two Gram matrices; from Shoham and Gersho (1988) the allocation.
+
+    Args:
+        layers: Layers that may be compressed.
+        rank_rule: How many components each weight keeps.
+        metric: How large a change of a weight counts.
+        track: Shows the progress of factorisations.
+
+    Returns:
+        The method.
+    """
+    return LowRankMethod(
+        name="grasp_plus",
+        reference="https://arxiv.org/abs/2501.00339",
+        layers=layers,
+        scoring=_MAGNITUDE,
+        rank_rule=rank_rule,
+        metric=metric,
+        track=track,
+    )
+
+
+def low_rank(
+    *,
+    layers: LayerChoice,
+    rank_rule: RankRule | GlobalRanks | None,
+    metric: Metric,
+    track: Track = untracked,
+) -> LowRankMethod:
+    """Return a truncation in any metric: plain SVD, FWSVD, ASVD, SVD-LLM, or a mixture of parts.
+
+    Args:
+        layers: Layers that may be compressed.
+        rank_rule: How many components each weight keeps.
+        metric: How large a change of a weight counts.
+        track: Shows the progress of factorisations.
+
+    Returns:
+        The method.
+    """
+    return LowRankMethod(
+        name="low_rank",
+        reference=_REFERENCES[metric.weighting],
+        layers=layers,
+        scoring=_MAGNITUDE,
+        rank_rule=rank_rule,
+        metric=metric,
+        track=track,
+    )
+
+
+_REFERENCES = {
+    "none": "https://en.wikipedia.org/wiki/Singular_value_decomposition",
+    "fisher_rows": "https://arxiv.org/abs/2207.00112",
+    "scale_columns": "https://arxiv.org/abs/2312.05821",
+    "input_gram": "https://arxiv.org/abs/2403.07378",
+    "kfac": "https://arxiv.org/abs/1503.05671",
+}

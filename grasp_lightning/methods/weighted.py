@@ -1,0 +1,115 @@
+"""The step of low-rank methods that truncate in a measured metric."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+
+from torch import Tensor
+
+from grasp_lightning import processes
+from grasp_lightning.linalg.factors import balanced_factors
+from grasp_lightning.linalg.weightings import even_norms
+from grasp_lightning.methods.base import Decision, Track
+from grasp_lightning.methods.weighting import Metric
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.linears import DenseLinear
+from grasp_lightning.plan import FactorizeLinear
+from grasp_lightning.stats.base import Moments, Needs, Step
+
+CURVATURE = "curvature"
+
+
+def curvature_step(modules: Sequence[str], metric: Metric, ranks: Mapping[str, int] | None) -> Step:
+    """Return the step that measures what a metric needs of some linears.
+
+    Args:
+        modules: Full names of the linears, in model order.
+        metric: How weights are truncated.
+        ranks: Ranks that they are cut to; None leaves them to the decision.
+
+    Returns:
+        The step.
+    """
+    needs = Needs(moments=tuple(modules), moment_kinds=metric.moment_kinds)
+    return Step(name=CURVATURE, needs=needs, ranks=ranks)
+
+
+def predicted_losses(
+    view: DecoderView,
+    modules: Sequence[str],
+    metric: Metric,
+    moments: Mapping[str, Moments],
+    track: Track,
+) -> dict[str, Tensor]:
+    """Return what dropping each component of some weights costs; several processes share the work.
+
+    Args:
+        view: The dense model.
+        modules: Full names of the linears.
+        metric: How weights are truncated.
+        moments: What was measured, by module.
+        track: Shows the progress.
+
+    Returns:
+        ``(K,)`` by module, descending, float64, on the CPU.
+    """
+    linears = _linears(view)
+    own = {
+        name: metric.losses(*_measured(linears[name], moments.get(name, Moments()))).cpu()
+        for name in track(processes.own_share(modules), "predict losses")
+    }
+    parts = processes.gather(own)
+    found = {name: losses for part in parts for name, losses in part.items()}
+    return {name: found[name] for name in modules}
+
+
+def truncation(
+    view: DecoderView,
+    ranks: Mapping[str, int],
+    metric: Metric,
+    moments: Mapping[str, Moments],
+    track: Track,
+) -> Decision:
+    """Return the best factors of some weights in a metric; several processes share the work.
+
+    Args:
+        view: The dense model.
+        ranks: Rank by module.
+        metric: How weights are truncated.
+        moments: What was measured, by module.
+        track: Shows the progress.
+
+    Returns:
+        One ``FactorizeLinear`` per rank with its factors, and as scores what dropping each
+        component costs.
+    """
+    linears = _linears(view)
+    own: dict[str, tuple[Tensor, ...]] = {}
+    for name in track(processes.own_share(list(ranks)), "factorize"):
+        basis = metric.decompose(*_measured(linears[name], moments.get(name, Moments())))
+        factors = balanced_factors(even_norms(basis), range(ranks[name]))
+        scores = metric.of_singular_values(basis.s)
+        own[name] = tuple(part.cpu() for part in (*factors, basis.s, scores))
+    operations: list[FactorizeLinear] = []
+    tensors: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
+    for position, (name, rank) in enumerate(ranks.items()):
+        left, right, values, scores = processes.shared(
+            own.pop(name, None), position % processes.num_processes()
+        )
+        tensors |= {f"{name}.left": left, f"{name}.right": right}
+        stored |= {f"{name}.singular_values": values.float(), f"{name}.scores": scores.float()}
+        operations.append(FactorizeLinear(module=name, rank=rank, components=None))
+    return Decision(operations=tuple(operations), tensors=tensors, scores=stored)
+
+
+def _measured(linear: DenseLinear, moments: Moments) -> tuple[Tensor, Moments]:
+    """Return a weight, and what was measured of it on the same device."""
+    weight = linear.weight.detach()
+    values = {field.name: getattr(moments, field.name) for field in fields(Moments)}
+    return weight, Moments(
+        **{name: None if v is None else v.to(weight.device) for name, v in values.items()}
+    )
+
+
+def _linears(view: DecoderView) -> dict[str, DenseLinear]:
+    return {name: m for index in view.layer_indices for name, m in view.linears(index).items()}

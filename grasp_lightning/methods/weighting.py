@@ -1,0 +1,120 @@
+"""The metric in which low-rank methods truncate weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from grasp_lightning.config import Weighting
+from grasp_lightning.linalg.factors import SVD
+from grasp_lightning.linalg.weightings import (
+    activation_scales,
+    damped_root,
+    weighted_singular_values,
+    weighted_svd,
+)
+from grasp_lightning.plan import OptionValue
+from grasp_lightning.stats.base import MomentKind, Moments
+
+GRADIENT_DAMPING = 1e-2
+INPUT_DAMPING = 1e-4
+_KINDS: dict[Weighting, frozenset[MomentKind]] = {
+    "none": frozenset(),
+    "fisher_rows": frozenset({"fisher_columns"}),
+    "scale_columns": frozenset({"input_scale"}),
+    "input_gram": frozenset({"input_gram"}),
+    "kfac": frozenset({"input_gram", "gradient_gram"}),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """How large a change of a weight counts.
+
+    ``none`` counts every entry alike. ``fisher_rows`` (FWSVD, arXiv:2207.00112) weights every input
+    by its Fisher information: the inputs are the rows of that paper's weights. ``scale_columns``
+    (ASVD, arXiv:2312.05821) weights every input by the root of its mean modulus. ``input_gram``
+    (SVD-LLM, arXiv:2403.07378) counts the squared error of the outputs. ``kfac`` counts half the
+    change's curvature of the loss, in nats per token, with the Kronecker-factored approximation
+    of Martens and Grosse (arXiv:1503.05671): it alone is comparable across matrices.
+
+    Attributes:
+        weighting: Which of them.
+        gradient_damping: Share of its mean diagonal that is added to the Gram matrix of gradients.
+        input_damping: The same for the Gram matrix of inputs.
+    """
+
+    weighting: Weighting
+    gradient_damping: float = GRADIENT_DAMPING
+    input_damping: float = INPUT_DAMPING
+
+    @property
+    def options(self) -> Mapping[str, OptionValue]:
+        """The options that decompositions depend on, for the plan."""
+        options: dict[str, OptionValue] = {"weighting": self.weighting}
+        if self.weighting == "kfac":
+            options["gradient_damping"] = self.gradient_damping
+        if self.weighting in ("kfac", "input_gram", "fisher_rows"):
+            options["input_damping"] = self.input_damping
+        return options
+
+    @property
+    def moment_kinds(self) -> frozenset[MomentKind]:
+        """What must be measured of a linear."""
+        return _KINDS[self.weighting]
+
+    def decompose(self, weight: Tensor, moments: Moments) -> SVD:
+        """Return the decomposition whose truncations are optimal in this metric.
+
+        Args:
+            weight: Weight of a linear, ``(N, M)``.
+            moments: What was measured of it.
+
+        Returns:
+            The decomposition; its vectors are not orthonormal.
+        """
+        return weighted_svd(weight, *self._roots(moments))
+
+    def losses(self, weight: Tensor, moments: Moments) -> Tensor:
+        """Return what dropping each component costs in this metric.
+
+        Args:
+            weight: Weight of a linear, ``(N, M)``.
+            moments: What was measured of it.
+
+        Returns:
+            ``(K,)``, descending, float64: predicted nats per token for ``kfac``, else the squared
+            singular values.
+        """
+        return self.of_singular_values(weighted_singular_values(weight, *self._roots(moments)))
+
+    def of_singular_values(self, values: Tensor) -> Tensor:
+        """Return the cost of dropping components with these singular values.
+
+        Args:
+            values: Singular values in this metric, ``(K,)``.
+
+        Returns:
+            ``(K,)``, float64.
+        """
+        squares = values.double().square()
+        # The loss is quadratic around the dense weight: half its second derivative.
+        return squares / 2 if self.weighting == "kfac" else squares
+
+    def _roots(self, moments: Moments) -> tuple[Tensor | None, Tensor | None]:
+        """Return the roots of the metrics of outputs and of inputs."""
+        if self.weighting == "none":
+            return None, None
+        if self.weighting == "fisher_rows":
+            return None, damped_root(_measured(moments.fisher_columns), self.input_damping)
+        if self.weighting == "scale_columns":
+            return None, activation_scales(_measured(moments.input_scale))
+        right = damped_root(_measured(moments.input_gram), self.input_damping)
+        if self.weighting == "input_gram":
+            return None, right
+        return damped_root(_measured(moments.gradient_gram), self.gradient_damping), right
+
+
+def _measured(moment: Tensor | None) -> Tensor:
+    assert moment is not None  # the step has asked for it
+    return moment

@@ -1,0 +1,157 @@
+"""Methods that truncate in a measured metric, through the program: budget, passes, second cuts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grasp_lightning.cli import main
+from tests.conftest import save_tiny
+
+PRESETS = ("svd_llm", "asvd", "fwsvd")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [
+        f"--model.path={save_tiny(tmp_path_factory.mktemp('model') / 'tiny')}",
+        "--calibration.source=pydoc",
+        "--calibration.num_samples=5",
+        "--calibration.seqlen=48",
+        "--evaluation.source=pydoc",
+        "--evaluation.num_samples=2",
+        "--evaluation.seqlen=48",
+    ]
+
+
+@pytest.fixture(scope="module")
+def cut(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of grasp_plus at 0.2."""
+    folder = tmp_path_factory.mktemp("runs") / "cut"
+    assert main(["compress", *settings, *plus(0.2), f"--output_dir={folder}"]) == 0
+    return folder
+
+
+def plus(removed_ratio: float) -> list[str]:
+    return ["--method.name=grasp_plus", f"--method.removed_ratio={removed_ratio}"]
+
+
+def read(folder: Path, name: str) -> dict:
+    content: dict = json.loads((folder / name).read_text())
+    return content
+
+
+def test_the_budget_is_spent_over_all_layers(cut: Path) -> None:
+    metrics, plan = read(cut, "metrics.json"), read(cut, "plan.json")
+    # One rank of the smallest linear, where the model is tiny.
+    unit = (32 + 16) / metrics["parameters"]["dense"]
+    assert 0.2 <= metrics["removed_ratio"] <= 0.2 + unit
+    assert plan["method"] == "grasp_plus"
+    assert plan["options"]["weighting"] == "kfac"
+    assert metrics["seconds"]["curvature"] > 0
+    assert {op["kind"] for op in plan["operations"]} == {"select_layers", "factorize_linear"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_of_other_methods_reach_the_ratio(
+    preset: str, settings: list[str], tmp_path: Path
+) -> None:
+    words = ["--method.name=low_rank", f"--method.preset={preset}", "--method.removed_ratio=0.25"]
+    assert main(["compress", *settings, *words, f"--output_dir={tmp_path / 'run'}"]) == 0
+    metrics, plan = read(tmp_path / "run", "metrics.json"), read(tmp_path / "run", "plan.json")
+    assert metrics["removed_ratio"] == pytest.approx(0.25, abs=80 / metrics["parameters"]["dense"])
+    shares = {
+        round(op["rank"] / 16) for op in plan["operations"] if op["kind"] == "factorize_linear"
+    }
+    assert len(shares) <= 2  # one keep ratio for all
+
+
+def test_another_ratio_from_stored_statistics_is_that_of_a_run_that_measures(
+    settings: list[str], cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = tmp_path / "measured"
+    assert main(["compress", *settings, *plus(0.3), f"--output_dir={measured}"]) == 0
+    monkeypatch.setattr(
+        "callbacks.measure.TrainerMeasure.__call__", lambda *_: pytest.fail("a pass was made")
+    )
+    again = tmp_path / "again"
+    words = ["--from_scores", str(cut), "--method.removed_ratio=0.3", f"--output_dir={again}"]
+    assert main(["compress", *words]) == 0
+    assert read(again, "plan.json") == read(measured, "plan.json")
+    first, second = (load_file(f / "factors.safetensors") for f in (again, measured))
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_input_moments_serve_another_method(cut: Path, tmp_path: Path) -> None:
+    words = [
+        *("--from_scores", str(cut), "--method.name=low_rank", "--method.preset=svd_llm"),
+        f"--output_dir={tmp_path / 'other'}",
+    ]
+    assert main(["compress", *words]) == 0
+    assert read(tmp_path / "other", "plan.json")["options"]["weighting"] == "input_gram"
+
+
+def test_what_was_not_measured_is_refused(
+    cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--method.name=low_rank", "--method.preset=asvd", f"--output_dir={tmp_path / 'no'}"]
+    assert main(["compress", "--from_scores", str(cut), *words]) == 2
+    assert "has no input_scale of model.layers.0.self_attn.q_proj" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_little_memory_takes_more_passes_to_the_same_plan(
+    settings: list[str], cut: Path, tmp_path: Path
+) -> None:
+    words = [*plus(0.2), "--statistics.max_memory=1e-5", f"--output_dir={tmp_path / 'run'}"]
+    assert main(["compress", *settings, *words]) == 0
+    assert len(list((tmp_path / "run").glob("statistics-*-of-00004.safetensors"))) == 4
+    assert read(tmp_path / "run", "plan.json") == read(cut, "plan.json")
+    again = ["--from_scores", str(tmp_path / "run"), f"--output_dir={tmp_path / 'again'}"]
+    assert main(["compress", *again]) == 0
+    assert read(tmp_path / "again", "plan.json") == read(cut, "plan.json")
+
+
+def test_statistics_are_not_kept_where_that_is_not_wanted(
+    settings: list[str], tmp_path: Path
+) -> None:
+    words = [*plus(0.2), "--statistics.store=false", f"--output_dir={tmp_path / 'run'}"]
+    assert main(["compress", *settings, *words]) == 0
+    assert not list((tmp_path / "run").glob("statistics*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method.score=taylor"], "method.score would be ignored"),
+        (["--method.keep_ratio=0.2"], "takes method.removed_ratio or method.keep_ratio, not both"),
+        (["--method.removed_ratio=0.95"], "the feasible range of these linears is 0.0000 to"),
+        (["--method.preset=svd_llm"], "method.preset would be ignored: method grasp_plus is one"),
+        (["--method.gradient_damping=-1"], "method.gradient_damping must be finite"),
+        (["--method.multiple_of=0"], "method.multiple_of must be at least 1"),
+        (["--statistics.max_memory=0"], "statistics.max_memory must be above 0"),
+        (
+            ["--method.name=low_rank", "--method.preset=paper"],
+            "method.preset paper does not belong to method low_rank, which has: svd_llm",
+        ),
+        (
+            ["--method.name=grasp", "--method.keep_ratio=0.1", "--method.weighting=kfac"],
+            "method.weighting would be ignored: method grasp scores plain components",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str],
+    message: str,
+    settings: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["compress", *settings, *plus(0.2), *words, f"--output_dir={tmp_path / 'run'}"]
+    assert main(argv) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert len([line for line in errors.splitlines() if "error" in line]) == 1
+    assert not (tmp_path / "run").exists()
