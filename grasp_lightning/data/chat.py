@@ -19,8 +19,14 @@ from grasp_lightning.data.sources import Documents, Part, read_documents
 from grasp_lightning.errors import DataError
 
 # Some templates write the day; the text must be the same on every day. This is the one that the
-# templates of Llama 3 write where they are given none.
+# templates of Llama 3 write where they are given none. A macro, since values that are handed to a
+# template cannot be functions.
 _TODAY = datetime(2024, 7, 26)
+_FIXED_DAY = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f".replace('%{code}', '{_TODAY.strftime('%' + code)}')" for code in "aAbBdHjmMSyY")
+    + " }}{%- endmacro -%}"
+)
 
 
 class Message(NamedTuple):
@@ -80,8 +86,11 @@ def chat_text(sample: InstructionSample, tokenizer: PreTrainedTokenizerBase) -> 
     request = "\n\n".join(text for text in (sample.instruction, sample.input) if text)
     turns = (Message("user", request), Message("assistant", sample.output))
     try:
+        template = tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(
-            [turn._asdict() for turn in turns], tokenize=False, strftime_now=_TODAY.strftime
+            [turn._asdict() for turn in turns],
+            chat_template=_FIXED_DAY + template if "strftime_now" in template else template,
+            tokenize=False,
         )
     except (TemplateError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]

@@ -74,9 +74,9 @@ def mixture_parts(config: CalibrationConfig, part: Part) -> tuple[MixturePart, .
             ),
         )
     paths = _by_file(config.path, f"{part}.path", sources, part)
-    if None in paths:
-        named = sources[paths.index(None)]
-        raise ConfigError(f"{part}.source {named} needs {part}.path, the file to read")
+    for source, path in zip(_with_file(sources), paths, strict=True):
+        if not path:
+            raise ConfigError(f"{part}.source {source} needs {part}.path, the file to read")
     rows = _by_file(config.rows, f"{part}.rows", sources, part)
     files = iter(zip(paths, rows, strict=True))
     parts = tuple(
@@ -183,7 +183,7 @@ def _by_file(
     value: str | tuple[str, ...] | None, key: str, sources: Sequence[str], part: Part
 ) -> list[str | None]:
     """Return the value of every source with a file, in their order; None for all if not set."""
-    files = [source for source in sources if source in _WITH_FILE]
+    files = _with_file(sources)
     if value is None:
         return [None] * len(files)
     values = value if isinstance(value, tuple) else (value,)
@@ -198,6 +198,10 @@ def _by_file(
             f"({', '.join(files)}); give one value for each, in their order"
         )
     return [*values]
+
+
+def _with_file(sources: Sequence[str]) -> list[str]:
+    return [source for source in sources if source in _WITH_FILE]
 
 
 def _part(
