@@ -146,12 +146,9 @@ def _settings(config: EvaluateConfig, harness: Harness | None, machine: Machine)
     """Return what results depend on beside model, corpus and task, by part."""
     keys = ("limit", "num_fewshot", "batch_size", "seed")
     tasks = {key: getattr(config, key) for key in keys}
-    windows = {f"evaluation.{key}": value for key, value in asdict(config.evaluation).items()}
-    if config.evaluation.rows is None:  # files of before this key stay valid
-        del windows["evaluation.rows"]
     return {
         "model": {"dtype": config.dtype, "revision": config.revision, "device": machine.device},
-        "windows": windows,
+        "windows": {f"evaluation.{key}": v for key, v in asdict(config.evaluation).items()},
         "tasks": tasks if harness is None else {**tasks, **harness.fingerprint},
     }
 

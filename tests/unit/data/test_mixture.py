@@ -215,7 +215,7 @@ def test_field_and_split_reach_the_sources_that_have_them(write: Write, tmp_path
         ),
         (
             {"source": ("pydoc", "moon")},
-            "calibration.source 'moon' is unknown; expected one of pydoc, wikitext2, c4, ptb, file,",
+            "calibration.source 'moon' is unknown; expected one of pydoc, wikitext2, c4, ptb,",
         ),
         (
             {"weights": (1.0,)},
@@ -223,7 +223,7 @@ def test_field_and_split_reach_the_sources_that_have_them(write: Write, tmp_path
         ),
         (
             {"source": ("pydoc", "c4"), "weights": (1.0, 2.0, 3.0)},
-            "calibration.weights has 3 numbers, but calibration.source has 2 names: pydoc, c4; give",
+            "calibration.weights has 3 numbers, but calibration.source has 2 names: pydoc, c4;",
         ),
         (
             {"source": ("pydoc", "c4"), "weights": (1.0, 0.0)},
@@ -247,7 +247,7 @@ def test_field_and_split_reach_the_sources_that_have_them(write: Write, tmp_path
         ),
         (
             {"source": ("file", "pydoc", "file"), "path": "a.jsonl"},
-            "calibration.path has 1 values, but calibration.source names 2 files (file, file); give",
+            "calibration.path has 1 values, but calibration.source names 2 files (file, file);",
         ),
         (
             {"source": ("file", "instructions"), "path": ("a.jsonl", "b.json"), "rows": "0-3"},
