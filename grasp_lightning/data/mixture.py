@@ -175,7 +175,7 @@ def _single(value: str | tuple[str, ...] | None, key: str) -> str | None:
     if not isinstance(value, tuple):
         return value
     if len(value) != 1:
-        raise ConfigError(f"{key} has {len(value)} values, but there is one source; give one")
+        raise ConfigError(f"{key} must have one value, as there is one source; got {len(value)}")
     return value[0]
 
 
@@ -194,8 +194,8 @@ def _by_file(
         )
     if len(values) != len(files):
         raise ConfigError(
-            f"{key} has {len(values)} values, but {part}.source names {len(files)} files "
-            f"({', '.join(files)}); give one value for each, in their order"
+            f"{key} must have one value for each of {', '.join(files)} in {part}.source, in their "
+            f"order: {len(files)}, got {len(values)}"
         )
     return [*values]
 

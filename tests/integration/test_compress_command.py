@@ -333,7 +333,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "a path too few": (
         lambda _: ["--calibration.source=[file,instructions]", "--calibration.path=a.jsonl"],
-        "calibration.path has 1 values, but calibration.source names 2 files",
+        "in calibration.source, in their order: 2, got 1",
     ),
     "rows out of range": (
         lambda folder: [

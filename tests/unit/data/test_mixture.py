@@ -247,15 +247,15 @@ def test_field_and_split_reach_the_sources_that_have_them(write: Write, tmp_path
         ),
         (
             {"source": ("file", "pydoc", "file"), "path": "a.jsonl"},
-            "calibration.path has 1 values, but calibration.source names 2 files (file, file);",
+            "calibration.path must have one value for each of file, file in calibration.source, in",
         ),
         (
             {"source": ("file", "instructions"), "path": ("a.jsonl", "b.json"), "rows": "0-3"},
-            "calibration.rows has 1 values, but calibration.source names 2 files (file, instruc",
+            "calibration.rows must have one value for each of file, instructions in calibration.source",
         ),
         (
             {"source": "file", "path": ("a.jsonl", "b.jsonl")},
-            "calibration.path has 2 values, but there is one source; give one",
+            "calibration.path must have one value, as there is one source; got 2",
         ),
         (
             {"source": ("pydoc", "file")},
