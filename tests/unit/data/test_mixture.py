@@ -251,7 +251,7 @@ def test_field_and_split_reach_the_sources_that_have_them(write: Write, tmp_path
         ),
         (
             {"source": ("file", "instructions"), "path": ("a.jsonl", "b.json"), "rows": "0-3"},
-            "calibration.rows must have one value for each of file, instructions in calibration.source",
+            "calibration.rows must have one value for each of file, instructions in",
         ),
         (
             {"source": "file", "path": ("a.jsonl", "b.jsonl")},
