@@ -3,8 +3,10 @@
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from rich.progress import track
 
@@ -20,6 +22,7 @@ from grasp_lightning.commands.recut import StoredScores
 from grasp_lightning.commands.tracked import tracked_perplexity
 from grasp_lightning.config import CompressConfig
 from grasp_lightning.data.datamodules import CalibrationData
+from grasp_lightning.data.mixture import mixture_parts
 from grasp_lightning.data.windows import (
     TokenWindows,
     check_window_options,
@@ -34,6 +37,7 @@ from grasp_lightning.methods.weighted import CURVATURE
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
+from grasp_lightning.models.sampling import sample_text
 from grasp_lightning.models.size import measure_size
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.models.surgery import apply_operations
@@ -42,6 +46,8 @@ from grasp_lightning.plan import Plan
 from grasp_lightning.reporting.metrics import Metrics, Pair
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Statistics, Step
+
+T = TypeVar("T")
 
 _PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
 _MAX_SEED = 2**63 - 1
@@ -180,6 +186,7 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
             f"statistics.max_memory must be above 0 GB, got {config.statistics.max_memory}"
         )
     check_window_options(config.calibration, "calibration")
+    mixture_parts(config.calibration, "calibration")  # keys that do not fit together end the run
     check_window_options(config.evaluation, "evaluation")
     check_trainer(config.trainer, resolve_device(config.model.device))
     stored = None if config.from_scores is None else StoredScores(config.from_scores)
@@ -196,7 +203,8 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
             hashes |= stored.inputs
         else:
             check_length(view, config.calibration.seqlen, "calibration.seqlen")
-            data = CalibrationData(config.calibration, loaded.tokenizer, config.seed)
+            sample = partial(sample_text, loaded.model, track=_track)
+            data = CalibrationData(config.calibration, loaded.tokenizer, config.seed, sample=sample)
             check_vocabulary(view, data.windows.input_ids)
             if len(data.windows) < processes.num_processes():
                 raise ConfigError(
@@ -235,5 +243,5 @@ def _timed(measure: Measure, phases: Phases) -> Measure:
     return timed
 
 
-def _track(items: Sequence[str], description: str) -> Iterable[str]:
+def _track(items: Sequence[T], description: str) -> Iterable[T]:
     return track(items, description=description)

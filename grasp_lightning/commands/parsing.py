@@ -139,7 +139,7 @@ def _with_lists(argv: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
     for word in words:
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or schema.get(key) != _NAMES:
-            result.append(word)
+            result.append(_with_bracketed_names(word, schema))
             continue
         text = value if equals else next(words, "--")
         if text.startswith("--"):
@@ -148,6 +148,15 @@ def _with_lists(argv: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
             result.append(f"--{key}=")
         collected.setdefault(key, []).extend(_split_names(text))
     return [_as_list(word, collected) for word in result]
+
+
+def _with_bracketed_names(word: str, schema: Mapping[str, Any]) -> str:
+    """Let ``--calibration.source=[a,b]`` be a list, where the key takes one name as well."""
+    key, _, text = word.removeprefix("--").partition("=")
+    takes_both = word.startswith("--") and _NAMES in get_args(schema.get(key))
+    if takes_both and text.startswith("[") and text.endswith("]") and not Path(text).exists():
+        return f"--{key}={json.dumps(_split_names(text))}"
+    return word
 
 
 def _split_names(text: str) -> list[str]:

@@ -44,18 +44,26 @@ class CalibrationConfig:
     """The text that scores are measured on.
 
     Attributes:
-        source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file with ``path``.
-        path: A .txt, .jsonl or .parquet file for ``source: file``.
-        split: Part of the corpus; None takes the source's own part for calibration.
-        field: Column that holds the text of .jsonl and .parquet files.
-        num_samples: Number of windows.
+        source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file with ``path``; samples
+            with their answers: alpaca (hub), or instructions with ``path``; self: text that the
+            model writes. A list of these mixes them.
+        path: A .txt, .jsonl or .parquet file for ``source: file``, a .jsonl, .json or .parquet
+            file for ``source: instructions``; a list has one for each of these, in their order.
+        weights: Share of windows that each source of a list gets, in any unit; None: equal shares.
+        rows: Rows of the file that are read, counted from 0, such as 0-259 or 260-; a list has one
+            range for each ``path``. None: all rows.
+        split: Part of the corpora; None takes each one's own part for calibration.
+        field: Column that holds the text of .jsonl and .parquet files of ``source: file``.
+        num_samples: Number of windows, of all sources together.
         seqlen: Tokens per window.
         batch_size: Windows per forward pass; changes speed and memory, never scores.
         add_bos: Start every window with the tokenizer's beginning-of-sequence token.
     """
 
-    source: str = "wikitext2"
-    path: str | None = None
+    source: str | tuple[str, ...] = "wikitext2"
+    path: str | tuple[str, ...] | None = None
+    weights: tuple[float, ...] | None = None
+    rows: str | tuple[str, ...] | None = None
     split: str | None = None
     field: str = "text"
     num_samples: int = 512
@@ -71,6 +79,7 @@ class EvaluationConfig:
     Attributes:
         source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file with ``path``.
         path: A .txt, .jsonl or .parquet file for ``source: file``.
+        rows: Rows of the file that are read, counted from 0, such as 0-259 or 260-; None: all.
         split: Part of the corpus; None takes the source's own held-out part.
         field: Column that holds the text of .jsonl and .parquet files.
         num_samples: Number of windows, from the start of the corpus; None takes all.
@@ -82,6 +91,7 @@ class EvaluationConfig:
 
     source: str = "wikitext2"
     path: str | None = None
+    rows: str | None = None
     split: str | None = None
     field: str = "text"
     num_samples: int | None = None

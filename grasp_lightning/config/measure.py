@@ -11,6 +11,7 @@ class CorpusWindows:
     """How the texts of ``evaluate`` are cut into windows; keys as in ``EvaluationConfig``.
 
     Attributes:
+        rows: Rows of files that are read, counted from 0, such as 0-259 or 260-; None: all.
         split: Part of the corpora; None takes each one's own held-out part.
         field: Column that holds the text of .jsonl and .parquet files.
         num_samples: Number of windows, from the start of each corpus; None takes all.
@@ -20,6 +21,7 @@ class CorpusWindows:
         tail: Keep or drop a last window that is shorter than ``seqlen``.
     """
 
+    rows: str | None = None
     split: str | None = None
     field: str = "text"
     num_samples: int | None = None

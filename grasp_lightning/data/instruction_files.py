@@ -73,7 +73,9 @@ _REQUIRED = ("instruction", "output")
 _FIELDS = (*_REQUIRED, "input")
 
 
-def read_instructions(source: str, path: str | None, section: str) -> Instructions:
+def read_instructions(
+    source: str, path: str | None, section: str, file_source: str = "file"
+) -> Instructions:
     """Read the samples that a section of the configuration asks for.
 
     A sample without ``input``, or with null there, has none; other fields than those of
@@ -85,6 +87,7 @@ def read_instructions(source: str, path: str | None, section: str) -> Instructio
         path: A .jsonl file (an object per line), .json file (a list of objects) or .parquet file
             for ``source: file``.
         section: Section of the configuration that holds these keys, for messages.
+        file_source: What the section calls a local file.
 
     Returns:
         At least one sample.
@@ -103,13 +106,13 @@ def read_instructions(source: str, path: str | None, section: str) -> Instructio
                 f"{section}.path {path!r} has no effect with {section}.source {source}; remove it, "
                 f"or set {section}.source to file"
             )
-        return _from_hub(source, section)
+        return _from_hub(source, section, file_source)
     if not path:
         raise ConfigError(f"{section}.source file needs {section}.path: a {_SUFFIXES} file")
     return _from_file(Path(path).expanduser())
 
 
-def _from_hub(source: str, section: str) -> Instructions:
+def _from_hub(source: str, section: str, file_source: str) -> Instructions:
     import datasets  # noqa: PLC0415  # slow to import, so loaded on use
 
     hub = HUB_INSTRUCTIONS[source]
@@ -121,7 +124,7 @@ def _from_hub(source: str, section: str) -> Instructions:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"{name} cannot be loaded from the Hugging Face hub: {reason}; without internet, use "
-            f"{section}.source: file with {section}.path: a {_SUFFIXES} file"
+            f"{section}.source: {file_source} with {section}.path: a {_SUFFIXES} file"
         ) from error
     records = ((f"{name}, row {number}", record) for number, record in enumerate(rows))
     return _instructions(records, name)

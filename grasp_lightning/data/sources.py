@@ -6,7 +6,9 @@ from typing import Literal, Protocol
 
 from grasp_lightning.data.files import read_file
 from grasp_lightning.data.hub import HUB_CORPORA, hub_documents
+from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.pydoc import PYDOC_SPLITS, pydoc_documents
+from grasp_lightning.data.rows import ALL_ROWS, RowRange
 from grasp_lightning.errors import ConfigError, DataError
 
 Part = Literal["calibration", "evaluation", "text"]
@@ -17,7 +19,7 @@ _DEFAULT_FIELD = "text"
 
 
 class Corpus(Protocol):
-    """The keys that ``CalibrationConfig`` and ``EvaluationConfig`` share about the corpus."""
+    """What names one text: section ``evaluation``, or a part of section ``calibration``."""
 
     @property
     def source(self) -> str:
@@ -34,6 +36,10 @@ class Corpus(Protocol):
     @property
     def field(self) -> str:
         """Column that holds the text of .jsonl and .parquet files."""
+
+    @property
+    def rows(self) -> str | None:
+        """Rows of a .jsonl or .parquet file, as ``RowRange.parse`` takes them; None for all."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,15 @@ def source_licence(source: str) -> str | None:
     """Return the conditions of use of a named corpus, as its publishers state them.
 
     Args:
-        source: One of ``SOURCES``.
+        source: Any name that ``calibration.source`` takes.
 
     Returns:
-        The licence; None for a local file.
+        The licence; None for a local file, and for text that the model itself wrote.
     """
     if source == "pydoc":
         return "PSF License Agreement, version 2"
+    if source in HUB_INSTRUCTIONS:
+        return HUB_INSTRUCTIONS[source].licence
     return HUB_CORPORA[source].licence if source in HUB_CORPORA else None
 
 
@@ -104,15 +112,33 @@ def _file_documents(corpus: Corpus, part: Part) -> Documents:
             f"let {part}.path name the file of that split"
         )
     path = Path(corpus.path).expanduser()
+    rows = ALL_ROWS if corpus.rows is None else RowRange.parse(corpus.rows, f"{part}.rows")
     if path.suffix.lower() == ".txt":
         _refuse_field(corpus, part, "a .txt file has no columns")
-    return Documents(read_file(path, corpus.field), str(path))
+        if rows != ALL_ROWS:
+            raise ConfigError(
+                f"{part}.rows {corpus.rows} has no effect: {path} is one document, without rows; "
+                "remove it"
+            )
+    documents = read_file(path, corpus.field)
+    if rows == ALL_ROWS:
+        return Documents(documents, str(path))
+    name = f"rows {rows} of {path}"
+    documents = rows.cut(documents, str(path), f"{part}.rows")
+    if not any(text.strip() for text in documents):
+        raise DataError(f"{name} have no text; choose other {part}.rows")
+    return Documents(documents, name)
 
 
 def _refuse_file_keys(corpus: Corpus, part: Part) -> None:
     if corpus.path is not None:
         raise ConfigError(
             f"{part}.path {corpus.path!r} has no effect with {part}.source {corpus.source}; remove "
+            f"it, or set {part}.source to file"
+        )
+    if corpus.rows is not None:
+        raise ConfigError(
+            f"{part}.rows {corpus.rows} has no effect with {part}.source {corpus.source}; remove "
             f"it, or set {part}.source to file"
         )
     _refuse_field(corpus, part, f"{part}.source is {corpus.source}")

@@ -10,7 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning.config import CalibrationConfig, EvaluationConfig
-from grasp_lightning.data.sources import Part, read_documents
+from grasp_lightning.data.chat import calibration_documents
+from grasp_lightning.data.mixture import SELF, MixturePart, interleaved, mixture_parts
+from grasp_lightning.data.self_text import Sampler, self_text
+from grasp_lightning.data.sources import Documents, Part, read_documents
+from grasp_lightning.data.token_stream import token_stream
 from grasp_lightning.errors import ConfigError, DataError
 
 CANDIDATE_FACTOR = 4
@@ -159,7 +163,7 @@ def pack_windows(
     prefix = [tokenizer.bos_token_id] if add_bos else []
     stride = seqlen - len(prefix)  # corpus tokens per window
     wanted = None if enough is None else enough * stride
-    tokens, is_seam = _token_stream(documents, tokenizer, wanted)
+    tokens, is_seam = token_stream(documents, tokenizer, wanted)
     num_windows, rest = divmod(len(tokens), stride)
     if tail == "keep" and len(prefix) + rest >= _MIN_TOKENS:
         num_windows += 1
@@ -183,39 +187,46 @@ def calibration_windows(
     seed: int,
     part: Part = "calibration",
     asked: str | None = None,
+    *,
+    sample: Sampler | None = None,
 ) -> TokenWindows:
     """Draw the windows that scores are measured on, or that a model is trained on.
 
     The seed shuffles the documents. They are read until there are ``CANDIDATE_FACTOR`` times as
     many windows as needed (a shard of C4 has hundreds of times as many), or all are read, and a
-    second draw takes ``num_samples`` of these: of one document, every window can be drawn. An
+    second draw takes ``num_samples`` of these: of one document, every window can be drawn. Of
+    several sources each gives what it would give alone, and their windows are interleaved. An
     option out of range or without effect is a ``ConfigError``, a corpus that cannot be read or has
     too little text a ``DataError``.
 
     Args:
         config: Section ``calibration`` of the configuration.
         tokenizer: Tokenizer of the model.
-        seed: Seed of both draws.
+        seed: Seed of all draws.
         part: Name of the section, for messages.
         asked: How the section asks for so many windows; None: by its ``num_samples``.
+        sample: Writes text with the model, for ``source: self``.
 
     Returns:
-        ``num_samples`` full windows, in the order in which they stand in the shuffled corpus.
+        ``num_samples`` full windows, those of each source in the order in which they stand in the
+        shuffled corpus.
     """
     check_window_options(config, part)
-    documents = read_documents(config, part)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(documents.texts), generator=generator).tolist()
-    windows = pack_windows(
-        (documents.texts[index] for index in order),
-        tokenizer,
-        seqlen=config.seqlen,
-        add_bos=config.add_bos,
-        enough=CANDIDATE_FACTOR * config.num_samples,
-    )
-    _require_windows(windows, config.num_samples, documents.name, part, asked)
-    chosen = torch.randperm(len(windows), generator=generator)[: config.num_samples]
-    return _with_targets(windows.select(chosen.sort().values), documents.name)
+    sources = mixture_parts(config, part)
+    drawn = []
+    for source in sources:
+        if len(sources) > 1:
+            asked = f"num_samples is {config.num_samples}, {source.num_samples} of {source.source}"
+        if source.source == SELF:
+            drawn.append(_written(source, config, tokenizer, seed, sample))
+            continue
+        documents = calibration_documents(source, tokenizer, part)
+        drawn.append(
+            _drawn(
+                documents, source.num_samples, config, tokenizer, seed=seed, part=part, asked=asked
+            )
+        )
+    return _joined(drawn).select(interleaved([len(windows) for windows in drawn]))
 
 
 def evaluation_windows(
@@ -266,26 +277,60 @@ def check_window_options(config: CalibrationConfig | EvaluationConfig, part: Par
             raise ConfigError(f"{part}.{key} must be {bound}, got {value}")
 
 
-def _token_stream(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: int | None
-) -> tuple[Tensor, Tensor]:
-    """Return the token ids of the documents, (n,), and where each document begins, (n,)."""
-    pieces = [torch.empty(0, dtype=torch.int64)]
-    seams = []
-    length = 0
-    for text in documents:
-        if wanted is not None and length >= wanted:
-            break
-        # verbose: a corpus is meant to be longer than the model's context.
-        encoding = tokenizer(text, add_special_tokens=False, verbose=False)
-        piece = torch.tensor(encoding["input_ids"], dtype=torch.int64)
-        if len(piece) > 0:
-            pieces.append(piece)
-            seams.append(length)
-            length += len(piece)
-    is_seam = torch.zeros(length, dtype=torch.bool)
-    is_seam[seams] = True
-    return torch.cat(pieces), is_seam
+def _drawn(
+    documents: Documents,
+    num_samples: int,
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    part: Part,
+    asked: str | None,
+) -> TokenWindows:
+    """Draw windows from one corpus."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(documents.texts), generator=generator).tolist()
+    windows = pack_windows(
+        (documents.texts[index] for index in order),
+        tokenizer,
+        seqlen=config.seqlen,
+        add_bos=config.add_bos,
+        enough=CANDIDATE_FACTOR * num_samples,
+    )
+    _require_windows(windows, num_samples, documents.name, part, asked)
+    chosen = torch.randperm(len(windows), generator=generator)[:num_samples]
+    return _with_targets(windows.select(chosen.sort().values), documents.name)
+
+
+def _written(
+    source: MixturePart,
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    sample: Sampler | None,
+) -> TokenWindows:
+    """Let the model write windows."""
+    if sample is None:
+        raise ValueError("source self needs sample, which writes text with the model")
+    ids = self_text(
+        sample,
+        tokenizer,
+        num_windows=source.num_samples,
+        seqlen=config.seqlen,
+        add_bos=config.add_bos,
+        seed=seed,
+    )
+    targets = torch.ones_like(ids, dtype=torch.bool)
+    targets[:, 0] = False
+    return TokenWindows(ids, torch.ones_like(targets), targets)
+
+
+def _joined(parts: Sequence[TokenWindows]) -> TokenWindows:
+    return TokenWindows(
+        torch.cat([part.input_ids for part in parts]),
+        torch.cat([part.mask for part in parts]),
+        torch.cat([part.targets for part in parts]),
+    )
 
 
 def _require_windows(

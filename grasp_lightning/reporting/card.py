@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from grasp_lightning.data.mixture import shares
+from grasp_lightning.data.sources import source_licence
 from grasp_lightning.plan import Plan
 from grasp_lightning.reporting.metrics import Metrics, Pair
 from grasp_lightning.reporting.tables import comparison_notes, comparison_rows, indices_text
@@ -15,6 +17,11 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # As card.md.jinja and compensation_card.md.jinja write it.
 _TITLE = re.compile(r"^# `([^`]+)`, (?:compressed|compensated)$", re.MULTILINE)
+_UNNAMED_SOURCES = {
+    "file": "a local file",
+    "instructions": "a local file of instructions",
+    "self": "text that the base model wrote",
+}
 
 
 def model_card(
@@ -177,14 +184,22 @@ def _options(plan: Plan) -> dict[str, str]:
 
 
 def text_source(config: Mapping[str, Any], section: str) -> dict[str, Any]:  # Any: values of YAML
-    """Return source, number of windows and their length; a file's path is private, so it goes."""
+    """Return the sources, their licences, number of windows and their length.
+
+    A file's path is private, so it goes.
+    """
     values = config.get(section) or {}
-    source = values.get("source")
-    if source:
-        source = "a local file" if source == "file" else code_span(str(source))
+    source, num_samples = values.get("source"), values.get("num_samples")
+    names = [source] if isinstance(source, str) else list(source or ())
+    words = [_UNNAMED_SOURCES.get(name, code_span(name)) for name in names]
+    if len(names) > 1 and num_samples:
+        counts = shares(num_samples, values.get("weights") or [1] * len(names))
+        words = [f"{word} ({count})" for word, count in zip(words, counts, strict=True)]
+    licences = {name: source_licence(name) for name in names}
     return {
-        "source": source or None,
-        "num_samples": values.get("num_samples"),
+        "source": ", ".join(words) or None,
+        "licences": [f"{code_span(name)} {text}" for name, text in licences.items() if text],
+        "num_samples": num_samples,
         "seqlen": values.get("seqlen"),
     }
 

@@ -26,6 +26,8 @@ _RESERVED = (
 _NOT_COMPARED = ("output_dir", "overwrite", "push_to_hub")
 # Nor how many processes do it: what depends on their number is compared by the command.
 _NOT_COMPARED_BELOW = ("trainer.devices", "trainer.num_nodes", "trainer.strategy")
+# Keys that earlier versions did not have: not set, they are as if they were not there.
+_COMPARED_IF_SET = ("calibration.weights", "calibration.rows", "evaluation.rows")
 
 
 def classify(
@@ -147,6 +149,8 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if not prefix and key in _NOT_COMPARED:
             continue
         if f"{prefix}{key}" in _NOT_COMPARED_BELOW:
+            continue
+        if value is None and f"{prefix}{key}" in _COMPARED_IF_SET:
             continue
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")

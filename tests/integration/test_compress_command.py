@@ -21,6 +21,7 @@ from grasp_lightning.plan import Plan
 from tests.conftest import FAMILIES, save_tiny, tiny_model
 
 Run = Callable[..., Path]
+_ROW = '{"text": "One of the documents, and a few words more."}\n'
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody knows why. " * 60
 
 
@@ -313,6 +314,43 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "fieldless.jsonl, line 2",
     ),
     "unknown source": (lambda _: ["--calibration.source=moon"], "moon"),
+    "unknown source in a list": (
+        lambda _: ["--calibration.source=[pydoc,moon]"],
+        "calibration.source 'moon' is unknown; expected one of pydoc, wikitext2, c4, ptb, file,",
+    ),
+    "no source": (lambda _: ["--calibration.source=[]"], "calibration.source is an empty list"),
+    "weights of one source": (
+        lambda _: ["--calibration.weights=[1]"],
+        "calibration.weights has no effect with one calibration.source",
+    ),
+    "negative weight": (
+        lambda _: ["--calibration.source=[pydoc,self]", "--calibration.weights=[1,-1]"],
+        "calibration.weights must be above 0, got -1.0",
+    ),
+    "more sources than windows": (
+        lambda _: ["--calibration.source=[pydoc,self]", "--calibration.num_samples=1"],
+        "calibration.num_samples is 1, fewer than the 2 names in calibration.source",
+    ),
+    "a path too few": (
+        lambda _: ["--calibration.source=[file,instructions]", "--calibration.path=a.jsonl"],
+        "in calibration.source, in their order: 2, got 1",
+    ),
+    "rows out of range": (
+        lambda folder: [
+            "--evaluation.source=file",
+            f"--evaluation.path={written(folder, 'a.jsonl', _ROW * 10)}",
+            "--evaluation.rows=5-10",
+        ],
+        "evaluation.rows 5-10 is out of range",
+    ),
+    "no range of rows": (
+        lambda folder: [
+            "--calibration.source=file",
+            f"--calibration.path={written(folder, 'a.jsonl', _ROW * 10)}",
+            "--calibration.rows=[5]",
+        ],
+        "calibration.rows '5' is no range of rows",
+    ),
     "home as output": (lambda _: [f"--output_dir={Path.home()}"], str(Path.home())),
 }
 
@@ -576,6 +614,20 @@ def test_values_out_of_range_are_one_line_and_leave_nothing(
     change, message = LATER_MISTAKES[mistake]
     assert main(["compress", *settings, *change]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_in_text_that_the_model_writes_is_named_by_layer(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model()
+    for name in ("gate_proj", "up_proj", "down_proj"):  # finite, but products overflow
+        model.get_parameter(f"model.layers.2.mlp.{name}.weight").data.fill_(1e20)
+    model.save_pretrained(tmp_path / "tiny-llama")
+    assert main(["compress", *settings, "--calibration.source=self"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "no text can be drawn" in last
+    assert "decoder layer 2" in last
     assert not (tmp_path / "run").exists()
 
 

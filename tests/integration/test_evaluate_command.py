@@ -71,6 +71,20 @@ def test_perplexity_is_that_of_a_plain_loop(
     assert result["perplexity"] == pytest.approx(plain_perplexity(tiny_folder), rel=1e-5)
 
 
+def test_rows_of_a_file_are_a_setting_of_the_results(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus, output = tmp_path / "rows.jsonl", tmp_path / "results.json"
+    corpus.write_text("".join(json.dumps({"text": f"Text {i}. " * 9}) + "\n" for i in range(9)))
+    argv = [f"--model={tiny_folder}", f"--corpora={corpus}", f"--output={output}"]
+    assert evaluate(*argv, "--evaluation.rows=0-3") == 0
+    (result,) = read(output)["models"][0]["corpora"].values()
+    # Neither the first token of a window nor that of a document is predicted.
+    assert result["num_tokens"] == 4 * 72 - 6 - 2
+    assert evaluate(*argv) == 2
+    assert "evaluation.rows 0-3, now it is None" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_models_stand_side_by_side_with_paired_differences(
     tiny_folder: Path,
     corpus: Path,

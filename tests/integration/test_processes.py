@@ -94,6 +94,16 @@ def test_the_program_starts_its_own_processes(
     assert_equal_runs(alone[preset], tmp_path / "run")
 
 
+def test_processes_write_the_text_that_one_process_writes(
+    settings: list[str], tmp_path: Path
+) -> None:
+    own = [*settings, "--calibration.source=[pydoc,self]", "--calibration.num_samples=60"]
+    assert main(["compress", *own, f"--output_dir={tmp_path / 'alone'}"]) == 0
+    done = run("compress", *own, "--trainer.devices=2", f"--output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(tmp_path / "alone", tmp_path / "run")
+
+
 def test_torchrun_starts_them_too(
     settings: list[str], alone: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning import processes
 from grasp_lightning.config import CalibrationConfig
+from grasp_lightning.data.self_text import Sampler
 from grasp_lightning.data.windows import TokenWindows, calibration_windows, check_window_options
 
 WindowBatch = dict[str, Tensor]
@@ -26,6 +27,7 @@ class CalibrationData(L.LightningDataModule):
         tokenizer: Tokenizer of the model.
         seed: Seed of the choice of windows.
         windows: Windows that are there already; then only ``config.batch_size`` is used.
+        sample: Writes text with the model, for ``source: self``.
 
     Attributes:
         done: Indices of windows that the batches leave out.
@@ -37,6 +39,7 @@ class CalibrationData(L.LightningDataModule):
         tokenizer: PreTrainedTokenizerBase,
         seed: int = 0,
         windows: TokenWindows | None = None,
+        sample: Sampler | None = None,
     ) -> None:
         super().__init__()
         check_window_options(config, "calibration")
@@ -44,6 +47,7 @@ class CalibrationData(L.LightningDataModule):
         self._tokenizer = tokenizer
         self._seed = seed
         self._windows = windows
+        self._sample = sample
         self.done: frozenset[int] = frozenset()
 
     def without(self, windows: Iterable[int]) -> "CalibrationData":
@@ -74,7 +78,9 @@ class CalibrationData(L.LightningDataModule):
     def windows(self) -> TokenWindows:
         """The calibration windows, built on first access."""
         if self._windows is None:
-            self._windows = calibration_windows(self._config, self._tokenizer, self._seed)
+            self._windows = calibration_windows(
+                self._config, self._tokenizer, self._seed, sample=self._sample
+            )
         return self._windows
 
     @property

@@ -70,6 +70,34 @@ def test_lists_become_tuples() -> None:
     assert parsed("--model.path=a", "--method.layers=[3,1]").method.layers == (3, 1)
 
 
+@pytest.mark.parametrize("text", ["[wikitext2,c4]", "[wikitext2, c4]", "['wikitext2', \"c4\"]"])
+def test_a_source_is_one_name_or_a_list(text: str, tmp_path: Path) -> None:
+    for argv in ([f"--calibration.source={text}"], ["--calibration.source", text]):
+        assert parsed("--model.path=a", *argv).calibration.source == ("wikitext2", "c4")
+    file = write(tmp_path, f"model: {{path: a}}\ncalibration: {{source: {text}}}\n")
+    assert parsed(f"--config={file}").calibration.source == ("wikitext2", "c4")
+    one = parsed(f"--config={file}", "--calibration.source=wikitext2").calibration
+    assert one.source == "wikitext2"
+
+
+def test_the_keys_of_a_mixture_survive_yaml(tmp_path: Path) -> None:
+    config = parsed(
+        "--model.path=a",
+        "--calibration.source=[file,file,pydoc]",
+        "--calibration.path=[a b.jsonl, c.parquet]",
+        "--calibration.rows=[0-259,260-]",
+        "--calibration.weights=[2, 1, 0.5]",
+        "--evaluation.rows=260-519",
+    )
+    calibration = config.calibration
+    assert calibration.path == ("a b.jsonl", "c.parquet")
+    assert calibration.rows == ("0-259", "260-")
+    assert calibration.weights == (2.0, 1.0, 0.5)
+    assert config.evaluation.rows == "260-519"
+    file = write(tmp_path, yaml.safe_dump(to_dict(config)))
+    assert parsed(f"--config={file}") == config
+
+
 @pytest.mark.parametrize("argv", [["--overwrite"], ["--overwrite=true"], ["--overwrite", "true"]])
 def test_a_flag_needs_no_value(argv: list[str]) -> None:
     assert parsed("--model.path=a", *argv).overwrite is True
@@ -103,6 +131,16 @@ def test_print_config_shows_yaml_and_ends(capsys: pytest.CaptureFixture[str]) ->
         ("method: {terms: some}", "method.terms: expected one of full, sigma or null, got 'some'"),
         ("method: {layers: [1, x]}", "method.layers: expected a list such as [20, 21] or null"),
         ("method: 3", "run.yaml: method: expected a section of keys, got 3"),
+        (
+            "calibration: {source: {a: 1}}",
+            "calibration.source: expected text or a list of names, got",
+        ),
+        ("calibration: {source: [1]}", "calibration.source: expected text or a list of names"),
+        (
+            "calibration: {weights: [a]}",
+            "calibration.weights: expected a list such as [20, 21] or null, got 'a'",
+        ),
+        ("calibration: {rows: 260}", "calibration.rows: expected text or a list of names or null"),
         ("overwrite: maybe", "overwrite: expected true or false, got 'maybe'"),
         ("model: [", "run.yaml: not valid YAML"),
         ("- a\n- b", "run.yaml: expected keys and values, got list"),

@@ -12,9 +12,15 @@ import pytest
 
 from grasp_lightning.config import CalibrationConfig, EvaluationConfig
 from grasp_lightning.data import hub
+from grasp_lightning.data.mixture import mixture_parts
 from grasp_lightning.data.pydoc import pydoc_documents
-from grasp_lightning.data.sources import read_documents
+from grasp_lightning.data.sources import Documents, read_documents
 from grasp_lightning.errors import ConfigError, DataError
+
+
+def read_calibration(config: CalibrationConfig) -> Documents:
+    (corpus,) = mixture_parts(config, "calibration")
+    return read_documents(corpus, "calibration")
 
 
 @pytest.fixture
@@ -25,7 +31,7 @@ def text_file(tmp_path: Path) -> str:
 
 
 def test_pydoc_calibrates_on_train_and_evaluates_on_test() -> None:
-    calibration = read_documents(CalibrationConfig(source="pydoc"), "calibration")
+    calibration = read_calibration(CalibrationConfig(source="pydoc"))
     evaluation = read_documents(EvaluationConfig(source="pydoc"), "evaluation")
     assert calibration.texts == pydoc_documents("train")
     assert evaluation.texts == pydoc_documents("test")
@@ -34,11 +40,11 @@ def test_pydoc_calibrates_on_train_and_evaluates_on_test() -> None:
 
 def test_a_split_that_is_asked_for_replaces_the_default() -> None:
     config = CalibrationConfig(source="pydoc", split="test")
-    assert read_documents(config, "calibration").texts == pydoc_documents("test")
+    assert read_calibration(config).texts == pydoc_documents("test")
 
 
 def test_a_file_is_read_from_its_path(text_file: str) -> None:
-    documents = read_documents(CalibrationConfig(source="file", path=text_file), "calibration")
+    documents = read_calibration(CalibrationConfig(source="file", path=text_file))
     assert documents.texts == ("Some text.\n",)
     assert documents.name == text_file
 
@@ -48,7 +54,7 @@ def test_a_tilde_in_a_path_is_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(Path(text_file).parent))
     config = CalibrationConfig(source="file", path="~/a.txt")
-    assert read_documents(config, "calibration").texts == ("Some text.\n",)
+    assert read_calibration(config).texts == ("Some text.\n",)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,7 @@ def test_a_tilde_in_a_path_is_the_home_folder(
 )
 def test_keys_that_cannot_be_followed_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        read_documents(CalibrationConfig(**options), "calibration")
+        read_calibration(CalibrationConfig(**options))
 
 
 def test_messages_name_the_section_that_asked() -> None:
@@ -148,7 +154,7 @@ def _write_rows(path: Path, column: str, rows: list[str]) -> None:
 def test_rows_of_a_hub_corpus_become_documents(
     source: str, calibration: tuple[str, ...], evaluation: tuple[str, ...]
 ) -> None:
-    assert read_documents(CalibrationConfig(source=source), "calibration").texts == calibration
+    assert read_calibration(CalibrationConfig(source=source)).texts == calibration
     assert read_documents(EvaluationConfig(source=source), "evaluation").texts == evaluation
 
 

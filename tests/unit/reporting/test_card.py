@@ -106,6 +106,28 @@ def test_paths_of_the_configuration_stay_private() -> None:
     assert "Calibration text: a local file, 4 windows of 8 tokens." in text
 
 
+def test_all_sources_of_a_mixture_are_named_with_their_windows_and_conditions() -> None:
+    calibration = {
+        "source": ["wikitext2", "file", "instructions", "alpaca", "self"],
+        "path": ["/srv/secret/a.jsonl", "/srv/secret/b.json"],
+        "weights": [4, 1, 1, 1, 1],
+        "num_samples": 16,
+        "seqlen": 8,
+    }
+    text = card(config={"calibration": calibration})
+    assert "secret" not in text
+    assert (
+        "Calibration text: `wikitext2` (8), a local file (2), a local file of instructions (2), "
+        "`alpaca` (2), text that the base model wrote (2), 16 windows of 8 tokens."
+    ) in text
+    assert (
+        "Conditions of that text: `wikitext2` CC BY-SA 3.0 and GFDL; `alpaca` CC BY-NC 4.0."
+    ) in text
+    alone = card(config={"calibration": {"source": "self", "num_samples": 2, "seqlen": 8}})
+    assert "Calibration text: text that the base model wrote, 2 windows of 8 tokens." in alone
+    assert "Conditions of" not in alone
+
+
 def test_times_of_the_run_do_not_change_the_card() -> None:
     slow = example_metrics(peak_memory_bytes=1, seconds=drop_metrics().seconds)
     assert card(slow) == card()

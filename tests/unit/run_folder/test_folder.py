@@ -122,6 +122,19 @@ def test_a_configuration_edited_afterwards_does_not_pass_for_the_runs_own(root: 
     assert "config.yaml was changed after the run" in refusal(root, edited)
 
 
+def test_keys_that_came_later_count_only_where_they_are_set(root: Path) -> None:
+    earlier = {**CONFIG, "calibration": {"source": "pydoc"}, "evaluation": {"source": "pydoc"}}
+    write_run(root, config=earlier)
+    later = {
+        **earlier,
+        "calibration": {"source": "pydoc", "weights": None, "rows": None},
+        "evaluation": {"source": "pydoc", "rows": None},
+    }
+    assert RunFolder.open(root, later).state == "finished"
+    later["evaluation"] = {"source": "pydoc", "rows": "0-9"}
+    assert 'evaluation.rows is "0-9" here and not set in' in refusal(root, later)
+
+
 @pytest.mark.parametrize("text", [None, "{", "- 1\n"])
 def test_a_configuration_that_is_gone_or_damaged_is_said(root: Path, text: str | None) -> None:
     write_run(root)

@@ -1,0 +1,253 @@
+"""Several sources of calibration text: which keys each one gets, its share, and their order."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import combinations
+from pathlib import Path
+
+from grasp_lightning.config import CalibrationConfig
+from grasp_lightning.data.hub import HUB_CORPORA
+from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
+from grasp_lightning.data.rows import ALL_ROWS, RowRange
+from grasp_lightning.data.sources import SOURCES, Part
+from grasp_lightning.errors import ConfigError
+
+INSTRUCTIONS = "instructions"
+SELF = "self"
+CALIBRATION_SOURCES = (*SOURCES, INSTRUCTIONS, *HUB_INSTRUCTIONS, SELF)
+"""What ``calibration.source`` takes: ``SOURCES``, instruction samples, and the model itself."""
+
+_WITH_FILE = ("file", INSTRUCTIONS)
+_WITH_SPLITS = ("pydoc", *HUB_CORPORA)
+_DEFAULT_FIELD = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixturePart:
+    """One source of the calibration text, with the keys that concern it: a ``Corpus``.
+
+    Attributes:
+        source: One of ``CALIBRATION_SOURCES``.
+        num_samples: Number of its windows, at least 1.
+        path: Its file.
+        rows: Rows of the file that are read, None for all.
+        split: Part of the corpus, None for the default.
+        field: Column that holds the text.
+    """
+
+    source: str
+    num_samples: int
+    path: str | None = None
+    rows: str | None = None
+    split: str | None = None
+    field: str = _DEFAULT_FIELD
+
+
+def mixture_parts(config: CalibrationConfig, part: Part) -> tuple[MixturePart, ...]:
+    """Return the sources that a section of the configuration names, without reading any.
+
+    Of a single corpus, ``read_documents`` checks the keys.
+
+    Args:
+        config: The section; its numbers are in range.
+        part: Which section it is, for messages; text takes none but the ``SOURCES``.
+
+    Returns:
+        One part per source, in their order; ``num_samples`` windows together.
+
+    Raises:
+        ConfigError: If keys do not fit the sources, or none of the sources follows one.
+    """
+    sources = _sources(config, part)
+    counts = _counts(config, part, sources)
+    if len(sources) == 1 and sources[0] in SOURCES:
+        return (
+            MixturePart(
+                source=sources[0],
+                num_samples=config.num_samples,
+                path=_single(config.path, f"{part}.path"),
+                rows=_single(config.rows, f"{part}.rows"),
+                split=config.split,
+                field=config.field,
+            ),
+        )
+    paths = _by_file(config.path, f"{part}.path", sources, part)
+    for source, path in zip(_with_file(sources), paths, strict=True):
+        if not path:
+            raise ConfigError(f"{part}.source {source} needs {part}.path, the file to read")
+    rows = _by_file(config.rows, f"{part}.rows", sources, part)
+    files = iter(zip(paths, rows, strict=True))
+    parts = tuple(
+        _part(source, count, config, next(files) if source in _WITH_FILE else (None, None))
+        for source, count in zip(sources, counts, strict=True)
+    )
+    _refuse_unread(config, parts, part)
+    _refuse_repeats(parts, part)
+    return parts
+
+
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """Deal a number out by weight: each gets its quota, rounded down, the largest rests one more.
+
+    Args:
+        total: What is dealt out, at least 0.
+        weights: Positive numbers, in any unit.
+
+    Returns:
+        Whole numbers whose sum is ``total``; of equal rests the first ones win.
+    """
+    exact = [Fraction(weight) for weight in weights]
+    quotas = [total * weight / sum(exact) for weight in exact]
+    counts = [math.floor(quota) for quota in quotas]
+    rests = [count - quota for count, quota in zip(counts, quotas, strict=True)]
+    for index in sorted(range(len(counts)), key=rests.__getitem__)[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def interleaved(counts: Sequence[int]) -> list[int]:
+    """Return an order of the windows of several sources in which every beginning is a fair mixture.
+
+    Each source's windows are spread evenly and keep their order.
+
+    Args:
+        counts: Number of windows by source; they lie one source after the other.
+
+    Returns:
+        Indices of all windows.
+    """
+    places = [
+        ((2 * position + 1) / count, index)
+        for index, count in enumerate(counts)
+        for position in range(count)
+    ]
+    return sorted(range(len(places)), key=places.__getitem__)
+
+
+def _sources(config: CalibrationConfig, part: Part) -> tuple[str, ...]:
+    allowed = CALIBRATION_SOURCES if part == "calibration" else SOURCES
+    sources = (config.source,) if isinstance(config.source, str) else config.source
+    if not sources:
+        raise ConfigError(
+            f"{part}.source is an empty list; name at least one of {', '.join(allowed)}"
+        )
+    for source in sources:
+        if source not in allowed:
+            hint = ", or a list such as [wikitext2, c4]" if part == "calibration" else ""
+            raise ConfigError(
+                f"{part}.source {source!r} is unknown; expected one of {', '.join(allowed)}{hint}"
+            )
+    return sources
+
+
+def _counts(config: CalibrationConfig, part: Part, sources: Sequence[str]) -> list[int]:
+    """Return the number of windows of each source."""
+    weights, num_samples = config.weights, config.num_samples
+    if weights is None:
+        weights = (1.0,) * len(sources)
+    elif len(sources) == 1:
+        raise ConfigError(f"{part}.weights has no effect with one {part}.source; remove it")
+    if len(weights) != len(sources):
+        raise ConfigError(
+            f"{part}.weights has {len(weights)} numbers, but {part}.source has {len(sources)} "
+            f"names: {', '.join(sources)}; give one weight for each"
+        )
+    for weight in weights:
+        if not 0 < weight < math.inf:
+            raise ConfigError(f"{part}.weights must be above 0, got {weight}")
+    if num_samples < len(sources):
+        raise ConfigError(
+            f"{part}.num_samples is {num_samples}, fewer than the {len(sources)} names in "
+            f"{part}.source: raise it, or name fewer"
+        )
+    counts = shares(num_samples, weights)
+    if 0 in counts:
+        raise ConfigError(
+            f"{part}.weights give {sources[counts.index(0)]} none of {num_samples} windows; raise "
+            f"its weight or {part}.num_samples, or leave it out"
+        )
+    return counts
+
+
+def _single(value: str | tuple[str, ...] | None, key: str) -> str | None:
+    if not isinstance(value, tuple):
+        return value
+    if len(value) != 1:
+        raise ConfigError(f"{key} must have one value, as there is one source; got {len(value)}")
+    return value[0]
+
+
+def _by_file(
+    value: str | tuple[str, ...] | None, key: str, sources: Sequence[str], part: Part
+) -> list[str | None]:
+    """Return the value of every source with a file, in their order; None for all if not set."""
+    files = _with_file(sources)
+    if value is None:
+        return [None] * len(files)
+    values = value if isinstance(value, tuple) else (value,)
+    if not files:
+        raise ConfigError(
+            f"{key} {', '.join(values)!r} has no effect with {part}.source {', '.join(sources)}; "
+            f"remove it, or name {' or '.join(_WITH_FILE)} in {part}.source"
+        )
+    if len(values) != len(files):
+        raise ConfigError(
+            f"{key} must have one value for each of {', '.join(files)} in {part}.source, in their "
+            f"order: {len(files)}, got {len(values)}"
+        )
+    return [*values]
+
+
+def _with_file(sources: Sequence[str]) -> list[str]:
+    return [source for source in sources if source in _WITH_FILE]
+
+
+def _part(
+    source: str, count: int, config: CalibrationConfig, file: tuple[str | None, str | None]
+) -> MixturePart:
+    path, rows = file
+    return MixturePart(
+        source=source,
+        num_samples=count,
+        path=path,
+        rows=rows,
+        split=config.split if source in _WITH_SPLITS else None,
+        field=config.field if _has_columns(source, path) else _DEFAULT_FIELD,
+    )
+
+
+def _has_columns(source: str, path: str | None) -> bool:
+    return source == "file" and path is not None and Path(path).suffix.lower() != ".txt"
+
+
+def _refuse_unread(config: CalibrationConfig, parts: Sequence[MixturePart], part: Part) -> None:
+    """Refuse a key that is for all sources it concerns, where it concerns none."""
+    sources = ", ".join(one.source for one in parts)
+    if config.split is not None and all(one.split is None for one in parts):
+        raise ConfigError(
+            f"{part}.split {config.split!r} has no effect with {part}.source {sources}; remove it"
+        )
+    if config.field != _DEFAULT_FIELD and all(one.field == _DEFAULT_FIELD for one in parts):
+        raise ConfigError(
+            f"{part}.field {config.field!r} has no effect with {part}.source {sources}: no .jsonl "
+            "or .parquet file of source file is read; remove it"
+        )
+
+
+def _refuse_repeats(parts: Sequence[MixturePart], part: Part) -> None:
+    """Refuse text that would be read twice, so that its windows could be drawn twice."""
+    read = [_text_of(one, part) for one in parts]
+    for (first, rows), (second, other_rows) in combinations(read, 2):
+        if first == second and rows.overlaps(other_rows):
+            which = "" if rows == other_rows else f", with rows {rows} and {other_rows}"
+            raise ConfigError(
+                f"{part}.source names {first} twice{which}; name each text once, and set its share "
+                f"with {part}.weights"
+            )
+
+
+def _text_of(one: MixturePart, part: Part) -> tuple[str, RowRange]:
+    name = one.source if one.path is None else str(Path(one.path).expanduser().resolve())
+    return name, ALL_ROWS if one.rows is None else RowRange.parse(one.rows, f"{part}.rows")
