@@ -9,6 +9,7 @@ from torch import Tensor
 
 from callbacks.measurement import Measurement
 from callbacks.stop_request import StopRequest
+from grasp_lightning.models.sharding import is_sharded
 
 
 class PassStore(Protocol):
@@ -62,19 +63,21 @@ class CalibrationCheckpoint(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object
     ) -> None:
         """Save, if it is time or the run shall end."""
-        del trainer, pl_module, args
-        self._end_batch()
+        del trainer, args
+        self._end_batch(pl_module)
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object
     ) -> None:
         """Save, if it is time or the run shall end."""
-        del trainer, pl_module, args
-        self._end_batch()
+        del trainer, args
+        self._end_batch(pl_module)
 
-    def _end_batch(self) -> None:
+    def _end_batch(self, module: L.LightningModule) -> None:
+        number = self._stop.agreed() if is_sharded(module) else self._stop.signal_number
         is_due = time.monotonic() - self._saved_at >= self._every_seconds
-        if is_due or self._stop.signal_number is not None:
+        if is_due or number is not None:
             self._store.save(self._measurement.state())
             self._saved_at = time.monotonic()
-        self._stop.check()
+        if number is not None:
+            self._stop.check()

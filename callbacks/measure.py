@@ -22,10 +22,11 @@ from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConf
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.sharding import is_sharded, mesh_of
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.training.calibration import CalibrationModule
 from grasp_lightning.training.hidden_cache import HiddenCache
-from grasp_lightning.training.strategies import CalibrationDDP
+from grasp_lightning.training.strategies import CalibrationDDP, CalibrationFSDP
 
 
 class TrainerMeasure:
@@ -71,10 +72,15 @@ class TrainerMeasure:
 
         Raises:
             RuntimeError: If a window was not counted exactly once.
+            ValueError: If the strategy is fsdp, but the model is whole in every process.
         """
         if step.needs.is_empty:
             return Statistics()
         check_trainer(self._config, view.model.device)
+        if is_split(self._config) and not is_sharded(view.model):
+            raise ValueError(
+                "trainer.strategy is fsdp, but the model is whole in every process: shard it first"
+            )
         measurement: Measurement = (
             SingularAttribution(step=step)
             if step.needs.weight_gradients
@@ -108,11 +114,11 @@ class TrainerMeasure:
         device = module.view.model.device
         with expected_warnings():
             if step.needs.weight_gradients:
-                trainer = self._trainer(device, measurement, "scoring components", self._logger())
+                trainer = self._trainer(module, measurement, "scoring components", self._logger())
                 with self._cached(module, step, rest):
                     trainer.fit(module, datamodule=rest)
             else:
-                trainer = self._trainer(device, measurement, "comparing layers")
+                trainer = self._trainer(module, measurement, "comparing layers")
                 trainer.predict(module, datamodule=rest, return_predictions=False)
         # A Trainer leaves its module on the CPU.
         module.view.model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a narrow type
@@ -129,6 +135,9 @@ class TrainerMeasure:
         self._cache.keep_only(step.layers)
         windows = [window for batch in data.batches for window in batch]
         start = self._cache.start_layer(max(step.layers), windows)
+        if len(set(processes.gather(start))) > 1:
+            # After a resume each may have other windows; a sharded model runs in all or in none.
+            start = None
         if start is None:
             with self._cache.capturing(step.layers, len(windows)):
                 yield
@@ -144,7 +153,7 @@ class TrainerMeasure:
 
     def _trainer(
         self,
-        device: torch.device,
+        module: CalibrationModule,
         measurement: Measurement,
         description: str,
         logger: CSVLogger | bool = False,
@@ -159,9 +168,13 @@ class TrainerMeasure:
                     measurement, self._store, every_seconds=seconds, stop=self._stop
                 )
             )
+        device, mesh = module.view.model.device, mesh_of(module.view.model)
+        where = placement(self._config, device)
+        if mesh is not None:
+            where["strategy"] = CalibrationFSDP(mesh)
         return L.Trainer(
             accelerator=device.type,
-            **placement(self._config, device),
+            **where,
             precision=self._config.precision,
             max_epochs=1,
             callbacks=callbacks,
@@ -201,6 +214,18 @@ def placement(config: TrainerConfig, device: torch.device) -> dict[str, Any]:
             "strategy": CalibrationDDP(),
         }
     return arguments
+
+
+def is_split(config: TrainerConfig) -> bool:
+    """Return whether the processes of a run shall share the weights of one model.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        True with strategy fsdp, unless there is one process only.
+    """
+    return config.strategy == "fsdp" and processes.num_processes() > 1
 
 
 def check_trainer(

@@ -17,6 +17,7 @@ from grasp_lightning.methods.drop import DROP, drop_decision, drop_step
 from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
 from grasp_lightning.methods.rank_rules import RankRule
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.sharding import whole
 from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
 from grasp_lightning.stats.base import Needs, Scoring, Statistics, Step
 
@@ -60,17 +61,21 @@ def attribution_step(
 
 def _factorized(weights: Mapping[str, Tensor], track: Track) -> dict[str, SVD]:
     """Return the decomposition of every weight; several processes share the work."""
-    own = {
-        name: factorize(weights[name])
-        for name in track(processes.own_share(list(weights)), "factorize")
-    }
-    if processes.num_processes() == 1:
+    names, number = list(weights), processes.num_processes()
+    own: dict[str, SVD] = {}
+    for turn, _ in enumerate(track(names[::number], "factorize")):
+        group = names[turn * number :][:number]
+        # A sharded weight is brought together by all, one after the other; who is to decompose it
+        # keeps it. So they decompose at the same time, and none holds two weights.
+        weights_of_group = enumerate(whole(weights[name]) for name in group)
+        kept = [weight for owner, weight in weights_of_group if owner == processes.rank()]
+        own |= {group[processes.rank()]: factorize(weight) for weight in kept}
+    if number == 1:
         return own
     bases = {}
     for position, (name, weight) in enumerate(weights.items()):
         basis = own[name] if name in own else _empty_basis(weight)
-        owner = position % processes.num_processes()
-        bases[name] = SVD(*(processes.from_rank(part, owner) for part in basis))
+        bases[name] = SVD(*(processes.from_rank(part, position % number) for part in basis))
     return bases
 
 
