@@ -141,8 +141,10 @@ def _execute(
     )
 
     def write() -> Metrics:
+        with phases("load"):
+            loaded = _compressed(config, inputs, plan, progress.factors)
         outcome = Outcome(
-            loaded=_compressed(config, inputs, plan, progress.factors),
+            loaded=loaded,
             plan=plan,
             scores=progress.scores,
             factors=progress.factors,

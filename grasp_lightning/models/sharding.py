@@ -4,7 +4,6 @@ Each linear is a group of its own, and no group holds another one: a linear that
 whose layer is dropped, leaves nothing behind in a parent, and passes may skip layers.
 """
 
-import gc
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -57,7 +56,6 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> Non
     if tied and processes.is_first():
         logger.warning("tied weights are whole in every process: %s", ", ".join(tied))
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a too narrow type
-    gc.collect()
 
 
 def shard_like(linears: nn.Module, old: nn.Module) -> None:
