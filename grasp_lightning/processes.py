@@ -103,7 +103,7 @@ def in_turns(work: Callable[[], T]) -> T:
         What the work of this process returned.
 
     Raises:
-        error: What the work of any process raised, in all processes.
+        failure: What the work of any process raised, in all processes.
     """
     if num_processes() == 1:
         return work()

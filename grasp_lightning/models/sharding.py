@@ -103,6 +103,7 @@ def check_runs(model: PreTrainedModel) -> None:
     Raises:
         ModelError: If the model reads a weight without calling the module that holds it, and so
             meets a part of it.
+        RuntimeError: Any other one of the model.
     """
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
     try:

@@ -16,7 +16,7 @@ from callbacks.measure import TrainerMeasure
 from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
 from grasp_lightning.commands.tracked import tracked_perplexity
-from grasp_lightning.config import CalibrationConfig, TrainerConfig
+from grasp_lightning.config import CalibrationConfig, Strategy, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ModelError, NumericsError
@@ -54,7 +54,7 @@ def measure(view: DecoderView, windows: TokenWindows | None = None) -> TrainerMe
         byte_tokenizer(),
         windows=windows,
     )
-    strategy = "fsdp" if is_sharded(view.model) else "auto"
+    strategy: Strategy = "fsdp" if is_sharded(view.model) else "auto"
     config = TrainerConfig(devices=2, strategy=strategy)
     return TrainerMeasure(data, config, progress=False)
 
@@ -150,7 +150,7 @@ def check_all_processes_say_where_the_windows_of_one_are_not_finite() -> None:
     windows = TokenWindows(ids, everywhere, everywhere)
     model = tiny_model()
     with torch.no_grad():
-        model.get_input_embeddings().weight[255] = float("inf")
+        model.get_parameter("model.embed_tokens.weight")[255] = float("inf")
     shard(model, process_mesh(CPU), CPU)
     view = DecoderView(model)
     step = attribution_step(view, list(view.linears(2)), Scoring())
