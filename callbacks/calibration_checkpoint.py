@@ -9,6 +9,7 @@ from torch import Tensor
 
 from callbacks.measurement import Measurement
 from callbacks.stop_request import StopRequest
+from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.stats.base import Moments
 
 _MOST_SAVING = 0.05  # share of the time
@@ -80,21 +81,23 @@ class CalibrationCheckpoint(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object
     ) -> None:
         """Save, if it is time or the run shall end."""
-        del trainer, pl_module, args
-        self._end_batch()
+        del trainer, args
+        self._end_batch(pl_module)
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object
     ) -> None:
         """Save, if it is time or the run shall end."""
-        del trainer, pl_module, args
-        self._end_batch()
+        del trainer, args
+        self._end_batch(pl_module)
 
-    def _end_batch(self) -> None:
+    def _end_batch(self, module: L.LightningModule) -> None:
+        number = self._stop.agreed() if is_sharded(module) else self._stop.signal_number
         start = time.monotonic()
         wait = max(self._every_seconds, self._saving_seconds / _MOST_SAVING)
-        if start - self._saved_at >= wait or self._stop.signal_number is not None:
+        if start - self._saved_at >= wait or number is not None:
             self._store.save(self._measurement.state())
             self._saved_at = time.monotonic()
             self._saving_seconds = self._saved_at - start
-        self._stop.check()
+        if number is not None:
+            self._stop.check()

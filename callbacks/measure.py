@@ -28,11 +28,12 @@ from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.low_rank import ATTRIBUTION
 from grasp_lightning.methods.weighted import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.sharding import is_sharded, mesh_of
 from grasp_lightning.stats.base import MergedMoments, Moments, Statistics, Step
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.training.calibration import CalibrationModule
 from grasp_lightning.training.hidden_cache import HiddenCache
-from grasp_lightning.training.strategies import CalibrationDDP
+from grasp_lightning.training.strategies import CalibrationDDP, CalibrationFSDP
 
 _DESCRIPTIONS = {
     SELECT: "comparing layers",
@@ -84,10 +85,17 @@ class TrainerMeasure:
 
         Returns:
             The statistics; empty ones, without a pass, if the step needs nothing.
+
+        Raises:
+            ValueError: If the strategy is fsdp, but the model is whole in every process.
         """
         if step.needs.is_empty:
             return Statistics()
         check_trainer(self._config, view.model.device)
+        if is_split(self._config) and not is_sharded(view.model):
+            raise ValueError(
+                "trainer.strategy is fsdp, but the model is whole in every process: shard it first"
+            )
         if step.needs.moment_kinds:
             return Statistics(moments=self._moments(view, step))
         return self._pass(view, step)
@@ -140,11 +148,11 @@ class TrainerMeasure:
         description = _DESCRIPTIONS.get(step.name, step.name)
         with expected_warnings():
             if step.needs.is_backward:
-                trainer = self._trainer(device, measurement, description, store, self._logger())
+                trainer = self._trainer(module, measurement, description, store, self._logger())
                 with self._cached(module, step, rest):
                     trainer.fit(module, datamodule=rest)
             else:
-                trainer = self._trainer(device, measurement, description, store)
+                trainer = self._trainer(module, measurement, description, store)
                 trainer.predict(module, datamodule=rest, return_predictions=False)
         # A Trainer leaves its module on the CPU.
         module.view.model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a narrow type
@@ -161,6 +169,9 @@ class TrainerMeasure:
         self._cache.keep_only(step.layers)
         windows = [window for batch in data.batches for window in batch]
         start = self._cache.start_layer(max(step.layers), windows)
+        if len(set(processes.gather(start))) > 1:
+            # After a resume each may have other windows; a sharded model runs in all or in none.
+            start = None
         if start is None:
             with self._cache.capturing(step.layers, len(windows)):
                 yield
@@ -176,7 +187,7 @@ class TrainerMeasure:
 
     def _trainer(
         self,
-        device: torch.device,
+        module: CalibrationModule,
         measurement: Measurement,
         description: str,
         store: PassStore | None,
@@ -190,9 +201,13 @@ class TrainerMeasure:
             callbacks.append(
                 CalibrationCheckpoint(measurement, store, every_seconds=seconds, stop=self._stop)
             )
+        device, mesh = module.view.model.device, mesh_of(module.view.model)
+        where = placement(self._config, device)
+        if mesh is not None:
+            where["strategy"] = CalibrationFSDP(mesh)
         return L.Trainer(
             accelerator=device.type,
-            **placement(self._config, device),
+            **where,
             precision=self._config.precision,
             max_epochs=1,
             callbacks=callbacks,
@@ -240,6 +255,18 @@ def placement(config: TrainerConfig, device: torch.device) -> dict[str, Any]:
             "strategy": CalibrationDDP(),
         }
     return arguments
+
+
+def is_split(config: TrainerConfig) -> bool:
+    """Return whether the processes of a run shall share the weights of one model.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        True with strategy fsdp, unless there is one process only.
+    """
+    return config.strategy == "fsdp" and processes.num_processes() > 1
 
 
 def check_trainer(

@@ -111,8 +111,11 @@ class Measurement(L.Callback):
         self.release()
 
     def _begin_batch(self, batch: Batch) -> None:
-        if self._step is not None and not self._done and len(batch["index"]) > 0:
-            self.start_batch(batch)
+        if self._step is None or self._done:
+            return
+        if len(batch["index"]) == 0:  # padding runs, and counts nothing: it has no target either
+            batch = {**batch, "mask": torch.zeros_like(batch["mask"])}
+        self.start_batch(batch)
 
     def _end_batch(self, batch: Batch) -> None:
         if self._step is not None and not self._done:

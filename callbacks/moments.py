@@ -27,6 +27,7 @@ class LinearMoments(Measurement):
         self._given: Step | None = step
         self._sums: MomentSums | None = None
         self._num_tokens = 0
+        self._is_padding = False
 
     def next_step(self, module: CalibrationModule) -> Step | None:
         """Return the step."""
@@ -42,12 +43,19 @@ class LinearMoments(Measurement):
         self._sums = MomentSums(shapes, needs.moment_kinds, sources, view.model.device)
         self._num_tokens = 0
         if needs.is_backward:
-            return LinearObserver(view, needs.moments, self._sums.add).attached()
-        return InputObserver(view, needs.moments, self._sums.add).attached()
+            return LinearObserver(view, needs.moments, self._add).attached()
+        return InputObserver(view, needs.moments, self._add).attached()
+
+    def _add(self, module: str, x: Tensor, grad_output: Tensor | None = None) -> None:
+        assert self._sums is not None
+        if not self._is_padding:
+            self._sums.add(module, x, grad_output)
 
     def start_batch(self, batch: Batch) -> None:
-        """Count the tokens."""
-        self._num_tokens += int(batch["mask"].sum())
+        """Count the tokens; a batch without one is padding, which other processes wait for."""
+        num_tokens = int(batch["mask"].sum())
+        self._is_padding = num_tokens == 0
+        self._num_tokens += num_tokens
 
     def release(self) -> None:
         """Let go of the sums."""

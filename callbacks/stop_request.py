@@ -91,6 +91,21 @@ class StopRequest:
             self._is_deferred = False
         self.check()
 
+    def agreed(self) -> int | None:
+        """Return the signal that counts for all processes; all of them must ask at once.
+
+        A process that ended alone would leave those waiting that need its part of a model.
+
+        Returns:
+            The same signal in all processes, None if none came to any of them.
+        """
+        told = [number for number in processes.gather(self.signal_number) if number is not None]
+        ends = [number for number in told if number != REQUEUE_SIGNAL]
+        number = next(iter(ends or told), None)
+        if number is not None:  # else one may have come meanwhile, which counts next time
+            self.signal_number = number
+        return number
+
     def check(self) -> None:
         """End the run here if a signal came.
 

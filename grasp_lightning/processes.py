@@ -4,6 +4,7 @@ A run of several processes runs the same code in each of them (rank 0, 1, ...). 
 process all functions here do the obvious thing.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -89,6 +90,35 @@ def on_first(work: Callable[[], T]) -> T:
     ((result, error),) = outcome
     if error is not None:
         raise error
+    return result[0]
+
+
+def in_turns(work: Callable[[], T]) -> T:
+    """Let the processes of each node do something one after the other, each for itself.
+
+    Args:
+        work: What each process does.
+
+    Returns:
+        What the work of this process returned.
+
+    Raises:
+        failure: What the work of any process raised, in all processes.
+    """
+    if num_processes() == 1:
+        return work()
+    own_turn = int(os.environ.get("LOCAL_RANK", "0"))
+    result: list[T] = []
+    for turn in range(max(gather(own_turn)) + 1):
+        error: Exception | None = None
+        if turn == own_turn:
+            try:
+                result.append(work())
+            except Exception as raised:  # noqa: BLE001  raised again below, in every process
+                error = raised
+        for failure in gather(error):
+            if failure is not None:
+                raise failure
     return result[0]
 
 

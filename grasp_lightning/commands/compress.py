@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from rich.progress import track
+from torch import Tensor
 
-from callbacks.measure import TrainerMeasure, check_trainer
+from callbacks.measure import TrainerMeasure, check_trainer, is_split
 from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
 from grasp_lightning.commands.outputs import Outcome, write_outputs
@@ -28,7 +29,7 @@ from grasp_lightning.data.windows import (
     check_window_options,
     evaluation_windows,
 )
-from grasp_lightning.errors import ConfigError
+from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.base import CompressionMethod
 from grasp_lightning.methods.layer_choice import SELECT
@@ -38,6 +39,7 @@ from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
 from grasp_lightning.models.sampling import sample_text
+from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard
 from grasp_lightning.models.size import measure_size
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.models.surgery import apply_operations
@@ -140,25 +142,72 @@ def _execute(
             plan = compress(view, method, measure, progress.plan, progress.add_step)
         with run.new_folder("logs") as folder:
             shutil.copytree(logs, folder, dirs_exist_ok=True)
-    outcome = Outcome(
-        loaded=inputs.loaded,
-        plan=plan,
-        scores=progress.scores,
-        factors=progress.factors,
-        sizes=Pair(dense=dense_size, compressed=measure_size(view)),
-        perplexity=Pair(
-            dense=dense_perplexity,
-            compressed=_perplexity(config, inputs, phases, "compressed"),
-        ),
-        perplexity_tokens=inputs.held_out.num_targets,
-        settings=to_dict(config),
+    sizes = Pair(dense=dense_size, compressed=measure_size(view))
+    perplexity = Pair[float | None](
+        dense=dense_perplexity, compressed=_perplexity(config, inputs, phases, "compressed")
     )
-    metrics = processes.on_first(lambda: write_outputs(run, outcome, phases))
+
+    def write() -> Metrics:
+        with phases("load"):
+            loaded = _compressed(config, inputs, plan, progress.factors)
+        outcome = Outcome(
+            loaded=loaded,
+            plan=plan,
+            scores=progress.scores,
+            factors=progress.factors,
+            sizes=sizes,
+            perplexity=perplexity,
+            perplexity_tokens=inputs.held_out.num_targets,
+            settings=to_dict(config),
+        )
+        return write_outputs(run, outcome, phases)
+
+    metrics = processes.on_first(write)
     progress.clear()
     if not config.statistics.store:
         progress.forget_moments()
     run.finish()
     return metrics
+
+
+def _load(config: CompressConfig) -> tuple[LoadedModel, str]:
+    """Return the model, and the hash of its weights.
+
+    A model that is shared is read by one process of a node after the other, so that its memory
+    holds one whole model at a time, and no device ever does.
+    """
+    if not is_split(config.trainer):
+        loaded = load_model(config.model)
+        return loaded, model_hash(loaded.model)
+    device = resolve_device(config.model.device)
+    mesh = process_mesh(device)
+
+    def work() -> tuple[LoadedModel, str]:
+        loaded = load_model(replace(config.model, device="cpu"))
+        digest = model_hash(loaded.model) if processes.is_first() else ""
+        shard(loaded.model, mesh, device)
+        return loaded, digest
+
+    loaded, digest = processes.in_turns(work)
+    check_runs(loaded.model)
+    return loaded, processes.on_first(lambda: digest)
+
+
+def _compressed(
+    config: CompressConfig, inputs: _Inputs, plan: Plan, factors: Mapping[str, Tensor]
+) -> LoadedModel:
+    """Return the compressed model as it is saved: whole.
+
+    Of a model that is shared, the source is read again and the plan applied to it, which needs no
+    weight from other processes.
+    """
+    if not is_sharded(inputs.loaded.model):
+        return inputs.loaded
+    loaded = load_model(replace(config.model, device="cpu"))
+    if model_hash(loaded.model) != inputs.hashes["model"]:
+        raise ModelError(f"{loaded.origin.name} has changed since this command was started")
+    apply_operations(DecoderView(loaded.model), plan.operations, factors)
+    return loaded
 
 
 def _measure(
@@ -193,11 +242,11 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
     if stored is not None:  # what is asked for is scored already, or cannot be had
         config = replace(config, method=replace(config.method, score_all_layers=None))
     with phases("load"):
-        loaded = load_model(config.model)
+        loaded, digest = _load(config)
         view = DecoderView(loaded.model)
         prediction = predict(view, config.method)
         method = build_method(config.method, view, _track)
-        hashes, data = {"model": model_hash(loaded.model)}, None
+        hashes, data = {"model": digest}, None
         if stored is not None:
             stored.check(hashes["model"], method.options)
             hashes |= stored.inputs

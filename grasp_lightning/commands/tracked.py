@@ -1,12 +1,16 @@
 """Measurements with a progress bar."""
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from grasp_lightning import processes
 from grasp_lightning.data.windows import TokenWindows, batches
 from grasp_lightning.evaluation.perplexity import evaluate_perplexity
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.sharding import is_sharded
 
 
 def tracked_perplexity(
@@ -30,11 +34,27 @@ def tracked_perplexity(
     Returns:
         The perplexity.
     """
-    own = windows.select(processes.own_share(range(len(windows))))
     stream = track(
-        batches(own, batch_size),
-        total=-(-len(own) // batch_size),
+        _own_batches(windows, batch_size, is_padded=is_sharded(view.model)),
+        total=_num_batches(windows, batch_size),
         description=description,
         console=console,
     )
     return evaluate_perplexity(view, stream)
+
+
+def _num_batches(windows: TokenWindows, batch_size: int) -> int:
+    """Return the number of batches of the process that has most."""
+    most = -(-len(windows) // processes.num_processes())
+    return -(-most // batch_size)
+
+
+def _own_batches(
+    windows: TokenWindows, batch_size: int, *, is_padded: bool
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the batches of this process; padded, all processes have as many."""
+    own = windows.select(processes.own_share(range(len(windows))))
+    yield from batches(own, batch_size)
+    missing = _num_batches(windows, batch_size) - -(-len(own) // batch_size)
+    for _ in range(missing if is_padded else 0):
+        yield windows.padding()

@@ -100,6 +100,16 @@ class TokenWindows:
             "index": torch.tensor(indices, dtype=torch.int64),
         }
 
+    def padding(self) -> dict[str, Tensor]:
+        """Return a batch for a process that has no window left, while others have.
+
+        Returns:
+            The first window, as ``batch`` gives it, but without a target and with an empty
+            ``index``: the model can run, and nothing is counted.
+        """
+        batch = self.batch([0])
+        return {**batch, "targets": torch.zeros_like(batch["targets"]), "index": batch["index"][:0]}
+
 
 def batches(windows: TokenWindows, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """Yield all windows in their order, some at a time.

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from grasp_lightning.errors import NumericsError
-from grasp_lightning.models.calls import locate_non_finite
+from grasp_lightning.models.calls import find_non_finite
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.next_token import forward_inputs, next_token_losses
 
@@ -52,7 +52,7 @@ def evaluate_perplexity(view: DecoderView, batches: Iterable[Mapping[str, Tensor
     """Return the perplexity of a model on windows of text.
 
     Under ``torch.distributed`` each process gives its own windows, and all get the perplexity of
-    all of them.
+    all of them. Where they share a sharded model, they must give as many batches.
 
     Args:
         view: The model, on any device.
@@ -73,8 +73,8 @@ def evaluate_perplexity(view: DecoderView, batches: Iterable[Mapping[str, Tensor
             inputs = forward_inputs(moved)
             logits = model(**inputs, use_cache=False).logits
             losses = next_token_losses(logits, moved["input_ids"], moved["targets"])
-            if not losses.isfinite().all():
-                where = locate_non_finite(view, inputs)
+            where = find_non_finite(view, inputs, losses)
+            if where is not None:
                 raise NumericsError(
                     f"the loss on the evaluation text is NaN or infinite, first in {where}; "
                     "check the checkpoint, or try model.dtype float32"

@@ -13,6 +13,7 @@ from grasp_lightning.linalg.factors import SVD, balanced_factors, factorize
 from grasp_lightning.linalg.ranks import top_components
 from grasp_lightning.methods.base import CompressionMethod, Decision, Track, untracked
 from grasp_lightning.methods.blocks import blocks, weight_shapes
+from grasp_lightning.methods.dealing import own_weights
 from grasp_lightning.methods.drop import DROP, drop_decision, drop_step
 from grasp_lightning.methods.global_ranks import GlobalRanks
 from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
@@ -68,17 +69,14 @@ def attribution_step(
 
 def _factorized(weights: Mapping[str, Tensor], track: Track) -> dict[str, SVD]:
     """Return the decomposition of every weight; several processes share the work."""
-    own = {
-        name: factorize(weights[name])
-        for name in track(processes.own_share(list(weights)), "factorize")
-    }
-    if processes.num_processes() == 1:
+    number = processes.num_processes()
+    own = {name: factorize(weight) for name, weight in own_weights(weights, track, "factorize")}
+    if number == 1:
         return own
     bases = {}
     for position, (name, weight) in enumerate(weights.items()):
         basis = own[name] if name in own else _empty_basis(weight)
-        owner = position % processes.num_processes()
-        bases[name] = SVD(*(processes.from_rank(part, owner) for part in basis))
+        bases[name] = SVD(*(processes.from_rank(part, position % number) for part in basis))
     return bases
 
 

@@ -1,6 +1,6 @@
 """The step of low-rank methods that truncate in a measured metric."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
 from torch import Tensor
@@ -9,9 +9,9 @@ from grasp_lightning import processes
 from grasp_lightning.linalg.factors import balanced_factors
 from grasp_lightning.linalg.weightings import even_norms
 from grasp_lightning.methods.base import Decision, Track
+from grasp_lightning.methods.dealing import own_weights
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.linears import DenseLinear
 from grasp_lightning.plan import FactorizeLinear
 from grasp_lightning.stats.base import Moments, Needs, Step
 
@@ -52,10 +52,10 @@ def predicted_losses(
     Returns:
         ``(K,)`` by module, descending, float64, on the CPU.
     """
-    linears = _linears(view)
+    weights = _weights(view, modules)
     own = {
-        name: metric.losses(*_measured(linears[name], moments.get(name, Moments()))).cpu()
-        for name in track(processes.own_share(modules), "predict losses")
+        name: metric.losses(weight, _on_device_of(weight, moments.get(name))).cpu()
+        for name, weight in own_weights(weights, track, "predict losses")
     }
     parts = processes.gather(own)
     found = {name: losses for part in parts for name, losses in part.items()}
@@ -82,10 +82,9 @@ def truncation(
         One ``FactorizeLinear`` per rank with its factors, and as scores what dropping each
         component costs.
     """
-    linears = _linears(view)
     own: dict[str, tuple[Tensor, ...]] = {}
-    for name in track(processes.own_share(list(ranks)), "factorize"):
-        basis = metric.decompose(*_measured(linears[name], moments.get(name, Moments())))
+    for name, weight in own_weights(_weights(view, ranks), track, "factorize"):
+        basis = metric.decompose(weight, _on_device_of(weight, moments.get(name)))
         factors = balanced_factors(even_norms(basis), range(ranks[name]))
         scores = metric.of_singular_values(basis.s)
         own[name] = tuple(part.cpu() for part in (*factors, basis.s, scores))
@@ -102,14 +101,12 @@ def truncation(
     return Decision(operations=tuple(operations), tensors=tensors, scores=stored)
 
 
-def _measured(linear: DenseLinear, moments: Moments) -> tuple[Tensor, Moments]:
-    """Return a weight, and what was measured of it on the same device."""
-    weight = linear.weight.detach()
-    values = {field.name: getattr(moments, field.name) for field in fields(Moments)}
-    return weight, Moments(
-        **{name: None if v is None else v.to(weight.device) for name, v in values.items()}
-    )
+def _weights(view: DecoderView, modules: Iterable[str]) -> dict[str, Tensor]:
+    linears = {n: m for index in view.layer_indices for n, m in view.linears(index).items()}
+    return {name: linears[name].weight.detach() for name in modules}
 
 
-def _linears(view: DecoderView) -> dict[str, DenseLinear]:
-    return {name: m for index in view.layer_indices for name, m in view.linears(index).items()}
+def _on_device_of(weight: Tensor, moments: Moments | None) -> Moments:
+    """Return what was measured of a weight, on its device."""
+    values = {field.name: getattr(moments, field.name, None) for field in fields(Moments)}
+    return Moments(**{k: None if v is None else v.to(weight.device) for k, v in values.items()})

@@ -6,8 +6,10 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from grasp_lightning import processes
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.sharding import is_sharded
 
 
 def hidden_input(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
@@ -82,6 +84,29 @@ def check_vocabulary(view: DecoderView, input_ids: Tensor) -> None:
             f"the tokenizer gives token {largest}, but the model knows {size} tokens: they do not "
             "belong together"
         )
+
+
+def find_non_finite(view: DecoderView, inputs: Mapping[str, Tensor], losses: Tensor) -> str | None:
+    """Return in words where a forward pass first gave NaN or infinity, None if it did not.
+
+    Processes that share a sharded model must all ask after each pass: it takes all of them to run
+    the model once more, and they get one answer.
+
+    Args:
+        view: The model.
+        inputs: Keyword arguments of the pass.
+        losses: What followed from its output.
+
+    Returns:
+        As ``locate_non_finite``.
+    """
+    is_bad = not bool(losses.isfinite().all())
+    if not is_sharded(view.model):
+        return locate_non_finite(view, inputs) if is_bad else None
+    if not any(processes.gather(is_bad)):
+        return None
+    where = locate_non_finite(view, inputs)
+    return next(found for found in processes.gather(where if is_bad else None) if found)
 
 
 def locate_non_finite(view: DecoderView, inputs: Mapping[str, Tensor]) -> str:

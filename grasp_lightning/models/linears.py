@@ -87,7 +87,7 @@ def dense_modules(module: nn.Module, name: str) -> Iterator[tuple[str, DenseModu
         Full name and module.
     """
     for child_name, child in module.named_children():
-        if is_low_rank(child) or _is_left_out(child_name, child):
+        if is_low_rank(child) or is_expert_part(child_name, child):
             continue
         if isinstance(child, DenseModule):
             yield f"{name}.{child_name}", child
@@ -110,7 +110,7 @@ def skipped_modules(module: nn.Module, name: str) -> Iterator[str]:
     """
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}"
-        if not _is_left_out(child_name, child):
+        if not is_expert_part(child_name, child):
             yield from skipped_modules(child, path)
         elif _holds_experts(child):
             parts = child.named_children()
@@ -119,7 +119,16 @@ def skipped_modules(module: nn.Module, name: str) -> Iterator[str]:
             yield path
 
 
-def _is_left_out(name: str, module: nn.Module) -> bool:
+def is_expert_part(name: str, module: nn.Module) -> bool:
+    """Return whether a module is a mixture of experts, its experts, or its router.
+
+    Args:
+        name: Name of the module in its parent.
+        module: The module.
+
+    Returns:
+        True if it is.
+    """
     return _is_experts(name, module) or name == _ROUTER or _holds_experts(module)
 
 

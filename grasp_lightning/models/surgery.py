@@ -1,9 +1,11 @@
 """The only module that changes models: it applies the operations of a plan."""
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -12,6 +14,7 @@ from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantize
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule
 from grasp_lightning.models.lowrank import LowRankLinear, dense_shape, low_rank_linears
+from grasp_lightning.models.sharding import is_sharded, shard_like, whole
 from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation, SelectLayers
 
 
@@ -42,6 +45,8 @@ def apply_operations(
                 view.drop(operation.layers)
             case SelectLayers():
                 pass
+    if is_sharded(view.model):
+        gc.collect()  # a sharded module and what brings its parts together hold each other
     attach_quantizer(view.model)
 
 
@@ -230,8 +235,17 @@ def _factorize(
     new = LowRankLinear(columns, rows, operation.rank, bias=bias, device="meta")
     new.left.weight = _like(tensors[f"{operation.module}.left"], old.weight)
     new.right.weight = _like(tensors[f"{operation.module}.right"], old.weight)
-    new.left.bias = old.bias
+    if old.bias is not None:
+        new.left.bias = _whole_copy(old.bias)
+    shard_like(new, old)
     view.set_module(operation.module, new.train(old.training))
+
+
+def _whole_copy(bias: nn.Parameter) -> nn.Parameter:
+    """Return a bias itself, or a whole copy where this process holds a part of it."""
+    if not isinstance(bias, DTensor):
+        return bias
+    return nn.Parameter(whole(bias.detach()), requires_grad=bias.requires_grad)
 
 
 def _like(factor: Tensor, weight: Tensor) -> nn.Parameter:

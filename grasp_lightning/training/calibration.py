@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from grasp_lightning.errors import NumericsError
 from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
-from grasp_lightning.models.calls import locate_non_finite
+from grasp_lightning.models.calls import find_non_finite
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.next_token import forward_inputs, next_token_losses
 from grasp_lightning.plan import Plan
@@ -58,6 +58,9 @@ class CalibrationModule(L.LightningModule):
     def configure_optimizers(self) -> None:
         """Return no optimizer: calibration changes no parameter."""
 
+    def configure_model(self) -> None:
+        """Leave the model as it is: it was sharded where it was loaded, or is whole."""
+
     def setup(self, stage: str) -> None:
         """Freeze the model before a Trainer starts.
 
@@ -93,15 +96,14 @@ class CalibrationModule(L.LightningModule):
         on which windows share a batch.
 
         Args:
-            batch: ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``.
+            batch: ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``, and ``index``, empty
+                for padding, which runs since other processes may need this one's weights.
             batch_idx: Number of the batch.
 
         Raises:
             NumericsError: If the loss is NaN or infinite, naming the first decoder layer whose
                 output is.
         """
-        if len(batch["input_ids"]) == 0:  # other processes have windows left
-            return
         if self.cache is not None:
             self.cache.start_batch(batch["index"])
         losses = next_token_losses(
@@ -110,13 +112,14 @@ class CalibrationModule(L.LightningModule):
             batch["targets"],
         )
         loss = losses.sum()
-        if not loss.isfinite():
-            where = locate_non_finite(self.view, forward_inputs(batch))
+        where = find_non_finite(self.view, forward_inputs(batch), loss)
+        if where is not None:
             raise NumericsError(
-                f"the calibration loss is {float(loss)} in batch {batch_idx}, first in {where}; "
+                f"the calibration loss is NaN or infinite in batch {batch_idx}, first in {where}; "
                 "check the checkpoint, or try model.dtype float32"
             )
-        self.log("calibration_loss", losses.detach().mean(), batch_size=len(batch["input_ids"]))
+        if len(losses) > 0:  # padding has no target
+            self.log("calibration_loss", losses.detach().mean(), batch_size=len(batch["index"]))
         if loss.requires_grad:
             self.manual_backward(loss)
 
@@ -128,8 +131,6 @@ class CalibrationModule(L.LightningModule):
             batch_idx: Number of the batch.
         """
         del batch_idx
-        if len(batch["input_ids"]) == 0:  # other processes have windows left
-            return
         self.model.base_model(**forward_inputs(batch), use_cache=False)
 
 

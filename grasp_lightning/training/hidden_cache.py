@@ -35,7 +35,7 @@ class HiddenCache:
         """Tell which windows the coming forward pass has.
 
         Args:
-            index: Positions of the windows, ``(B,)``.
+            index: Positions of the windows, ``(B,)``; empty for padding.
         """
         self._index = index.tolist()
 
@@ -114,6 +114,8 @@ class HiddenCache:
     def _keep_input(self, index: int, num_windows: int, above: int) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             del module
+            if not self._index:  # padding
+                return
             hidden = hidden_input(args, kwargs).detach()
             # All layers have inputs of one size, and the higher ones save more of a pass.
             if hidden[0].nbytes * num_windows * (above + 1) <= self._limit:
@@ -137,6 +139,8 @@ class HiddenCache:
             module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
         ) -> tuple[tuple[object, ...], dict[str, object]]:
             del module
+            if not self._index:  # padding counts nothing, so what was handed through will do
+                return args, kwargs
             hidden = torch.stack([self._hidden[index][window] for window in self._index])
             return _with_hidden(hidden, args, kwargs)
 

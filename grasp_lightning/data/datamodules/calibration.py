@@ -67,7 +67,8 @@ class CalibrationData(L.LightningDataModule):
     def batches(self) -> list[list[int]]:
         """Indices of the windows of every batch of this process, in order.
 
-        All processes have as many batches: where windows run out, the last ones are empty.
+        All processes have as many batches: where windows run out, the last ones are empty, and a
+        Trainer gets padding in their place.
         """
         size = self._config.batch_size
         left = [index for index in range(len(self.windows)) if index not in self.done]
@@ -128,4 +129,5 @@ class _WindowBatches(Dataset[WindowBatch]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> WindowBatch:
-        return self._windows.batch(self._rows[index])
+        rows = self._rows[index]
+        return self._windows.batch(rows) if rows else self._windows.padding()

@@ -273,3 +273,13 @@ def test_numbers_out_of_range_are_named_by_key(
         calibration_windows(CalibrationConfig(source="pydoc", **options), tokenizer, seed=0)
     with pytest.raises(ConfigError, match=rf"^evaluation\.{message}"):
         evaluation_windows(EvaluationConfig(source="pydoc", **options), tokenizer)
+
+
+def test_padding_is_a_window_without_a_target() -> None:
+    ids = torch.arange(6).reshape(2, 3)
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    padding = TokenWindows(ids, everywhere, everywhere).padding()
+    assert torch.equal(padding["input_ids"], ids[:1])
+    assert padding["mask"].all()
+    assert not padding["targets"].any()
+    assert padding["index"].shape == (0,)

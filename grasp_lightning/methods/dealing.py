@@ -1,0 +1,36 @@
+"""Work on many weights, dealt out to the processes of a run."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from grasp_lightning import processes
+from grasp_lightning.methods.base import Track
+from grasp_lightning.models.sharding import whole
+
+
+def own_weights(
+    weights: Mapping[str, Tensor], track: Track, description: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that this process works on: every n-th of them, for n processes.
+
+    A sharded weight is brought together by all, one after the other, and kept by its owner: so they
+    work at the same time, and none holds two weights.
+
+    Args:
+        weights: All weights, the same in all processes.
+        track: Shows the progress.
+        description: What is done.
+
+    Yields:
+        Name and whole weight, ``(N, M)``.
+    """
+    names, number = list(weights), processes.num_processes()
+    for turn, _ in enumerate(track(names[::number], description)):
+        group = names[turn * number :][:number]
+        kept: list[tuple[str, Tensor]] = []
+        for owner, name in enumerate(group):
+            weight = whole(weights[name])
+            if owner == processes.rank():
+                kept.append((name, weight))
+        yield from kept

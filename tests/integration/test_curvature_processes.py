@@ -1,0 +1,84 @@
+"""Methods that truncate in a measured metric, in two processes and after a kill."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grasp_lightning.cli import main
+from tests.conftest import save_tiny
+from tests.integration.killing import CHILD, ROOT
+from tests.integration.test_processes import TORCHRUN, run
+
+pytestmark = pytest.mark.slow  # every process imports torch and transformers
+
+TWO = "--trainer.devices=2"
+STRATEGIES = {"ddp": [TWO], "fsdp": [TWO, "--trainer.strategy=fsdp"]}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [
+        f"--model.path={save_tiny(tmp_path_factory.mktemp('model') / 'tiny')}",
+        "--method.name=grasp_plus",
+        "--method.removed_ratio=0.3",
+        "--calibration.source=pydoc",
+        "--calibration.num_samples=5",  # odd: one process has a window more
+        "--calibration.seqlen=48",
+        "--evaluation.source=pydoc",
+        "--evaluation.num_samples=3",
+        "--evaluation.seqlen=48",
+        "--trainer.checkpoint_seconds=0",
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert main(["compress", *settings, f"--output_dir={folder}"]) == 0
+    return folder
+
+
+def assert_equal_decisions(first: Path, second: Path) -> None:
+    """Plans are the same, and losses and factors what float32 sums in another order give."""
+    assert (first / "plan.json").read_bytes() == (second / "plan.json").read_bytes()
+    for name in ("scores.safetensors", "statistics.safetensors"):
+        left, right = load_file(first / name), load_file(second / name)
+        assert left.keys() == right.keys()
+        for key, values in left.items():
+            scale = float(values.abs().max())
+            torch.testing.assert_close(right[key], values, rtol=1e-5, atol=1e-5 * scale, msg=key)
+    assert not (second / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_decide_as_one_does(
+    strategy: str, settings: list[str], alone: Path, tmp_path: Path
+) -> None:
+    done = run("compress", *settings, *STRATEGIES[strategy], f"--output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert_equal_decisions(alone, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("strategy", "later"), [("ddp", []), ("fsdp", STRATEGIES["fsdp"])])
+def test_killed_processes_go_on_to_the_same_decisions(
+    strategy: str, later: list[str], settings: list[str], alone: Path, tmp_path: Path
+) -> None:
+    child = tmp_path / "child.py"
+    child.write_text(CHILD)
+    where = ("grasp_lightning.training.calibration", "CalibrationModule", "training_step")
+    words = [*settings, f"--output_dir={tmp_path / 'run'}"]
+    both = [str(child), *where, "2", str(int(signal.SIGKILL)), "compress", *words]
+    done = run(*both, *STRATEGIES[strategy], program=TORCHRUN, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1
+    saved = [
+        load_file(file)["windows"].tolist()
+        for file in (tmp_path / "run" / "checkpoints").glob("pass-*")
+    ]
+    assert sorted(map(len, saved)) == [1, 1]  # each had counted one window
+    assert saved[0] != saved[1]
+    done = run("compress", *words, *later)
+    assert done.returncode == 0, done.stderr
+    assert_equal_decisions(alone, tmp_path / "run")
