@@ -1,8 +1,14 @@
-"""``plan``: what a configuration would remove, from the model's shapes alone."""
+"""``plan``: what a configuration would remove, and the memory it takes, from shapes alone."""
 
 from dataclasses import dataclass, replace
 
-from grasp_lightning.config import CompressConfig, MethodConfig
+from grasp_lightning.commands.memory import (
+    calibration_plan,
+    compensation_plan,
+    compensation_settings,
+)
+from grasp_lightning.commands.model_shape import model_shape, shape_after
+from grasp_lightning.config import MethodConfig, PlanConfig
 from grasp_lightning.errors import ModelError
 from grasp_lightning.linalg.ranks import factor_parameters
 from grasp_lightning.methods import (
@@ -17,6 +23,7 @@ from grasp_lightning.models.loading import load_meta_model
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation, Plan
+from grasp_lightning.reporting.memory import CalibrationPlan, CompensationPlan, memory_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,8 @@ class Prediction:
         num_layers: Number of layers that are replaced or deleted.
         ranks: Rank by linear, inside one of the layers; empty if layers are deleted.
         factors: Parameters of the factors alone.
+        layers: The layers that were assumed for ``most``.
+        operations: What is done to them.
     """
 
     dense: int
@@ -38,6 +47,8 @@ class Prediction:
     num_layers: int
     ranks: dict[str, int]
     factors: int
+    layers: tuple[int, ...]
+    operations: tuple[Operation, ...]
 
     @property
     def lines(self) -> list[str]:
@@ -77,7 +88,7 @@ def predict(view: DecoderView, method: MethodConfig) -> Prediction:
             f"all {view.num_layers} decoder layers would be deleted; leave at least one"
         )
     by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))
-    sizes, ranks, factors = [], {}, 0
+    sizes, ranks, factors, planned = [], {}, 0, []
     for layers in (by_size[: choice.count], by_size[-choice.count :]):
         operations: tuple[Operation, ...] = (DropLayers(layers=tuple(sorted(layers))),)
         if rule is not None:
@@ -89,6 +100,7 @@ def predict(view: DecoderView, method: MethodConfig) -> Prediction:
                 for name, rank in ranks.items()
             )
         sizes.append(parameters_after(view, operations))
+        planned.append(operations)
     prefix = f"{view.layers_name}.{by_size[-1]}."
     return Prediction(
         dense=dense,
@@ -97,20 +109,53 @@ def predict(view: DecoderView, method: MethodConfig) -> Prediction:
         num_layers=choice.count,
         ranks={n.removeprefix(prefix): r for n, r in ranks.items() if n.startswith(prefix)},
         factors=factors,
+        layers=tuple(sorted(by_size[: choice.count])),
+        operations=planned[0],
     )
 
 
-def run_plan(config: CompressConfig) -> Prediction:
-    """Return what a configuration would remove; reads no weights.
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What ``plan`` tells.
+
+    Attributes:
+        prediction: Sizes before and after.
+        calibration: Memory of a calibration.
+        compensation: Memory of a compensation after it.
+    """
+
+    prediction: Prediction
+    calibration: CalibrationPlan
+    compensation: CompensationPlan
+
+    @property
+    def lines(self) -> list[str]:
+        """All of it as text; the first line begins with the removed share in percent."""
+        memory = memory_lines(self.calibration, self.compensation)
+        return [*self.prediction.lines, "", *memory]
+
+
+def run_plan(config: PlanConfig) -> Planned:
+    """Return what a configuration would remove and the memory it takes; reads no weights.
 
     Args:
-        config: The same configuration that ``compress`` takes.
+        config: The same configuration that ``compress`` takes, and the name of one that
+            ``compensate`` takes.
 
     Returns:
-        The prediction.
+        Sizes and memory.
     """
     config = replace(config, method=resolve_method(config.method))
-    return predict(DecoderView(load_meta_model(config.model)), config.method)
+    compensate = compensation_settings(config)
+    view = DecoderView(load_meta_model(config.model))
+    prediction = predict(view, config.method)
+    dense = model_shape(view)
+    compressed = shape_after(dense, prediction.operations, prediction.most)
+    return Planned(
+        prediction=prediction,
+        calibration=calibration_plan(config, dense, compressed, prediction.layers),
+        compensation=compensation_plan(config, compensate, dense, compressed),
+    )
 
 
 def _size(view: DecoderView, index: int) -> int:

@@ -58,7 +58,7 @@ class MethodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig:
-    """Everything that ``compress`` and ``plan`` read.
+    """Everything that ``compress`` reads, and ``plan`` with it.
 
     Attributes:
         output_dir: Run folder that is written; ``plan`` needs none.
@@ -82,6 +82,17 @@ class CompressConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(CompressConfig):
+    """Everything that ``plan`` reads: what ``compress`` does, and a compensation after it.
+
+    Attributes:
+        compensate: YAML file of ``compensate``, whose memory is told; None takes the defaults.
+    """
+
+    compensate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
