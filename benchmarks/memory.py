@@ -117,11 +117,11 @@ def report(records: Sequence[Record], predicted: Sequence[Mapping[str, int]]) ->
     pairs = list(zip(records, predicted, strict=True))
     libraries = [r["bytes"]["loaded"] - p["loaded"] for r, p in pairs]
     least, most = min(libraries) / _MEGA, max(libraries) / _MEGA
+    beside = f"Interpreter, libraries and tokenizer take {least:.0f} to {most:.0f} MB more."
     lines = [
         _table("calibration", ("num_layers",), ("factorize", "attribution"), pairs),
         _table("compensation", ("rank", "checkpointing"), ("training",), pairs),
-        f"MB, the model included. Interpreter, libraries and tokenizer take {least:.0f} to "
-        f"{most:.0f} MB more.",
+        f"MB, the model included. {beside}",
         hardware(),
     ]
     return "\n\n".join(lines)

@@ -1,6 +1,5 @@
 """Memory per process of a calibration and of a compensation, by strategy, from configurations."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +15,6 @@ from grasp_lightning.config import (
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.footprint import (
     Adapters,
-    LinearShape,
     ModelShape,
     Pass,
     Scored,
@@ -145,7 +143,7 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
         return Scored(linears=(), lowest=None, num_layers=0)
     positions = tuple(range(len(dense.layers))) if method.score_all_layers else layers
     if method.schedule == "iterative":
-        linears = max(_blocks(dense, positions), key=bases_bytes)
+        linears = max((b for i in positions for b in dense.layers[i].blocks), key=bases_bytes)
         num_layers = 1
     else:
         linears = tuple(x for i in positions for x in dense.layers[i].linears.values())
@@ -254,15 +252,6 @@ def compensation_pass(config: CompensateConfig) -> Pass:
         is_padded=reads_instructions,
         on_cpu=_on_cpu(config.model.device, config.trainer),
     )
-
-
-def _blocks(model: ModelShape, layers: tuple[int, ...]) -> Iterator[tuple[LinearShape, ...]]:
-    """Yield the linears of every attention and every MLP of some layers."""
-    for position in layers:
-        linears = model.layers[position].linears
-        attention = [name for name in linears if "att" in name.rpartition(".")[0]]
-        yield tuple(linears[name] for name in attention)
-        yield tuple(linears[name] for name in linears if name not in attention)
 
 
 def _cache_bytes(

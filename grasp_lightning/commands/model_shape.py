@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from grasp_lightning.evaluation.footprint import Layer, LinearShape, ModelShape
-from grasp_lightning.methods.blocks import blocks
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import low_rank_linears
 from grasp_lightning.models.size import count_parameters
@@ -27,7 +26,7 @@ def model_shape(view: DecoderView) -> ModelShape:
     """
     config: Any = view.model.config.get_text_config()  # Any: each family has a class of its own
     layers = tuple(_layer(view, index) for index in view.layer_indices)
-    inner, is_gated = _mlp(view, layers[0], config.hidden_size)
+    inner, is_gated = _mlp(layers[0], config.hidden_size)
     num_heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     return ModelShape(
@@ -70,7 +69,7 @@ def _with_ranks(layer: Layer, ranks: dict[str, int]) -> Layer:
         for name, linear in layer.linears.items()
     }
     before, after = (sum(x.parameters for x in y.values()) for y in (layer.linears, linears))
-    return Layer(layer.parameters - before + after, linears)
+    return layer._replace(parameters=layer.parameters - before + after, linears=linears)
 
 
 def _layer(view: DecoderView, index: int) -> Layer:
@@ -83,13 +82,14 @@ def _layer(view: DecoderView, index: int) -> Layer:
         prefix + name: LinearShape(low_rank.out_features, low_rank.in_features, low_rank.rank)
         for name, low_rank in low_rank_linears(module).items()
     }
-    return Layer(count_parameters(module), linears)
+    # As ``methods.blocks`` tells them, with low-rank linears among them.
+    attention = [n for n in linears if "att" in n.removeprefix(prefix).split(".")[0].lower()]
+    return Layer(count_parameters(module), linears, tuple(attention))
 
 
-def _mlp(view: DecoderView, layer: Layer, hidden: int) -> tuple[int, bool]:
+def _mlp(layer: Layer, hidden: int) -> tuple[int, bool]:
     """Return the inner width of the MLP, and whether it is gated."""
-    names = blocks(view, view.layer_indices[0])[0]
-    linears = [layer.linears[name] for name in names]
+    linears = layer.blocks[0]
     inner = max((linear.columns for linear in linears), default=_INNER_SIZES * hidden)
     projected = sum(linear.rows for linear in linears if linear.columns != inner)
     return inner, projected >= 2 * inner

@@ -60,11 +60,20 @@ class Layer(NamedTuple):
 
     Attributes:
         parameters: Number of all its parameters.
-        linears: Name -> shape of its linears.
+        linears: Full name -> shape of its linears.
+        attention: Names of those in the attention block.
     """
 
     parameters: int
     linears: Mapping[str, LinearShape]
+    attention: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[tuple[LinearShape, ...], ...]:
+        """Shapes of the linears of the MLP and of the attention block."""
+        in_mlp = [name for name in self.linears if name not in self.attention]
+        groups = (in_mlp, self.attention)
+        return tuple(tuple(self.linears[name] for name in group) for group in groups)
 
 
 @dataclass(frozen=True, kw_only=True)
