@@ -213,23 +213,23 @@ def _compensate(case: Case, loaded: LoadedModel, peaks: _Peaks) -> None:
     trainable = TrainableParameters(
         "lora", LoraSettings(rank=case.rank), gradient_checkpointing=case.checkpointing
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        **_placement(case),
-        max_epochs=1,
-        limit_val_batches=0,
-        callbacks=[trainable],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        inference_mode=False,
-        use_distributed_sampler=False,
-    )
     data = TextData(text, loaded.tokenizer, training, seed=0)
     assert len(data.samples.train) > 0  # the text is read here
     peaks.note_now("loaded")
     with peaks.noted("training"), expected_warnings():
+        trainer = L.Trainer(
+            accelerator="cpu",
+            **_placement(case),
+            max_epochs=1,
+            limit_val_batches=0,
+            callbacks=[trainable],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            inference_mode=False,
+            use_distributed_sampler=False,
+        )
         trainer.fit(module, datamodule=data)
 
 

@@ -504,7 +504,8 @@ def compensation_activations(
     dropout, ``4 M`` (``2 M`` under bf16-mixed), the mask of dropout, ``M`` on a GPU and ``4 M`` on
     a CPU, and its inner values, as many as its rank. Without dropout, and of trained factors, it
     keeps the input. With checkpointing only the input of every layer is kept, ``e D``, and one
-    layer is computed again.
+    layer is computed again. Under bf16-mixed a copy of what is trained stays for the whole step,
+    ``2 t``.
 
     Args:
         model: The compressed model.
@@ -525,10 +526,11 @@ def compensation_activations(
     if adapters.has_dropout and adapters.rank is not None:
         backward += run.num_tokens * 2 * model.inner * FLOAT32
     head = head_bytes(model, run, num_logits)
+    copies = HALF * trained_parameters(model, adapters) if run.is_mixed else 0
     if not is_checkpointed:
-        return sum(layers) + max(head, backward)
+        return copies + sum(layers) + max(head, backward)
     inputs = len(layers) * run.num_tokens * model.hidden * model.element_size
-    return inputs + max(head, max(layers) + backward)
+    return copies + inputs + max(head, max(layers, default=0) + backward)
 
 
 def compensation_memory(

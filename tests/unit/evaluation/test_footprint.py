@@ -193,19 +193,27 @@ def test_a_frozen_layer_keeps_what_is_modelled(family: str, dtype: torch.dtype) 
     assert modelled == pytest.approx(bytes_kept(kept), rel=0.1)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_adapters_keep_what_is_modelled(dropout: float) -> None:
+@pytest.mark.parametrize(
+    ("dropout", "is_mixed", "least"),
+    # Without dropout, linears that read the same input share it.
+    [(0.1, False, 0.95), (0.1, True, 0.9), (0.0, False, 0.6)],
+)
+def test_adapters_keep_what_is_modelled(dropout: float, is_mixed: bool, least: float) -> None:
     view = DecoderView(tiny_model())
     make_trainable(view, "lora", LoraSettings(rank=4, dropout=dropout))
     view.model.train()
-    with kept_by_autograd(view.model) as kept:
-        view.model.base_model(inputs_embeds=hidden_states(view.model), use_cache=False)
-    adapters = Adapters(rank=4, has_dropout=dropout > 0)
+    states = hidden_states(view.model)
+    with (
+        kept_by_autograd(view.model) as kept,
+        torch.autocast("cpu", torch.bfloat16, enabled=is_mixed),
+    ):
+        view.model.base_model(inputs_embeds=states, use_cache=False)
+    adapters, run = Adapters(rank=4, has_dropout=dropout > 0), replace(RUN, is_mixed=is_mixed)
     found = shape()
-    modelled = compensation_activations(found, RUN, adapters, is_checkpointed=False)
-    rest = compensation_activations(replace(found, layers=()), RUN, adapters, is_checkpointed=False)
-    # Without dropout, linears that read the same input share it.
-    least = 0.6 if dropout == 0 else 0.95
+    modelled, rest = (
+        compensation_activations(part, run, adapters, is_checkpointed=False)
+        for part in (found, replace(found, layers=()))
+    )
     assert least * (modelled - rest) < bytes_kept(kept) < 1.05 * (modelled - rest)
 
 
