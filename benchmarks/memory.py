@@ -144,7 +144,7 @@ def _table(
         libraries = record["bytes"]["loaded"] - predicted["loaded"]
         for part in parts:
             measured = record["bytes"][part] - libraries
-            difference = predicted[part] / measured - 1
+            difference = round(predicted[part] / measured - 1, 2) + 0.0  # no "-0%"
             row += [f"{measured / _MEGA:.0f}", f"{predicted[part] / _MEGA:.0f}"]
             row.append(f"{difference:+.0%}")
         rows.append(row)

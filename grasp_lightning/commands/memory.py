@@ -190,22 +190,22 @@ def compensation_plan(
     teacher_is_here = is_distilled and compensate.distillation.device == "auto"
     trainer = compensate.trainer if _is_set(compensate.trainer) else config.trainer
     processes = _num_processes(trainer)
+    teacher = dense.weights if teacher_is_here else 0
     rows = {}
     for strategy in _COMPENSATION_STRATEGIES:
-        memory, host = compensation_memory(
-            compressed,
-            strategy,
-            processes,
-            trained=trained,
-            is_new=adapters.rank is not None,
-            activations=full,
-            teacher=dense.weights if teacher_is_here else 0,
+        (memory, host), (less, _) = (
+            compensation_memory(
+                compressed,
+                strategy,
+                processes,
+                trained=trained,
+                is_new=adapters.rank is not None,
+                activations=activations,
+                teacher=teacher,
+            )
+            for activations in (full, checkpointed)
         )
-        rows[strategy] = CompensationRow(
-            memory=memory,
-            total_checkpointed=memory.total - full + checkpointed,
-            host=host,
-        )
+        rows[strategy] = CompensationRow(memory=memory, total_checkpointed=less.total, host=host)
     return CompensationPlan(
         source=config.compensate if isinstance(config, PlanConfig) else None,
         train=compensate.train,

@@ -22,6 +22,8 @@ FLOAT64 = 8
 HALF = 2
 # What the loss makes of a few rows of logits at a time: as they are, in float32, as probabilities.
 LOSS_PARTS = 3 * FLOAT32 * 2**20
+# When DDP starts, it sends the weights in copies of 250 MiB, two of them at a time.
+DDP_COPIES = 2 * 250 * 2**20
 # Of one parameter, in float32: Adam's two moments; stages 1 and 2 of DeepSpeed copy it as well.
 ADAM = 2 * FLOAT32
 ADAM_AND_COPY = 3 * FLOAT32
@@ -258,7 +260,8 @@ class CompensationMemory(NamedTuple):
         weights: The model with what is trained, or this process's part of it.
         gradients: Gradients, and DDP's buckets for them.
         optimizer: States of AdamW.
-        activations: What a forward and a backward pass add.
+        activations: What a forward and a backward pass add, or, if that is more, what the start of
+            ddp does.
     """
 
     weights: int
@@ -545,7 +548,8 @@ def compensation_memory(
 ) -> tuple[CompensationMemory, int]:
     """Return what one process of a compensation needs on its device, and on its host.
 
-    - auto and ddp: all of it in every process; ddp has buckets as large as the gradients.
+    - auto and ddp: all of it in every process; ddp has buckets as large as the gradients, and
+      copies a part of the weights when it starts, before there is anything else.
     - fsdp and stage 3: every process holds its part of everything, and one whole decoder layer at a
       time.
     - stages 1 and 2: optimizer states in parts, in stage 2 gradients, too; DeepSpeed's optimizer
@@ -572,11 +576,12 @@ def compensation_memory(
     gradients, parts = FLOAT32 * trained, max(num_processes, 1)
     is_split = strategy == "fsdp" or "stage_3" in strategy
     weights = _part(whole, parts, model.largest_layer) if is_split else whole
+    optimizer = _optimizer_bytes(strategy, trained, parts)
     if strategy == "ddp" and parts > 1:
         gradients *= 2
+        activations = max(activations, min(whole, DDP_COPIES) - gradients - optimizer)
     elif is_split or "stage_2" in strategy:
         gradients = _ceil(gradients, parts)
-    optimizer = _optimizer_bytes(strategy, trained, parts)
     host = 0
     if strategy.endswith("offload"):
         host = _ceil((ADAM_AND_COPY + FLOAT32) * trained, parts)

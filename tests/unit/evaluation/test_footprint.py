@@ -273,10 +273,11 @@ def test_fsdp_divides_weights_and_nothing_else_of_a_calibration() -> None:
 
 
 def memory_under(strategy: Strategy) -> tuple[int, int, int, int]:
+    many = 10**6  # more than what ddp copies when it starts
     memory, host = compensation_memory(
-        shape(), strategy, 4, trained=1000, is_new=True, activations=5
+        shape(), strategy, 4, trained=1000, is_new=True, activations=many
     )
-    assert memory.activations == 5
+    assert memory.activations == many
     return memory.weights, memory.gradients, memory.optimizer, host
 
 
@@ -291,3 +292,10 @@ def test_strategies_divide_what_they_say() -> None:
     assert memory_under("deepspeed_stage_3") == (part + layer, 1000, 2000, 0)
     assert memory_under("deepspeed_stage_2_offload") == (whole, 1000, 0, 4000)
     assert memory_under("deepspeed_stage_3_offload") == (layer, 1000, 0, 4000 + part)
+
+
+def test_ddp_copies_weights_when_it_starts() -> None:
+    memory, _ = compensation_memory(shape(), "ddp", 2, trained=10, is_new=True, activations=5)
+    assert memory.total == 2 * memory.weights  # they fit into one of its copies
+    alone, _ = compensation_memory(shape(), "ddp", 1, trained=10, is_new=True, activations=5)
+    assert alone == (memory.weights, 40, 80, 5)
