@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
 
 from grasp_lightning.commands.model_shape import model_shape, shape_after
 from grasp_lightning.config import LoraSettings, Reduction, Strategy, Terms, TrainMode
@@ -54,9 +55,9 @@ def shape(family: str = "llama") -> ModelShape:
 
 def compressed_view() -> DecoderView:
     view = DecoderView(tiny_model())
-    tensors = {}
+    tensors, weights = {}, linears_of(view, 1)
     for operation in OPERATIONS:
-        basis = factorize(view.model.get_submodule(operation.module).weight)
+        basis = factorize(weights[operation.module])
         factors = balanced_factors(basis, range(operation.rank))
         tensors[f"{operation.module}.left"] = factors.left
         tensors[f"{operation.module}.right"] = factors.right
@@ -88,10 +89,11 @@ def bytes_kept(kept: dict[int, Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def hidden_states(model: nn.Module) -> Tensor:
+def hidden_states(model: PreTrainedModel) -> Tensor:
     """Return what autograd can start from, below all layers."""
     ids = torch.arange(RUN.num_tokens).view(RUN.batch_size, RUN.seqlen)
-    return model.get_input_embeddings()(ids).detach().requires_grad_(True)  # type: ignore[operator]
+    states: Tensor = model.get_input_embeddings()(ids)
+    return states.detach().requires_grad_(True)
 
 
 @pytest.mark.parametrize("family", TINY_CONFIGS)
@@ -184,7 +186,9 @@ def test_trained_parameters_and_their_states_are_counted_to_the_byte(
     [("llama", torch.float32), ("llama", torch.bfloat16), ("opt", torch.float32)],
 )
 def test_a_frozen_layer_keeps_what_is_modelled(family: str, dtype: torch.dtype) -> None:
-    model = tiny_model(family).to(dtype).requires_grad_(False)
+    model = tiny_model(family)
+    nn.Module.to(model, dtype)  # transformers wraps its own with a narrow type
+    model.requires_grad_(False)
     view = DecoderView(model)
     with kept_by_autograd(model) as kept:
         model.base_model(inputs_embeds=hidden_states(model), use_cache=False)
