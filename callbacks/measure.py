@@ -31,6 +31,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
 from grasp_lightning.stats.base import MergedMoments, Moments, Statistics, Step
 from grasp_lightning.stats.moments import layer_groups
+from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
 from grasp_lightning.training.hidden_cache import HiddenCache
 from grasp_lightning.training.strategies import CalibrationDDP, CalibrationFSDP
@@ -102,7 +103,8 @@ class TrainerMeasure:
 
     def _moments(self, view: DecoderView, step: Step) -> Mapping[str, Moments]:
         """Measure moments, in as many passes as their memory asks for."""
-        groups = layer_groups(view, step.needs, self._max_bytes)
+        sources = shared_inputs(view, step.needs.moments)
+        groups = layer_groups(view, step.needs, self._max_bytes, sources)
         found: list[Mapping[str, Moments]] = []
         for number, group in enumerate(groups, start=1):
             part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""

@@ -18,6 +18,7 @@ from grasp_lightning.config import (
     CompressConfig,
     EvaluateConfig,
     ExportConfig,
+    PlanConfig,
 )
 from grasp_lightning.errors import GraspError, Interrupted
 
@@ -83,7 +84,7 @@ def _plan(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
     from grasp_lightning.commands.plan import run_plan  # noqa: PLC0415
 
-    print("\n".join(run_plan(parse(CompressConfig, prog, argv)).lines))
+    print("\n".join(run_plan(parse(PlanConfig, prog, argv)).lines))
 
 
 def _export(prog: str, argv: Sequence[str]) -> None:
@@ -121,7 +122,9 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         "compensate": Command(
             "train a compressed model for a while, merge, save and report", _compensate, _GOES_ON
         ),
-        "plan": Command("what would be removed, from the model's config alone", _plan),
+        "plan": Command(
+            "what would be removed, and memory per process, from the model's config alone", _plan
+        ),
         "evaluate": Command(
             "perplexity, tasks and cost of models, side by side",
             _evaluate,

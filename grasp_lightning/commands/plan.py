@@ -1,10 +1,16 @@
-"""``plan``: what a configuration would remove, from the model's shapes alone."""
+"""``plan``: what a configuration would remove, and the memory it takes, from shapes alone."""
 
 from dataclasses import dataclass, replace
 
-from grasp_lightning.config import CompressConfig, MethodConfig
+from grasp_lightning.commands.memory import (
+    calibration_plan,
+    compensation_plan,
+    compensation_settings,
+)
+from grasp_lightning.commands.model_shape import model_shape, shape_after
+from grasp_lightning.config import MethodConfig, PlanConfig
 from grasp_lightning.errors import ModelError
-from grasp_lightning.linalg.ranks import factor_parameters
+from grasp_lightning.linalg.ranks import factor_parameters, ranks_for_budget
 from grasp_lightning.methods import (
     configured_layers,
     configured_rank_rule,
@@ -14,11 +20,15 @@ from grasp_lightning.methods import (
 from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.global_ranks import GlobalRanks
 from grasp_lightning.methods.layer_choice import LayerChoice
+from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import load_meta_model
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation, Plan
+from grasp_lightning.reporting.memory import CalibrationPlan, CompensationPlan, memory_lines
+from grasp_lightning.stats.base import Needs
+from grasp_lightning.stats.moments import layer_groups, moment_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +42,8 @@ class Prediction:
         num_layers: Number of layers that are replaced or deleted.
         ranks: Rank by linear, inside one of the layers; empty if layers are deleted.
         factors: Parameters of the factors alone.
+        layers: The layers that were assumed for ``most``.
+        operations: What is done to them.
         is_budget: Ranks follow from the data, under one budget for all linears of the layers.
     """
 
@@ -41,6 +53,8 @@ class Prediction:
     num_layers: int
     ranks: dict[str, int]
     factors: int
+    layers: tuple[int, ...]
+    operations: tuple[Operation, ...]
     is_budget: bool = False
 
     @property
@@ -86,7 +100,7 @@ def predict(view: DecoderView, method: MethodConfig) -> Prediction:
     if isinstance(rule, GlobalRanks):
         return _predict_budget(view, rule, choice)
     by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))
-    sizes, ranks, factors = [], {}, 0
+    sizes, ranks, factors, planned = [], {}, 0, []
     for layers in (by_size[: choice.count], by_size[-choice.count :]):
         operations: tuple[Operation, ...] = (DropLayers(layers=tuple(sorted(layers))),)
         if rule is not None:
@@ -98,6 +112,7 @@ def predict(view: DecoderView, method: MethodConfig) -> Prediction:
                 for name, rank in ranks.items()
             )
         sizes.append(parameters_after(view, operations))
+        planned.append(operations)
     prefix = f"{view.layers_name}.{by_size[-1]}."
     return Prediction(
         dense=dense,
@@ -106,39 +121,102 @@ def predict(view: DecoderView, method: MethodConfig) -> Prediction:
         num_layers=choice.count,
         ranks={n.removeprefix(prefix): r for n, r in ranks.items() if n.startswith(prefix)},
         factors=factors,
+        layers=tuple(sorted(by_size[: choice.count])),
+        operations=planned[0],
     )
 
 
 def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -> Prediction:
-    """Return the size that a budget leaves; which layers and ranks, the data decides."""
-    dense, sizes, factors = count_parameters(view.model), [], []
+    """Return the size that a budget leaves; which layers and ranks, the data decides.
+
+    As operations it has the ranks of one keep ratio for all, which take about as much memory.
+    """
+    dense, sizes, factors, planned = count_parameters(view.model), [], [], []
     by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))
     for layers in (by_size[: choice.count], by_size[-choice.count :]):
         shapes = weight_shapes(view, Plan(method="plan"), tuple(layers))
-        factors.append(rule.budget(shapes))
-        sizes.append(dense - sum(n * m for n, m in shapes.values()) + factors[-1])
+        kept = rule.budget(shapes)
+        ranks = ranks_for_budget(tuple(shapes.values()), kept)
+        operations: tuple[Operation, ...] = tuple(
+            FactorizeLinear(module=name, rank=rank, components=None)
+            for name, rank in zip(shapes, ranks, strict=True)
+        )
+        factors.append(kept)
+        sizes.append(dense - sum(n * m for n, m in shapes.values()) + kept)
+        planned.append((sizes[-1], tuple(sorted(layers)), operations))
+    most, layers_of_most, operations_of_most = max(planned, key=lambda entry: entry[0])
     return Prediction(
         dense=dense,
-        most=max(sizes),
+        most=most,
         least=min(sizes),
         num_layers=choice.count,
         ranks={},
         factors=max(factors),
+        layers=layers_of_most,
+        operations=operations_of_most,
         is_budget=True,
     )
 
 
-def run_plan(config: CompressConfig) -> Prediction:
-    """Return what a configuration would remove; reads no weights.
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What ``plan`` tells.
+
+    Attributes:
+        prediction: Sizes before and after.
+        calibration: Memory of a calibration.
+        compensation: Memory of a compensation after it.
+    """
+
+    prediction: Prediction
+    calibration: CalibrationPlan
+    compensation: CompensationPlan
+
+    @property
+    def lines(self) -> list[str]:
+        """All of it as text; the first line begins with the removed share in percent."""
+        memory = memory_lines(self.calibration, self.compensation)
+        return [*self.prediction.lines, "", *memory]
+
+
+def run_plan(config: PlanConfig) -> Planned:
+    """Return what a configuration would remove and the memory it takes; reads no weights.
 
     Args:
-        config: The same configuration that ``compress`` takes.
+        config: The same configuration that ``compress`` takes, and the name of one that
+            ``compensate`` takes.
 
     Returns:
-        The prediction.
+        Sizes and memory.
     """
     config = replace(config, method=resolve_method(config.method))
-    return predict(DecoderView(load_meta_model(config.model)), config.method)
+    compensate = compensation_settings(config)
+    view = DecoderView(load_meta_model(config.model))
+    prediction = predict(view, config.method)
+    dense = model_shape(view)
+    compressed = shape_after(dense, prediction.operations, prediction.most)
+    return Planned(
+        prediction=prediction,
+        calibration=calibration_plan(
+            config, dense, compressed, prediction.layers, _moment_bytes(view, config, prediction)
+        ),
+        compensation=compensation_plan(config, compensate, dense, compressed),
+    )
+
+
+def _moment_bytes(view: DecoderView, config: PlanConfig, prediction: Prediction) -> int:
+    """Return what the sums of the largest pass of a curvature measurement take at most.
+
+    Linears that read the same input share its Gram matrix, which shapes alone do not tell.
+    """
+    if config.method.weighting is None:
+        return 0
+    kinds = Metric(weighting=config.method.weighting).moment_kinds
+    shapes = weight_shapes(view, Plan(method="plan"), prediction.layers)
+    sources = {name: name for name in shapes}
+    needs = Needs(moments=tuple(shapes), moment_kinds=kinds)
+    groups = layer_groups(view, needs, config.statistics.max_memory * 1e9, sources)
+    return max(moment_bytes({n: shapes[n] for n in group}, kinds, sources) for group in groups)
 
 
 def _size(view: DecoderView, index: int) -> int:

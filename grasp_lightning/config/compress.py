@@ -86,7 +86,7 @@ class StatisticsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig:
-    """Everything that ``compress`` and ``plan`` read.
+    """Everything that ``compress`` reads, and ``plan`` with it.
 
     Attributes:
         output_dir: Run folder that is written; ``plan`` needs none.
@@ -112,6 +112,17 @@ class CompressConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(CompressConfig):
+    """Everything that ``plan`` reads: what ``compress`` does, and a compensation after it.
+
+    Attributes:
+        compensate: YAML file of ``compensate``, whose memory is told; None takes the defaults.
+    """
+
+    compensate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.linalg.triangles import pack_triangle, unpack_triangle
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.stats.base import MomentKind, Moments, Needs
-from grasp_lightning.stats.observer import shared_inputs
 
 _GRAMS: frozenset[MomentKind] = frozenset({"input_gram", "gradient_gram"})
 _OF_INPUTS: frozenset[MomentKind] = frozenset({"input_gram", "input_scale"})
@@ -185,18 +184,20 @@ def moment_bytes(
     return MomentSums(shapes, kinds, sources, torch.device("meta")).num_bytes
 
 
-def layer_groups(view: DecoderView, needs: Needs, max_bytes: float) -> list[tuple[str, ...]]:
+def layer_groups(
+    view: DecoderView, needs: Needs, max_bytes: float, sources: Mapping[str, str]
+) -> list[tuple[str, ...]]:
     """Return the linears of a step in groups of whole layers whose sums fit into memory.
 
     Args:
         view: The model.
         needs: What is measured.
         max_bytes: Memory that the sums of a group may take; one layer may take more.
+        sources: Module -> the module whose input stands for its own.
 
     Returns:
         Modules of each group, in model order.
     """
-    sources = shared_inputs(view, needs.moments)
     linears = {n: m for i in view.layer_indices for n, m in view.linears(i).items()}
     groups: list[tuple[str, ...]] = []
     total = 0

@@ -161,5 +161,5 @@ def shared_inputs(view: DecoderView, modules: tuple[str, ...]) -> dict[str, str]
             handle = view.module(name).register_forward_pre_hook(note(name))
             stack.callback(handle.remove)
         ids = torch.zeros((1, 2), dtype=torch.int64, device=view.model.device)
-        view.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        view.model.base_model(input_ids=ids, use_cache=False)
     return sources

@@ -172,6 +172,31 @@ def test_the_scaling_program_measures_what_is_missing(tiny_folder: Path, tmp_pat
     assert "| 16 | 16 | 1 | 1 | 1.0 | 2.0 | 0.5 | 3.5 |" in done.stdout
 
 
+def test_the_memory_program_measures_what_is_missing(tiny_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "memory.jsonl"
+    settings = ("--model", tiny_folder, "--shrink", 8, "--output", output)
+    shapes = [(1, 16, 1), (1, 64, 1), (4, 16, 1), (2, 32, 1), (2, 32, 4), (4, 32, 4)]
+    keys = ("batch_size", "seqlen", "num_layers", "rank", "checkpointing", "num_processes")
+    known = [("calibration", *case, 0, False, 1) for case in shapes]
+    known.append(("calibration", 1, 32, 1, 0, False, 2))
+    for checkpointing in (False, True):
+        for seqlen, rank, processes in ((16, 32, 1), (32, 256, 1), (16, 32, 2)):
+            known.append(("compensation", 2, seqlen, 0, rank, checkpointing, processes))
+    parts = dict.fromkeys(("libraries", "loaded", "factorize", "attribution", "training"), 10**9)
+    records = [{**dict(zip(("stage", *keys), case, strict=True)), "bytes": parts} for case in known]
+    left = {0, len(known) - 1}  # a calibration, and a compensation of two processes
+    lines = [json.dumps(record) for i, record in enumerate(records) if i not in left]
+    output.write_text("".join(f"{line}\n" for line in lines))
+    done = run("memory.py", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    added = [json.loads(line) for line in output.read_text().splitlines()[len(lines) :]]
+    assert [{**record, "bytes": parts} for record in added] == [records[i] for i in sorted(left)]
+    for record, part in zip(added, ("attribution", "training"), strict=True):
+        assert record["bytes"][part] >= record["bytes"]["loaded"] > record["bytes"]["libraries"]
+    assert "| processes | batch_size | seqlen | num_layers | factorize: measured |" in done.stdout
+    assert done.stdout.count("\n| 2 |") == 3
+
+
 def test_missing_data_is_one_line(tmp_path: Path) -> None:
     done = run("perplexity_table.py", "--data", tmp_path, "--output", "x.json", cwd=tmp_path)
     assert done.returncode == 2

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -544,6 +545,90 @@ def test_plan_solves_a_share_of_llama_2_7b(
     keys = ["--method.num_layers=8", "--method.removed_ratio=0.216"]
     assert main(["plan", f"--model.path={tmp_path}", *keys]) == 0
     assert capsys.readouterr().out.splitlines()[0].startswith("21.6% of 6,738,415,616")
+
+
+def memory_rows(lines: list[str]) -> dict[str, list[float]]:
+    """Return the numbers of every strategy; names may hold spaces, numbers stand at the end."""
+    rows = {}
+    for line in lines:
+        cells = re.split(r"  +", line.strip())
+        if line.startswith("  ") and re.fullmatch(r"\d+\.\d\d", cells[-1]):
+            rows[cells[0]] = [float(cell) for cell in cells[1:]]
+    return rows
+
+
+def test_plan_tells_the_memory_of_llama_2_7b(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    argv = [f"--model.path={tmp_path}", "--method.num_layers=8", "--trainer.devices=4"]
+    assert main(["plan", *argv]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("21.6%")
+    assert "Memory per process, in GB" in "\n".join(lines)
+    rows = memory_rows(lines)
+    assert list(rows) == [
+        *("auto", "ddp, 4 processes", "fsdp, 4 processes", "ddp", "fsdp"),
+        *("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"),
+        *("deepspeed_stage_2_offload", "deepspeed_stage_3_offload"),
+    ]
+    # U, s and V of q, k, v, o (4096 x 4096) and gate, up, down (4096 x 11008), float32.
+    square, wide = 4096 * 8193, 4096 * (4096 + 1 + 11008)
+    assert rows["auto"][:2] == [13.48, round(8 * 4 * (4 * square + 3 * wide) / 1e9, 2)]
+    assert rows["fsdp, 4 processes"][0] == round((13.4768 / 4) + 32000 * 4096 * 2 / 1e9, 2)
+    assert all(abs(sum(row[:-1]) - row[-1]) < 0.03 for row in list(rows.values())[:3])
+
+
+def test_plan_tells_the_memory_of_a_compensation_file(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "compensate.yaml"
+    file.write_text(
+        "train: factors\nobjective: text\ntext: {seqlen: 16}\ntraining: {micro_batch_size: 3}\n"
+    )
+    assert main(["plan", *settings, f"--compensate={file}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"compensation by {file}, 8 processes, 3 x 16 tokens at a time," in lines
+    (trained,) = [line for line in lines if line.startswith("train: factors, ")]
+    assert main(["compress", *settings]) == 0
+    factors = load_file(tmp_path / "run" / "factors.safetensors")
+    expected = sum(factor.numel() for factor in factors.values())
+    assert trained == f"train: factors, {expected:,} parameters trained"
+
+
+def test_plan_tells_the_cache_of_a_schedule_and_that_deletion_has_no_statistics(
+    settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = [*settings, "--calibration.num_samples=2000"]
+    assert main(["plan", *many, "--method.schedule=iterative"]) == 0
+    auto = memory_rows(capsys.readouterr().out.splitlines())["auto"]
+    assert auto[4] == round(2 * 2000 * 48 * 32 * 4 / 1e6, 2)
+    assert main(["plan", *settings, "--method.keep_ratio=0"]) == 0
+    printed = capsys.readouterr().out
+    assert "no backward pass" in printed
+    assert memory_rows(printed.splitlines())["auto"][1:3] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "--compensate {file}: no such file"),
+        ("lora: {rank: 0}", "lora.rank must be at least 1, got 0"),
+        ("lora: {size: 3}", "{file}: unknown key lora.size"),
+    ],
+)
+def test_a_wrong_compensation_file_is_one_line(
+    content: str | None,
+    message: str,
+    settings: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "compensate.yaml"
+    if content is not None:
+        file.write_text(content)
+    assert main(["plan", *settings, f"--compensate={file}"]) == 2
+    assert message.format(file=file) in capsys.readouterr().err
 
 
 def test_the_resolved_configuration_is_written(settings: list[str], tmp_path: Path) -> None:

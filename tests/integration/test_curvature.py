@@ -93,6 +93,16 @@ def test_input_moments_serve_another_method(cut: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "other", "plan.json")["options"]["weighting"] == "input_gram"
 
 
+@pytest.mark.parametrize("words", [plus(0.2), ["--method.name=low_rank", "--method.preset=asvd"]])
+def test_plan_tells_size_and_memory(
+    words: list[str], settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *settings, *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("20.0% of ")
+    assert any(line.strip().startswith("auto ") for line in lines)
+
+
 def test_what_was_not_measured_is_refused(
     cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from grasp_lightning.config import (
     CompressConfig,
     EvaluateConfig,
     ExportConfig,
+    PlanConfig,
 )
 from tests.conftest import tiny_model
 
@@ -27,7 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS: dict[str, type] = {
     "compress": CompressConfig,
     "compensate": CompensateConfig,
-    "plan": CompressConfig,
+    "plan": PlanConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "benchmark": BenchmarkConfig,

@@ -160,14 +160,14 @@ def test_groups_hold_whole_layers_within_the_memory() -> None:
     needs = Needs(moments=modules, moment_kinds=KINDS)
     sources = shared_inputs(view, modules)
     layer = moment_bytes(shapes_of(view, (0,)), KINDS, sources)
-    assert layer_groups(view, needs, math.inf) == [modules]
+    assert layer_groups(view, needs, math.inf, sources) == [modules]
     for limit, sizes in (
         (0, [7] * 4),
         (layer, [7] * 4),
         (2.5 * layer, [14, 14]),
         (3 * layer, [21, 7]),
     ):
-        groups = layer_groups(view, needs, limit)
+        groups = layer_groups(view, needs, limit, sources)
         assert [len(group) for group in groups] == sizes
         assert tuple(name for group in groups for name in group) == modules
 

@@ -1,0 +1,290 @@
+"""What one measuring process does: calibrate or compensate, and note the peak of each part."""
+
+import gc
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal
+
+import lightning as L
+import torch
+import transformers
+from lightning.pytorch.strategies import DDPStrategy
+
+from callbacks.expected_warnings import expected_warnings
+from callbacks.measure import TrainerMeasure, placement
+from callbacks.trainable import TrainableParameters
+from grasp_lightning import processes
+from grasp_lightning.commands.model_shape import model_shape
+from grasp_lightning.config import (
+    CalibrationConfig,
+    LoraSettings,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TextConfig,
+    TrainerConfig,
+    TrainingConfig,
+)
+from grasp_lightning.data.datamodules import CalibrationData, TextData
+from grasp_lightning.evaluation.footprint import (
+    Adapters,
+    ModelShape,
+    Pass,
+    Scored,
+    calibration_activations,
+    calibration_memory,
+    compensation_activations,
+    compensation_memory,
+    decomposition_bytes,
+    trained_parameters,
+)
+from grasp_lightning.evaluation.memory import forget_peak, peak_bytes
+from grasp_lightning.methods import build_method, resolve_method
+from grasp_lightning.methods.base import CompressionMethod
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.loading import LoadedModel, load_meta_model, load_model
+from grasp_lightning.models.surgery import apply_operations
+from grasp_lightning.plan import Plan
+from grasp_lightning.training.compensation import CompensationModule
+
+_CPU: Final = torch.device("cpu")
+_NUM_STEPS: Final = 2  # the second one finds the optimizer's states in place
+_NUM_PARTS: Final = 2  # micro-batches per step: the second one finds gradients in place
+
+Stage = Literal["calibration", "compensation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        stage: What runs.
+        batch_size: Windows per forward pass.
+        seqlen: Tokens per window.
+        num_layers: Calibration: number of layers that are replaced, the topmost ones.
+        rank: Compensation: rank of the adapters.
+        checkpointing: Compensation: compute activations again in the backward pass.
+        num_processes: Number of processes, each with the whole model (ddp).
+    """
+
+    stage: Stage
+    batch_size: int
+    seqlen: int
+    num_layers: int = 0
+    rank: int = 0
+    checkpointing: bool = False
+    num_processes: int = 1
+
+
+def measure(case: Case, model: str) -> dict[str, int]:
+    """Run one case in this process, which should be a fresh one.
+
+    Args:
+        case: What to run.
+        model: Hugging Face folder.
+
+    Returns:
+        Resident bytes: ``libraries`` (before the model is loaded), ``loaded`` (with model,
+        tokenizer and text), and the peak of every part.
+    """
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(f"{library}.utilities.rank_zero").setLevel(logging.WARNING)
+    _touch_libraries()
+    peaks = _Peaks()
+    peaks.note_now("libraries")
+    loaded = load_model(ModelConfig(path=model, dtype="float32", device="cpu"))
+    _make_resident(loaded)
+    if case.stage == "calibration":
+        _calibrate(case, loaded, peaks)
+    else:
+        _compensate(case, loaded, peaks)
+    return peaks.bytes
+
+
+def measure_in_group(case: Case, model: str, rank: int, port: int) -> dict[str, int]:
+    """Do what ``measure`` does, as one of the case's processes.
+
+    Args:
+        case: What to run.
+        model: Hugging Face folder.
+        rank: Number of this process.
+        port: A free port.
+
+    Returns:
+        As ``measure``.
+    """
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(case.num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    processes.join(_CPU)
+    try:
+        return measure(case, model)
+    finally:
+        processes.leave()
+
+
+class _Peaks:
+    """Resident bytes of this process, by name."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = {}
+
+    def note_now(self, name: str) -> None:
+        """Note what is resident now."""
+        gc.collect()
+        forget_peak(_CPU)
+        self.bytes[name] = peak_bytes(_CPU)
+
+    @contextmanager
+    def noted(self, name: str) -> Iterator[None]:
+        """Note the peak of a ``with`` block; of several, the highest."""
+        forget_peak(_CPU)
+        yield
+        self.bytes[name] = max(self.bytes.get(name, 0), peak_bytes(_CPU))
+
+
+def _touch_libraries() -> None:
+    """Bring lazily loaded code into memory."""
+    torch.linalg.svd(torch.eye(2))
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    weight.sum().backward()  # type: ignore[no-untyped-call]  # untyped in torch
+    torch.optim.AdamW([weight]).step()
+
+
+def _make_resident(loaded: LoadedModel) -> None:
+    """Read every weight: they come from a mapped file."""
+    for parameter in loaded.model.parameters():
+        parameter.detach().sum()
+
+
+def _calibrate(case: Case, loaded: LoadedModel, peaks: _Peaks) -> None:
+    num_samples = case.batch_size * case.num_processes
+    config = CalibrationConfig(
+        source="pydoc", num_samples=num_samples, seqlen=case.seqlen, batch_size=case.batch_size
+    )
+    view = DecoderView(loaded.model)
+    data = CalibrationData(config, loaded.tokenizer, seed=0)
+    layers = view.layer_indices[-case.num_layers :]
+    method = build_method(
+        resolve_method(MethodConfig(preset="paper", layers=layers, keep_ratio=0.1)), view
+    )
+    trainer = TrainerConfig(devices=case.num_processes)
+    measure_step = TrainerMeasure(data, trainer, progress=False)
+    assert len(data.windows) == num_samples  # the text is read here
+    peaks.note_now("loaded")
+    _run_steps(view, method, measure_step, peaks)
+
+
+def _run_steps(
+    view: DecoderView, method: CompressionMethod, measure_step: TrainerMeasure, peaks: _Peaks
+) -> None:
+    """Do what ``pipeline.compress`` does, and note the peak of each part."""
+    plan = Plan(method=method.name, options=method.options)
+    for _ in ("select", "attribution"):
+        with peaks.noted("factorize"):
+            step = method.next_step(view, plan)
+        assert step is not None  # one_shot takes these two
+        with peaks.noted("attribution"):
+            stats = measure_step(view, step)
+        with peaks.noted("replace"):
+            decision = method.decide(step, view, stats)
+            apply_operations(view, decision.operations, decision.tensors)
+        plan = plan.extended(decision.operations)
+
+
+def _compensate(case: Case, loaded: LoadedModel, peaks: _Peaks) -> None:
+    rows = case.batch_size * case.num_processes * _NUM_PARTS
+    training = TrainingConfig(
+        batch_size=rows, micro_batch_size=case.batch_size, max_steps=_NUM_STEPS
+    )
+    text = TextConfig(
+        source="pydoc", num_samples=_NUM_STEPS * rows, num_validation=0, seqlen=case.seqlen
+    )
+    module = CompensationModule(loaded.model, OptimizerConfig(warmup_steps=1))
+    trainable = TrainableParameters(
+        "lora", LoraSettings(rank=case.rank), gradient_checkpointing=case.checkpointing
+    )
+    data = TextData(text, loaded.tokenizer, training, seed=0)
+    assert len(data.samples.train) > 0  # the text is read here
+    peaks.note_now("loaded")
+    with peaks.noted("training"), expected_warnings():
+        trainer = L.Trainer(
+            accelerator="cpu",
+            **_placement(case),
+            max_epochs=1,
+            limit_val_batches=0,
+            callbacks=[trainable],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            inference_mode=False,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(module, datamodule=data)
+
+
+def predict(records: Sequence[Mapping[str, Any]], model: str) -> list[dict[str, int]]:
+    """Return what the model of ``plan`` says of some cases.
+
+    Args:
+        records: Cases, as mappings.
+        model: Hugging Face folder.
+
+    Returns:
+        Bytes of weights (``loaded``) and of every part, beside what libraries take.
+    """
+    view = DecoderView(load_meta_model(ModelConfig(path=model, dtype="float32")))
+    shape = model_shape(view)
+    keys = [field.name for field in fields(Case)]
+    cases = [Case(**{key: record[key] for key in keys}) for record in records]
+    return [
+        _predict_calibration(case, shape)
+        if case.stage == "calibration"
+        else _predict_compensation(case, shape)
+        for case in cases
+    ]
+
+
+def _predict_calibration(case: Case, shape: ModelShape) -> dict[str, int]:
+    layers = tuple(range(len(shape.layers)))[-case.num_layers :]
+    linears = tuple(x for index in layers for x in shape.layers[index].linears.values())
+    scored = Scored(linears=linears, lowest=min(layers), num_layers=len(layers))
+    run = Pass(batch_size=case.batch_size, seqlen=case.seqlen, on_cpu=True)
+    held = shape.weights + calibration_memory(shape, (), run, scored).statistics
+    return {
+        "loaded": shape.weights,
+        "factorize": held + decomposition_bytes(linears[-1]),
+        "attribution": held + calibration_activations(shape, run, scored),
+    }
+
+
+def _predict_compensation(case: Case, shape: ModelShape) -> dict[str, int]:
+    adapters = Adapters(rank=case.rank)
+    run = Pass(batch_size=case.batch_size, seqlen=case.seqlen, on_cpu=True)
+    activations = compensation_activations(shape, run, adapters, is_checkpointed=case.checkpointing)
+    memory, _ = compensation_memory(
+        shape,
+        "ddp",
+        case.num_processes,
+        trained=trained_parameters(shape, adapters),
+        is_new=True,
+        activations=activations,
+    )
+    return {"loaded": shape.weights, "training": memory.total}
+
+
+def _placement(case: Case) -> dict[str, Any]:  # Any: arguments of a Trainer
+    arguments = placement(TrainerConfig(devices=case.num_processes), _CPU)
+    if case.num_processes > 1:
+        arguments["strategy"] = DDPStrategy(broadcast_buffers=False)
+    return arguments

@@ -1,0 +1,290 @@
+"""Memory per process of a calibration and of a compensation, by strategy, from configurations."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from grasp_lightning.commands.compensate_settings import check_settings, uses_instructions
+from grasp_lightning.commands.parsing import parse
+from grasp_lightning.config import (
+    CompensateConfig,
+    CompressConfig,
+    PlanConfig,
+    Strategy,
+    TrainerConfig,
+)
+from grasp_lightning.errors import ConfigError
+from grasp_lightning.evaluation.footprint import (
+    Adapters,
+    ModelShape,
+    Pass,
+    Scored,
+    bases_bytes,
+    calibration_memory,
+    compensation_activations,
+    compensation_memory,
+    evaluation_bytes,
+    trained_parameters,
+)
+from grasp_lightning.methods.weighting import Metric
+from grasp_lightning.reporting.memory import CalibrationPlan, CompensationPlan, CompensationRow
+from grasp_lightning.stats.base import FORWARD_MOMENTS
+from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
+
+# Strategies that deal weights out are pointless in one process: as many are shown then.
+DEFAULT_PROCESSES: Final = 8
+_COMPENSATION_STRATEGIES: Final[tuple[Strategy, ...]] = (
+    "ddp",
+    "fsdp",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_3",
+    "deepspeed_stage_2_offload",
+    "deepspeed_stage_3_offload",
+)
+
+
+def compensation_settings(config: PlanConfig) -> CompensateConfig:
+    """Return the compensation whose memory is told.
+
+    A wrong file is a ``ConfigError``, as ``compensate`` gives.
+
+    Args:
+        config: Configuration of ``plan``.
+
+    Returns:
+        What its file says, or the defaults.
+
+    Raises:
+        ConfigError: If the file is not there.
+    """
+    file = config.compensate
+    if file is None:
+        return CompensateConfig(model=config.model)
+    if not Path(file).is_file():
+        raise ConfigError(f"--compensate {file}: no such file")
+    # The compressed model is not there yet; a file need not name it.
+    argv = [f"--config={file}", f"--model.path={config.model.path}"]
+    settings = parse(CompensateConfig, "plan", argv)
+    check_settings(settings)
+    return settings
+
+
+def calibration_plan(
+    config: CompressConfig,
+    dense: ModelShape,
+    compressed: ModelShape,
+    layers: tuple[int, ...],
+    moments: int = 0,
+) -> CalibrationPlan:
+    """Return the memory of a calibration.
+
+    Args:
+        config: Configuration, its method resolved.
+        dense: The model.
+        compressed: The model after it.
+        layers: Layers that are replaced.
+        moments: Bytes of the Gram matrices that are summed up in one pass.
+
+    Returns:
+        Memory by strategy.
+    """
+    run = calibration_pass(config)
+    scored = replace(scored_by(config, dense, layers), moments=moments)
+    replaced = [linear for layer in compressed.layers for linear in layer.linears.values()]
+    processes = _num_processes(config.trainer)
+    rows = {}
+    for label, num_parts, sharing in (
+        ("auto", 1, 1),
+        (f"ddp, {processes} processes", 1, processes),
+        (f"fsdp, {processes} processes", processes, processes),
+    ):
+        cache = _cache_bytes(config, dense, layers, sharing)
+        rows[label] = calibration_memory(
+            dense, replaced, run, scored, num_parts=num_parts, cache=cache
+        )
+    evaluated = Pass(
+        batch_size=config.evaluation.batch_size,
+        seqlen=config.evaluation.seqlen,
+        on_cpu=run.on_cpu,
+    )
+    return CalibrationPlan(
+        batch_size=run.batch_size,
+        seqlen=run.seqlen,
+        lowest=scored.lowest,
+        rows=rows,
+        evaluation_tokens=evaluated.num_tokens,
+        evaluation=dense.weights + evaluation_bytes(dense, evaluated),
+    )
+
+
+def calibration_pass(config: CompressConfig) -> Pass:
+    """Return what runs through the model in one forward pass of calibration.
+
+    Args:
+        config: Configuration.
+
+    Returns:
+        The windows.
+    """
+    return Pass(
+        batch_size=config.calibration.batch_size,
+        seqlen=config.calibration.seqlen,
+        is_mixed=config.trainer.precision == "bf16-mixed",
+        on_cpu=_on_cpu(config.model.device, config.trainer),
+    )
+
+
+def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]) -> Scored:
+    """Return what the pass of a calibration that takes most memory scores.
+
+    Args:
+        config: Configuration, its method resolved.
+        dense: The model.
+        layers: Layers that are replaced.
+
+    Returns:
+        What is scored; nothing where layers are deleted.
+    """
+    method = config.method
+    if method.name == "drop" or method.keep_ratio == 0:
+        return Scored(linears=(), lowest=None, num_layers=0)
+    positions = tuple(range(len(dense.layers))) if method.score_all_layers else layers
+    if method.schedule == "iterative":
+        linears = max((b for i in positions for b in dense.layers[i].blocks), key=bases_bytes)
+        num_layers = 1
+    else:
+        linears = tuple(x for i in positions for x in dense.layers[i].linears.values())
+        num_layers = len(positions)
+    if method.weighting is not None:
+        kinds = Metric(weighting=method.weighting).moment_kinds
+        has_pass = not kinds <= FORWARD_MOMENTS
+    else:
+        has_pass = method.score != "magnitude"
+    is_full = method.terms != "sigma"
+    return Scored(
+        linears=linears,
+        lowest=min(positions) if has_pass else None,
+        num_layers=num_layers,
+        sums_gradients=is_full and method.reduction == "signed",
+        is_full=is_full,
+        has_bases=method.weighting is None,
+    )
+
+
+def compensation_plan(
+    config: CompressConfig, compensate: CompensateConfig, dense: ModelShape, compressed: ModelShape
+) -> CompensationPlan:
+    """Return the memory of a compensation of the compressed model.
+
+    Args:
+        config: Configuration of the compression.
+        compensate: Configuration of the compensation.
+        dense: The dense model, which a teacher is.
+        compressed: The model that is trained.
+
+    Returns:
+        Memory by strategy, with and without gradient checkpointing.
+    """
+    adapters = adapters_of(compensate)
+    is_distilled = compensate.objective == "distill"
+    run = compensation_pass(compensate)
+    trained = trained_parameters(compressed, adapters)
+    full, checkpointed = (
+        compensation_activations(
+            compressed,
+            run,
+            adapters,
+            is_checkpointed=is_checkpointed,
+            num_logits=2 if is_distilled else 1,
+        )
+        for is_checkpointed in (False, True)
+    )
+    teacher_is_here = is_distilled and compensate.distillation.device == "auto"
+    trainer = compensate.trainer if _is_set(compensate.trainer) else config.trainer
+    processes = _num_processes(trainer)
+    teacher = dense.weights if teacher_is_here else 0
+    rows = {}
+    for strategy in _COMPENSATION_STRATEGIES:
+        (memory, host), (less, _) = (
+            compensation_memory(
+                compressed,
+                strategy,
+                processes,
+                trained=trained,
+                is_new=adapters.rank is not None,
+                activations=activations,
+                teacher=teacher,
+            )
+            for activations in (full, checkpointed)
+        )
+        rows[strategy] = CompensationRow(memory=memory, total_checkpointed=less.total, host=host)
+    return CompensationPlan(
+        source=config.compensate if isinstance(config, PlanConfig) else None,
+        train=compensate.train,
+        trained=trained,
+        batch_size=run.batch_size,
+        seqlen=run.seqlen,
+        processes=processes,
+        activations_checkpointed=checkpointed,
+        rows=rows,
+    )
+
+
+def adapters_of(config: CompensateConfig) -> Adapters:
+    """Return what a configuration trains.
+
+    Args:
+        config: Configuration of ``compensate``.
+
+    Returns:
+        The adapters, or that factors are trained.
+    """
+    return Adapters(
+        rank=None if config.train == "factors" else config.lora.rank,
+        on_dense=config.train == "lora",
+        has_dropout=config.lora.dropout > 0,
+        targets=config.lora.targets,
+    )
+
+
+def compensation_pass(config: CompensateConfig) -> Pass:
+    """Return what runs through the model in one forward pass of compensation.
+
+    Args:
+        config: Configuration of ``compensate``.
+
+    Returns:
+        The rows, of full length.
+    """
+    reads_instructions = uses_instructions(config)
+    return Pass(
+        batch_size=config.training.micro_batch_size,
+        seqlen=config.data.max_length if reads_instructions else config.text.seqlen,
+        is_mixed=config.trainer.precision == "bf16-mixed",
+        is_padded=reads_instructions,
+        on_cpu=_on_cpu(config.model.device, config.trainer),
+    )
+
+
+def _cache_bytes(
+    config: CompressConfig, model: ModelShape, layers: tuple[int, ...], processes: int
+) -> int:
+    """Return the size of ``HiddenCache``: the inputs of replaced layers, as many as it takes."""
+    if config.method.schedule != "iterative" or config.method.score == "magnitude":
+        return 0
+    windows = -(-config.calibration.num_samples // processes)
+    layer = windows * config.calibration.seqlen * model.hidden * model.element_size
+    return min(len(layers), DEFAULT_LIMIT // layer) * layer
+
+
+def _is_set(trainer: TrainerConfig) -> bool:
+    return trainer.devices * trainer.num_nodes > 1
+
+
+def _num_processes(trainer: TrainerConfig) -> int:
+    return trainer.devices * trainer.num_nodes if _is_set(trainer) else DEFAULT_PROCESSES
+
+
+def _on_cpu(device: str, trainer: TrainerConfig) -> bool:
+    return device == "cpu" or trainer.accelerator == "cpu"

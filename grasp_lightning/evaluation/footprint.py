@@ -1,0 +1,659 @@
+"""How much memory a process of calibration or of compensation needs, from shapes alone.
+
+Weights, decompositions, factors, gradients and optimizer states are counted to the byte.
+Activations are what autograd keeps of a decoder layer of the Llama kind (two RMS norms, attention
+that never forms its matrix of scores, an MLP that is gated or not), and the largest of what comes
+and goes beside it. Interpreter, libraries and what a device's driver takes are not in any number.
+
+Legend: N output and M input features of a linear, K = min(N, M) singular components, r a rank;
+B windows of T tokens per forward pass; D hidden size, Q and G widths of all queries and of all
+keys, I inner width of the MLP, V words; e bytes per element of a weight, c of what is computed
+(2 under bf16-mixed); t trained parameters.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from grasp_lightning.config import Strategy
+
+FLOAT32 = 4
+FLOAT64 = 8
+HALF = 2
+# What the loss makes of a few rows of logits at a time: as they are, in float32, as probabilities.
+LOSS_PARTS = 3 * FLOAT32 * 2**20
+# When DDP starts, it sends the weights in copies of 250 MiB, two of them at a time.
+DDP_COPIES = 2 * 250 * 2**20
+# Of one parameter, in float32: Adam's two moments; stages 1 and 2 of DeepSpeed copy it as well.
+ADAM = 2 * FLOAT32
+ADAM_AND_COPY = 3 * FLOAT32
+
+
+class LinearShape(NamedTuple):
+    """A linear of a decoder layer.
+
+    Attributes:
+        rows: N.
+        columns: M.
+        rank: Rank of its factors; None if it is dense.
+    """
+
+    rows: int
+    columns: int
+    rank: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of its weights, or of those of its factors."""
+        if self.rank is None:
+            return self.rows * self.columns
+        return self.rank * (self.rows + self.columns)
+
+    @property
+    def matrices(self) -> "tuple[LinearShape, ...]":
+        """The dense matrices that it multiplies with, in order."""
+        if self.rank is None:
+            return (self,)
+        return (LinearShape(self.rank, self.columns), LinearShape(self.rows, self.rank))
+
+
+class Layer(NamedTuple):
+    """A decoder layer.
+
+    Attributes:
+        parameters: Number of all its parameters.
+        linears: Full name -> shape of its linears.
+        attention: Names of those in the attention block.
+    """
+
+    parameters: int
+    linears: Mapping[str, LinearShape]
+    attention: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[tuple[LinearShape, ...], ...]:
+        """Shapes of the linears of the MLP and of the attention block."""
+        in_mlp = [name for name in self.linears if name not in self.attention]
+        groups = (in_mlp, self.attention)
+        return tuple(tuple(self.linears[name] for name in group) for group in groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What memory depends on, of a model.
+
+    Attributes:
+        parameters: Number of all parameters, tied ones counted once.
+        element_size: Bytes per weight.
+        layers: The decoder layers.
+        hidden: D.
+        queries: Q.
+        keys: G; values are as wide.
+        num_heads: Number of heads of queries.
+        inner: I.
+        is_gated: Whether the MLP multiplies two projections.
+        vocabulary: V.
+        is_eager: Whether attention forms its matrix of scores.
+    """
+
+    parameters: int
+    element_size: int
+    layers: tuple[Layer, ...]
+    hidden: int
+    queries: int
+    keys: int
+    num_heads: int
+    inner: int
+    is_gated: bool
+    vocabulary: int
+    is_eager: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights."""
+        return self.parameters * self.element_size
+
+    @property
+    def largest_weight(self) -> int:
+        """Bytes of the largest matrix: a linear, or the one between words and hidden states."""
+        sizes = [linear.parameters for layer in self.layers for linear in layer.linears.values()]
+        return max(*sizes, self.vocabulary * self.hidden) * self.element_size
+
+    @property
+    def largest_layer(self) -> int:
+        """Bytes of the largest decoder layer, or of the matrix between words and hidden states."""
+        sizes = [layer.parameters for layer in self.layers]
+        return max(*sizes, self.vocabulary * self.hidden) * self.element_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What runs through a model at once.
+
+    Attributes:
+        batch_size: B.
+        seqlen: T.
+        is_mixed: Whether products are computed in bfloat16 (bf16-mixed).
+        is_padded: Whether rows may have padding: then keys are repeated for every head of queries.
+        on_cpu: Whether a CPU computes: its dropout keeps float32 numbers, not one byte.
+    """
+
+    batch_size: int
+    seqlen: int
+    is_mixed: bool = False
+    is_padded: bool = False
+    on_cpu: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """B T."""
+        return self.batch_size * self.seqlen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What a pass of a calibration scores.
+
+    Attributes:
+        linears: The linears whose decompositions are held at once.
+        lowest: Position of the lowest decoder layer that a backward pass reaches; None if there is
+            no backward pass.
+        num_layers: Number of layers that are scored in one pass.
+        sums_gradients: Whether the gradient of each weight is summed (signed and full).
+        is_full: Whether u and v of a component are scored, too.
+        has_bases: Whether the decompositions are held, or one is made at a time.
+        moments: Bytes of the Gram matrices that are summed up instead.
+    """
+
+    linears: tuple[LinearShape, ...]
+    lowest: int | None
+    num_layers: int
+    sums_gradients: bool = False
+    is_full: bool = True
+    has_bases: bool = True
+    moments: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """What a compensation trains.
+
+    Attributes:
+        rank: Rank of adapters, at most half the smaller side of a matrix; None trains the factors
+            of low-rank linears themselves.
+        on_dense: Whether dense linears have adapters, too.
+        has_dropout: Whether adapters drop a share of their inputs.
+        targets: Ends of the names of linears that are trained; none name all.
+    """
+
+    rank: int | None
+    on_dense: bool = True
+    has_dropout: bool = True
+    targets: tuple[str, ...] = ()
+
+    def trains(self, name: str, linear: LinearShape) -> bool:
+        """Return whether something of a linear is trained.
+
+        Args:
+            name: Its name.
+            linear: Its shape.
+
+        Returns:
+            True if its factors or adapters on it are.
+        """
+        if linear.rank is None and not (self.on_dense and self.rank is not None):
+            return False
+        return not self.targets or any(
+            name == target or name.endswith(f".{target}") for target in self.targets
+        )
+
+    def rank_on(self, matrix: LinearShape) -> int:
+        """Return the rank of the adapter on a matrix.
+
+        Args:
+            matrix: A dense linear, or a factor.
+
+        Returns:
+            The rank; 0 where the matrix itself is trained.
+        """
+        if self.rank is None:
+            return 0
+        return min(self.rank, max(min(matrix.rows, matrix.columns) // 2, 1))
+
+    def parameters(self, matrix: LinearShape) -> int:
+        """Return how many parameters are trained of a matrix, or of an adapter on it.
+
+        Args:
+            matrix: A dense linear, or a factor.
+
+        Returns:
+            The number.
+        """
+        if self.rank is None:
+            return matrix.parameters
+        return self.rank_on(matrix) * (matrix.rows + matrix.columns)
+
+
+class CalibrationMemory(NamedTuple):
+    """Bytes that one process of a calibration needs.
+
+    Attributes:
+        weights: The model, or this process's part of it.
+        statistics: Decompositions of weights, and sums of scores.
+        factors: Factors in float32; those in the model take the place of what they replace.
+        activations: What a forward and a backward pass add, or, if that is more, one decomposition.
+        cache: Hidden states kept between passes.
+    """
+
+    weights: int
+    statistics: int
+    factors: int
+    activations: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all: a little more than at any one moment, since factors come last."""
+        return sum(self)
+
+
+class CompensationMemory(NamedTuple):
+    """Bytes that one process of a compensation needs on its device.
+
+    Attributes:
+        weights: The model with what is trained, or this process's part of it.
+        gradients: Gradients, and DDP's buckets for them.
+        optimizer: States of AdamW.
+        activations: What a forward and a backward pass add, or, if that is more, what the start of
+            ddp does.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all."""
+        return sum(self)
+
+
+def bases_bytes(linears: Iterable[LinearShape], element_size: int = FLOAT32) -> int:
+    """Return the size of the decompositions of dense linears: U, s and V of each.
+
+    Args:
+        linears: The linears.
+        element_size: e; decompositions are in float32 or better.
+
+    Returns:
+        ``(N K + K + K M) max(e, 4)`` of each.
+    """
+    size = max(element_size, FLOAT32)
+    return sum(_rank(x) * (x.rows + 1 + x.columns) * size for x in linears)
+
+
+def sums_bytes(linears: Iterable[LinearShape], *, sums_gradients: bool) -> int:
+    """Return the size of what is summed over windows.
+
+    Args:
+        linears: The scored linears.
+        sums_gradients: Whether the gradient of each weight is summed.
+
+    Returns:
+        Per linear ``4 N M``, or ``8 K`` for one score per component.
+    """
+    if sums_gradients:
+        return sum(FLOAT32 * linear.rows * linear.columns for linear in linears)
+    return sum(FLOAT64 * _rank(linear) for linear in linears)
+
+
+def factors_bytes(linears: Iterable[LinearShape]) -> int:
+    """Return the size of the factors of low-rank linears in float32.
+
+    Args:
+        linears: The linears; dense ones count nothing.
+
+    Returns:
+        ``4 r (N + M)`` of each.
+    """
+    return sum(FLOAT32 * linear.parameters for linear in linears if linear.rank is not None)
+
+
+def decomposition_bytes(linear: LinearShape) -> int:
+    """Return what one decomposition needs beside its result.
+
+    LAPACK's gesdd works on a copy of the weight, in a workspace of at least ``4 K^2 + 7 K``, and
+    its U and V are copied once.
+
+    Args:
+        linear: A dense linear.
+
+    Returns:
+        ``4 (N M + N K + K M + 4 K^2 + 7 K)``.
+    """
+    rank = _rank(linear)
+    copies = linear.rows * linear.columns + rank * (linear.rows + linear.columns)
+    return FLOAT32 * (copies + 4 * rank**2 + 7 * rank)
+
+
+def window_bytes(linear: LinearShape, seqlen: int, *, is_full: bool) -> int:
+    """Return what scoring one window of one linear needs for a moment, in float32.
+
+    Where tokens are few, inputs and gradients are projected, ``(T, K)`` each; else the gradient of
+    the weight is formed, ``(N, M)``. Scores of u and v take ``G V`` and ``U^T G``, and products and
+    moduli of the larger one.
+
+    Args:
+        linear: The linear.
+        seqlen: T.
+        is_full: Whether u and v are scored.
+
+    Returns:
+        Bytes.
+    """
+    rank, rows, columns = _rank(linear), linear.rows, linear.columns
+    inputs = seqlen * (rows + columns)
+    projected = min(2 * seqlen * rank, rows * columns)
+    if not is_full:
+        return FLOAT32 * (inputs + projected)
+    products = rank * (rows + columns) + 2 * rank * max(rows, columns)
+    return FLOAT32 * (inputs + projected + products)
+
+
+def layer_bytes(model: ModelShape, run: Pass) -> int:
+    """Return what autograd keeps of one decoder layer whose weights are frozen.
+
+    Per token: the inputs of both norms in float32, ``8 D``; queries and the output of attention,
+    ``2 Q c``; keys and values, ``2 G c``; one number per head, ``4``; of the MLP both projections
+    and the activated one, ``3 I c``, or without a gate what is activated, ``I c``. Attention that
+    forms its matrix of scores keeps them twice, ``8 T`` per head. Under bf16-mixed autograd also
+    keeps each float32 weight in bfloat16.
+
+    Args:
+        model: The model.
+        run: What runs through it.
+
+    Returns:
+        Bytes.
+    """
+    computed = _computed_size(model, run)
+    keys = model.queries if run.is_padded else model.keys
+    num_inner = 3 if model.is_gated else 1
+    per_token = 2 * FLOAT32 * model.hidden
+    per_token += 2 * (model.queries + keys) * computed + FLOAT32 * model.num_heads
+    per_token += num_inner * model.inner * computed
+    if model.is_eager:
+        per_token += 2 * FLOAT32 * run.seqlen * model.num_heads
+    return run.num_tokens * per_token + _cast_weights(model, run)
+
+
+def calibration_activations(model: ModelShape, run: Pass, scored: Scored) -> int:
+    """Return what a pass of calibration needs beside weights and statistics, at its peak.
+
+    From the lowest scored layer up autograd keeps ``layer_bytes``; of every scored layer the inputs
+    of its linears are held, ``(2 D + I) c`` per token (that of the output projection is kept
+    already). On top of them come the logits, or the gradients of one layer's MLP and the scoring of
+    a window, whichever is more.
+
+    Args:
+        model: The dense model.
+        run: Windows of one forward pass.
+        scored: What is scored.
+
+    Returns:
+        Bytes.
+    """
+    computed = _computed_size(model, run)
+    if scored.lowest is None:
+        return _forward_bytes(model, run)
+    kept = (len(model.layers) - scored.lowest) * layer_bytes(model, run)
+    held = run.num_tokens * (2 * model.hidden + model.inner) * computed
+    scoring = max(
+        window_bytes(linear, run.seqlen, is_full=scored.is_full) for linear in scored.linears
+    )
+    backward = run.num_tokens * (3 * model.inner + 2 * model.hidden) * computed + scoring
+    return kept + scored.num_layers * held + max(head_bytes(model, run), backward)
+
+
+def head_bytes(model: ModelShape, run: Pass, num_logits: int = 1) -> int:
+    """Return what the head of a model and the loss need.
+
+    Per token: logits once, ``V c``, since the loss puts their gradient in their place; input and
+    output of the last norm, ``4 D + c D``. The loss takes a few rows at a time.
+
+    Args:
+        model: The model.
+        run: What runs through it.
+        num_logits: How many models give logits: with a teacher there are two.
+
+    Returns:
+        Bytes.
+    """
+    computed = _computed_size(model, run)
+    per_token = num_logits * model.vocabulary * computed + (FLOAT32 + computed) * model.hidden
+    return run.num_tokens * per_token + LOSS_PARTS
+
+
+def evaluation_bytes(model: ModelShape, run: Pass) -> int:
+    """Return what a pass that measures perplexity needs beside the weights.
+
+    Args:
+        model: The model.
+        run: Windows of one forward pass.
+
+    Returns:
+        Bytes: logits, or one layer's MLP.
+    """
+    return max(head_bytes(model, run), _forward_bytes(model, run))
+
+
+def calibration_memory(
+    model: ModelShape,
+    replaced: Iterable[LinearShape],
+    run: Pass,
+    scored: Scored,
+    *,
+    num_parts: int = 1,
+    cache: int = 0,
+) -> CalibrationMemory:
+    """Return what one process of a calibration needs.
+
+    Args:
+        model: The dense model.
+        replaced: The linears that are replaced, with their ranks.
+        run: Windows of one forward pass.
+        scored: What is scored.
+        num_parts: Number of processes that the weights are dealt out to (fsdp): each holds a part,
+            and one whole matrix at a time. Statistics are whole in every process.
+        cache: Bytes of hidden states kept between passes.
+
+    Returns:
+        Bytes by kind.
+    """
+    # Moments are packed when they are saved: half as much again.
+    statistics = scored.moments * 3 // 2
+    if scored.has_bases:
+        statistics += bases_bytes(scored.linears, model.element_size)
+    if scored.has_bases and scored.lowest is not None:
+        statistics += sums_bytes(scored.linears, sums_gradients=scored.sums_gradients)
+    decomposition = max((decomposition_bytes(linear) for linear in scored.linears), default=0)
+    return CalibrationMemory(
+        weights=_part(model.weights, num_parts, model.largest_weight),
+        statistics=statistics,
+        factors=factors_bytes(replaced),
+        activations=max(calibration_activations(model, run, scored), decomposition),
+        cache=cache,
+    )
+
+
+def trained_parameters(model: ModelShape, adapters: Adapters) -> int:
+    """Return the number of parameters that a compensation trains.
+
+    Args:
+        model: The compressed model.
+        adapters: What is trained.
+
+    Returns:
+        The number.
+    """
+    return sum(adapters.parameters(matrix) for matrix in _trained(model, adapters))
+
+
+def compensation_activations(
+    model: ModelShape,
+    run: Pass,
+    adapters: Adapters,
+    *,
+    is_checkpointed: bool,
+    num_logits: int = 1,
+) -> int:
+    """Return what a forward and a backward pass of compensation need beside parameters.
+
+    Autograd keeps ``layer_bytes`` of every layer. Per token of an adapter it keeps its input after
+    dropout, ``4 M`` (``2 M`` under bf16-mixed), the mask of dropout, ``M`` on a GPU and ``4 M`` on
+    a CPU, and its inner values, as many as its rank. Without dropout, and of trained factors, it
+    keeps the input. With checkpointing only the input of every layer is kept, ``e D``, and one
+    layer is computed again. Under bf16-mixed a copy of what is trained stays for the whole step,
+    ``2 t``.
+
+    Args:
+        model: The compressed model.
+        run: Rows of one forward pass.
+        adapters: What is trained.
+        is_checkpointed: Whether activations are computed again in the backward pass.
+        num_logits: How many models give logits.
+
+    Returns:
+        Bytes.
+    """
+    layers = [
+        layer_bytes(model, run) + run.num_tokens * _adapter_bytes(model, run, adapters, position)
+        for position in range(len(model.layers))
+    ]
+    computed = _computed_size(model, run)
+    backward = run.num_tokens * (5 * model.inner + 2 * model.hidden) * computed
+    if adapters.has_dropout and adapters.rank is not None:
+        backward += run.num_tokens * 2 * model.inner * FLOAT32
+    head = head_bytes(model, run, num_logits)
+    copies = HALF * trained_parameters(model, adapters) if run.is_mixed else 0
+    if not is_checkpointed:
+        return copies + sum(layers) + max(head, backward)
+    inputs = len(layers) * run.num_tokens * model.hidden * model.element_size
+    return copies + inputs + max(head, max(layers, default=0) + backward)
+
+
+def compensation_memory(
+    model: ModelShape,
+    strategy: Strategy,
+    num_processes: int,
+    *,
+    trained: int,
+    is_new: bool,
+    activations: int,
+    teacher: int = 0,
+) -> tuple[CompensationMemory, int]:
+    """Return what one process of a compensation needs on its device, and on its host.
+
+    - auto and ddp: all of it in every process; ddp has buckets as large as the gradients, and
+      copies a part of the weights when it starts, before there is anything else.
+    - fsdp and stage 3: every process holds its part of everything, and one whole decoder layer at a
+      time.
+    - stages 1 and 2: optimizer states in parts, in stage 2 gradients, too; DeepSpeed's optimizer
+      works on a float32 copy of what is trained.
+    - offload: that copy, the states and a copy of the gradients lie in the host's memory, with
+      stage 3 the parts of the weights, too.
+
+    DeepSpeed's communication buckets are not counted.
+
+    Args:
+        model: The compressed model.
+        strategy: Trainer strategy.
+        num_processes: Number of processes.
+        trained: t.
+        is_new: Whether what is trained comes on top of the model, as adapters do.
+        activations: Bytes of activations.
+        teacher: Bytes of a teacher beside the model.
+
+    Returns:
+        Bytes by kind on the device, and bytes on the host.
+    """
+    new = FLOAT32 * trained if is_new else 0
+    whole = model.weights + new
+    gradients, parts = FLOAT32 * trained, max(num_processes, 1)
+    is_split = strategy == "fsdp" or "stage_3" in strategy
+    weights = _part(whole, parts, model.largest_layer) if is_split else whole
+    optimizer = _optimizer_bytes(strategy, trained, parts)
+    if strategy == "ddp" and parts > 1:
+        gradients *= 2
+        activations = max(activations, min(whole, DDP_COPIES) - gradients - optimizer)
+    elif is_split or "stage_2" in strategy:
+        gradients = _ceil(gradients, parts)
+    host = 0
+    if strategy.endswith("offload"):
+        host = _ceil((ADAM_AND_COPY + FLOAT32) * trained, parts)
+        optimizer = 0
+        if is_split:
+            host += _ceil(whole, parts)
+            weights = model.largest_layer
+    return CompensationMemory(weights + teacher, gradients, optimizer, activations), host
+
+
+def _optimizer_bytes(strategy: Strategy, trained: int, parts: int) -> int:
+    if strategy in ("deepspeed_stage_1", "deepspeed_stage_2"):
+        return _ceil(ADAM_AND_COPY * trained, parts)
+    return ADAM * trained if strategy in ("auto", "ddp") else _ceil(ADAM * trained, parts)
+
+
+def _adapter_bytes(model: ModelShape, run: Pass, adapters: Adapters, position: int) -> int:
+    """Return what autograd keeps of the adapters of a layer, per token."""
+    kept = HALF if run.is_mixed else FLOAT32
+    mask = FLOAT32 if run.on_cpu else 1
+    total = 0
+    for name, linear in model.layers[position].linears.items():
+        if not adapters.trains(name, linear):
+            continue
+        for matrix in linear.matrices:
+            total += (kept + mask * _drops(adapters)) * matrix.columns
+            total += kept * adapters.rank_on(matrix)
+    return total
+
+
+def _drops(adapters: Adapters) -> bool:
+    return adapters.has_dropout and adapters.rank is not None
+
+
+def _forward_bytes(model: ModelShape, run: Pass) -> int:
+    """Return what a forward pass without autograd needs at its peak, in one MLP."""
+    computed = _computed_size(model, run)
+    return run.num_tokens * (3 * model.inner * computed + 4 * FLOAT32 * model.hidden)
+
+
+def _trained(model: ModelShape, adapters: Adapters) -> Iterable[LinearShape]:
+    for layer in model.layers:
+        for name, linear in layer.linears.items():
+            if adapters.trains(name, linear):
+                yield from linear.matrices
+
+
+def _cast_weights(model: ModelShape, run: Pass) -> int:
+    if not run.is_mixed or model.element_size <= HALF:
+        return 0
+    linears = [linear for layer in model.layers for linear in layer.linears.values()]
+    return HALF * sum(linear.parameters for linear in linears) // len(model.layers)
+
+
+def _computed_size(model: ModelShape, run: Pass) -> int:
+    return HALF if run.is_mixed else model.element_size
+
+
+def _rank(linear: LinearShape) -> int:
+    return min(linear.rows, linear.columns)
+
+
+def _part(size: int, num_parts: int, whole: int) -> int:
+    return size if num_parts == 1 else _ceil(size, num_parts) + whole
+
+
+def _ceil(size: int, num_parts: int) -> int:
+    return -(-size // num_parts)  # rounded up

@@ -1,0 +1,140 @@
+"""Memory per process, by strategy, as text for the terminal."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from grasp_lightning.config import Strategy, TrainMode
+from grasp_lightning.evaluation.footprint import CalibrationMemory, CompensationMemory
+
+_MEGA = 1_000_000
+_GIGA = 1_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationPlan:
+    """Memory of a calibration.
+
+    Attributes:
+        batch_size: Windows per forward pass.
+        seqlen: Tokens per window.
+        lowest: Lowest layer that a backward pass reaches; None if there is none.
+        rows: Bytes by strategy.
+        evaluation_tokens: Tokens per forward pass of the measurement of perplexity.
+        evaluation: Bytes that it takes, the whole model included.
+    """
+
+    batch_size: int
+    seqlen: int
+    lowest: int | None
+    rows: Mapping[str, CalibrationMemory]
+    evaluation_tokens: int
+    evaluation: int
+
+
+class CompensationRow(NamedTuple):
+    """Memory of a compensation under one strategy.
+
+    Attributes:
+        memory: Bytes on the device.
+        total_checkpointed: Sum with gradient checkpointing.
+        host: Bytes that are offloaded.
+    """
+
+    memory: CompensationMemory
+    total_checkpointed: int
+    host: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensationPlan:
+    """Memory of a compensation.
+
+    Attributes:
+        source: Its configuration; None for the defaults.
+        train: What is trained.
+        trained: Number of trained parameters.
+        batch_size: Rows per forward pass.
+        seqlen: Tokens per row.
+        processes: Number of processes.
+        activations_checkpointed: Bytes of activations with gradient checkpointing.
+        rows: Bytes by strategy.
+    """
+
+    source: str | None
+    train: TrainMode
+    trained: int
+    batch_size: int
+    seqlen: int
+    processes: int
+    activations_checkpointed: int
+    rows: Mapping[Strategy, CompensationRow]
+
+
+def memory_lines(calibration: CalibrationPlan, compensation: CompensationPlan) -> list[str]:
+    """Return both tables.
+
+    Args:
+        calibration: Memory of the calibration.
+        compensation: Memory of a compensation after it.
+
+    Returns:
+        Lines.
+    """
+    largest = max(row.memory.total for row in compensation.rows.values())
+    unit, name = (_GIGA, "GB") if largest >= _GIGA else (_MEGA, "MB")
+    return [
+        f"Memory per process, in {name}; interpreter, libraries and device context come on top",
+        "",
+        *_calibration_lines(calibration, unit, name),
+        "",
+        *_compensation_lines(compensation, unit),
+    ]
+
+
+def _calibration_lines(plan: CalibrationPlan, unit: int, name: str) -> list[str]:
+    reach = "no backward pass"
+    if plan.lowest is not None:
+        reach = f"backward to layer {plan.lowest}"
+    header = ("weights", "statistics", "factors", "activations", "cache", "total")
+    rows = {label: _cells((*row, row.total), unit) for label, row in plan.rows.items()}
+    (evaluation,) = _cells([plan.evaluation], unit)
+    tokens = plan.evaluation_tokens
+    return [
+        f"calibration, {plan.batch_size} x {plan.seqlen} tokens at a time, {reach}",
+        *_aligned(header, rows),
+        f"perplexity, {tokens} tokens at a time: {evaluation} {name}, weights included",
+    ]
+
+
+def _compensation_lines(plan: CompensationPlan, unit: int) -> list[str]:
+    header = ("weights", "gradients", "optimizer", "activations", "total", "checkpointed", "host")
+    rows: dict[str, Sequence[str]] = {}
+    for strategy, (memory, total_checkpointed, host) in plan.rows.items():
+        rows[strategy] = _cells((*memory, memory.total, total_checkpointed, host), unit)
+    source = plan.source or "the defaults"
+    (activations,) = _cells([plan.activations_checkpointed], unit)
+    size = f"{plan.batch_size} x {plan.seqlen} tokens"
+    return [
+        f"compensation by {source}, {plan.processes} processes, {size} at a time,",
+        f"train: {plan.train}, {plan.trained:,} parameters trained",
+        *_aligned(header, rows),
+        f"checkpointed: total with training.gradient_checkpointing, activations {activations};",
+        "host: what is offloaded from the device",
+    ]
+
+
+def _cells(sizes: Iterable[int], unit: int) -> list[str]:
+    return [f"{size / unit:.2f}" for size in sizes]
+
+
+def _aligned(header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return lines whose first column is flush left, and the others flush right."""
+    table = {"strategy": header, **rows}
+    first = max(map(len, table))
+    widths = [max(len(cells[i]) for cells in table.values()) for i in range(len(header))]
+    return [
+        "  "
+        + "  ".join([label.ljust(first), *(c.rjust(w) for c, w in zip(cells, widths, strict=True))])
+        for label, cells in table.items()
+    ]

@@ -1,0 +1,305 @@
+"""The memory model against what torch holds: exact where it counts, close where it estimates."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+
+from grasp_lightning.commands.model_shape import model_shape, shape_after
+from grasp_lightning.config import LoraSettings, Reduction, Strategy, Terms, TrainMode
+from grasp_lightning.evaluation.footprint import (
+    LOSS_PARTS,
+    Adapters,
+    LinearShape,
+    ModelShape,
+    Pass,
+    Scored,
+    bases_bytes,
+    calibration_activations,
+    calibration_memory,
+    compensation_activations,
+    compensation_memory,
+    factors_bytes,
+    head_bytes,
+    layer_bytes,
+    sums_bytes,
+    trained_parameters,
+    window_bytes,
+)
+from grasp_lightning.linalg.factors import balanced_factors, factorize
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.surgery import apply_operations
+from grasp_lightning.plan import DropLayers, FactorizeLinear
+from grasp_lightning.stats.base import Scoring
+from grasp_lightning.stats.components import ComponentScores
+from grasp_lightning.training.compensation import make_trainable
+from tests.conftest import TINY_CONFIGS, tiny_model
+
+RUN = Pass(batch_size=2, seqlen=24, on_cpu=True)
+OPERATIONS = tuple(
+    FactorizeLinear(module=f"model.layers.1.{name}", rank=rank, components=None)
+    for name, rank in (("mlp.down_proj", 8), ("self_attn.q_proj", 6))
+)
+
+
+def shape(family: str = "llama") -> ModelShape:
+    return model_shape(DecoderView(tiny_model(family)))
+
+
+def compressed_view() -> DecoderView:
+    view = DecoderView(tiny_model())
+    tensors, weights = {}, linears_of(view, 1)
+    for operation in OPERATIONS:
+        basis = factorize(weights[operation.module])
+        factors = balanced_factors(basis, range(operation.rank))
+        tensors[f"{operation.module}.left"] = factors.left
+        tensors[f"{operation.module}.right"] = factors.right
+    apply_operations(view, OPERATIONS, tensors)
+    return view
+
+
+def linears_of(view: DecoderView, index: int) -> dict[str, Tensor]:
+    return {name: linear.weight for name, linear in view.linears(index).items()}
+
+
+@contextmanager
+def kept_by_autograd(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Note every tensor that is kept for backward and is no parameter, by its memory."""
+    kept: dict[int, Tensor] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own:
+            kept[address] = tensor
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def bytes_kept(kept: dict[int, Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def hidden_states(model: PreTrainedModel) -> Tensor:
+    """Return what autograd can start from, below all layers."""
+    ids = torch.arange(RUN.num_tokens).view(RUN.batch_size, RUN.seqlen)
+    states: Tensor = model.get_input_embeddings()(ids)
+    return states.detach().requires_grad_(True)
+
+
+@pytest.mark.parametrize("family", TINY_CONFIGS)
+def test_every_family_has_a_shape(family: str) -> None:
+    model = tiny_model(family)
+    found = model_shape(DecoderView(model))
+    assert found.weights == sum(parameter.nbytes for parameter in model.parameters())
+    assert len(found.layers) == 4
+    assert found.inner > 0
+    assert 0 < found.keys <= found.queries
+    assert layer_bytes(found, RUN) > 0
+
+
+def test_llama_s_widths_are_read() -> None:
+    found = shape()
+    assert (found.hidden, found.queries, found.keys, found.inner) == (32, 32, 16, 48)
+    assert found.is_gated
+    assert not shape("opt").is_gated
+
+
+def test_the_shape_after_operations_is_that_of_the_compressed_model() -> None:
+    view = compressed_view()
+    expected = model_shape(view)
+    planned = shape_after(shape(), OPERATIONS, count_parameters(view.model))
+    for layer, wanted in zip(planned.layers, expected.layers, strict=True):
+        assert layer.parameters == wanted.parameters
+        assert dict(layer.linears) == dict(wanted.linears)
+        assert set(layer.attention) == set(wanted.attention)
+    assert planned.weights == expected.weights
+
+
+def test_dropped_layers_are_gone() -> None:
+    planned = shape_after(shape(), (DropLayers(layers=(0, 2)),), 1000)
+    assert len(planned.layers) == 2
+    assert planned.weights == 4000
+
+
+def test_decompositions_and_factors_are_counted_to_the_byte() -> None:
+    view, found = DecoderView(tiny_model()), shape()
+    bases = {name: factorize(weight) for name, weight in linears_of(view, 1).items()}
+    linears = found.layers[1].linears.values()
+    assert bases_bytes(linears) == sum(part.nbytes for basis in bases.values() for part in basis)
+    ranked = [linear._replace(rank=3) for linear in linears]
+    factors = [balanced_factors(basis, (0, 1, 2)) for basis in bases.values()]
+    assert factors_bytes(ranked) == sum(part.nbytes for pair in factors for part in pair)
+
+
+@pytest.mark.parametrize("terms", ["full", "sigma"])
+@pytest.mark.parametrize("reduction", ["signed", "absolute"])
+def test_sums_are_counted_to_the_byte(terms: Terms, reduction: Reduction) -> None:
+    view = DecoderView(tiny_model())
+    bases = {name: factorize(weight) for name, weight in linears_of(view, 1).items()}
+    scores = ComponentScores(bases, Scoring(terms=terms, reduction=reduction))
+    counted = sums_bytes(
+        shape().layers[1].linears.values(),
+        sums_gradients=(terms, reduction) == ("full", "signed"),
+    )
+    assert counted == sum(total.nbytes for total in scores.sums.values())
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj", "mlp.down_proj")])
+@pytest.mark.parametrize("train", ["lora", "factors", "lora_on_factors"])
+def test_trained_parameters_and_their_states_are_counted_to_the_byte(
+    train: TrainMode, targets: tuple[str, ...]
+) -> None:
+    view = compressed_view()
+    found = model_shape(view)
+    adapters = Adapters(
+        rank=None if train == "factors" else 5, on_dense=train == "lora", targets=targets
+    )
+    trained = make_trainable(view, train, LoraSettings(rank=5, targets=targets)).num_parameters
+    assert trained_parameters(found, adapters) == trained
+    parameters = [p for p in view.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    memory, host = compensation_memory(
+        found, "auto", 1, trained=trained, is_new=adapters.rank is not None, activations=0
+    )
+    assert memory.optimizer == sum(state.nbytes for state in states if state.ndim > 0)
+    assert memory.gradients == sum(p.nbytes for p in parameters)
+    assert memory.weights == sum(p.nbytes for p in view.model.parameters())
+    assert host == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", torch.float32), ("llama", torch.bfloat16), ("opt", torch.float32)],
+)
+def test_a_frozen_layer_keeps_what_is_modelled(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family)
+    nn.Module.to(model, dtype)  # transformers wraps its own with a narrow type
+    model.requires_grad_(False)
+    view = DecoderView(model)
+    with kept_by_autograd(model) as kept:
+        model.base_model(inputs_embeds=hidden_states(model), use_cache=False)
+    modelled = 4 * layer_bytes(model_shape(view), RUN)
+    # Not modelled: statistics of norms, tables of positions, the last norm.
+    assert modelled == pytest.approx(bytes_kept(kept), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "is_mixed", "least"),
+    # Without dropout, linears that read the same input share it.
+    [(0.1, False, 0.95), (0.1, True, 0.9), (0.0, False, 0.6)],
+)
+def test_adapters_keep_what_is_modelled(dropout: float, is_mixed: bool, least: float) -> None:
+    view = DecoderView(tiny_model())
+    make_trainable(view, "lora", LoraSettings(rank=4, dropout=dropout))
+    view.model.train()
+    states = hidden_states(view.model)
+    with (
+        kept_by_autograd(view.model) as kept,
+        torch.autocast("cpu", torch.bfloat16, enabled=is_mixed),
+    ):
+        view.model.base_model(inputs_embeds=states, use_cache=False)
+    adapters, run = Adapters(rank=4, has_dropout=dropout > 0), replace(RUN, is_mixed=is_mixed)
+    found = shape()
+    modelled, rest = (
+        compensation_activations(part, run, adapters, is_checkpointed=False)
+        for part in (found, replace(found, layers=()))
+    )
+    assert least * (modelled - rest) < bytes_kept(kept) < 1.05 * (modelled - rest)
+
+
+def test_checkpointing_keeps_one_layer_and_the_inputs_of_all() -> None:
+    found, adapters = shape(), Adapters(rank=4)
+    full = compensation_activations(found, RUN, adapters, is_checkpointed=False)
+    less = compensation_activations(found, RUN, adapters, is_checkpointed=True)
+    head = head_bytes(found, RUN)
+    assert less - head == 4 * RUN.num_tokens * found.hidden * 4
+    assert full - head > 4 * (less - head)
+
+
+def test_logits_are_held_once() -> None:
+    found = shape()
+    per_token = found.vocabulary * 4 + 2 * found.hidden * 4
+    assert head_bytes(found, RUN) == RUN.num_tokens * per_token + LOSS_PARTS
+
+
+def test_activations_grow_with_the_layers_above_the_lowest_scored_one() -> None:
+    found = shape()
+    linears = tuple(found.layers[3].linears.values())
+    top = Scored(linears=linears, lowest=3, num_layers=1)
+    sizes = [
+        calibration_activations(found, RUN, replace(top, lowest=lowest)) for lowest in range(4)
+    ]
+    steps = {low - high for low, high in pairwise(sizes)}
+    assert steps == {layer_bytes(found, RUN)}
+
+
+def test_mixed_precision_keeps_each_weight_in_bfloat16() -> None:
+    found = shape()
+    mixed = replace(RUN, is_mixed=True)
+    one, two = (replace(mixed, batch_size=size) for size in (1, 2))
+    weights = sum(linear.parameters for linear in found.layers[0].linears.values())
+    assert 2 * layer_bytes(found, one) - layer_bytes(found, two) == 2 * weights
+    half = replace(found, element_size=2)
+    assert 2 * layer_bytes(half, one) == layer_bytes(half, two)
+
+
+def test_scoring_takes_the_cheaper_way_and_less_without_u_and_v() -> None:
+    linear = LinearShape(30, 20)
+    assert window_bytes(linear, 8, is_full=False) == 4 * (8 * 50 + 2 * 8 * 20)
+    assert window_bytes(linear, 1000, is_full=False) == 4 * (1000 * 50 + 600)
+    assert window_bytes(linear, 8, is_full=True) > window_bytes(linear, 8, is_full=False)
+
+
+def test_fsdp_divides_weights_and_nothing_else_of_a_calibration() -> None:
+    found = shape()
+    scored = Scored(linears=tuple(found.layers[0].linears.values()), lowest=0, num_layers=1)
+    one, many = (
+        calibration_memory(found, (), RUN, scored, num_parts=parts, cache=7) for parts in (1, 4)
+    )
+    assert one.weights == found.weights
+    assert many.weights == -(-found.weights // 4) + found.largest_weight
+    assert one[1:] == many[1:]
+    assert one.total == sum(one)
+
+
+def memory_under(strategy: Strategy) -> tuple[int, int, int, int]:
+    many = 10**6  # more than what ddp copies when it starts
+    memory, host = compensation_memory(
+        shape(), strategy, 4, trained=1000, is_new=True, activations=many
+    )
+    assert memory.activations == many
+    return memory.weights, memory.gradients, memory.optimizer, host
+
+
+def test_strategies_divide_what_they_say() -> None:
+    found = shape()
+    whole, layer = found.weights + 4000, found.largest_layer
+    part = -(-whole // 4)
+    assert memory_under("ddp") == (whole, 8000, 8000, 0)
+    assert memory_under("fsdp") == (part + layer, 1000, 2000, 0)
+    assert memory_under("deepspeed_stage_1") == (whole, 4000, 3000, 0)
+    assert memory_under("deepspeed_stage_2") == (whole, 1000, 3000, 0)
+    assert memory_under("deepspeed_stage_3") == (part + layer, 1000, 2000, 0)
+    assert memory_under("deepspeed_stage_2_offload") == (whole, 1000, 0, 4000)
+    assert memory_under("deepspeed_stage_3_offload") == (layer, 1000, 0, 4000 + part)
+
+
+def test_ddp_copies_weights_when_it_starts() -> None:
+    memory, _ = compensation_memory(shape(), "ddp", 2, trained=10, is_new=True, activations=5)
+    assert memory.total == 2 * memory.weights  # they fit into one of its copies
+    alone, _ = compensation_memory(shape(), "ddp", 1, trained=10, is_new=True, activations=5)
+    assert alone == (memory.weights, 40, 80, 5)
