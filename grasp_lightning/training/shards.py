@@ -39,7 +39,7 @@ def whole(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         return tensor.detach().full_tensor()
     if _is_zero(tensor):
-        value: Tensor = _deepspeed("utils").safe_get_full_fp32_param(tensor)
+        value: Tensor = _deepspeed().utils.safe_get_full_fp32_param(tensor)
         return value.detach()
     return tensor.detach()
 
@@ -59,10 +59,10 @@ def fill(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.copy_(value)
         return
     moved = value.to(device=parameter.device, dtype=torch.float32)
-    _deepspeed("utils").safe_set_full_fp32_param(parameter, moved)
+    _deepspeed().utils.safe_set_full_fp32_param(parameter, moved)
     # The copy in the precision of the forward pass follows at the next step only.
     if hasattr(parameter, _ZERO_3):
-        with _deepspeed("zero").GatheredParameters([parameter], modifier_rank=0):
+        with _deepspeed().zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(moved)
     else:
         parameter.data.copy_(moved)
@@ -84,7 +84,7 @@ def whole_state(
     if not _is_zero(parameter):
         return {key: whole(value) for key, value in optimizer.state.get(parameter, {}).items()}
     own: dict[str, Tensor] = next(iter(optimizer.optimizer.state.values()), {})
-    read = _deepspeed("utils").safe_get_full_optimizer_state
+    read = _deepspeed().utils.safe_get_full_optimizer_state
     return {
         key: value.detach() if value.ndim == 0 else read(parameter, key)
         for key, value in own.items()
@@ -110,7 +110,7 @@ def fill_state(
             for key, value in state.items()
         }
         return
-    write = _deepspeed("utils").safe_set_full_optimizer_state
+    write = _deepspeed().utils.safe_set_full_optimizer_state
     for key, value in state.items():
         if value.ndim == 0:  # the number of steps, one for all parameters of a process
             for own in optimizer.optimizer.state.values():
@@ -151,6 +151,6 @@ def _is_zero(tensor: Tensor) -> bool:
     return hasattr(tensor, _ZERO_3) or hasattr(tensor, _ZERO)
 
 
-def _deepspeed(part: str) -> Any:  # Any: an optional dependency without types
+def _deepspeed() -> Any:  # Any: an optional dependency without types
     # Parameters with its attributes exist only where Lightning's strategy has imported it.
-    return import_module(f"deepspeed.{part}")
+    return import_module("deepspeed")
