@@ -136,7 +136,7 @@ def _execute(
     module = CompensationModule(view, config.optimizer, teacher=inputs.teacher, seed=config.seed)
     hashes = {**inputs.data.fingerprint, **module.model_hashes}
     processes.on_first(lambda: _check_inputs(run, hashes))
-    training = TrainingRun(config, run, module, inputs.data, stop, inputs.device)
+    training = TrainingRun(config, run, module, inputs.data, stop, device=inputs.device)
     train = _train_split if is_sharded(config.trainer.strategy) else _train
     measured = train(config, inputs, training, notes, phases)
 
@@ -281,6 +281,14 @@ def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
             f"train: factors would change weights in {loaded.model.dtype}, which is too coarse for "
             "small steps; set model.dtype: float32 (trainer.precision: bf16-mixed computes in "
             "bfloat16), or train: lora"
+        )
+    trainer = config.trainer
+    is_coarse = loaded.model.dtype.itemsize < torch.float32.itemsize
+    if is_deepspeed(trainer.strategy) and trainer.precision == "32-true" and is_coarse:
+        raise ConfigError(
+            f"trainer.strategy {trainer.strategy} with precision 32-true would turn the weights "
+            f"from {loaded.model.dtype} into float32; set trainer.precision: bf16-mixed, or "
+            "model.dtype: float32"
         )
 
 

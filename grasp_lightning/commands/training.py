@@ -57,6 +57,7 @@ class TrainingRun:
         module: CompensationModule,
         data: TrainingData,
         stop: StopRequest,
+        *,
         device: torch.device,
     ) -> None:
         self._config = config

@@ -112,9 +112,7 @@ class TrainingSteps:
 
     def _parts(self, rows: Rows) -> list[MicroBatch]:
         batches = processes.own_batches(rows, self._options.micro_batch_size)
-        return [
-            collate(self._samples, list(own), counts=counts) for own, counts in batches
-        ]
+        return [collate(self._samples, list(own), counts=counts) for own, counts in batches]
 
     def _num_targets(self, rows: Rows) -> int:
         return sum(int(self._samples.num_targets_of[index]) for row in rows for index in row)

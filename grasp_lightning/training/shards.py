@@ -37,10 +37,11 @@ def whole(tensor: Tensor) -> Tensor:
         Detached values: of DeepSpeed the float32 copy that the optimizer changes.
     """
     if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor()
-    if _is_zero(tensor):
-        value: Tensor = _deepspeed().utils.safe_get_full_fp32_param(tensor)
+        value: Tensor = tensor.full_tensor()
         return value.detach()
+    if _is_zero(tensor):
+        copy: Tensor = _deepspeed().utils.safe_get_full_fp32_param(tensor)
+        return copy.detach()
     return tensor.detach()
 
 
@@ -69,7 +70,7 @@ def fill(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def whole_state(
-    optimizer: Any,  # Any: of torch, or a wrapper of DeepSpeed's
+    optimizer: Any,  # noqa: ANN401  of torch, or a wrapper of DeepSpeed's
     parameter: nn.Parameter,
 ) -> dict[str, Tensor]:
     """Return what AdamW holds for a parameter, as a whole.
@@ -93,7 +94,7 @@ def whole_state(
 
 @torch.no_grad()
 def fill_state(
-    optimizer: Any,  # Any: of torch, or a wrapper of DeepSpeed's
+    optimizer: Any,  # noqa: ANN401  of torch, or a wrapper of DeepSpeed's
     parameter: nn.Parameter,
     state: dict[str, Tensor],
 ) -> None:
@@ -119,7 +120,7 @@ def fill_state(
             write(parameter, value.to(torch.float32), key)
 
 
-def prepare_states(optimizer: Any) -> None:  # Any: of torch, or a wrapper of DeepSpeed's
+def prepare_states(optimizer: Any) -> None:  # noqa: ANN401  of torch, or DeepSpeed's wrapper
     """Make room for the states of an optimizer that has not stepped yet; of DeepSpeed alone.
 
     Args:
@@ -139,6 +140,26 @@ def prepare_states(optimizer: Any) -> None:  # Any: of torch, or a wrapper of De
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
+@torch.no_grad()
+def split_weights(module: nn.Module, config: object, device: torch.device) -> None:
+    """Split the weights of a module as ZeRO-3 does, each on its own, so that it need not fit.
+
+    Args:
+        module: A module on the CPU, changed in place.
+        config: DeepSpeed's configuration.
+        device: Device of this process, where all but the weights goes.
+    """
+    if isinstance(config, dict) and config.get("bf16", {}).get("enabled"):
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    _deepspeed().zero.Init(module=module, config_dict_or_path=config)
+    for child in module.children():
+        if not any(True for _ in child.parameters()):
+            child.to(device)  # metrics, whose sums are no buffers
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+
+
 def _part(value: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return value.to(like.device).clone()
@@ -151,6 +172,6 @@ def _is_zero(tensor: Tensor) -> bool:
     return hasattr(tensor, _ZERO_3) or hasattr(tensor, _ZERO)
 
 
-def _deepspeed() -> Any:  # Any: an optional dependency without types
+def _deepspeed() -> Any:  # noqa: ANN401  an optional dependency without types
     # Parameters with its attributes exist only where Lightning's strategy has imported it.
     return import_module("deepspeed")

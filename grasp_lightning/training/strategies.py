@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
@@ -27,6 +28,7 @@ from grasp_lightning.training.shards import (
     fill,
     fill_state,
     prepare_states,
+    split_weights,
     whole,
     whole_state,
 )
@@ -75,7 +77,7 @@ class _WholeCheckpoint(Strategy):
         self,
         checkpoint: dict[str, Any],
         filepath: str | PathLike[str],
-        storage_options: Any | None = None,
+        storage_options: object = None,
     ) -> None:
         """Let rank 0 write the checkpoint.
 
@@ -148,7 +150,15 @@ class CompensationDeepSpeed(_WholeCheckpoint, DeepSpeedStrategy):
 
     device_types: ClassVar[tuple[str, ...]] = ("cuda",)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def init_deepspeed(self) -> None:
+        """Split the weights, and let Lightning make the engine."""
+        if self.zero_stage_3:
+            # The engine would move the whole model to the device before it splits it.
+            assert isinstance(self.model, nn.Module)  # the LightningModule
+            split_weights(self.model, self.config, self.root_device)
+        super().init_deepspeed()
+
+    def training_step(self, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Run the module's step outside of the engine: each part of it goes through the engine.
 
         Args:
@@ -174,9 +184,8 @@ class CompensationDeepSpeed(_WholeCheckpoint, DeepSpeedStrategy):
         """
         assert self.model is not None  # a fit has one
         assert self.lightning_module is not None
-        result: Tensor = self._forward_redirection(
-            self.model, self.lightning_module, method, *args
-        )
+        result = self._forward_redirection(self.model, self.lightning_module, method, *args)
+        assert isinstance(result, Tensor)
         return result
 
     @contextmanager
@@ -236,6 +245,11 @@ def check_strategy(name: config.Strategy, device: torch.device) -> None:
         raise ConfigError(
             f"trainer.strategy {name} needs CUDA devices, and the model is on {device}; use fsdp"
         )
+    if processes.num_processes() == 1 and device.index:
+        raise ConfigError(
+            f"trainer.strategy {name} takes the first CUDA device, and model.device is {device}: "
+            "leave it on auto, and set CUDA_VISIBLE_DEVICES"
+        )
 
 
 def sharded_strategy(name: config.Strategy, gradient_clip: float | None) -> ParallelStrategy:
@@ -264,7 +278,7 @@ def sharded_strategy(name: config.Strategy, gradient_clip: float | None) -> Para
     return strategy
 
 
-def shard(view: DecoderView, mesh: Any) -> None:  # Any: DeviceMesh, untyped in torch
+def shard(view: DecoderView, mesh: DeviceMesh) -> None:
     """Split every weight of a model over processes: FSDP2, one group per decoder layer.
 
     Args:
@@ -281,6 +295,6 @@ def _stored(value: Tensor) -> Tensor:
     return value.cpu() if processes.is_first() else value.new_empty(0)
 
 
-def _inner(optimizer: Any) -> Any:  # Any: Lightning's and DeepSpeed's wrappers are untyped
+def _inner(optimizer: object) -> object:
     """Return the optimizer that Lightning has wrapped."""
     return getattr(optimizer, "_optimizer", optimizer)

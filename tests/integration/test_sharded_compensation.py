@@ -1,6 +1,9 @@
 """Strategies that split a training over processes lead to what one process leads to."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,15 +11,19 @@ import torch
 from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
+from grasp_lightning.config import ModelConfig
+from grasp_lightning.models.loading import load_model
 from tests.integration.compensation import compensate_argv, compressed_folder
-from tests.integration.killing import Kill
+from tests.integration.killing import ROOT, Kill
 from tests.integration.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
-STEP = Kill("grasp_lightning.training.compensation.module", "CompensationModule", "training_step", 4)
+STEP = Kill(
+    "grasp_lightning.training.compensation.module", "CompensationModule", "training_step", 4
+)
+GATHER = Kill("callbacks.split_model", "GatherTrained", "on_fit_end", 1)
 STRATEGIES = ("fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
-OFFLOADING = ("deepspeed_stage_2_offload", "deepspeed_stage_3_offload")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,10 @@ def assert_close_runs(first: Path, second: Path) -> None:
     assert not (second / "checkpoints").exists()
 
 
+def setting(settings: list[str], key: str) -> str:
+    return next(word for word in settings if word.startswith(f"--{key}=")).partition("=")[2]
+
+
 def sharded(settings: list[str], strategy: str, folder: Path, number: int = 2) -> list[str]:
     return [
         *settings,
@@ -87,16 +98,15 @@ def sharded(settings: list[str], strategy: str, folder: Path, number: int = 2) -
     ]
 
 
-@pytest.mark.parametrize("train", ["lora", "factors"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_train_as_one_does_whether_killed_or_not(
-    strategy: str, train: str, settings: list[str], alone: dict[str, Path], tmp_path: Path
+    strategy: str, settings: list[str], alone: dict[str, Path], tmp_path: Path
 ) -> None:
-    settings = [*settings, *TRAINED[train]]
+    settings = [*settings, *LORA]
     whole = sharded(settings, strategy, tmp_path / "whole")
     done = run_ranks(whole, 2, tmp_path)
     assert done.codes == [0, 0], done.text
-    assert_close_runs(alone[train], tmp_path / "whole")
+    assert_close_runs(alone["lora"], tmp_path / "whole")
     interrupted = sharded(settings, strategy, tmp_path / "killed")
     assert run_ranks(interrupted, 2, tmp_path, STEP).codes == [-9, -9]
     assert (tmp_path / "killed" / "checkpoints" / "last.ckpt").is_file()
@@ -105,3 +115,118 @@ def test_two_processes_train_as_one_does_whether_killed_or_not(
     assert metrics(tmp_path / "killed")["history"] == metrics(tmp_path / "whole")["history"]
     left, right = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "train", "number"),
+    [
+        ("fsdp", "factors", 2),
+        ("deepspeed_stage_3", "factors", 2),
+        ("deepspeed_stage_2", "lora_on_factors", 2),
+        ("deepspeed_stage_2_offload", "lora", 1),
+        ("deepspeed_stage_3_offload", "lora", 2),
+    ],
+)
+def test_other_ways_to_train_and_offloading_lead_there_too(  # noqa: PLR0917  parameters of pytest
+    strategy: str,
+    train: str,
+    number: int,
+    settings: list[str],
+    alone: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    argv = sharded([*settings, *TRAINED[train]], strategy, tmp_path / "run", number)
+    done = run_ranks(argv, number, tmp_path)
+    assert done.codes == [0] * number, done.text
+    assert_close_runs(alone[train], tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("deepspeed_stage_3", 2), ("fsdp", 1)),
+        (("auto", 1), ("deepspeed_stage_2", 2)),
+        (("fsdp", 2), ("auto", 1)),
+    ],
+)
+def test_a_killed_training_goes_on_under_another_strategy_in_other_processes(
+    first: tuple[str, int],
+    second: tuple[str, int],
+    settings: list[str],
+    alone: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    settings = [*settings, *LORA]
+    killed = run_ranks(
+        sharded(settings, first[0], tmp_path / "run", first[1]), first[1], tmp_path, STEP
+    )
+    assert killed.codes == [-9] * first[1]
+    argv = sharded(settings, second[0], tmp_path / "run", second[1])
+    done = run_ranks(argv, second[1], tmp_path)
+    assert done.codes == [0] * second[1], done.text
+    assert_close_runs(alone["lora"], tmp_path / "run")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3"])
+def test_the_exported_model_computes_what_the_trained_weights_do(
+    strategy: str, settings: list[str], tmp_path: Path
+) -> None:
+    argv = sharded([*settings, *LORA, "--training.keep=last"], strategy, tmp_path / "run")
+    assert run_ranks(argv, 2, tmp_path, GATHER).codes == [-9, -9]
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    trained = checkpoint["state_dict"]
+    assert all(value.dtype == torch.float32 for value in trained.values())
+    model = load_model(ModelConfig(path=setting(settings, "model.path"))).model
+    linears = dict(model.named_modules())
+    with torch.no_grad():
+        for name in (key for key in trained if ".lora_A." in key):
+            linear = linears[name.removeprefix("model.").partition(".lora_A.")[0]]
+            right, left = trained[name], trained[name.replace("lora_A", "lora_B")]
+            assert left.any()
+            linear.weight += 16 / 4 * left @ right  # type: ignore[operator, union-attr]
+    done = run_ranks(argv, 2, tmp_path)
+    assert done.codes == [0, 0], done.text
+    exported = load_model(ModelConfig(path=str(tmp_path / "run" / "model"))).model
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_the_program_starts_the_processes_of_fsdp_itself(
+    settings: list[str], alone: dict[str, Path], tmp_path: Path
+) -> None:
+    argv = sharded([*settings, *LORA], "fsdp", tmp_path / "run")
+    words = [sys.executable, str(ROOT / "cli.py"), *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("model:  ") == 1
+    assert_close_runs(alone["lora"], tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.dtype=bfloat16"], "would turn the weights from torch.bfloat16 into float32"),
+        (["--optimizer.gradient_clip=-1"], "optimizer.gradient_clip must be above 0"),
+    ],
+)
+def test_settings_that_deepspeed_cannot_follow_are_one_line(
+    options: list[str], message: str, settings: list[str], tmp_path: Path
+) -> None:
+    argv = sharded([*settings, *LORA, *options], "deepspeed_stage_2", tmp_path / "run", 1)
+    done = run_ranks(argv, 1, tmp_path)
+    assert done.codes == [2]
+    assert [message in line for line in done.text.splitlines() if "error" in line] == [True]
+    assert not (tmp_path / "run").exists()
+
+
+def test_deepspeed_is_refused_where_there_is_no_gpu(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    argv = sharded([*settings, *LORA], "deepspeed_stage_2", tmp_path / "run", 1)
+    assert main(argv) == 2
+    assert "deepspeed_stage_2 needs CUDA devices" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
