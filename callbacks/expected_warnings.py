@@ -11,6 +11,8 @@ _MESSAGES = (
     "predict returned None.*",  # hooks read what they need; nothing is predicted
     ".*`srun` command is available on your system but is not used.*",  # outside of jobs
     ".*treespec, LeafSpec.*",  # inside Lightning, with torch 2.13
+    ".*all_gather_into_tensor` is deprecated.*",  # inside DeepSpeed, with torch 2.13
+    ".*self.log\\('validation_loss', ..., sync_dist=True\\).*",  # it is that of all processes
 )
 
 

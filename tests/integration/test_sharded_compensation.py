@@ -183,7 +183,7 @@ def test_the_exported_model_computes_what_the_trained_weights_do(
             linear = linears[name.removeprefix("model.").partition(".lora_A.")[0]]
             right, left = trained[name], trained[name.replace("lora_A", "lora_B")]
             assert left.any()
-            linear.weight += 16 / 4 * left @ right  # type: ignore[operator, union-attr]
+            linear.weight += 16 / 4 * left @ right
     done = run_ranks(argv, 2, tmp_path)
     assert done.codes == [0, 0], done.text
     exported = load_model(ModelConfig(path=str(tmp_path / "run" / "model"))).model
