@@ -192,7 +192,7 @@ class TrainingRun:
             clip = self._config.optimizer.gradient_clip
             arguments["strategy"] = sharded_strategy(self._config.trainer.strategy, clip)
         elif is_training and processes.num_processes() > 1:
-            # Buffers do not change, and processes validate on different numbers of batches.
+            # Buffers do not change, and are the same in all processes.
             arguments["strategy"] = DDPStrategy(broadcast_buffers=False)
         return arguments
 

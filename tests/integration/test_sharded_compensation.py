@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,18 @@ def test_a_killed_training_goes_on_under_another_strategy_in_other_processes(
     argv = sharded(settings, second[0], tmp_path / "run", second[1])
     done = run_ranks(argv, second[1], tmp_path)
     assert done.codes == [0] * second[1], done.text
+    assert_close_runs(alone["lora"], tmp_path / "run")
+
+
+def test_a_signal_saves_at_the_next_step_in_all_processes(
+    settings: list[str], alone: dict[str, Path], tmp_path: Path
+) -> None:
+    argv = sharded([*settings, *LORA], "deepspeed_stage_2", tmp_path / "run")
+    stopped = [*argv, "--trainer.checkpoint_seconds=1000"]  # nothing else saves
+    done = run_ranks(stopped, 2, tmp_path, STEP, signal.SIGTERM)
+    assert done.codes == [128 + signal.SIGTERM] * 2, done.text
+    done = run_ranks(stopped, 2, tmp_path)
+    assert done.codes == [0, 0], done.text
     assert_close_runs(alone["lora"], tmp_path / "run")
 
 
