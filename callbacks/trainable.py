@@ -47,7 +47,7 @@ class TrainableParameters(L.Callback):
         """
         del trainer
         module = compensation_module(pl_module)
-        if stage != "fit" or (module.trained is not None and module.trained_state()):
+        if stage != "fit" or (module.trained is not None and module.is_trainable):
             return
         with torch.random.fork_rng():
             torch.manual_seed(self._seed)

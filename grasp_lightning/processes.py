@@ -42,6 +42,26 @@ def own_share(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: num_processes()]
 
 
+def own_batches(items: Sequence[T], size: int) -> list[tuple[Sequence[T], bool]]:
+    """Return the share of this process in batches, as many of them in every process.
+
+    A pass of a model that is split over processes needs all of them.
+
+    Args:
+        items: The items, the same in all processes, at least one.
+        size: Items per batch; a process's last batch with items may hold fewer.
+
+    Returns:
+        Batches, and whether they count: one that is there for the number alone repeats the first
+        item.
+    """
+    own = own_share(items)
+    batches = [(own[start : start + size], True) for start in range(0, len(own), size)]
+    most_items = -(-len(items) // num_processes())
+    missing = -(-most_items // size) - len(batches)
+    return batches + [(items[:1], False)] * missing
+
+
 def barrier() -> None:
     """Wait until all processes are here."""
     if num_processes() > 1:

@@ -4,14 +4,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple, get_args
 
 import torch
 
 from callbacks.measure import check_trainer
+from callbacks.split_model import MeasureInFit
 from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
 from grasp_lightning.commands.compensate_settings import check_settings, uses_instructions
 from grasp_lightning.commands.compensation_outputs import CompensationOutcome, write_compensation
+from grasp_lightning.commands.consolidation import consolidated
 from grasp_lightning.commands.hub import push_folder
 from grasp_lightning.commands.model_settings import named_by
 from grasp_lightning.commands.parsing import to_dict
@@ -19,9 +22,14 @@ from grasp_lightning.commands.phases import Phases
 from grasp_lightning.commands.progress import RunNotes, attempt, open_together, stored_metrics
 from grasp_lightning.commands.tracked import tracked_perplexity
 from grasp_lightning.commands.training import TrainingRun
-from grasp_lightning.config import CompensateConfig, ModelConfig
+from grasp_lightning.config import CompensateConfig, ModelConfig, Strategy
 from grasp_lightning.data.datamodules import InstructionData, TextData, TrainingData
-from grasp_lightning.data.windows import TokenWindows, check_window_options, evaluation_windows
+from grasp_lightning.data.windows import (
+    TokenWindows,
+    check_window_options,
+    evaluation_windows,
+    own_batches,
+)
 from grasp_lightning.errors import ConfigError, ModelError, OutputError
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
@@ -31,6 +39,7 @@ from grasp_lightning.models.source import resolve_source
 from grasp_lightning.reporting.compensation_metrics import Change, CompensationMetrics
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.training.compensation import CompensationModule, Teacher, trainable_linears
+from grasp_lightning.training.strategies import check_strategy, is_deepspeed, is_sharded
 
 _INPUTS_NAME = "checkpoints/inputs.json"
 _MEMORY_KEYS = (
@@ -65,6 +74,7 @@ class _Inputs:
     data: TrainingData
     held_out: TokenWindows
     teacher: Teacher | None
+    device: torch.device
     bytes_needed: int
 
 
@@ -126,7 +136,51 @@ def _execute(
     module = CompensationModule(view, config.optimizer, teacher=inputs.teacher, seed=config.seed)
     hashes = {**inputs.data.fingerprint, **module.model_hashes}
     processes.on_first(lambda: _check_inputs(run, hashes))
-    training = TrainingRun(config, run, module, inputs.data, stop)
+    training = TrainingRun(config, run, module, inputs.data, stop, device=inputs.device)
+    train = _train_split if is_sharded(config.trainer.strategy) else _train
+    measured = train(config, inputs, training, notes, phases)
+
+    def write() -> CompensationMetrics:
+        # Here, so that rank 0 alone loads a whole model.
+        loaded = inputs.loaded
+        if is_sharded(config.trainer.strategy):
+            with phases("save"):
+                loaded = consolidated(config, training.gathered.state)
+        outcome = CompensationOutcome(
+            config=config,
+            loaded=loaded,
+            data=inputs.data,
+            module=module,
+            history=training.history,
+            best_step=training.best_step,
+            parameters_before=parameters,
+            perplexity=measured.perplexity,
+            perplexity_tokens=inputs.held_out.num_targets,
+            validation_loss=measured.validation_loss,
+        )
+        return write_compensation(run, outcome, phases)
+
+    metrics = processes.on_first(write)
+    notes.clear()
+    run.finish()
+    return metrics
+
+
+class _Measured(NamedTuple):
+    """What was measured before and after training."""
+
+    perplexity: Change[float | None]
+    validation_loss: Change[float | None]
+
+
+def _train(
+    config: CompensateConfig,
+    inputs: _Inputs,
+    training: TrainingRun,
+    notes: RunNotes,
+    phases: Phases,
+) -> _Measured:
+    """Measure, train, merge, and measure again."""
     before, loss_before = notes.noted("perplexity_before"), notes.noted("loss_before")
     if before is None:
         before = _perplexity(config, inputs, phases, "before")
@@ -140,22 +194,29 @@ def _execute(
     after = _perplexity(config, inputs, phases, "after")
     with phases("evaluate"):
         loss_after = training.validation_loss() if training.can_validate else None
-    outcome = CompensationOutcome(
-        config=config,
-        loaded=inputs.loaded,
-        data=inputs.data,
-        module=module,
-        history=training.history,
-        best_step=training.best_step,
-        parameters_before=parameters,
-        perplexity=Change(before=before, after=after),
-        perplexity_tokens=inputs.held_out.num_targets,
-        validation_loss=Change(before=loss_before, after=loss_after),
+    return _Measured(
+        Change(before=before, after=after), Change(before=loss_before, after=loss_after)
     )
-    metrics = processes.on_first(lambda: write_compensation(run, outcome, phases))
-    notes.clear()
-    run.finish()
-    return metrics
+
+
+def _train_split(
+    config: CompensateConfig,
+    inputs: _Inputs,
+    training: TrainingRun,
+    notes: RunNotes,
+    phases: Phases,
+) -> _Measured:
+    """Do the same inside of one fit, where a model that is split over processes is ready to run."""
+    held_out = own_batches(inputs.held_out, config.evaluation.batch_size)
+    measure = MeasureInFit(held_out, notes, lambda: phases("evaluate"))
+    with phases("train", excluding=["evaluate"]):
+        training.fit(measure)
+    assert measure.before is not None  # the fit has begun and ended
+    assert measure.after is not None
+    (before, loss_before), (after, loss_after) = measure.before, measure.after
+    return _Measured(
+        Change(before=before, after=after), Change(before=loss_before, after=loss_after)
+    )
 
 
 def _check_inputs(run: RunFolder, hashes: Mapping[str, str]) -> None:
@@ -172,9 +233,14 @@ def _check_inputs(run: RunFolder, hashes: Mapping[str, str]) -> None:
 def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
     """Load model and text, and fail early on all that does not fit."""
     check_window_options(config.evaluation, "evaluation")
-    check_trainer(config.trainer, resolve_device(config.model.device))
+    device, strategy = resolve_device(config.model.device), config.trainer.strategy
+    check_trainer(config.trainer, device, get_args(Strategy), "compensation")
+    check_strategy(strategy, device)
     with phases("load"):
-        loaded = load_model(config.model)
+        # A model that is going to be split need not fit on the device.
+        loaded = load_model(
+            replace(config.model, device="cpu") if is_sharded(strategy) else config.model
+        )
         view = DecoderView(loaded.model)
         linears = trainable_linears(view, config.train, config.lora.targets)
         _check_dtype(config, loaded)
@@ -195,6 +261,7 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
         data=data,
         held_out=held_out,
         teacher=teacher,
+        device=device,
         bytes_needed=int(_SAFETY * (needed + _CHECKPOINT_BYTES * trained)),
     )
 
@@ -214,6 +281,14 @@ def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
             f"train: factors would change weights in {loaded.model.dtype}, which is too coarse for "
             "small steps; set model.dtype: float32 (trainer.precision: bf16-mixed computes in "
             "bfloat16), or train: lora"
+        )
+    trainer = config.trainer
+    is_coarse = loaded.model.dtype.itemsize < torch.float32.itemsize
+    if is_deepspeed(trainer.strategy) and trainer.precision == "32-true" and is_coarse:
+        raise ConfigError(
+            f"trainer.strategy {trainer.strategy} with precision 32-true would turn the weights "
+            f"from {loaded.model.dtype} into float32; set trainer.precision: bf16-mixed, or "
+            "model.dtype: float32"
         )
 
 

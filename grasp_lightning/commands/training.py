@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from callbacks.export import ExportMergedModel
 from callbacks.history import TrainingHistory
 from callbacks.measure import placement
 from callbacks.progress import StepProgressBar
+from callbacks.split_model import GatherTrained
 from callbacks.stop_request import StopRequest
 from callbacks.trainable import TrainableParameters
 from callbacks.training_checkpoint import TrainingCheckpoint
@@ -25,6 +27,7 @@ from grasp_lightning.config import CompensateConfig
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.training.compensation import VALIDATION_LOSS, CompensationModule
+from grasp_lightning.training.strategies import is_sharded, sharded_strategy
 
 _BEST = "checkpoints/best.safetensors"
 _LOGS = "logs"
@@ -39,9 +42,12 @@ class TrainingRun:
         module: What is trained.
         data: What it is trained on.
         stop: Tells whether the run shall end.
+        device: Device that this process trains on.
 
     Attributes:
         history: Losses of all steps, those before an interruption included.
+        gathered: What was trained, in rank 0, where the model is split over processes; it is not
+            merged then.
     """
 
     def __init__(
@@ -51,15 +57,19 @@ class TrainingRun:
         module: CompensationModule,
         data: TrainingData,
         stop: StopRequest,
+        *,
+        device: torch.device,
     ) -> None:
         self._config = config
         self._run = run
         self._module = module
         self._data = data
         self._stop = stop
-        self._device = module.model.device
+        self._device = device
+        self._is_sharded = is_sharded(config.trainer.strategy)
         self._best = BestWeights(_TensorFile(run, _BEST))
         self.history = TrainingHistory()
+        self.gathered = GatherTrained()
 
     @property
     def can_validate(self) -> bool:
@@ -83,24 +93,31 @@ class TrainingRun:
         self._back_to_device()
         return float(result[VALIDATION_LOSS])
 
-    def fit(self) -> None:
-        """Train, from the last checkpoint on if there is one, and merge what was trained."""
+    def fit(self, measure: L.Callback | None = None) -> None:
+        """Train, from the last checkpoint on if there is one, and merge what was trained.
+
+        Args:
+            measure: Measures the model inside the fit, before and after.
+        """
         checkpoint = self._run.path(TRAINING_CHECKPOINT)
         with expected_warnings(), self._stop.deferred():
-            trainer = self._trainer(self._callbacks(), self._loggers(), is_training=True)
+            trainer = self._trainer(self._callbacks(measure), self._loggers(), is_training=True)
             trainer.fit(
                 self._module,
                 datamodule=self._data,
                 ckpt_path=str(checkpoint) if checkpoint.is_file() else None,
                 weights_only=True,
             )
-        self._back_to_device()
+        if not self._is_sharded:
+            self._back_to_device()
+        elif processes.num_processes() == 1:
+            processes.leave()  # a group of one, which the strategy has formed
 
     def _back_to_device(self) -> None:
         # A Trainer leaves its module on the CPU.
         self._module.model.to(self._device)  # type: ignore[arg-type]  # transformers wraps it with a narrow type
 
-    def _callbacks(self) -> list[L.Callback]:
+    def _callbacks(self, measure: L.Callback | None) -> list[L.Callback]:
         config = self._config
         trainable = TrainableParameters(
             config.train,
@@ -118,7 +135,10 @@ class TrainingRun:
             every_seconds=config.trainer.checkpoint_seconds,
             stop=self._stop,
         )
-        return [*callbacks, ExportMergedModel(), StepProgressBar("training"), checkpoint]
+        if measure is not None:
+            callbacks.append(measure)
+        callbacks.append(self.gathered if self._is_sharded else ExportMergedModel())
+        return [*callbacks, StepProgressBar("training"), checkpoint]
 
     def _save(self, write: Callable[[Path], None]) -> None:
         if processes.is_first():
@@ -168,8 +188,11 @@ class TrainingRun:
 
     def _placement(self, is_training: bool) -> dict[str, Any]:
         arguments = placement(self._config.trainer, self._device)
-        if is_training and processes.num_processes() > 1:
-            # Buffers do not change, and processes validate on different numbers of batches.
+        if self._is_sharded:
+            clip = self._config.optimizer.gradient_clip
+            arguments["strategy"] = sharded_strategy(self._config.trainer.strategy, clip)
+        elif is_training and processes.num_processes() > 1:
+            # Buffers do not change, and are the same in all processes.
             arguments["strategy"] = DDPStrategy(broadcast_buffers=False)
         return arguments
 

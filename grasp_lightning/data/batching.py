@@ -21,6 +21,9 @@ from grasp_lightning.models.next_token import forward_inputs
 Rows = list[list[int]]
 """The rows of one batch: the indices of the samples that stand in each, one after another."""
 
+MicroBatch = dict[str, Tensor]
+"""``input_ids``, ``mask``, ``targets`` and ``position_ids``, each ``(B, T)``; see ``collate``."""
+
 PackingForm = Literal["positions", "mask"]
 """How a model is told where a packed row changes from one sample to the next."""
 
@@ -167,7 +170,7 @@ def epoch_batches(
     return _batched([[index] for index in shuffled], batch_size)
 
 
-def collate(samples: TokenSamples, rows: Rows) -> dict[str, Tensor]:
+def collate(samples: TokenSamples, rows: Rows, *, counts: bool = True) -> dict[str, Tensor]:
     """Return one batch in the form that models and losses take.
 
     The first token of a sample is no target, nor is padding, which follows all real tokens.
@@ -175,6 +178,7 @@ def collate(samples: TokenSamples, rows: Rows) -> dict[str, Tensor]:
     Args:
         samples: The samples.
         rows: Indices of the samples in each row, at least one row.
+        counts: False leaves all targets out, for a batch that only keeps other processes company.
 
     Returns:
         ``input_ids``, ``mask`` (real tokens), ``targets`` and ``position_ids`` (which start at 0
@@ -195,7 +199,7 @@ def collate(samples: TokenSamples, rows: Rows) -> dict[str, Tensor]:
             source, place = slice(start, start + size), (number, slice(column, column + size))
             batch["input_ids"][place] = samples.input_ids[source]
             batch["mask"][place] = True
-            batch["targets"][place] = samples.targets[source]
+            batch["targets"][place] = samples.targets[source] & counts
             batch["position_ids"][place] = torch.arange(size)
             column += size
     return batch

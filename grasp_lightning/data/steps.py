@@ -5,23 +5,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from grasp_lightning import processes
 from grasp_lightning.config import BatchOrder, TrainingConfig
-from grasp_lightning.data.batching import Rows, TokenSamples, collate, epoch_batches
-
-MicroBatch = dict[str, Tensor]
-"""``input_ids``, ``mask``, ``targets`` and ``position_ids``, each ``(B, T)``; see ``collate``."""
+from grasp_lightning.data.batching import (
+    MicroBatch,
+    Rows,
+    TokenSamples,
+    collate,
+    epoch_batches,
+)
 
 
 class StepBatch(NamedTuple):
     """What one optimizer step learns from.
 
     Attributes:
-        parts: The rows of this process, in parts that fit into memory; at least one part, of which
-            nothing is learned where there are fewer rows than processes.
+        parts: The rows of this process, in parts that fit into memory; as many in every process,
+            so that from some nothing is learned where the rows are not enough.
         num_targets: Predicted tokens of the whole step, over all processes.
     """
 
@@ -111,15 +111,8 @@ class TrainingSteps:
         self._position = 0
 
     def _parts(self, rows: Rows) -> list[MicroBatch]:
-        own, size = list(processes.own_share(rows)), self._options.micro_batch_size
-        if own:
-            return [
-                collate(self._samples, own[start : start + size])
-                for start in range(0, len(own), size)
-            ]
-        # A backward pass is due in every process: one of which nothing is learned.
-        part = collate(self._samples, rows[:1])
-        return [{**part, "targets": torch.zeros_like(part["targets"])}]
+        batches = processes.own_batches(rows, self._options.micro_batch_size)
+        return [collate(self._samples, list(own), counts=counts) for own, counts in batches]
 
     def _num_targets(self, rows: Rows) -> int:
         return sum(int(self._samples.num_targets_of[index]) for row in rows for index in row)

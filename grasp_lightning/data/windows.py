@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from grasp_lightning import processes
 from grasp_lightning.config import CalibrationConfig, EvaluationConfig
 from grasp_lightning.data.chat import calibration_documents
 from grasp_lightning.data.mixture import SELF, MixturePart, interleaved, mixture_parts
@@ -109,6 +110,31 @@ class TokenWindows:
         """
         batch = self.batch([0])
         return {**batch, "targets": torch.zeros_like(batch["targets"]), "index": batch["index"][:0]}
+
+
+def own_batches(windows: TokenWindows, batch_size: int) -> list[dict[str, Tensor]]:
+    """Return the windows of this process in batches, as many of them in every process.
+
+    Args:
+        windows: The windows of all processes.
+        batch_size: Windows per batch.
+
+    Returns:
+        Batches as ``collate`` gives them; where windows are not enough, some without targets.
+    """
+    batches = []
+    for indices, counts in processes.own_batches(range(len(windows)), batch_size):
+        part = windows.select(indices)
+        positions = torch.arange(part.input_ids.shape[1]).expand_as(part.input_ids)
+        batches.append(
+            {
+                "input_ids": part.input_ids,
+                "mask": part.mask,
+                "targets": part.targets & counts,
+                "position_ids": positions * part.mask,
+            }
+        )
+    return batches
 
 
 def batches(windows: TokenWindows, batch_size: int) -> Iterator[dict[str, Tensor]]:

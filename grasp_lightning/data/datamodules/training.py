@@ -20,14 +20,20 @@ from grasp_lightning.config import (
     TextConfig,
     TrainingConfig,
 )
-from grasp_lightning.data.batching import Rows, TokenSamples, collate, epoch_batches
+from grasp_lightning.data.batching import (
+    MicroBatch,
+    Rows,
+    TokenSamples,
+    collate,
+    epoch_batches,
+)
 from grasp_lightning.data.instruction_files import Instructions, read_instructions
 from grasp_lightning.data.instructions import (
     TokenizedInstructions,
     split_instructions,
     tokenize_instructions,
 )
-from grasp_lightning.data.steps import MicroBatch, StepOptions, TrainingSteps
+from grasp_lightning.data.steps import StepOptions, TrainingSteps
 from grasp_lightning.data.windows import TokenWindows, calibration_windows
 from grasp_lightning.errors import ConfigError
 
@@ -124,7 +130,7 @@ class TrainingData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[MicroBatch] | list[object]:
         """Return the validation samples in micro-batches, always in the same order.
 
-        Several processes share them.
+        Several processes share them; each gets as many micro-batches.
 
         Returns:
             A loader; no loaders if there are no samples.
@@ -140,7 +146,7 @@ class TrainingData(L.LightningDataModule):
             seed=0,
             epoch=0,
         )
-        own = list(processes.own_share(rows))
+        own = [(batch[0], counts) for batch, counts in processes.own_batches(rows, 1)]
         return DataLoader(_MicroBatches(validation, own), batch_size=None)
 
 
@@ -286,7 +292,7 @@ def _as_samples(windows: TokenWindows) -> TokenSamples:
 class _MicroBatches(Dataset[MicroBatch]):
     """One micro-batch per item."""
 
-    def __init__(self, samples: TokenSamples, batches: list[Rows]) -> None:
+    def __init__(self, samples: TokenSamples, batches: list[tuple[Rows, bool]]) -> None:
         self._samples = samples
         self._batches = batches
 
@@ -294,4 +300,5 @@ class _MicroBatches(Dataset[MicroBatch]):
         return len(self._batches)
 
     def __getitem__(self, index: int) -> MicroBatch:
-        return collate(self._samples, self._batches[index])
+        rows, counts = self._batches[index]
+        return collate(self._samples, rows, counts=counts)

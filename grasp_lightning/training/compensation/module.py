@@ -1,8 +1,9 @@
 """The LightningModule of compensation: a compressed model is trained, a part of it."""
 
 import hashlib
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -11,15 +12,15 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, get_scheduler
 
 from grasp_lightning import processes
 from grasp_lightning.config import OptimizerConfig
-from grasp_lightning.data.batching import PackingForm, packed_inputs, packing_form
+from grasp_lightning.data.batching import MicroBatch, PackingForm, packed_inputs, packing_form
 from grasp_lightning.data.datamodules import TrainingData
-from grasp_lightning.data.steps import MicroBatch, StepBatch
+from grasp_lightning.data.steps import StepBatch
 from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.integrity import model_hash
@@ -29,6 +30,8 @@ from grasp_lightning.models.next_token import (
     next_token_losses,
 )
 from grasp_lightning.training.compensation.adapters import Trained
+from grasp_lightning.training.shards import fill, whole, whole_shape
+from grasp_lightning.training.strategies import CompensationDeepSpeed, CompensationFSDP, shard
 
 VALIDATION_LOSS = "validation_loss"
 _FINGERPRINT, _NUM_TOKENS = "grasp_lightning_fingerprint", "grasp_lightning_trained_tokens"
@@ -91,6 +94,7 @@ class CompensationModule(L.LightningModule):
         # In a tuple: a module attribute would be moved, saved and wrapped with this module.
         self._teacher = (teacher,)
         self._seed = seed
+        self._is_split = False
         self._forms: dict[int, PackingForm] = {}
         self.model_hashes = {"model": model_hash(self.model)}
         if teacher is not None:
@@ -109,6 +113,13 @@ class CompensationModule(L.LightningModule):
             return
         for model in self._models():
             self._forms[id(model)] = packing_form(model, data.row_length)
+
+    def configure_model(self) -> None:
+        """Split the model over processes where the strategy is FSDP2, before the optimizer."""
+        if isinstance(self.trainer.strategy, CompensationFSDP) and not self._is_split:
+            assert self.device_mesh is not None  # the strategy has made it
+            shard(self.view, self.device_mesh["data_parallel"])
+            self._is_split = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW over the trainable parameters, with warm-up and decay by step."""
@@ -162,7 +173,7 @@ class CompensationModule(L.LightningModule):
         total = torch.zeros((), device=self.device)
         for number, part in enumerate(batch.parts, start=1):
             with self._synchronized(number == len(batch.parts)):
-                loss = self._losses(part).sum() / num_tokens
+                loss = self._run(part).sum() / num_tokens
                 if not loss.isfinite():
                     raise NumericsError(
                         f"the training loss is {float(loss.detach())} in step {batch_idx}; lower "
@@ -178,6 +189,13 @@ class CompensationModule(L.LightningModule):
         self.log_dict({"loss": total, "tokens_per_second": speed}, prog_bar=True)
         self.log("learning_rate", learning_rate)
         return {"loss": total, "learning_rate": learning_rate}
+
+    def _run(self, part: MicroBatch) -> Tensor:
+        """Return the loss of every predicted token, by one forward pass of the strategy."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, CompensationDeepSpeed):
+            return strategy.run_part("token_losses", part)
+        return self.token_losses(part)
 
     def _synchronized(self, is_last: bool) -> AbstractContextManager[None]:
         """Return a block whose backward pass adds up gradients here, or over all processes."""
@@ -219,27 +237,47 @@ class CompensationModule(L.LightningModule):
         )
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean over all predicted tokens.
+        """Log the mean over all predicted tokens."""
+        self.log(VALIDATION_LOSS, self.mean_validation_loss(), prog_bar=True)
+
+    def mean_validation_loss(self) -> float:
+        """Return the mean over all predicted tokens of validation steps so far.
+
+        Returns:
+            Nats per predicted token, of all processes.
 
         Raises:
             NumericsError: If it is NaN or infinite.
         """
-        loss = self._validation.compute()
-        if not loss.isfinite():
+        loss = float(self._validation.compute())
+        if not math.isfinite(loss):
             raise NumericsError(
-                f"the validation loss is {float(loss)}; lower optimizer.learning_rate, or try "
+                f"the validation loss is {loss}; lower optimizer.learning_rate, or try "
                 "model.dtype float32"
             )
-        self.log(VALIDATION_LOSS, loss, prog_bar=True)
+        return loss
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether there are trainable parameters."""
+        return bool(self._trainable())
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Return the trainable parameters by name.
+        """Return the trainable parameters by name, whole in every process.
 
         Returns:
-            Name -> parameter, detached, not copied.
+            Name -> parameter, detached; not copied where it is not split over processes.
         """
+        return dict(self.iterate_trained())
+
+    def iterate_trained(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what ``trained_state`` returns, one parameter at a time."""
+        for name, parameter in self._trainable().items():
+            yield name, whole(parameter)
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
         return {
-            name: parameter.detach()
+            name: parameter
             for name, parameter in self.named_parameters()
             if parameter.requires_grad
         }
@@ -250,9 +288,8 @@ class CompensationModule(L.LightningModule):
         Args:
             state: Name -> values, for all of them.
         """
-        with torch.no_grad():
-            for name, parameter in self.trained_state().items():
-                parameter.copy_(state[name])
+        for name, parameter in self._trainable().items():
+            fill(parameter, state[name])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # Any: Lightning's own type
         """Leave in a checkpoint what is trained, and say what it belongs to.
@@ -260,7 +297,7 @@ class CompensationModule(L.LightningModule):
         Args:
             checkpoint: Content of the checkpoint, changed in place.
         """
-        trained = self.trained_state()
+        trained = self._trainable()
         stored = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: stored[name] for name in stored if name in trained}
         checkpoint[_FINGERPRINT] = self._fingerprint()
@@ -286,7 +323,7 @@ class CompensationModule(L.LightningModule):
 
     def _fingerprint(self) -> dict[str, str]:
         (teacher,), data = self._teacher, self._data()
-        shapes = {name: tuple(value.shape) for name, value in self.trained_state().items()}
+        shapes = {name: whole_shape(value) for name, value in self._trainable().items()}
         return {
             "model": self.model_hashes["model"],
             "trained parameters": hashlib.sha256(str(shapes).encode()).hexdigest(),
@@ -294,8 +331,15 @@ class CompensationModule(L.LightningModule):
             "teacher": str(teacher and (self.model_hashes["teacher"], *teacher[1:])),
         }
 
-    def _losses(self, batch: MicroBatch) -> Tensor:
-        """Return the loss of every predicted token, (n,)."""
+    def token_losses(self, batch: MicroBatch) -> Tensor:
+        """Return the loss that is learned from, of every predicted token.
+
+        Args:
+            batch: One micro-batch.
+
+        Returns:
+            Nats, ``(n,)``.
+        """
         (teacher,) = self._teacher
         if teacher is None:
             logits = self._logits(self.model, batch)

@@ -1,0 +1,133 @@
+"""What a fit does for a model that is split over processes, and is whole in none of them."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from callbacks.trainable import compensation_module
+from grasp_lightning import processes
+from grasp_lightning.data.batching import MicroBatch
+from grasp_lightning.data.datamodules import TrainingData
+from grasp_lightning.errors import NumericsError
+
+
+class Notes(Protocol):
+    """Numbers that outlast an interruption."""
+
+    def note(self, key: str, value: float) -> None:
+        """Keep a number.
+
+        Args:
+            key: What it is.
+            value: The number.
+        """
+
+    def noted(self, key: str) -> float | None:
+        """Return a number that was kept.
+
+        Args:
+            key: What it is.
+
+        Returns:
+            The number, None if it was not kept.
+        """
+
+
+class MeasureInFit(L.Callback):
+    """Measures perplexity and validation loss before and after training, inside the fit.
+
+    A model that is split over processes is ready to run there, and nowhere else. It must come after
+    the callback that chooses the weights that are kept.
+
+    Args:
+        held_out: Windows to measure perplexity on, as many batches in every process.
+        notes: Keeps what was measured before training.
+        timed: Gives a block whose time counts as evaluation.
+
+    Attributes:
+        before: Perplexity and validation loss; the latter None if no samples are set aside.
+        after: The same after training.
+    """
+
+    def __init__(
+        self,
+        held_out: Sequence[MicroBatch],
+        notes: Notes,
+        timed: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._held_out = held_out
+        self._notes = notes
+        self._timed = timed
+        self.before: tuple[float, float | None] | None = None
+        self.after: tuple[float, float | None] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure, if no earlier start has."""
+        perplexity = self._notes.noted("perplexity_before")
+        if perplexity is not None:
+            self.before = perplexity, self._notes.noted("loss_before")
+            return
+        perplexity, loss = self.before = self._measured(trainer, pl_module)
+        if loss is not None:
+            self._notes.note("loss_before", loss)
+        self._notes.note("perplexity_before", perplexity)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure again."""
+        self.after = self._measured(trainer, pl_module)
+
+    def _measured(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> tuple[float, float | None]:
+        data: TrainingData = trainer.datamodule  # type: ignore[attr-defined]  # undeclared
+        with self._timed():
+            loss = _mean_loss(trainer, pl_module, self._held_out)
+            samples = data.val_dataloader()
+            validation = _mean_loss(trainer, pl_module, samples) if len(samples) else None
+        try:
+            return math.exp(loss), validation
+        except OverflowError as error:
+            raise NumericsError(
+                f"the loss on the evaluation text is {loss}: its perplexity is beyond float64"
+            ) from error
+
+
+class GatherTrained(L.Callback):
+    """Leaves what was trained, whole and in float32 or finer, in the memory of rank 0.
+
+    Attributes:
+        state: Name of a parameter in the model -> values; empty in other processes.
+    """
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gather one parameter after another."""
+        del trainer
+        module = compensation_module(pl_module)
+        for name, value in module.iterate_trained():
+            if processes.is_first():
+                self.state[name.removeprefix("model.")] = value.cpu().clone()
+
+
+def _mean_loss(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    batches: Iterable[MicroBatch | object],  # as a loader of no certain type gives them
+) -> float:
+    """Return the mean cross-entropy, by forward passes of the strategy."""
+    module = compensation_module(pl_module)
+    was_training = module.model.training
+    module.model.train(False)
+    module.on_validation_epoch_start()
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            trainer.strategy.validation_step(batch, index)
+    module.model.train(was_training)
+    return module.mean_validation_loss()
