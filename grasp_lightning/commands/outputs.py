@@ -1,5 +1,6 @@
 """What a finished compression writes into its run folder."""
 
+import math
 import platform
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,7 +20,8 @@ from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import ModelSize
 from grasp_lightning.plan import Plan
 from grasp_lightning.reporting.card import model_card
-from grasp_lightning.reporting.metrics import DecoderLinears, Metrics, Pair, Seconds
+from grasp_lightning.reporting.linears import predicted_losses
+from grasp_lightning.reporting.metrics import DecoderLinears, LossChange, Metrics, Pair, Seconds
 from grasp_lightning.reporting.page import render_report
 from grasp_lightning.run_folder import RunFolder
 
@@ -129,9 +131,19 @@ def _metrics(outcome: Outcome, phases: Phases) -> Metrics:
         source_bytes=outcome.loaded.origin.source_bytes,
         perplexity=outcome.perplexity,
         perplexity_tokens=outcome.perplexity_tokens,
+        loss_change=_loss_change(outcome),
         seconds=Seconds(**{**seconds, "total": phases.total}),
         peak_memory_bytes=peak_memory_bytes(),
         versions=package_versions(),
+    )
+
+
+def _loss_change(outcome: Outcome) -> LossChange:
+    predicted = predicted_losses(outcome.plan, outcome.scores)
+    dense, compressed = outcome.perplexity.dense, outcome.perplexity.compressed
+    return LossChange(
+        predicted=sum(predicted.values()) if predicted else None,
+        measured=math.log(compressed / dense) if dense and compressed else None,
     )
 
 

@@ -139,7 +139,13 @@ def draw_components(axes: Axes, values: Array, scores: Array, components: Iterab
 
 
 def draw_heat_map(
-    figure: Figure, values: Array, columns: list[str], rows: list[str], *, is_annotated: bool
+    figure: Figure,
+    values: Array,
+    columns: list[str],
+    rows: list[str],
+    *,
+    label: str,
+    is_annotated: bool,
 ) -> None:
     """Draw non-negative values as colours; NaN leaves its field empty.
 
@@ -148,6 +154,7 @@ def draw_heat_map(
         values: What the colours mean, ``(rows, columns)``.
         columns: Labels of the columns.
         rows: Labels of the rows.
+        label: What the colours mean.
         is_annotated: Write each value into its field.
     """
     axes = figure.subplots()
@@ -159,7 +166,7 @@ def draw_heat_map(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("decoder layer")
-    figure.colorbar(image, ax=axes, label="rank", pad=0.01)
+    figure.colorbar(image, ax=axes, label=label, pad=0.01)
     if is_annotated:
         _annotate(axes, values)
 

@@ -82,6 +82,25 @@ def scored_linears(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[ScoredLine
     )
 
 
+def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return what the components that each linear has lost are predicted to cost.
+
+    Args:
+        plan: Decisions of the run.
+        scores: ``<module>.scores``, ``(K,)``: loss of dropping each component, descending.
+
+    Returns:
+        Nats per token by module, in the order of the plan; empty unless the method predicts losses.
+    """
+    if plan.options.get("weighting") != "kfac":
+        return {}
+    return {
+        module: float(scores[f"{module}.scores"][rank:].double().sum())
+        for module, rank in plan.ranks.items()
+        if f"{module}.scores" in scores
+    }
+
+
 def module_place(module: str) -> tuple[int, str]:
     """Return the layer index and the kind of a linear, from its full name.
 

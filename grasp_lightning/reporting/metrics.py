@@ -37,6 +37,19 @@ class DecoderLinears:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossChange:
+    """By how much the cross-entropy of a token grows, in nats; None where it is not known.
+
+    Attributes:
+        predicted: Sum of what the method predicts for every linear, on the calibration text.
+        measured: Logarithm of the ratio of both perplexities, on held-out text.
+    """
+
+    predicted: float | None = None
+    measured: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Seconds:
     """Wall-clock seconds per phase; None for a phase that the run did not have.
 
@@ -77,6 +90,7 @@ class Metrics:
         source_bytes: Size of the source's weight files on disk, None if unknown.
         perplexity: On held-out text; None where it was not measured.
         perplexity_tokens: Number of predicted tokens behind each perplexity.
+        loss_change: By how much the cross-entropy of a token grows, predicted and measured.
         seconds: Time per phase.
         peak_memory_bytes: Highest memory use of the process, or of its device.
         versions: Version by package name (grasp_lightning, python, torch, ...).
@@ -97,6 +111,7 @@ class Metrics:
         default_factory=lambda: Pair[float | None](dense=None, compressed=None)
     )
     perplexity_tokens: int | None = None
+    loss_change: LossChange = field(default_factory=LossChange)
     seconds: Seconds = field(default_factory=Seconds)
     peak_memory_bytes: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -111,6 +126,7 @@ class Metrics:
         ``decoder_linears.parameters.{dense,compressed}``,
         ``decoder_linears.bytes.{dense,compressed}``, ``source_bytes`` (int),
         ``perplexity.{dense,compressed}`` (float), ``perplexity_tokens`` (int),
+        ``loss_change.{predicted,measured}`` (float, nats per token),
         ``seconds.{load,similarity,attribution,curvature,factorize,save,evaluate,total}`` (float),
         ``peak_memory_bytes`` (int), ``versions`` (package name to version),
         ``evaluation.{settings,cost,peak_memory_bytes,corpora,tasks,mean_of_seven}`` as in the
@@ -150,6 +166,7 @@ class Metrics:
                     compressed=optional_float(content["perplexity"]["compressed"]),
                 ),
                 perplexity_tokens=optional_int(content["perplexity_tokens"]),
+                loss_change=LossChange(**content.get("loss_change", {})),
                 seconds=Seconds(
                     **{
                         phase.name: optional_float(content["seconds"].get(phase.name))

@@ -11,7 +11,7 @@ from torch import Tensor
 from grasp_lightning.plan import FactorizeLinear, Plan
 from grasp_lightning.reporting import evaluation, throughput
 from grasp_lightning.reporting.compensation_metrics import CompensationMetrics
-from grasp_lightning.reporting.linears import module_place, scored_linears
+from grasp_lightning.reporting.linears import module_place, predicted_losses, scored_linears
 from grasp_lightning.reporting.metrics import Metrics
 from grasp_lightning.reporting.plots import Plot, run_plots
 from grasp_lightning.reporting.tables import (
@@ -31,6 +31,7 @@ _PHASES = {
     "load": "Load the model",
     "similarity": "Measure the decoder layers",
     "attribution": "Score singular components",
+    "curvature": "Measure the curvature of the loss",
     "factorize": "Factorise and replace",
     "save": "Save the model",
     "evaluate": "Evaluate before and after",
@@ -76,6 +77,7 @@ class RankRow(NamedTuple):
         kept_score: Share of the sum of scores that is kept.
         kept_energy: Share of the squared Frobenius norm that is kept.
         num_beyond: Number of kept components that plain truncation would remove.
+        predicted_loss: Nats per token that its truncation is predicted to cost.
     """
 
     layer: int
@@ -85,6 +87,7 @@ class RankRow(NamedTuple):
     kept_score: str = ""
     kept_energy: str = ""
     num_beyond: str = ""
+    predicted_loss: str = ""
 
 
 def render_report(
@@ -228,6 +231,10 @@ def _rank_rows(plan: Plan, scores: Mapping[str, Tensor]) -> list[RankRow]:
             kept_score=f"{linear.kept_score:.1%}",
             kept_energy=f"{linear.kept_energy:.1%}",
             num_beyond=str(linear.num_beyond_largest),
+        )
+    for module, loss in predicted_losses(plan, scores).items():
+        rows[module] = rows[module]._replace(
+            num_components=str(len(scores[f"{module}.scores"])), predicted_loss=f"{loss:.4f}"
         )
     return list(rows.values())
 

@@ -15,7 +15,13 @@ from grasp_lightning.reporting.drawing import (
     draw_stacked_bars,
     svg_text,
 )
-from grasp_lightning.reporting.linears import Array, float64_array, module_place, scored_linears
+from grasp_lightning.reporting.linears import (
+    Array,
+    float64_array,
+    module_place,
+    predicted_losses,
+    scored_linears,
+)
 from grasp_lightning.reporting.metrics import Metrics
 from grasp_lightning.reporting.tables import count_text, indices_text
 
@@ -55,6 +61,7 @@ def run_plots(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> tup
         layers_plot(plan, scores),
         components_plot(plan, scores),
         ranks_plot(plan),
+        losses_plot(plan, scores),
     )
     return tuple(plot for plot in plots if plot is not None)
 
@@ -229,7 +236,7 @@ def ranks_plot(plan: Plan) -> Plot | None:
     def draw(figure: Figure) -> None:
         columns = [str(layer) for layer in layers]
         is_annotated = len(layers) <= _MAX_ANNOTATED
-        draw_heat_map(figure, values, columns, kinds, is_annotated=is_annotated)
+        draw_heat_map(figure, values, columns, kinds, label="rank", is_annotated=is_annotated)
 
     low, high = min(ranks.values()), max(ranks.values())
     span = f"rank {low}" if low == high else f"ranks {low} to {high}"
@@ -238,5 +245,43 @@ def ranks_plot(plan: Plan) -> Plot | None:
         explanation="Rank of the factors that replace each linear; a grey field stays dense.",
         alt=f"Heat map of ranks, {len(kinds)} kinds of linears by {len(layers)} layers; the table "
         "of ranks has the same numbers.",
+        svg=svg_text(1.2 + 0.34 * len(kinds), draw),
+    )
+
+
+def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
+    """Return what the truncation of every linear is predicted to cost.
+
+    Args:
+        plan: Decisions of the run.
+        scores: ``<module>.scores``, each ``(K,)``.
+
+    Returns:
+        A heat map, linear kinds by layers; None if the method predicts no losses.
+    """
+    losses = {module_place(module): v for module, v in predicted_losses(plan, scores).items()}
+    if not losses:
+        return None
+    layers = sorted({layer for layer, _ in losses})
+    kinds = list(dict.fromkeys(kind for _, kind in losses))
+    # Thousandths: the total is a few tenths, over hundreds of linears.
+    values = np.array(
+        [[1e3 * losses.get((layer, kind), np.nan) for layer in layers] for kind in kinds]
+    )
+
+    def draw(figure: Figure) -> None:
+        columns = [str(layer) for layer in layers]
+        is_annotated = len(layers) <= _MAX_ANNOTATED
+        draw_heat_map(
+            figure, values, columns, kinds, label="nats / 1000", is_annotated=is_annotated
+        )
+
+    total, (worst, most) = sum(losses.values()), max(losses.items(), key=lambda entry: entry[1])
+    return Plot(
+        title=f"All truncations together are predicted to cost {total:.2f} nats per token",
+        explanation="Predicted growth of the loss for each linear, in thousandths of a nat per "
+        "token: half the curvature of its change; a grey field stays dense and costs nothing.",
+        alt=f"Heat map of predicted losses, {len(kinds)} kinds of linears by {len(layers)} layers; "
+        f"most, {most:.4f} nats, in {worst[1]} of layer {worst[0]}.",
         svg=svg_text(1.2 + 0.34 * len(kinds), draw),
     )

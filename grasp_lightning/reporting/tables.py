@@ -106,11 +106,18 @@ def comparison_notes(metrics: Metrics) -> tuple[str, ...]:
         metrics: Numbers of one run.
 
     Returns:
-        What perplexity was measured on, and how the source's own size compares.
+        What perplexity was measured on, how it was predicted to change, and how the source's own
+        size compares.
     """
     notes = []
     if metrics.perplexity_tokens is not None:
         notes.append(perplexity_note(metrics.perplexity_tokens))
+    if metrics.loss_change.predicted is not None and metrics.loss_change.measured is not None:
+        notes.append(
+            f"The loss was predicted to grow by {metrics.loss_change.predicted:.2f} nats per token "
+            f"on the calibration text, and grows by {metrics.loss_change.measured:.2f} on the "
+            "held-out text."
+        )
     if metrics.source_bytes is not None and metrics.source_bytes < metrics.bytes.dense:
         notes.append(
             "The source stores its weights in fewer bits: "

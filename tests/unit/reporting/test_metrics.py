@@ -29,6 +29,8 @@ KEYS = {
     "perplexity.dense",
     "perplexity.compressed",
     "perplexity_tokens",
+    "loss_change.predicted",
+    "loss_change.measured",
     "seconds.load",
     "seconds.similarity",
     "seconds.attribution",
