@@ -39,14 +39,8 @@ def grasp_plus(
     Returns:
         The method.
     """
-    return LowRankMethod(
-        name="grasp_plus",
-        reference="https://arxiv.org/abs/2501.00339",
-        layers=layers,
-        scoring=_MAGNITUDE,
-        rank_rule=rank_rule,
-        metric=metric,
-        track=track,
+    return low_rank(
+        layers=layers, rank_rule=rank_rule, metric=metric, track=track, name="grasp_plus"
     )
 
 
@@ -56,6 +50,7 @@ def low_rank(
     rank_rule: RankRule | GlobalRanks | None,
     metric: Metric,
     track: Track = untracked,
+    name: str = "low_rank",
 ) -> LowRankMethod:
     """Return a truncation in any metric: plain SVD, FWSVD, ASVD, SVD-LLM, or a mixture of parts.
 
@@ -64,12 +59,13 @@ def low_rank(
         rank_rule: How many components each weight keeps.
         metric: How large a change of a weight counts.
         track: Shows the progress of factorisations.
+        name: Name of the combination.
 
     Returns:
         The method.
     """
     return LowRankMethod(
-        name="low_rank",
+        name=name,
         reference=_REFERENCES[metric.weighting],
         layers=layers,
         scoring=_MAGNITUDE,
@@ -80,7 +76,7 @@ def low_rank(
 
 
 _REFERENCES = {
-    "none": "https://en.wikipedia.org/wiki/Singular_value_decomposition",
+    "none": "https://doi.org/10.1007/BF02288367",
     "fisher_rows": "https://arxiv.org/abs/2207.00112",
     "scale_columns": "https://arxiv.org/abs/2312.05821",
     "input_gram": "https://arxiv.org/abs/2403.07378",

@@ -7,6 +7,7 @@ data.
 Legend: T tokens of a window, N output and M input features of a linear.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -21,7 +22,46 @@ WindowSink = Callable[[str, Tensor, Tensor], None]
 InputSink = Callable[[str, Tensor], None]
 
 
-class LinearObserver:
+class _Hooks(ABC):
+    """Hooks on some linears and on the first decoder layer that matters to them."""
+
+    def __init__(self, view: DecoderView, modules: tuple[str, ...]) -> None:
+        self._view = view
+        self._modules = modules
+        self._batch_size = 1
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hook the model for the duration of a ``with`` block.
+
+        Yields:
+            Nothing.
+        """
+        with ExitStack() as stack:
+            first = self._view.layer(self._first_layer())
+            handle = first.register_forward_pre_hook(self._enter, with_kwargs=True)
+            stack.callback(handle.remove)
+            for name in self._modules:
+                module = self._view.module(name)
+                stack.callback(module.register_forward_hook(self._hook(name)).remove)
+            yield
+
+    @abstractmethod
+    def _first_layer(self) -> int:
+        """Return the original number of the first decoder layer that matters."""
+
+    @abstractmethod
+    def _enter(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
+        """See what enters that layer, and replace it unless None is returned."""
+
+    @abstractmethod
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        """Return the forward hook of one linear."""
+
+
+class LinearObserver(_Hooks):
     """Hands (x, dL/dy) of every window of every observed linear to a sink during backward.
 
     The input of the lowest observed decoder layer is cut off from what is below and set to require
@@ -34,32 +74,14 @@ class LinearObserver:
     """
 
     def __init__(self, view: DecoderView, modules: tuple[str, ...], sink: WindowSink) -> None:
-        self._view = view
-        self._modules = modules
+        super().__init__(view, modules)
         self._sink = sink
-        self._batch_size = 1
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hook the model for the duration of a ``with`` block.
-
-        Yields:
-            Nothing.
-        """
-        with ExitStack() as stack:
-            lowest = self._view.layer(min(self._layers_of(self._modules)))
-            handle = lowest.register_forward_pre_hook(self._start_graph, with_kwargs=True)
-            stack.callback(handle.remove)
-            for name in self._modules:
-                module = self._view.module(name)
-                stack.callback(module.register_forward_hook(self._hook(name)).remove)
-            yield
-
-    def _layers_of(self, modules: tuple[str, ...]) -> set[int]:
+    def _first_layer(self) -> int:
         owners = {name: i for i in self._view.layer_indices for name in self._view.linears(i)}
-        return {owners[name] for name in modules}
+        return min(owners[name] for name in self._modules)
 
-    def _start_graph(
+    def _enter(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]]:
         del module
@@ -87,7 +109,7 @@ class LinearObserver:
             self._sink(name, x_TM, grad_TN)
 
 
-class InputObserver:
+class InputObserver(_Hooks):
     """Hands x of every window of every observed linear to a sink during a forward pass.
 
     Args:
@@ -97,28 +119,13 @@ class InputObserver:
     """
 
     def __init__(self, view: DecoderView, modules: tuple[str, ...], sink: InputSink) -> None:
-        self._view = view
-        self._modules = modules
+        super().__init__(view, modules)
         self._sink = sink
-        self._batch_size = 1
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hook the model for the duration of a ``with`` block.
+    def _first_layer(self) -> int:
+        return self._view.layer_indices[0]
 
-        Yields:
-            Nothing.
-        """
-        with ExitStack() as stack:
-            first = self._view.layer(self._view.layer_indices[0])
-            handle = first.register_forward_pre_hook(self._note_batch_size, with_kwargs=True)
-            stack.callback(handle.remove)
-            for name in self._modules:
-                module = self._view.module(name)
-                stack.callback(module.register_forward_hook(self._hook(name)).remove)
-            yield
-
-    def _note_batch_size(
+    def _enter(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         del module
