@@ -123,6 +123,34 @@ def test_finished_rows_of_the_perplexity_table_are_read(tiny_folder: Path, tmp_p
     assert "Perplexity over 62 predicted tokens." in done.stdout
 
 
+def test_the_table_of_methods_goes_on_where_it_was(tiny_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for folder in ("wikitext2_raw", "c4"):
+        (data / folder).mkdir(parents=True)
+    for part in ("validation", "test"):
+        (data / "wikitext2_raw" / f"{part}.txt").write_text(TEXT)
+    lines = [json.dumps({"text": f"{row} {TEXT[:200]}"}) for row in range(520)]
+    (data / "c4" / "realnewslike_validation_sample.jsonl").write_text("\n".join(lines))
+    output, runs = tmp_path / "table.json", tmp_path / "runs"
+    settings = ["--model", tiny_folder, "--data", data, "--runs", runs, "--output", output]
+    settings += ["--windows", 4, "--test_windows", 2, "--seqlen", 32, "--ratios", 0.3]
+    half = run("methods_table.py", *settings, "--methods", "grasp_plus", cwd=tmp_path)
+    assert half.returncode == 0, half.stderr
+    before = (runs / "grasp_plus-0.3-0" / "metrics.json").stat().st_mtime_ns
+
+    methods = ("drop", "grasp_plus")
+    done = run("methods_table.py", *settings, "--methods", *methods, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (runs / "grasp_plus-0.3-0" / "metrics.json").stat().st_mtime_ns == before
+    cells = json.loads(output.read_text())["cells"]
+    assert [c["cell"]["method"] for c in cells] == list(methods)
+    for cell in cells:
+        wiki = cell["metrics"]["perplexity"]["compressed"]
+        assert f"| {wiki:.1f} (x " in done.stdout
+        assert f"| {cell['c4']:.1f} (x " in done.stdout
+    assert cells[1]["metrics"]["loss_change"]["predicted"] > 0
+
+
 def test_the_compensation_table_trains_in_four_ways(tmp_path: Path) -> None:
     model = compressed_folder(tmp_path / "compressed")
     (tmp_path / "data" / "alpaca").mkdir(parents=True)
