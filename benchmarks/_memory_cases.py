@@ -3,9 +3,12 @@
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import lightning as L
@@ -24,6 +27,7 @@ from grasp_lightning.config import (
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
+    Strategy,
     TextConfig,
     TrainerConfig,
     TrainingConfig,
@@ -46,12 +50,15 @@ from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.base import CompressionMethod
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_meta_model, load_model
+from grasp_lightning.models.sharding import process_mesh, shard
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import Plan
 from grasp_lightning.training.compensation import CompensationModule
+from grasp_lightning.training.strategies import is_deepspeed, is_sharded, sharded_strategy
 
 _CPU: Final = torch.device("cpu")
 _NUM_STEPS: Final = 2  # the second one finds the optimizer's states in place
+_GRADIENT_CLIP: Final = OptimizerConfig().gradient_clip
 _NUM_PARTS: Final = 2  # micro-batches per step: the second one finds gradients in place
 
 Stage = Literal["calibration", "compensation"]
@@ -68,7 +75,8 @@ class Case:
         num_layers: Calibration: number of layers that are replaced, the topmost ones.
         rank: Compensation: rank of the adapters.
         checkpointing: Compensation: compute activations again in the backward pass.
-        num_processes: Number of processes, each with the whole model (ddp).
+        num_processes: Number of processes.
+        strategy: What they divide; with one process it has no effect.
     """
 
     stage: Stage
@@ -78,6 +86,7 @@ class Case:
     rank: int = 0
     checkpointing: bool = False
     num_processes: int = 1
+    strategy: Strategy = "ddp"
 
 
 def measure(case: Case, model: str) -> dict[str, int]:
@@ -95,6 +104,8 @@ def measure(case: Case, model: str) -> dict[str, int]:
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(f"{library}.utilities.rank_zero").setLevel(logging.WARNING)
     _touch_libraries()
+    if is_deepspeed(case.strategy):
+        _let_deepspeed_use_cpus()
     peaks = _Peaks()
     peaks.note_now("libraries")
     loaded = load_model(ModelConfig(path=model, dtype="float32", device="cpu"))
@@ -161,9 +172,23 @@ def _touch_libraries() -> None:
 
 
 def _make_resident(loaded: LoadedModel) -> None:
-    """Read every weight: they come from a mapped file."""
+    """Copy every weight: they come from a mapped file, which is freed with the last of them."""
     for parameter in loaded.model.parameters():
-        parameter.detach().sum()
+        parameter.data = parameter.detach().clone()
+
+
+def _let_deepspeed_use_cpus() -> None:
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    import_module("tests.integration.cpu_deepspeed")
+    # Starting an engine loads 50 MB of code, which is no part of a model's memory.
+    module = torch.nn.Linear(2, 2)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    deepspeed = import_module("deepspeed")
+    deepspeed.init_distributed("gloo")
+    deepspeed.initialize(
+        model=module, optimizer=torch.optim.AdamW(module.parameters()), config=config
+    )
 
 
 def _calibrate(case: Case, loaded: LoadedModel, peaks: _Peaks) -> None:
@@ -173,14 +198,16 @@ def _calibrate(case: Case, loaded: LoadedModel, peaks: _Peaks) -> None:
     )
     view = DecoderView(loaded.model)
     data = CalibrationData(config, loaded.tokenizer, seed=0)
+    assert len(data.windows) == num_samples  # the text is read here
+    peaks.note_now("loaded")
+    if case.strategy == "fsdp":
+        shard(loaded.model, process_mesh(_CPU), _CPU)
     layers = view.layer_indices[-case.num_layers :]
     method = build_method(
         resolve_method(MethodConfig(preset="paper", layers=layers, keep_ratio=0.1)), view
     )
-    trainer = TrainerConfig(devices=case.num_processes)
+    trainer = TrainerConfig(devices=case.num_processes, strategy=case.strategy)
     measure_step = TrainerMeasure(data, trainer, progress=False)
-    assert len(data.windows) == num_samples  # the text is read here
-    peaks.note_now("loaded")
     _run_steps(view, method, measure_step, peaks)
 
 
@@ -260,7 +287,9 @@ def _predict_calibration(case: Case, shape: ModelShape) -> dict[str, int]:
     linears = tuple(x for index in layers for x in shape.layers[index].linears.values())
     scored = Scored(linears=linears, lowest=min(layers), num_layers=len(layers))
     run = Pass(batch_size=case.batch_size, seqlen=case.seqlen, on_cpu=True)
-    held = shape.weights + calibration_memory(shape, (), run, scored).statistics
+    num_parts = case.num_processes if case.strategy == "fsdp" else 1
+    memory = calibration_memory(shape, (), run, scored, num_parts=num_parts)
+    held = memory.weights + memory.statistics
     return {
         "loaded": shape.weights,
         "factorize": held + decomposition_bytes(linears[-1]),
@@ -272,19 +301,21 @@ def _predict_compensation(case: Case, shape: ModelShape) -> dict[str, int]:
     adapters = Adapters(rank=case.rank)
     run = Pass(batch_size=case.batch_size, seqlen=case.seqlen, on_cpu=True)
     activations = compensation_activations(shape, run, adapters, is_checkpointed=case.checkpointing)
-    memory, _ = compensation_memory(
+    memory, host = compensation_memory(
         shape,
-        "ddp",
+        case.strategy,
         case.num_processes,
         trained=trained_parameters(shape, adapters),
         is_new=True,
         activations=activations,
     )
-    return {"loaded": shape.weights, "training": memory.total}
+    return {"loaded": shape.weights, "training": memory.total + host}
 
 
 def _placement(case: Case) -> dict[str, Any]:  # Any: arguments of a Trainer
     arguments = placement(TrainerConfig(devices=case.num_processes), _CPU)
-    if case.num_processes > 1:
+    if is_sharded(case.strategy):
+        arguments["strategy"] = sharded_strategy(case.strategy, _GRADIENT_CLIP)
+    elif case.num_processes > 1:
         arguments["strategy"] = DDPStrategy(broadcast_buffers=False)
     return arguments

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from _common import (
     DEFAULT_CACHE,
@@ -25,6 +25,9 @@ from _common import (
     run_fresh,
 )
 from _memory_cases import Case, measure, measure_in_group, predict
+
+from grasp_lightning.config import Strategy
+from grasp_lightning.training.strategies import is_sharded
 
 Record = dict[str, Any]  # a case, measured and predicted bytes by part
 
@@ -41,12 +44,16 @@ def cases() -> Iterator[Case]:
         *((2, 256, 30), (4, 256, 30)),
     ):
         yield Case(stage="calibration", batch_size=batch_size, seqlen=seqlen, num_layers=num_layers)
-    yield Case(stage="calibration", batch_size=1, seqlen=256, num_layers=8, num_processes=2)
+    shared = Case(stage="calibration", batch_size=1, seqlen=256, num_layers=8, num_processes=2)
+    yield from (shared, replace(shared, strategy="fsdp"))
     for checkpointing in (False, True):
         small = Case(
             stage="compensation", batch_size=2, seqlen=128, rank=32, checkpointing=checkpointing
         )
         yield from (small, replace(small, seqlen=256, rank=256), replace(small, num_processes=2))
+    for strategy in get_args(Strategy):
+        if is_sharded(strategy):
+            yield replace(small, checkpointing=False, num_processes=2, strategy=strategy)
 
 
 def main() -> None:
@@ -133,14 +140,15 @@ def _table(
     parts: Sequence[str],
     pairs: Sequence[tuple[Record, Mapping[str, int]]],
 ) -> str:
-    header = ["processes", "batch_size", "seqlen", *keys]
+    keys = ("strategy", "num_processes", "batch_size", "seqlen", *keys)
+    header = [key.removeprefix("num_") if key == "num_processes" else key for key in keys]
     for part in parts:
         header += [f"{part}: measured", "modelled", "difference"]
     rows = []
     for record, predicted in pairs:
         if record["stage"] != stage:
             continue
-        row = [str(record[key]) for key in ("num_processes", "batch_size", "seqlen", *keys)]
+        row = [str(record[key]) for key in keys]
         libraries = record["bytes"]["loaded"] - predicted["loaded"]
         for part in parts:
             measured = record["bytes"][part] - libraries

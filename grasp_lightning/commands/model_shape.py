@@ -7,7 +7,7 @@ from typing import Any
 from grasp_lightning.evaluation.footprint import Layer, LinearShape, ModelShape
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import low_rank_linears
-from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.size import count_parameters, count_tied_parameters
 from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation
 
 _INNER_SIZES = 4  # times the hidden size, where no linear tells
@@ -41,6 +41,7 @@ def model_shape(view: DecoderView) -> ModelShape:
         is_gated=is_gated,
         vocabulary=config.vocab_size,
         is_eager=getattr(view.model.config, "_attn_implementation", None) == "eager",
+        tied=count_tied_parameters(view.model),
     )
 
 

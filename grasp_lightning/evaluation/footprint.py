@@ -24,6 +24,13 @@ HALF = 2
 LOSS_PARTS = 3 * FLOAT32 * 2**20
 # When DDP starts, it sends the weights in copies of 250 MiB, two of them at a time.
 DDP_COPIES = 2 * 250 * 2**20
+# FSDP2 gathers weights in a buffer, and copies them out of it.
+FSDP_COPIES = 2
+# In a forward pass it also keeps the buffer of the layer before.
+FSDP_LAYERS = 3
+# Stage 3 of DeepSpeed keeps as many gathered parameters, and fetches as many ahead in a buffer.
+ZERO_LIVE = 10**9
+ZERO_AHEAD = 5 * 10**7
 # Of one parameter, in float32: Adam's two moments; stages 1 and 2 of DeepSpeed copy it as well.
 ADAM = 2 * FLOAT32
 ADAM_AND_COPY = 3 * FLOAT32
@@ -94,6 +101,7 @@ class ModelShape:
         is_gated: Whether the MLP multiplies two projections.
         vocabulary: V.
         is_eager: Whether attention forms its matrix of scores.
+        tied: Number of the parameters that several modules share, each counted once.
     """
 
     parameters: int
@@ -107,6 +115,7 @@ class ModelShape:
     is_gated: bool
     vocabulary: int
     is_eager: bool = False
+    tied: int = 0
 
     @property
     def weights(self) -> int:
@@ -114,16 +123,22 @@ class ModelShape:
         return self.parameters * self.element_size
 
     @property
-    def largest_weight(self) -> int:
-        """Bytes of the largest matrix: a linear, or the one between words and hidden states."""
+    def largest_split(self) -> int:
+        """Bytes of the largest matrix that is not tied: a linear, or the one of words."""
         sizes = [linear.parameters for layer in self.layers for linear in layer.linears.values()]
-        return max(*sizes, self.vocabulary * self.hidden) * self.element_size
+        words = 0 if self.tied else self.vocabulary * self.hidden
+        return max(*sizes, words) * self.element_size
 
     @property
     def largest_layer(self) -> int:
-        """Bytes of the largest decoder layer, or of the matrix between words and hidden states."""
-        sizes = [layer.parameters for layer in self.layers]
-        return max(*sizes, self.vocabulary * self.hidden) * self.element_size
+        """Bytes of the largest decoder layer."""
+        return max((layer.parameters for layer in self.layers), default=0) * self.element_size
+
+    @property
+    def outside(self) -> int:
+        """Bytes of all that is in no decoder layer: matrices of words, and the last norm."""
+        in_layers = sum(layer.parameters for layer in self.layers)
+        return (self.parameters - in_layers) * self.element_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,8 +479,9 @@ def calibration_memory(
         replaced: The linears that are replaced, with their ranks.
         run: Windows of one forward pass.
         scored: What is scored.
-        num_parts: Number of processes that the weights are dealt out to (fsdp): each holds a part,
-            and one whole matrix at a time. Statistics are whole in every process.
+        num_parts: Number of processes that the weights are dealt out to (fsdp): each holds what is
+            tied, a part of the rest, and one whole matrix at a time with the buffer in which it was
+            gathered. Statistics are whole in every process.
         cache: Bytes of hidden states kept between passes.
 
     Returns:
@@ -479,7 +495,7 @@ def calibration_memory(
         statistics += sums_bytes(scored.linears, sums_gradients=scored.sums_gradients)
     decomposition = max((decomposition_bytes(linear) for linear in scored.linears), default=0)
     return CalibrationMemory(
-        weights=_part(model.weights, num_parts, model.largest_weight),
+        weights=_split_linears(model, num_parts),
         statistics=statistics,
         factors=factors_bytes(replaced),
         activations=max(calibration_activations(model, run, scored), decomposition),
@@ -557,8 +573,10 @@ def compensation_memory(
 
     - auto and ddp: all of it in every process; ddp has buckets as large as the gradients, and
       copies a part of the weights when it starts, before there is anything else.
-    - fsdp and stage 3: every process holds its part of everything, and one whole decoder layer at a
-      time.
+    - fsdp: every process holds its part of everything, what is in no decoder layer whole while a
+      pass runs, and one whole decoder layer with the buffers of it and of the one before.
+    - stage 3: its part of everything, 10^9 gathered parameters at most, and a buffer for those that
+      are fetched ahead.
     - stages 1 and 2: optimizer states in parts, in stage 2 gradients, too; DeepSpeed's optimizer
       works on a float32 copy of what is trained.
     - offload: that copy, the states and a copy of the gradients lie in the host's memory, with
@@ -582,7 +600,8 @@ def compensation_memory(
     whole = model.weights + new
     gradients, parts = FLOAT32 * trained, max(num_processes, 1)
     is_split = strategy == "fsdp" or "stage_3" in strategy
-    weights = _part(whole, parts, model.largest_layer) if is_split else whole
+    gathered = _gathered(model, strategy, new) if is_split else 0
+    weights = _ceil(whole, parts) + gathered if is_split and parts > 1 else whole
     optimizer = _optimizer_bytes(strategy, trained, parts)
     if strategy == "ddp" and parts > 1:
         gradients *= 2
@@ -595,7 +614,7 @@ def compensation_memory(
         optimizer = 0
         if is_split:
             host += _ceil(whole, parts)
-            weights = model.largest_layer
+            weights = gathered
     return CompensationMemory(weights + teacher, gradients, optimizer, activations), host
 
 
@@ -651,8 +670,20 @@ def _rank(linear: LinearShape) -> int:
     return min(linear.rows, linear.columns)
 
 
-def _part(size: int, num_parts: int, whole: int) -> int:
-    return size if num_parts == 1 else _ceil(size, num_parts) + whole
+def _split_linears(model: ModelShape, parts: int) -> int:
+    """Return what a process holds of a model whose linears are split one by one."""
+    if parts == 1:
+        return model.weights
+    tied = model.tied * model.element_size
+    return tied + _ceil(model.weights - tied, parts) + FSDP_COPIES * model.largest_split
+
+
+def _gathered(model: ModelShape, strategy: Strategy, new: int) -> int:
+    """Return what a process holds of weights beside its part of them, at most."""
+    if strategy == "fsdp":
+        layer = model.largest_layer + _ceil(new, max(len(model.layers), 1))
+        return model.outside + FSDP_LAYERS * layer
+    return sum(min(model.weights + new, n * model.element_size) for n in (ZERO_LIVE, ZERO_AHEAD))
 
 
 def _ceil(size: int, num_parts: int) -> int:

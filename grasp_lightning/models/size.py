@@ -1,5 +1,6 @@
 """Sizes of a model in parameters and bytes."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -36,6 +37,19 @@ def count_parameters(model: nn.Module) -> int:
         Number of scalars.
     """
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_tied_parameters(model: nn.Module) -> int:
+    """Return the number of parameters that several modules share, each counted once.
+
+    Args:
+        model: Any module, also on the meta device.
+
+    Returns:
+        Number of scalars.
+    """
+    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    return sum(p.numel() for p in model.parameters() if uses[id(p)] > 1)
 
 
 def count_decoder_linears(view: DecoderView) -> int:

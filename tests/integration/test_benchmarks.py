@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from grasp_lightning.config import Strategy
+from grasp_lightning.training.strategies import is_sharded
 from tests.integration.compensation import compressed_folder, write_samples
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -204,25 +207,39 @@ def test_the_memory_program_measures_what_is_missing(tiny_folder: Path, tmp_path
     output = tmp_path / "memory.jsonl"
     settings = ("--model", tiny_folder, "--shrink", 8, "--output", output)
     shapes = [(1, 16, 1), (1, 64, 1), (4, 16, 1), (2, 32, 1), (2, 32, 4), (4, 32, 4)]
-    keys = ("batch_size", "seqlen", "num_layers", "rank", "checkpointing", "num_processes")
-    known = [("calibration", *case, 0, False, 1) for case in shapes]
-    known.append(("calibration", 1, 32, 1, 0, False, 2))
+    keys = (
+        "batch_size",
+        "seqlen",
+        "num_layers",
+        "rank",
+        "checkpointing",
+        "num_processes",
+        "strategy",
+    )
+    known = [("calibration", *case, 0, False, 1, "ddp") for case in shapes]
+    known += [("calibration", 1, 32, 1, 0, False, 2, name) for name in ("ddp", "fsdp")]
     for checkpointing in (False, True):
         for seqlen, rank, processes in ((16, 32, 1), (32, 256, 1), (16, 32, 2)):
-            known.append(("compensation", 2, seqlen, 0, rank, checkpointing, processes))
+            known.append(("compensation", 2, seqlen, 0, rank, checkpointing, processes, "ddp"))
+    split = [name for name in get_args(Strategy) if is_sharded(name)]
+    known += [("compensation", 2, 16, 0, 32, False, 2, name) for name in split]
     parts = dict.fromkeys(("libraries", "loaded", "factorize", "attribution", "training"), 10**9)
     records = [{**dict(zip(("stage", *keys), case, strict=True)), "bytes": parts} for case in known]
-    left = {0, len(known) - 1}  # a calibration, and a compensation of two processes
+    left = {0, 7, len(known) - len(split)}  # calibrations, and a compensation, the last with fsdp
     lines = [json.dumps(record) for i, record in enumerate(records) if i not in left]
     output.write_text("".join(f"{line}\n" for line in lines))
     done = run("memory.py", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     added = [json.loads(line) for line in output.read_text().splitlines()[len(lines) :]]
     assert [{**record, "bytes": parts} for record in added] == [records[i] for i in sorted(left)]
-    for record, part in zip(added, ("attribution", "training"), strict=True):
+    for record, part in zip(added, ("attribution", "attribution", "training"), strict=True):
         assert record["bytes"][part] >= record["bytes"]["loaded"] > record["bytes"]["libraries"]
-    assert "| processes | batch_size | seqlen | num_layers | factorize: measured |" in done.stdout
-    assert done.stdout.count("\n| 2 |") == 3
+    assert (
+        "| strategy | processes | batch_size | seqlen | num_layers | factorize: measured |"
+        in done.stdout
+    )
+    assert done.stdout.count("\n| ddp | 2 |") == 3
+    assert done.stdout.count("\n| fsdp | 2 |") == 2
 
 
 def test_missing_data_is_one_line(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from grasp_lightning.plan import DropLayers, FactorizeLinear
 from grasp_lightning.stats.base import Scoring
 from grasp_lightning.stats.components import ComponentScores
 from grasp_lightning.training.compensation import make_trainable
-from tests.conftest import TINY_CONFIGS, tiny_model
+from tests.conftest import TINY_CONFIGS, VOCABULARY, tiny_model
 
 RUN = Pass(batch_size=2, seqlen=24, on_cpu=True)
 OPERATIONS = tuple(
@@ -264,14 +264,18 @@ def test_scoring_takes_the_cheaper_way_and_less_without_u_and_v() -> None:
     assert window_bytes(linear, 8, is_full=True) > window_bytes(linear, 8, is_full=False)
 
 
-def test_fsdp_divides_weights_and_nothing_else_of_a_calibration() -> None:
-    found = shape()
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_fsdp_divides_weights_and_nothing_else_of_a_calibration(is_tied: bool) -> None:
+    found = model_shape(DecoderView(tiny_model(tie_word_embeddings=is_tied)))
+    words = VOCABULARY * 32 * 4
+    assert found.tied * 4 == words * is_tied
     scored = Scored(linears=tuple(found.layers[0].linears.values()), lowest=0, num_layers=1)
     one, many = (
         calibration_memory(found, (), RUN, scored, num_parts=parts, cache=7) for parts in (1, 4)
     )
     assert one.weights == found.weights
-    assert many.weights == -(-found.weights // 4) + found.largest_weight
+    tied, largest = (words, 32 * 48 * 4) if is_tied else (0, words)
+    assert many.weights == tied + -(-(found.weights - tied) // 4) + 2 * largest
     assert one[1:] == many[1:]
     assert one.total == sum(one)
 
@@ -287,15 +291,35 @@ def memory_under(strategy: Strategy) -> tuple[int, int, int, int]:
 
 def test_strategies_divide_what_they_say() -> None:
     found = shape()
-    whole, layer = found.weights + 4000, found.largest_layer
+    whole, layer = found.weights + 4000, found.largest_layer + 1000
     part = -(-whole // 4)
+    # Both matrices of words and the last norm.
+    assert found.outside == 4 * (2 * VOCABULARY * 32 + 32)
+    gathered = 2 * whole  # fewer than stage 3 keeps, and than it fetches ahead
     assert memory_under("ddp") == (whole, 8000, 8000, 0)
-    assert memory_under("fsdp") == (part + layer, 1000, 2000, 0)
+    assert memory_under("fsdp") == (part + found.outside + 3 * layer, 1000, 2000, 0)
     assert memory_under("deepspeed_stage_1") == (whole, 4000, 3000, 0)
     assert memory_under("deepspeed_stage_2") == (whole, 1000, 3000, 0)
-    assert memory_under("deepspeed_stage_3") == (part + layer, 1000, 2000, 0)
+    assert memory_under("deepspeed_stage_3") == (part + gathered, 1000, 2000, 0)
     assert memory_under("deepspeed_stage_2_offload") == (whole, 1000, 0, 4000)
-    assert memory_under("deepspeed_stage_3_offload") == (layer, 1000, 0, 4000 + part)
+    assert memory_under("deepspeed_stage_3_offload") == (gathered, 1000, 0, 4000 + part)
+
+
+def test_stage_3_gathers_no_more_than_its_settings_allow() -> None:
+    large = replace(shape(), parameters=7 * 10**9, element_size=2)
+    memory, host = compensation_memory(
+        large, "deepspeed_stage_3_offload", 8, trained=0, is_new=True, activations=0
+    )
+    assert memory.weights == 2 * (10**9 + 5 * 10**7)
+    assert host == large.weights // 8
+
+
+def test_one_process_gathers_nothing() -> None:
+    found = shape()
+    strategies: tuple[Strategy, ...] = ("fsdp", "deepspeed_stage_3")
+    for strategy in strategies:
+        memory, _ = compensation_memory(found, strategy, 1, trained=0, is_new=True, activations=0)
+        assert memory.weights == found.weights
 
 
 def test_ddp_copies_weights_when_it_starts() -> None:

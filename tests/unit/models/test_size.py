@@ -8,6 +8,7 @@ from grasp_lightning.models.size import (
     ModelSize,
     count_decoder_linears,
     count_parameters,
+    count_tied_parameters,
     measure_size,
 )
 from tests.conftest import ALL_FAMILIES, MOE_FAMILIES, VOCABULARY, tiny_model
@@ -20,6 +21,8 @@ LLAMA_LAYER = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32
 def test_tied_embeddings_count_once() -> None:
     tied, untied = (tiny_model("llama", tie_word_embeddings=tie) for tie in (True, False))
     assert count_parameters(untied) - count_parameters(tied) == VOCABULARY * 32
+    assert count_tied_parameters(untied) == 0
+    assert count_tied_parameters(tied) == VOCABULARY * 32
 
 
 def test_a_llama_has_the_parameters_of_its_shapes() -> None:
