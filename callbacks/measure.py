@@ -99,7 +99,12 @@ class TrainerMeasure:
             )
         if step.needs.moment_kinds:
             return Statistics(moments=self._moments(view, step))
-        return self._pass(view, step)
+        measurement = (
+            SingularAttribution(step=step)
+            if step.needs.weight_gradients
+            else LayerSimilarity(step=step)
+        )
+        return self._pass(view, step, measurement)
 
     def _moments(self, view: DecoderView, step: Step) -> Mapping[str, Moments]:
         """Measure moments, in as many passes as their memory asks for."""
@@ -111,14 +116,16 @@ class TrainerMeasure:
             moments = None if self._store is None else self._store.load_moments(part)
             if moments is None:
                 narrowed = replace(step, needs=replace(step.needs, moments=group))
-                moments = self._pass(view, narrowed, part).moments
+                measurement = LinearMoments(narrowed, sources)
+                moments = self._pass(view, narrowed, measurement, part).moments
                 if self._store is not None:
                     moments = self._store.keep_moments(moments, part)
             found.append(moments)
         return found[0] if len(found) == 1 else MergedMoments(found)
 
-    def _pass(self, view: DecoderView, step: Step, part: str = "") -> Statistics:
-        measurement = _measurement(step)
+    def _pass(
+        self, view: DecoderView, step: Step, measurement: Measurement, part: str = ""
+    ) -> Statistics:
         store = None if self._store is None else self._store.pass_store(part)
         state = None if store is None else store.load()
         done: list[int] = []
@@ -222,14 +229,6 @@ class TrainerMeasure:
             inference_mode=False,
             use_distributed_sampler=False,
         )
-
-
-def _measurement(step: Step) -> Measurement:
-    if step.needs.moment_kinds:
-        return LinearMoments(step)
-    if step.needs.weight_gradients:
-        return SingularAttribution(step=step)
-    return LayerSimilarity(step=step)
 
 
 def placement(config: TrainerConfig, device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from callbacks.measurement import Measurement
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.stats.moments import MomentSums
-from grasp_lightning.stats.observer import InputObserver, LinearObserver, shared_inputs
+from grasp_lightning.stats.observer import InputObserver, LinearObserver
 from grasp_lightning.training.calibration import Batch, CalibrationModule
 
 _NUM_TOKENS = "num_tokens"
@@ -20,11 +20,13 @@ class LinearMoments(Measurement):
 
     Args:
         step: What is measured.
+        sources: Module -> the module whose input stands for its own, as ``shared_inputs`` finds.
     """
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, sources: Mapping[str, str]) -> None:
         super().__init__()
         self._given: Step | None = step
+        self._sources = sources
         self._sums: MomentSums | None = None
         self._num_tokens = 0
         self._is_padding = False
@@ -37,10 +39,9 @@ class LinearMoments(Measurement):
     def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
         """Return the hooks on the linears."""
         view, needs = module.view, step.needs
-        linears = {n: m for i in view.layer_indices for n, m in view.linears(i).items()}
+        linears = view.all_linears()
         shapes = {n: (linears[n].out_features, linears[n].in_features) for n in needs.moments}
-        sources = shared_inputs(view, needs.moments)
-        self._sums = MomentSums(shapes, needs.moment_kinds, sources, view.model.device)
+        self._sums = MomentSums(shapes, needs.moment_kinds, self._sources, view.model.device)
         self._num_tokens = 0
         if needs.is_backward:
             return LinearObserver(view, needs.moments, self._add).attached()

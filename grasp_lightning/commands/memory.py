@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from grasp_lightning.commands.compensate_settings import check_settings, uses_instructions
 from grasp_lightning.commands.parsing import parse
@@ -33,15 +33,7 @@ from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
 
 # Strategies that deal weights out are pointless in one process: as many are shown then.
 DEFAULT_PROCESSES: Final = 8
-_COMPENSATION_STRATEGIES: Final[tuple[Strategy, ...]] = (
-    "ddp",
-    "fsdp",
-    "deepspeed_stage_1",
-    "deepspeed_stage_2",
-    "deepspeed_stage_3",
-    "deepspeed_stage_2_offload",
-    "deepspeed_stage_3_offload",
-)
+_COMPENSATION_STRATEGIES: Final = tuple(s for s in get_args(Strategy) if s != "auto")
 
 
 def compensation_settings(config: PlanConfig) -> CompensateConfig:

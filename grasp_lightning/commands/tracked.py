@@ -1,13 +1,13 @@
 """Measurements with a progress bar."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from grasp_lightning import processes
-from grasp_lightning.data.windows import TokenWindows, batches
+from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.evaluation.perplexity import evaluate_perplexity
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded
@@ -34,27 +34,22 @@ def tracked_perplexity(
     Returns:
         The perplexity.
     """
+    shares = processes.own_batches(range(len(windows)), batch_size)
     stream = track(
-        _own_batches(windows, batch_size, is_padded=is_sharded(view.model)),
-        total=_num_batches(windows, batch_size),
+        _windows(windows, shares, is_padded=is_sharded(view.model)),
+        total=len(shares),
         description=description,
         console=console,
     )
     return evaluate_perplexity(view, stream)
 
 
-def _num_batches(windows: TokenWindows, batch_size: int) -> int:
-    """Return the number of batches of the process that has most."""
-    most = -(-len(windows) // processes.num_processes())
-    return -(-most // batch_size)
-
-
-def _own_batches(
-    windows: TokenWindows, batch_size: int, *, is_padded: bool
+def _windows(
+    windows: TokenWindows, shares: Sequence[tuple[Sequence[int], bool]], *, is_padded: bool
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the batches of this process; padded, all processes have as many."""
-    own = windows.select(processes.own_share(range(len(windows))))
-    yield from batches(own, batch_size)
-    missing = _num_batches(windows, batch_size) - -(-len(own) // batch_size)
-    for _ in range(missing if is_padded else 0):
-        yield windows.padding()
+    for indices, counts in shares:
+        if counts:
+            yield windows.batch(indices)
+        elif is_padded:
+            yield windows.padding()

@@ -52,12 +52,8 @@ def attribution_step(
     Returns:
         The step, with the decomposition of every weight.
     """
-    weights = {
-        name: linear.weight
-        for index in model.layer_indices
-        for name, linear in model.linears(index).items()
-    }
-    bases = _factorized({name: weights[name].detach() for name in modules}, track)
+    linears = model.all_linears()
+    bases = _factorized({name: linears[name].weight.detach() for name in modules}, track)
     measured = () if scoring.score == "magnitude" else tuple(bases)
     return Step(
         name=ATTRIBUTION,
@@ -218,7 +214,7 @@ class LowRankMethod(CompressionMethod):
     ) -> Step:
         assert self._metric is not None  # a global budget comes with one
         asked = set(modules)
-        ordered = [n for i in model.layer_indices for n in model.linears(i) if n in asked]
+        ordered = [name for name in model.all_linears() if name in asked]
         return curvature_step(ordered, self._metric, ranks)
 
     def _block_step(
@@ -275,7 +271,7 @@ class LowRankMethod(CompressionMethod):
 
 
 def _shapes_of(model: DecoderView, modules: Iterable[str]) -> Shapes:
-    linears = {n: m for index in model.layer_indices for n, m in model.linears(index).items()}
+    linears = model.all_linears()
     return {name: (linears[name].out_features, linears[name].in_features) for name in modules}
 
 

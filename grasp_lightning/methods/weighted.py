@@ -102,7 +102,7 @@ def truncation(
 
 
 def _weights(view: DecoderView, modules: Iterable[str]) -> dict[str, Tensor]:
-    linears = {n: m for index in view.layer_indices for n, m in view.linears(index).items()}
+    linears = view.all_linears()
     return {name: linears[name].weight.detach() for name in modules}
 
 

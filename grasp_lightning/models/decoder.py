@@ -92,6 +92,14 @@ class DecoderView:
         self._warn_of_skipped(index)
         return {name: as_linear(module) for name, module in self.dense_modules(index).items()}
 
+    def all_linears(self) -> dict[str, DenseLinear]:
+        """Return the ``linears`` of all decoder layers that are there, in model order.
+
+        Returns:
+            Full name in the original model -> linear.
+        """
+        return {n: linear for i in self.layer_indices for n, linear in self.linears(i).items()}
+
     def dense_modules(self, index: int) -> dict[str, DenseModule]:
         """Return the modules behind ``linears``, without a warning.
 

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from grasp_lightning.config import LayerMetric, Reduction, Score, Terms
+from grasp_lightning.errors import ModelError
 from grasp_lightning.linalg.factors import SVD
 
 
@@ -142,3 +143,22 @@ class Statistics:
     layer_metric: Tensor | None = None
     component_scores: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Moments] = field(default_factory=dict)
+
+
+def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:
+    """Refuse a linear whose weight the model reads without calling it, so that hooks miss it.
+
+    Args:
+        num_windows: Number of windows in which each linear was seen, by module.
+        consequence: What cannot be done with it, for the message.
+
+    Raises:
+        ModelError: If one was seen less often than others, naming it.
+    """
+    most = max(num_windows.values(), default=0)
+    for name, count in num_windows.items():
+        if count != most:
+            raise ModelError(
+                f"{name} was seen in {count} of {most} windows: the model does not call it once "
+                f"per pass, so {consequence}; leave its layer out"
+            )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from grasp_lightning.errors import ModelError, NumericsError
+from grasp_lightning.errors import NumericsError
 from grasp_lightning.linalg.components import (
     GradientScore,
     TokenGradient,
@@ -16,7 +16,7 @@ from grasp_lightning.linalg.components import (
     window_scores,
 )
 from grasp_lightning.linalg.factors import SVD
-from grasp_lightning.stats.base import Scoring
+from grasp_lightning.stats.base import Scoring, check_seen
 
 
 class ComponentScores:
@@ -88,20 +88,12 @@ class ComponentScores:
             num_targets: Number of predicted tokens in all windows.
 
         Returns:
-            Float32, ``(K,)`` per module.
+            Float32, ``(K,)`` per module. A linear that was not seen is a ``ModelError``.
 
         Raises:
-            ModelError: If the model reads a weight without calling its linear, so that it was not
-                seen.
             NumericsError: If a score is NaN or infinite, naming the module.
         """
-        num_windows = max(self._num_windows.values(), default=0)
-        for name, count in self._num_windows.items():
-            if count != num_windows:
-                raise ModelError(
-                    f"{name} was seen in {count} of {num_windows} windows: the model does not "
-                    "call it once per pass, so its components cannot be scored; leave its layer out"
-                )
+        check_seen(self._num_windows, "its components cannot be scored")
         scores = {name: self._reduced(name) / num_targets for name in self.sums}
         for name, values in scores.items():
             if not values.isfinite().all():

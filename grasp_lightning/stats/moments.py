@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from grasp_lightning.errors import ModelError, NumericsError
+from grasp_lightning.errors import NumericsError
 from grasp_lightning.linalg.triangles import pack_triangle, unpack_triangle
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.stats.base import MomentKind, Moments, Needs
+from grasp_lightning.stats.base import MomentKind, Moments, Needs, check_seen
 
 _GRAMS: frozenset[MomentKind] = frozenset({"input_gram", "gradient_gram"})
 _OF_INPUTS: frozenset[MomentKind] = frozenset({"input_gram", "input_scale"})
@@ -117,20 +117,12 @@ class MomentSums:
             num_tokens: Number of real tokens in all windows.
 
         Returns:
-            Moments by module.
+            Moments by module. A linear that was not seen is a ``ModelError``.
 
         Raises:
-            ModelError: If the model reads a weight without calling its linear, so that it was not
-                seen.
             NumericsError: If a sum is NaN or infinite, naming the module.
         """
-        num_windows = max(self._num_windows.values(), default=0)
-        for name, count in self._num_windows.items():
-            if count != num_windows:
-                raise ModelError(
-                    f"{name} was seen in {count} of {num_windows} windows: the model does not "
-                    "call it once per pass, so it cannot be measured; leave its layer out"
-                )
+        check_seen(self._num_windows, "it cannot be measured")
         for key, value in self.sums.items():
             if not value.isfinite().all():
                 raise NumericsError(
@@ -198,7 +190,7 @@ def layer_groups(
     Returns:
         Modules of each group, in model order.
     """
-    linears = {n: m for i in view.layer_indices for n, m in view.linears(i).items()}
+    linears = view.all_linears()
     groups: list[tuple[str, ...]] = []
     total = 0
     for index in view.layer_indices:

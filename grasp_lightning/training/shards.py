@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from grasp_lightning.models import sharding
+
 _ZERO_3, _ZERO = "ds_id", "_hp_mapping"  # attributes that DeepSpeed gives to parameters
 
 
@@ -36,13 +38,10 @@ def whole(tensor: Tensor) -> Tensor:
     Returns:
         Detached values: of DeepSpeed the float32 copy that the optimizer changes.
     """
-    if isinstance(tensor, DTensor):
-        value: Tensor = tensor.full_tensor()
-        return value.detach()
     if _is_zero(tensor):
         copy: Tensor = _deepspeed().utils.safe_get_full_fp32_param(tensor)
         return copy.detach()
-    return tensor.detach()
+    return sharding.whole(tensor).detach()
 
 
 @torch.no_grad()

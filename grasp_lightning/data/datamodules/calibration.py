@@ -70,10 +70,9 @@ class CalibrationData(L.LightningDataModule):
         All processes have as many batches: where windows run out, the last ones are empty, and a
         Trainer gets padding in their place.
         """
-        size = self._config.batch_size
         left = [index for index in range(len(self.windows)) if index not in self.done]
-        own, most = processes.own_share(left), -(-len(left) // processes.num_processes())
-        return [list(own[start : start + size]) for start in range(0, most, size)]
+        shares = processes.own_batches(left, self._config.batch_size)
+        return [list(indices) if counts else [] for indices, counts in shares]
 
     @property
     def windows(self) -> TokenWindows:
