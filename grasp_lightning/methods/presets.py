@@ -137,7 +137,8 @@ def _resolve_weighted(config: MethodConfig) -> MethodConfig:
             "leave one unset"
         )
     if config.keep_ratio is None:
-        config = replace(config, removed_ratio=config.removed_ratio or DEFAULT_REMOVED_RATIO)
+        if config.removed_ratio is None:
+            config = replace(config, removed_ratio=DEFAULT_REMOVED_RATIO)
         _check_share(config.removed_ratio)
     elif not 0 < config.keep_ratio < 1:
         raise ConfigError(

@@ -139,6 +139,7 @@ def test_statistics_are_not_kept_where_that_is_not_wanted(
         (["--method.keep_ratio=0.2"], "takes method.removed_ratio or method.keep_ratio, not both"),
         (["--method.removed_ratio=0.95"], "the feasible range of these linears is 0.0000 to"),
         (["--method.preset=svd_llm"], "method.preset would be ignored: method grasp_plus is one"),
+        (["--method.removed_ratio=0"], "method.removed_ratio must be above 0 and below 1, got 0"),
         (["--method.gradient_damping=-1"], "method.gradient_damping must be finite"),
         (["--method.multiple_of=0"], "method.multiple_of must be at least 1"),
         (["--statistics.max_memory=0"], "statistics.max_memory must be above 0"),
