@@ -45,6 +45,28 @@ class FactorizeLinear:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NarrowMlp:
+    """Remove hidden channels of an MLP, between the linears that write them and the one that reads.
+
+    A replay needs the stored weight of the reader, refitted to the kept channels.
+
+    Attributes:
+        reader: Full name, in the original model, of the linear whose inputs are the channels.
+        writers: Full names of the linears whose outputs are the channels, in module order.
+        channels: Indices of the kept channels, ascending.
+    """
+
+    reader: str
+    writers: tuple[str, ...]
+    channels: tuple[int, ...]
+
+    @property
+    def mlp(self) -> str:
+        """Full name of the module that holds the linears."""
+        return self.reader.rpartition(".")[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DropLayers:
     """Delete whole decoder layers.
 
@@ -55,11 +77,12 @@ class DropLayers:
     layers: tuple[int, ...]
 
 
-Operation = SelectLayers | FactorizeLinear | DropLayers
+Operation = SelectLayers | FactorizeLinear | NarrowMlp | DropLayers
 
 _OPERATIONS: dict[str, type[Operation]] = {
     "select_layers": SelectLayers,
     "factorize_linear": FactorizeLinear,
+    "narrow_mlp": NarrowMlp,
     "drop_layers": DropLayers,
 }
 _KINDS = {operation: kind for kind, operation in _OPERATIONS.items()}
@@ -93,6 +116,12 @@ class Plan:
     def ranks(self) -> dict[str, int]:
         """Rank of every factorised linear, by module name."""
         return {op.module: op.rank for op in self.operations if isinstance(op, FactorizeLinear)}
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Number of kept channels of every narrowed MLP, by the name of the linear that reads."""
+        narrowed = [op for op in self.operations if isinstance(op, NarrowMlp)]
+        return {op.reader: len(op.channels) for op in narrowed}
 
     @property
     def dropped_layers(self) -> tuple[int, ...]:

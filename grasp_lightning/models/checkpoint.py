@@ -16,11 +16,10 @@ from grasp_lightning.models import lowrank
 from grasp_lightning.models.lowrank import (
     QUANT_METHOD,
     REMOTE_MODULE,
-    GraspConfig,
     GraspQuantizer,
     check_fails_closed,
-    low_rank_linears,
-    ranks_of,
+    config_of,
+    has_replaced,
 )
 from grasp_lightning.models.numbering import numbered_settings
 
@@ -40,7 +39,7 @@ _AUTO_CLASSES = {
 _REMOTE_CLASS = '''
 
 class Grasp{name}(transformers.{name}):
-    """``{name}``, with low-rank linears registered; what it loads is a ``{name}``."""
+    """``{name}``, with low-rank and narrowed linears registered; what it loads is a ``{name}``."""
 
     from_pretrained = transformers.{name}.from_pretrained
     _from_config = transformers.{name}._from_config
@@ -50,7 +49,7 @@ class Grasp{name}(transformers.{name}):
 _REMOTE_CONFIG = '''
 
 class Grasp{name}(transformers.{name}):
-    """``{name}``, with low-rank linears registered; what it loads is a ``{name}``."""
+    """``{name}``, with low-rank and narrowed linears registered; what it loads is a ``{name}``."""
 
     from_pretrained = transformers.{name}.from_pretrained
 '''
@@ -65,8 +64,8 @@ def save_model(
 ) -> None:
     """Write a model, changed or not, as a folder that ``from_pretrained`` opens.
 
-    A model with low-rank linears gets a ``quantization_config`` that names them, and a generated
-    ``modeling_grasp.py`` for machines without grasp_lightning. It loads after ``import
+    A model with low-rank or narrowed linears gets a ``quantization_config`` that names them, and a
+    generated ``modeling_grasp.py`` for machines without grasp_lightning. It loads after ``import
     grasp_lightning``, or with ``trust_remote_code=True``; with neither, loading stops with an
     error. A model whose layers were only dropped becomes a plain folder. Weight files of an
     earlier save in the folder are deleted. The model stays usable, and can be saved again.
@@ -90,7 +89,7 @@ def save_model(
     with _auto_map(model.config, classes):
         # The keys of the model in memory: transformers' reverse conversions to an older layout may
         # split or permute tensors, and know nothing of factors.
-        save_original_format = not low_rank_linears(model)
+        save_original_format = not has_replaced(model)
         model.save_pretrained(
             path, max_shard_size=max_shard_size, save_original_format=save_original_format
         )
@@ -119,18 +118,17 @@ def foreign_quantizer(model: PreTrainedModel) -> str | None:
 
 
 def attach_quantizer(model: PreTrainedModel) -> None:
-    """Make ``save_pretrained`` store the low-rank linears of a model changed in memory.
+    """Make ``save_pretrained`` store the replaced linears of a model changed in memory.
 
-    Without it the factors would be written under keys that no loader expects. A model without
-    low-rank linears loses what an earlier call attached.
+    Without it the factors would be written under keys that no loader expects, and narrowed weights
+    in shapes that none does. A model without replaced linears loses what an earlier call attached.
 
     Args:
         model: A model without a foreign quantizer.
     """
     holder: Any = model  # Any: transformers does not declare the attributes it sets
-    ranks = ranks_of(model)
-    if ranks:
-        model.config.quantization_config = GraspConfig(ranks)
+    if has_replaced(model):
+        model.config.quantization_config = config_of(model)
         holder.hf_quantizer = GraspQuantizer(model.config.quantization_config)
     elif getattr(model, "hf_quantizer", None) is not None:
         holder.hf_quantizer.remove_quantization_config(model)
@@ -156,7 +154,7 @@ def _check_rebuild(model: PreTrainedModel) -> None:
     config = type(model.config).from_dict(content)  # as it will be read
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         rebuilt = type(model)(config)
-    if low_rank_linears(model):
+    if has_replaced(model):
         quantizer = GraspQuantizer(model.config.quantization_config)
         quantizer.preprocess_model(rebuilt)
     problem = _first_difference("shape", _shapes(rebuilt), _shapes(model)) or _first_difference(
@@ -198,7 +196,7 @@ def _delete_earlier_save(path: Path) -> None:
 
 def _remote_classes(model: PreTrainedModel) -> dict[str, str]:
     """Return auto class -> transformers class to offer as remote code; empty if none is needed."""
-    if not low_rank_linears(model) or not type(model).__module__.startswith("transformers."):
+    if not has_replaced(model) or not type(model).__module__.startswith("transformers."):
         return {}  # a model with code of its own keeps its own auto_map
     classes: dict[str, str] = {}
     for auto, mapping in _AUTO_CLASSES.items():

@@ -15,7 +15,7 @@ from grasp_lightning.models.linears import (
     dense_modules,
     skipped_modules,
 )
-from grasp_lightning.models.lowrank import low_rank_linears
+from grasp_lightning.models.lowrank import has_replaced
 from grasp_lightning.models.numbering import (
     number_dependent_option,
     renumber_layer,
@@ -53,7 +53,7 @@ class DecoderView:
             raise ModelError(
                 f"{family} has no list of decoder layers that grasp_lightning can find"
             )
-        if not (low_rank_linears(layers) or any(True for _ in dense_modules(layers, ""))):
+        if not (has_replaced(layers) or any(True for _ in dense_modules(layers, ""))):
             raise ModelError(
                 f"{family} is a model without linears in its layers, so it is not supported"
             )
@@ -78,9 +78,9 @@ class DecoderView:
     def linears(self, index: int) -> dict[str, DenseLinear]:
         """Return the dense linears of one decoder layer, in module order, weights as ``(N, M)``.
 
-        The two factors of a low-rank linear are not among them, nor what ``skipped`` names; the
-        first call that leaves something out says so in a warning. A ``ModelError`` says that the
-        layer is not, or no longer, there.
+        The two factors of a low-rank linear are not among them, nor narrowed linears, nor what
+        ``skipped`` names; the first call that leaves something out says so in a warning. A
+        ``ModelError`` says that the layer is not, or no longer, there.
 
         Args:
             index: The layer's number in the original model.

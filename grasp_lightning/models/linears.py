@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from grasp_lightning.models.lowrank import is_low_rank
+from grasp_lightning.models.lowrank import is_replaced
 
 DenseModule = nn.Linear | Conv1D
 
@@ -77,7 +77,8 @@ def as_linear(module: DenseModule) -> DenseLinear:
 def dense_modules(module: nn.Module, name: str) -> Iterator[tuple[str, DenseModule]]:
     """Yield the dense linears that can be replaced, in module order.
 
-    Factors of low-rank linears and what ``skipped_modules`` names are not among them.
+    Factors of low-rank linears, narrowed linears, and what ``skipped_modules`` names are not among
+    them.
 
     Args:
         module: A decoder layer, or a part of it.
@@ -87,12 +88,27 @@ def dense_modules(module: nn.Module, name: str) -> Iterator[tuple[str, DenseModu
         Full name and module.
     """
     for child_name, child in module.named_children():
-        if is_low_rank(child) or is_expert_part(child_name, child):
+        if is_replaced(child) or is_expert_part(child_name, child):
             continue
         if isinstance(child, DenseModule):
             yield f"{name}.{child_name}", child
         else:
             yield from dense_modules(child, f"{name}.{child_name}")
+
+
+def in_attention(name: str) -> bool:
+    """Return whether something in a decoder layer is part of its attention block.
+
+    It is if the module below the layer that holds it has "att" in its name (self_attn, attention,
+    attn), which is so in every family of transformers.
+
+    Args:
+        name: Its name inside the layer, such as ``self_attn.q_proj``.
+
+    Returns:
+        True if it is.
+    """
+    return "att" in name.split(".", maxsplit=1)[0].lower()
 
 
 def skipped_modules(module: nn.Module, name: str) -> Iterator[str]:

@@ -1,16 +1,17 @@
-"""Low-rank linears, and how transformers loads and saves a model that has them.
+"""Low-rank and narrowed linears, and how transformers loads and saves a model that has them.
 
 This file needs torch and transformers only: its text is also copied into every saved model, so
 that the model opens on machines without grasp_lightning (with ``trust_remote_code=True``).
 
 A saved model is an ordinary Hugging Face folder whose ``quantization_config`` names the low-rank
-linears and their ranks. The right factor is stored under the key of the linear that it replaces
-(``<module>.weight``): a program that does not know this format meets a tensor of the wrong shape
-and stops, instead of leaving the linear at random values.
+linears and their ranks, and the narrowed ones and their shapes. The right factor is stored under
+the key of the linear that it replaces (``<module>.weight``), and so is a narrowed weight: a program
+that does not know this format meets a tensor of the wrong shape and stops, instead of leaving the
+linear at random values.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, cast
 
@@ -25,6 +26,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "grasp_lightning"
 REMOTE_MODULE = "modeling_grasp"
+
+_NUM_SIZES = 2  # of a matrix
 
 
 class LowRankLinear(nn.Module):
@@ -84,10 +87,20 @@ class LowRankLinear(nn.Module):
         return cast(Tensor, self.left(self.right(x)))
 
 
+class NarrowedLinear(nn.Linear):
+    """A linear with fewer inputs or outputs than the config of its model says."""
+
+
 def is_low_rank(module: nn.Module) -> bool:
     """Return whether a module is a low-rank linear, of this file or of a copy of it."""
     # By name: a model loaded through remote code holds the class of the copied file.
     return type(module).__name__ == LowRankLinear.__name__
+
+
+def is_narrowed(module: nn.Module) -> bool:
+    """Return whether a module is a narrowed linear, of this file or of a copy of it."""
+    # By name, as above; FSDP2 makes a subclass of the class of every module that it splits.
+    return any(base.__name__ == NarrowedLinear.__name__ for base in type(module).__mro__)
 
 
 def dense_shape(linear: nn.Linear | Conv1D) -> tuple[int, int]:
@@ -102,27 +115,46 @@ def low_rank_linears(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name: cast(LowRankLinear, found[name]) for name in sorted(found)}
 
 
+def narrowed_linears(model: nn.Module) -> dict[str, NarrowedLinear]:
+    """Return the narrowed linears of a model by full name, sorted by name."""
+    found = {name: module for name, module in model.named_modules() if is_narrowed(module)}
+    return {name: cast(NarrowedLinear, found[name]) for name in sorted(found)}
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Return whether a module is a low-rank or a narrowed linear."""
+    return is_low_rank(module) or is_narrowed(module)
+
+
+def has_replaced(model: nn.Module) -> bool:
+    """Return whether a model has low-rank or narrowed linears."""
+    return any(is_replaced(module) for module in model.modules())
+
+
 class GraspConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a model with low-rank linears.
+    """The ``quantization_config`` of a model with low-rank or narrowed linears.
 
     Attributes:
         quant_method: Name under which transformers finds the quantizer.
         ranks: Full module name -> rank, for each low-rank linear.
+        shapes: Full module name -> [out_features, in_features], for each narrowed linear.
 
     Args:
         ranks: Full module name -> rank.
         quant_method: Name of this format, as it stands in config.json.
+        shapes: Full module name -> [out_features, in_features].
         **unknown: Keys that this version does not know.
 
     Raises:
-        ValueError: If a rank is no positive integer, or a key is unknown: a newer format must not
-            be read as if its additions did not matter.
+        ValueError: If a rank or a size is no positive integer, a linear has both, or a key is
+            unknown: a newer format must not be read as if its additions did not matter.
     """
 
     def __init__(
         self,
         ranks: Mapping[str, int] | None = None,
         quant_method: str = QUANT_METHOD,
+        shapes: Mapping[str, Sequence[int]] | None = None,
         **unknown: object,
     ) -> None:
         if unknown:
@@ -131,23 +163,37 @@ class GraspConfig(QuantizationConfigMixin):
                 f"newer version of {QUANT_METHOD}, please update it"
             )
         for module, rank in (ranks or {}).items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            if not _is_size(rank):
                 raise ValueError(f"rank of {module} must be a positive integer, got {rank!r}")
+        for module, shape in (shapes or {}).items():
+            if not _is_shape(shape):
+                raise ValueError(f"shape of {module} must be two positive integers, got {shape!r}")
+            if module in (ranks or {}):
+                raise ValueError(f"{module} has a rank and a shape: it must have one of them")
         self.quant_method = quant_method  # type: ignore[assignment]  # its enum has no others
         self.ranks = dict(ranks or {})
+        self.shapes = {module: list(shape) for module, shape in (shapes or {}).items()}
+
+    def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
+        """Return the content as it stands in config.json; without narrowed linears, no shapes."""
+        content: dict[str, Any] = super().to_dict()
+        if not self.shapes:
+            del content["shapes"]
+        return content
 
 
 class GraspQuantizer(HfQuantizer):
-    """Loads and saves low-rank linears through transformers' quantizer registry.
+    """Loads and saves low-rank and narrowed linears through transformers' quantizer registry.
 
     Attributes:
         requires_calibration: True, so that transformers refuses to "quantize" a dense checkpoint.
-        is_trainable: True: the factors are ordinary parameters.
+        is_trainable: True: factors and narrowed weights are ordinary parameters.
         is_qat_trainable: True, else trainers refuse to train the factors themselves.
         is_compileable: True: nothing here breaks a graph.
 
     Args:
-        quantization_config: Names and ranks of the low-rank linears.
+        quantization_config: Names and ranks of the low-rank linears, names and shapes of the
+            narrowed ones.
         **kwargs: Passed on to transformers.
     """
 
@@ -163,23 +209,28 @@ class GraspQuantizer(HfQuantizer):
         self._renamings: list[WeightRenaming] = []
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
-        """Swap dense linears for low-rank ones while the model is still on the meta device."""
+        """Swap dense linears for others while the model is still on the meta device."""
         names = {name for name, _ in model.named_modules()}
         for stored, rank in self.quantization_config.ranks.items():
-            module = _name_in_model(model, names, stored)
-            linear = model.get_submodule(module)
-            if not isinstance(linear, nn.Linear | Conv1D):
-                raise TypeError(f"{stored} must be a Linear, got {type(linear).__name__}")
+            module, linear = _linear_in_model(model, names, stored)
             rows, columns = dense_shape(linear)
             if rank > min(rows, columns):
                 raise ValueError(
                     f"rank {rank} of {stored} does not fit a linear of {rows} x {columns}"
                 )
-            bias, dtype = linear.bias is not None, linear.weight.dtype
-            new = LowRankLinear(columns, rows, rank, bias=bias, device="meta", dtype=dtype)
-            model.set_submodule(module, new)
+            low_rank = LowRankLinear(columns, rows, rank, **_options_of(linear))
+            model.set_submodule(module, low_rank)
             self._modules[stored] = module
             _skip_initialization(model.get_submodule(module.rpartition(".")[0]))
+        for stored, (rows, columns) in self.quantization_config.shapes.items():
+            module, linear = _linear_in_model(model, names, stored)
+            dense = dense_shape(linear)
+            if not (rows <= dense[0] and columns <= dense[1] and (rows, columns) != dense):
+                raise ValueError(
+                    f"shape {rows} x {columns} of {stored} is not smaller than that of a linear of "
+                    f"{dense[0]} x {dense[1]}"
+                )
+            model.set_submodule(module, NarrowedLinear(columns, rows, **_options_of(linear)))
 
     def get_weight_conversions(self) -> list[WeightTransform]:
         """Return how checkpoint keys become parameter names.
@@ -207,7 +258,7 @@ class GraspQuantizer(HfQuantizer):
         holder: Any = model  # Any: transformers does not declare the attributes it sets
         holder._weight_conversions = [entry for entry in used if id(entry) not in ours]
         # Names of the model that was saved; the loaded class may have another prefix.
-        model.config.quantization_config = GraspConfig(ranks_of(model))
+        model.config.quantization_config = config_of(model)
         _forget_remote_code(model)
         # The factors are plain floating point, so .half() and .float() may stay allowed.
         holder.is_quantized = False
@@ -221,7 +272,7 @@ class GraspQuantizer(HfQuantizer):
         A ``ValueError`` says that this would not be safe, see ``check_fails_closed``.
 
         Args:
-            model: A model with low-rank linears.
+            model: A model with low-rank or narrowed linears.
 
         Returns:
             Key -> tensor, and no metadata.
@@ -242,11 +293,23 @@ def ranks_of(model: nn.Module) -> dict[str, int]:
     return {module: linear.rank for module, linear in low_rank_linears(model).items()}
 
 
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (out_features, in_features) of every narrowed linear by full name, sorted by name."""
+    found = narrowed_linears(model)
+    return {module: (linear.out_features, linear.in_features) for module, linear in found.items()}
+
+
+def config_of(model: nn.Module) -> GraspConfig:
+    """Return the config that rebuilds the low-rank and narrowed linears of a model."""
+    return GraspConfig(ranks_of(model), shapes=shapes_of(model))
+
+
 def check_fails_closed(model: nn.Module) -> None:
-    """Check that a loader which does not know low-rank linears will stop at each of them.
+    """Check that a loader which does not know this format will stop at each replaced linear.
 
     The right factor ``(r, M)`` must differ from the dense weight: ``(N, M)``, or ``(M, N)`` in a
-    ``Conv1D``, where they agree if r = M = N, so that r = N covers both.
+    ``Conv1D``, where they agree if r = M = N, so that r = N covers both. A narrowed weight
+    ``(n, m)`` always differs: n <= N and m <= M, one of them less, rule out n = M and m = N, too.
 
     Args:
         model: Any module.
@@ -260,6 +323,32 @@ def check_fails_closed(model: nn.Module) -> None:
                 f"{module} has rank {linear.rank} for as many output features, which saves "
                 f"nothing; leave it dense"
             )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_shape(value: object) -> bool:
+    is_pair = isinstance(value, list | tuple) and len(value) == _NUM_SIZES
+    return is_pair and all(map(_is_size, cast(Sequence[object], value)))
+
+
+def _linear_in_model(
+    model: PreTrainedModel, names: AbstractSet[str], stored: str
+) -> tuple[str, nn.Linear | Conv1D]:
+    """Return name and module of a dense linear that a config names."""
+    module = _name_in_model(model, names, stored)
+    linear = model.get_submodule(module)
+    if not isinstance(linear, nn.Linear | Conv1D):
+        raise TypeError(f"{stored} must be a Linear, got {type(linear).__name__}")
+    return module, linear
+
+
+def _options_of(linear: nn.Linear | Conv1D) -> dict[str, Any]:  # Any: keyword arguments
+    """Return how what replaces a linear is made, while the model is on the meta device."""
+    has_bias = linear.bias is not None
+    return {"bias": has_bias, "device": "meta", "dtype": linear.weight.dtype}
 
 
 def _name_in_model(model: PreTrainedModel, names: AbstractSet[str], stored: str) -> str:

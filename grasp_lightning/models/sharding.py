@@ -58,16 +58,17 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> Non
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a too narrow type
 
 
-def shard_like(linears: nn.Module, old: nn.Module) -> None:
-    """Split the linears of a module over the processes that share the weight of another one.
+def shard_like(new: nn.Module, old: nn.Module) -> None:
+    """Split a linear, or those of a module, over the processes that share the weight of another.
 
     Args:
-        linears: What takes the place of ``old``; changed in place.
+        new: What takes the place of ``old``; changed in place.
         old: A linear; if it is whole, nothing is split.
     """
     mesh = mesh_of(old)
     if mesh is not None:
-        for _, module in _groups(linears, ""):
+        groups = [("", new)] if isinstance(new, DenseModule) else _groups(new, "")
+        for _, module in groups:
             _shard_group(module, mesh)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.lowrank import low_rank_linears
+from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,8 +15,8 @@ class ModelSize:
 
     Attributes:
         parameters: Number of parameters, tied ones counted once.
-        decoder_linear_parameters: Those of the linears in decoder layers, dense and low-rank,
-            biases included; without what belongs to a mixture of experts.
+        decoder_linear_parameters: Those of the linears in decoder layers, dense, low-rank
+            and narrowed, biases included; without what belongs to a mixture of experts.
         bytes: Size of all parameters at one dtype.
         decoder_linear_bytes: Size of those of the linears in decoder layers, at the same dtype.
     """
@@ -55,7 +55,8 @@ def count_tied_parameters(model: nn.Module) -> int:
 def count_decoder_linears(view: DecoderView) -> int:
     """Return the number of parameters in linears of decoder layers, tied ones counted once.
 
-    The factors of low-rank linears are linears too. Biases count; experts and routers do not.
+    The factors of low-rank linears are linears too, and so are narrowed ones. Biases count;
+    experts and routers do not.
 
     Args:
         view: The model.
@@ -67,6 +68,7 @@ def count_decoder_linears(view: DecoderView) -> int:
     for index in view.layer_indices:
         linears += view.dense_modules(index).values()
         linears += low_rank_linears(view.layer(index)).values()
+        linears += narrowed_linears(view.layer(index)).values()
     return count_parameters(nn.ModuleList(linears))
 
 

@@ -2,6 +2,8 @@
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +15,36 @@ from grasp_lightning.errors import ModelError, NumericsError, PlanError
 from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantizer
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule
-from grasp_lightning.models.lowrank import LowRankLinear, dense_shape, low_rank_linears
+from grasp_lightning.models.lowrank import (
+    LowRankLinear,
+    NarrowedLinear,
+    dense_shape,
+    low_rank_linears,
+    narrowed_linears,
+)
 from grasp_lightning.models.sharding import is_sharded, shard_like, whole
-from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation, SelectLayers
+from grasp_lightning.plan import (
+    DropLayers,
+    FactorizeLinear,
+    NarrowMlp,
+    Operation,
+    SelectLayers,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Changes:
+    """What operations lead to.
+
+    Attributes:
+        ranks: Ranks of factorised linears, by name.
+        shapes: New (out_features, in_features) of narrowed linears, by name.
+        dropped: Dropped layers.
+    """
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    dropped: set[int] = field(default_factory=set)
 
 
 def apply_operations(
@@ -23,28 +52,25 @@ def apply_operations(
 ) -> None:
     """Change a model as a plan says, or not at all if any part of the plan does not fit it.
 
-    A ``PlanError`` says which operation does not fit, or which factor is missing, of another
+    A ``PlanError`` says which operation does not fit, or which tensor is missing, of another
     shape, or not finite in the dtype of the weight it replaces.
+
+    A writer of c times as many outputs as an MLP has channels I holds c parts one after the other
+    (gate and up): it keeps the rows ``j + p I`` of each kept channel j, p from 0 to c - 1.
 
     Args:
         view: The model, changed in place.
         operations: What to do, in order, with names and layer numbers of the original model.
         tensors: Factors of the factorised linears, ``<module>.left`` ``(N, r)`` and
-            ``<module>.right`` ``(r, M)`` for a weight ``(N, M)``, any float dtype and device.
-            Others are ignored.
+            ``<module>.right`` ``(r, M)`` for a weight ``(N, M)``; of each narrowed MLP, the
+            reader's weight on its k kept channels, ``<reader>.weight`` ``(N, k)``. Any float dtype
+            and device. Others are ignored.
     """
     _check_operations(view, operations)
     for operation in operations:
-        if isinstance(operation, FactorizeLinear):
-            _check_factors(view, operation, tensors)
+        _check_tensors(view, operation, tensors)
     for operation in operations:
-        match operation:
-            case FactorizeLinear():
-                _factorize(view, operation, tensors)
-            case DropLayers():
-                view.drop(operation.layers)
-            case SelectLayers():
-                pass
+        _apply(view, operation, tensors)
     if is_sharded(view.model):
         gc.collect()  # a sharded module and what brings its parts together hold each other
     attach_quantizer(view.model)
@@ -63,85 +89,96 @@ def parameters_after(view: DecoderView, operations: Sequence[Operation]) -> int:
     Returns:
         Number of parameters of the whole model.
     """
-    ranks, dropped = _check_operations(view, operations)
-    gone = {id(module) for index in dropped for module in view.layer(index).modules()}
-    linears = [(_dense(view, module), rank) for module, rank in ranks.items()]
-    linears = [(linear, rank) for linear, rank in linears if id(linear) not in gone]
-    replaced = {id(linear) for linear, _ in linears}
+    changes = _check_operations(view, operations)
+    gone = {id(module) for index in changes.dropped for module in view.layer(index).modules()}
+    names = changes.ranks.keys() | changes.shapes.keys()
+    linears = {name: _dense(view, name) for name in names}
+    linears = {name: linear for name, linear in linears.items() if id(linear) not in gone}
+    replaced = {id(linear): name for name, linear in linears.items()}
     # By identity, and through every owner: a weight tied to one that stays does not go away.
     kept: dict[int, int] = {}
     for module in view.model.modules():
         if id(module) not in gone:
+            new = _new_parameters(changes, replaced.get(id(module)))
             for name, parameter in module.named_parameters(recurse=False):
-                if id(module) not in replaced or name != "weight":
+                if name not in new:
                     kept[id(parameter)] = parameter.numel()
-    factors = sum(rank * sum(dense_shape(linear)) for linear, rank in linears)
-    return sum(kept.values()) + factors
+    return sum(kept.values()) + sum(
+        _new_size(changes, name, linear) for name, linear in linears.items()
+    )
 
 
 def densify(
     model: PreTrainedModel, track: Callable[[Sequence[str]], Iterable[str]] = tuple
 ) -> tuple[str, ...]:
-    """Multiply the factors of every low-rank linear back into one dense weight.
+    """Multiply factors back into dense weights, and fill narrowed MLPs up with zeros.
 
-    Each gets back the module of its family, with the bias as it is, so that the model becomes an
-    ordinary one of its class, of the size it had before its linears were replaced. Products are
-    computed in float32 or better, and have the factors' dtype and device; the meta device will do.
-    A ``NumericsError`` names a linear whose product overflows that dtype.
+    Each linear gets back the module of its family, with the bias as it is, so that the model
+    becomes an ordinary one of its class, of the size it had before its linears were replaced.
+    Products are computed in float32 or better, and have the factors' dtype and device; the meta
+    device will do. The channels of an MLP have no order, so the kept ones come first. A
+    ``NumericsError`` names a linear whose product overflows its dtype.
 
     Args:
-        model: A model with low-rank linears, changed in place once all products are finite.
+        model: A model with low-rank or narrowed linears, changed in place once all weights are
+            there and finite.
         track: Shows progress: names of the linears -> the same names.
 
     Returns:
         Full names of the linears that are dense now, sorted.
 
     Raises:
-        ModelError: If the model has no low-rank linears.
+        ModelError: If the model has no such linears, or a narrowed one is not part of an MLP.
     """
-    factors = low_rank_linears(model)
-    if not factors:
+    factors, narrowed = low_rank_linears(model), narrowed_linears(model)
+    if not factors and not narrowed:
         raise ModelError(
-            f"{type(model).__name__} has no low-rank linears, so there are no factors to multiply: "
-            f"expected a model whose linears were replaced by compress"
+            f"{type(model).__name__} has no low-rank linears, so there are no factors to multiply, "
+            f"and no narrowed ones: expected a model whose linears were replaced by compress"
         )
     originals = _without_factors(model)
-    products = {
-        name: _product(name, factors[name], originals.get_submodule(name))
-        for name in track(list(factors))
+    dense = {name: _dense_original(originals, name) for name in (*factors, *narrowed)}
+    parts = {name: _num_parts(name, narrowed, dense) for name in narrowed}
+    weights = {
+        name: _product(name, factors[name], dense[name])
+        if name in factors
+        else _padded(narrowed[name], dense[name], parts[name])
+        for name in track(sorted(dense))
     }
-    for name, dense in products.items():
-        model.set_submodule(name, dense)
+    for name, module in weights.items():
+        model.set_submodule(name, module)
     attach_quantizer(model)
-    return tuple(products)
+    return tuple(weights)
 
 
-def _check_operations(
-    view: DecoderView, operations: Sequence[Operation]
-) -> tuple[dict[str, int], set[int]]:
-    """Return the ranks and dropped layers that the operations lead to, without any change."""
+def _check_operations(view: DecoderView, operations: Sequence[Operation]) -> _Changes:
+    """Return what the operations lead to, without any change."""
     foreign = foreign_quantizer(view.model)
     if foreign is not None:
         raise PlanError(
             f"the model is quantized with {foreign}; expected floating-point weights, so load it "
             f"dequantized and without its quantization state"
         )
-    ranks: dict[str, int] = {}
-    dropped: set[int] = set()
+    changes = _Changes()
     for operation in operations:
         match operation:
             case FactorizeLinear():
-                _check_factorize(view, operation, ranks, dropped)
-                ranks[operation.module] = operation.rank
+                _check_factorize(view, operation, changes)
+                changes.ranks[operation.module] = operation.rank
+            case NarrowMlp():
+                _check_narrow(view, operation, changes)
+                changes.shapes.update(_narrowed_shapes(view, operation))
             case DropLayers():
                 _check_droppable(view)
-                _check_layers(view, operation.layers, dropped)
-                dropped.update(operation.layers)
+                _check_layers(view, operation.layers, changes.dropped)
+                changes.dropped.update(operation.layers)
             case SelectLayers():
-                _check_layers(view, operation.layers, dropped)
-    if len(dropped) == len(view.layer_indices):
-        raise PlanError(f"the plan drops all {len(dropped)} decoder layers: one must be left")
-    return ranks, dropped
+                _check_layers(view, operation.layers, changes.dropped)
+    if len(changes.dropped) == len(view.layer_indices):
+        raise PlanError(
+            f"the plan drops all {len(changes.dropped)} decoder layers: one must be left"
+        )
+    return changes
 
 
 def _check_droppable(view: DecoderView) -> None:
@@ -160,14 +197,19 @@ def _check_layers(view: DecoderView, layers: Sequence[int], dropped: set[int]) -
         raise PlanError(f"the plan names decoder layers {missing}, the model has {sorted(left)}")
 
 
-def _check_factorize(
-    view: DecoderView, operation: FactorizeLinear, ranks: Mapping[str, int], dropped: set[int]
-) -> None:
+def _check_untouched(view: DecoderView, verb: str, module: str, changes: _Changes) -> None:
+    """Check that nothing before in the plan has replaced or dropped a linear."""
+    for other, earlier in (("factorizes", changes.ranks), ("narrows", changes.shapes)):
+        if module in earlier:
+            how = "twice" if verb == other else f"and {other} it, too"
+            raise PlanError(f"the plan {verb} {module} {how}")
+    if any(module.startswith(f"{view.layers_name}.{index}.") for index in changes.dropped):
+        raise PlanError(f"the plan {verb} {module} after dropping its decoder layer")
+
+
+def _check_factorize(view: DecoderView, operation: FactorizeLinear, changes: _Changes) -> None:
     module, rank = operation.module, operation.rank
-    if module in ranks:
-        raise PlanError(f"the plan factorizes {module} twice")
-    if any(module.startswith(f"{view.layers_name}.{index}.") for index in dropped):
-        raise PlanError(f"the plan factorizes {module} after dropping its decoder layer")
+    _check_untouched(view, "factorizes", module, changes)
     largest = min(dense_shape(_dense(view, module)))
     if not 1 <= rank <= largest:
         raise PlanError(f"rank of {module} must be from 1 to {largest}, the plan says {rank}")
@@ -185,43 +227,131 @@ def _check_factorize(
         )
 
 
-def _check_factors(
-    view: DecoderView, operation: FactorizeLinear, tensors: Mapping[str, Tensor]
+def _check_narrow(view: DecoderView, operation: NarrowMlp, changes: _Changes) -> None:
+    names = (operation.reader, *operation.writers)
+    if not operation.writers or len(set(names)) != len(names):
+        raise PlanError(
+            f"the plan narrows the MLP of {operation.reader}: expected other linears that write "
+            f"its channels, each once, got {list(operation.writers)}"
+        )
+    for name in names:
+        _check_untouched(view, "narrows", name, changes)
+        if name.rpartition(".")[0] != operation.mlp:
+            raise PlanError(f"the plan narrows {name}: it is not in one module with {names[0]}")
+    num_channels = dense_shape(_dense(view, operation.reader, "narrows"))[1]
+    for name in operation.writers:
+        rows = dense_shape(_dense(view, name, "narrows"))[0]
+        if rows % num_channels:
+            raise PlanError(
+                f"the plan narrows {name}: its {rows} outputs are no multiple of the "
+                f"{num_channels} channels that {operation.reader} reads"
+            )
+    _check_channels(operation, num_channels)
+
+
+def _check_channels(operation: NarrowMlp, num_channels: int) -> None:
+    kept, reader = operation.channels, operation.reader
+    if not 1 <= len(kept) < num_channels:
+        raise PlanError(
+            f"the plan keeps {len(kept)} channels of {reader}: it must keep from 1 to "
+            f"{num_channels - 1}"
+        )
+    if any(low >= high for low, high in pairwise(kept)):
+        raise PlanError(f"the plan keeps channels of {reader} that are not ascending")
+    if kept[0] < 0 or kept[-1] >= num_channels:
+        raise PlanError(
+            f"channels of {reader} must be from 0 to {num_channels - 1}, the plan keeps "
+            f"{kept[0]} to {kept[-1]}"
+        )
+
+
+def _check_tensors(view: DecoderView, operation: Operation, tensors: Mapping[str, Tensor]) -> None:
+    """Check the factors of a linear, or the new weight of what reads an MLP's channels."""
+    match operation:
+        case FactorizeLinear(module=module, rank=rank):
+            linear = _dense(view, module)
+            rows, columns = dense_shape(linear)
+            for side, shape in (("left", (rows, rank)), ("right", (rank, columns))):
+                _check_tensor("factor", f"{module}.{side}", shape, linear, tensors)
+        case NarrowMlp(reader=reader, channels=channels):
+            linear = _dense(view, reader)
+            shape = (dense_shape(linear)[0], len(channels))
+            _check_tensor("weight", f"{reader}.weight", shape, linear, tensors)
+
+
+def _check_tensor(
+    noun: str,
+    key: str,
+    shape: tuple[int, int],
+    linear: DenseModule,
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    linear = _dense(view, operation.module)
-    rows, columns = dense_shape(linear)
-    shapes = {"left": (rows, operation.rank), "right": (operation.rank, columns)}
-    for side, shape in shapes.items():
-        key = f"{operation.module}.{side}"
-        if key not in tensors:
-            raise PlanError(f"factor {key} is missing")
-        factor = tensors[key]
-        if tuple(factor.shape) != shape:
-            raise PlanError(f"factor {key} must have shape {shape}, got {tuple(factor.shape)}")
-        # After the cast: what is finite in float32 can overflow in float16.
-        if not torch.isfinite(factor.to(linear.weight.dtype)).all():
-            raise PlanError(f"factor {key} has values that are not finite in {linear.weight.dtype}")
+    if key not in tensors:
+        raise PlanError(f"{noun} {key} is missing")
+    tensor = tensors[key]
+    if tuple(tensor.shape) != shape:
+        raise PlanError(f"{noun} {key} must have shape {shape}, got {tuple(tensor.shape)}")
+    # After the cast: what is finite in float32 can overflow in float16.
+    if not torch.isfinite(tensor.to(linear.weight.dtype)).all():
+        raise PlanError(f"{noun} {key} has values that are not finite in {linear.weight.dtype}")
 
 
-def _dense(view: DecoderView, module: str) -> DenseModule:
+def _dense(view: DecoderView, module: str, verb: str = "factorizes") -> DenseModule:
     try:
         linear = view.module(module)
     except ModelError as error:
-        raise PlanError(f"the plan factorizes {module}: {error}") from error
+        raise PlanError(f"the plan {verb} {module}: {error}") from error
     if not isinstance(linear, DenseModule):
         raise PlanError(
-            f"the plan factorizes {module}: expected a Linear, the model has "
-            f"{type(linear).__name__}"
+            f"the plan {verb} {module}: expected a Linear, the model has {type(linear).__name__}"
         )
     index = view.layer_of(module)
     if index is not None and module not in view.dense_modules(index):
         raise PlanError(
-            f"the plan factorizes {module}: it is part of a mixture of experts, or of a linear "
-            f"that is low-rank already"
+            f"the plan {verb} {module}: it is part of a mixture of experts, or of a linear that "
+            f"is low-rank already, or is narrowed already"
         )
     if not linear.weight.is_floating_point():
         raise PlanError(f"weight of {module} must be floating point, got {linear.weight.dtype}")
     return linear
+
+
+def _narrowed_shapes(view: DecoderView, operation: NarrowMlp) -> dict[str, tuple[int, int]]:
+    """Return the new (out_features, in_features) of the linears of an MLP, by name."""
+    rows, num_channels = dense_shape(_dense(view, operation.reader))
+    kept = len(operation.channels)
+    shapes = {operation.reader: (rows, kept)}
+    for writer in operation.writers:
+        out_features, in_features = dense_shape(_dense(view, writer))
+        shapes[writer] = (out_features // num_channels * kept, in_features)
+    return shapes
+
+
+def _new_parameters(changes: _Changes, name: str | None) -> tuple[str, ...]:
+    """Return which parameters of a module, None if it stays, others take the place of."""
+    if name in changes.shapes:
+        return ("weight", "bias")
+    return () if name is None else ("weight",)
+
+
+def _new_size(changes: _Changes, name: str, linear: DenseModule) -> int:
+    """Return the number of parameters that take their place."""
+    if name in changes.ranks:
+        return changes.ranks[name] * sum(dense_shape(linear))
+    rows, columns = changes.shapes[name]
+    return rows * columns + (rows if linear.bias is not None else 0)
+
+
+def _apply(view: DecoderView, operation: Operation, tensors: Mapping[str, Tensor]) -> None:
+    match operation:
+        case FactorizeLinear():
+            _factorize(view, operation, tensors)
+        case NarrowMlp():
+            _narrow(view, operation, tensors)
+        case DropLayers():
+            view.drop(operation.layers)
+        case SelectLayers():
+            pass
 
 
 def _factorize(
@@ -239,6 +369,43 @@ def _factorize(
         new.left.bias = _whole_copy(old.bias)
     shard_like(new, old)
     view.set_module(operation.module, new.train(old.training))
+
+
+def _narrow(view: DecoderView, operation: NarrowMlp, tensors: Mapping[str, Tensor]) -> None:
+    shapes = _narrowed_shapes(view, operation)
+    reader = _dense(view, operation.reader)
+    num_channels = dense_shape(reader)[1]
+    weight = _like(tensors[f"{operation.reader}.weight"], reader.weight)
+    bias = None if reader.bias is None else _whole_copy(reader.bias)
+    _set_narrowed(view, operation.reader, weight, bias)
+    kept = torch.tensor(operation.channels)
+    for writer in operation.writers:
+        old = _dense(view, writer)
+        num_parts = shapes[writer][0] // len(kept)
+        rows = torch.cat([kept + part * num_channels for part in range(num_parts)])
+        weight = _kept_rows(old.weight, rows, is_transposed=isinstance(old, Conv1D))
+        bias = None if old.bias is None else _kept_rows(old.bias, rows)
+        _set_narrowed(view, writer, weight, bias)
+
+
+def _set_narrowed(
+    view: DecoderView, module: str, weight: nn.Parameter, bias: nn.Parameter | None
+) -> None:
+    old = view.module(module)
+    rows, columns = weight.shape
+    new = NarrowedLinear(columns, rows, bias=bias is not None, device="meta")
+    new.weight = weight
+    new.register_parameter("bias", bias)
+    shard_like(new, old)
+    view.set_module(module, new.train(old.training))
+
+
+def _kept_rows(parameter: Tensor, rows: Tensor, *, is_transposed: bool = False) -> nn.Parameter:
+    """Return rows of a weight or bias, of a transposed weight its columns, as a parameter."""
+    tensor = whole(parameter.detach())
+    tensor = tensor.mT if is_transposed else tensor
+    kept = tensor[rows.to(tensor.device)].contiguous()
+    return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
 
 def _whole_copy(bias: nn.Parameter) -> nn.Parameter:
@@ -265,7 +432,61 @@ def _without_factors(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)(config)
 
 
-def _product(name: str, factors: LowRankLinear, dense: nn.Module) -> nn.Module:
+def _dense_original(originals: PreTrainedModel, name: str) -> DenseModule:
+    linear = originals.get_submodule(name)
+    if not isinstance(linear, DenseModule):
+        raise ModelError(f"{name} must be a Linear, the config builds {type(linear).__name__}")
+    return linear
+
+
+def _num_parts(
+    name: str, narrowed: Mapping[str, NarrowedLinear], dense: Mapping[str, DenseModule]
+) -> int | None:
+    """Return of how many parts a writer of an MLP's channels consists, None for a reader.
+
+    Shapes tell, of the writer and of a reader in the same module: as often as the writer has all of
+    the reader's channels, it must have had all of the original ones.
+    """
+    new, old = narrowed[name].out_features, dense_shape(dense[name])[0]
+    if new == old:
+        return None
+    for other, reader in narrowed.items():
+        kept, channels = reader.in_features, dense_shape(dense[other])[1]
+        is_near = other.rpartition(".")[0] == name.rpartition(".")[0] and kept < channels
+        if is_near and old % channels == 0 and old // channels * kept == new:
+            return old // channels
+    raise ModelError(
+        f"{name} has {new} of {old} outputs, but no linear beside it reads as many channels"
+    )
+
+
+def _padded(narrowed: NarrowedLinear, dense: DenseModule, num_parts: int | None) -> DenseModule:
+    """Return the dense module, with zeros where channels were removed."""
+    weight, bias = narrowed.weight.detach(), narrowed.bias
+    trainable = narrowed.weight.requires_grad
+    if num_parts is None:
+        full = weight.new_zeros(dense_shape(dense))
+        full[:, : weight.shape[1]] = weight
+    else:
+        full = _padded_parts(weight, dense_shape(dense)[0], num_parts)
+        if bias is not None:
+            filled = _padded_parts(bias.detach(), dense_shape(dense)[0], num_parts)
+            bias = nn.Parameter(filled, requires_grad=bias.requires_grad)
+    stored = full.mT.contiguous() if isinstance(dense, Conv1D) else full
+    dense.register_parameter("weight", nn.Parameter(stored, requires_grad=trainable))
+    dense.register_parameter("bias", bias)
+    return dense.train(narrowed.training)
+
+
+def _padded_parts(tensor: Tensor, num_rows: int, num_parts: int) -> Tensor:
+    """Return a weight or bias whose every part has zeros at its end, ``num_rows`` in all."""
+    parts = tensor.reshape(num_parts, -1, *tensor.shape[1:])
+    full = parts.new_zeros((num_parts, num_rows // num_parts, *tensor.shape[1:]))
+    full[:, : parts.shape[1]] = parts
+    return full.flatten(0, 1)
+
+
+def _product(name: str, factors: LowRankLinear, dense: DenseModule) -> DenseModule:
     """Return the dense module, with the product of the factors as its weight."""
     left, right = factors.left.weight.detach(), factors.right.weight.detach()
     wide = torch.promote_types(left.dtype, torch.float32)

@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.linears import DenseModule
+from grasp_lightning.models.linears import DenseModule, as_linear
 from grasp_lightning.models.lowrank import dense_shape
-from grasp_lightning.plan import FactorizeLinear, Operation
+from grasp_lightning.models.mlp import mlps
+from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation
 from tests.conftest import tiny_model
 
 META = torch.device("meta")
@@ -57,3 +58,20 @@ def factorize_layers(
         for module in view.linears(layer)
     ]
     return operations, random_factors(view, operations)
+
+
+def narrow_layers(
+    view: DecoderView, layers: Sequence[int], channels: Sequence[int]
+) -> tuple[list[Operation], dict[str, Tensor]]:
+    """Operations and weights that keep some channels of all MLPs of some layers as they are."""
+    operations, tensors = [], {}
+    for layer in layers:
+        for mlp in mlps(view, layer):
+            reader = view.module(mlp.reader)
+            assert isinstance(reader, DenseModule)
+            weight = as_linear(reader).weight.detach()
+            kept = weight.new_zeros((len(weight), len(channels)))
+            tensors[f"{mlp.reader}.weight"] = kept if weight.is_meta else weight[:, list(channels)]
+            operation = NarrowMlp(reader=mlp.reader, writers=mlp.writers, channels=tuple(channels))
+            operations.append(operation)
+    return [*operations], tensors

@@ -1,0 +1,83 @@
+"""The MLPs of decoder layers whose hidden channels can be removed one by one.
+
+Legend: D hidden size of the model, I number of hidden channels of an MLP.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.linears import DenseLinear, as_linear, in_attention
+
+# How often each writer has all channels: one linear, gate and up apart, or both fused.
+_PARTS = ([1], [1, 1], [2])
+
+
+class Mlp(NamedTuple):
+    """The linears at both ends of the hidden channels of an MLP.
+
+    Attributes:
+        reader: Full name of the linear whose inputs are the channels.
+        writers: Full names of the linears whose outputs are the channels, in module order.
+    """
+
+    reader: str
+    writers: tuple[str, ...]
+
+
+def mlps(view: DecoderView, index: int) -> tuple[Mlp, ...]:
+    """Return the MLPs of a decoder layer whose hidden channels can be removed one by one.
+
+    Shapes decide, so a model on the meta device will do: beside attention, the layer has one linear
+    from I to D, and one or two from D, in the same module, with I outputs (``down(act(up(x)))``) or
+    two times I (``down(act(gate(x)) * up(x))``), gate and up apart or one after the other in one
+    linear. Nothing else of the layer has a parameter of size I, such as a norm between them.
+
+    Args:
+        view: The model.
+        index: The layer's number in the original model.
+
+    Returns:
+        Names in the original model. Empty where none is found: in mixtures of experts, where
+        linears are replaced already, and where D equals I, so that shapes do not tell.
+    """
+    prefix = f"{view.layers_name}.{index}."
+    linears = {
+        name: as_linear(module)
+        for name, module in view.dense_modules(index).items()
+        if not in_attention(name.removeprefix(prefix))
+    }
+    hidden = view.model.config.get_text_config().hidden_size
+    readers = [name for name in linears if _is_reader(linears[name], hidden)]
+    if view.skipped(index) or len(readers) != 1:
+        return ()
+    found = Mlp(readers[0], tuple(name for name in linears if name not in readers))
+    num_channels = linears[found.reader].in_features
+    if not _fits(found, linears, hidden) or num_channels in _other_sizes(view, index, linears):
+        return ()
+    return (found,)
+
+
+def _is_reader(linear: DenseLinear, hidden: int) -> bool:
+    return linear.out_features == hidden != linear.in_features
+
+
+def _fits(found: Mlp, linears: Mapping[str, DenseLinear], hidden: int) -> bool:
+    """Return whether all writers read the hidden states and write all channels once or twice."""
+    num_channels, writers = linears[found.reader].in_features, [linears[w] for w in found.writers]
+    return (
+        len({name.rpartition(".")[0] for name in linears}) == 1
+        and all(writer.in_features == hidden for writer in writers)
+        and [writer.out_features / num_channels for writer in writers] in _PARTS
+    )
+
+
+def _other_sizes(view: DecoderView, index: int, linears: Iterable[str]) -> set[int]:
+    """Return every size of all parameters of a layer but those of attention and some linears."""
+    prefix, known = f"{view.layers_name}.{index}.", set(linears)
+    return {
+        size
+        for name, parameter in view.layer(index).named_parameters()
+        if not in_attention(name) and prefix + name.rpartition(".")[0] not in known
+        for size in parameter.shape
+    }
