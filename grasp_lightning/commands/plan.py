@@ -18,14 +18,15 @@ from grasp_lightning.methods import (
     resolve_num_layers,
 )
 from grasp_lightning.methods.blocks import weight_shapes
-from grasp_lightning.methods.global_ranks import GlobalRanks
+from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks, budgeted_linears
 from grasp_lightning.methods.layer_choice import LayerChoice
+from grasp_lightning.methods.narrowing import narrowable_mlps
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import load_meta_model
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
-from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation, Plan
+from grasp_lightning.plan import DropLayers, FactorizeLinear, NarrowMlp, Operation, Plan
 from grasp_lightning.reporting.memory import CalibrationPlan, CompensationPlan, memory_lines
 from grasp_lightning.stats.base import Needs
 from grasp_lightning.stats.moments import layer_groups, moment_bytes
@@ -129,20 +130,16 @@ def predict(view: DecoderView, method: MethodConfig) -> Prediction:
 def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -> Prediction:
     """Return the size that a budget leaves; which layers and ranks, the data decides.
 
-    As operations it has the ranks of one keep ratio for all, which take about as much memory.
+    As operations it has one keep ratio for all, which takes about as much memory.
     """
     dense, sizes, factors, planned = count_parameters(view.model), [], [], []
     by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))
     for layers in (by_size[: choice.count], by_size[-choice.count :]):
-        shapes = weight_shapes(view, Plan(method="plan"), tuple(layers))
-        kept = rule.budget(shapes)
-        ranks = ranks_for_budget(tuple(shapes.values()), kept)
-        operations: tuple[Operation, ...] = tuple(
-            FactorizeLinear(module=name, rank=rank, components=None)
-            for name, rank in zip(shapes, ranks, strict=True)
-        )
+        budgeted = _budgeted(view, rule, tuple(layers))
+        kept = rule.budget(budgeted)
+        operations = _evenly(budgeted, kept / budgeted.size)
         factors.append(kept)
-        sizes.append(dense - sum(n * m for n, m in shapes.values()) + kept)
+        sizes.append(dense - budgeted.size + kept)
         planned.append((sizes[-1], tuple(sorted(layers)), operations))
     most, layers_of_most, operations_of_most = max(planned, key=lambda entry: entry[0])
     return Prediction(
@@ -156,6 +153,33 @@ def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -
         operations=operations_of_most,
         is_budget=True,
     )
+
+
+def _budgeted(view: DecoderView, rule: GlobalRanks, layers: tuple[int, ...]) -> Budgeted:
+    shapes = weight_shapes(view, Plan(method="plan"), layers)
+    return budgeted_linears(shapes, narrowable_mlps(view, layers) if rule.mlp == "channels" else {})
+
+
+def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
+    """Return operations that keep the same share of every matrix and of every MLP."""
+    shapes = budgeted.shapes
+    size = sum(rows * columns for rows, columns in shapes.values())
+    least = sum(factor_parameters(1, *shape) for shape in shapes.values())
+    ranks = ranks_for_budget(tuple(shapes.values()), max(int(share * size), least))
+    cut = (
+        FactorizeLinear(module=name, rank=rank, components=None)
+        for name, rank in zip(shapes, ranks, strict=True)
+    )
+    narrowed = (
+        NarrowMlp(
+            reader=name,
+            writers=mlp.writers,
+            channels=tuple(range(max(1, int(share * mlp.num_channels)))),
+        )
+        for name, mlp in budgeted.mlps.items()
+        if share * mlp.num_channels < mlp.num_channels
+    )
+    return (*cut, *narrowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +237,9 @@ def _moment_bytes(view: DecoderView, config: PlanConfig, prediction: Prediction)
         return 0
     kinds = Metric(weighting=config.method.weighting).moment_kinds
     shapes = weight_shapes(view, Plan(method="plan"), prediction.layers)
+    if prediction.is_budget and config.method.mlp == "channels":
+        measured = budgeted_linears(shapes, narrowable_mlps(view, prediction.layers)).modules
+        shapes = {name: shapes[name] for name in measured}
     sources = {name: name for name in shapes}
     needs = Needs(moments=tuple(shapes), moment_kinds=kinds)
     groups = layer_groups(view, needs, config.statistics.max_memory * 1e9, sources)

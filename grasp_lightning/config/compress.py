@@ -19,6 +19,7 @@ Schedule = Literal["one_shot", "iterative"]
 PresetName = Literal["paper", "released", "svd_llm", "asvd", "fwsvd"]
 Weighting = Literal["none", "fisher_rows", "scale_columns", "input_gram", "kfac"]
 RankChoice = Literal["uniform", "global"]
+MlpChoice = Literal["factors", "channels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,9 @@ class MethodConfig:
             (FWSVD), scale_columns (ASVD), input_gram (SVD-LLM), or kfac, the curvature of the loss.
         ranks: uniform: one keep ratio for all matrices; global: the budget is spent where it hurts
             least.
-        multiple_of: Ranks are multiples of this number.
+        mlp: Under a global budget, what MLPs become: factors, like all other matrices, or MLPs with
+            fewer channels, where those that cost the loss least go.
+        multiple_of: Ranks and numbers of channels are multiples of this number.
         gradient_damping: Share of its mean diagonal that is added to the Gram matrix of gradients.
         input_damping: The same for the Gram matrix of inputs.
     """
@@ -66,6 +69,7 @@ class MethodConfig:
     score_all_layers: bool | None = None
     weighting: Weighting | None = None
     ranks: RankChoice | None = None
+    mlp: MlpChoice | None = None
     multiple_of: int | None = None
     gradient_damping: float | None = None
     input_damping: float | None = None

@@ -1,8 +1,11 @@
-"""Ranks of all matrices from one budget, by predicted loss.
+"""Ranks of all matrices, and channels of all MLPs, from one budget, by predicted loss.
 
 Legend: a matrix of ``m`` outputs and ``n`` inputs has the size ``w m n`` dense and ``w k (m + n)``
 as factors of rank ``k``, with ``w`` the size of one of its parameters. At rank ``k`` it loses the
-*tail*, the sum of its squared singular values after the first ``k``; dense it loses nothing.
+*tail*, the sum of its squared singular values after the first ``k``; dense it loses nothing. An MLP
+with ``k`` of its channels has the size ``w k c``, with ``c`` the parameters that belong to one, and
+loses the sum of the losses of the others. What is said of matrices below holds for MLPs as well,
+with channels for ranks.
 
 For a multiplier ``lambda`` the total ``loss + lambda size`` is a sum over matrices, so each picks
 its own option, and a group is removed where that is no dearer than its content. What comes out is
@@ -58,24 +61,46 @@ class MatrixChoice:
 
 
 @dataclass(frozen=True, eq=False)
+class ChannelChoice:
+    """One MLP, and what it may become: one with fewer hidden channels, or dense as it is.
+
+    Attributes:
+        name: Unique among all matrices, MLPs and groups of an allocation.
+        channel_size: Parameters that belong to one channel.
+        losses: Loss that the removal of each channel is predicted to cost beside those after it,
+            descending, not negative, one per channel, any float dtype.
+        min_channels: Smallest number allowed, at least 1; rounded up to ``multiple_of``.
+        size_weight: Size of one parameter, positive, e.g. its measured time.
+        multiple_of: Numbers of channels are multiples of this number.
+    """
+
+    name: str
+    channel_size: int
+    losses: Tensor
+    min_channels: int = 1
+    size_weight: float = 1.0
+    multiple_of: int = 1
+
+
+@dataclass(frozen=True, eq=False)
 class GroupChoice:
     """Matrices that stand or fall together, as those of a decoder layer or of a block in it.
 
     Attributes:
         name: Unique among all matrices and groups of an allocation.
-        children: Matrices and groups in it.
+        children: Matrices, MLPs and groups in it.
         removal_loss: Loss of removing all of it, measured, in the unit of the matrices' losses;
             may be negative. None where it must stay.
         own_size: Size of what goes with it besides its children, e.g. of its norms.
     """
 
     name: str
-    children: Sequence[Union[MatrixChoice, "GroupChoice"]]
+    children: Sequence[Union[MatrixChoice, ChannelChoice, "GroupChoice"]]
     removal_loss: float | None = None
     own_size: float = 0.0
 
 
-Choice = MatrixChoice | GroupChoice
+Choice = MatrixChoice | ChannelChoice | GroupChoice
 
 
 class Allocation(NamedTuple):
@@ -83,7 +108,8 @@ class Allocation(NamedTuple):
 
     Attributes:
         ranks: Rank of every factorised matrix by its name, sorted by name.
-        dense: Names of the matrices that stay as they are, sorted.
+        channels: Number of channels of every narrowed MLP by its name, sorted by name.
+        dense: Names of the matrices and MLPs that stay as they are, sorted.
         removed: Names of the removed groups, sorted; without the groups inside them.
         size: Total size of what is kept.
         loss: Total predicted loss.
@@ -92,6 +118,7 @@ class Allocation(NamedTuple):
     """
 
     ranks: dict[str, int]
+    channels: dict[str, int]
     dense: tuple[str, ...]
     removed: tuple[str, ...]
     size: float
@@ -111,7 +138,7 @@ def allocate(choices: Sequence[Choice], budget: float) -> Allocation:
     Losses add up: that removing two groups may cost more than the sum of both is not seen.
 
     Args:
-        choices: Matrices and groups.
+        choices: Matrices, MLPs and groups.
         budget: Largest total size of what is kept. More than everything dense is no error.
 
     Returns:
@@ -145,7 +172,7 @@ def allocation_at(choices: Sequence[Choice], multiplier: float) -> Allocation:
     the smaller size.
 
     Args:
-        choices: Matrices and groups.
+        choices: Matrices, MLPs and groups.
         multiplier: ``lambda``, loss that a unit of size must save to be kept; not negative.
 
     Returns:
@@ -162,35 +189,41 @@ def allocation_at(choices: Sequence[Choice], multiplier: float) -> Allocation:
 
 
 class _Curve:
-    """Options of one matrix, and the lower convex hull of their losses over their sizes.
+    """Options of one matrix or MLP, and the lower convex hull of their losses over their sizes.
 
     Options are in ascending order of size, the last of them dense. Tails of descending values are
     convex, so the hull runs along the ranks up to some rank, and from there straight to dense.
 
     Args:
-        choice: The matrix.
+        choice: The matrix or MLP.
 
     Attributes:
-        name: Of the matrix.
-        ranks: Rank of every option but dense.
+        choice: The matrix or MLP.
+        name: Of the matrix or MLP.
+        ranks: Rank, or number of channels, of every option but dense.
         sizes: Size of every option.
         losses: Loss of every option; 0 for dense.
         hull: Options on the hull.
         slopes: Negated loss that is saved per size between neighbours on the hull, ascending.
     """
 
-    def __init__(self, choice: MatrixChoice) -> None:
-        _check_matrix(choice)
-        self.name = choice.name
-        (m, n), unit = choice.shape, choice.multiple_of
-        values = choice.squared_singular_values.detach().double().cpu()
-        top = largest_useful_rank(m, n)
-        top = top if choice.max_rank is None else min(top, choice.max_rank)
-        self.ranks = list(range(-(-choice.min_rank // unit) * unit, top + 1, unit))
+    def __init__(self, choice: MatrixChoice | ChannelChoice) -> None:
+        _check_curve(choice)
+        self.choice, self.name = choice, choice.name
+        if isinstance(choice, MatrixChoice):
+            (m, n), least = choice.shape, choice.min_rank
+            values, unit_size, dense_size = choice.squared_singular_values, m + n, m * n
+            top = largest_useful_rank(m, n)
+            top = top if choice.max_rank is None else min(top, choice.max_rank)
+        else:
+            values, least, unit_size = choice.losses, choice.min_channels, choice.channel_size
+            top, dense_size = len(values) - 1, len(values) * choice.channel_size
+        values, unit = values.detach().double().cpu(), choice.multiple_of
+        self.ranks = list(range(-(-least // unit) * unit, top + 1, unit))
         tails = torch.zeros(max(top, values.numel()) + 1, dtype=torch.float64)
         tails[: values.numel()] = values.flip(0).cumsum(0).flip(0)
-        self.sizes: list[float] = [choice.size_weight * k * (m + n) for k in self.ranks]
-        self.sizes.append(choice.size_weight * m * n)
+        self.sizes: list[float] = [choice.size_weight * k * unit_size for k in self.ranks]
+        self.sizes.append(choice.size_weight * dense_size)
         self.losses: list[float] = [*tails[self.ranks].tolist(), 0.0]
         self.hull, self.slopes = self._lower_hull()
 
@@ -260,7 +293,7 @@ def _prepared(choices: Sequence[Choice]) -> _Group:
         if choice.name in names:
             raise ValueError(f"matrices and groups need different names, {choice.name!r} recurs")
         names.add(choice.name)
-        return _Curve(choice) if isinstance(choice, MatrixChoice) else group(choice)
+        return group(choice) if isinstance(choice, GroupChoice) else _Curve(choice)
 
     def group(choice: GroupChoice) -> _Group:
         if not (0 <= choice.own_size < math.inf and math.isfinite(choice.removal_loss or 0)):
@@ -420,10 +453,12 @@ def _with_options(solution: _Solution, options: Sequence[int]) -> _Solution:
 
 
 def _allocation(solution: _Solution, multiplier: float, bound: float) -> Allocation:
-    options = sorted((curve.name, curve, option) for curve, option in solution.options)
+    options = sorted(solution.options, key=lambda pair: pair[0].name)
+    cut = [(c, c.ranks[option]) for c, option in options if option < len(c.ranks)]
     return Allocation(
-        ranks={name: c.ranks[option] for name, c, option in options if option < len(c.ranks)},
-        dense=tuple(name for name, c, option in options if option == len(c.ranks)),
+        ranks={c.name: rank for c, rank in cut if isinstance(c.choice, MatrixChoice)},
+        channels={c.name: count for c, count in cut if isinstance(c.choice, ChannelChoice)},
+        dense=tuple(c.name for c, option in options if option == len(c.ranks)),
         removed=tuple(sorted(solution.removed)),
         size=solution.size,
         loss=solution.loss,
@@ -432,22 +467,25 @@ def _allocation(solution: _Solution, multiplier: float, bound: float) -> Allocat
     )
 
 
-def _check_matrix(choice: MatrixChoice) -> None:
-    values = choice.squared_singular_values
+def _check_curve(choice: MatrixChoice | ChannelChoice) -> None:
+    is_matrix = isinstance(choice, MatrixChoice)
+    field = "squared_singular_values" if is_matrix else "losses"
+    values: Tensor = getattr(choice, field)
     is_vector = values.ndim == 1 and values.numel() > 0
     if not is_vector or not bool((values.isfinite() & (values >= 0)).all()):
         raise ValueError(
-            f"squared_singular_values of {choice.name} must be a vector of finite numbers that are "
-            f"not negative, got shape {tuple(values.shape)}"
+            f"{field} of {choice.name} must be a vector of finite numbers that are not negative, "
+            f"got shape {tuple(values.shape)}"
         )
     if bool((values[1:] > values[:-1]).any()):
-        raise ValueError(f"squared_singular_values of {choice.name} must be descending")
+        raise ValueError(f"{field} of {choice.name} must be descending")
     if not 0 < choice.size_weight < math.inf:
         raise ValueError(
             f"size_weight of {choice.name} must be positive and finite, got {choice.size_weight}"
         )
-    for field in ("min_rank", "multiple_of"):
-        if getattr(choice, field) < 1:
+    counts = ("min_rank",) if is_matrix else ("min_channels", "channel_size")
+    for count in (*counts, "multiple_of"):
+        if getattr(choice, count) < 1:
             raise ValueError(
-                f"{field} of {choice.name} must be at least 1, got {getattr(choice, field)}"
+                f"{count} of {choice.name} must be at least 1, got {getattr(choice, count)}"
             )

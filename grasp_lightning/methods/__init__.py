@@ -65,6 +65,7 @@ def configured_rank_rule(
             keep_ratio=config.keep_ratio,
             num_parameters=num_parameters,
             multiple_of=config.multiple_of or 1,
+            mlp=config.mlp or "factors",
         )
     if config.removed_ratio is not None:
         return BudgetRanks(removed_ratio=config.removed_ratio, num_parameters=num_parameters)

@@ -15,9 +15,15 @@ from grasp_lightning.methods.base import CompressionMethod, Decision, Track, unt
 from grasp_lightning.methods.blocks import blocks, weight_shapes
 from grasp_lightning.methods.dealing import own_weights
 from grasp_lightning.methods.drop import DROP, drop_decision, drop_step
-from grasp_lightning.methods.global_ranks import GlobalRanks
+from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks, budgeted_linears
 from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
-from grasp_lightning.methods.rank_rules import RankRule, Shapes
+from grasp_lightning.methods.narrowing import (
+    narrow_operations,
+    narrowable_mlps,
+    narrowing,
+    removals,
+)
+from grasp_lightning.methods.rank_rules import RankRule
 from grasp_lightning.methods.weighted import (
     CURVATURE,
     curvature_step,
@@ -184,10 +190,13 @@ class LowRankMethod(CompressionMethod):
             return self._layers.step(model)
         if self._rule is None:
             return None if plan.dropped_layers else drop_step(layers)
-        shapes = weight_shapes(model, plan, layers)
         if isinstance(self._rule, GlobalRanks):
-            self._rule.budget(shapes)  # refuses what is out of reach
-            return None if plan.ranks else self._curvature_step(model, shapes, None)
+            if plan.ranks or plan.channels:
+                return None
+            budgeted = self._budgeted(model, layers, self._rule)
+            self._rule.budget(budgeted)  # refuses what is out of reach
+            return self._curvature_step(model, budgeted.modules, None)
+        shapes = weight_shapes(model, plan, layers)
         ranks = self._rule.ranks(shapes)
         if not ranks:
             raise ModelError(
@@ -208,6 +217,11 @@ class LowRankMethod(CompressionMethod):
         scored = model.layer_indices if self._score_all_layers else layers
         modules = [name for index in scored for name in model.linears(index)]
         return attribution_step(model, modules, self._scoring, ranks=waiting, track=self._track)
+
+    def _budgeted(self, model: DecoderView, layers: tuple[int, ...], rule: GlobalRanks) -> Budgeted:
+        shapes = weight_shapes(model, Plan(method=self.name), layers)
+        mlps = narrowable_mlps(model, layers) if rule.mlp == "channels" else {}
+        return budgeted_linears(shapes, mlps)
 
     def _curvature_step(
         self, model: DecoderView, modules: Iterable[str], ranks: Mapping[str, int] | None
@@ -260,19 +274,28 @@ class LowRankMethod(CompressionMethod):
     def _truncate(
         self, step: Step, model: DecoderView, stats: Statistics, metric: Metric
     ) -> Decision:
-        modules, ranks, losses = step.needs.moments, step.ranks, {}
-        if ranks is None:
-            assert isinstance(self._rule, GlobalRanks)  # other rules know ranks from shapes
-            losses = predicted_losses(model, modules, metric, stats.moments, self._track)
-            ranks = self._rule.ranks(_shapes_of(model, modules), losses)
-        decision = truncation(model, ranks, metric, stats.moments, self._track)
-        dense = {f"{n}.scores": v.float() for n, v in losses.items() if n not in ranks}
-        return replace(decision, scores={**decision.scores, **dense})
-
-
-def _shapes_of(model: DecoderView, modules: Iterable[str]) -> Shapes:
-    linears = model.all_linears()
-    return {name: (linears[name].out_features, linears[name].in_features) for name in modules}
+        if step.ranks is not None:
+            return truncation(model, step.ranks, metric, stats.moments, self._track)
+        assert isinstance(self._rule, GlobalRanks)  # other rules know ranks from shapes
+        layers = {model.layer_of(module) for module in step.needs.moments}
+        chosen = tuple(index for index in model.layer_indices if index in layers)
+        budgeted = self._budgeted(model, chosen, self._rule)
+        given = (metric, stats.moments, self._track)
+        losses = predicted_losses(model, tuple(budgeted.shapes), *given)
+        orders = removals(model, tuple(budgeted.mlps), *given)
+        losses |= {name: removal.losses.flip(0) for name, removal in orders.items()}
+        allocation = self._rule.allocation(budgeted, losses)
+        ranks = {n: allocation.ranks[n] for n in budgeted.shapes if n in allocation.ranks}
+        channels = {n: allocation.channels[n] for n in budgeted.mlps if n in allocation.channels}
+        cut = truncation(model, ranks, *given)
+        narrow = narrow_operations(orders, budgeted.mlps, channels)
+        narrowed = narrowing(model, narrow, *given)
+        scores = {f"{name}.scores": value.float() for name, value in losses.items()}
+        return Decision(
+            operations=(*cut.operations, *narrowed.operations),
+            tensors={**cut.tensors, **narrowed.tensors},
+            scores={**scores, **cut.scores},
+        )
 
 
 def _shape(basis: SVD) -> tuple[int, int]:

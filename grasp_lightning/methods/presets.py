@@ -8,6 +8,7 @@ from typing import Final
 
 from grasp_lightning.config import (
     MethodConfig,
+    MlpChoice,
     PresetName,
     RankChoice,
     Reduction,
@@ -53,10 +54,12 @@ class WeightedPreset:
     Attributes:
         weighting: See ``MethodConfig``.
         ranks: See ``MethodConfig``.
+        mlp: See ``MethodConfig``.
     """
 
     weighting: Weighting
     ranks: RankChoice = "uniform"
+    mlp: MlpChoice = "factors"
 
 
 WEIGHTED_PRESETS: Final[Mapping[PresetName, WeightedPreset]] = MappingProxyType(
@@ -67,12 +70,12 @@ WEIGHTED_PRESETS: Final[Mapping[PresetName, WeightedPreset]] = MappingProxyType(
     }
 )
 _PLAIN = WeightedPreset(weighting="none")
-_PLUS = WeightedPreset(weighting="kfac", ranks="global")
+_PLUS = WeightedPreset(weighting="kfac", ranks="global", mlp="channels")
 DEFAULT_KEEP_RATIO = 0.1
 DEFAULT_REMOVED_RATIO = 0.2
 _SCORING_KEYS = ("terms", "reduction", "score", "schedule", "score_all_layers")
 _DAMPING_KEYS = ("gradient_damping", "input_damping")
-_WEIGHTED_KEYS = ("weighting", "ranks", "multiple_of", *_DAMPING_KEYS)
+_WEIGHTED_KEYS = ("weighting", "ranks", "mlp", "multiple_of", *_DAMPING_KEYS)
 _LOW_RANK_KEYS = ("preset", "keep_ratio", *_SCORING_KEYS, *_WEIGHTED_KEYS)
 
 
@@ -161,9 +164,16 @@ def _resolve_parts(config: MethodConfig) -> MethodConfig:
         ranks=config.ranks or preset.ranks,
     )
     if config.ranks == "uniform":
-        _refuse_ignored(config, ("multiple_of",), "method.ranks is uniform")
-    elif config.multiple_of is not None and config.multiple_of < 1:
+        _refuse_ignored(config, ("mlp", "multiple_of"), "method.ranks is uniform")
+        return _resolve_damping(config)
+    if config.multiple_of is not None and config.multiple_of < 1:
         raise ConfigError(f"method.multiple_of must be at least 1, got {config.multiple_of}")
+    can_narrow = Metric(weighting=config.weighting or "none").orders_channels
+    if config.mlp == "channels" and not can_narrow:
+        raise ConfigError(
+            f"method.mlp channels needs method.weighting kfac or input_gram, got {config.weighting}"
+        )
+    config = replace(config, mlp=config.mlp or (preset.mlp if can_narrow else "factors"))
     return _resolve_damping(config)
 
 

@@ -52,9 +52,9 @@ def predicted_losses(
     Returns:
         ``(K,)`` by module, descending, float64, on the CPU.
     """
-    weights = _weights(view, modules)
+    weights = weights_of(view, modules)
     own = {
-        name: metric.losses(weight, _on_device_of(weight, moments.get(name))).cpu()
+        name: metric.losses(weight, moments_beside(weight, moments.get(name))).cpu()
         for name, weight in own_weights(weights, track, "predict losses")
     }
     parts = processes.gather(own)
@@ -83,8 +83,8 @@ def truncation(
         component costs.
     """
     own: dict[str, tuple[Tensor, ...]] = {}
-    for name, weight in own_weights(_weights(view, ranks), track, "factorize"):
-        basis = metric.decompose(weight, _on_device_of(weight, moments.get(name)))
+    for name, weight in own_weights(weights_of(view, ranks), track, "factorize"):
+        basis = metric.decompose(weight, moments_beside(weight, moments.get(name)))
         factors = balanced_factors(even_norms(basis), range(ranks[name]))
         scores = metric.of_singular_values(basis.s)
         own[name] = tuple(part.cpu() for part in (*factors, basis.s, scores))
@@ -101,12 +101,29 @@ def truncation(
     return Decision(operations=tuple(operations), tensors=tensors, scores=stored)
 
 
-def _weights(view: DecoderView, modules: Iterable[str]) -> dict[str, Tensor]:
+def weights_of(view: DecoderView, modules: Iterable[str]) -> dict[str, Tensor]:
+    """Return the weights of some dense linears, ``(N, M)``, by full name.
+
+    Args:
+        view: The model.
+        modules: Full names of the linears.
+
+    Returns:
+        Weights without autograd history, in the order of the names.
+    """
     linears = view.all_linears()
     return {name: linears[name].weight.detach() for name in modules}
 
 
-def _on_device_of(weight: Tensor, moments: Moments | None) -> Moments:
-    """Return what was measured of a weight, on its device."""
+def moments_beside(weight: Tensor, moments: Moments | None) -> Moments:
+    """Return what was measured of a linear, on the device of its weight.
+
+    Args:
+        weight: The weight.
+        moments: What was measured; None for nothing.
+
+    Returns:
+        The moments.
+    """
     values = {field.name: getattr(moments, field.name, None) for field in fields(Moments)}
     return Moments(**{k: None if v is None else v.to(weight.device) for k, v in values.items()})

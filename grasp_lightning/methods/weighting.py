@@ -1,11 +1,12 @@
 """The metric in which low-rank methods truncate weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from grasp_lightning.config import Weighting
+from grasp_lightning.linalg.channels import Removal, narrowed_weight, removal_order
 from grasp_lightning.linalg.factors import SVD
 from grasp_lightning.linalg.weightings import (
     activation_scales,
@@ -101,6 +102,39 @@ class Metric:
         # The loss is quadratic around the dense weight: half its second derivative.
         return squares / 2 if self.weighting == "kfac" else squares
 
+    @property
+    def orders_channels(self) -> bool:
+        """True if channels of an MLP can be removed in this metric."""
+        return self.weighting in ("kfac", "input_gram")
+
+    def removal(self, weight: Tensor, moments: Moments) -> Removal:
+        """Return in which order the inputs of a linear go if they are removed one by one.
+
+        Args:
+            weight: Weight of a linear, ``(N, M)``.
+            moments: What was measured of it.
+
+        Returns:
+            The order; losses are predicted nats per token for ``kfac``, else squared errors of the
+            outputs.
+        """
+        gram = _measured(moments.input_gram)
+        order, losses = removal_order(weight, gram, self._left_root(moments), self.input_damping)
+        return Removal(order, losses / 2 if self.weighting == "kfac" else losses)
+
+    def narrowed(self, weight: Tensor, moments: Moments, kept: Sequence[int]) -> Tensor:
+        """Return the weight on some of its inputs that stands in for the whole one.
+
+        Args:
+            weight: Weight of a linear, ``(N, M)``.
+            moments: What was measured of it.
+            kept: Inputs that stay, ascending.
+
+        Returns:
+            ``(N, len(kept))``.
+        """
+        return narrowed_weight(weight, _measured(moments.input_gram), kept, self.input_damping)
+
     def _roots(self, moments: Moments) -> tuple[Tensor | None, Tensor | None]:
         """Return the roots of the metrics of outputs and of inputs."""
         if self.weighting == "none":
@@ -110,9 +144,12 @@ class Metric:
         if self.weighting == "scale_columns":
             return None, activation_scales(_measured(moments.input_scale))
         right = damped_root(_measured(moments.input_gram), self.input_damping)
-        if self.weighting == "input_gram":
-            return None, right
-        return damped_root(_measured(moments.gradient_gram), self.gradient_damping), right
+        return self._left_root(moments), right
+
+    def _left_root(self, moments: Moments) -> Tensor | None:
+        if self.weighting != "kfac":
+            return None
+        return damped_root(_measured(moments.gradient_gram), self.gradient_damping)
 
 
 def _measured(moment: Tensor | None) -> Tensor:

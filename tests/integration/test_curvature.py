@@ -51,7 +51,11 @@ def test_the_budget_is_spent_over_all_layers(cut: Path) -> None:
     assert plan["method"] == "grasp_plus"
     assert plan["options"]["weighting"] == "kfac"
     assert metrics["seconds"]["curvature"] > 0
-    assert {op["kind"] for op in plan["operations"]} == {"select_layers", "factorize_linear"}
+    assert {op["kind"] for op in plan["operations"]} == {
+        "select_layers",
+        "factorize_linear",
+        "narrow_mlp",
+    }
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -84,9 +88,14 @@ def test_another_ratio_from_stored_statistics_is_that_of_a_run_that_measures(
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 
-def test_input_moments_serve_another_method(cut: Path, tmp_path: Path) -> None:
+def test_input_moments_serve_another_method(settings: list[str], tmp_path: Path) -> None:
+    factors = tmp_path / "factors"
+    words = [*plus(0.2), "--method.mlp=factors", f"--output_dir={factors}"]
+    assert main(["compress", *settings, *words]) == 0
+    kinds = {op["kind"] for op in read(factors, "plan.json")["operations"]}
+    assert kinds == {"select_layers", "factorize_linear"}
     words = [
-        *("--from_scores", str(cut), "--method.name=low_rank", "--method.preset=svd_llm"),
+        *("--from_scores", str(factors), "--method.name=low_rank", "--method.preset=svd_llm"),
         f"--output_dir={tmp_path / 'other'}",
     ]
     assert main(["compress", *words]) == 0
@@ -110,6 +119,9 @@ def test_what_was_not_measured_is_refused(
     assert main(["compress", "--from_scores", str(cut), *words]) == 2
     assert "has no input_scale of model.layers.0.self_attn.q_proj" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+    words = ["--method.mlp=factors", f"--output_dir={tmp_path / 'no'}"]
+    assert main(["compress", "--from_scores", str(cut), *words]) == 2
+    assert "of model.layers.0.mlp.gate_proj; name a run with" in capsys.readouterr().err
 
 
 def test_little_memory_takes_more_passes_to_the_same_plan(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from grasp_lightning.linalg.allocation import (
     Allocation,
+    ChannelChoice,
     Choice,
     GroupChoice,
     MatrixChoice,
@@ -49,9 +50,24 @@ def matrices(draw: st.DrawFn, name: str = "m") -> MatrixChoice:
 
 
 @st.composite
+def mlps(draw: st.DrawFn, name: str = "c") -> ChannelChoice:
+    return ChannelChoice(
+        name,
+        draw(st.integers(1, 12)),
+        squares(draw(st.lists(values, min_size=1, max_size=8))),
+        min_channels=draw(st.integers(1, 2)),
+        size_weight=draw(st.sampled_from([1.0, 1.0, 0.5, 3.0])),
+        multiple_of=draw(st.sampled_from([1, 1, 2])),
+    )
+
+
+@st.composite
 def trees(draw: st.DrawFn) -> list[Choice]:
-    """Up to four matrices, some of them in groups, and groups in a group."""
-    leaves: list[Choice] = [draw(matrices(f"m{j}")) for j in range(draw(st.integers(1, 4)))]
+    """Up to four matrices and MLPs, some of them in groups, and groups in a group."""
+    kinds = draw(st.lists(st.sampled_from(["matrix", "matrix", "mlp"]), min_size=1, max_size=4))
+    leaves: list[Choice] = [
+        draw(mlps(f"m{j}") if kind == "mlp" else matrices(f"m{j}")) for j, kind in enumerate(kinds)
+    ]
     cut = draw(st.integers(0, len(leaves)))
     groups = [draw(groups_of(leaves[:cut], "inner")), *leaves[cut:]] if cut else leaves
     return [draw(groups_of(groups, "outer"))] if draw(st.booleans()) else groups
@@ -63,8 +79,16 @@ def groups_of(draw: st.DrawFn, children: Sequence[Choice], name: str) -> GroupCh
     return GroupChoice(name, children, removal_loss, own_size=draw(st.sampled_from([0.0, 7.0])))
 
 
-def options(choice: MatrixChoice) -> dict[int | None, Outcome]:
-    """Size and loss for every rank, and for dense under None."""
+def options(choice: MatrixChoice | ChannelChoice) -> dict[int | None, Outcome]:
+    """Size and loss for every rank or number of channels, and for dense under None."""
+    if isinstance(choice, ChannelChoice):
+        unit, losses = choice.size_weight * choice.channel_size, choice.losses.tolist()
+        narrowed: dict[int | None, Outcome] = {
+            k: (unit * k, math.fsum(losses[k:]))
+            for k in range(choice.min_channels, len(losses))
+            if k % choice.multiple_of == 0
+        }
+        return narrowed | {None: (unit * len(losses), 0.0)}
     m, n = choice.shape
     numbers = choice.squared_singular_values.tolist()
     top = math.inf if choice.max_rank is None else choice.max_rank
@@ -79,7 +103,7 @@ def options(choice: MatrixChoice) -> dict[int | None, Outcome]:
 def outcomes(choices: Sequence[Choice]) -> list[Outcome]:
     parts = []
     for choice in choices:
-        if isinstance(choice, MatrixChoice):
+        if not isinstance(choice, GroupChoice):
             parts.append(list(options(choice).values()))
             continue
         kept = [(size + choice.own_size, loss) for size, loss in outcomes(choice.children)]
@@ -89,13 +113,15 @@ def outcomes(choices: Sequence[Choice]) -> list[Outcome]:
     return [(math.fsum(s for s, _ in c), math.fsum(x for _, x in c)) for c in combined]
 
 
-def kept_matrices(choices: Sequence[Choice], removed: Sequence[str]) -> list[MatrixChoice]:
-    kept: list[MatrixChoice] = []
+def kept_choices(
+    choices: Sequence[Choice], removed: Sequence[str]
+) -> list[MatrixChoice | ChannelChoice]:
+    kept: list[MatrixChoice | ChannelChoice] = []
     for choice in choices:
-        if isinstance(choice, MatrixChoice):
+        if not isinstance(choice, GroupChoice):
             kept.append(choice)
         elif choice.name not in removed:
-            kept += kept_matrices(choice.children, removed)
+            kept += kept_choices(choice.children, removed)
     return kept
 
 
@@ -104,9 +130,10 @@ def outcome(choices: Sequence[Choice], allocation: Allocation) -> Outcome:
     pairs: list[Outcome] = []
 
     def visit(choice: Choice) -> None:
-        if isinstance(choice, MatrixChoice):
-            assert (choice.name in allocation.ranks) != (choice.name in allocation.dense)
-            pairs.append(options(choice)[allocation.ranks.get(choice.name)])
+        if not isinstance(choice, GroupChoice):
+            cut = allocation.ranks if isinstance(choice, MatrixChoice) else allocation.channels
+            assert (choice.name in cut) != (choice.name in allocation.dense)
+            pairs.append(options(choice)[cut.get(choice.name)])
         elif choice.name in allocation.removed:
             assert choice.removal_loss is not None
             pairs.append((0.0, choice.removal_loss))
@@ -223,9 +250,9 @@ def test_what_is_left_is_too_little_for_any_matrix_that_would_gain(
     budget = budget_at(choices, share)
     allocation = allocate(choices, budget)
     spare = budget - allocation.size
-    for choice in kept_matrices(choices, allocation.removed):
+    for choice in kept_choices(choices, allocation.removed):
         table = options(choice)
-        size, loss = table[allocation.ranks.get(choice.name)]
+        size, loss = table[(allocation.ranks | allocation.channels).get(choice.name)]
         for larger, less in table.values():
             if larger > size and less < loss * (1 - 1e-9):
                 assert larger - size > spare - 1e-9
@@ -266,8 +293,8 @@ def test_ranks_keep_to_their_multiples_and_limits_and_save_size(
     choices: list[Choice], share: float
 ) -> None:
     allocation = allocate(choices, budget_at(choices, share))
-    for choice in kept_matrices(choices, allocation.removed):
-        assert allocation.ranks.get(choice.name) in options(choice)
+    for choice in kept_choices(choices, allocation.removed):
+        assert (allocation.ranks | allocation.channels).get(choice.name) in options(choice)
 
 
 @quick

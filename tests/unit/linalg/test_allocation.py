@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from grasp_lightning.linalg.allocation import GroupChoice, MatrixChoice, allocate, allocation_at
+from grasp_lightning.linalg.allocation import (
+    ChannelChoice,
+    GroupChoice,
+    MatrixChoice,
+    allocate,
+    allocation_at,
+)
 
 DECAYING = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625])
 
@@ -96,9 +102,27 @@ def test_size_weight_moves_ranks_to_the_cheaper_matrix() -> None:
     assert allocation.ranks == {"fast": 6, "slow": 1}
 
 
+def test_channels_and_ranks_share_a_budget() -> None:
+    mlp = ChannelChoice("mlp", 16, torch.tensor([9.0, 6.0, 3.0, 0.5]))
+    # One rank and one channel are the least; the others are worth 6, 3, 0.5 and 4, 2 of size 16.
+    allocation = allocate([mlp, matrix()], 32)
+    assert (allocation.channels, allocation.ranks) == ({"mlp": 1}, {"a": 1})
+    allocation = allocate([mlp, matrix()], 64)
+    assert (allocation.channels, allocation.ranks) == ({"mlp": 2}, {"a": 2})
+    allocation = allocate([mlp, matrix()], 80)
+    assert (allocation.channels, allocation.ranks) == ({"mlp": 3}, {"a": 2})
+    assert (allocation.size, allocation.loss) == (80, 0.5 + float(DECAYING[2:].sum()))
+    assert allocate([mlp, matrix()], 64 + 64).dense == ("a", "mlp")
+
+
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
+        (
+            [ChannelChoice("a", 3, torch.tensor([1.0, 2.0]))],
+            "losses of a must be descending",
+        ),
+        ([ChannelChoice("a", 0, torch.ones(2))], "channel_size of a must be at least 1, got 0"),
         ([matrix(), matrix()], "matrices and groups need different names, 'a' recurs"),
         (
             [GroupChoice("a", [matrix()])],

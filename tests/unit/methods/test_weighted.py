@@ -1,5 +1,7 @@
 """Truncation in measured metrics: optimal, comparable, within the budget, and robust."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,12 +10,13 @@ from grasp_lightning.config import MethodConfig, Weighting
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.linalg.weightings import curvature_error
 from grasp_lightning.methods import build_method, resolve_method
-from grasp_lightning.methods.global_ranks import GlobalRanks
+from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks
+from grasp_lightning.methods.narrowing import Narrowable, narrowable_mlps
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.pipeline import compress
-from grasp_lightning.plan import Plan
+from grasp_lightning.plan import Plan, SelectLayers
 from grasp_lightning.stats.base import Moments, Statistics, Step
 from grasp_lightning.stats.moments import MomentSums
 from grasp_lightning.stats.observer import LinearObserver, shared_inputs
@@ -140,6 +143,8 @@ def test_the_budget_is_met_by_one_rank_unit_at_most() -> None:
     assert kept <= round(0.7 * dense)
     assert kept > 0.7 * dense - (32 + 48)
     assert len(set(plan.ranks.values())) > 1
+    assert plan.channels
+    assert not {n for n in plan.ranks if "mlp" in n}
 
 
 def test_decisions_do_not_hang_on_the_precision_of_the_sums() -> None:
@@ -147,7 +152,8 @@ def test_decisions_do_not_hang_on_the_precision_of_the_sums() -> None:
     # Of a model in float64 the passes are so, too: only the sums are float32.
     double, _ = decided(torch.float64)
     assert single.ranks.keys() == double.ranks.keys()
-    difference = {n: abs(single.ranks[n] - double.ranks[n]) for n in single.ranks}
+    first, second = single.ranks | single.channels, double.ranks | double.channels
+    difference = {n: abs(first[n] - second[n]) for n in first}
     assert max(difference.values()) <= 1
 
 
@@ -163,22 +169,68 @@ def test_what_costs_more_keeps_more() -> None:
     shapes = {"a": (40, 40), "b": (40, 40)}
     losses = {"a": torch.linspace(1, 0.01, 40) ** 2, "b": 100 * torch.linspace(1, 0.01, 40) ** 2}
     rule = GlobalRanks(keep_ratio=0.6, num_parameters=10_000)
-    ranks = rule.ranks(shapes, losses)
+    budgeted = Budgeted(shapes=shapes)
+    ranks = rule.allocation(budgeted, losses).ranks
     assert ranks.get("b", 40) > ranks["a"]
-    unit = GlobalRanks(keep_ratio=0.6, num_parameters=10_000, multiple_of=4).ranks(shapes, losses)
+    unit = replace(rule, multiple_of=4).allocation(budgeted, losses).ranks
     assert all(rank % 4 == 0 for rank in unit.values())
+
+
+def test_channels_and_ranks_share_the_budget() -> None:
+    mlp = Narrowable(reader="down", writers=("up",), num_channels=40, channel_size=80)
+    budgeted = Budgeted(shapes={"a": (40, 40)}, mlps={"down": mlp})
+    cheap, dear = torch.linspace(1, 0.01, 40) ** 2, 100 * torch.linspace(1, 0.01, 40) ** 2
+    rule = GlobalRanks(keep_ratio=0.6, num_parameters=10_000, mlp="channels", multiple_of=8)
+    narrowed = rule.allocation(budgeted, {"a": dear, "down": cheap})
+    assert narrowed.dense == ("a",)
+    assert narrowed.channels["down"] % 8 == 0
+    assert narrowed.size <= rule.budget(budgeted) == round(0.6 * (1600 + 3200))
+    cut = rule.allocation(budgeted, {"a": cheap, "down": dear})
+    assert cut.channels["down"] > narrowed.channels["down"]
+    assert cut.ranks["a"] == 8
+
+
+def test_losses_of_channels_are_half_the_curvature_of_their_removal() -> None:
+    metric = Metric(weighting="kfac", gradient_damping=0.0, input_damping=0.0)
+    measured = moments(12, 20)
+    removal = metric.removal(weight(), measured)
+    kept = sorted(removal.order[3:].tolist())
+    change = weight()
+    change[:, kept] -= metric.narrowed(weight(), measured, kept)
+    error = curvature_error(change, measured.gradient_gram, measured.input_gram)
+    assert float(removal.losses[:3].sum()) == pytest.approx(float(error) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_few_tokens_order_all_channels(num_tokens: int) -> None:
+    metric, measured = Metric(weighting="kfac"), moments(12, 20, num_tokens)
+    removal = metric.removal(weight(), measured)
+    assert sorted(removal.order.tolist()) == list(range(20))
+    assert metric.narrowed(weight(), measured, [0, 7]).isfinite().all()
+
+
+def test_without_narrowable_mlps_all_linears_are_factors() -> None:
+    view = DecoderView(tiny_model())
+    config = resolve_method(MethodConfig(name="grasp_plus", mlp="factors", removed_ratio=0.3))
+    method = build_method(config, view)
+    assert narrowable_mlps(view, (0,)).keys() == {"model.layers.0.mlp.down_proj"}
+    plan = Plan(method=method.name, operations=(SelectLayers(layers=view.layer_indices),))
+    step = method.next_step(view, plan)
+    assert step is not None
+    assert set(step.needs.moments) == set(view.all_linears())
 
 
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (GlobalRanks(removed_ratio=0.99, num_parameters=3200), "0.0000 to 0.9500"),
-        (GlobalRanks(keep_ratio=0.01, num_parameters=3200), "0.0500 to 1.0000"),
+        (GlobalRanks(removed_ratio=0.99, num_parameters=4000), "0.0000 to 0.9400"),
+        (GlobalRanks(keep_ratio=0.01, num_parameters=4000), "0.0600 to 1.0000"),
     ],
 )
 def test_a_budget_out_of_reach_names_the_range(rule: GlobalRanks, message: str) -> None:
+    mlp = Narrowable(reader="c", writers=("d",), num_channels=10, channel_size=80)
     with pytest.raises(ConfigError, match=f"the feasible range of these linears is {message}"):
-        rule.budget({"a": (40, 40), "b": (40, 40)})
+        rule.budget(Budgeted(shapes={"a": (40, 40), "b": (40, 40)}, mlps={"c": mlp}))
 
 
 def test_the_parts_are_in_the_plan() -> None:
