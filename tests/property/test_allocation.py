@@ -66,7 +66,8 @@ def trees(draw: st.DrawFn) -> list[Choice]:
     """Up to four matrices and MLPs, some of them in groups, and groups in a group."""
     kinds = draw(st.lists(st.sampled_from(["matrix", "matrix", "mlp"]), min_size=1, max_size=4))
     leaves: list[Choice] = [
-        draw(mlps(f"m{j}") if kind == "mlp" else matrices(f"m{j}")) for j, kind in enumerate(kinds)
+        draw(mlps(f"m{j}")) if kind == "mlp" else draw(matrices(f"m{j}"))
+        for j, kind in enumerate(kinds)
     ]
     cut = draw(st.integers(0, len(leaves)))
     groups = [draw(groups_of(leaves[:cut], "inner")), *leaves[cut:]] if cut else leaves
