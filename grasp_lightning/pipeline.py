@@ -1,22 +1,37 @@
 """The loop that compresses a model: measure, decide, apply, until nothing is left to do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
+from torch import Tensor
+
+from grasp_lightning.config import RefitChoice
 from grasp_lightning.methods.base import CompressionMethod, Decision
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations
-from grasp_lightning.plan import Plan
+from grasp_lightning.plan import Operation, Plan
 from grasp_lightning.stats.base import Statistics, Step
 
 Measure = Callable[[DecoderView, Step], Statistics]
 """Measures what a step needs: a Trainer in production, stored tensors in tests."""
+
+Refit = Callable[
+    [DecoderView, RefitChoice, Sequence[Operation], Mapping[str, Tensor]], Mapping[str, Tensor]
+]
+"""Fits the tensors of operations once more, on a model to which they are not yet applied."""
 
 OnStep = Callable[[Plan, Decision], None]
 """Called after each applied step with the plan so far, so that a crash loses one step at most."""
 
 
 def compress(
-    model: DecoderView, method: CompressionMethod, measure: Measure, plan: Plan, on_step: OnStep
+    model: DecoderView,
+    method: CompressionMethod,
+    measure: Measure,
+    plan: Plan,
+    on_step: OnStep,
+    *,
+    refit: Refit | None = None,
 ) -> Plan:
     """Compress a model in place and return the complete plan.
 
@@ -26,12 +41,21 @@ def compress(
         measure: Measures what each step needs.
         plan: Decisions so far; an empty plan at the start.
         on_step: Called after each step.
+        refit: Fits tensors once more, for methods that ask for it.
 
     Returns:
         The plan with all operations, marked complete.
+
+    Raises:
+        ValueError: If a method asks for a refit, and nothing can do it.
     """
     while (step := method.next_step(model, plan)) is not None:
         decision = method.decide(step, model, measure(model, step))
+        if decision.refit != "none":
+            if refit is None:
+                raise ValueError(f"method {method.name} asks for a refit, which needs windows")
+            tensors = refit(model, decision.refit, decision.operations, decision.tensors)
+            decision = replace(decision, tensors=tensors)
         apply_operations(model, decision.operations, decision.tensors)
         plan = plan.extended(decision.operations)
         on_step(plan, decision)

@@ -21,7 +21,7 @@ from grasp_lightning.commands.plan import predict
 from grasp_lightning.commands.progress import RunProgress, attempt, open_together, stored_metrics
 from grasp_lightning.commands.recut import StoredScores
 from grasp_lightning.commands.tracked import tracked_perplexity
-from grasp_lightning.config import CompressConfig
+from grasp_lightning.config import CompressConfig, RefitChoice
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.mixture import mixture_parts
 from grasp_lightning.data.windows import (
@@ -43,15 +43,17 @@ from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh
 from grasp_lightning.models.size import measure_size
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.models.surgery import apply_operations
-from grasp_lightning.pipeline import Measure, compress
-from grasp_lightning.plan import Plan
+from grasp_lightning.pipeline import Measure, Refit, compress
+from grasp_lightning.plan import Operation, Plan
 from grasp_lightning.reporting.metrics import Metrics, Pair
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Statistics, Step
+from grasp_lightning.training.refit import Refitter
 
 T = TypeVar("T")
 
 _PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
+_REFIT = "refit"
 _MAX_SEED = 2**63 - 1
 _MEMORY_KEYS = "calibration.batch_size, calibration.seqlen or evaluation.batch_size"
 _SAFETY = 1.1  # tokenizer, report and logs, beside weights and factors
@@ -138,8 +140,9 @@ def _execute(
     apply_operations(view, progress.plan.operations, progress.factors)
     with TemporaryDirectory() as logs:
         measure = _timed(_measure(config, inputs, Path(logs), progress, stop), phases)
-        with phases("factorize", excluding=_PHASE_OF_STEP.values()):
-            plan = compress(view, method, measure, progress.plan, progress.add_step)
+        with phases("factorize", excluding=(*_PHASE_OF_STEP.values(), _REFIT)):
+            refit = _refit(config, inputs, phases)
+            plan = compress(view, method, measure, progress.plan, progress.add_step, refit=refit)
         with run.new_folder("logs") as folder:
             shutil.copytree(logs, folder, dirs_exist_ok=True)
     sizes = Pair(dense=dense_size, compressed=measure_size(view))
@@ -226,6 +229,24 @@ def _measure(
     )
 
 
+def _refit(config: CompressConfig, inputs: _Inputs, phases: Phases) -> Refit | None:
+    data = inputs.data
+    if data is None:
+        return None
+    refitter = Refitter(data, max_bytes=config.statistics.max_memory * 1e9, track=_track)
+
+    def refit(
+        view: DecoderView,
+        mode: RefitChoice,
+        operations: Sequence[Operation],
+        tensors: Mapping[str, Tensor],
+    ) -> Mapping[str, Tensor]:
+        with phases(_REFIT):
+            return refitter(view, mode, operations, tensors)
+
+    return refit
+
+
 def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
     """Load model and text, and fail early on all that does not fit."""
     if not 0 <= config.seed <= _MAX_SEED:
@@ -250,7 +271,7 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
         if stored is not None:
             stored.check(hashes["model"], method.options)
             hashes |= stored.inputs
-        else:
+        if stored is None or "refit" in method.options:
             check_length(view, config.calibration.seqlen, "calibration.seqlen")
             sample = partial(sample_text, loaded.model, track=_track)
             data = CalibrationData(config.calibration, loaded.tokenizer, config.seed, sample=sample)
@@ -260,6 +281,8 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
                     f"calibration.num_samples is {len(data.windows)}, fewer than the "
                     f"{processes.num_processes()} processes: use fewer processes or more windows"
                 )
+            if stored is not None:
+                stored.check_windows(data.fingerprint)
             hashes |= data.fingerprint
         check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
         held_out = evaluation_windows(config.evaluation, loaded.tokenizer)

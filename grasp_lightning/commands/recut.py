@@ -79,6 +79,22 @@ class StoredScores:
                     f"with {there}"
                 )
 
+    def check_windows(self, fingerprint: Mapping[str, str]) -> None:
+        """Check that a refit goes over the windows that the scores were measured on.
+
+        Args:
+            fingerprint: What identifies the windows of the refit.
+
+        Raises:
+            ConfigError: If they are others.
+        """
+        if any(self.inputs.get(key) != value for key, value in fingerprint.items()):
+            raise ConfigError(
+                f"from_scores: method.refit goes over the calibration text again, and this is not "
+                f"the text of {self._folder}; leave calibration and seed as they are there, or set "
+                "method.refit=none"
+            )
+
     def __call__(self, view: DecoderView, step: Step) -> Statistics:
         """Return the stored statistics that a step needs.
 

@@ -20,6 +20,7 @@ PresetName = Literal["paper", "released", "svd_llm", "asvd", "fwsvd"]
 Weighting = Literal["none", "fisher_rows", "scale_columns", "input_gram", "kfac"]
 RankChoice = Literal["uniform", "global"]
 MlpChoice = Literal["factors", "channels"]
+RefitChoice = Literal["none", "prefix", "residual"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,9 @@ class MethodConfig:
         mlp: Under a global budget, what MLPs become: factors, like all other matrices, or MLPs with
             fewer channels, where those that cost the loss least go.
         multiple_of: Ranks and numbers of channels are multiples of this number.
+        refit: Fit what was cut once more, in the order of the layers, on what it receives in the
+            compressed model: prefix, to what the dense linear gives in the dense model; residual,
+            to what the residual stream lacks.
         gradient_damping: Share of its mean diagonal that is added to the Gram matrix of gradients.
         input_damping: The same for the Gram matrix of inputs.
     """
@@ -71,6 +75,7 @@ class MethodConfig:
     ranks: RankChoice | None = None
     mlp: MlpChoice | None = None
     multiple_of: int | None = None
+    refit: RefitChoice | None = None
     gradient_damping: float | None = None
     input_damping: float | None = None
 

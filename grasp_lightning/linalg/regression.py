@@ -80,35 +80,41 @@ def reduced_rank_regression(
     return SVD(*(tensor.to(returned) for tensor in svd))
 
 
-def refit_left(cross: Tensor, gram: Tensor, right: Tensor, damping: float = 0.0) -> Tensor:
-    """Return the left factor that suits a given right one best, by least squares.
+def pulled_regression(
+    cross: Tensor, gram: Tensor, prior: Tensor, *, pull: float, ridge: float
+) -> Tensor:
+    """Return the weight that maps inputs to outputs best, pulled to one that is there already.
 
-    It minimises ``|Y - left right X|^2 + rho |left|^2`` with ``rho`` the damping times the mean
-    square of the ``r`` inner activations ``right X``, summed over tokens.
-
-    Source: the update of one factor of Wang et al., "SVD-LLM", arXiv:2403.07378, from sums.
+    It minimises ``|Y - W' X|^2 + pull |(W' - prior) X|^2 + rho |W' - prior|^2`` with ``rho`` the
+    ridge times the mean of the diagonal of ``gram``. A pull of 1 goes half the way from the prior
+    to the least-squares solution, in all directions; the ridge keeps the prior in those that the
+    inputs hardly have.
 
     Args:
         cross: ``Y X^T``, summed over tokens, ``(N, M)``, any float dtype.
         gram: ``X X^T``, summed over the same tokens, ``(M, M)``.
-        right: From the inputs to the inner dimension, ``(r, M)``.
-        damping: Share of the mean of the diagonal of ``right gram right^T`` that is added to it.
+        prior: Weight that is pulled to, ``(N, M)``.
+        pull: Cost of a squared difference of outputs from those of the prior, not negative.
+        ridge: Share of the mean of the diagonal of ``gram``, not negative.
 
     Returns:
-        ``left``, ``(N, r)``, float64 if ``cross`` is, float32 otherwise.
+        ``W'``, ``(N, M)``, float64 if ``prior`` is, float32 otherwise.
 
     Raises:
         ValueError: If the shapes do not fit, or ``gram`` is not symmetric positive semidefinite.
     """
     if problem := _sums_problem(cross, gram):
         raise ValueError(problem)
-    if right.ndim != gram.ndim or right.shape[1] != gram.shape[0]:
-        raise ValueError(f"right must have shape (r, {len(gram)}), got {tuple(right.shape)}")
-    right = right.detach().double()
-    root = damped_cholesky(right @ gram.detach().double() @ right.mT, damping).root
-    wanted = cross.detach().double() @ right.mT  # (N, r)
-    left = torch.cholesky_solve(wanted.mT, root).mT
-    return left.to(torch.promote_types(cross.dtype, torch.float32)).contiguous()
+    if prior.shape != cross.shape:
+        raise ValueError(
+            f"prior must have the shape of cross, {tuple(cross.shape)}, got {tuple(prior.shape)}"
+        )
+    start, sums = prior.detach().double(), gram.detach().double()
+    root = damped_cholesky(sums, ridge / (1 + pull)).root
+    # What is left to explain after the prior: the pull and the ridge cost nothing at a change of 0.
+    rest = (cross.detach().double() - start @ sums) / (1 + pull)
+    change = torch.cholesky_solve(rest.mT, root).mT
+    return (start + change).to(torch.promote_types(prior.dtype, torch.float32)).contiguous()
 
 
 def output_error(weight: Tensor, cross: Tensor, gram: Tensor, y_square: float) -> Tensor:

@@ -101,6 +101,7 @@ def _weighted(config: MethodConfig, view: DecoderView, track: Track) -> Compress
             gradient_damping=config.gradient_damping or 0.0,
             input_damping=config.input_damping or 0.0,
         ),
+        refit=config.refit or "none",
         track=track,
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from grasp_lightning.config import RefitChoice
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import Operation, OptionValue, Plan
 from grasp_lightning.stats.base import Statistics, Step
@@ -36,11 +37,13 @@ class Decision:
         operations: What to do to the model, in order.
         tensors: Factors for the operations, as ``<module>.left`` and ``<module>.right``.
         scores: What the decision was made from, to be stored for re-cutting and reports.
+        refit: How the tensors are fitted once more before the operations are applied.
     """
 
     operations: tuple[Operation, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    refit: RefitChoice = "none"
 
 
 class CompressionMethod(ABC):

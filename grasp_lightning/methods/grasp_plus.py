@@ -1,5 +1,6 @@
 """Our own method, and low-rank methods put together from its parts."""
 
+from grasp_lightning.config import RefitChoice
 from grasp_lightning.methods.base import Track, untracked
 from grasp_lightning.methods.global_ranks import GlobalRanks
 from grasp_lightning.methods.layer_choice import LayerChoice
@@ -16,6 +17,7 @@ def grasp_plus(
     layers: LayerChoice,
     rank_rule: RankRule | GlobalRanks | None,
     metric: Metric,
+    refit: RefitChoice = "none",
     track: Track = untracked,
 ) -> LowRankMethod:
     """Return the method that spends one parameter budget where the loss curves least.
@@ -34,13 +36,19 @@ def grasp_plus(
         layers: Layers that may be compressed.
         rank_rule: How many components each weight keeps.
         metric: How large a change of a weight counts.
+        refit: How truncations are fitted once more.
         track: Shows the progress of factorisations.
 
     Returns:
         The method.
     """
     return low_rank(
-        layers=layers, rank_rule=rank_rule, metric=metric, track=track, name="grasp_plus"
+        layers=layers,
+        rank_rule=rank_rule,
+        metric=metric,
+        refit=refit,
+        track=track,
+        name="grasp_plus",
     )
 
 
@@ -49,6 +57,7 @@ def low_rank(
     layers: LayerChoice,
     rank_rule: RankRule | GlobalRanks | None,
     metric: Metric,
+    refit: RefitChoice = "none",
     track: Track = untracked,
     name: str = "low_rank",
 ) -> LowRankMethod:
@@ -58,6 +67,7 @@ def low_rank(
         layers: Layers that may be compressed.
         rank_rule: How many components each weight keeps.
         metric: How large a change of a weight counts.
+        refit: How truncations are fitted once more.
         track: Shows the progress of factorisations.
         name: Name of the combination.
 
@@ -71,6 +81,7 @@ def low_rank(
         scoring=_MAGNITUDE,
         rank_rule=rank_rule,
         metric=metric,
+        refit=refit,
         track=track,
     )
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from grasp_lightning import processes
-from grasp_lightning.config import Schedule
+from grasp_lightning.config import RefitChoice, Schedule
 from grasp_lightning.errors import ModelError
 from grasp_lightning.linalg.factors import SVD, balanced_factors, factorize
 from grasp_lightning.linalg.ranks import top_components
@@ -130,6 +130,7 @@ class LowRankMethod(CompressionMethod):
         rank_rule: How many components each weight keeps; None deletes the layers.
         metric: Truncate in this measured metric, the largest components first, instead of scoring
             the components of plain decompositions.
+        refit: How truncations in a metric are fitted once more.
         schedule: ``one_shot``: all layers in one pass; ``iterative``: the last layer first, MLP
             before attention, each scored with what is above it replaced.
         score_all_layers: Score all layers' components, beyond the chosen ones; one_shot only.
@@ -145,6 +146,7 @@ class LowRankMethod(CompressionMethod):
         scoring: Scoring,
         rank_rule: RankRule | GlobalRanks | None,
         metric: Metric | None = None,
+        refit: RefitChoice = "none",
         schedule: Schedule = "one_shot",
         score_all_layers: bool = False,
         track: Track = untracked,
@@ -155,6 +157,7 @@ class LowRankMethod(CompressionMethod):
         self._scoring = scoring
         self._rule = rank_rule
         self._metric = metric
+        self._refit = refit
         self._schedule = schedule
         self._score_all_layers = score_all_layers
         self._track = track
@@ -166,7 +169,8 @@ class LowRankMethod(CompressionMethod):
             return {**self._layers.options, "keep_ratio": 0.0}
         options = {**self._layers.options, **self._rule.options}
         if self._metric is not None:
-            return {**options, **self._metric.options}
+            refit = {} if self._refit == "none" else {"refit": self._refit}
+            return {**options, **self._metric.options, **refit}
         options["score"] = self._scoring.score
         if self._scoring.score != "magnitude":
             options |= {"terms": self._scoring.terms, "reduction": self._scoring.reduction}
@@ -260,7 +264,8 @@ class LowRankMethod(CompressionMethod):
         if step.name == DROP or self._rule is None:
             return drop_decision(step)
         if step.name == CURVATURE and self._metric is not None:
-            return self._truncate(step, model, stats, self._metric)
+            decision = self._truncate(step, model, stats, self._metric)
+            return replace(decision, refit=self._refit)
         if self._scoring.score == "magnitude":
             scores: Mapping[str, Tensor] = {name: basis.s for name, basis in step.bases.items()}
         else:

@@ -12,6 +12,7 @@ from grasp_lightning.config import (
     PresetName,
     RankChoice,
     Reduction,
+    RefitChoice,
     Schedule,
     Score,
     Terms,
@@ -55,11 +56,13 @@ class WeightedPreset:
         weighting: See ``MethodConfig``.
         ranks: See ``MethodConfig``.
         mlp: See ``MethodConfig``.
+        refit: See ``MethodConfig``.
     """
 
     weighting: Weighting
     ranks: RankChoice = "uniform"
     mlp: MlpChoice = "factors"
+    refit: RefitChoice = "none"
 
 
 WEIGHTED_PRESETS: Final[Mapping[PresetName, WeightedPreset]] = MappingProxyType(
@@ -70,12 +73,12 @@ WEIGHTED_PRESETS: Final[Mapping[PresetName, WeightedPreset]] = MappingProxyType(
     }
 )
 _PLAIN = WeightedPreset(weighting="none")
-_PLUS = WeightedPreset(weighting="kfac", ranks="global", mlp="channels")
+_PLUS = WeightedPreset(weighting="kfac", ranks="global", mlp="channels", refit="residual")
 DEFAULT_KEEP_RATIO = 0.1
 DEFAULT_REMOVED_RATIO = 0.2
 _SCORING_KEYS = ("terms", "reduction", "score", "schedule", "score_all_layers")
 _DAMPING_KEYS = ("gradient_damping", "input_damping")
-_WEIGHTED_KEYS = ("weighting", "ranks", "mlp", "multiple_of", *_DAMPING_KEYS)
+_WEIGHTED_KEYS = ("weighting", "ranks", "mlp", "multiple_of", "refit", *_DAMPING_KEYS)
 _LOW_RANK_KEYS = ("preset", "keep_ratio", *_SCORING_KEYS, *_WEIGHTED_KEYS)
 
 
@@ -162,6 +165,7 @@ def _resolve_parts(config: MethodConfig) -> MethodConfig:
         config,
         weighting=config.weighting or preset.weighting,
         ranks=config.ranks or preset.ranks,
+        refit=config.refit or preset.refit,
     )
     if config.ranks == "uniform":
         _refuse_ignored(config, ("mlp", "multiple_of"), "method.ranks is uniform")

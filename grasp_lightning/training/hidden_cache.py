@@ -101,7 +101,7 @@ class HiddenCache:
                 if index < start:
                     layer = self._view.layer(index)
                     # On the instance: attributes that the model reads of a layer stay.
-                    layer.forward = _hand_through(self._lengths[index])
+                    layer.forward = hand_through(self._lengths[index])
                     stack.callback(delattr, layer, "forward")
             first = self._view.layer(start)
             # Before every other hook: an observer may cut the graph at this very layer.
@@ -142,21 +142,38 @@ class HiddenCache:
             if not self._index:  # padding counts nothing, so what was handed through will do
                 return args, kwargs
             hidden = torch.stack([self._hidden[index][window] for window in self._index])
-            return _with_hidden(hidden, args, kwargs)
+            return with_hidden(hidden, args, kwargs)
 
         return take
 
 
-def _with_hidden(
+def with_hidden(
     hidden: Tensor, args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Return the arguments of a decoder layer's call with other hidden states.
+
+    Args:
+        hidden: The hidden states, ``(B, T, D)``.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        Positional and keyword arguments.
+    """
     if args:
         return (hidden, *args[1:]), dict(kwargs)
     return args, {**kwargs, "hidden_states": hidden}
 
 
-def _hand_through(length: int) -> Callable[..., object]:
-    """Return a layer's forward that changes nothing, in the form of the layer's own output."""
+def hand_through(length: int) -> Callable[..., object]:
+    """Return a layer's forward that changes nothing, in the form of the layer's own output.
+
+    Args:
+        length: Length of the tuple that the layer returns; 0 for a bare tensor.
+
+    Returns:
+        The function.
+    """
 
     def forward(*args: object, **kwargs: object) -> object:
         hidden = hidden_input(args, kwargs)

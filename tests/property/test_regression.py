@@ -1,10 +1,16 @@
+import math
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from grasp_lightning.linalg.factors import SVD, balanced_factors
-from grasp_lightning.linalg.regression import output_error, reduced_rank_regression, refit_left
+from grasp_lightning.linalg.regression import (
+    output_error,
+    pulled_regression,
+    reduced_rank_regression,
+)
 from grasp_lightning.linalg.weightings import curvature_error, damped_root, weighted_svd
 
 quick = settings(max_examples=40, deadline=None)
@@ -149,29 +155,31 @@ def test_output_error_equals_the_error_over_tokens(rows: int, columns: int, seed
 
 
 @quick
-@given(sizes, sizes, seeds, ridges, st.data())
-def test_refitted_left_factor_solves_its_least_squares(
-    rows: int, columns: int, seed: int, damping: float, data: st.DataObject
+@given(sizes, sizes, seeds, ridges, st.floats(0, 10))
+def test_pulled_regression_is_the_solution_of_a_generic_solver(
+    rows: int, columns: int, seed: int, ridge: float, pull: float
 ) -> None:
     x, y = tokens(rows, columns, seed)
-    rank = data.draw(st.integers(1, columns))
-    right = random(rank, columns, seed=seed + 3)
-    inner = right @ x
-    left = refit_left(y @ x.mT, x @ x.mT, right, damping)
-    rho = damping * inner.square().sum() / rank
-    damped = inner @ inner.mT + rho * torch.eye(rank, dtype=torch.float64)
-    # Normal equations, not their solution: a random right factor may be badly conditioned.
-    scale = float((y @ inner.mT).norm())
-    torch.testing.assert_close(left @ damped, y @ inner.mT, rtol=0, atol=1e-9 * scale)
+    prior = random(rows, columns, seed=seed + 3)
+    gram = x @ x.mT
+    found = pulled_regression(y @ x.mT, gram, prior, pull=pull, ridge=ridge)
+    rho = ridge * gram.diagonal().mean()
+    identity = torch.eye(columns, dtype=torch.float64)
+    inputs = torch.cat([x, math.sqrt(pull) * x, rho.sqrt() * identity], dim=1)
+    outputs = torch.cat([y, math.sqrt(pull) * prior @ x, rho.sqrt() * prior], dim=1)
+    # Its normal equations: few tokens may leave the solution itself open.
+    normal = inputs @ inputs.mT
+    scale = float((outputs @ inputs.mT).norm())
+    torch.testing.assert_close(found @ normal, outputs @ inputs.mT, rtol=0, atol=1e-7 * scale)
 
 
 @quick
-@given(sizes, sizes, seeds, st.data())
-def test_a_regression_is_not_improved_by_refitting_its_left_factor(
-    rows: int, columns: int, seed: int, data: st.DataObject
+@given(sizes, sizes, seeds, ridges, st.floats(0, 10))
+def test_outputs_of_the_prior_give_the_prior(
+    rows: int, columns: int, seed: int, ridge: float, pull: float
 ) -> None:
-    x, y = tokens(rows, columns, seed)
-    cross, gram = y @ x.mT, x @ x.mT
-    svd = reduced_rank_regression(cross, gram, data.draw(st.integers(1, min(rows, columns))))
-    left = refit_left(cross, gram, svd.vh)
-    torch.testing.assert_close(left, svd.u * svd.s, rtol=1e-6, atol=1e-7)
+    x, _ = tokens(rows, columns, seed)
+    prior = random(rows, columns, seed=seed + 3)
+    gram = x @ x.mT
+    found = pulled_regression(prior @ gram, gram, prior, pull=pull, ridge=ridge)
+    torch.testing.assert_close(found, prior, rtol=1e-6, atol=1e-6)

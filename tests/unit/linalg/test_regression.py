@@ -5,7 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from grasp_lightning.linalg.regression import output_error, reduced_rank_regression, refit_left
+from grasp_lightning.linalg.regression import (
+    output_error,
+    pulled_regression,
+    reduced_rank_regression,
+)
 
 CROSS, GRAM = torch.ones(2, 3), torch.eye(3)
 
@@ -21,7 +25,7 @@ def test_sums_that_do_not_fit_are_refused(cross: Tensor, gram: Tensor) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         reduced_rank_regression(cross, gram, 1)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        refit_left(cross, gram, torch.ones(1, 3))
+        pulled_regression(cross, gram, cross, pull=0.0, ridge=0.0)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         output_error(cross, cross, gram, 1.0)
 
@@ -39,19 +43,19 @@ def test_tensors_of_other_shapes_are_refused() -> None:
         reduced_rank_regression(CROSS, GRAM, 1, left=torch.ones(3))
     with pytest.raises(ValueError, match=r"^weight must have the shape of cross, \(2, 3\), got"):
         output_error(torch.ones(3, 2), CROSS, GRAM, 1.0)
-    with pytest.raises(ValueError, match=r"^right must have shape \(r, 3\), got \(1, 2\)$"):
-        refit_left(CROSS, GRAM, torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"^prior must have the shape of cross, \(2, 3\), got"):
+        pulled_regression(CROSS, GRAM, torch.ones(3, 2), pull=0.0, ridge=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_results_are_float32_unless_the_sums_are_float64(dtype: torch.dtype) -> None:
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     svd = reduced_rank_regression(CROSS.to(dtype), GRAM.to(dtype), 1, prior=CROSS, ridge=0.1)
-    left = refit_left(CROSS.to(dtype), GRAM.to(dtype), torch.ones(1, 3))
+    left = pulled_regression(CROSS, GRAM, CROSS.to(dtype), pull=1.0, ridge=0.1)
     for tensor in (*svd, left):
         assert tensor.dtype == expected
         assert tensor.is_contiguous()
-    assert [tuple(tensor.shape) for tensor in (*svd, left)] == [(2, 1), (1,), (1, 3), (2, 1)]
+    assert [tuple(tensor.shape) for tensor in (*svd, left)] == [(2, 1), (1,), (1, 3), (2, 3)]
     assert output_error(CROSS.to(dtype), CROSS, GRAM, 6.0).dtype == torch.float64
 
 

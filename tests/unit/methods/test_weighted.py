@@ -111,14 +111,20 @@ def test_a_linear_that_saw_nothing_is_cut_as_if_by_size(weighting: Weighting) ->
 
 
 def measured_moments(view: DecoderView, modules: tuple[str, ...]) -> dict[str, Moments]:
-    linears = {n: m for index in view.layer_indices for n, m in view.linears(index).items()}
+    return moments_on(view, modules, random_batch(batch=6, length=40))
+
+
+def moments_on(
+    view: DecoderView, modules: tuple[str, ...], batch: dict[str, Tensor]
+) -> dict[str, Moments]:
+    linears = view.all_linears()
     shapes = {name: (linears[name].out_features, linears[name].in_features) for name in modules}
     kinds = Metric(weighting="kfac").moment_kinds
     cpu = torch.device("cpu")
     sums = MomentSums(shapes, kinds, shared_inputs(view, modules), cpu)
     with frozen(view.model), LinearObserver(view, modules, sums.add).attached():
-        run(view, random_batch(batch=6, length=40))
-    return sums.mean(6 * 40)
+        run(view, batch)
+    return sums.mean(int(batch["mask"].sum()))
 
 
 def measure(view: DecoderView, step: Step) -> Statistics:
@@ -131,7 +137,7 @@ def decided(dtype: torch.dtype, seed: int = 0) -> tuple[Plan, DecoderView]:
     model = tiny_model(seed=seed)
     nn.Module.to(model, dtype)
     view = DecoderView(model)
-    config = resolve_method(MethodConfig(name="grasp_plus", removed_ratio=0.3))
+    config = resolve_method(MethodConfig(name="grasp_plus", refit="none", removed_ratio=0.3))
     method = build_method(config, view)
     return compress(view, method, measure, Plan(method=method.name), lambda *_: None), view
 

@@ -1,0 +1,165 @@
+"""Hidden states that go through a model one decoder layer at a time.
+
+Legend: B windows of T tokens, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from grasp_lightning.models.calls import hidden_input, hidden_output
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.next_token import forward_inputs
+from grasp_lightning.training.hidden_cache import hand_through, with_hidden
+
+
+class HiddenStates:
+    """Hidden states of batches, in memory up to a limit and on disk beyond it.
+
+    Args:
+        folder: Where files go; it must be there.
+        name: Beginning of the names of files, unique in the folder.
+        limit: Bytes that may be in memory.
+    """
+
+    def __init__(self, folder: Path, name: str, limit: float) -> None:
+        self._folder = folder
+        self._name = name
+        self._limit = limit
+        self._kept: dict[int, Tensor] = {}
+
+    def __getitem__(self, batch: int) -> Tensor:
+        """Return the hidden states of a batch, ``(B, T, D)``."""
+        kept = self._kept.get(batch)
+        return torch.load(self._path(batch)) if kept is None else kept
+
+    def __setitem__(self, batch: int, hidden: Tensor) -> None:
+        """Keep the hidden states of a batch in place of earlier ones."""
+        self._kept.pop(batch, None)
+        if hidden.nbytes + sum(h.nbytes for h in self._kept.values()) <= self._limit:
+            self._kept[batch] = hidden
+        else:
+            torch.save(hidden, self._path(batch))
+
+    def _path(self, batch: int) -> Path:
+        return self._folder / f"{self._name}-{batch:06d}.pt"
+
+
+class LayerRunner:
+    """Runs a model so that one of its decoder layers sees hidden states of the caller's choice.
+
+    The model calls its layers itself, with the positions and masks of its family; the other layers
+    hand their input through, and the head is not computed.
+
+    Args:
+        view: The model.
+    """
+
+    def __init__(self, view: DecoderView) -> None:
+        self._view = view
+        self._lengths: dict[int, int] = {}
+
+    @torch.no_grad()
+    def inputs_of(
+        self, index: int, batches: Mapping[int, Mapping[str, Tensor]], into: HiddenStates
+    ) -> None:
+        """Keep what enters a layer when the model runs as it is.
+
+        Args:
+            index: The layer's number in the original model.
+            batches: Batches of windows, by number.
+            into: Where the hidden states are kept, under the same numbers.
+        """
+        layer = self._view.layer(index)
+        for number, batch in batches.items():
+            found: list[Tensor] = []
+
+            def keep(
+                module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+            ) -> None:
+                del module
+                found.append(hidden_input(args, kwargs).detach())  # noqa: B023  called at once
+
+            with ExitStack() as stack:
+                stack.enter_context(self._without_head())
+                for other in self._view.layer_indices:
+                    module = self._view.layer(other)
+                    stack.callback(module.register_forward_hook(self._note(other)).remove)
+                handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+                stack.callback(handle.remove)
+                self._call(batch)
+            into[number] = found[0]
+
+    @contextmanager
+    def only(self, index: int) -> Iterator[Callable[[Mapping[str, Tensor], Tensor], Tensor]]:
+        """Run one layer alone during a ``with`` block; ``inputs_of`` must have run before.
+
+        Args:
+            index: The layer's number in the original model.
+
+        Yields:
+            A function of a batch and of the hidden states that enter the layer, ``(B, T, D)``, that
+            returns those that leave it, without autograd history.
+        """
+        layer = self._view.layer(index)
+        entering: list[Tensor] = []
+        leaving: list[Tensor] = []
+
+        def take(
+            module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+        ) -> tuple[tuple[object, ...], dict[str, object]]:
+            del module
+            return with_hidden(entering[-1], args, kwargs)
+
+        def note(module: nn.Module, args: object, output: object) -> None:
+            del module, args
+            leaving.append(hidden_output(output).detach())
+
+        @torch.no_grad()
+        def run(batch: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+            entering[:] = [hidden]
+            leaving.clear()
+            self._call(batch)
+            return leaving.pop()
+
+        with ExitStack() as stack:
+            stack.enter_context(self._without_head())
+            for other in self._view.layer_indices:
+                if other != index:
+                    module = self._view.layer(other)
+                    # On the instance: attributes that the model reads of a layer stay.
+                    module.forward = hand_through(self._lengths[other])
+                    stack.callback(delattr, module, "forward")
+            handle = layer.register_forward_pre_hook(take, with_kwargs=True, prepend=True)
+            stack.callback(handle.remove)
+            stack.callback(layer.register_forward_hook(note).remove)
+            yield run
+
+    def _call(self, batch: Mapping[str, Tensor]) -> None:
+        device = self._view.model.device
+        inputs = {key: value.to(device) for key, value in forward_inputs(batch).items()}
+        self._view.model(**inputs, use_cache=False)
+
+    def _note(self, index: int) -> Callable[..., None]:
+        def note(module: nn.Module, args: object, output: object) -> None:
+            del module, args
+            # 0 stands for a bare tensor.
+            self._lengths[index] = len(output) if isinstance(output, tuple) else 0
+
+        return note
+
+    @contextmanager
+    def _without_head(self) -> Iterator[None]:
+        """Compute no logits, which take longer than a layer where the vocabulary is large."""
+        head = self._view.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if head is None:
+            yield
+            return
+        head.forward = lambda hidden: hidden[..., :1]
+        try:
+            yield
+        finally:
+            del head.forward

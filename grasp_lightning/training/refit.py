@@ -1,0 +1,356 @@
+"""Refit of what a compression cut, on what it receives in the compressed model.
+
+Legend: a linear that was cut computes ``V z + b``, with ``z`` its ``r`` inner activations: the
+output of the right factor, or the kept channels of an MLP. ``T`` is what it should give, for every
+token; dense and compressed streams are the hidden states of both models before this linear.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from grasp_lightning import processes
+from grasp_lightning.config import RefitChoice
+from grasp_lightning.data.datamodules import CalibrationData
+from grasp_lightning.linalg.regression import pulled_regression
+from grasp_lightning.models.checkpoint import attach_quantizer
+from grasp_lightning.models.decoder import DecoderView, frozen
+from grasp_lightning.models.linears import in_attention
+from grasp_lightning.models.lowrank import is_low_rank
+from grasp_lightning.models.sharding import whole
+from grasp_lightning.models.surgery import apply_operations
+from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation
+from grasp_lightning.training.layer_streams import HiddenStates, LayerRunner
+
+Cut = FactorizeLinear | NarrowMlp
+
+PULL = 1.0
+RIDGE = 1e-2
+# Of the change that a layer makes: what its two writers may leave unexplained, in low precision.
+_UNEXPLAINED = 0.05
+
+
+class _Writers(NamedTuple):
+    """The linears of a layer that write into the residual stream, by full name."""
+
+    attention: str
+    mlp: str
+
+
+class Refitter:
+    """Refits the left factors of low-rank linears, and the readers of narrowed MLPs, in order.
+
+    Each is fitted by least squares, with everything before it compressed and refitted already.
+    ``prefix`` takes as ``T`` what the dense linear gives in the dense model. ``residual`` does so
+    for the linears inside a block; those that write into the residual stream make good what is
+    missing there: ``T`` is the dense stream after this write less the compressed stream before it,
+    with tokens weighted by the inverse mean square of the stream, as the norm that follows divides
+    by it. In parallel blocks, attention counts as the first to write. In a layer where the stream
+    does not change by the sum of two linears' outputs, as where a norm follows them, ``residual``
+    is ``prefix``.
+
+    The fit is pulled to the truncation that was decided on: their difference costs as much as the
+    error of the fit. Without the pull it learns what is particular to the calibration text.
+
+    Source: the residual stream as a target has no publication that we know; ``prefix`` is the
+    sequential update of Wang et al., "SVD-LLM", arXiv:2403.07378, section 3.3.
+
+    Args:
+        data: The calibration windows.
+        max_bytes: Memory for hidden states; more go to files.
+        track: Shows the progress.
+    """
+
+    def __init__(
+        self,
+        data: CalibrationData,
+        *,
+        max_bytes: float,
+        track: Callable[[Sequence[str], str], Iterable[str]],
+    ) -> None:
+        self._data = data
+        self._max_bytes = max_bytes
+        self._track = track
+
+    def __call__(
+        self,
+        view: DecoderView,
+        mode: RefitChoice,
+        operations: Sequence[Operation],
+        tensors: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Return the tensors of operations, refitted.
+
+        Args:
+            view: The dense model; it is changed meanwhile, and dense again in the end.
+            mode: ``prefix`` or ``residual``.
+            operations: What was decided on.
+            tensors: The tensors that it was decided on with.
+
+        Returns:
+            Tensors of the same names and shapes.
+        """
+        refitted, by_layer = dict(tensors), _by_layer(view, operations)
+        if not by_layer:
+            return refitted
+        first, last = min(by_layer), max(by_layer)
+        layers = {str(i): i for i in view.layer_indices if first <= i <= last}
+        with TemporaryDirectory() as folder, frozen(view.model):
+            streams = _Streams(view, self._data, Path(folder), self._max_bytes / 2)
+            streams.start(first)
+            for number in self._track(tuple(layers), "refit layers"):
+                cuts = by_layer.get(layers[number], [])
+                layer = _Layer(view, layers[number], cuts, refitted, streams)
+                for group in layer.groups():
+                    layer.fit(group, mode)
+                layer.advance()
+        attach_quantizer(view.model)
+        return refitted
+
+
+def _by_layer(view: DecoderView, operations: Sequence[Operation]) -> dict[int, list[Cut]]:
+    found: dict[int, list[Cut]] = {}
+    for operation in operations:
+        if isinstance(operation, Cut):
+            index = view.layer_of(_name(operation))
+            assert index is not None  # operations are on linears of decoder layers
+            found.setdefault(index, []).append(operation)
+    return found
+
+
+def _name(cut: Cut) -> str:
+    """Return the name of the linear that a cut leaves to be fitted."""
+    return cut.reader if isinstance(cut, NarrowMlp) else cut.module
+
+
+def _key(cut: Cut) -> str:
+    return f"{cut.reader}.weight" if isinstance(cut, NarrowMlp) else f"{cut.module}.left"
+
+
+class _Streams:
+    """Hidden states of the dense and of the compressed model, for the windows of this process."""
+
+    def __init__(
+        self, view: DecoderView, data: CalibrationData, folder: Path, limit: float
+    ) -> None:
+        self.runner = LayerRunner(view)
+        self.dense = HiddenStates(folder, "dense", limit)
+        self.compressed = HiddenStates(folder, "compressed", limit)
+        windows = data.windows
+        self.batches: dict[int, dict[str, Tensor]] = {
+            number: windows.batch(rows) if rows else windows.padding()
+            for number, rows in enumerate(data.batches)
+        }
+
+    def start(self, index: int) -> None:
+        """Take what enters a layer below which nothing is compressed."""
+        self.runner.inputs_of(index, self.batches, self.dense)
+        for number in self.batches:
+            self.compressed[number] = self.dense[number]
+
+
+class _Layer:
+    """One decoder layer, dense or compressed as it is needed.
+
+    Args:
+        view: The model, with this layer dense; it is dense again after each method.
+        index: Its number in the original model.
+        cuts: What is cut in it; may be nothing.
+        tensors: Tensors of the cuts, changed as they are fitted.
+        streams: The hidden states that enter it.
+    """
+
+    def __init__(
+        self,
+        view: DecoderView,
+        index: int,
+        cuts: Sequence[Cut],
+        tensors: dict[str, Tensor],
+        streams: _Streams,
+    ) -> None:
+        self._view = view
+        self._index = index
+        self._cuts = cuts
+        self._tensors = tensors
+        self._streams = streams
+        self._prefix = f"{view.layers_name}.{index}."
+        self._dense = {name: view.module(name) for cut in cuts for name in _modules(cut)}
+        self._compressed = self._cut_modules()
+        self._writers = self._find_writers() if cuts else None
+
+    def groups(self) -> list[list[Cut]]:
+        """Return what is fitted at a time, in the order in which the layer runs it."""
+        groups = []
+        for attention, ends in product((True, False), (False, True)):
+            group = [
+                cut
+                for cut in self._cuts
+                if self._in_attention(_name(cut)) == attention
+                and (_name(cut) in (self._writers or ())) == ends
+            ]
+            groups += [group] if group else []
+        return groups
+
+    def fit(self, group: Sequence[Cut], mode: RefitChoice) -> None:
+        """Fit some of the cuts, with those that run before them as they are now."""
+        writers = self._writers if mode == "residual" else None
+        sums: dict[str, Tensor] = {}
+        with self._streams.runner.only(self._index) as run:
+            for number, batch in self._streams.batches.items():
+                streams = self._streams.dense[number], self._streams.compressed[number]
+                with self._outputs() as dense:
+                    run(batch, streams[0])
+                with (
+                    self._as_compressed(),
+                    self._outputs() as compressed,
+                    self._activations(group) as inner,
+                ):
+                    run(batch, streams[1])
+                if len(batch["index"]) == 0:  # padding
+                    continue
+                dense, compressed, inner = (
+                    {name: _rows(value, streams[0]) for name, value in found.items()}
+                    for found in (dense, compressed, inner)
+                )
+                for cut in group:
+                    name, weights = _name(cut), batch["mask"].to(streams[0].device).float()
+                    target = dense[name]
+                    if writers is not None and name in writers:
+                        before, now = streams
+                        if name == writers.mlp:
+                            before = before + dense[writers.attention]
+                            now = now + compressed[writers.attention]
+                        after = before + target
+                        target = after - now
+                        weights = weights / after.float().square().mean(-1)
+                    bias = getattr(self._dense[name], "bias", None)
+                    target = target if bias is None else target - whole(bias)
+                    _add(sums, name, inner[name], target, weights)
+        sums = processes.summed(sums)
+        for cut in group:
+            name, key = _name(cut), _key(cut)
+            cross, gram = sums[f"{name}:cross"], sums[f"{name}:gram"]
+            prior = self._tensors[key].to(cross.device)
+            fitted = pulled_regression(cross, gram, prior, pull=PULL, ridge=RIDGE)
+            self._tensors[key] = fitted.to(self._tensors[key])
+        self._compressed = self._cut_modules()
+
+    def advance(self) -> None:
+        """Let the hidden states of both models pass through the layer."""
+        with self._streams.runner.only(self._index) as run:
+            for number, batch in self._streams.batches.items():
+                self._streams.dense[number] = run(batch, self._streams.dense[number])
+                with self._as_compressed():
+                    left = run(batch, self._streams.compressed[number])
+                self._streams.compressed[number] = left
+
+    def _cut_modules(self) -> dict[str, nn.Module]:
+        apply_operations(self._view, self._cuts, self._tensors)
+        compressed = {name: self._view.module(name) for name in self._dense}
+        self._put(self._dense)
+        return compressed
+
+    def _put(self, modules: Mapping[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            self._view.set_module(name, module)
+
+    @contextmanager
+    def _as_compressed(self) -> Iterator[None]:
+        self._put(self._compressed)
+        try:
+            yield
+        finally:
+            self._put(self._dense)
+
+    def _in_attention(self, name: str) -> bool:
+        return in_attention(name.removeprefix(self._prefix))
+
+    @contextmanager
+    def _outputs(self) -> Iterator[dict[str, Tensor]]:
+        """Note what the cut linears and the writers give, as the layer is now."""
+        found: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for name in {*self._dense, *(self._writers or ())}:
+                handle = self._view.module(name).register_forward_hook(_noting(found, name))
+                stack.callback(handle.remove)
+            yield found
+
+    @contextmanager
+    def _activations(self, group: Sequence[Cut]) -> Iterator[dict[str, Tensor]]:
+        """Note what the parts that are fitted receive; the layer is compressed."""
+        found: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for name in map(_name, group):
+                module = self._compressed[name]
+                inner = module.left if is_low_rank(module) else module
+                assert isinstance(inner, nn.Module)  # attributes of modules have no narrower type
+                handle = inner.register_forward_pre_hook(_noting_input(found, name))
+                stack.callback(handle.remove)
+            yield found
+
+    def _find_writers(self) -> _Writers | None:
+        """Return the two linears whose outputs add up to what the layer changes, if there are."""
+        number, batch = next(iter(self._streams.batches.items()))
+        linears, entering = self._view.linears(self._index), self._streams.dense[number]
+        found: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for name in self._view.dense_modules(self._index):
+                if linears[name].out_features == entering.shape[-1]:
+                    handle = self._view.module(name).register_forward_hook(_noting(found, name))
+                    stack.callback(handle.remove)
+            run = stack.enter_context(self._streams.runner.only(self._index))
+            change = (run(batch, entering) - entering).float()
+        found = {name: _rows(value, entering) for name, value in found.items()}
+        attention = [name for name in found if self._in_attention(name)]
+        pairs = product(attention, [name for name in found if name not in attention])
+        scale = float(change.norm())
+        writers = None
+        for pair in pairs:
+            rest = change - found[pair[0]].float() - found[pair[1]].float()
+            if float(rest.norm()) <= _UNEXPLAINED * scale:
+                writers = _Writers(*pair)
+        return processes.gather(writers)[0]
+
+
+def _modules(cut: Cut) -> tuple[str, ...]:
+    return (*cut.writers, cut.reader) if isinstance(cut, NarrowMlp) else (cut.module,)
+
+
+def _rows(value: Tensor, hidden: Tensor) -> Tensor:
+    """Return what a linear gave or took as ``(B, T, ...)``: some families leave out ``B``."""
+    return value.reshape(*hidden.shape[:-1], value.shape[-1])
+
+
+def _noting(found: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def note(module: nn.Module, args: object, output: Tensor) -> None:
+        del module, args
+        found[name] = output.detach().clone()  # some families add to it in place
+
+    return note
+
+
+def _noting_input(found: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        del module
+        found[name] = args[0].detach()
+
+    return note
+
+
+def _add(
+    sums: dict[str, Tensor], name: str, inner: Tensor, target: Tensor, weights: Tensor
+) -> None:
+    """Add the products of one batch, of inner activations ``(B, T, r)`` and targets ``(B, T, N)``.
+
+    Products are taken in float32 or better, and summed in float64.
+    """
+    inner, target = inner.flatten(0, -2).float(), target.flatten(0, -2).float()
+    weighted = inner * weights.reshape(-1, 1)
+    for part, product_ in (("cross", target.mT @ weighted), ("gram", inner.mT @ weighted)):
+        key = f"{name}:{part}"
+        sums[key] = product_.double() + sums[key] if key in sums else product_.double()

@@ -1,0 +1,151 @@
+"""Refit of what was cut: against what it can be known to be, in all kinds of decoder layers."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp_lightning.config import CalibrationConfig, MethodConfig, RefitChoice
+from grasp_lightning.data.datamodules import CalibrationData
+from grasp_lightning.data.windows import TokenWindows
+from grasp_lightning.methods import build_method, resolve_method
+from grasp_lightning.methods.base import Decision
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.surgery import apply_operations
+from grasp_lightning.plan import Operation, Plan, SelectLayers
+from grasp_lightning.stats.base import Statistics
+from grasp_lightning.training.refit import Refitter
+from tests.conftest import byte_tokenizer, tiny_model
+from tests.unit.methods.test_weighted import moments_on
+
+MODES: tuple[RefitChoice, ...] = ("prefix", "residual")
+
+
+def windows(num: int = 12, length: int = 24) -> TokenWindows:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(1, 90, (num, length), generator=generator)
+    ones = torch.ones_like(ids, dtype=torch.bool)
+    targets = ones.clone()
+    targets[:, 0] = False
+    return TokenWindows(input_ids=ids, mask=ones, targets=targets)
+
+
+def untracked(items: Sequence[str], description: str) -> Iterable[str]:
+    del description
+    return items
+
+
+def refitter(found: TokenWindows, max_bytes: float = math.inf) -> Refitter:
+    config = CalibrationConfig(source="pydoc", batch_size=5)
+    data = CalibrationData(config, byte_tokenizer(), windows=found)
+    return Refitter(data, max_bytes=max_bytes, track=untracked)
+
+
+def decision(
+    view: DecoderView, found: TokenWindows, config: MethodConfig | None = None
+) -> Decision:
+    """Return what a method, grasp_plus by default, decides on the windows."""
+    config = config or MethodConfig(name="grasp_plus", removed_ratio=0.3)
+    method = build_method(resolve_method(config), view)
+    selected = Plan(method=method.name, operations=(SelectLayers(layers=view.layer_indices),))
+    step = method.next_step(view, selected)
+    assert step is not None
+    batch = found.batch(range(len(found)))
+    return method.decide(
+        step, view, Statistics(moments=moments_on(view, step.needs.moments, batch))
+    )
+
+
+def hidden_error(
+    model: PreTrainedModel,
+    dense: Tensor,
+    found: TokenWindows,
+    operations: Sequence[Operation],
+    tensors: dict[str, Tensor],
+) -> float:
+    """Return how far the last hidden states of the compressed model are from the dense ones."""
+    apply_operations(DecoderView(model), operations, tensors)
+    return float((last_hidden(model, found) - dense).square().mean())
+
+
+def last_hidden(model: PreTrainedModel, found: TokenWindows) -> Tensor:
+    with torch.inference_mode():
+        output = model(input_ids=found.input_ids, output_hidden_states=True)
+    hidden: Tensor = output.hidden_states[-1]
+    return hidden
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_with_nothing_compressed_before_a_truncation_by_inputs_stays_as_it_is(
+    mode: RefitChoice,
+) -> None:
+    view, found = DecoderView(tiny_model()), windows()
+    module = "model.layers.0.self_attn.q_proj"
+    config = MethodConfig(name="low_rank", weighting="input_gram", keep_ratio=0.4)
+    decided = decision(view, found, config)
+    operations = [op for op in decided.operations if module in str(op)]
+    refitted = refitter(found)(view, mode, operations, decided.tensors)
+    key = f"{module}.left"
+    torch.testing.assert_close(refitted[key], decided.tensors[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_model_is_as_it_was_and_right_factors_stay(mode: RefitChoice) -> None:
+    model, found = tiny_model(), windows()
+    view = DecoderView(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    decided = decision(view, found)
+    refitted = refitter(found)(view, mode, decided.operations, decided.tensors)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert getattr(model.config, "quantization_config", None) is None
+    assert refitted.keys() == decided.tensors.keys()
+    for name, value in decided.tensors.items():
+        assert refitted[name].shape == value.shape
+        assert torch.equal(refitted[name], value) == name.endswith(".right")
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "phi3", "gpt2", "opt", "gpt_neox", "falcon", "gemma2", "bloom", "mixtral"],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_stream_comes_nearer_to_the_dense_one(mode: RefitChoice, family: str) -> None:
+    found = windows()
+    dense = last_hidden(tiny_model(family), found)
+    view = DecoderView(tiny_model(family))
+    decided = decision(view, found, MethodConfig(name="grasp_plus", removed_ratio=0.1))
+    refitted = refitter(found)(view, mode, decided.operations, decided.tensors)
+    given = (dense, found, decided.operations)
+    before = hidden_error(tiny_model(family), *given, dict(decided.tensors))
+    assert hidden_error(tiny_model(family), *given, refitted) < before
+
+
+def test_hidden_states_on_disk_give_the_same() -> None:
+    view, found = DecoderView(tiny_model()), windows()
+    decided = decision(view, found)
+    kept, stored = (
+        refitter(found, limit)(view, "residual", decided.operations, decided.tensors)
+        for limit in (math.inf, 0.0)
+    )
+    assert all(torch.equal(kept[name], stored[name]) for name in kept)
+
+
+def test_padding_counts_nothing() -> None:
+    found = windows()
+    padded = TokenWindows(
+        input_ids=torch.cat([found.input_ids, torch.full((12, 6), 7)], dim=1),
+        mask=torch.cat([found.mask, torch.zeros(12, 6, dtype=torch.bool)], dim=1),
+        targets=torch.cat([found.targets, torch.zeros(12, 6, dtype=torch.bool)], dim=1),
+    )
+    view = DecoderView(tiny_model())
+    decided = decision(view, found)
+    plain, wider = (
+        refitter(given)(view, "residual", decided.operations, decided.tensors)
+        for given in (found, padded)
+    )
+    for name in plain:
+        torch.testing.assert_close(plain[name], wider[name], rtol=1e-3, atol=1e-4)
