@@ -73,7 +73,7 @@ def test_low_rank_layers_need_the_package_or_remote_code() -> None:
 
 def test_narrowed_mlps_are_counted_beside_low_rank_linears() -> None:
     text = card(narrowing_metrics(), plan=narrowing_plan())
-    assert "decoder layers 3, 5 have\n1 low-rank linears, 2 narrowed MLPs, and 19.0% of" in text
+    assert "decoder layers 3, 5 have\n1 low-rank linear, 2 narrowed MLPs, and 19.0% of" in text
     assert "open the low-rank layers" in text
     plan = narrowing_plan()
     text = card(narrowing_metrics(), plan=replace(plan, operations=plan.operations[2:]))
