@@ -17,8 +17,8 @@ class TrainableParameters(L.Callback):
     line.
 
     Args:
-        train: ``lora``: adapters on all linears; ``factors``: the factors of low-rank linears
-            themselves; ``lora_on_factors``: adapters on these factors alone.
+        train: ``lora``: adapters on all linears; ``factors``: the factors of low-rank linears,
+            and narrowed linears, themselves; ``lora_on_factors``: adapters on these alone.
         lora: Rank, scale, dropout and targets of adapters.
         gradient_checkpointing: Compute activations again in the backward pass to save memory.
         seed: Seed of the adapters' first values.

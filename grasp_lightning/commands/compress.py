@@ -40,7 +40,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
 from grasp_lightning.models.sampling import sample_text
 from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard
-from grasp_lightning.models.size import measure_size
+from grasp_lightning.models.size import count_inputs, measure_size
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.pipeline import Measure, Refit, compress
@@ -132,7 +132,7 @@ def _execute(
     progress = RunProgress(
         run, Plan(method=method.name, options=method.options, inputs=inputs.hashes)
     )
-    dense_size = measure_size(view)
+    dense_size, num_inputs = measure_size(view), count_inputs(view)
     dense_perplexity = progress.noted("dense_perplexity")
     if dense_perplexity is None:
         dense_perplexity = _perplexity(config, inputs, phases, "dense")
@@ -158,6 +158,7 @@ def _execute(
             plan=plan,
             scores=progress.scores,
             factors=progress.factors,
+            num_inputs=num_inputs,
             sizes=sizes,
             perplexity=perplexity,
             perplexity_tokens=inputs.held_out.num_targets,

@@ -1,10 +1,10 @@
-"""``export``: a compressed model in a format for runtimes that know no low-rank layers."""
+"""``export``: a compressed model in a format for runtimes that know none of its layers."""
 
 import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from grasp_lightning.config import ExportConfig, ModelConfig
 from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel, load_meta_model, load_model
-from grasp_lightning.models.lowrank import ranks_of
+from grasp_lightning.models.lowrank import has_replaced, ranks_of, shapes_of
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import weight_files
 from grasp_lightning.models.surgery import densify
@@ -41,12 +41,15 @@ class ExportFacts:
         ranks: Rank of each linear whose factors were multiplied, by full name.
         parameters: Of the copy (dense) and of the model that it was made from (compressed).
         dtype: Floating point type of the weights.
+        shapes: [out_features, in_features] of each narrowed linear that was filled up with zeros,
+            by full name.
     """
 
     source_sha256: str
     ranks: dict[str, int]
     parameters: Pair[int]
     dtype: str
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:  # Any: plain values
         """Return the facts as plain values."""
@@ -81,9 +84,11 @@ class ExportRun:
     @property
     def lines(self) -> list[str]:
         """What a user is told: where the copy is, and that it is not smaller."""
-        count, parameters = len(self.facts.ranks), self.facts.parameters
+        ranks, shapes, parameters = self.facts.ranks, self.facts.shapes, self.facts.parameters
+        done = [f"factors of {len(ranks)} linears multiplied"] if ranks or not shapes else []
+        done += [f"{len(shapes)} narrowed linears filled up with zeros"] if shapes else []
         first = (
-            f"factors of {count} linears multiplied: {parameters.dense:,} parameters, the "
+            f"{', '.join(done)}: {parameters.dense:,} parameters, the "
             f"compressed model has {parameters.compressed:,}; this copy has no gain in size"
         )
         return [first, f"model:  {self.folder / _MODEL_NAME}"]
@@ -149,24 +154,25 @@ def _stored_facts(run: RunFolder, source: Path) -> ExportFacts:
 def _execute(source: Path, run: RunFolder) -> ExportFacts:
     # On the CPU: one product per linear is quick, and the dense model need not fit a GPU.
     settings = ModelConfig(path=str(source), device="cpu")
-    shapes = load_meta_model(settings)
-    if not ranks_of(shapes):
+    empty = load_meta_model(settings)
+    if not has_replaced(empty):
         raise ModelError(
-            f"model: {source} has no low-rank linears: it is an ordinary checkpoint already, so "
-            f"there is nothing to multiply"
+            f"model: {source} has no low-rank linears and no narrowed ones: it is an ordinary "
+            f"checkpoint already, so there is nothing to multiply or to fill up"
         )
-    densify(shapes)
-    size = sum(parameter.numel() * parameter.element_size() for parameter in shapes.parameters())
+    densify(empty)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in empty.parameters())
     run.check_free_space(int(_SAFETY * size))
     loaded = load_model(settings)
     model = loaded.model
-    ranks, compressed = ranks_of(model), count_parameters(model)
+    ranks, shapes, compressed = ranks_of(model), shapes_of(model), count_parameters(model)
     densify(model, _track)
     facts = ExportFacts(
         source_sha256=_fingerprint(source),
         ranks=ranks,
         parameters=Pair(dense=count_parameters(model), compressed=compressed),
         dtype=str(model.dtype).removeprefix("torch."),
+        shapes=shapes,
     )
     _write_model(run, source, loaded, facts)
     run.write_json(FACTS_NAME, facts.to_json())
@@ -179,6 +185,7 @@ def _write_model(run: RunFolder, source: Path, loaded: LoadedModel, facts: Expor
     card = export_card(
         base_model=base_model_of(source_card or "") or origin.name,
         num_linears=len(facts.ranks),
+        num_narrowed=len(facts.shapes),
         parameters=facts.parameters,
         dtype=facts.dtype,
         licence=origin.licence,

@@ -1,14 +1,15 @@
 """What memory depends on, read from a model that may have no weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from grasp_lightning.evaluation.footprint import Layer, LinearShape, ModelShape
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.lowrank import low_rank_linears
+from grasp_lightning.models.linears import in_attention
+from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears
 from grasp_lightning.models.size import count_parameters, count_tied_parameters
-from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation
+from grasp_lightning.plan import DropLayers, FactorizeLinear, NarrowMlp, Operation
 
 _INNER_SIZES = 4  # times the hidden size, where no linear tells
 
@@ -26,7 +27,7 @@ def model_shape(view: DecoderView) -> ModelShape:
     """
     config: Any = view.model.config.get_text_config()  # Any: each family has a class of its own
     layers = tuple(_layer(view, index) for index in view.layer_indices)
-    inner, is_gated = _mlp(layers[0], config.hidden_size)
+    inner, is_gated = _widest_mlp(layers, config.hidden_size)
     num_heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     return ModelShape(
@@ -54,21 +55,31 @@ def shape_after(model: ModelShape, operations: Sequence[Operation], parameters: 
         parameters: Number of all parameters after it.
 
     Returns:
-        The shape: layers gone, linears of lower rank.
+        The shape: layers gone, linears of lower rank, and MLPs with fewer channels.
     """
     dropped = {i for op in operations if isinstance(op, DropLayers) for i in op.layers}
     ranks = {op.module: op.rank for op in operations if isinstance(op, FactorizeLinear)}
-    layers = [layer for index, layer in enumerate(model.layers) if index not in dropped]
-    return replace(
-        model, parameters=parameters, layers=tuple(_with_ranks(layer, ranks) for layer in layers)
+    narrowed = {op.reader: op for op in operations if isinstance(op, NarrowMlp)}
+    layers = tuple(
+        _replaced(layer, ranks, narrowed)
+        for index, layer in enumerate(model.layers)
+        if index not in dropped
     )
+    inner, is_gated = _widest_mlp(layers, model.hidden)
+    return replace(model, parameters=parameters, layers=layers, inner=inner, is_gated=is_gated)
 
 
-def _with_ranks(layer: Layer, ranks: dict[str, int]) -> Layer:
+def _replaced(layer: Layer, ranks: Mapping[str, int], narrowed: Mapping[str, NarrowMlp]) -> Layer:
     linears = {
         name: linear._replace(rank=ranks.get(name, linear.rank))
         for name, linear in layer.linears.items()
     }
+    for reader in linears.keys() & narrowed.keys():
+        num_channels, kept = linears[reader].columns, len(narrowed[reader].channels)
+        linears[reader] = linears[reader]._replace(columns=kept, is_narrowed=True)
+        for writer in narrowed[reader].writers:
+            rows = linears[writer].rows // num_channels * kept
+            linears[writer] = linears[writer]._replace(rows=rows, is_narrowed=True)
     before, after = (sum(x.parameters for x in y.values()) for y in (layer.linears, linears))
     return layer._replace(parameters=layer.parameters - before + after, linears=linears)
 
@@ -83,16 +94,27 @@ def _layer(view: DecoderView, index: int) -> Layer:
         prefix + name: LinearShape(low_rank.out_features, low_rank.in_features, low_rank.rank)
         for name, low_rank in low_rank_linears(module).items()
     }
-    # As ``methods.blocks`` tells them, with low-rank linears among them.
-    attention = [n for n in linears if "att" in n.removeprefix(prefix).split(".")[0].lower()]
+    linears |= {
+        prefix + name: LinearShape(narrowed.out_features, narrowed.in_features, is_narrowed=True)
+        for name, narrowed in narrowed_linears(module).items()
+    }
+    attention = [name for name in linears if in_attention(name.removeprefix(prefix))]
     return Layer(count_parameters(module), linears, tuple(attention))
 
 
-def _mlp(layer: Layer, hidden: int) -> tuple[int, bool]:
-    """Return the inner width of the MLP, and whether it is gated."""
-    linears = layer.blocks[0]
-    inner = max((linear.columns for linear in linears), default=_INNER_SIZES * hidden)
-    projected = sum(linear.rows for linear in linears if linear.columns != inner)
+def _widest_mlp(layers: Iterable[Layer], hidden: int) -> tuple[int, bool]:
+    """Return the largest inner width of an MLP, and whether it is gated."""
+    return max(
+        (_mlp(layer.blocks[0], hidden) for layer in layers if layer.blocks[0]),
+        default=(_INNER_SIZES * hidden, False),
+    )
+
+
+def _mlp(linears: Sequence[LinearShape], hidden: int) -> tuple[int, bool]:
+    # A narrowed MLP may have fewer inner values than there are hidden ones.
+    readers = [linear.columns for linear in linears if linear.rows == hidden]
+    inner = max(readers or [linear.columns for linear in linears])
+    projected = sum(x.rows for x in linears if (x.rows, x.columns) != (hidden, inner))
     return inner, projected >= 2 * inner
 
 

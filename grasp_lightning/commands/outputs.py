@@ -36,7 +36,9 @@ class Outcome:
         loaded: The compressed model, its tokenizer and its origin.
         plan: All decisions.
         scores: What they were made from, as stored in scores.safetensors.
-        factors: Factors of the replaced linears, ``<module>.left`` and ``<module>.right``.
+        factors: Factors of low-rank linears, ``<module>.left`` and ``<module>.right``, and weights
+            of what reads the channels of narrowed MLPs, ``<module>.weight``.
+        num_inputs: Number of inputs of every linear in decoder layers of the dense model.
         sizes: Size before and after.
         perplexity: On held-out text, before and after.
         perplexity_tokens: Number of predicted tokens behind each perplexity.
@@ -47,6 +49,7 @@ class Outcome:
     plan: Plan
     scores: Mapping[str, Tensor]
     factors: Mapping[str, Tensor]
+    num_inputs: Mapping[str, int]
     sizes: Pair[ModelSize]
     perplexity: Pair[float | None]
     perplexity_tokens: int
@@ -128,6 +131,10 @@ def _metrics(outcome: Outcome, phases: Phases) -> Metrics:
                 dense=dense.decoder_linear_bytes, compressed=compressed.decoder_linear_bytes
             ),
         ),
+        channels={
+            reader: Pair(dense=outcome.num_inputs[reader], compressed=kept)
+            for reader, kept in outcome.plan.channels.items()
+        },
         source_bytes=outcome.loaded.origin.source_bytes,
         perplexity=outcome.perplexity,
         perplexity_tokens=outcome.perplexity_tokens,

@@ -1,6 +1,7 @@
 """``plan``: what a configuration would remove, and the memory it takes, from shapes alone."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from grasp_lightning.commands.memory import (
     calibration_plan,
@@ -24,6 +25,7 @@ from grasp_lightning.methods.narrowing import narrowable_mlps
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import load_meta_model
+from grasp_lightning.models.lowrank import dense_shape
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.plan import DropLayers, FactorizeLinear, NarrowMlp, Operation, Plan
@@ -46,6 +48,7 @@ class Prediction:
         layers: The layers that were assumed for ``most``.
         operations: What is done to them.
         is_budget: Ranks follow from the data, under one budget for all linears of the layers.
+        widths: Kept and original number of channels of every narrowed MLP, by its name.
     """
 
     dense: int
@@ -57,6 +60,7 @@ class Prediction:
     layers: tuple[int, ...]
     operations: tuple[Operation, ...]
     is_budget: bool = False
+    widths: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def lines(self) -> list[str]:
@@ -65,13 +69,17 @@ class Prediction:
         if larger != share:
             share += f" to {larger}, depending on the layers chosen,"
         first = f"{share} of {self.dense:,} parameters removed: {self.most:,} remain"
+        widths = [f"  {mlp}: {k} of {size} channels" for mlp, (k, size) in self.widths.items()]
+        if widths:
+            widths = [f"{len(widths)} MLPs are narrowed:", *widths]
         if self.is_budget:
             where = f"all linears of {self.num_layers} layers share one budget"
-            return [first, f"{where}: the data decides on ranks, and on what stays dense"]
-        if not self.ranks:
-            return [first, f"{self.num_layers} layers are deleted"]
-        rows = [f"  {name}: rank {rank}" for name, rank in self.ranks.items()]
-        return [first, f"{self.num_layers} layers are replaced; ranks in one of them:", *rows]
+            return [first, f"{where}: the data decides on ranks, and on what stays dense", *widths]
+        if self.ranks:
+            rows = [f"  {name}: rank {rank}" for name, rank in self.ranks.items()]
+            where = f"{self.num_layers} layers are replaced; ranks in one of them:"
+            return [first, where, *rows, *widths]
+        return [first, *(widths or [f"{self.num_layers} layers are deleted"])]
 
 
 def predict(view: DecoderView, method: MethodConfig) -> Prediction:
@@ -124,6 +132,7 @@ def predict(view: DecoderView, method: MethodConfig) -> Prediction:
         factors=factors,
         layers=tuple(sorted(by_size[: choice.count])),
         operations=planned[0],
+        widths=narrowed_widths(view, planned[0]),
     )
 
 
@@ -152,6 +161,7 @@ def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -
         layers=layers_of_most,
         operations=operations_of_most,
         is_budget=True,
+        widths=narrowed_widths(view, operations_of_most),
     )
 
 
@@ -244,6 +254,26 @@ def _moment_bytes(view: DecoderView, config: PlanConfig, prediction: Prediction)
     needs = Needs(moments=tuple(shapes), moment_kinds=kinds)
     groups = layer_groups(view, needs, config.statistics.max_memory * 1e9, sources)
     return max(moment_bytes({n: shapes[n] for n in group}, kinds, sources) for group in groups)
+
+
+def narrowed_widths(
+    view: DecoderView, operations: Iterable[Operation]
+) -> dict[str, tuple[int, int]]:
+    """Return how wide operations leave the MLPs that they narrow.
+
+    Args:
+        view: The model before.
+        operations: What is done.
+
+    Returns:
+        Name of the MLP in the original model -> number of kept and of original channels.
+    """
+    narrowed = [op for op in operations if isinstance(op, NarrowMlp)]
+    readers = {op: view.dense_modules(view.layer_of(op.reader) or 0) for op in narrowed}
+    return {
+        op.mlp: (len(op.channels), dense_shape(modules[op.reader])[1])
+        for op, modules in readers.items()
+    }
 
 
 def _size(view: DecoderView, index: int) -> int:

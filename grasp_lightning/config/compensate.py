@@ -177,7 +177,8 @@ class CompensateConfig:
         seed: Seed of validation split, order, adapters and dropout.
         preset: Named set of defaults: paper, the settings of arXiv:2501.00339, Table 6.
         train: What is trained: lora (adapters on all linears), factors (the low-rank factors of
-            replaced layers themselves), or lora_on_factors (adapters on these factors alone).
+            replaced layers, and narrowed linears, themselves), or lora_on_factors (adapters on
+            these alone).
         objective: What is learned: instruction, text, or distill (a teacher's distribution).
         push_to_hub: Name of a hub repository that the finished model is uploaded to.
         model: The compressed model.

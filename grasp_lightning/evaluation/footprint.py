@@ -43,11 +43,18 @@ class LinearShape(NamedTuple):
         rows: N.
         columns: M.
         rank: Rank of its factors; None if it is dense.
+        is_narrowed: Whether it has lost inputs or outputs: compression has replaced it, too.
     """
 
     rows: int
     columns: int
     rank: int | None = None
+    is_narrowed: bool = False
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether it is not what it was before compression."""
+        return self.rank is not None or self.is_narrowed
 
     @property
     def parameters(self) -> int:
@@ -195,7 +202,7 @@ class Adapters:
 
     Attributes:
         rank: Rank of adapters, at most half the smaller side of a matrix; None trains the factors
-            of low-rank linears themselves.
+            of low-rank linears, and narrowed weights, themselves.
         on_dense: Whether dense linears have adapters, too.
         has_dropout: Whether adapters drop a share of their inputs.
         targets: Ends of the names of linears that are trained; none name all.
@@ -214,9 +221,9 @@ class Adapters:
             linear: Its shape.
 
         Returns:
-            True if its factors or adapters on it are.
+            True if its factors, its narrowed weight, or adapters on it are.
         """
-        if linear.rank is None and not (self.on_dense and self.rank is not None):
+        if not (linear.is_replaced or (self.on_dense and self.rank is not None)):
             return False
         return not self.targets or any(
             name == target or name.endswith(f".{target}") for target in self.targets
@@ -324,15 +331,15 @@ def sums_bytes(linears: Iterable[LinearShape], *, sums_gradients: bool) -> int:
 
 
 def factors_bytes(linears: Iterable[LinearShape]) -> int:
-    """Return the size of the factors of low-rank linears in float32.
+    """Return the size of what replaces linears in float32: factors, and narrowed weights.
 
     Args:
         linears: The linears; dense ones count nothing.
 
     Returns:
-        ``4 r (N + M)`` of each.
+        ``4 r (N + M)`` of each low-rank one, ``4 N M`` of each narrowed one.
     """
-    return sum(FLOAT32 * linear.parameters for linear in linears if linear.rank is not None)
+    return sum(FLOAT32 * linear.parameters for linear in linears if linear.is_replaced)
 
 
 def decomposition_bytes(linear: LinearShape) -> int:

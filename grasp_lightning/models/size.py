@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears
+from grasp_lightning.models.lowrank import dense_shape, low_rank_linears, narrowed_linears
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +70,22 @@ def count_decoder_linears(view: DecoderView) -> int:
         linears += low_rank_linears(view.layer(index)).values()
         linears += narrowed_linears(view.layer(index)).values()
     return count_parameters(nn.ModuleList(linears))
+
+
+def count_inputs(view: DecoderView) -> dict[str, int]:
+    """Return the number of inputs of every dense linear in decoder layers, by full name.
+
+    Args:
+        view: The model.
+
+    Returns:
+        Full name in the original model -> number of input features.
+    """
+    return {
+        name: dense_shape(module)[1]
+        for index in view.layer_indices
+        for name, module in view.dense_modules(index).items()
+    }
 
 
 def measure_size(view: DecoderView, element_size: int | None = None) -> ModelSize:

@@ -2,8 +2,6 @@
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +9,16 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from grasp_lightning.errors import ModelError, NumericsError, PlanError
-from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantizer
+from grasp_lightning.errors import ModelError, NumericsError
+from grasp_lightning.models.changes import (
+    check_operations,
+    check_tensors,
+    dense_module,
+    narrowed_shapes,
+    new_parameters,
+    new_size,
+)
+from grasp_lightning.models.checkpoint import attach_quantizer
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule
 from grasp_lightning.models.lowrank import (
@@ -30,21 +36,6 @@ from grasp_lightning.plan import (
     Operation,
     SelectLayers,
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Changes:
-    """What operations lead to.
-
-    Attributes:
-        ranks: Ranks of factorised linears, by name.
-        shapes: New (out_features, in_features) of narrowed linears, by name.
-        dropped: Dropped layers.
-    """
-
-    ranks: dict[str, int] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    dropped: set[int] = field(default_factory=set)
 
 
 def apply_operations(
@@ -66,9 +57,9 @@ def apply_operations(
             reader's weight on its k kept channels, ``<reader>.weight`` ``(N, k)``. Any float dtype
             and device. Others are ignored.
     """
-    _check_operations(view, operations)
+    check_operations(view, operations)
     for operation in operations:
-        _check_tensors(view, operation, tensors)
+        check_tensors(view, operation, tensors)
     for operation in operations:
         _apply(view, operation, tensors)
     if is_sharded(view.model):
@@ -89,22 +80,22 @@ def parameters_after(view: DecoderView, operations: Sequence[Operation]) -> int:
     Returns:
         Number of parameters of the whole model.
     """
-    changes = _check_operations(view, operations)
+    changes = check_operations(view, operations)
     gone = {id(module) for index in changes.dropped for module in view.layer(index).modules()}
     names = changes.ranks.keys() | changes.shapes.keys()
-    linears = {name: _dense(view, name) for name in names}
+    linears = {name: dense_module(view, name) for name in names}
     linears = {name: linear for name, linear in linears.items() if id(linear) not in gone}
     replaced = {id(linear): name for name, linear in linears.items()}
     # By identity, and through every owner: a weight tied to one that stays does not go away.
     kept: dict[int, int] = {}
     for module in view.model.modules():
         if id(module) not in gone:
-            new = _new_parameters(changes, replaced.get(id(module)))
+            new = new_parameters(changes, replaced.get(id(module)))
             for name, parameter in module.named_parameters(recurse=False):
                 if name not in new:
                     kept[id(parameter)] = parameter.numel()
     return sum(kept.values()) + sum(
-        _new_size(changes, name, linear) for name, linear in linears.items()
+        new_size(changes, name, linear) for name, linear in linears.items()
     )
 
 
@@ -151,197 +142,6 @@ def densify(
     return tuple(weights)
 
 
-def _check_operations(view: DecoderView, operations: Sequence[Operation]) -> _Changes:
-    """Return what the operations lead to, without any change."""
-    foreign = foreign_quantizer(view.model)
-    if foreign is not None:
-        raise PlanError(
-            f"the model is quantized with {foreign}; expected floating-point weights, so load it "
-            f"dequantized and without its quantization state"
-        )
-    changes = _Changes()
-    for operation in operations:
-        match operation:
-            case FactorizeLinear():
-                _check_factorize(view, operation, changes)
-                changes.ranks[operation.module] = operation.rank
-            case NarrowMlp():
-                _check_narrow(view, operation, changes)
-                changes.shapes.update(_narrowed_shapes(view, operation))
-            case DropLayers():
-                _check_droppable(view)
-                _check_layers(view, operation.layers, changes.dropped)
-                changes.dropped.update(operation.layers)
-            case SelectLayers():
-                _check_layers(view, operation.layers, changes.dropped)
-    if len(changes.dropped) == len(view.layer_indices):
-        raise PlanError(
-            f"the plan drops all {len(changes.dropped)} decoder layers: one must be left"
-        )
-    return changes
-
-
-def _check_droppable(view: DecoderView) -> None:
-    try:
-        view.check_droppable()
-    except ModelError as error:
-        raise PlanError(f"the plan drops decoder layers: {error}") from error
-
-
-def _check_layers(view: DecoderView, layers: Sequence[int], dropped: set[int]) -> None:
-    if len(set(layers)) != len(layers):
-        raise PlanError(f"the plan names a decoder layer twice in {list(layers)}")
-    left = set(view.layer_indices) - dropped
-    missing = sorted(set(layers) - left)
-    if missing:
-        raise PlanError(f"the plan names decoder layers {missing}, the model has {sorted(left)}")
-
-
-def _check_untouched(view: DecoderView, verb: str, module: str, changes: _Changes) -> None:
-    """Check that nothing before in the plan has replaced or dropped a linear."""
-    for other, earlier in (("factorizes", changes.ranks), ("narrows", changes.shapes)):
-        if module in earlier:
-            how = "twice" if verb == other else f"and {other} it, too"
-            raise PlanError(f"the plan {verb} {module} {how}")
-    if any(module.startswith(f"{view.layers_name}.{index}.") for index in changes.dropped):
-        raise PlanError(f"the plan {verb} {module} after dropping its decoder layer")
-
-
-def _check_factorize(view: DecoderView, operation: FactorizeLinear, changes: _Changes) -> None:
-    module, rank = operation.module, operation.rank
-    _check_untouched(view, "factorizes", module, changes)
-    largest = min(dense_shape(_dense(view, module)))
-    if not 1 <= rank <= largest:
-        raise PlanError(f"rank of {module} must be from 1 to {largest}, the plan says {rank}")
-    components = operation.components
-    if components is None:
-        return
-    if len(components) != rank or len(set(components)) != rank:
-        raise PlanError(
-            f"{module} has rank {rank}, but the plan keeps components {list(components)}"
-        )
-    if not all(0 <= component < largest for component in components):
-        raise PlanError(
-            f"components of {module} must be from 0 to {largest - 1}, the plan keeps "
-            f"{list(components)}"
-        )
-
-
-def _check_narrow(view: DecoderView, operation: NarrowMlp, changes: _Changes) -> None:
-    names = (operation.reader, *operation.writers)
-    if not operation.writers or len(set(names)) != len(names):
-        raise PlanError(
-            f"the plan narrows the MLP of {operation.reader}: expected other linears that write "
-            f"its channels, each once, got {list(operation.writers)}"
-        )
-    for name in names:
-        _check_untouched(view, "narrows", name, changes)
-        if name.rpartition(".")[0] != operation.mlp:
-            raise PlanError(f"the plan narrows {name}: it is not in one module with {names[0]}")
-    num_channels = dense_shape(_dense(view, operation.reader, "narrows"))[1]
-    for name in operation.writers:
-        rows = dense_shape(_dense(view, name, "narrows"))[0]
-        if rows % num_channels:
-            raise PlanError(
-                f"the plan narrows {name}: its {rows} outputs are no multiple of the "
-                f"{num_channels} channels that {operation.reader} reads"
-            )
-    _check_channels(operation, num_channels)
-
-
-def _check_channels(operation: NarrowMlp, num_channels: int) -> None:
-    kept, reader = operation.channels, operation.reader
-    if not 1 <= len(kept) < num_channels:
-        raise PlanError(
-            f"the plan keeps {len(kept)} channels of {reader}: it must keep from 1 to "
-            f"{num_channels - 1}"
-        )
-    if any(low >= high for low, high in pairwise(kept)):
-        raise PlanError(f"the plan keeps channels of {reader} that are not ascending")
-    if kept[0] < 0 or kept[-1] >= num_channels:
-        raise PlanError(
-            f"channels of {reader} must be from 0 to {num_channels - 1}, the plan keeps "
-            f"{kept[0]} to {kept[-1]}"
-        )
-
-
-def _check_tensors(view: DecoderView, operation: Operation, tensors: Mapping[str, Tensor]) -> None:
-    """Check the factors of a linear, or the new weight of what reads an MLP's channels."""
-    match operation:
-        case FactorizeLinear(module=module, rank=rank):
-            linear = _dense(view, module)
-            rows, columns = dense_shape(linear)
-            for side, shape in (("left", (rows, rank)), ("right", (rank, columns))):
-                _check_tensor("factor", f"{module}.{side}", shape, linear, tensors)
-        case NarrowMlp(reader=reader, channels=channels):
-            linear = _dense(view, reader)
-            shape = (dense_shape(linear)[0], len(channels))
-            _check_tensor("weight", f"{reader}.weight", shape, linear, tensors)
-
-
-def _check_tensor(
-    noun: str,
-    key: str,
-    shape: tuple[int, int],
-    linear: DenseModule,
-    tensors: Mapping[str, Tensor],
-) -> None:
-    if key not in tensors:
-        raise PlanError(f"{noun} {key} is missing")
-    tensor = tensors[key]
-    if tuple(tensor.shape) != shape:
-        raise PlanError(f"{noun} {key} must have shape {shape}, got {tuple(tensor.shape)}")
-    # After the cast: what is finite in float32 can overflow in float16.
-    if not torch.isfinite(tensor.to(linear.weight.dtype)).all():
-        raise PlanError(f"{noun} {key} has values that are not finite in {linear.weight.dtype}")
-
-
-def _dense(view: DecoderView, module: str, verb: str = "factorizes") -> DenseModule:
-    try:
-        linear = view.module(module)
-    except ModelError as error:
-        raise PlanError(f"the plan {verb} {module}: {error}") from error
-    if not isinstance(linear, DenseModule):
-        raise PlanError(
-            f"the plan {verb} {module}: expected a Linear, the model has {type(linear).__name__}"
-        )
-    index = view.layer_of(module)
-    if index is not None and module not in view.dense_modules(index):
-        raise PlanError(
-            f"the plan {verb} {module}: it is part of a mixture of experts, or of a linear that "
-            f"is low-rank already, or is narrowed already"
-        )
-    if not linear.weight.is_floating_point():
-        raise PlanError(f"weight of {module} must be floating point, got {linear.weight.dtype}")
-    return linear
-
-
-def _narrowed_shapes(view: DecoderView, operation: NarrowMlp) -> dict[str, tuple[int, int]]:
-    """Return the new (out_features, in_features) of the linears of an MLP, by name."""
-    rows, num_channels = dense_shape(_dense(view, operation.reader))
-    kept = len(operation.channels)
-    shapes = {operation.reader: (rows, kept)}
-    for writer in operation.writers:
-        out_features, in_features = dense_shape(_dense(view, writer))
-        shapes[writer] = (out_features // num_channels * kept, in_features)
-    return shapes
-
-
-def _new_parameters(changes: _Changes, name: str | None) -> tuple[str, ...]:
-    """Return which parameters of a module, None if it stays, others take the place of."""
-    if name in changes.shapes:
-        return ("weight", "bias")
-    return () if name is None else ("weight",)
-
-
-def _new_size(changes: _Changes, name: str, linear: DenseModule) -> int:
-    """Return the number of parameters that take their place."""
-    if name in changes.ranks:
-        return changes.ranks[name] * sum(dense_shape(linear))
-    rows, columns = changes.shapes[name]
-    return rows * columns + (rows if linear.bias is not None else 0)
-
-
 def _apply(view: DecoderView, operation: Operation, tensors: Mapping[str, Tensor]) -> None:
     match operation:
         case FactorizeLinear():
@@ -357,7 +157,7 @@ def _apply(view: DecoderView, operation: Operation, tensors: Mapping[str, Tensor
 def _factorize(
     view: DecoderView, operation: FactorizeLinear, tensors: Mapping[str, Tensor]
 ) -> None:
-    old = _dense(view, operation.module)
+    old = dense_module(view, operation.module)
     # On the meta device first: no memory for values that are replaced at once, no random numbers
     # drawn.
     rows, columns = dense_shape(old)
@@ -372,15 +172,15 @@ def _factorize(
 
 
 def _narrow(view: DecoderView, operation: NarrowMlp, tensors: Mapping[str, Tensor]) -> None:
-    shapes = _narrowed_shapes(view, operation)
-    reader = _dense(view, operation.reader)
+    shapes = narrowed_shapes(view, operation)
+    reader = dense_module(view, operation.reader)
     num_channels = dense_shape(reader)[1]
     weight = _like(tensors[f"{operation.reader}.weight"], reader.weight)
     bias = None if reader.bias is None else _whole_copy(reader.bias)
     _set_narrowed(view, operation.reader, weight, bias)
     kept = torch.tensor(operation.channels)
     for writer in operation.writers:
-        old = _dense(view, writer)
+        old = dense_module(view, writer)
         num_parts = shapes[writer][0] // len(kept)
         rows = torch.cat([kept + part * num_channels for part in range(num_parts)])
         weight = _kept_rows(old.weight, rows, is_transposed=isinstance(old, Conv1D))

@@ -52,7 +52,7 @@ def model_card(
     base_model = public_name(origin_name)
     return card_template("card.md.jinja").render(
         front_matter=front_matter(
-            "low-rank" if plan.ranks else "layer-pruning",
+            _kind(plan),
             base_model if is_hub_name(base_model) else None,
             licence,
             licence_files,
@@ -61,6 +61,7 @@ def model_card(
         metrics=metrics,
         layers=indices_text(metrics.layers),
         num_linears=len(plan.ranks),
+        num_mlps=len(plan.channels),
         options=_options(plan),
         calibration=text_source(config, "calibration"),
         evaluation=text_source(config, "evaluation"),
@@ -75,6 +76,7 @@ def export_card(
     *,
     base_model: str,
     num_linears: int,
+    num_narrowed: int = 0,
     parameters: Pair[int],
     dtype: str,
     licence: str | None,
@@ -87,6 +89,7 @@ def export_card(
         base_model: Name of the model that was compressed, as ``base_model_of`` gives it, so that
             ``owner/name`` is a hub name.
         num_linears: Number of linears whose factors were multiplied.
+        num_narrowed: Number of narrowed linears that were filled up with zeros.
         parameters: Of the copy (dense) and of the model that it was made from (compressed).
         dtype: Floating point type of the weights.
         licence: Licence of the base model, None if unknown.
@@ -101,6 +104,7 @@ def export_card(
         front_matter=front_matter("dense", hub_name, licence, licence_files),
         base_model=base_model,
         num_linears=num_linears,
+        num_narrowed=num_narrowed,
         parameters=parameters,
         dtype=dtype,
         licence=licence,
@@ -172,6 +176,12 @@ def _licence_keys(licence: str, licence_files: Sequence[str]) -> dict[str, str]:
         return {"license": licence.lower()}
     keys = {"license": "other", "license_name": licence}
     return {**keys, "license_link": min(licence_files)} if licence_files else keys
+
+
+def _kind(plan: Plan) -> str:
+    if plan.ranks:
+        return "low-rank"
+    return "narrowed" if plan.channels else "layer-pruning"
 
 
 def _options(plan: Plan) -> dict[str, str]:

@@ -87,6 +87,8 @@ class Metrics:
         parameters: Parameters of the whole model, tied ones counted once.
         bytes: Size of the whole model in bytes, both at ``dtype``.
         decoder_linears: The same for the linears of the decoder layers.
+        channels: Number of hidden channels of every narrowed MLP, by the full name of the linear
+            that reads them.
         source_bytes: Size of the source's weight files on disk, None if unknown.
         perplexity: On held-out text; None where it was not measured.
         perplexity_tokens: Number of predicted tokens behind each perplexity.
@@ -106,6 +108,7 @@ class Metrics:
     parameters: Pair[int]
     bytes: Pair[int]
     decoder_linears: DecoderLinears
+    channels: Mapping[str, Pair[int]] = field(default_factory=dict)
     source_bytes: int | None = None
     perplexity: Pair[float | None] = field(
         default_factory=lambda: Pair[float | None](dense=None, compressed=None)
@@ -124,7 +127,8 @@ class Metrics:
         ``model``, ``method``, ``dtype`` (strings), ``layers`` (list of int), ``removed_ratio``
         (float), ``parameters.{dense,compressed}``, ``bytes.{dense,compressed}``,
         ``decoder_linears.parameters.{dense,compressed}``,
-        ``decoder_linears.bytes.{dense,compressed}``, ``source_bytes`` (int),
+        ``decoder_linears.bytes.{dense,compressed}``, ``channels`` (module name to
+        ``{dense,compressed}``), ``source_bytes`` (int),
         ``perplexity.{dense,compressed}`` (float), ``perplexity_tokens`` (int),
         ``loss_change.{predicted,measured}`` (float, nats per token),
         ``seconds.{load,similarity,attribution,curvature,factorize,save,evaluate,total}`` (float),
@@ -160,6 +164,7 @@ class Metrics:
                 decoder_linears=DecoderLinears(
                     parameters=_int_pair(linears["parameters"]), bytes=_int_pair(linears["bytes"])
                 ),
+                channels={k: _int_pair(v) for k, v in content.get("channels", {}).items()},
                 source_bytes=optional_int(content["source_bytes"]),
                 perplexity=Pair[float | None](
                     dense=optional_float(content["perplexity"]["dense"]),

@@ -90,6 +90,24 @@ class RankRow(NamedTuple):
     predicted_loss: str = ""
 
 
+class ChannelRow(NamedTuple):
+    """One narrowed MLP in the table of channels; empty text where its original width is unknown.
+
+    Attributes:
+        layer: Index of its decoder layer, -1 if it is in none.
+        kind: Name, inside the layer, of the linear that reads the channels.
+        kept: Number of kept channels.
+        num_channels: Number of channels before.
+        kept_share: Share that is kept.
+    """
+
+    layer: int
+    kind: str
+    kept: int
+    num_channels: str = ""
+    kept_share: str = ""
+
+
 def render_report(
     metrics: Metrics,
     plan: Plan,
@@ -118,6 +136,7 @@ def render_report(
         notes=comparison_notes(metrics),
         phases=phase_bars(metrics, _PHASES),
         ranks=_rank_rows(plan, scores),
+        channels=_channel_rows(metrics, plan),
     )
 
 
@@ -237,6 +256,18 @@ def _rank_rows(plan: Plan, scores: Mapping[str, Tensor]) -> list[RankRow]:
             num_components=str(len(scores[f"{module}.scores"])), predicted_loss=f"{loss:.4f}"
         )
     return list(rows.values())
+
+
+def _channel_rows(metrics: Metrics, plan: Plan) -> list[ChannelRow]:
+    rows = []
+    for reader, kept in plan.channels.items():
+        row = ChannelRow(*module_place(reader), kept)
+        if reader in metrics.channels:
+            num_channels = metrics.channels[reader].dense
+            share = f"{kept / num_channels:.1%}"
+            row = row._replace(num_channels=str(num_channels), kept_share=share)
+        rows.append(row)
+    return rows
 
 
 def _data_uri(plot: Plot) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from grasp_lightning.plan import Plan
+from grasp_lightning.plan import NarrowMlp, Plan
 from grasp_lightning.reporting.drawing import (
     draw_components,
     draw_heat_map,
@@ -61,6 +61,7 @@ def run_plots(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> tup
         layers_plot(plan, scores),
         components_plot(plan, scores),
         ranks_plot(plan),
+        widths_plot(metrics, plan),
         losses_plot(plan, scores),
     )
     return tuple(plot for plot in plots if plot is not None)
@@ -242,11 +243,64 @@ def ranks_plot(plan: Plan) -> Plot | None:
     span = f"rank {low}" if low == high else f"ranks {low} to {high}"
     return Plot(
         title=f"{len(ranks)} linears in {len(layers)} layers now have {span}",
-        explanation="Rank of the factors that replace each linear; a grey field stays dense.",
+        explanation=f"Rank of the factors that replace each linear; {_grey(plan)}.",
         alt=f"Heat map of ranks, {len(kinds)} kinds of linears by {len(layers)} layers; the table "
         "of ranks has the same numbers.",
         svg=svg_text(1.2 + 0.34 * len(kinds), draw),
     )
+
+
+def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
+    """Return which share of its channels every linear of a narrowed MLP has kept.
+
+    Args:
+        metrics: Numbers of the run: how many channels there were.
+        plan: Its decisions.
+
+    Returns:
+        A heat map, linear kinds by layers; None if no MLP was narrowed, or it is not known how many
+        channels there were.
+    """
+    narrowed = [op for op in plan.operations if isinstance(op, NarrowMlp)]
+    kept = {
+        op.reader: len(op.channels) / metrics.channels[op.reader].dense
+        for op in narrowed
+        if op.reader in metrics.channels
+    }
+    shares = {
+        module_place(module): kept[op.reader]
+        for op in narrowed
+        if op.reader in kept
+        for module in (*op.writers, op.reader)
+    }
+    if not shares:
+        return None
+    layers = sorted({layer for layer, _ in shares})
+    kinds = list(dict.fromkeys(kind for _, kind in shares))
+    values = np.array(
+        [[round(100 * shares.get((layer, kind), np.nan), 1) for layer in layers] for kind in kinds]
+    )
+
+    def draw(figure: Figure) -> None:
+        columns = [str(layer) for layer in layers]
+        is_annotated = len(layers) <= _MAX_ANNOTATED
+        draw_heat_map(figure, values, columns, kinds, label="% kept", is_annotated=is_annotated)
+
+    low, high = (f"{share:.0%}" for share in (min(kept.values()), max(kept.values())))
+    span = low if low == high else f"{low} to {high}"
+    noun = "1 MLP keeps" if len(kept) == 1 else f"{len(kept)} MLPs keep"
+    return Plot(
+        title=f"{noun} {span} of the hidden channels",
+        explanation="Share of the hidden channels that is kept, in percent, for each linear that "
+        "writes or reads them; a grey field is not narrowed.",
+        alt=f"Heat map of shares, {len(kinds)} kinds of linears by {len(layers)} layers; the table "
+        "of channels has the same numbers.",
+        svg=svg_text(1.2 + 0.34 * len(kinds), draw),
+    )
+
+
+def _grey(plan: Plan) -> str:
+    return f"a grey field stays dense{' or is narrowed' if plan.channels else ''}"
 
 
 def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:

@@ -22,11 +22,14 @@ from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.methods.low_rank import attribution_step
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.lowrank import narrowed_linears
 from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard, whole
+from grasp_lightning.models.size import measure_size
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import DropLayers, FactorizeLinear
 from grasp_lightning.stats.base import Needs, Scoring, Step
-from tests.conftest import ALL_FAMILIES, FAMILIES, byte_tokenizer, tiny_model
+from tests.conftest import ALL_FAMILIES, FAMILIES, MOE_FAMILIES, byte_tokenizer, tiny_model
+from tests.unit.models.helpers import narrow_layers
 
 CPU = torch.device("cpu")
 SIMILARITY = Step(name="select", needs=Needs(layer_metric="similarity"))
@@ -81,6 +84,22 @@ def check_every_family_is_scored_and_changed_as_a_whole_model_is() -> None:
         for view in views:
             apply_operations(view, [DropLayers(layers=(0, 3))], {})
         assert torch.equal(*map(logits, views)), family
+
+
+def check_mlps_are_narrowed_as_those_of_a_whole_model_are() -> None:
+    for family in ALL_FAMILIES:
+        views = pair(family)
+        operations, tensors = narrow_layers(views[0], (1, 3), range(5, 31, 2))
+        for view in views:
+            apply_operations(view, operations, tensors)
+        assert torch.equal(*map(logits, views)), family
+        linears, shared = (narrowed_linears(view.model) for view in views)
+        assert len(linears) == (0 if family in MOE_FAMILIES else len(shared) or 1)
+        for name, linear in linears.items():
+            assert isinstance(shared[name].weight, DTensor)
+            assert torch.equal(whole(shared[name].weight.detach()), linear.weight)
+        assert not [n for n in shared if n in views[1].dense_modules(1)]
+        assert measure_size(views[0]) == measure_size(views[1]), family
 
 
 def some_factors(view: DecoderView, name: str) -> dict[str, Tensor]:
@@ -209,6 +228,7 @@ def check_a_signal_of_one_process_counts_for_all() -> None:
 
 CHECKS: Sequence[Callable[[], None]] = [
     check_every_family_is_scored_and_changed_as_a_whole_model_is,
+    check_mlps_are_narrowed_as_those_of_a_whole_model_are,
     check_layers_are_compared_as_those_of_a_whole_model,
     check_a_process_holds_its_part_and_can_ask_for_the_whole,
     check_nothing_is_left_of_what_is_replaced_or_dropped,

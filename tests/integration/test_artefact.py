@@ -22,8 +22,14 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import GraspConfig
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import DropLayers, FactorizeLinear
-from tests.conftest import ALL_FAMILIES, FAMILIES, byte_tokenizer, tiny_model
-from tests.unit.models.helpers import factorize_layers, random_factors
+from tests.conftest import (
+    ALL_FAMILIES,
+    FAMILIES,
+    MOE_FAMILIES,
+    byte_tokenizer,
+    tiny_model,
+)
+from tests.unit.models.helpers import factorize_layers, narrow_layers, random_factors
 
 ROOT = Path(grasp_lightning.__file__).parents[1]
 NEW_TOKENS = 8
@@ -107,6 +113,13 @@ def low_rank(model: PreTrainedModel, rank: int = 5) -> PreTrainedModel:
     return model
 
 
+def narrowed(model: PreTrainedModel) -> PreTrainedModel:
+    """Keep 20 channels of the MLPs of two layers."""
+    view = DecoderView(model)
+    apply_operations(view, *narrow_layers(view, (1, 3), range(3, 43, 2)))
+    return model
+
+
 def factorize_one(model: PreTrainedModel, module: str, rank: int) -> None:
     view = DecoderView(model)
     operations = [FactorizeLinear(module=module, rank=rank, components=None)]
@@ -162,11 +175,20 @@ def all_at_once(family: str) -> Case:
     return lambda scratch: reopened(dropped(low_rank(tiny_model(family))), scratch, torch.bfloat16)
 
 
+def narrowed_and_more(family: str) -> Case:
+    return lambda scratch: reopened(dropped(narrowed(tiny_model(family))), scratch, torch.bfloat16)
+
+
 FAST: dict[str, Case] = {
     **{family: cases_of(family)[family] for family in FAMILIES},
     "llama-dropped": cases_of("llama")["llama-dropped"],
     "llama-saved-twice": cases_of("llama")["llama-saved-twice"],
     "llama-sharded": lambda _: low_rank(tiny_model("llama")),
+    # Dense, narrowed and low-rank linears side by side, in several files, saved twice.
+    "llama-narrowed-and-low-rank-sharded": lambda scratch: reopened(
+        narrowed(low_rank(tiny_model("llama"))), scratch
+    ),
+    "gpt2-narrowed": lambda _: narrowed(tiny_model("gpt2")),
 }
 SLOW: dict[str, Case] = {
     **{name: case for family in FAMILIES for name, case in cases_of(family).items()},
@@ -175,6 +197,11 @@ SLOW: dict[str, Case] = {
         f"{family}-low-rank-then-dropped-bf16-saved-twice": all_at_once(family)
         for family in ALL_FAMILIES
         if family not in FAMILIES
+    },
+    **{
+        f"{family}-narrowed-then-dropped-bf16-saved-twice": narrowed_and_more(family)
+        for family in ALL_FAMILIES
+        if family not in MOE_FAMILIES
     },
     "opt-tied": lambda _: low_rank(tiny_model("opt", tie_word_embeddings=True)),
     "opt-untied": lambda _: low_rank(tiny_model("opt", tie_word_embeddings=False)),
@@ -343,6 +370,37 @@ def test_the_config_names_ranks_sorted_and_under_current_numbers(tmp_path: Path)
     # Layers 0 and 2 are gone, so that layer 1 has become layer 0.
     assert {name.split(".")[2] for name in quantization["ranks"]} == {"0"}
     assert set(quantization["ranks"].values()) == {5}
+
+
+def test_narrowed_linears_are_stored_under_their_own_names_with_their_shapes(
+    tmp_path: Path,
+) -> None:
+    model = narrowed(tiny_model("phi3"))
+    save_model(model, tmp_path)
+    quantization = read_config(tmp_path)["quantization_config"]
+    assert quantization["ranks"] == {}
+    assert quantization["shapes"] == {
+        f"model.layers.{layer}.mlp.{name}": shape
+        for layer in (1, 3)
+        for name, shape in (("down_proj", [32, 20]), ("gate_up_proj", [40, 32]))
+    }
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == tiny_model("phi3").state_dict().keys()
+    for name, shape in quantization["shapes"].items():
+        assert list(stored[f"{name}.weight"].shape) == shape
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_narrowed_model_saved_without_its_head_loads_with_one(
+    family: str, tmp_path: Path
+) -> None:
+    base: Any = narrowed(tiny_model(family)).base_model  # Any: a plain Module to mypy
+    save_model(base, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.arange(8)[None]
+    assert torch.equal(model.base_model(ids).last_hidden_state, base(ids).last_hidden_state)
+    modules = dict(model.named_modules())
+    assert model.config.quantization_config.shapes.keys() <= modules.keys()
 
 
 def test_a_folder_has_everything_a_user_expects(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import DropLayers, Operation
 from tests.conftest import ALL_FAMILIES, FAMILIES, byte_tokenizer, save_tiny, tiny_model
-from tests.unit.models.helpers import factorize_layers, in_dtype
+from tests.unit.models.helpers import factorize_layers, in_dtype, narrow_layers
 
-FAST = (*FAMILIES, "gpt2", "llama-dropped", "llama-bfloat16")
+FAST = (*FAMILIES, "gpt2", "llama-dropped", "llama-bfloat16", "llama-narrowed", "phi3-narrowed")
 SLOW = tuple(family for family in ALL_FAMILIES if family not in FAST)
 CASES = [*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)]
 
@@ -82,6 +82,8 @@ def save_compressed(case: str, folder: Path) -> Path:
     operations, tensors = factorize_layers(view, (1, 2), rank=5)
     drop: list[Operation] = [DropLayers(layers=(0,))] if variant == "dropped" else []
     apply_operations(view, [*operations, *drop], tensors)
+    if variant == "narrowed":
+        apply_operations(view, *narrow_layers(view, (0, 3), range(3, 40, 3)))
     save_model(view.model, folder, tokenizer=byte_tokenizer())
     return folder
 
@@ -190,6 +192,24 @@ def test_the_user_is_told_where_the_copy_is_and_that_nothing_is_gained(
     assert "no gain in size" in first
     assert second == f"model:  {source.parent / 'out' / 'model'}"
     assert "multiplying factors" in captured.err
+
+
+def test_narrowed_linears_are_told_and_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "narrowed"
+    view = DecoderView(tiny_model("opt"))
+    apply_operations(view, *narrow_layers(view, (1,), range(20)))
+    save_model(view.model, source, tokenizer=byte_tokenizer())
+    for _ in range(2):  # the second time, from what is stored
+        assert export(source) == 0
+        assert capsys.readouterr().out.startswith("2 narrowed linears filled up with zeros: ")
+    facts = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert facts["ranks"] == {}
+    assert facts["shapes"] == {
+        "model.decoder.layers.1.fc1": [20, 32],
+        "model.decoder.layers.1.fc2": [32, 20],
+    }
 
 
 def test_a_compressed_run_gets_a_card_that_tells_where_it_comes_from(tmp_path: Path) -> None:
@@ -304,7 +324,10 @@ def bad_sources(root: Path) -> dict[str, tuple[list[str], str]]:
         "file": ([f"--model={dense / 'config.json'}", out], "config.json: is a file; expected"),
         "run folder": ([f"--model={root / 'run'}", out], f"did you mean {root / 'run' / 'model'}?"),
         "empty": ([f"--model={root}", out], "has no config.json; expected the model/ folder"),
-        "dense": ([f"--model={dense}", out], "has no low-rank linears: it is an ordinary"),
+        "dense": (
+            [f"--model={dense}", out],
+            "has no low-rank linears and no narrowed ones: it is an",
+        ),
         "dropped": ([f"--model={root / 'dropped'}", out], "has no low-rank linears"),
         "damaged": ([f"--model={damaged}", out], "cannot load damaged"),
         "format": (["--format=gguf", f"--model={dense}", out], "format: expected one of dense"),

@@ -3,7 +3,14 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp_lightning.plan import DropLayers, FactorizeLinear, Plan, SelectLayers
+from grasp_lightning.plan import (
+    DropLayers,
+    FactorizeLinear,
+    NarrowMlp,
+    Operation,
+    Plan,
+    SelectLayers,
+)
 
 indices = st.lists(st.integers(0, 200), unique=True, max_size=6).map(lambda v: tuple(sorted(v)))
 names = st.text(min_size=1, max_size=20)
@@ -15,6 +22,12 @@ operations = st.one_of(
         module=names,
         rank=st.integers(1, 4096),
         components=st.none() | indices,
+    ),
+    st.builds(
+        NarrowMlp,
+        reader=names,
+        writers=st.lists(names, max_size=3).map(tuple),
+        channels=indices,
     ),
 )
 options = st.dictionaries(
@@ -78,9 +91,7 @@ def test_different_plans_have_different_bytes(first: Plan, second: Plan) -> None
 
 @settings(max_examples=25, deadline=None)
 @given(plan=plans, more=st.lists(operations, max_size=3).map(tuple))
-def test_extending_appends(
-    plan: Plan, more: tuple[SelectLayers | DropLayers | FactorizeLinear, ...]
-) -> None:
+def test_extending_appends(plan: Plan, more: tuple[Operation, ...]) -> None:
     longer = plan.extended(more)
 
     assert longer.operations == plan.operations + more

@@ -3,9 +3,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.mlp import mlps
 from grasp_lightning.models.size import count_decoder_linears, count_parameters
 from grasp_lightning.models.surgery import apply_operations, parameters_after
-from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation, SelectLayers
+from grasp_lightning.plan import DropLayers, FactorizeLinear, NarrowMlp, Operation, SelectLayers
 from tests.conftest import FAMILIES, tiny_model
 from tests.unit.models.helpers import meta_model, random_factors
 
@@ -25,6 +26,11 @@ def plans(draw: st.DrawFn) -> tuple[str, bool, list[Operation]]:
         largest = min(linears[module].in_features, linears[module].out_features)
         rank = draw(st.integers(1, largest))
         operations.append(FactorizeLinear(module=module, rank=rank, components=None))
+    for mlp in (mlp for index in range(NUM_LAYERS) for mlp in mlps(view, index)):
+        if draw(st.booleans()) and not {mlp.reader, *mlp.writers} & set(chosen):
+            most = linears[mlp.reader].in_features - 1
+            kept = draw(st.sets(st.integers(0, most), min_size=1, max_size=most))
+            operations.append(NarrowMlp(**mlp._asdict(), channels=tuple(sorted(kept))))
     layers = draw(st.sets(st.integers(0, NUM_LAYERS - 1), max_size=NUM_LAYERS - 1))
     if layers:
         operations.append(DropLayers(layers=tuple(sorted(layers))))

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from grasp_lightning.errors import PlanError
-from grasp_lightning.plan import DropLayers, FactorizeLinear, Plan, SelectLayers
+from grasp_lightning.plan import DropLayers, FactorizeLinear, NarrowMlp, Plan, SelectLayers
 
 PLAN = Plan(
     method="grasp",
@@ -114,3 +114,21 @@ def test_text_that_is_no_plan_is_one_line(text: str) -> None:
 def test_a_number_that_json_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         Plan(method="grasp", options={"keep_ratio": float("nan")}).to_json()
+
+
+def test_narrowed_mlps_are_stored_and_counted_by_what_reads_their_channels() -> None:
+    mlp = NarrowMlp(reader="m.down", writers=("m.gate", "m.up"), channels=(0, 3, 7))
+    plan = Plan(method="grasp_plus", operations=(mlp,))
+
+    assert json.loads(plan.to_json())["operations"] == [
+        {
+            "kind": "narrow_mlp",
+            "reader": "m.down",
+            "writers": ["m.gate", "m.up"],
+            "channels": [0, 3, 7],
+        }
+    ]
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.channels == {"m.down": 3}
+    assert plan.ranks == PLAN.channels == {}
+    assert mlp.mlp == "m"

@@ -1,4 +1,4 @@
-"""What is trained: adapters on linears, or the factors of low-rank linears; and how adapters go.
+"""What is trained: adapters on linears, or what compression put there; and how adapters go.
 
 Legend: N output and M input features of a linear, r the rank of an adapter.
 """
@@ -18,7 +18,7 @@ from grasp_lightning.config import LoraSettings, TrainMode
 from grasp_lightning.errors import ConfigError, ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule
-from grasp_lightning.models.lowrank import low_rank_linears
+from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,8 @@ def trainable_linears(
 ) -> dict[str, DenseModule]:
     """Return the linears that a mode of training changes, or puts adapters on.
 
+    Narrowed linears are trained with factors: both are what compression put in place of linears.
+
     Args:
         view: The model.
         train: What is trained.
@@ -95,11 +97,13 @@ def trainable_linears(
         Full name -> linear, in the model's order; factors as ``<module>.left`` and ``.right``.
 
     Raises:
-        ModelError: If factors are to be trained of a model that has none.
+        ModelError: If factors are to be trained of a model that has neither them nor narrowed
+            linears.
     """
     found: dict[str, DenseModule] = {}
     for module, low_rank in low_rank_linears(view.model).items():
         found[f"{module}.right"], found[f"{module}.left"] = low_rank.right, low_rank.left
+    found |= narrowed_linears(view.model)
     if train == "lora":
         for index in view.layer_indices:
             view.linears(index)  # warns of what is skipped

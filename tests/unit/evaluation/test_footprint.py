@@ -41,6 +41,7 @@ from grasp_lightning.stats.base import Scoring
 from grasp_lightning.stats.components import ComponentScores
 from grasp_lightning.training.compensation import make_trainable
 from tests.conftest import TINY_CONFIGS, VOCABULARY, tiny_model
+from tests.unit.models.helpers import narrow_layers
 
 RUN = Pass(batch_size=2, seqlen=24, on_cpu=True)
 OPERATIONS = tuple(
@@ -123,6 +124,31 @@ def test_the_shape_after_operations_is_that_of_the_compressed_model() -> None:
         assert dict(layer.linears) == dict(wanted.linears)
         assert set(layer.attention) == set(wanted.attention)
     assert planned.weights == expected.weights
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_the_shape_of_narrowed_mlps_is_planned_and_found(family: str) -> None:
+    view = DecoderView(tiny_model(family))
+    operations, tensors = narrow_layers(view, (0, 1, 2, 3), range(20))
+    before = shape(family)
+    apply_operations(view, operations, tensors)
+    found = model_shape(view)
+    planned = shape_after(before, operations, count_parameters(view.model))
+    assert [dict(layer.linears) for layer in planned.layers] == [
+        dict(layer.linears) for layer in found.layers
+    ]
+    assert planned.weights == found.weights
+    assert (planned.inner, planned.is_gated) == (found.inner, found.is_gated) == (20, True)
+    for train in ("factors", "lora"):
+        adapters = Adapters(rank=5 if train == "lora" else None, on_dense=train == "lora")
+        trained = make_trainable(view, train, LoraSettings(rank=5))
+        assert trained_parameters(found, adapters) == trained.num_parameters
+
+
+def test_the_widest_mlp_counts() -> None:
+    view = DecoderView(tiny_model())
+    apply_operations(view, *narrow_layers(view, (0,), range(20)))
+    assert model_shape(view).inner == 48
 
 
 def test_dropped_layers_are_gone() -> None:

@@ -45,6 +45,11 @@ def random_factors(
             left, right = (rows, operation.rank), (operation.rank, columns)
             tensors[f"{operation.module}.left"] = torch.randn(left, generator=generator) * 0.2
             tensors[f"{operation.module}.right"] = torch.randn(right, generator=generator) * 0.2
+        elif isinstance(operation, NarrowMlp):
+            linear = view.module(operation.reader)
+            assert isinstance(linear, DenseModule)
+            shape = (dense_shape(linear)[0], len(operation.channels))
+            tensors[f"{operation.reader}.weight"] = torch.randn(shape, generator=generator) * 0.2
     return tensors
 
 

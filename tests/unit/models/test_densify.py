@@ -8,12 +8,12 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.lowrank import low_rank_linears
+from grasp_lightning.models.lowrank import NarrowedLinear, low_rank_linears, narrowed_linears
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import apply_operations, densify
 from grasp_lightning.plan import DropLayers, Operation
 from tests.conftest import ALL_FAMILIES, tiny_model
-from tests.unit.models.helpers import factorize_layers, in_dtype, meta_model
+from tests.unit.models.helpers import factorize_layers, in_dtype, meta_model, narrow_layers
 
 UP = "model.layers.1.mlp.up_proj"
 IDS = torch.arange(12).reshape(2, 6)
@@ -160,3 +160,58 @@ def test_progress_sees_every_linear() -> None:
 
     assert densify(model, track) == tuple(seen)
     assert len(seen) == 14
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_narrowed_model_computes_the_same_when_it_is_filled_up(family: str) -> None:
+    original = tiny_model(family)
+    model = compressed(family, more=[DropLayers(layers=(3,))])
+    apply_operations(DecoderView(model), *narrow_layers(DecoderView(model), (0, 2), (3, 5, 40)))
+    logits = model(IDS).logits
+    replaced = sorted({*low_rank_linears(model), *narrowed_linears(model)})
+    assert densify(model) == tuple(replaced)
+    assert not narrowed_linears(model)
+    for name in replaced:
+        assert type(model.get_submodule(name)) is type(original.get_submodule(name))
+    shapes = {k: v.shape for k, v in original.state_dict().items()}
+    assert all(shapes[key] == value.shape for key, value in model.state_dict().items())
+    difference = (model(IDS).logits - logits).abs().max()
+    assert difference <= 1e-4 * logits.abs().max()
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_each_part_of_a_fused_linear_is_filled_up_with_zeros() -> None:
+    view = DecoderView(tiny_model("phi3"))
+    old = linear(view.model, "model.layers.1.mlp.gate_up_proj").weight.detach()
+    apply_operations(view, *narrow_layers(view, (1,), (3, 5)))
+    densify(view.model)
+    new = linear(view.model, "model.layers.1.mlp.gate_up_proj").weight
+    assert new.shape == (96, 32)
+    assert torch.equal(new[[0, 1, 48, 49]], old[[3, 5, 51, 53]])
+    assert new.count_nonzero() == old[[3, 5, 51, 53]].count_nonzero()
+    down = linear(view.model, "model.layers.1.mlp.down_proj").weight
+    assert not down[:, 2:].any()
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_biases_are_filled_up_with_zeros_and_that_of_the_reader_is_kept(family: str) -> None:
+    view = DecoderView(tiny_model(family))
+    apply_operations(view, *narrow_layers(view, (1,), (3, 5)))
+    narrowed = narrowed_linears(view.model)
+    biases = {name: module.bias for name, module in narrowed.items()}
+    densify(view.model)
+    for name, bias in biases.items():
+        new = view.model.get_parameter(f"{name}.bias")
+        if len(bias) == 32:
+            assert new is bias
+        else:
+            assert torch.equal(new[:2], bias)
+            assert not new[2:].any()
+
+
+def test_a_narrowed_linear_without_a_reader_beside_it_is_named() -> None:
+    model = tiny_model()
+    model.set_submodule(UP, NarrowedLinear(32, 20, bias=False))
+    with pytest.raises(ModelError, match=f"{UP} has 20 of 48 outputs, but no linear beside it"):
+        densify(model)
+    assert list(narrowed_linears(model)) == [UP]

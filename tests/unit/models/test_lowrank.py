@@ -15,9 +15,15 @@ from grasp_lightning.models.lowrank import (
     GraspConfig,
     GraspQuantizer,
     LowRankLinear,
+    NarrowedLinear,
+    config_of,
+    has_replaced,
     is_low_rank,
+    is_narrowed,
     low_rank_linears,
+    narrowed_linears,
     ranks_of,
+    shapes_of,
 )
 from tests.conftest import tiny_model
 
@@ -47,6 +53,9 @@ def test_a_copy_of_the_file_is_recognised_and_leaves_the_registry_alone() -> Non
     assert copied["LowRankLinear"] is not LowRankLinear
     assert is_low_rank(copied["LowRankLinear"](6, 5, 2))
     assert not is_low_rank(torch.nn.Linear(6, 5))
+    assert copied["NarrowedLinear"] is not NarrowedLinear
+    assert is_narrowed(copied["NarrowedLinear"](6, 5))
+    assert not is_narrowed(torch.nn.Linear(6, 5))
     assert AUTO_QUANTIZER_MAPPING["grasp_lightning"] is GraspQuantizer
 
 
@@ -114,3 +123,51 @@ def test_initialisation_is_skipped_only_around_factors_and_without_tensors_of_it
     GraspQuantizer(GraspConfig(ranks)).preprocess_model(model)
     skipped = {name for name, m in model.named_modules() if getattr(m, "_is_hf_initialized", 0)}
     assert skipped == {"transformer.h.2.mlp"}
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def test_shapes_of_narrowed_linears_stand_in_the_config_only_where_there_are_some() -> None:
+    model = tiny_model()
+    assert not has_replaced(model)
+    model.set_submodule(UP, NarrowedLinear(32, 20, bias=False))
+    assert has_replaced(model)
+    assert list(narrowed_linears(model)) == [UP]
+    assert shapes_of(model) == {UP: (20, 32)}
+    stored = {"quant_method": "grasp_lightning", "ranks": {}, "shapes": {UP: [20, 32]}}
+    assert config_of(model).to_dict() == stored
+    config = AutoQuantizationConfig.from_dict(stored)
+    assert isinstance(config, GraspConfig)
+    assert config.to_dict() == stored
+    assert "shapes" not in GraspConfig({"a": 3}).to_dict()
+    attach_quantizer(model)
+    assert model.config.quantization_config.shapes == {UP: [20, 32]}
+
+
+@pytest.mark.parametrize("shape", [[3], [3, 0], [3, 2.0], [3, True], [3, 4, 5], 3, "34", None])
+def test_a_shape_that_is_no_pair_of_positive_integers_is_named(shape: object) -> None:
+    with pytest.raises(ValueError, match=r"shape of a\.b must be two positive integers, got"):
+        GraspConfig(shapes={"a.b": shape})  # type: ignore[dict-item]  # what config.json may hold
+
+
+def test_a_linear_has_a_rank_or_a_shape() -> None:
+    with pytest.raises(ValueError, match=r"a\.b has a rank and a shape"):
+        GraspConfig({"a.b": 3}, shapes={"a.b": [3, 4]})
+
+
+@pytest.mark.parametrize("shape", [[48, 32], [49, 31], [47, 33], [32, 48]])
+def test_a_shape_that_is_not_smaller_is_refused(shape: list[int]) -> None:
+    quantizer = GraspQuantizer(GraspConfig(shapes={UP: shape}))
+    with pytest.raises(ValueError, match=f"of {UP} is not smaller than that of a linear of 48 x 3"):
+        quantizer.preprocess_model(tiny_model())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_narrowed_linear_takes_the_place_of_each_kind_of_linear(family: str) -> None:
+    name = {"llama": UP, "gpt2": "transformer.h.1.mlp.c_fc"}[family]
+    model = tiny_model(family)
+    GraspQuantizer(GraspConfig(shapes={name: [20, 32]})).preprocess_model(model)
+    linear = narrowed_linears(model)[name]
+    assert (linear.weight.shape, linear.weight.is_meta) == ((20, 32), True)
+    assert (linear.bias is not None) == (family == "gpt2")

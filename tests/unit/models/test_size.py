@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.lowrank import LowRankLinear
+from grasp_lightning.models.lowrank import LowRankLinear, NarrowedLinear
 from grasp_lightning.models.size import (
     ModelSize,
     count_decoder_linears,
@@ -42,6 +42,12 @@ def test_factors_count_in_place_of_the_dense_linear() -> None:
     view = DecoderView(tiny_model())
     view.set_module("model.layers.1.mlp.up_proj", LowRankLinear(32, 48, 5))
     assert count_decoder_linears(view) == 4 * LLAMA_LAYER - 48 * 32 + 5 * (48 + 32)
+
+
+def test_narrowed_linears_count_with_what_is_left_of_them() -> None:
+    view = DecoderView(tiny_model())
+    view.set_module("model.layers.1.mlp.up_proj", NarrowedLinear(32, 20, bias=False))
+    assert count_decoder_linears(view) == 4 * LLAMA_LAYER - 28 * 32
 
 
 def test_dropped_layers_do_not_count() -> None:

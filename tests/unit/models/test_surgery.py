@@ -6,12 +6,18 @@ from transformers import PreTrainedModel
 
 from grasp_lightning.errors import PlanError
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.lowrank import LowRankLinear
+from grasp_lightning.models.lowrank import LowRankLinear, NarrowedLinear, narrowed_linears
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import apply_operations, parameters_after
-from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation, SelectLayers
+from grasp_lightning.plan import DropLayers, FactorizeLinear, NarrowMlp, Operation, SelectLayers
 from tests.conftest import ALL_FAMILIES, MOE_FAMILIES, tiny_model
-from tests.unit.models.helpers import factorize_layers, in_dtype, meta_model, random_factors
+from tests.unit.models.helpers import (
+    factorize_layers,
+    in_dtype,
+    meta_model,
+    narrow_layers,
+    random_factors,
+)
 
 UP = "model.layers.1.mlp.up_proj"  # 48 x 32
 IDS = torch.arange(12).reshape(2, 6)
@@ -21,6 +27,15 @@ def factorize(
     module: str = UP, rank: int = 3, components: tuple[int, ...] | None = None
 ) -> FactorizeLinear:
     return FactorizeLinear(module=module, rank=rank, components=components)
+
+
+DOWN, GATE = "model.layers.1.mlp.down_proj", "model.layers.1.mlp.gate_proj"
+
+
+def narrow(
+    reader: str = DOWN, writers: Sequence[str] = (GATE, UP), channels: Sequence[int] = (0, 3, 7)
+) -> NarrowMlp:
+    return NarrowMlp(reader=reader, writers=tuple(writers), channels=tuple(channels))
 
 
 def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -131,6 +146,23 @@ BAD: list[tuple[Sequence[Operation], str]] = [
     ([DropLayers(layers=(2, 2))], "names a decoder layer twice"),
     ([SelectLayers(layers=(9,))], r"decoder layers \[9\]"),
     ([DropLayers(layers=(0, 1, 2, 3))], "drops all 4 decoder layers"),
+    ([narrow(), narrow()], f"narrows {DOWN} twice"),
+    ([factorize(), narrow()], f"narrows {UP} and factorizes it, too"),
+    ([narrow(), factorize()], f"factorizes {UP} and narrows it, too"),
+    ([DropLayers(layers=(1,)), narrow()], f"narrows {DOWN} after dropping its decoder layer"),
+    ([narrow("model.layers.1.mlp.nothing")], "nothing: LlamaForCausalLM has no module"),
+    ([narrow(writers=("model.layers.1.mlp.act_fn",))], "expected a Linear, the model has SiLU"),
+    ([narrow(writers=())], f"the MLP of {DOWN}: expected other linears"),
+    ([narrow(writers=(UP, UP))], f"the MLP of {DOWN}: expected other linears"),
+    ([narrow(writers=(DOWN, UP))], f"the MLP of {DOWN}: expected other linears"),
+    ([narrow(writers=("model.layers.2.mlp.up_proj",))], f"not in one module with {DOWN}"),
+    ([narrow(UP, (GATE, DOWN))], "its 48 outputs are no multiple of the 32 channels that"),
+    ([narrow(channels=())], f"keeps 0 channels of {DOWN}: it must keep from 1 to 47"),
+    ([narrow(channels=range(48))], f"keeps 48 channels of {DOWN}"),
+    ([narrow(channels=(1, 0))], f"keeps channels of {DOWN} that are not ascending"),
+    ([narrow(channels=(1, 1))], f"keeps channels of {DOWN} that are not ascending"),
+    ([narrow(channels=(-1, 1))], "must be from 0 to 47, the plan keeps -1 to 1"),
+    ([narrow(channels=(1, 48))], "must be from 0 to 47, the plan keeps 1 to 48"),
 ]
 
 
@@ -197,6 +229,87 @@ def test_a_weight_that_is_tied_to_one_that_stays_is_still_counted() -> None:
     predicted = parameters_after(view, [factorize()])
     apply_operations(view, [factorize()], random_factors(view, [factorize()]))
     assert predicted == count_parameters(view.model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, f"weight {DOWN}.weight is missing"),
+        ({f"{DOWN}.weight": torch.zeros(3, 32)}, r"must have shape \(32, 3\), got \(3, 32\)"),
+        ({f"{DOWN}.weight": torch.full((32, 3), 1e30)}, "not finite in torch.float16"),
+    ],
+)
+def test_a_weight_that_does_not_fit_changes_nothing(
+    change: dict[str, torch.Tensor], message: str
+) -> None:
+    view = DecoderView(in_dtype(tiny_model(), torch.float16))
+    operations: list[Operation] = [factorize("model.layers.3.mlp.up_proj"), narrow()]
+    tensors = random_factors(view, operations)
+    tensors = tensors | change if change else random_factors(view, operations[:1])
+    before = state(view.model)
+    with pytest.raises(PlanError, match=message):
+        apply_operations(view, operations, tensors)
+    assert before.keys() == view.model.state_dict().keys()
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "phi3"])
+def test_writers_keep_rows_of_every_part_and_the_reader_its_bias(family: str) -> None:
+    view, dense = DecoderView(tiny_model(family)), DecoderView(tiny_model(family))
+    operations, _ = narrow_layers(view, (1,), (5, 6, 40))
+    (operation,) = operations
+    assert isinstance(operation, NarrowMlp)
+    before = view.module(operation.reader).bias
+    tensors = random_factors(view, operations)
+    apply_operations(view, operations, tensors)
+    linears = narrowed_linears(view.model)
+    assert set(linears) == {operation.reader, *operation.writers}
+    reader, writer = linears[operation.reader], linears[operation.writers[0]]
+    assert torch.equal(reader.weight, tensors[f"{operation.reader}.weight"])
+    assert reader.bias is before
+    old = dense.linears(1)[operation.writers[0]]
+    rows = [5, 6, 40, 53, 54, 88] if family == "phi3" else [5, 6, 40]
+    assert torch.equal(writer.weight, old.weight[rows])
+    assert writer.weight.is_contiguous()
+    if old.bias is not None:
+        assert torch.equal(writer.bias, old.bias[rows])
+    assert not view.dense_modules(1).keys() & linears.keys()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_training_state_of_an_mlp_is_kept(training: bool, requires_grad: bool) -> None:
+    view = DecoderView(in_dtype(tiny_model(mlp_bias=True), torch.bfloat16))
+    view.module("model.layers.1.mlp").train(training).requires_grad_(requires_grad)
+    apply_operations(view, [narrow()], random_factors(view, [narrow()]))
+    new = view.module("model.layers.1.mlp")
+    assert {module.training for module in new.modules()} == {training}
+    assert {(p.requires_grad, p.dtype) for p in new.parameters()} == {
+        (requires_grad, torch.bfloat16)
+    }
+
+
+def test_a_narrowed_linear_cannot_be_replaced_again() -> None:
+    view = DecoderView(tiny_model())
+    apply_operations(view, [narrow()], random_factors(view, [narrow()]))
+    for operation in (factorize(), narrow(channels=(0, 1))):
+        with pytest.raises(PlanError, match="is narrowed already"):
+            apply_operations(view, [operation], {})
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_narrowed_model_has_the_predicted_size_also_without_weights(family: str) -> None:
+    view, meta = DecoderView(tiny_model(family)), DecoderView(meta_model(family))
+    operations, tensors = narrow_layers(view, (0, 1), (5, 6, 40))
+    operations += [DropLayers(layers=(0, 3))]
+    predicted = parameters_after(view, operations)
+    assert parameters_after(meta, operations) == predicted
+    for changed in (view, meta):
+        apply_operations(changed, operations, tensors)
+        assert count_parameters(changed.model) == predicted
+    assert {k: v.shape for k, v in view.model.state_dict().items()} == {
+        k: v.shape for k, v in meta.model.state_dict().items()
+    }
+    assert all(isinstance(m, NarrowedLinear) for m in narrowed_linears(view.model).values())
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

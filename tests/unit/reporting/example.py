@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from grasp_lightning.plan import DropLayers, FactorizeLinear, Plan, SelectLayers
+from grasp_lightning.plan import DropLayers, FactorizeLinear, NarrowMlp, Plan, SelectLayers
 from grasp_lightning.reporting.metrics import DecoderLinears, Metrics, Pair, Seconds
 
 LAYERS = (17, 19, 20, 21, 22, 23, 24, 26)
@@ -104,3 +104,25 @@ def drop_plan() -> Plan:
     layers = (24, 25, 26)
     operations = (SelectLayers(layers=layers), DropLayers(layers=layers))
     return Plan(method="drop", options={"num_layers": 3}, operations=operations, complete=True)
+
+
+def narrowing_plan() -> Plan:
+    """Low-rank attention in one layer, MLPs of two layers narrowed."""
+    query = FactorizeLinear(module="model.layers.3.self_attn.q_proj", rank=37, components=None)
+    mlps = [
+        NarrowMlp(
+            reader=f"model.layers.{layer}.mlp.down_proj",
+            writers=tuple(f"model.layers.{layer}.mlp.{name}_proj" for name in ("gate", "up")),
+            channels=tuple(range(kept)),
+        )
+        for layer, kept in ((3, 1024), (5, 384))
+    ]
+    return Plan(method="grasp_plus", operations=(query, *mlps), complete=True)
+
+
+def narrowing_metrics() -> Metrics:
+    channels = {
+        reader: Pair(dense=1536, compressed=kept)
+        for reader, kept in narrowing_plan().channels.items()
+    }
+    return example_metrics(method="grasp_plus", layers=(3, 5), channels=channels)

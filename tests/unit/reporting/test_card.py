@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from tests.unit.reporting.example import (
     drop_plan,
     example_metrics,
     example_plan,
+    narrowing_metrics,
+    narrowing_plan,
 )
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -66,6 +69,18 @@ def test_card_tells_what_was_done_and_what_it_cost() -> None:
 def test_low_rank_layers_need_the_package_or_remote_code() -> None:
     assert "import grasp_lightning" in card()
     assert "trust_remote_code=True" in card()
+
+
+def test_narrowed_mlps_are_counted_beside_low_rank_linears() -> None:
+    text = card(narrowing_metrics(), plan=narrowing_plan())
+    assert "decoder layers 3, 5 have\n1 low-rank linear, 2 narrowed MLPs, and 19.0% of" in text
+    assert "open the low-rank layers" in text
+    plan = narrowing_plan()
+    text = card(narrowing_metrics(), plan=replace(plan, operations=plan.operations[2:]))
+    assert "decoder layers 3, 5 have\n1 narrowed MLP, and 19.0% of" in text
+    assert "open the narrowed layers" in text
+    assert "trust_remote_code=True" in text
+    assert front_matter(text)["tags"] == ["grasp", "compressed", "narrowed"]
 
 
 def test_a_model_with_dropped_layers_needs_transformers_only() -> None:

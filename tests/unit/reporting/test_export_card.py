@@ -9,11 +9,16 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def card(
-    base_model: str = HUB_NAME, licence: str | None = "Apache-2.0", source_card: str | None = "C.md"
+    base_model: str = HUB_NAME,
+    licence: str | None = "Apache-2.0",
+    source_card: str | None = "C.md",
+    num_linears: int = 56,
+    num_narrowed: int = 0,
 ) -> str:
     return export_card(
         base_model=base_model,
-        num_linears=56,
+        num_linears=num_linears,
+        num_narrowed=num_narrowed,
         parameters=Pair(dense=134_515_008, compressed=109_013_760),
         dtype="bfloat16",
         licence=licence,
@@ -51,6 +56,14 @@ def test_the_card_says_that_nothing_is_gained() -> None:
     ):
         assert expected in text
     assert "trust_remote_code" not in text
+
+
+def test_narrowed_linears_are_named_apart() -> None:
+    text = card(num_narrowed=6)
+    assert "factors of 56 linears are multiplied" in text
+    assert "6 narrowed linears are filled up with zeros" in text
+    assert "factors" not in card(num_linears=0, num_narrowed=6)
+    assert "zeros" not in card()
 
 
 def test_front_matter_names_base_model_and_licence() -> None:

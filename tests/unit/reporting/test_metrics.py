@@ -8,7 +8,7 @@ import pytest
 import grasp_lightning
 from grasp_lightning.errors import OutputError
 from grasp_lightning.reporting.metrics import DecoderLinears, Metrics, Pair
-from tests.unit.reporting.example import drop_metrics, example_metrics
+from tests.unit.reporting.example import drop_metrics, example_metrics, narrowing_metrics
 
 # The contract for scripts: a key is never renamed or removed.
 KEYS = {
@@ -57,7 +57,21 @@ def leaves(content: dict, prefix: str = "") -> Iterator[str]:
 
 
 def test_keys_are_those_that_scripts_rely_on() -> None:
-    assert set(leaves(example_metrics().to_dict())) == KEYS
+    content = example_metrics().to_dict()
+    assert content.pop("channels") == {}  # a leaf for every narrowed MLP
+    assert set(leaves(content)) == KEYS
+
+
+def test_channels_are_read_back_and_may_be_missing() -> None:
+    metrics = narrowing_metrics()
+    content = json.loads(json.dumps(metrics.to_dict()))
+    assert content["channels"]["model.layers.5.mlp.down_proj"] == {
+        "dense": 1536,
+        "compressed": 384,
+    }
+    assert Metrics.from_dict(content) == metrics
+    del content["channels"]
+    assert Metrics.from_dict(content).channels == {}
 
 
 def test_what_does_not_apply_is_null_and_its_key_stays() -> None:

@@ -13,6 +13,8 @@ from tests.unit.reporting.example import (
     example_metrics,
     example_plan,
     example_scores,
+    narrowing_metrics,
+    narrowing_plan,
 )
 
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=y>\"'{{ 7 * 7 }}"
@@ -134,6 +136,16 @@ def test_an_almost_empty_run_still_renders() -> None:
     assert "not measured" in page.text
     assert "Time per phase" not in page.text
     assert "None" not in page.text
+
+
+def test_channels_of_narrowed_mlps_are_listed() -> None:
+    page = Page(render_report(narrowing_metrics(), narrowing_plan(), {}, {}))
+    assert "Channels of all 2 narrowed MLPs" in page.text
+    for text in ("mlp.down_proj", "1024", "1536", "66.7%", "25.0%"):
+        assert text in page.text
+    unknown = Page(render_report(example_metrics(), narrowing_plan(), {}, {}))
+    assert "1024" in unknown.text
+    assert "66.7%" not in unknown.text
 
 
 def test_ranks_without_scores_are_listed() -> None:

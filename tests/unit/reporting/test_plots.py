@@ -13,6 +13,7 @@ from grasp_lightning.reporting.plots import (
     parameters_plot,
     ranks_plot,
     run_plots,
+    widths_plot,
 )
 from tests.unit.reporting.example import (
     drop_metrics,
@@ -20,6 +21,8 @@ from tests.unit.reporting.example import (
     example_metrics,
     example_plan,
     example_scores,
+    narrowing_metrics,
+    narrowing_plan,
 )
 
 MODULE = "model.layers.2.mlp.up_proj"
@@ -79,6 +82,19 @@ def test_solved_factors_have_ranks_but_no_components() -> None:
     plan, scores = one_linear(None, [3.0, 2.0, 1.0, 0.5])
     assert components_plot(plan, scores) is None
     assert ranks_plot(plan) is not None
+
+
+def test_the_share_of_channels_that_narrowed_linears_keep_is_drawn() -> None:
+    plot = widths_plot(narrowing_metrics(), narrowing_plan())
+    assert plot is not None
+    assert plot.title == "2 MLPs keep 25% to 67% of the hidden channels"
+    assert "3 kinds of linears by 2 layers" in plot.alt
+    assert ET.fromstring(plot.svg).tag.endswith("svg")
+    ranks = ranks_plot(narrowing_plan())
+    assert ranks is not None
+    assert ranks.explanation.endswith("a grey field stays dense or is narrowed.")
+    assert widths_plot(example_metrics(), narrowing_plan()) is None  # of unknown width
+    assert widths_plot(example_metrics(), example_plan()) is None
 
 
 def test_shares_of_a_linear_follow_their_definitions() -> None:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from grasp_lightning.config import LoraSettings, TrainMode
 from grasp_lightning.errors import ConfigError, ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.lowrank import low_rank_linears, ranks_of
+from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears, ranks_of, shapes_of
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.training.compensation import (
     make_trainable,
@@ -20,7 +20,7 @@ from grasp_lightning.training.compensation import (
     trainable_linears,
 )
 from tests.conftest import tiny_model
-from tests.unit.models.helpers import factorize_layers, in_dtype
+from tests.unit.models.helpers import factorize_layers, in_dtype, narrow_layers
 
 FAMILIES = ["llama", "gpt2", "opt", "gpt_neox", "phi3", "mixtral"]
 MODES: list[TrainMode] = ["lora", "factors", "lora_on_factors"]
@@ -157,6 +157,42 @@ def test_a_dense_model_has_no_factors_to_train(train: TrainMode) -> None:
     assert str(caught.value) == (
         f"train: {train} needs a model with low-rank linears, and this one has none: give the "
         "model/ folder of a compressed model, or use train: lora"
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
+@pytest.mark.parametrize("train", MODES)
+def test_narrowed_linears_are_trained_as_factors_are(family: str, train: TrainMode) -> None:
+    view = compressed(family)
+    model = view.model
+    apply_operations(view, *narrow_layers(view, (2,), range(0, 40, 2)))
+    narrowed = list(narrowed_linears(model))
+    expected = linears_in_layers(view)
+    if train != "lora":
+        expected = [n for n in expected if n in narrowed or n.endswith((".left", ".right"))]
+    before, shapes = logits(model), shapes_of(model)
+
+    trained = make_trainable(view, train, LORA)
+
+    assert narrowed
+    assert trained.modules == tuple(expected)
+    assert torch.equal(logits(model), before)
+    if train == "factors":
+        assert trainable_names(model) == [f"{name}.weight" for name in expected]
+        return
+    fill_adapters(model)
+    unmerged = logits(model)
+    merge_adapters(trained)
+    torch.testing.assert_close(logits(model), unmerged, rtol=1e-4, atol=1e-4)
+    assert shapes_of(model) == shapes
+
+
+def test_narrowed_linears_alone_can_be_trained() -> None:
+    view = DecoderView(tiny_model())
+    apply_operations(view, *narrow_layers(view, (2,), range(0, 40, 2)))
+    trained = make_trainable(view, "factors", LORA)
+    assert trained.modules == tuple(
+        f"model.layers.2.mlp.{name}_proj" for name in ("gate", "up", "down")
     )
 
 
