@@ -83,11 +83,12 @@ def scored_linears(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[ScoredLine
 
 
 def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return what the components that each linear has lost are predicted to cost.
+    """Return what the components or channels that each linear has lost are predicted to cost.
 
     Args:
         plan: Decisions of the run.
-        scores: ``<module>.scores``, ``(K,)``: loss of dropping each component, descending.
+        scores: ``<module>.scores``: loss of dropping each component ``(K,)``, or each channel
+            ``(I,)`` of the linear that reads them, descending.
 
     Returns:
         Nats per token by module, in the order of the plan; empty unless the method predicts losses.
@@ -95,8 +96,8 @@ def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, floa
     if plan.options.get("weighting") != "kfac":
         return {}
     return {
-        module: float(scores[f"{module}.scores"][rank:].double().sum())
-        for module, rank in plan.ranks.items()
+        module: float(scores[f"{module}.scores"][kept:].double().sum())
+        for module, kept in (plan.ranks | plan.channels).items()
         if f"{module}.scores" in scores
     }
 

@@ -33,6 +33,7 @@ _PHASES = {
     "attribution": "Score singular components",
     "curvature": "Measure the curvature of the loss",
     "factorize": "Factorise and replace",
+    "refit": "Fit what was cut once more",
     "save": "Save the model",
     "evaluate": "Evaluate before and after",
 }
@@ -99,6 +100,8 @@ class ChannelRow(NamedTuple):
         kept: Number of kept channels.
         num_channels: Number of channels before.
         kept_share: Share that is kept.
+        predicted_loss: Nats per token that the removal of the others is predicted to cost; empty
+            if the method does not predict it.
     """
 
     layer: int
@@ -106,6 +109,7 @@ class ChannelRow(NamedTuple):
     kept: int
     num_channels: str = ""
     kept_share: str = ""
+    predicted_loss: str = ""
 
 
 def render_report(
@@ -136,7 +140,7 @@ def render_report(
         notes=comparison_notes(metrics),
         phases=phase_bars(metrics, _PHASES),
         ranks=_rank_rows(plan, scores),
-        channels=_channel_rows(metrics, plan),
+        channels=_channel_rows(metrics, plan, scores),
     )
 
 
@@ -251,21 +255,25 @@ def _rank_rows(plan: Plan, scores: Mapping[str, Tensor]) -> list[RankRow]:
             kept_energy=f"{linear.kept_energy:.1%}",
             num_beyond=str(linear.num_beyond_largest),
         )
-    for module, loss in predicted_losses(plan, scores).items():
+    losses = predicted_losses(plan, scores)
+    for module in plan.ranks.keys() & losses.keys():
         rows[module] = rows[module]._replace(
-            num_components=str(len(scores[f"{module}.scores"])), predicted_loss=f"{loss:.4f}"
+            num_components=str(len(scores[f"{module}.scores"])),
+            predicted_loss=f"{losses[module]:.4f}",
         )
     return list(rows.values())
 
 
-def _channel_rows(metrics: Metrics, plan: Plan) -> list[ChannelRow]:
-    rows = []
+def _channel_rows(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> list[ChannelRow]:
+    rows, losses = [], predicted_losses(plan, scores)
     for reader, kept in plan.channels.items():
         row = ChannelRow(*module_place(reader), kept)
         if reader in metrics.channels:
             num_channels = metrics.channels[reader].dense
             share = f"{kept / num_channels:.1%}"
             row = row._replace(num_channels=str(num_channels), kept_share=share)
+        if reader in losses:
+            row = row._replace(predicted_loss=f"{losses[reader]:.4f}")
         rows.append(row)
     return rows
 

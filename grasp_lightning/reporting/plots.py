@@ -332,9 +332,10 @@ def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
 
     total, (worst, most) = sum(losses.values()), max(losses.items(), key=lambda entry: entry[1])
     return Plot(
-        title=f"All truncations together are predicted to cost {total:.2f} nats per token",
+        title=f"All that was cut is predicted to cost {total:.2f} nats per token",
         explanation="Predicted growth of the loss for each linear, in thousandths of a nat per "
-        "token: half the curvature of its change; a grey field stays dense and costs nothing.",
+        "token: half the curvature of its change; a narrowed MLP stands under the linear that "
+        "reads its channels; a grey field costs nothing.",
         alt=f"Heat map of predicted losses, {len(kinds)} kinds of linears by {len(layers)} layers; "
         f"most, {most:.4f} nats, in {worst[1]} of layer {worst[0]}.",
         svg=svg_text(1.2 + 0.34 * len(kinds), draw),

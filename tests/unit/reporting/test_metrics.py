@@ -36,6 +36,7 @@ KEYS = {
     "seconds.attribution",
     "seconds.curvature",
     "seconds.factorize",
+    "seconds.refit",
     "seconds.save",
     "seconds.evaluate",
     "seconds.total",
