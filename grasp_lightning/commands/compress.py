@@ -238,7 +238,9 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
     mixture_parts(config.calibration, "calibration")  # keys that do not fit together end the run
     check_window_options(config.evaluation, "evaluation")
     check_trainer(config.trainer, resolve_device(config.model.device))
-    stored = None if config.from_scores is None else StoredScores(config.from_scores)
+    stored = None
+    if config.from_scores is not None:
+        stored = StoredScores(config.from_scores, config.calibration.seqlen)
     if stored is not None:  # what is asked for is scored already, or cannot be had
         config = replace(config, method=replace(config.method, score_all_layers=None))
     with phases("load"):

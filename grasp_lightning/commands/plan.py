@@ -46,6 +46,8 @@ class Prediction:
         layers: The layers that were assumed for ``most``.
         operations: What is done to them.
         is_budget: Ranks follow from the data, under one budget for all linears of the layers.
+        is_timed: It is a budget of time: sizes are those of factors that keep its share of
+            parameters, as an estimate of memory.
     """
 
     dense: int
@@ -57,14 +59,17 @@ class Prediction:
     layers: tuple[int, ...]
     operations: tuple[Operation, ...]
     is_budget: bool = False
+    is_timed: bool = False
 
     @property
     def lines(self) -> list[str]:
-        """The prediction as text; the first line begins with the removed share in percent."""
+        """The prediction as text; the first line begins with the removed share, if it is known."""
         share, larger = (f"{1 - size / self.dense:.1%}" for size in (self.most, self.least))
         if larger != share:
             share += f" to {larger}, depending on the layers chosen,"
         first = f"{share} of {self.dense:,} parameters removed: {self.most:,} remain"
+        if self.is_timed:
+            first = "a budget of measured time: the data decides on sizes"
         if self.is_budget:
             where = f"all linears of {self.num_layers} layers share one budget"
             return [first, f"{where}: the data decides on ranks, and on what stays dense"]
@@ -152,6 +157,7 @@ def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -
         layers=layers_of_most,
         operations=operations_of_most,
         is_budget=True,
+        is_timed=rule.unit == "time",
     )
 
 
@@ -198,7 +204,7 @@ class Planned:
 
     @property
     def lines(self) -> list[str]:
-        """All of it as text; the first line begins with the removed share in percent."""
+        """All of it as text; the first line begins with the removed share, if it is known."""
         memory = memory_lines(self.calibration, self.compensation)
         return [*self.prediction.lines, "", *memory]
 

@@ -20,6 +20,7 @@ PresetName = Literal["paper", "released", "svd_llm", "asvd", "fwsvd"]
 Weighting = Literal["none", "fisher_rows", "scale_columns", "input_gram", "kfac"]
 RankChoice = Literal["uniform", "global"]
 MlpChoice = Literal["factors", "channels"]
+BudgetChoice = Literal["parameters", "time"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,9 @@ class MethodConfig:
             least.
         mlp: Under a global budget, what MLPs become: factors, like all other matrices, or MLPs with
             fewer channels, where those that cost the loss least go.
+        budget: What a global budget counts: parameters, or time, which is measured for the linears
+            on the model's device. Of the linears' time goes the same share as would go of their
+            parameters; how many of these remain, the data decides.
         multiple_of: Ranks and numbers of channels are multiples of this number.
         gradient_damping: Share of its mean diagonal that is added to the Gram matrix of gradients.
         input_damping: The same for the Gram matrix of inputs.
@@ -70,6 +74,7 @@ class MethodConfig:
     weighting: Weighting | None = None
     ranks: RankChoice | None = None
     mlp: MlpChoice | None = None
+    budget: BudgetChoice | None = None
     multiple_of: int | None = None
     gradient_damping: float | None = None
     input_damping: float | None = None

@@ -7,6 +7,7 @@ import torch
 
 from grasp_lightning.linalg.allocation import (
     ChannelChoice,
+    Choice,
     GroupChoice,
     MatrixChoice,
     allocate,
@@ -113,7 +114,7 @@ def test_useful_ranks_end_where_factors_are_as_large_as_dense() -> None:
 
 
 def test_smallest_size_is_the_smallest_budget_that_is_taken() -> None:
-    choices = [
+    choices: list[Choice] = [
         matrix("a", shape=(64, 64), fixed_size=4.0, rank_size=2.0, dense_size=10.0, multiple_of=2),
         ChannelChoice("mlp", 1.5, torch.ones(4), min_channels=3),
     ]
