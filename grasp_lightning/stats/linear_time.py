@@ -18,7 +18,8 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.stats.base import LinearSeconds, Shape
 
 NUM_TOKENS = 512
-_NUM_ROUNDS = 9
+_NUM_ROUNDS = (7, 51)  # least and most
+_ALL_SECONDS = 5.0  # of all rounds, within these limits
 _LEAST_SECONDS = 1e-3  # of a sample: shorter calls are repeated
 _QUARTERS = (1, 2, 4)  # of the largest useful rank: where factors are measured
 _ALIGNMENT = 8  # of these ranks, if they are that large
@@ -131,10 +132,13 @@ def _medians(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> lis
     """Return the median seconds of each call, measured in turns, so that drift meets them alike."""
     for call in calls:
         _seconds(call, 1, device)  # warm-up: kernels are chosen, memory is taken
-    counts = [math.ceil(_LEAST_SECONDS / max(_seconds(c, 1, device), 1e-6)) for c in calls]
+    once = [max(_seconds(call, 1, device), 1e-6) for call in calls]
+    counts = [math.ceil(_LEAST_SECONDS / seconds) for seconds in once]
+    one_round = sum(count * seconds for count, seconds in zip(counts, once, strict=True))
+    least, most = _NUM_ROUNDS
     rounds = [
         [_seconds(call, count, device) for call, count in zip(calls, counts, strict=True)]
-        for _ in range(_NUM_ROUNDS)
+        for _ in range(min(most, max(least, round(_ALL_SECONDS / one_round))))
     ]
     return [median(samples) for samples in zip(*rounds, strict=True)]
 

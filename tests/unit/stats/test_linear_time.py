@@ -54,7 +54,7 @@ def test_times_are_medians_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     first, second = linear_time._medians([lambda: torch.ones(1)] * 2, device)
     assert second - first == 1  # each turn has both
-    assert math.isclose(first, 4 + 2 * 4)  # after two calls of each, the fifth of nine turns
+    assert math.isclose(first, 4 + 2 * 3)  # after two calls of each, the fourth of seven turns
 
 
 def test_every_shape_is_measured_and_random_numbers_stay_as_they_were(
@@ -75,6 +75,12 @@ def test_every_shape_is_measured_and_random_numbers_stay_as_they_were(
     assert all(cost.dense == 1.0 and cost.per_rank > 0 for cost in found.values())
     assert set(calls) == {(5, 16), (5, 8)}
     assert linear_seconds(view, []) == {}
+
+
+def test_the_first_process_measures_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    received = {(8, 8): LinearSeconds(dense=1.0, fixed=0.0, per_rank=0.1)}
+    monkeypatch.setattr("grasp_lightning.processes.on_first", lambda _: received)
+    assert linear_seconds(DecoderView(tiny_model()), [(8, 8)]) == received
 
 
 def test_real_times_are_positive() -> None:
