@@ -260,7 +260,9 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
     mixture_parts(config.calibration, "calibration")  # keys that do not fit together end the run
     check_window_options(config.evaluation, "evaluation")
     check_trainer(config.trainer, resolve_device(config.model.device))
-    stored = None if config.from_scores is None else StoredScores(config.from_scores)
+    stored = None
+    if config.from_scores is not None:
+        stored = StoredScores(config.from_scores, config.calibration.seqlen)
     if stored is not None:  # what is asked for is scored already, or cannot be had
         config = replace(config, method=replace(config.method, score_all_layers=None))
     with phases("load"):
@@ -273,15 +275,7 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
             stored.check(hashes["model"], method.options)
             hashes |= stored.inputs
         if stored is None or "refit" in method.options:
-            check_length(view, config.calibration.seqlen, "calibration.seqlen")
-            sample = partial(sample_text, loaded.model, track=_track)
-            data = CalibrationData(config.calibration, loaded.tokenizer, config.seed, sample=sample)
-            check_vocabulary(view, data.windows.input_ids)
-            if len(data.windows) < processes.num_processes():
-                raise ConfigError(
-                    f"calibration.num_samples is {len(data.windows)}, fewer than the "
-                    f"{processes.num_processes()} processes: use fewer processes or more windows"
-                )
+            data = _calibration(config, loaded, view)
             if stored is not None:
                 stored.check_windows(data.fingerprint)
             hashes |= data.fingerprint
@@ -299,6 +293,19 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
         hashes=hashes,
         bytes_needed=int(_SAFETY * needed),
     )
+
+
+def _calibration(config: CompressConfig, loaded: LoadedModel, view: DecoderView) -> CalibrationData:
+    check_length(view, config.calibration.seqlen, "calibration.seqlen")
+    sample = partial(sample_text, loaded.model, track=_track)
+    data = CalibrationData(config.calibration, loaded.tokenizer, config.seed, sample=sample)
+    check_vocabulary(view, data.windows.input_ids)
+    if len(data.windows) < processes.num_processes():
+        raise ConfigError(
+            f"calibration.num_samples is {len(data.windows)}, fewer than the "
+            f"{processes.num_processes()} processes: use fewer processes or more windows"
+        )
+    return data
 
 
 def _perplexity(config: CompressConfig, inputs: _Inputs, phases: Phases, which: str) -> float:

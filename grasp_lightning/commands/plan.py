@@ -48,7 +48,10 @@ class Prediction:
         layers: The layers that were assumed for ``most``.
         operations: What is done to them.
         is_budget: Ranks follow from the data, under one budget for all linears of the layers.
-        widths: Kept and original number of channels of every narrowed MLP, by its name.
+        widths: Kept and original number of channels of every narrowed MLP, by its name; empty for a
+            budget.
+        is_timed: It is a budget of time: sizes are those of factors that keep its share of
+            parameters, as an estimate of memory.
     """
 
     dense: int
@@ -61,10 +64,11 @@ class Prediction:
     operations: tuple[Operation, ...]
     is_budget: bool = False
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    is_timed: bool = False
 
     @property
     def lines(self) -> list[str]:
-        """The prediction as text; the first line begins with the removed share in percent."""
+        """The prediction as text; the first line begins with the removed share, if it is known."""
         share, larger = (f"{1 - size / self.dense:.1%}" for size in (self.most, self.least))
         if larger != share:
             share += f" to {larger}, depending on the layers chosen,"
@@ -72,9 +76,11 @@ class Prediction:
         widths = [f"  {mlp}: {k} of {size} channels" for mlp, (k, size) in self.widths.items()]
         if widths:
             widths = [f"{len(widths)} MLPs are narrowed:", *widths]
+        if self.is_timed:
+            first = "a budget of measured time: the data decides on sizes"
         if self.is_budget:
             where = f"all linears of {self.num_layers} layers share one budget"
-            return [first, f"{where}: the data decides on ranks, and on what stays dense", *widths]
+            return [first, f"{where}: the data decides on ranks, and on what stays dense"]
         if self.ranks:
             rows = [f"  {name}: rank {rank}" for name, rank in self.ranks.items()]
             where = f"{self.num_layers} layers are replaced; ranks in one of them:"
@@ -161,7 +167,7 @@ def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -
         layers=layers_of_most,
         operations=operations_of_most,
         is_budget=True,
-        widths=narrowed_widths(view, operations_of_most),
+        is_timed=rule.unit == "time",
     )
 
 
@@ -208,7 +214,7 @@ class Planned:
 
     @property
     def lines(self) -> list[str]:
-        """All of it as text; the first line begins with the removed share in percent."""
+        """All of it as text; the first line begins with the removed share, if it is known."""
         memory = memory_lines(self.calibration, self.compensation)
         return [*self.prediction.lines, "", *memory]
 

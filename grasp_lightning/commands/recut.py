@@ -15,6 +15,7 @@ from grasp_lightning.methods.layer_choice import SCORE_KEYS
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan
 from grasp_lightning.stats.base import Needs, Statistics, Step
+from grasp_lightning.stats.linear_time import NUM_TOKENS, linear_seconds
 
 # A second decomposition may differ in the last bits, with other threads or hardware.
 _TOLERANCE: Final = 1e-4
@@ -24,15 +25,18 @@ _SCORING = ("score", "terms", "reduction")
 class StoredScores:
     """Answers what a method asks from the scores of a finished run: a ``Measure`` without data.
 
+    Times of linears are no scores: they are measured anew, which needs no data.
+
     Args:
         folder: The run folder.
+        num_tokens: Tokens that linears are given when their time is measured.
 
     Raises:
         ConfigError: If the folder holds no finished run with scores that can be cut again.
     """
 
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: str, num_tokens: int = NUM_TOKENS) -> None:
+        self._folder, self._num_tokens = folder, num_tokens
         try:
             self.plan = Plan.from_json((Path(folder) / "plan.json").read_text(encoding="utf-8"))
             self._scores = load_file(Path(folder) / "scores.safetensors")
@@ -110,10 +114,11 @@ class StoredScores:
         metric = None if step.needs.layer_metric is None else self._layer_metric(view, step.needs)
         for module in step.needs.moments:
             self._check_moments(module, step.needs)
+        seconds = linear_seconds(view, step.needs.linear_shapes, self._num_tokens)
         if step.needs.moment_kinds:
-            return Statistics(moments=self._moments)
+            return Statistics(moments=self._moments, linear_seconds=seconds)
         scores = {module: self._component_scores(module) for module in step.needs.weight_gradients}
-        return Statistics(layer_metric=metric, component_scores=scores)
+        return Statistics(layer_metric=metric, component_scores=scores, linear_seconds=seconds)
 
     def _layer_metric(self, view: DecoderView, needs: Needs) -> Tensor:
         assert needs.layer_metric is not None  # the caller asks only then

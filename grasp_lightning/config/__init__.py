@@ -28,6 +28,7 @@ from grasp_lightning.config.compensate import (
     TrainMode,
 )
 from grasp_lightning.config.compress import (
+    BudgetChoice,
     CompressConfig,
     ExportConfig,
     LayerMetric,
@@ -55,6 +56,7 @@ __all__ = [
     "CALIBRATION_STRATEGIES",
     "BatchOrder",
     "BenchmarkConfig",
+    "BudgetChoice",
     "CalibrationConfig",
     "CompensateConfig",
     "CompressConfig",

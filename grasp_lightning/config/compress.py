@@ -21,6 +21,7 @@ Weighting = Literal["none", "fisher_rows", "scale_columns", "input_gram", "kfac"
 RankChoice = Literal["uniform", "global"]
 MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
+BudgetChoice = Literal["parameters", "time"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,9 @@ class MethodConfig:
             least.
         mlp: Under a global budget, what MLPs become: factors, like all other matrices, or MLPs with
             fewer channels, where those that cost the loss least go.
+        budget: What a global budget counts: parameters, or time, which is measured for the linears
+            on the model's device. Of the linears' time goes the same share as would go of their
+            parameters; how many of these remain, the data decides.
         multiple_of: Ranks and numbers of channels are multiples of this number.
         refit: Fit what was cut once more, in the order of the layers, on what it receives in the
             compressed model: prefix, to what the dense linear gives in the dense model; residual,
@@ -74,6 +78,7 @@ class MethodConfig:
     weighting: Weighting | None = None
     ranks: RankChoice | None = None
     mlp: MlpChoice | None = None
+    budget: BudgetChoice | None = None
     multiple_of: int | None = None
     refit: RefitChoice | None = None
     gradient_damping: float | None = None

@@ -1,9 +1,9 @@
 """Ranks of all matrices, and channels of all MLPs, from one budget, by predicted loss.
 
-Legend: a matrix of ``m`` outputs and ``n`` inputs has the size ``w m n`` dense and ``w k (m + n)``
-as factors of rank ``k``, with ``w`` the size of one of its parameters. At rank ``k`` it loses the
-*tail*, the sum of its squared singular values after the first ``k``; dense it loses nothing. An MLP
-with ``k`` of its channels has the size ``w k c``, with ``c`` the parameters that belong to one, and
+Legend: a size is a number of parameters, or a time. A matrix of ``m`` outputs and ``n`` inputs has
+the size ``d`` dense and ``a + b k`` as factors of rank ``k``: counted in parameters, ``m n`` and
+``k (m + n)``. At rank ``k`` it loses the *tail*, the sum of its squared singular values after the
+first ``k``; dense it loses nothing. An MLP with ``k`` of its channels has the size ``k c``, and
 loses the sum of the losses of the others. What is said of matrices below holds for MLPs as well,
 with channels for ranks.
 
@@ -46,9 +46,12 @@ class MatrixChoice:
             descending, not negative, ``(K,)``, any float dtype. Losses of all matrices and groups
             need one unit. Components after the last cost nothing.
         min_rank: Smallest rank allowed, at least 1; rounded up to ``multiple_of``.
-        max_rank: Largest rank allowed; None allows every rank that is smaller than dense.
-        size_weight: Size of one parameter, positive, e.g. its measured time.
+        max_rank: Largest rank allowed; None allows every rank with fewer parameters than dense. In
+            any case, a rank that is no smaller than dense by its size is no option.
         multiple_of: Ranks are multiples of this number.
+        rank_size: Size of one rank ``b``, positive; None counts parameters, ``m + n``.
+        fixed_size: Size that factors of every rank have besides ``a``, not negative.
+        dense_size: Size of the dense matrix ``d``, positive; None counts parameters, ``m n``.
     """
 
     name: str
@@ -56,8 +59,10 @@ class MatrixChoice:
     squared_singular_values: Tensor
     min_rank: int = 1
     max_rank: int | None = None
-    size_weight: float = 1.0
     multiple_of: int = 1
+    rank_size: float | None = None
+    fixed_size: float = 0.0
+    dense_size: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,19 +71,17 @@ class ChannelChoice:
 
     Attributes:
         name: Unique among all matrices, MLPs and groups of an allocation.
-        channel_size: Parameters that belong to one channel.
+        channel_size: Size of one channel ``c``, positive, e.g. the parameters that belong to it.
         losses: Loss that the removal of each channel is predicted to cost beside those after it,
             descending, not negative, one per channel, any float dtype.
         min_channels: Smallest number allowed, at least 1; rounded up to ``multiple_of``.
-        size_weight: Size of one parameter, positive, e.g. its measured time.
         multiple_of: Numbers of channels are multiples of this number.
     """
 
     name: str
-    channel_size: int
+    channel_size: float
     losses: Tensor
     min_channels: int = 1
-    size_weight: float = 1.0
     multiple_of: int = 1
 
 
@@ -188,6 +191,18 @@ def allocation_at(choices: Sequence[Choice], multiplier: float) -> Allocation:
     return _allocation(solution, multiplier, solution.loss)
 
 
+def smallest_size(choices: Sequence[Choice]) -> float:
+    """Return the smallest total size that some choices allow.
+
+    Args:
+        choices: Matrices, MLPs and groups. What ``allocate`` refuses is a ``ValueError``.
+
+    Returns:
+        The smallest budget that ``allocate`` takes.
+    """
+    return _solve(_prepared(choices), math.inf).size
+
+
 class _Curve:
     """Options of one matrix or MLP, and the lower convex hull of their losses over their sizes.
 
@@ -210,20 +225,20 @@ class _Curve:
     def __init__(self, choice: MatrixChoice | ChannelChoice) -> None:
         _check_curve(choice)
         self.choice, self.name = choice, choice.name
+        fixed_size, unit_size, dense_size = _sizes(choice)
         if isinstance(choice, MatrixChoice):
-            (m, n), least = choice.shape, choice.min_rank
-            values, unit_size, dense_size = choice.squared_singular_values, m + n, m * n
-            top = largest_useful_rank(m, n)
+            values, least = choice.squared_singular_values, choice.min_rank
+            top = largest_useful_rank(*choice.shape)
             top = top if choice.max_rank is None else min(top, choice.max_rank)
         else:
-            values, least, unit_size = choice.losses, choice.min_channels, choice.channel_size
-            top, dense_size = len(values) - 1, len(values) * choice.channel_size
+            values, least, top = choice.losses, choice.min_channels, len(choice.losses) - 1
         values, unit = values.detach().double().cpu(), choice.multiple_of
-        self.ranks = list(range(-(-least // unit) * unit, top + 1, unit))
+        ranks = range(-(-least // unit) * unit, top + 1, unit)
+        self.ranks = [k for k in ranks if fixed_size + k * unit_size < dense_size]
         tails = torch.zeros(max(top, values.numel()) + 1, dtype=torch.float64)
         tails[: values.numel()] = values.flip(0).cumsum(0).flip(0)
-        self.sizes: list[float] = [choice.size_weight * k * unit_size for k in self.ranks]
-        self.sizes.append(choice.size_weight * dense_size)
+        self.sizes: list[float] = [fixed_size + k * unit_size for k in self.ranks]
+        self.sizes.append(float(dense_size))
         self.losses: list[float] = [*tails[self.ranks].tolist(), 0.0]
         self.hull, self.slopes = self._lower_hull()
 
@@ -305,6 +320,16 @@ def _prepared(choices: Sequence[Choice]) -> _Group:
         return _Group(choice, tuple(node(child) for child in children))
 
     return group(GroupChoice("", choices))
+
+
+def _sizes(choice: MatrixChoice | ChannelChoice) -> tuple[float, float, float]:
+    """Return the sizes ``(a, b, d)``; of an MLP, channels are the ranks."""
+    if isinstance(choice, ChannelChoice):
+        return 0.0, choice.channel_size, len(choice.losses) * choice.channel_size
+    m, n = choice.shape
+    rank_size = m + n if choice.rank_size is None else choice.rank_size
+    dense_size = m * n if choice.dense_size is None else choice.dense_size
+    return choice.fixed_size, rank_size, dense_size
 
 
 def _dense_size(group: _Group) -> float:
@@ -479,13 +504,21 @@ def _check_curve(choice: MatrixChoice | ChannelChoice) -> None:
         )
     if bool((values[1:] > values[:-1]).any()):
         raise ValueError(f"{field} of {choice.name} must be descending")
-    if not 0 < choice.size_weight < math.inf:
-        raise ValueError(
-            f"size_weight of {choice.name} must be positive and finite, got {choice.size_weight}"
-        )
-    counts = ("min_rank",) if is_matrix else ("min_channels", "channel_size")
-    for count in (*counts, "multiple_of"):
+    for count in ("min_rank" if is_matrix else "min_channels", "multiple_of"):
         if getattr(choice, count) < 1:
             raise ValueError(
                 f"{count} of {choice.name} must be at least 1, got {getattr(choice, count)}"
             )
+    _check_sizes(choice)
+
+
+def _check_sizes(choice: MatrixChoice | ChannelChoice) -> None:
+    is_matrix = isinstance(choice, MatrixChoice)
+    for field in ("rank_size", "dense_size") if is_matrix else ("channel_size",):
+        size: float | None = getattr(choice, field)
+        if size is not None and not 0 < size < math.inf:
+            raise ValueError(f"{field} of {choice.name} must be positive and finite, got {size}")
+    if isinstance(choice, MatrixChoice) and not 0 <= choice.fixed_size < math.inf:
+        raise ValueError(
+            f"fixed_size of {choice.name} must be finite and not negative, got {choice.fixed_size}"
+        )

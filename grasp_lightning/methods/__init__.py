@@ -66,6 +66,7 @@ def configured_rank_rule(
             num_parameters=num_parameters,
             multiple_of=config.multiple_of or 1,
             mlp=config.mlp or "factors",
+            unit=config.budget or "parameters",
         )
     if config.removed_ratio is not None:
         return BudgetRanks(removed_ratio=config.removed_ratio, num_parameters=num_parameters)

@@ -33,7 +33,7 @@ from grasp_lightning.methods.weighted import (
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
-from grasp_lightning.stats.base import Needs, Scoring, Statistics, Step
+from grasp_lightning.stats.base import Needs, Scoring, Shape, Statistics, Step
 
 ATTRIBUTION = "attribution"
 
@@ -199,7 +199,8 @@ class LowRankMethod(CompressionMethod):
                 return None
             budgeted = self._budgeted(model, layers, self._rule)
             self._rule.budget(budgeted)  # refuses what is out of reach
-            return self._curvature_step(model, budgeted.modules, None)
+            timed = budgeted.linear_shapes if self._rule.unit == "time" else ()
+            return self._curvature_step(model, budgeted.modules, None, timed)
         shapes = weight_shapes(model, plan, layers)
         ranks = self._rule.ranks(shapes)
         if not ranks:
@@ -228,12 +229,16 @@ class LowRankMethod(CompressionMethod):
         return budgeted_linears(shapes, mlps)
 
     def _curvature_step(
-        self, model: DecoderView, modules: Iterable[str], ranks: Mapping[str, int] | None
+        self,
+        model: DecoderView,
+        modules: Iterable[str],
+        ranks: Mapping[str, int] | None,
+        timed: tuple[Shape, ...] = (),
     ) -> Step:
         assert self._metric is not None  # a global budget comes with one
         asked = set(modules)
         ordered = [name for name in model.all_linears() if name in asked]
-        return curvature_step(ordered, self._metric, ranks)
+        return curvature_step(ordered, self._metric, ranks, timed)
 
     def _block_step(
         self, model: DecoderView, layers: tuple[int, ...], waiting: Mapping[str, int]
@@ -289,7 +294,7 @@ class LowRankMethod(CompressionMethod):
         losses = predicted_losses(model, tuple(budgeted.shapes), *given)
         orders = removals(model, tuple(budgeted.mlps), *given)
         losses |= {name: removal.losses.flip(0) for name, removal in orders.items()}
-        allocation = self._rule.allocation(budgeted, losses)
+        allocation = self._rule.allocation(budgeted, losses, stats.linear_seconds)
         ranks = {n: allocation.ranks[n] for n in budgeted.shapes if n in allocation.ranks}
         channels = {n: allocation.channels[n] for n in budgeted.mlps if n in allocation.channels}
         cut = truncation(model, ranks, *given)

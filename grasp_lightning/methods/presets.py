@@ -78,7 +78,8 @@ DEFAULT_KEEP_RATIO = 0.1
 DEFAULT_REMOVED_RATIO = 0.2
 _SCORING_KEYS = ("terms", "reduction", "score", "schedule", "score_all_layers")
 _DAMPING_KEYS = ("gradient_damping", "input_damping")
-_WEIGHTED_KEYS = ("weighting", "ranks", "mlp", "multiple_of", "refit", *_DAMPING_KEYS)
+_GLOBAL_KEYS = ("mlp", "budget", "multiple_of")
+_WEIGHTED_KEYS = ("weighting", "ranks", *_GLOBAL_KEYS, "refit", *_DAMPING_KEYS)
 _LOW_RANK_KEYS = ("preset", "keep_ratio", *_SCORING_KEYS, *_WEIGHTED_KEYS)
 
 
@@ -168,7 +169,7 @@ def _resolve_parts(config: MethodConfig) -> MethodConfig:
         refit=config.refit or preset.refit,
     )
     if config.ranks == "uniform":
-        _refuse_ignored(config, ("mlp", "multiple_of"), "method.ranks is uniform")
+        _refuse_ignored(config, _GLOBAL_KEYS, "method.ranks is uniform")
         return _resolve_damping(config)
     if config.multiple_of is not None and config.multiple_of < 1:
         raise ConfigError(f"method.multiple_of must be at least 1, got {config.multiple_of}")

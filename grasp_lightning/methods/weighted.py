@@ -13,23 +13,29 @@ from grasp_lightning.methods.dealing import own_weights
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import FactorizeLinear
-from grasp_lightning.stats.base import Moments, Needs, Step
+from grasp_lightning.stats.base import Moments, Needs, Shape, Step
 
 CURVATURE = "curvature"
 
 
-def curvature_step(modules: Sequence[str], metric: Metric, ranks: Mapping[str, int] | None) -> Step:
+def curvature_step(
+    modules: Sequence[str],
+    metric: Metric,
+    ranks: Mapping[str, int] | None,
+    shapes: tuple[Shape, ...] = (),
+) -> Step:
     """Return the step that measures what a metric needs of some linears.
 
     Args:
         modules: Full names of the linears, in model order.
         metric: How weights are truncated.
         ranks: Ranks that they are cut to; None leaves them to the decision.
+        shapes: Shapes of linears whose time the decision asks for.
 
     Returns:
         The step.
     """
-    needs = Needs(moments=tuple(modules), moment_kinds=metric.moment_kinds)
+    needs = Needs(moments=tuple(modules), moment_kinds=metric.moment_kinds, linear_shapes=shapes)
     return Step(name=CURVATURE, needs=needs, ranks=ranks)
 
 

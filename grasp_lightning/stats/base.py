@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -34,6 +34,10 @@ MomentKind = Literal["input_gram", "gradient_gram", "input_scale", "fisher_colum
 FORWARD_MOMENTS: frozenset[MomentKind] = frozenset({"input_gram", "input_scale"})
 
 
+Shape = tuple[int, int]
+"""Output and input features ``(N, M)`` of a linear."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
     """What a step asks to be measured; the default asks for nothing.
@@ -45,6 +49,7 @@ class Needs:
         scoring: How they are scored.
         moments: Modules whose inputs and output gradients are summed up, in model order.
         moment_kinds: What is summed up of them.
+        linear_shapes: Shapes of linears whose time is measured, which needs no data.
     """
 
     layer_metric: LayerMetric | None = None
@@ -53,6 +58,7 @@ class Needs:
     scoring: Scoring = Scoring()
     moments: tuple[str, ...] = ()
     moment_kinds: frozenset[MomentKind] = frozenset()
+    linear_shapes: tuple[Shape, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -106,6 +112,20 @@ class Moments:
     fisher_columns: Tensor | None = None
 
 
+class LinearSeconds(NamedTuple):
+    """Measured time of linears of one shape; factors of rank k take ``fixed + k per_rank``.
+
+    Attributes:
+        dense: Seconds of the dense linear.
+        fixed: Seconds that factors of every rank take besides, not negative.
+        per_rank: Seconds of one rank, positive.
+    """
+
+    dense: float
+    fixed: float
+    per_rank: float
+
+
 class MergedMoments(Mapping[str, Moments]):
     """Moments of several passes, none of them read before it is asked for.
 
@@ -138,11 +158,13 @@ class Statistics:
         component_scores: Score of every singular component, float32, ``(K,)`` per module, in nats
             per predicted token (squared reduction: nats squared per predicted token).
         moments: What was summed up of linears, by module.
+        linear_seconds: Time of linears, by shape.
     """
 
     layer_metric: Tensor | None = None
     component_scores: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Moments] = field(default_factory=dict)
+    linear_seconds: Mapping[Shape, LinearSeconds] = field(default_factory=dict)
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:

@@ -44,8 +44,10 @@ def matrices(draw: st.DrawFn, name: str = "m") -> MatrixChoice:
         squares(draw(st.lists(values, min_size=min(shape), max_size=min(shape)))),
         min_rank=min_rank,
         max_rank=draw(st.one_of(st.none(), st.integers(min_rank, 4))),
-        size_weight=draw(st.sampled_from([1.0, 1.0, 0.5, 3.0])),
         multiple_of=draw(st.sampled_from([1, 1, 2])),
+        rank_size=draw(st.sampled_from([None, None, 2.5, 9.0])),
+        fixed_size=draw(st.sampled_from([0.0, 0.0, 0.25, 20.0])),
+        dense_size=draw(st.sampled_from([None, None, 7.0, 40.5])),
     )
 
 
@@ -53,10 +55,9 @@ def matrices(draw: st.DrawFn, name: str = "m") -> MatrixChoice:
 def mlps(draw: st.DrawFn, name: str = "c") -> ChannelChoice:
     return ChannelChoice(
         name,
-        draw(st.integers(1, 12)),
+        draw(st.one_of(st.integers(1, 12), st.sampled_from([0.5, 7.25]))),
         squares(draw(st.lists(values, min_size=1, max_size=8))),
         min_channels=draw(st.integers(1, 2)),
-        size_weight=draw(st.sampled_from([1.0, 1.0, 0.5, 3.0])),
         multiple_of=draw(st.sampled_from([1, 1, 2])),
     )
 
@@ -83,7 +84,7 @@ def groups_of(draw: st.DrawFn, children: Sequence[Choice], name: str) -> GroupCh
 def options(choice: MatrixChoice | ChannelChoice) -> dict[int | None, Outcome]:
     """Size and loss for every rank or number of channels, and for dense under None."""
     if isinstance(choice, ChannelChoice):
-        unit, losses = choice.size_weight * choice.channel_size, choice.losses.tolist()
+        unit, losses = choice.channel_size, choice.losses.tolist()
         narrowed: dict[int | None, Outcome] = {
             k: (unit * k, math.fsum(losses[k:]))
             for k in range(choice.min_channels, len(losses))
@@ -93,12 +94,15 @@ def options(choice: MatrixChoice | ChannelChoice) -> dict[int | None, Outcome]:
     m, n = choice.shape
     numbers = choice.squared_singular_values.tolist()
     top = math.inf if choice.max_rank is None else choice.max_rank
+    dense = m * n if choice.dense_size is None else choice.dense_size
+    unit = m + n if choice.rank_size is None else choice.rank_size
     listed: dict[int | None, Outcome] = {
-        k: (choice.size_weight * k * (m + n), math.fsum(numbers[k:]))
+        k: (choice.fixed_size + k * unit, math.fsum(numbers[k:]))
         for k in range(choice.min_rank, min(m, n) + 1)
         if k % choice.multiple_of == 0 and k <= top and k * (m + n) < m * n
     }
-    return listed | {None: (choice.size_weight * m * n, 0.0)}
+    smaller = {k: outcome for k, outcome in listed.items() if outcome[0] < dense}
+    return smaller | {None: (dense, 0.0)}
 
 
 def outcomes(choices: Sequence[Choice]) -> list[Outcome]:

@@ -45,6 +45,18 @@ def test_resolving_twice_changes_nothing() -> None:
             MethodConfig(num_layers=2, score="magnitude", reduction="signed"),
             "method.reduction would be ignored: score magnitude needs no gradients",
         ),
+        (
+            MethodConfig(num_layers=2, budget="time"),
+            "method.budget would be ignored: method grasp scores plain components",
+        ),
+        (
+            MethodConfig(name="drop", num_layers=2, budget="time"),
+            "method.budget would be ignored: method drop deletes layers",
+        ),
+        (
+            MethodConfig(name="low_rank", keep_ratio=0.5, budget="time"),
+            "method.budget would be ignored: method.ranks is uniform",
+        ),
     ],
 )
 def test_wrong_options_are_refused_by_name(config: MethodConfig, message: str) -> None:
