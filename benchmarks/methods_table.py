@@ -43,7 +43,7 @@ METHODS = {
 _WIKITEXT = "wikitext2_raw/{part}.txt"
 _C4 = "c4/realnewslike_validation_sample.jsonl"
 _C4_CALIBRATION, _C4_TEST = "0-259", "260-519"
-_WORK = ("similarity", "attribution", "curvature", "factorize")
+_WORK = ("similarity", "attribution", "curvature", "factorize", "refit")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,12 +57,14 @@ class WeightedPreset:
         ranks: See ``MethodConfig``.
         mlp: See ``MethodConfig``.
         refit: See ``MethodConfig``.
+        input_damping: See ``MethodConfig``.
     """
 
     weighting: Weighting
     ranks: RankChoice = "uniform"
     mlp: MlpChoice = "factors"
     refit: RefitChoice = "none"
+    input_damping: float = INPUT_DAMPING
 
 
 WEIGHTED_PRESETS: Final[Mapping[PresetName, WeightedPreset]] = MappingProxyType(
@@ -73,7 +75,9 @@ WEIGHTED_PRESETS: Final[Mapping[PresetName, WeightedPreset]] = MappingProxyType(
     }
 )
 _PLAIN = WeightedPreset(weighting="none")
-_PLUS = WeightedPreset(weighting="kfac", ranks="global", mlp="channels", refit="residual")
+_PLUS = WeightedPreset(
+    weighting="kfac", ranks="global", mlp="channels", refit="residual", input_damping=1e-2
+)
 DEFAULT_KEEP_RATIO = 0.1
 DEFAULT_REMOVED_RATIO = 0.2
 _SCORING_KEYS = ("terms", "reduction", "score", "schedule", "score_all_layers")
@@ -170,7 +174,7 @@ def _resolve_parts(config: MethodConfig) -> MethodConfig:
     )
     if config.ranks == "uniform":
         _refuse_ignored(config, _GLOBAL_KEYS, "method.ranks is uniform")
-        return _resolve_damping(config)
+        return _resolve_damping(config, preset.input_damping)
     if config.multiple_of is not None and config.multiple_of < 1:
         raise ConfigError(f"method.multiple_of must be at least 1, got {config.multiple_of}")
     can_narrow = Metric(weighting=config.weighting or "none").orders_channels
@@ -179,10 +183,10 @@ def _resolve_parts(config: MethodConfig) -> MethodConfig:
             f"method.mlp channels needs method.weighting kfac or input_gram, got {config.weighting}"
         )
     config = replace(config, mlp=config.mlp or (preset.mlp if can_narrow else "factors"))
-    return _resolve_damping(config)
+    return _resolve_damping(config, preset.input_damping)
 
 
-def _resolve_damping(config: MethodConfig) -> MethodConfig:
+def _resolve_damping(config: MethodConfig, input_damping: float) -> MethodConfig:
     used = Metric(weighting=config.weighting or "none").options
     reason = f"method.weighting is {config.weighting}"
     for key in _DAMPING_KEYS:
@@ -194,7 +198,7 @@ def _resolve_damping(config: MethodConfig) -> MethodConfig:
     if config.gradient_damping is None and "gradient_damping" in used:
         config = replace(config, gradient_damping=GRADIENT_DAMPING)
     if config.input_damping is None and "input_damping" in used:
-        config = replace(config, input_damping=INPUT_DAMPING)
+        config = replace(config, input_damping=input_damping)
     return config
 
 
