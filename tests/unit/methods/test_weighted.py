@@ -248,7 +248,9 @@ def test_factors_that_are_slower_than_dense_are_never_taken() -> None:
 
 def test_a_method_with_a_budget_of_time_asks_for_times_and_removes_their_share() -> None:
     view = DecoderView(tiny_model())
-    config = resolve_method(MethodConfig(name="grasp_plus", budget="time", removed_ratio=0.3))
+    config = resolve_method(
+        MethodConfig(name="grasp_plus", budget="time", refit="none", removed_ratio=0.3)
+    )
     method = build_method(config, view)
     assert method.options["budget"] == "time"
     asked: list[Shape] = []
