@@ -46,13 +46,12 @@ class Refitter:
     """Refits the left factors of low-rank linears, and the readers of narrowed MLPs, in order.
 
     Each is fitted by least squares, with everything before it compressed and refitted already.
-    ``prefix`` takes as ``T`` what the dense linear gives in the dense model. ``residual`` does so
-    for the linears inside a block; those that write into the residual stream make good what is
-    missing there: ``T`` is the dense stream after this write less the compressed stream before it,
-    with tokens weighted by the inverse mean square of the stream, as the norm that follows divides
-    by it. In parallel blocks, attention counts as the first to write. In a layer where the stream
-    does not change by the sum of two linears' outputs, as where a norm follows them, ``residual``
-    is ``prefix``.
+    ``prefix`` takes as ``T`` what the dense linear gives in the dense model. ``residual`` fits only
+    those that write into the residual stream, and lets them make good what is missing there: ``T``
+    is the dense stream after this write less the compressed stream before it, with tokens weighted
+    by the inverse mean square of the stream, as the norm that follows divides by it. In parallel
+    blocks, attention counts as the first to write. In a layer where the stream does not change by
+    the sum of two linears' outputs, as where a norm follows them, ``residual`` is ``prefix``.
 
     The fit is pulled to the truncation that was decided on: their difference costs as much as the
     error of the fit. Without the pull it learns what is particular to the calibration text.
@@ -105,9 +104,9 @@ class Refitter:
             streams.start(first)
             for number in self._track(tuple(layers), "refit layers"):
                 cuts = by_layer.get(layers[number], [])
-                layer = _Layer(view, layers[number], cuts, refitted, streams)
+                layer = _Layer(view, layers[number], cuts, refitted, streams, mode=mode)
                 for group in layer.groups():
-                    layer.fit(group, mode)
+                    layer.fit(group)
                 layer.advance()
         attach_quantizer(view.model)
         return refitted
@@ -163,6 +162,7 @@ class _Layer:
         cuts: What is cut in it; may be nothing.
         tensors: Tensors of the cuts, changed as they are fitted.
         streams: The hidden states that enter it.
+        mode: ``prefix`` or ``residual``.
     """
 
     def __init__(
@@ -172,6 +172,8 @@ class _Layer:
         cuts: Sequence[Cut],
         tensors: dict[str, Tensor],
         streams: _Streams,
+        *,
+        mode: RefitChoice,
     ) -> None:
         self._view = view
         self._index = index
@@ -182,23 +184,27 @@ class _Layer:
         self._dense = {name: view.module(name) for cut in cuts for name in _modules(cut)}
         self._compressed = self._cut_modules()
         self._writers = self._find_writers() if cuts else None
+        self._fits_stream = mode == "residual" and self._writers is not None
 
     def groups(self) -> list[list[Cut]]:
         """Return what is fitted at a time, in the order in which the layer runs it."""
-        groups = []
-        for attention, ends in product((True, False), (False, True)):
+        writers = self._writers or ()
+        groups: list[list[Cut]] = []
+        # A writer receives what the other linears of its block give.
+        for attention, is_writer in product((True, False), (False, True)):
             group = [
                 cut
                 for cut in self._cuts
                 if self._in_attention(_name(cut)) == attention
-                and (_name(cut) in (self._writers or ())) == ends
+                and (_name(cut) in writers) == is_writer
             ]
-            groups += [group] if group else []
+            if group and (is_writer or not self._fits_stream):
+                groups.append(group)
         return groups
 
-    def fit(self, group: Sequence[Cut], mode: RefitChoice) -> None:
+    def fit(self, group: Sequence[Cut]) -> None:
         """Fit some of the cuts, with those that run before them as they are now."""
-        writers = self._writers if mode == "residual" else None
+        writers = self._writers if self._fits_stream else None
         sums: dict[str, Tensor] = {}
         with self._streams.runner.only(self._index) as run:
             for number, batch in self._streams.batches.items():

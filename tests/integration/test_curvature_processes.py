@@ -50,7 +50,22 @@ def assert_equal_decisions(first: Path, second: Path) -> None:
         for key, values in left.items():
             scale = float(values.abs().max())
             torch.testing.assert_close(right[key], values, rtol=1e-5, atol=1e-5 * scale, msg=key)
+    weights, others = (replaced_weights(folder) for folder in (first, second))
+    assert weights.keys() == others.keys()
+    for key, values in weights.items():
+        scale = float(values.abs().max())
+        torch.testing.assert_close(others[key], values, rtol=0, atol=1e-3 * scale, msg=key)
     assert not (second / "checkpoints").exists()
+
+
+def replaced_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the products of factors, whose signs are free, and the weights that were fitted."""
+    stored = load_file(folder / "factors.safetensors")
+    lefts = {key.removesuffix(".left"): key for key in stored if key.endswith(".left")}
+    products = {name: stored[key] @ stored[f"{name}.right"] for name, key in lefts.items()}
+    fitted = {key: value for key, value in stored.items() if key.endswith(".weight")}
+    assert fitted
+    return products | fitted
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
