@@ -1,24 +1,18 @@
 """The loop that compresses a model: measure, decide, apply, until nothing is left to do."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 
-from torch import Tensor
-
-from grasp_lightning.config import RefitChoice
 from grasp_lightning.methods.base import CompressionMethod, Decision
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations
-from grasp_lightning.plan import Operation, Plan
+from grasp_lightning.plan import Plan
 from grasp_lightning.stats.base import Statistics, Step
 
 Measure = Callable[[DecoderView, Step], Statistics]
 """Measures what a step needs: a Trainer in production, stored tensors in tests."""
 
-Refit = Callable[
-    [DecoderView, RefitChoice, Sequence[Operation], Mapping[str, Tensor]], Mapping[str, Tensor]
-]
-"""Fits the tensors of operations once more, on a model to which they are not yet applied."""
+Finish = Callable[[DecoderView, Decision], Decision]
+"""Completes a decision on the model to which it is not yet applied, such as by a refit."""
 
 OnStep = Callable[[Plan, Decision], None]
 """Called after each applied step with the plan so far, so that a crash loses one step at most."""
@@ -31,7 +25,7 @@ def compress(
     plan: Plan,
     on_step: OnStep,
     *,
-    refit: Refit | None = None,
+    finish: Finish | None = None,
 ) -> Plan:
     """Compress a model in place and return the complete plan.
 
@@ -41,7 +35,8 @@ def compress(
         measure: Measures what each step needs.
         plan: Decisions so far; an empty plan at the start.
         on_step: Called after each step.
-        refit: Fits tensors once more, for methods that ask for it.
+        finish: Completes each decision before it is applied; needed by methods that ask for a
+            refit.
 
     Returns:
         The plan with all operations, marked complete.
@@ -51,11 +46,10 @@ def compress(
     """
     while (step := method.next_step(model, plan)) is not None:
         decision = method.decide(step, model, measure(model, step))
-        if decision.refit != "none":
-            if refit is None:
-                raise ValueError(f"method {method.name} asks for a refit, which needs windows")
-            tensors = refit(model, decision.refit, decision.operations, decision.tensors)
-            decision = replace(decision, tensors=tensors)
+        if finish is not None:
+            decision = finish(model, decision)
+        elif decision.refit != "none":
+            raise ValueError(f"method {method.name} asks for a refit, which needs windows")
         apply_operations(model, decision.operations, decision.tensors)
         plan = plan.extended(decision.operations)
         on_step(plan, decision)

@@ -43,6 +43,16 @@ class FactorizeLinear:
     rank: int
     components: tuple[int, ...] | None
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Full names of all linears that are replaced."""
+        return (self.module,)
+
+    @property
+    def solved(self) -> str:
+        """Full name of the linear whose new weight is solved for, or its left factor."""
+        return self.module
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NarrowMlp:
@@ -65,6 +75,16 @@ class NarrowMlp:
         """Full name of the module that holds the linears."""
         return self.reader.rpartition(".")[0]
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Full names of all linears that are replaced."""
+        return (*self.writers, self.reader)
+
+    @property
+    def solved(self) -> str:
+        """Full name of the linear whose new weight is solved for."""
+        return self.reader
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DropLayers:
@@ -77,6 +97,7 @@ class DropLayers:
     layers: tuple[int, ...]
 
 
+Replacement = FactorizeLinear | NarrowMlp
 Operation = SelectLayers | FactorizeLinear | NarrowMlp | DropLayers
 
 _OPERATIONS: dict[str, type[Operation]] = {

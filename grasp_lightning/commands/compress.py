@@ -14,6 +14,7 @@ from torch import Tensor
 from callbacks.measure import TrainerMeasure, check_trainer, is_split
 from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
+from grasp_lightning.commands.finish import CUT_LOSSES, REFIT, FinishDecision
 from grasp_lightning.commands.outputs import Outcome, write_outputs
 from grasp_lightning.commands.parsing import to_dict
 from grasp_lightning.commands.phases import Phases
@@ -21,7 +22,7 @@ from grasp_lightning.commands.plan import predict
 from grasp_lightning.commands.progress import RunProgress, attempt, open_together, stored_metrics
 from grasp_lightning.commands.recut import StoredScores
 from grasp_lightning.commands.tracked import tracked_perplexity
-from grasp_lightning.config import CompressConfig, RefitChoice
+from grasp_lightning.config import CompressConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.mixture import mixture_parts
 from grasp_lightning.data.windows import (
@@ -43,17 +44,15 @@ from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh
 from grasp_lightning.models.size import count_inputs, measure_size
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.models.surgery import apply_operations
-from grasp_lightning.pipeline import Measure, Refit, compress
-from grasp_lightning.plan import Operation, Plan
+from grasp_lightning.pipeline import Finish, Measure, compress
+from grasp_lightning.plan import Plan
 from grasp_lightning.reporting.metrics import Metrics, Pair
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Statistics, Step
-from grasp_lightning.training.refit import Refitter
 
 T = TypeVar("T")
 
 _PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
-_REFIT = "refit"
 _MAX_SEED = 2**63 - 1
 _MEMORY_KEYS = "calibration.batch_size, calibration.seqlen or evaluation.batch_size"
 _SAFETY = 1.1  # tokenizer, report and logs, beside weights and factors
@@ -140,9 +139,9 @@ def _execute(
     apply_operations(view, progress.plan.operations, progress.factors)
     with TemporaryDirectory() as logs:
         measure = _timed(_measure(config, inputs, Path(logs), progress, stop), phases)
-        with phases("factorize", excluding=(*_PHASE_OF_STEP.values(), _REFIT)):
-            refit = _refit(config, inputs, phases)
-            plan = compress(view, method, measure, progress.plan, progress.add_step, refit=refit)
+        with phases("factorize", excluding=(*_PHASE_OF_STEP.values(), CUT_LOSSES, REFIT)):
+            finish = _finish(config, inputs, phases)
+            plan = compress(view, method, measure, progress.plan, progress.add_step, finish=finish)
         with run.new_folder("logs") as folder:
             shutil.copytree(logs, folder, dirs_exist_ok=True)
     sizes = Pair(dense=dense_size, compressed=measure_size(view))
@@ -230,32 +229,21 @@ def _measure(
     )
 
 
-def _refit(config: CompressConfig, inputs: _Inputs, phases: Phases) -> Refit | None:
-    data = inputs.data
-    if data is None:
-        return None
-    refitter = Refitter(data, max_bytes=config.statistics.max_memory * 1e9, track=_track)
-
-    def refit(
-        view: DecoderView,
-        mode: RefitChoice,
-        operations: Sequence[Operation],
-        tensors: Mapping[str, Tensor],
-    ) -> Mapping[str, Tensor]:
-        with phases(_REFIT):
-            return refitter(view, mode, operations, tensors)
-
-    return refit
+def _finish(config: CompressConfig, inputs: _Inputs, phases: Phases) -> Finish:
+    # Only curvature predicts what a measurement can be compared with.
+    count = config.statistics.measured_windows if config.method.weighting == "kfac" else 0
+    return FinishDecision(
+        held_out=inputs.held_out.select(range(min(count, len(inputs.held_out)))) if count else None,
+        data=inputs.data,
+        max_bytes=config.statistics.max_memory * 1e9,
+        phases=phases,
+        track=_track,
+    )
 
 
 def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
     """Load model and text, and fail early on all that does not fit."""
-    if not 0 <= config.seed <= _MAX_SEED:
-        raise ConfigError(f"seed must be from 0 to {_MAX_SEED}, got {config.seed}")
-    if not config.statistics.max_memory > 0:
-        raise ConfigError(
-            f"statistics.max_memory must be above 0 GB, got {config.statistics.max_memory}"
-        )
+    _check_numbers(config)
     check_window_options(config.calibration, "calibration")
     mixture_parts(config.calibration, "calibration")  # keys that do not fit together end the run
     check_window_options(config.evaluation, "evaluation")
@@ -293,6 +281,18 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
         hashes=hashes,
         bytes_needed=int(_SAFETY * needed),
     )
+
+
+def _check_numbers(config: CompressConfig) -> None:
+    limits = config.statistics
+    if not 0 <= config.seed <= _MAX_SEED:
+        raise ConfigError(f"seed must be from 0 to {_MAX_SEED}, got {config.seed}")
+    if not limits.max_memory > 0:
+        raise ConfigError(f"statistics.max_memory must be above 0 GB, got {limits.max_memory}")
+    if limits.measured_windows < 0:
+        raise ConfigError(
+            f"statistics.measured_windows cannot be negative, got {limits.measured_windows}"
+        )
 
 
 def _calibration(config: CompressConfig, loaded: LoadedModel, view: DecoderView) -> CalibrationData:

@@ -87,15 +87,20 @@ class MethodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsConfig:
-    """Gram matrices that grasp_plus and low_rank measure.
+    """What grasp_plus and low_rank measure.
 
     Attributes:
-        max_memory: GB that they may take; more are measured in several passes, some layers each.
-        store: Keep them in the run folder, so that ``from_scores`` can cut at another ratio.
+        max_memory: GB that Gram matrices may take, and then hidden states of a refit; more are
+            measured in several passes, some layers each, or kept in files.
+        store: Keep Gram matrices in the run folder, so that ``from_scores`` can cut at another
+            ratio.
+        measured_windows: Held-out windows on which each cut is measured by itself, for comparison
+            with what curvature predicts; 0 measures none.
     """
 
     max_memory: float = 8.0
     store: bool = True
+    measured_windows: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

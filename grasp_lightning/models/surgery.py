@@ -1,7 +1,8 @@
 """The only module that changes models: it applies the operations of a plan."""
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from grasp_lightning.plan import (
     FactorizeLinear,
     NarrowMlp,
     Operation,
+    Replacement,
     SelectLayers,
 )
 
@@ -65,6 +67,51 @@ def apply_operations(
     if is_sharded(view.model):
         gc.collect()  # a sharded module and what brings its parts together hold each other
     attach_quantizer(view.model)
+
+
+def replacements(
+    view: DecoderView, operations: Sequence[Replacement], tensors: Mapping[str, Tensor]
+) -> dict[str, nn.Module]:
+    """Return the modules that operations would put into a model, and leave it as it is.
+
+    Errors are those of ``apply_operations``.
+
+    Args:
+        view: The model.
+        operations: What would be done to its linears.
+        tensors: See ``apply_operations``.
+
+    Returns:
+        Module by the full name of the linear that it replaces; biases are those of the model.
+    """
+    replaced = {name: view.module(name) for operation in operations for name in operation.modules}
+    apply_operations(view, operations, tensors)
+    new = {name: view.module(name) for name in replaced}
+    for name, module in replaced.items():
+        view.set_module(name, module)
+    attach_quantizer(view.model)
+    return new
+
+
+@contextmanager
+def in_place_of_linears(view: DecoderView, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules into a model for the duration of a ``with`` block.
+
+    Args:
+        view: The model.
+        modules: Module by the full name of the linear that it stands in for.
+
+    Yields:
+        Nothing.
+    """
+    usual = {name: view.module(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            view.set_module(name, module)
+        yield
+    finally:
+        for name, module in usual.items():
+            view.set_module(name, module)
 
 
 def parameters_after(view: DecoderView, operations: Sequence[Operation]) -> int:

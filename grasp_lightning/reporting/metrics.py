@@ -59,6 +59,7 @@ class Seconds:
         attribution: Pass that scores singular components.
         curvature: Pass that sums up moments of linears.
         factorize: Singular value decompositions and replacement.
+        cut_losses: Measuring each cut by itself.
         refit: Fitting what was cut once more.
         save: Writing the model.
         evaluate: Perplexity before and after.
@@ -70,6 +71,7 @@ class Seconds:
     attribution: float | None = None
     curvature: float | None = None
     factorize: float | None = None
+    cut_losses: float | None = None
     refit: float | None = None
     save: float | None = None
     evaluate: float | None = None
@@ -133,8 +135,8 @@ class Metrics:
         ``{dense,compressed}``), ``source_bytes`` (int),
         ``perplexity.{dense,compressed}`` (float), ``perplexity_tokens`` (int),
         ``loss_change.{predicted,measured}`` (float, nats per token),
-        ``seconds.{load,similarity,attribution,curvature,factorize,refit,save,evaluate,total}``
-        (float),
+        ``seconds.{load,similarity,attribution,curvature,factorize,cut_losses,refit,save,evaluate,
+        total}`` (float),
         ``peak_memory_bytes`` (int), ``versions`` (package name to version),
         ``evaluation.{settings,cost,peak_memory_bytes,corpora,tasks,mean_of_seven}`` as in the
         output of ``evaluate``, and ``throughput``, the output of ``benchmark``.

@@ -33,6 +33,7 @@ _PHASES = {
     "attribution": "Score singular components",
     "curvature": "Measure the curvature of the loss",
     "factorize": "Factorise and replace",
+    "cut_losses": "Measure each cut by itself",
     "refit": "Fit what was cut once more",
     "save": "Save the model",
     "evaluate": "Evaluate before and after",
@@ -79,6 +80,7 @@ class RankRow(NamedTuple):
         kept_energy: Share of the squared Frobenius norm that is kept.
         num_beyond: Number of kept components that plain truncation would remove.
         predicted_loss: Nats per token that its truncation is predicted to cost.
+        measured_loss: What it does to the predictions by itself; empty if it was not measured.
     """
 
     layer: int
@@ -89,6 +91,7 @@ class RankRow(NamedTuple):
     kept_energy: str = ""
     num_beyond: str = ""
     predicted_loss: str = ""
+    measured_loss: str = ""
 
 
 class ChannelRow(NamedTuple):
@@ -102,6 +105,7 @@ class ChannelRow(NamedTuple):
         kept_share: Share that is kept.
         predicted_loss: Nats per token that the removal of the others is predicted to cost; empty
             if the method does not predict it.
+        measured_loss: What it does to the predictions by itself; empty if it was not measured.
     """
 
     layer: int
@@ -110,6 +114,7 @@ class ChannelRow(NamedTuple):
     num_channels: str = ""
     kept_share: str = ""
     predicted_loss: str = ""
+    measured_loss: str = ""
 
 
 def render_report(
@@ -260,6 +265,7 @@ def _rank_rows(plan: Plan, scores: Mapping[str, Tensor]) -> list[RankRow]:
         rows[module] = rows[module]._replace(
             num_components=str(len(scores[f"{module}.scores"])),
             predicted_loss=f"{losses[module]:.4f}",
+            measured_loss=_measured_text(module, scores),
         )
     return list(rows.values())
 
@@ -273,9 +279,17 @@ def _channel_rows(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) ->
             share = f"{kept / num_channels:.1%}"
             row = row._replace(num_channels=str(num_channels), kept_share=share)
         if reader in losses:
-            row = row._replace(predicted_loss=f"{losses[reader]:.4f}")
+            row = row._replace(
+                predicted_loss=f"{losses[reader]:.4f}",
+                measured_loss=_measured_text(reader, scores),
+            )
         rows.append(row)
     return rows
+
+
+def _measured_text(module: str, scores: Mapping[str, Tensor]) -> str:
+    measured = scores.get(f"{module}.measured")
+    return "" if measured is None else f"{float(measured):.4f}"
 
 
 def _data_uri(plot: Plot) -> str:

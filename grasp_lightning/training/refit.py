@@ -18,16 +18,13 @@ from grasp_lightning import processes
 from grasp_lightning.config import RefitChoice
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.linalg.regression import pulled_regression
-from grasp_lightning.models.checkpoint import attach_quantizer
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.linears import in_attention
 from grasp_lightning.models.lowrank import is_low_rank
 from grasp_lightning.models.sharding import whole
-from grasp_lightning.models.surgery import apply_operations
-from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation
+from grasp_lightning.models.surgery import in_place_of_linears, replacements
+from grasp_lightning.plan import NarrowMlp, Operation, Replacement
 from grasp_lightning.training.layer_streams import HiddenStates, LayerRunner
-
-Cut = FactorizeLinear | NarrowMlp
 
 PULL = 1.0
 RIDGE = 1e-2
@@ -108,26 +105,20 @@ class Refitter:
                 for group in layer.groups():
                     layer.fit(group)
                 layer.advance()
-        attach_quantizer(view.model)
         return refitted
 
 
-def _by_layer(view: DecoderView, operations: Sequence[Operation]) -> dict[int, list[Cut]]:
-    found: dict[int, list[Cut]] = {}
+def _by_layer(view: DecoderView, operations: Sequence[Operation]) -> dict[int, list[Replacement]]:
+    found: dict[int, list[Replacement]] = {}
     for operation in operations:
-        if isinstance(operation, Cut):
-            index = view.layer_of(_name(operation))
+        if isinstance(operation, Replacement):
+            index = view.layer_of(operation.solved)
             assert index is not None  # operations are on linears of decoder layers
             found.setdefault(index, []).append(operation)
     return found
 
 
-def _name(cut: Cut) -> str:
-    """Return the name of the linear that a cut leaves to be fitted."""
-    return cut.reader if isinstance(cut, NarrowMlp) else cut.module
-
-
-def _key(cut: Cut) -> str:
+def _key(cut: Replacement) -> str:
     return f"{cut.reader}.weight" if isinstance(cut, NarrowMlp) else f"{cut.module}.left"
 
 
@@ -169,7 +160,7 @@ class _Layer:
         self,
         view: DecoderView,
         index: int,
-        cuts: Sequence[Cut],
+        cuts: Sequence[Replacement],
         tensors: dict[str, Tensor],
         streams: _Streams,
         *,
@@ -181,28 +172,28 @@ class _Layer:
         self._tensors = tensors
         self._streams = streams
         self._prefix = f"{view.layers_name}.{index}."
-        self._dense = {name: view.module(name) for cut in cuts for name in _modules(cut)}
-        self._compressed = self._cut_modules()
+        self._dense = {name: view.module(name) for cut in cuts for name in cut.modules}
+        self._compressed = replacements(view, cuts, tensors)
         self._writers = self._find_writers() if cuts else None
         self._fits_stream = mode == "residual" and self._writers is not None
 
-    def groups(self) -> list[list[Cut]]:
+    def groups(self) -> list[list[Replacement]]:
         """Return what is fitted at a time, in the order in which the layer runs it."""
         writers = self._writers or ()
-        groups: list[list[Cut]] = []
+        groups: list[list[Replacement]] = []
         # A writer receives what the other linears of its block give.
         for attention, is_writer in product((True, False), (False, True)):
             group = [
                 cut
                 for cut in self._cuts
-                if self._in_attention(_name(cut)) == attention
-                and (_name(cut) in writers) == is_writer
+                if self._in_attention(cut.solved) == attention
+                and (cut.solved in writers) == is_writer
             ]
             if group and (is_writer or not self._fits_stream):
                 groups.append(group)
         return groups
 
-    def fit(self, group: Sequence[Cut]) -> None:
+    def fit(self, group: Sequence[Replacement]) -> None:
         """Fit some of the cuts, with those that run before them as they are now."""
         writers = self._writers if self._fits_stream else None
         sums: dict[str, Tensor] = {}
@@ -212,7 +203,7 @@ class _Layer:
                 with self._outputs() as dense:
                     run(batch, streams[0])
                 with (
-                    self._as_compressed(),
+                    in_place_of_linears(self._view, self._compressed),
                     self._outputs() as compressed,
                     self._activations(group) as inner,
                 ):
@@ -224,7 +215,7 @@ class _Layer:
                     for found in (dense, compressed, inner)
                 )
                 for cut in group:
-                    name, weights = _name(cut), batch["mask"].to(streams[0].device).float()
+                    name, weights = cut.solved, batch["mask"].to(streams[0].device).float()
                     target = dense[name]
                     if writers is not None and name in writers:
                         before, now = streams
@@ -239,39 +230,21 @@ class _Layer:
                     _add(sums, name, inner[name], target, weights)
         sums = processes.summed(sums)
         for cut in group:
-            name, key = _name(cut), _key(cut)
+            name, key = cut.solved, _key(cut)
             cross, gram = sums[f"{name}:cross"], sums[f"{name}:gram"]
             prior = self._tensors[key].to(cross.device)
             fitted = pulled_regression(cross, gram, prior, pull=PULL, ridge=RIDGE)
             self._tensors[key] = fitted.to(self._tensors[key])
-        self._compressed = self._cut_modules()
+        self._compressed = replacements(self._view, self._cuts, self._tensors)
 
     def advance(self) -> None:
         """Let the hidden states of both models pass through the layer."""
         with self._streams.runner.only(self._index) as run:
             for number, batch in self._streams.batches.items():
                 self._streams.dense[number] = run(batch, self._streams.dense[number])
-                with self._as_compressed():
+                with in_place_of_linears(self._view, self._compressed):
                     left = run(batch, self._streams.compressed[number])
                 self._streams.compressed[number] = left
-
-    def _cut_modules(self) -> dict[str, nn.Module]:
-        apply_operations(self._view, self._cuts, self._tensors)
-        compressed = {name: self._view.module(name) for name in self._dense}
-        self._put(self._dense)
-        return compressed
-
-    def _put(self, modules: Mapping[str, nn.Module]) -> None:
-        for name, module in modules.items():
-            self._view.set_module(name, module)
-
-    @contextmanager
-    def _as_compressed(self) -> Iterator[None]:
-        self._put(self._compressed)
-        try:
-            yield
-        finally:
-            self._put(self._dense)
 
     def _in_attention(self, name: str) -> bool:
         return in_attention(name.removeprefix(self._prefix))
@@ -287,11 +260,11 @@ class _Layer:
             yield found
 
     @contextmanager
-    def _activations(self, group: Sequence[Cut]) -> Iterator[dict[str, Tensor]]:
+    def _activations(self, group: Sequence[Replacement]) -> Iterator[dict[str, Tensor]]:
         """Note what the parts that are fitted receive; the layer is compressed."""
         found: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            for name in map(_name, group):
+            for name in (cut.solved for cut in group):
                 module = self._compressed[name]
                 inner = module.left if is_low_rank(module) else module
                 assert isinstance(inner, nn.Module)  # attributes of modules have no narrower type
@@ -321,10 +294,6 @@ class _Layer:
             if float(rest.norm()) <= _UNEXPLAINED * scale:
                 writers = _Writers(*pair)
         return processes.gather(writers)[0]
-
-
-def _modules(cut: Cut) -> tuple[str, ...]:
-    return (*cut.writers, cut.reader) if isinstance(cut, NarrowMlp) else (cut.module,)
 
 
 def _rows(value: Tensor, hidden: Tensor) -> Tensor:

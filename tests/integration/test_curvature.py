@@ -53,6 +53,11 @@ def test_the_budget_is_spent_over_all_layers(cut: Path) -> None:
     assert plan["method"] == "grasp_plus"
     assert plan["options"]["weighting"] == "kfac"
     assert metrics["seconds"]["curvature"] > 0
+    assert metrics["seconds"]["refit"] > 0
+    scores = load_file(cut / "scores.safetensors")
+    solved = {op.get("module", op.get("reader")) for op in plan["operations"]} - {None}
+    assert all(float(scores[f"{name}.measured"]) >= 0 for name in solved)
+    assert "Measured: mean divergence" in (cut / "report.html").read_text()
     assert {op["kind"] for op in plan["operations"]} == {
         "select_layers",
         "factorize_linear",
@@ -75,10 +80,17 @@ def test_presets_of_other_methods_reach_the_ratio(
 
 
 def test_another_ratio_from_stored_statistics_is_that_of_a_run_that_measures(
-    settings: list[str], cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: list[str],
+    cut: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     measured = tmp_path / "measured"
     assert main(["compress", *settings, *plus(0.3), f"--output_dir={measured}"]) == 0
+    words = ["--from_scores", str(cut), "--calibration.num_samples=4"]
+    assert main(["compress", *words, f"--output_dir={tmp_path / 'other'}"]) == 2
+    assert "method.refit goes over the calibration text again" in capsys.readouterr().err
     monkeypatch.setattr(
         "callbacks.measure.TrainerMeasure.__call__", lambda *_: pytest.fail("a pass was made")
     )
@@ -168,9 +180,11 @@ def test_little_memory_takes_more_passes_to_the_same_plan(
 def test_statistics_are_not_kept_where_that_is_not_wanted(
     settings: list[str], tmp_path: Path
 ) -> None:
-    words = [*plus(0.2), "--statistics.store=false", f"--output_dir={tmp_path / 'run'}"]
-    assert main(["compress", *settings, *words]) == 0
+    words = [*plus(0.2), "--statistics.store=false", "--statistics.measured_windows=0"]
+    assert main(["compress", *settings, *words, f"--output_dir={tmp_path / 'run'}"]) == 0
     assert not list((tmp_path / "run").glob("statistics*"))
+    assert not [k for k in load_file(tmp_path / "run/scores.safetensors") if "measured" in k]
+    assert read(tmp_path / "run", "metrics.json")["seconds"]["cut_losses"] is None
 
 
 @pytest.mark.parametrize(
@@ -186,6 +200,7 @@ def test_statistics_are_not_kept_where_that_is_not_wanted(
         (["--method.budget=flops"], "expected one of parameters, time"),
         (["--method.ranks=uniform", "--method.budget=time"], "method.ranks is uniform"),
         (["--statistics.max_memory=0"], "statistics.max_memory must be above 0"),
+        (["--statistics.measured_windows=-1"], "statistics.measured_windows cannot be negative"),
         (
             ["--method.name=low_rank", "--method.preset=paper"],
             "method.preset paper does not belong to method low_rank, which has: svd_llm",

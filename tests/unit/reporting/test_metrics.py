@@ -36,6 +36,7 @@ KEYS = {
     "seconds.attribution",
     "seconds.curvature",
     "seconds.factorize",
+    "seconds.cut_losses",
     "seconds.refit",
     "seconds.save",
     "seconds.evaluate",

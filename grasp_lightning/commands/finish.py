@@ -1,0 +1,72 @@
+"""What happens to a decision before it is applied: cuts are measured, tensors are refitted."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from grasp_lightning.commands.phases import Phases
+from grasp_lightning.data.datamodules import CalibrationData
+from grasp_lightning.data.windows import TokenWindows
+from grasp_lightning.evaluation.cut_losses import cut_losses
+from grasp_lightning.methods.base import Decision, Track
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.plan import Replacement
+from grasp_lightning.training.refit import Refitter
+
+CUT_LOSSES, REFIT = "cut_losses", "refit"
+_MAX_TOKENS = 512  # of a window on which cuts are measured: a second set of logits is kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishDecision:
+    """Measures the cuts of a decision one by one, and refits their tensors, if that is asked for.
+
+    Attributes:
+        held_out: Windows on which cuts are measured; none measure nothing.
+        data: Windows of a refit; None where there is none.
+        max_bytes: Memory for hidden states of a refit.
+        phases: Take the time of both.
+        track: Shows the progress.
+    """
+
+    held_out: TokenWindows | None
+    data: CalibrationData | None
+    max_bytes: float
+    phases: Phases
+    track: Track
+
+    def __call__(self, view: DecoderView, decision: Decision) -> Decision:
+        """Return the decision as it is applied.
+
+        Args:
+            view: The dense model.
+            decision: What a method has decided.
+
+        Returns:
+            The decision, with ``<module>.measured`` among the scores of every cut that is measured,
+            and refitted tensors.
+
+        Raises:
+            ValueError: If a refit is asked for, and there are no windows for it.
+        """
+        cuts = [op for op in decision.operations if isinstance(op, Replacement)]
+        if self.held_out is not None and cuts:
+            with self.phases(CUT_LOSSES):
+                batch = _first_tokens(self.held_out)
+                losses = cut_losses(view, cuts, decision.tensors, batch, self.track)
+            measured = {f"{name}.measured": torch.tensor([loss]) for name, loss in losses.items()}
+            decision = replace(decision, scores={**decision.scores, **measured})
+        if decision.refit == "none":
+            return decision
+        if self.data is None:
+            raise ValueError("a refit needs windows")
+        refitter = Refitter(self.data, max_bytes=self.max_bytes, track=self.track)
+        with self.phases(REFIT):
+            tensors = refitter(view, decision.refit, decision.operations, decision.tensors)
+        return replace(decision, tensors=tensors)
+
+
+def _first_tokens(windows: TokenWindows) -> dict[str, Tensor]:
+    batch = windows.batch(range(len(windows)))
+    return {k: value[:, :_MAX_TOKENS] if value.dim() > 1 else value for k, value in batch.items()}

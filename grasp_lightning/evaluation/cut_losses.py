@@ -1,0 +1,54 @@
+"""What each cut of a compression does to the predictions by itself."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from grasp_lightning import processes
+from grasp_lightning.models.decoder import DecoderView, frozen
+from grasp_lightning.models.next_token import distillation_losses, forward_inputs
+from grasp_lightning.models.sharding import is_sharded
+from grasp_lightning.models.surgery import in_place_of_linears, replacements
+from grasp_lightning.plan import Replacement
+
+
+@torch.no_grad()
+def cut_losses(
+    view: DecoderView,
+    cuts: Sequence[Replacement],
+    tensors: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    track: Callable[[Sequence[str], str], Iterable[str]],
+) -> dict[str, float]:
+    """Return how far each cut alone moves the predictions of the dense model.
+
+    The distance is the mean Kullback-Leibler divergence from the dense predictions, in nats per
+    predicted token. Half the curvature of the loss, with labels drawn from the model, is its
+    leading term. Several processes share the cuts, unless they share one model.
+
+    Args:
+        view: The dense model; each cut is put in and taken out again.
+        cuts: What is measured.
+        tensors: Their tensors, see ``apply_operations``.
+        batch: Windows to measure on, as ``TokenWindows.batch`` gives them.
+        track: Shows the progress.
+
+    Returns:
+        Divergence by the name of the solved linear, in the order of the cuts; the same in all
+        processes.
+    """
+    given = {key: value.to(view.model.device) for key, value in batch.items()}
+    ids, targets = given["input_ids"], given["targets"]
+    by_name = {cut.solved: cut for cut in cuts}
+    names = list(by_name) if is_sharded(view.model) else processes.own_share(list(by_name))
+    own: dict[str, float] = {}
+    with frozen(view.model):
+        dense = view.model(**forward_inputs(given)).logits
+        for name in track(names, "measure each cut"):
+            with in_place_of_linears(view, replacements(view, [by_name[name]], tensors)):
+                logits = view.model(**forward_inputs(given)).logits
+            losses = distillation_losses(logits, dense, ids, targets, temperature=1.0, mix=1.0)
+            own[name] = float(losses.double().mean())
+    found = {name: loss for part in processes.gather(own) for name, loss in part.items()}
+    return {name: found[name] for name in by_name}
