@@ -36,7 +36,8 @@ class MethodConfig:
         layer_metric: How redundant layers are found when ``num_layers`` is given.
         num_layers: Number of decoder layers to replace or delete.
         layers: Explicit indices of decoder layers instead of ``num_layers``.
-        keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1).
+        keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1); under a
+            global budget, of the parameters of all linears together.
         removed_ratio: Share of all the model's parameters to remove, instead of one of
             ``num_layers`` and ``keep_ratio``.
         terms: Parameters of a component that are scored: all of u, s, v, or s alone.
