@@ -214,7 +214,10 @@ def _compress(job: _Job, config: MethodConfig) -> Plan:
 def _one_shot(job: _Job) -> _Outcome:
     settings = job.settings
     return _ours(
-        MethodConfig(preset="paper", layers=settings.layers, keep_ratio=settings.keep_ratio), job
+        MethodConfig(
+            name="grasp", preset="paper", layers=settings.layers, keep_ratio=settings.keep_ratio
+        ),
+        job,
     )
 
 
@@ -222,14 +225,20 @@ def _one_shot_choosing(job: _Job) -> _Outcome:
     settings = job.settings
     num_layers = len(settings.layers)
     return _ours(
-        MethodConfig(preset="paper", num_layers=num_layers, keep_ratio=settings.keep_ratio), job
+        MethodConfig(
+            name="grasp", preset="paper", num_layers=num_layers, keep_ratio=settings.keep_ratio
+        ),
+        job,
     )
 
 
 def _iterative(job: _Job) -> _Outcome:
     settings = job.settings
     return _ours(
-        MethodConfig(preset="released", layers=settings.layers, keep_ratio=settings.keep_ratio), job
+        MethodConfig(
+            name="grasp", preset="released", layers=settings.layers, keep_ratio=settings.keep_ratio
+        ),
+        job,
     )
 
 

@@ -204,7 +204,8 @@ def _calibrate(case: Case, loaded: LoadedModel, peaks: _Peaks) -> None:
         shard(loaded.model, process_mesh(_CPU), _CPU)
     layers = view.layer_indices[-case.num_layers :]
     method = build_method(
-        resolve_method(MethodConfig(preset="paper", layers=layers, keep_ratio=0.1)), view
+        resolve_method(MethodConfig(name="grasp", preset="paper", layers=layers, keep_ratio=0.1)),
+        view,
     )
     trainer = TrainerConfig(devices=case.num_processes, strategy=case.strategy)
     measure_step = TrainerMeasure(data, trainer, progress=False)

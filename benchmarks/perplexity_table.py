@@ -58,31 +58,31 @@ ROWS = (
         name="paper_one_shot",
         label="preset paper",
         schedule="one_shot",
-        method=MethodConfig(preset="paper"),
+        method=MethodConfig(name="grasp", preset="paper"),
     ),
     Row(
         name="paper_iterative",
         label="paper's scores",
         schedule="iterative",
-        method=MethodConfig(preset="paper", schedule="iterative"),
+        method=MethodConfig(name="grasp", preset="paper", schedule="iterative"),
     ),
     Row(
         name="released_iterative",
         label="preset released",
         schedule="iterative",
-        method=MethodConfig(preset="released"),
+        method=MethodConfig(name="grasp", preset="released"),
     ),
     Row(
         name="released_one_shot",
         label="released's scores",
         schedule="one_shot",
-        method=MethodConfig(preset="released", schedule="one_shot"),
+        method=MethodConfig(name="grasp", preset="released", schedule="one_shot"),
     ),
     Row(
         name="magnitude",
         label="largest singular values",
         schedule="",
-        method=MethodConfig(score="magnitude"),
+        method=MethodConfig(name="grasp", score="magnitude"),
     ),
 )
 

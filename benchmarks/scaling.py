@@ -94,6 +94,7 @@ def _measure(case: Case, model: Path) -> Record:
         words = [
             *(sys.executable, "-m", "grasp_lightning", "compress"),
             f"--model.path={model}",
+            "--method.name=grasp",
             f"--method.num_layers={case.layers}",
             "--calibration.source=pydoc",
             f"--calibration.num_samples={case.windows}",

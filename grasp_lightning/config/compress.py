@@ -29,13 +29,15 @@ class MethodConfig:
     """What is removed, and how it is chosen.
 
     Attributes:
-        name: Compression method: grasp, the paper's; grasp_plus, ranks by loss curvature under one
-            budget; low_rank, parts or a preset of one's own choice; drop, deletion of layers.
-        preset: Named set of options; it fills only keys that are not set.
+        name: Compression method: grasp_plus, ranks and channels by loss curvature under one budget;
+            grasp, the paper's; low_rank, parts or a preset of one's own choice; drop, deletion of
+            layers.
+        preset: Named set of options of grasp or low_rank; it fills only keys that are not set.
         layer_metric: How redundant layers are found when ``num_layers`` is given.
         num_layers: Number of decoder layers to replace or delete.
         layers: Explicit indices of decoder layers instead of ``num_layers``.
-        keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1).
+        keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1); under a
+            global budget, of the parameters of all linears together.
         removed_ratio: Share of all the model's parameters to remove, instead of one of
             ``num_layers`` and ``keep_ratio``.
         terms: Parameters of a component that are scored: all of u, s, v, or s alone.
@@ -63,7 +65,7 @@ class MethodConfig:
         input_damping: The same for the Gram matrix of inputs.
     """
 
-    name: MethodName = "grasp"
+    name: MethodName = "grasp_plus"
     preset: PresetName | None = None
     layer_metric: LayerMetric | None = None
     num_layers: int | None = None

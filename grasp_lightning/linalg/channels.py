@@ -66,8 +66,10 @@ def removal_order(
         damping: Share of the mean of the diagonal of ``C`` that is added to it.
 
     Returns:
-        Order and losses, on the weight's device. A weight, a Gram matrix or a root of another shape
-        is a ``ValueError``.
+        Order and losses, on the weight's device.
+
+    Raises:
+        ValueError: If the shapes do not fit, or ``left`` is no root.
     """
     _check(weight, channel_gram)
     if problem := root_problem("left", left, weight.shape[0]):

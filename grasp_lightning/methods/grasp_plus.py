@@ -25,12 +25,15 @@ def grasp_plus(
     A change D of a weight costs ``tr(A D C D^T) / 2`` nats per token, with C the mean of x x^T over
     the inputs of the linear, and A that of g g^T over the loss gradients by its outputs. The
     decomposition in this metric gives components whose losses are comparable across all matrices of
-    the model, and one Lagrange multiplier decides which stay dense, and at which rank the others
-    go. There is no choice of layers beforehand, and no score beside the singular value.
+    the model. MLPs lose hidden channels, priced in the same metric with the others refitted. One
+    Lagrange multiplier decides what stays dense, and at which rank or width the rest goes; at last,
+    what writes into the residual stream is fitted to what the stream lacks. There is no choice of
+    layers beforehand, and no score beside the singular value.
 
     It takes from GRASP (arXiv:2501.00339) that loss gradients on little text decide; from SVD-LLM
     (arXiv:2403.07378) the Gram matrix of inputs as a metric; from K-FAC (arXiv:1503.05671) the
-    curvature as a product of two Gram matrices; from Shoham and Gersho (1988) the allocation.
+    curvature as a product of two Gram matrices; from the optimal brain surgeon (1993) and ZipLM
+    (arXiv:2302.04089) the removal of channels; from Shoham and Gersho (1988) the allocation.
 
     Args:
         layers: Layers that may be compressed.

@@ -137,7 +137,12 @@ def resolve_method(config: MethodConfig) -> MethodConfig:
 
 def _resolve_weighted(config: MethodConfig) -> MethodConfig:
     """Return the options of a method that truncates in a metric, all layers by default."""
-    _refuse_ignored(config, _SCORING_KEYS, f"method {config.name} keeps the largest components")
+    _refuse_ignored(
+        config,
+        _SCORING_KEYS,
+        f"method {config.name} keeps the largest components",
+        remedy="set method.name=grasp",
+    )
     if config.layers is not None or config.num_layers is not None:
         config = _resolve_layers(config)
     else:
@@ -161,7 +166,10 @@ def _resolve_weighted(config: MethodConfig) -> MethodConfig:
 
 def _resolve_parts(config: MethodConfig) -> MethodConfig:
     if config.name == "grasp_plus":
-        _refuse_ignored(config, ("preset",), "method grasp_plus is one; see low_rank")
+        owner = "grasp" if config.preset in PRESETS else "low_rank"
+        _refuse_ignored(
+            config, ("preset",), "method grasp_plus is one", remedy=f"set method.name={owner}"
+        )
         preset = _PLUS
     else:
         name = _checked_preset(config, tuple(WEIGHTED_PRESETS))
@@ -281,7 +289,10 @@ def _checked_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def _refuse_ignored(config: MethodConfig, keys: tuple[str, ...], reason: str) -> None:
+def _refuse_ignored(
+    config: MethodConfig, keys: tuple[str, ...], reason: str, *, remedy: str | None = None
+) -> None:
     ignored = [f"method.{key}" for key in keys if getattr(config, key) is not None]
     if ignored:
-        raise ConfigError(f"{', '.join(ignored)} would be ignored: {reason}; leave it unset")
+        advice = "leave it unset" if remedy is None else f"{remedy}, or leave it unset"
+        raise ConfigError(f"{', '.join(ignored)} would be ignored: {reason}; {advice}")

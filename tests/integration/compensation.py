@@ -12,6 +12,7 @@ def compressed_folder(folder: Path, family: str = "llama") -> Path:
     model = save_tiny(folder / "tiny", family, max_position_embeddings=256)
     argv = [
         f"--model.path={model}",
+        "--method.name=grasp",
         "--method.num_layers=1",
         "--method.keep_ratio=0.5",
         "--calibration.source=pydoc",

@@ -55,7 +55,9 @@ def test_the_hand_made_fit_gives_the_pipeline_s_plan(family: str, metric: LayerM
         ReplaceRedundantLayers(keep_ratio=0.3),
         epochs=2,
     )
-    plan = by_pipeline(pipe, MethodConfig(num_layers=2, layer_metric=metric, keep_ratio=0.3))
+    plan = by_pipeline(
+        pipe, MethodConfig(name="grasp", num_layers=2, layer_metric=metric, keep_ratio=0.3)
+    )
     assert module.plan is not None
     assert module.plan.to_json() == plan.to_json()
     assert plan.complete
@@ -71,7 +73,9 @@ def test_explicit_layers_need_one_epoch() -> None:
         ReplaceRedundantLayers(keep_ratio=0.3),
         epochs=1,
     )
-    config = MethodConfig(layers=(0, 2), keep_ratio=0.3, terms="sigma", reduction="signed")
+    config = MethodConfig(
+        name="grasp", layers=(0, 2), keep_ratio=0.3, terms="sigma", reduction="signed"
+    )
     plan = by_pipeline(tiny_model(), config)
     assert module.plan is not None
     assert module.plan.to_json() == plan.to_json()

@@ -31,6 +31,7 @@ def settings(tiny_folder: Path, tmp_path: Path) -> list[str]:
     return [
         f"--model.path={tiny_folder}",
         f"--output_dir={tmp_path / 'run'}",
+        "--method.name=grasp",
         "--method.num_layers=2",
         "--method.keep_ratio=0.3",
         "--calibration.source=pydoc",
@@ -165,6 +166,44 @@ def test_every_family_and_method_reloads_with_the_measured_perplexity(
     assert reloaded["perplexity"]["dense"] == pytest.approx(
         metrics["perplexity"]["compressed"], rel=1e-6
     )
+
+
+def test_layers_and_a_ratio_alone_are_a_budget_of_these_layers(
+    settings: list[str], tmp_path: Path
+) -> None:
+    chosen = [word for word in settings if not word.startswith("--method.name=")]
+    assert main(["compress", *chosen]) == 0
+    plan = Plan.from_json((tmp_path / "run" / "plan.json").read_text())
+    assert plan.method == "grasp_plus"
+    assert len(plan.selected_layers or ()) == 2
+    parameters = read_metrics(tmp_path / "run")["parameters"]
+    layer = count_parameters(tiny_model().get_submodule("model.layers.0"))
+    removed = parameters["dense"] - parameters["compressed"]
+    assert removed == pytest.approx(2 * 0.7 * layer, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [
+        ("--method.preset=paper", "method.preset"),
+        ("--method.score=taylor", "method.score"),
+        ("--method.terms=full", "method.terms"),
+        ("--method.schedule=iterative", "method.schedule"),
+    ],
+)
+def test_options_of_grasp_without_its_name_are_one_line(
+    option: str,
+    key: str,
+    settings: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chosen = [word for word in settings if not word.startswith("--method.name=")]
+    assert main(["compress", *chosen, option]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{key} would be ignored: " in line
+    assert "set method.name=grasp, or leave it unset" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_bfloat16_models_stay_bfloat16(settings: list[str], tmp_path: Path) -> None:
@@ -447,6 +486,7 @@ def test_plan_reproduces_the_paper_s_table_6(
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
     argv = [
         f"--model.path={tmp_path}",
+        "--method.name=grasp",
         "--method.num_layers=8",
         f"--method.keep_ratio={keep_ratio}",
     ]
@@ -542,7 +582,7 @@ def test_plan_solves_a_share_of_llama_2_7b(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
-    keys = ["--method.num_layers=8", "--method.removed_ratio=0.216"]
+    keys = ["--method.name=grasp", "--method.num_layers=8", "--method.removed_ratio=0.216"]
     assert main(["plan", f"--model.path={tmp_path}", *keys]) == 0
     assert capsys.readouterr().out.splitlines()[0].startswith("21.6% of 6,738,415,616")
 
@@ -561,8 +601,8 @@ def test_plan_tells_the_memory_of_llama_2_7b(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
-    argv = [f"--model.path={tmp_path}", "--method.num_layers=8", "--trainer.devices=4"]
-    assert main(["plan", *argv]) == 0
+    argv = [f"--model.path={tmp_path}", "--method.name=grasp", "--method.num_layers=8"]
+    assert main(["plan", *argv, "--trainer.devices=4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("21.6%")
     assert "Memory per process, in GB" in "\n".join(lines)

@@ -216,7 +216,8 @@ def test_a_compressed_run_gets_a_card_that_tells_where_it_comes_from(tmp_path: P
     dense = save_tiny(tmp_path / "tiny-llama")
     (dense / "LICENSE").write_text("Do what you like.\n")
     (dense / "README.md").write_text("---\nlicense: mit\n---\nA tiny model.\n")
-    words = ["--method.num_layers=2", "--method.keep_ratio=0.3", "--calibration.num_samples=2"]
+    words = ["--method.name=grasp", "--method.num_layers=2", "--method.keep_ratio=0.3"]
+    words += ["--calibration.num_samples=2"]
     words += ["--evaluation.num_samples=1", "--evaluation.seqlen=32", "--calibration.seqlen=32"]
     words += ["--calibration.source=pydoc", "--evaluation.source=pydoc"]
     run = tmp_path / "run"

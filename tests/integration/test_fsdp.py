@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow  # every process imports torch and transformers
 
 SHARED = ["--trainer.devices=2", "--trainer.strategy=fsdp"]
 METHODS = {
-    "one_shot": ["--method.preset=paper", "--method.keep_ratio=0.3"],
-    "iterative": ["--method.preset=released", "--method.keep_ratio=0.3"],
+    "one_shot": ["--method.name=grasp", "--method.preset=paper", "--method.keep_ratio=0.3"],
+    "iterative": ["--method.name=grasp", "--method.preset=released", "--method.keep_ratio=0.3"],
     "drop": ["--method.name=drop"],
 }
 # With biases and tied embeddings, and without.

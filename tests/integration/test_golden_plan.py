@@ -29,7 +29,7 @@ def tiny_plan() -> Plan:
     model, config = tiny_model(), CalibrationConfig(batch_size=2)
     data = CalibrationData(config, byte_tokenizer(), windows=seeded_windows())
     method = build_method(
-        resolve_method(MethodConfig(num_layers=2, keep_ratio=0.3)), DecoderView(model)
+        resolve_method(MethodConfig(name="grasp", num_layers=2, keep_ratio=0.3)), DecoderView(model)
     )
     inputs = {"model": model_hash(model), **data.fingerprint}
     plan = Plan(method=method.name, options=method.options, inputs=inputs)

@@ -14,6 +14,7 @@ from tests.conftest import byte_tokenizer, save_tiny
 def settings(tiny_folder: Path) -> list[str]:
     return [
         f"--model.path={tiny_folder}",
+        "--method.name=grasp",
         "--method.num_layers=2",
         "--method.keep_ratio=0.3",
         "--calibration.num_samples=8",

@@ -62,8 +62,9 @@ def test_a_run_writes_replays_and_exports_narrowed_mlps(
         for part in ("calibration", "evaluation")
         for key in ("source=pydoc", "num_samples=2", "seqlen=32")
     ]
-    words = [f"--model.path={source}", f"--output_dir={run}", "--method.keep_ratio=0.3"]
-    assert main(["compress", *words, *windows, "--method.num_layers=2"]) == 0
+    words = [f"--model.path={source}", f"--output_dir={run}", "--method.name=grasp"]
+    words += ["--method.num_layers=2", "--method.keep_ratio=0.3"]
+    assert main(["compress", *words, *windows]) == 0
 
     decided = Plan.from_json((run / "plan.json").read_text())
     assert list(decided.channels.values()) == [24, 24]

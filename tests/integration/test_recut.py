@@ -15,6 +15,7 @@ from tests.conftest import save_tiny
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         f"--model.path={save_tiny(tmp_path_factory.mktemp('model') / 'tiny')}",
+        "--method.name=grasp",
         "--calibration.source=pydoc",
         "--calibration.num_samples=4",
         "--calibration.seqlen=32",

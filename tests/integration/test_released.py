@@ -23,7 +23,7 @@ KEEP_RATIO = 0.3
 def run_preset(family: str, batch_size: int = 1) -> tuple[DecoderView, Plan, Decision]:
     """Compress by the preset; the last item has the tensors and scores of all steps."""
     view = DecoderView(tiny_model(family))
-    config = MethodConfig(preset="released", layers=LAYERS, keep_ratio=KEEP_RATIO)
+    config = MethodConfig(name="grasp", preset="released", layers=LAYERS, keep_ratio=KEEP_RATIO)
     method = build_method(resolve_method(config), view)
     data = CalibrationData(
         CalibrationConfig(batch_size=batch_size), byte_tokenizer(), windows=seeded_windows()
@@ -68,6 +68,6 @@ def test_the_batch_size_changes_nothing() -> None:
 
 
 def test_the_preset_differs_from_the_paper_s() -> None:
-    resolved = resolve_method(MethodConfig(preset="released", layers=LAYERS))
+    resolved = resolve_method(MethodConfig(name="grasp", preset="released", layers=LAYERS))
     assert (resolved.terms, resolved.reduction) == ("sigma", "signed")
     assert (resolved.score, resolved.schedule) == ("taylor", "iterative")

@@ -30,6 +30,7 @@ KILLS = {
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         f"--model.path={save_tiny(tmp_path_factory.mktemp('model') / 'tiny')}",
+        "--method.name=grasp",
         "--method.num_layers=2",
         "--method.keep_ratio=0.3",
         "--calibration.source=pydoc",

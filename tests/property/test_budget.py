@@ -76,7 +76,7 @@ def test_a_share_of_a_number_of_layers_is_met_or_out_of_reach(
     family: str, width: int, share: float, count: int
 ) -> None:
     view = dense_view(family, width)
-    config = MethodConfig(removed_ratio=share, num_layers=count)
+    config = MethodConfig(name="grasp", removed_ratio=share, num_layers=count)
     prediction = solved(view, config)
     if prediction is not None:
         check_share(view, config, prediction)
@@ -89,7 +89,7 @@ def test_a_share_of_explicit_layers_is_met_or_out_of_reach(
     family: str, width: int, share: float, layers: tuple[int, ...]
 ) -> None:
     view = dense_view(family, width)
-    config = MethodConfig(removed_ratio=share, layers=layers)
+    config = MethodConfig(name="grasp", removed_ratio=share, layers=layers)
     prediction = solved(view, config)
     if prediction is not None:
         check_share(view, config, prediction)
@@ -101,17 +101,19 @@ def test_a_share_at_a_keep_ratio_takes_the_fewest_layers_and_gives_back_the_rest
     family: str, width: int, share: float, keep_ratio: float
 ) -> None:
     view = dense_view(family, width)
-    config = MethodConfig(removed_ratio=share, keep_ratio=keep_ratio)
+    config = MethodConfig(name="grasp", removed_ratio=share, keep_ratio=keep_ratio)
     prediction = solved(view, config)
     assume(prediction is not None)
     assert prediction is not None
     check_share(view, config, prediction)
     count = prediction.num_layers
-    uniform = predict(view, resolve_method(MethodConfig(num_layers=count, keep_ratio=keep_ratio)))
+    uniform = predict(
+        view, resolve_method(MethodConfig(name="grasp", num_layers=count, keep_ratio=keep_ratio))
+    )
     assert uniform.most <= prediction.most
     assert all(prediction.ranks[name] >= rank for name, rank in uniform.ranks.items())
     if count > 1:
-        fewer = MethodConfig(num_layers=count - 1, keep_ratio=keep_ratio)
+        fewer = MethodConfig(name="grasp", num_layers=count - 1, keep_ratio=keep_ratio)
         too_much = predict(view, resolve_method(fewer)).most
         assert prediction.dense - too_much < round(share * prediction.dense)
 
@@ -136,7 +138,8 @@ def test_a_larger_share_leaves_fewer_parameters(
 ) -> None:
     view = dense_view(family, width)
     smaller, larger = (
-        solved(view, MethodConfig(removed_ratio=share, num_layers=count)) for share in sorted(pair)
+        solved(view, MethodConfig(name="grasp", removed_ratio=share, num_layers=count))
+        for share in sorted(pair)
     )
     assume(smaller is not None and larger is not None)
     assert smaller is not None
@@ -150,7 +153,9 @@ def test_the_compressed_model_has_the_predicted_size(
     family: str, share: float, layers: tuple[int, ...], schedule: Schedule
 ) -> None:
     config = resolve_method(
-        MethodConfig(removed_ratio=share, layers=layers, score="magnitude", schedule=schedule)
+        MethodConfig(
+            name="grasp", removed_ratio=share, layers=layers, score="magnitude", schedule=schedule
+        )
     )
     view = DecoderView(tiny_model(family))
     try:

@@ -206,6 +206,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         "compress",
         f"--model.path={save_tiny(tmp_path_factory.mktemp('model') / 'tiny')}",
+        "--method.name=grasp",
         "--method.num_layers=1",
         "--method.keep_ratio=0.3",
         "--calibration.source=pydoc",

@@ -50,7 +50,9 @@ def removed(prediction: Prediction) -> float:
 def test_a_share_of_llama_2_7b_is_solved_for_the_ratio_of_the_paper(
     llama_2_7b: DecoderView, removed_ratio: float, keep_ratio: float
 ) -> None:
-    prediction = predicted(llama_2_7b, MethodConfig(removed_ratio=removed_ratio, num_layers=8))
+    prediction = predicted(
+        llama_2_7b, MethodConfig(name="grasp", removed_ratio=removed_ratio, num_layers=8)
+    )
     assert prediction.lines[0].startswith(f"{removed_ratio:.1%} of 6,738,415,616")
     one_unit = (4096 + 11008) / 6_738_415_616
     assert 0 <= removed(prediction) - removed_ratio < one_unit
@@ -65,12 +67,14 @@ def test_a_share_of_llama_2_7b_is_solved_for_the_ratio_of_the_paper(
 def test_a_share_and_a_keep_ratio_take_the_fewest_layers_of_llama_2_7b(
     llama_2_7b: DecoderView,
 ) -> None:
-    one = removed(predicted(llama_2_7b, MethodConfig(num_layers=1, keep_ratio=0.1)))
-    prediction = predicted(llama_2_7b, MethodConfig(removed_ratio=0.2, keep_ratio=0.1))
+    one = removed(predicted(llama_2_7b, MethodConfig(name="grasp", num_layers=1, keep_ratio=0.1)))
+    prediction = predicted(
+        llama_2_7b, MethodConfig(name="grasp", removed_ratio=0.2, keep_ratio=0.1)
+    )
     assert prediction.num_layers == 8
     assert 7 * one < 0.2 < 8 * one
     assert removed(prediction) == pytest.approx(0.2, abs=3e-6)
-    uniform = predicted(llama_2_7b, MethodConfig(num_layers=8, keep_ratio=0.1))
+    uniform = predicted(llama_2_7b, MethodConfig(name="grasp", num_layers=8, keep_ratio=0.1))
     # What 8 layers remove beyond the target goes back as rank.
     assert uniform.most < prediction.most
     assert all(prediction.ranks[name] > rank for name, rank in uniform.ranks.items())
@@ -79,8 +83,8 @@ def test_a_share_and_a_keep_ratio_take_the_fewest_layers_of_llama_2_7b(
 def test_a_share_that_whole_layers_remove_exactly_takes_just_these() -> None:
     view = DecoderView(meta_model("llama"))
     for count in (1, 2, 3, 4):
-        exact = predicted(view, MethodConfig(num_layers=count, keep_ratio=0.3))
-        config = MethodConfig(removed_ratio=removed(exact), keep_ratio=0.3)
+        exact = predicted(view, MethodConfig(name="grasp", num_layers=count, keep_ratio=0.3))
+        config = MethodConfig(name="grasp", removed_ratio=removed(exact), keep_ratio=0.3)
         solved = predicted(view, config)
         assert (solved.num_layers, solved.most) == (count, exact.most)
         assert solved.ranks == exact.ranks
@@ -95,7 +99,7 @@ def test_deletion_takes_the_nearest_number_of_layers(
     # One layer is 3.003 % of the model, 3.5 of them 10.51 %, 30 of them 90.1 %.
     for config in (
         MethodConfig(name="drop", removed_ratio=removed_ratio),
-        MethodConfig(removed_ratio=removed_ratio, keep_ratio=0.0),
+        MethodConfig(name="grasp", removed_ratio=removed_ratio, keep_ratio=0.0),
     ):
         prediction = predicted(llama_2_7b, config)
         assert prediction.num_layers == count
@@ -106,9 +110,9 @@ def test_deletion_takes_the_nearest_number_of_layers(
 def test_layers_are_resolved_only_where_they_are_not_given() -> None:
     view = DecoderView(meta_model("llama"))
     for config in (
-        MethodConfig(num_layers=2, keep_ratio=0.3),
-        MethodConfig(layers=(1, 3), removed_ratio=0.1),
-        MethodConfig(num_layers=3, removed_ratio=0.1),
+        MethodConfig(name="grasp", num_layers=2, keep_ratio=0.3),
+        MethodConfig(name="grasp", layers=(1, 3), removed_ratio=0.1),
+        MethodConfig(name="grasp", num_layers=3, removed_ratio=0.1),
     ):
         resolved = resolve_method(config)
         assert resolve_num_layers(resolved, view) == resolved
@@ -116,7 +120,7 @@ def test_layers_are_resolved_only_where_they_are_not_given() -> None:
 
 def test_weights_of_explicit_layers_are_the_budget() -> None:
     view = DecoderView(meta_model("llama"))
-    prediction = predicted(view, MethodConfig(layers=(0, 3), removed_ratio=0.15))
+    prediction = predicted(view, MethodConfig(name="grasp", layers=(0, 3), removed_ratio=0.15))
     assert removed(prediction) == pytest.approx(0.15, abs=1e-3)
     assert prediction.num_layers == 2
 
@@ -134,13 +138,13 @@ def test_a_budget_of_time_promises_no_number_of_parameters() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        MethodConfig(num_layers=2, removed_ratio=0.6),
-        MethodConfig(layers=(1,), removed_ratio=0.5),
-        MethodConfig(num_layers=4, removed_ratio=0.001),
-        MethodConfig(keep_ratio=0.3, removed_ratio=0.7),
+        MethodConfig(name="grasp", num_layers=2, removed_ratio=0.6),
+        MethodConfig(name="grasp", layers=(1,), removed_ratio=0.5),
+        MethodConfig(name="grasp", num_layers=4, removed_ratio=0.001),
+        MethodConfig(name="grasp", keep_ratio=0.3, removed_ratio=0.7),
         MethodConfig(name="drop", removed_ratio=0.8),
         MethodConfig(name="drop", removed_ratio=0.01),
-        MethodConfig(keep_ratio=0.0, removed_ratio=0.99),
+        MethodConfig(name="grasp", keep_ratio=0.0, removed_ratio=0.99),
     ],
 )
 def test_both_ends_of_the_feasible_range_that_a_refusal_prints_can_be_had(
@@ -192,34 +196,34 @@ def test_layers_of_two_sizes_give_a_share_within_the_tolerance_whichever_are_cho
             view.set_module(name, nn.Linear(columns, rows + 16, bias=False))
         elif name.endswith("down_proj"):
             view.set_module(name, nn.Linear(columns + 16, rows, bias=False))
-    prediction = predicted(view, MethodConfig(num_layers=1, removed_ratio=0.1))
+    prediction = predicted(view, MethodConfig(name="grasp", num_layers=1, removed_ratio=0.1))
     for size in (prediction.most, prediction.least):
         assert 1 - size / prediction.dense == pytest.approx(0.1, abs=80 / prediction.dense)
     # Four small layers would do, but the share must be there for any choice.
-    solved = predicted(view, MethodConfig(keep_ratio=0.3, removed_ratio=0.25))
+    solved = predicted(view, MethodConfig(name="grasp", keep_ratio=0.3, removed_ratio=0.25))
     assert solved.most >= solved.least
     assert 1 - solved.most / count_parameters(model) == pytest.approx(0.25, abs=2e-3)
 
 
 CONTRADICTIONS: list[tuple[MethodConfig, tuple[str, ...]]] = [
     (
-        MethodConfig(removed_ratio=0.1, num_layers=2, keep_ratio=0.3),
+        MethodConfig(name="grasp", removed_ratio=0.1, num_layers=2, keep_ratio=0.3),
         ("method.removed_ratio", "method.keep_ratio", "method.num_layers"),
     ),
     (
-        MethodConfig(removed_ratio=0.1, layers=(2,), keep_ratio=0.0),
+        MethodConfig(name="grasp", removed_ratio=0.1, layers=(2,), keep_ratio=0.0),
         ("method.removed_ratio", "method.keep_ratio", "method.layers"),
     ),
     (
-        MethodConfig(removed_ratio=0.1, layers=(2,), num_layers=1),
+        MethodConfig(name="grasp", removed_ratio=0.1, layers=(2,), num_layers=1),
         ("method.num_layers", "method.layers"),
     ),
     (
-        MethodConfig(removed_ratio=0.1),
+        MethodConfig(name="grasp", removed_ratio=0.1),
         ("method.removed_ratio", "method.num_layers", "method.layers", "method.keep_ratio"),
     ),
     (
-        MethodConfig(removed_ratio=0.1, layers=(1,), layer_metric="angular"),
+        MethodConfig(name="grasp", removed_ratio=0.1, layers=(1,), layer_metric="angular"),
         ("method.layer_metric",),
     ),
     (
@@ -233,7 +237,7 @@ CONTRADICTIONS: list[tuple[MethodConfig, tuple[str, ...]]] = [
     (MethodConfig(name="drop", removed_ratio=0.1, keep_ratio=0.3), ("method.keep_ratio",)),
     (MethodConfig(name="drop", removed_ratio=0.1, schedule="iterative"), ("method.schedule",)),
     (
-        MethodConfig(num_layers=1, schedule="iterative", score_all_layers=True),
+        MethodConfig(name="grasp", num_layers=1, schedule="iterative", score_all_layers=True),
         ("method.score_all_layers", "schedule iterative"),
     ),
 ]
@@ -252,14 +256,14 @@ def test_keys_that_contradict_each_other_are_named(
 @pytest.mark.parametrize("removed_ratio", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_a_share_outside_zero_and_one_is_refused(removed_ratio: float) -> None:
     with pytest.raises(ConfigError, match=r"method\.removed_ratio must be above 0 and below 1"):
-        resolve_method(MethodConfig(removed_ratio=removed_ratio, num_layers=2))
+        resolve_method(MethodConfig(name="grasp", removed_ratio=removed_ratio, num_layers=2))
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        MethodConfig(removed_ratio=0.1, num_layers=2),
-        MethodConfig(removed_ratio=0.1, keep_ratio=0.3),
+        MethodConfig(name="grasp", removed_ratio=0.1, num_layers=2),
+        MethodConfig(name="grasp", removed_ratio=0.1, keep_ratio=0.3),
         MethodConfig(name="drop", removed_ratio=0.2),
     ],
 )

@@ -65,7 +65,9 @@ class Recorded:
 
 
 def iterative(family: str, config: MethodConfig | None = None) -> CompressionMethod:
-    config = config or MethodConfig(num_layers=2, keep_ratio=0.3, schedule="iterative")
+    config = config or MethodConfig(
+        name="grasp", num_layers=2, keep_ratio=0.3, schedule="iterative"
+    )
     return build_method(resolve_method(config), DecoderView(tiny_model(family)))
 
 
@@ -132,7 +134,7 @@ def test_each_block_is_scored_on_the_model_with_all_before_it_replaced(family: s
 
 
 def test_scores_differ_from_one_shot_below_the_first_block() -> None:
-    config = MethodConfig(num_layers=2, keep_ratio=0.3, schedule="one_shot")
+    config = MethodConfig(name="grasp", num_layers=2, keep_ratio=0.3, schedule="one_shot")
     _, _, first = run("llama", iterative("llama"))
     _, _, second = run("llama", iterative("llama", config))
     one_shot = second.decisions[1].scores
@@ -151,7 +153,13 @@ def test_magnitude_chooses_the_same_by_either_schedule(family: str) -> None:
             family,
             iterative(
                 family,
-                MethodConfig(layers=(0, 2), keep_ratio=0.3, score="magnitude", schedule=schedule),
+                MethodConfig(
+                    name="grasp",
+                    layers=(0, 2),
+                    keep_ratio=0.3,
+                    score="magnitude",
+                    schedule=schedule,
+                ),
             ),
         )
         for schedule in ("one_shot", "iterative")
@@ -172,7 +180,11 @@ def test_a_run_goes_on_after_every_step_to_the_same_bytes(
     family: str, keep_ratio: float | None, removed_ratio: float | None
 ) -> None:
     config = MethodConfig(
-        num_layers=2, keep_ratio=keep_ratio, removed_ratio=removed_ratio, schedule="iterative"
+        name="grasp",
+        num_layers=2,
+        keep_ratio=keep_ratio,
+        removed_ratio=removed_ratio,
+        schedule="iterative",
     )
     method = iterative(family, config)
     whole, final, recorded = run(family, method)
@@ -191,7 +203,10 @@ def test_ranks_of_a_budget_do_not_depend_on_the_schedule() -> None:
     ranks = [
         run(
             "llama",
-            iterative("llama", MethodConfig(num_layers=2, removed_ratio=0.12, schedule=schedule)),
+            iterative(
+                "llama",
+                MethodConfig(name="grasp", num_layers=2, removed_ratio=0.12, schedule=schedule),
+            ),
         )[1].ranks
         for schedule in ("one_shot", "iterative")
     ]
@@ -202,7 +217,7 @@ def test_a_linear_that_cannot_get_smaller_stays_and_ends_the_run() -> None:
     # With sides of 4 and 1, rank 1 costs 5 parameters and the weight 4.
     sizes = {"hidden_size": 4, "intermediate_size": 1, "num_key_value_heads": 1}
     view, recorded = DecoderView(tiny_model("llama", **sizes)), Recorded()
-    config = MethodConfig(layers=(1, 2), keep_ratio=0.5, schedule="iterative")
+    config = MethodConfig(name="grasp", layers=(1, 2), keep_ratio=0.5, schedule="iterative")
     method = build_method(resolve_method(config), view)
     plan = compress(view, method, measure, Plan(method=method.name), recorded)
     names = {name.rpartition(".")[2] for name in plan.ranks}
@@ -223,7 +238,9 @@ def test_every_family_has_its_blocks(family: str) -> None:
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_shapes_stay_the_same_while_weights_are_replaced(family: str) -> None:
-    method = iterative(family, MethodConfig(layers=(1,), keep_ratio=0.3, score="magnitude"))
+    method = iterative(
+        family, MethodConfig(name="grasp", layers=(1,), keep_ratio=0.3, score="magnitude")
+    )
     view, plan = DecoderView(tiny_model(family)), Plan(method="grasp")
     before = weight_shapes(view, plan, (0, 1))
     plan = compress(view, method, measure, plan, lambda *_: None)

@@ -105,7 +105,9 @@ def test_keep_ratio_zero_deletes_the_layers() -> None:
 
 
 def test_magnitude_needs_no_pass_and_keeps_the_largest_singular_values() -> None:
-    config = resolve_method(MethodConfig(layers=(2,), score="magnitude", keep_ratio=0.3))
+    config = resolve_method(
+        MethodConfig(name="grasp", layers=(2,), score="magnitude", keep_ratio=0.3)
+    )
     view = DecoderView(tiny_model())
     method = build_method(config, view)
     asked = []

@@ -21,7 +21,7 @@ def run(family: str, *, is_cached: bool) -> tuple[list[Statistics], list[int], P
     data = CalibrationData(
         CalibrationConfig(source="pydoc", num_samples=3, seqlen=24, batch_size=2), byte_tokenizer()
     )
-    config = MethodConfig(layers=(1, 3), keep_ratio=0.3, schedule="iterative")
+    config = MethodConfig(name="grasp", layers=(1, 3), keep_ratio=0.3, schedule="iterative")
     measure = TrainerMeasure(data, progress=False)
     measured, calls = [], [0]
     norm = next(m for name, m in view.layer(0).named_modules() if "norm" in name.lower())
