@@ -17,35 +17,37 @@ from grasp_lightning.training.hidden_cache import hand_through, with_hidden
 
 
 class HiddenStates:
-    """Hidden states of batches, in memory up to a limit and on disk beyond it.
+    """Hidden states by name and batch, in memory up to a limit and on disk beyond it.
 
     Args:
         folder: Where files go; it must be there.
-        name: Beginning of the names of files, unique in the folder.
         limit: Bytes that may be in memory.
     """
 
-    def __init__(self, folder: Path, name: str, limit: float) -> None:
+    def __init__(self, folder: Path, limit: float) -> None:
         self._folder = folder
-        self._name = name
         self._limit = limit
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._bytes = 0
 
-    def __getitem__(self, batch: int) -> Tensor:
-        """Return the hidden states of a batch, ``(B, T, D)``."""
-        kept = self._kept.get(batch)
-        return torch.load(self._path(batch)) if kept is None else kept
+    def __getitem__(self, place: tuple[str, int]) -> Tensor:
+        """Return the hidden states of a name and batch, ``(B, T, D)``."""
+        kept = self._kept.get(place)
+        return torch.load(self._path(place)) if kept is None else kept
 
-    def __setitem__(self, batch: int, hidden: Tensor) -> None:
-        """Keep the hidden states of a batch in place of earlier ones."""
-        self._kept.pop(batch, None)
-        if hidden.nbytes + sum(h.nbytes for h in self._kept.values()) <= self._limit:
-            self._kept[batch] = hidden
+    def __setitem__(self, place: tuple[str, int], hidden: Tensor) -> None:
+        """Keep hidden states in place of earlier ones of the same name and batch."""
+        earlier = self._kept.pop(place, None)
+        self._bytes -= 0 if earlier is None else earlier.nbytes
+        if self._bytes + hidden.nbytes <= self._limit:
+            self._kept[place] = hidden
+            self._bytes += hidden.nbytes
         else:
-            torch.save(hidden, self._path(batch))
+            torch.save(hidden, self._path(place))
 
-    def _path(self, batch: int) -> Path:
-        return self._folder / f"{self._name}-{batch:06d}.pt"
+    def _path(self, place: tuple[str, int]) -> Path:
+        name, batch = place
+        return self._folder / f"{name}-{batch:06d}.pt"
 
 
 class LayerRunner:
@@ -64,14 +66,16 @@ class LayerRunner:
 
     @torch.no_grad()
     def inputs_of(
-        self, index: int, batches: Mapping[int, Mapping[str, Tensor]], into: HiddenStates
-    ) -> None:
-        """Keep what enters a layer when the model runs as it is.
+        self, index: int, batches: Mapping[int, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield what enters a layer when the model runs as it is.
 
         Args:
             index: The layer's number in the original model.
             batches: Batches of windows, by number.
-            into: Where the hidden states are kept, under the same numbers.
+
+        Yields:
+            Number of a batch, and the hidden states, ``(B, T, D)``.
         """
         layer = self._view.layer(index)
         for number, batch in batches.items():
@@ -91,7 +95,7 @@ class LayerRunner:
                 handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
                 stack.callback(handle.remove)
                 self._call(batch)
-            into[number] = found[0]
+            yield number, found[0]
 
     @contextmanager
     def only(self, index: int) -> Iterator[Callable[[Mapping[str, Tensor], Tensor], Tensor]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from grasp_lightning import processes
@@ -30,6 +31,7 @@ PULL = 1.0
 RIDGE = 1e-2
 # Of the change that a layer makes: what its two writers may leave unexplained, in low precision.
 _UNEXPLAINED = 0.05
+_DENSE, _COMPRESSED, _LEAVING = "dense", "compressed", "leaving"
 
 
 class _Writers(NamedTuple):
@@ -97,7 +99,7 @@ class Refitter:
         first, last = min(by_layer), max(by_layer)
         layers = {str(i): i for i in view.layer_indices if first <= i <= last}
         with TemporaryDirectory() as folder, frozen(view.model):
-            streams = _Streams(view, self._data, Path(folder), self._max_bytes / 2)
+            streams = _Streams(view, self._data, HiddenStates(Path(folder), self._max_bytes))
             streams.start(first)
             for number in self._track(tuple(layers), "refit layers"):
                 cuts = by_layer.get(layers[number], [])
@@ -125,12 +127,9 @@ def _key(cut: Replacement) -> str:
 class _Streams:
     """Hidden states of the dense and of the compressed model, for the windows of this process."""
 
-    def __init__(
-        self, view: DecoderView, data: CalibrationData, folder: Path, limit: float
-    ) -> None:
+    def __init__(self, view: DecoderView, data: CalibrationData, hidden: HiddenStates) -> None:
         self.runner = LayerRunner(view)
-        self.dense = HiddenStates(folder, "dense", limit)
-        self.compressed = HiddenStates(folder, "compressed", limit)
+        self.hidden = hidden
         windows = data.windows
         self.batches: dict[int, dict[str, Tensor]] = {
             number: windows.batch(rows) if rows else windows.padding()
@@ -139,9 +138,8 @@ class _Streams:
 
     def start(self, index: int) -> None:
         """Take what enters a layer below which nothing is compressed."""
-        self.runner.inputs_of(index, self.batches, self.dense)
-        for number in self.batches:
-            self.compressed[number] = self.dense[number]
+        for number, entering in self.runner.inputs_of(index, self.batches):
+            self.hidden[_DENSE, number] = self.hidden[_COMPRESSED, number] = entering
 
 
 class _Layer:
@@ -176,6 +174,8 @@ class _Layer:
         self._compressed = replacements(view, cuts, tensors)
         self._writers = self._find_writers() if cuts else None
         self._fits_stream = mode == "residual" and self._writers is not None
+        self._outputs = tuple(self._writers or ()) if self._fits_stream else tuple(self._dense)
+        self._run_dense()
 
     def groups(self) -> list[list[Replacement]]:
         """Return what is fitted at a time, in the order in which the layer runs it."""
@@ -195,39 +195,22 @@ class _Layer:
 
     def fit(self, group: Sequence[Replacement]) -> None:
         """Fit some of the cuts, with those that run before them as they are now."""
-        writers = self._writers if self._fits_stream else None
         sums: dict[str, Tensor] = {}
-        with self._streams.runner.only(self._index) as run:
+        with (
+            self._streams.runner.only(self._index) as run,
+            in_place_of_linears(self._view, self._compressed),
+            self._noted_outputs() as outputs,
+            self._noted_activations(group) as inner,
+        ):
             for number, batch in self._streams.batches.items():
-                streams = self._streams.dense[number], self._streams.compressed[number]
-                with self._outputs() as dense:
-                    run(batch, streams[0])
-                with (
-                    in_place_of_linears(self._view, self._compressed),
-                    self._outputs() as compressed,
-                    self._activations(group) as inner,
-                ):
-                    run(batch, streams[1])
+                entering = self._streams.hidden[_COMPRESSED, number]
+                run(batch, entering)
                 if len(batch["index"]) == 0:  # padding
                     continue
-                dense, compressed, inner = (
-                    {name: _rows(value, streams[0]) for name, value in found.items()}
-                    for found in (dense, compressed, inner)
-                )
                 for cut in group:
-                    name, weights = cut.solved, batch["mask"].to(streams[0].device).float()
-                    target = dense[name]
-                    if writers is not None and name in writers:
-                        before, now = streams
-                        if name == writers.mlp:
-                            before = before + dense[writers.attention]
-                            now = now + compressed[writers.attention]
-                        after = before + target
-                        target = after - now
-                        weights = weights / after.float().square().mean(-1)
-                    bias = getattr(self._dense[name], "bias", None)
-                    target = target if bias is None else target - whole(bias)
-                    _add(sums, name, inner[name], target, weights)
+                    target, weights = self._target(cut.solved, number, outputs)
+                    weights = weights * batch["mask"].to(weights)
+                    _add(sums, cut.solved, inner[cut.solved], target, weights)
         sums = processes.summed(sums)
         for cut in group:
             name, key = cut.solved, _key(cut)
@@ -239,28 +222,61 @@ class _Layer:
 
     def advance(self) -> None:
         """Let the hidden states of both models pass through the layer."""
-        with self._streams.runner.only(self._index) as run:
+        hidden = self._streams.hidden
+        with (
+            self._streams.runner.only(self._index) as run,
+            in_place_of_linears(self._view, self._compressed),
+        ):
             for number, batch in self._streams.batches.items():
-                self._streams.dense[number] = run(batch, self._streams.dense[number])
-                with in_place_of_linears(self._view, self._compressed):
-                    left = run(batch, self._streams.compressed[number])
-                self._streams.compressed[number] = left
+                hidden[_COMPRESSED, number] = run(batch, hidden[_COMPRESSED, number])
+                hidden[_DENSE, number] = hidden[_LEAVING, number]
+
+    def _run_dense(self) -> None:
+        """Keep what the dense layer gives, and what those of its linears give that targets need."""
+        hidden = self._streams.hidden
+        with self._streams.runner.only(self._index) as run, self._noted_outputs() as outputs:
+            for number, batch in self._streams.batches.items():
+                entering = hidden[_DENSE, number]
+                hidden[_LEAVING, number] = run(batch, entering)
+                for name in self._outputs:
+                    # Under one name in all layers: those of earlier layers are of no use.
+                    place = name.removeprefix(self._prefix), number
+                    hidden[place] = _rows(outputs[name], entering)
+
+    def _target(
+        self, name: str, number: int, compressed: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return what a linear should give without its bias, and the weights of all tokens."""
+        hidden = self._streams.hidden
+        target = hidden[name.removeprefix(self._prefix), number]
+        weights = torch.ones(target.shape[:-1], device=target.device)
+        if self._fits_stream:
+            assert self._writers is not None  # without them, nothing is fitted to the stream
+            before, now = hidden[_DENSE, number], hidden[_COMPRESSED, number]
+            if name == self._writers.mlp:
+                attention = self._writers.attention
+                before = before + hidden[attention.removeprefix(self._prefix), number]
+                now = now + _rows(compressed[attention], now)
+            after = before + target
+            target, weights = after - now, 1 / after.float().square().mean(-1)
+        bias = getattr(self._dense[name], "bias", None)
+        return (target if bias is None else target - whole(bias)), weights
 
     def _in_attention(self, name: str) -> bool:
         return in_attention(name.removeprefix(self._prefix))
 
     @contextmanager
-    def _outputs(self) -> Iterator[dict[str, Tensor]]:
-        """Note what the cut linears and the writers give, as the layer is now."""
+    def _noted_outputs(self) -> Iterator[dict[str, Tensor]]:
+        """Note what linears give of which targets are made, as the layer is now."""
         found: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            for name in {*self._dense, *(self._writers or ())}:
+            for name in self._outputs:
                 handle = self._view.module(name).register_forward_hook(_noting(found, name))
                 stack.callback(handle.remove)
             yield found
 
     @contextmanager
-    def _activations(self, group: Sequence[Replacement]) -> Iterator[dict[str, Tensor]]:
+    def _noted_activations(self, group: Sequence[Replacement]) -> Iterator[dict[str, Tensor]]:
         """Note what the parts that are fitted receive; the layer is compressed."""
         found: dict[str, Tensor] = {}
         with ExitStack() as stack:
@@ -275,7 +291,7 @@ class _Layer:
     def _find_writers(self) -> _Writers | None:
         """Return the two linears whose outputs add up to what the layer changes, if there are."""
         number, batch = next(iter(self._streams.batches.items()))
-        linears, entering = self._view.linears(self._index), self._streams.dense[number]
+        linears, entering = self._view.linears(self._index), self._streams.hidden[_DENSE, number]
         found: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for name in self._view.dense_modules(self._index):
