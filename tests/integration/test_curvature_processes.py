@@ -49,7 +49,9 @@ def assert_equal_decisions(first: Path, second: Path) -> None:
         assert left.keys() == right.keys()
         for key, values in left.items():
             scale = float(values.abs().max())
-            torch.testing.assert_close(right[key], values, rtol=1e-5, atol=1e-5 * scale, msg=key)
+            # A divergence is what is left of terms as large as the loss itself.
+            rtol, atol = (1e-2, 1e-6) if "measured" in key else (1e-5, 1e-5 * scale)
+            torch.testing.assert_close(right[key], values, rtol=rtol, atol=atol, msg=key)
     weights, others = (replaced_weights(folder) for folder in (first, second))
     assert weights.keys() == others.keys()
     for key, values in weights.items():
