@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from grasp_lightning import processes
 from grasp_lightning.linalg.channels import Removal
 from grasp_lightning.methods.base import Decision, Track
-from grasp_lightning.methods.dealing import own_weights
+from grasp_lightning.methods.dealing import dealt
 from grasp_lightning.methods.weighted import moments_beside, weights_of
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView
@@ -85,12 +84,12 @@ def removals(
     Returns:
         Removal by reader, on the CPU.
     """
-    own: dict[str, Removal] = {}
-    for name, weight in own_weights(weights_of(view, readers), track, "order channels"):
-        removal = metric.removal(weight, moments_beside(weight, moments.get(name)))
-        own[name] = Removal(*(part.cpu() for part in removal))
-    found = {name: value for part in processes.gather(own) for name, value in part.items()}
-    return {name: found[name] for name in readers}
+
+    def removal(name: str, weight: Tensor) -> Removal:
+        found = metric.removal(weight, moments_beside(weight, moments.get(name)))
+        return Removal(*(part.cpu() for part in found))
+
+    return dict(dealt(weights_of(view, readers), removal, track, "order channels"))
 
 
 def narrow_operations(
@@ -136,14 +135,10 @@ def narrowing(
         The operations, with the weight of each reader on what stays.
     """
     kept = {operation.reader: operation.channels for operation in operations}
-    own: dict[str, Tensor] = {}
-    for name, weight in own_weights(weights_of(view, kept), track, "narrow"):
-        beside = moments_beside(weight, moments.get(name))
-        own[name] = metric.narrowed(weight, beside, kept[name]).cpu()
-    tensors = {
-        f"{name}.weight": processes.shared(
-            own.pop(name, None), position % processes.num_processes()
-        )
-        for position, name in enumerate(kept)
-    }
+
+    def narrowed(name: str, weight: Tensor) -> Tensor:
+        return metric.narrowed(weight, moments_beside(weight, moments.get(name)), kept[name]).cpu()
+
+    narrow = dealt(weights_of(view, kept), narrowed, track, "narrow")
+    tensors = {f"{name}.weight": weight for name, weight in narrow}
     return Decision(operations=operations, tensors=tensors)

@@ -5,11 +5,10 @@ from dataclasses import fields
 
 from torch import Tensor
 
-from grasp_lightning import processes
 from grasp_lightning.linalg.factors import balanced_factors
 from grasp_lightning.linalg.weightings import even_norms
 from grasp_lightning.methods.base import Decision, Track
-from grasp_lightning.methods.dealing import own_weights
+from grasp_lightning.methods.dealing import dealt
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import FactorizeLinear
@@ -58,14 +57,11 @@ def predicted_losses(
     Returns:
         ``(K,)`` by module, descending, float64, on the CPU.
     """
-    weights = weights_of(view, modules)
-    own = {
-        name: metric.losses(weight, moments_beside(weight, moments.get(name))).cpu()
-        for name, weight in own_weights(weights, track, "predict losses")
-    }
-    parts = processes.gather(own)
-    found = {name: losses for part in parts for name, losses in part.items()}
-    return {name: found[name] for name in modules}
+
+    def losses(name: str, weight: Tensor) -> Tensor:
+        return metric.losses(weight, moments_beside(weight, moments.get(name))).cpu()
+
+    return dict(dealt(weights_of(view, modules), losses, track, "predict losses"))
 
 
 def truncation(
@@ -88,22 +84,21 @@ def truncation(
         One ``FactorizeLinear`` per rank with its factors, and as scores what dropping each
         component costs.
     """
-    own: dict[str, tuple[Tensor, ...]] = {}
-    for name, weight in own_weights(weights_of(view, ranks), track, "factorize"):
+
+    def factors_of(name: str, weight: Tensor) -> tuple[Tensor, ...]:
         basis = metric.decompose(weight, moments_beside(weight, moments.get(name)))
         factors = balanced_factors(even_norms(basis), range(ranks[name]))
         scores = metric.of_singular_values(basis.s)
-        own[name] = tuple(part.cpu() for part in (*factors, basis.s, scores))
+        return tuple(part.cpu() for part in (*factors, basis.s, scores))
+
     operations: list[FactorizeLinear] = []
     tensors: dict[str, Tensor] = {}
     stored: dict[str, Tensor] = {}
-    for position, (name, rank) in enumerate(ranks.items()):
-        left, right, values, scores = processes.shared(
-            own.pop(name, None), position % processes.num_processes()
-        )
+    for name, found in dealt(weights_of(view, ranks), factors_of, track, "factorize"):
+        left, right, values, scores = found
         tensors |= {f"{name}.left": left, f"{name}.right": right}
         stored |= {f"{name}.singular_values": values.float(), f"{name}.scores": scores.float()}
-        operations.append(FactorizeLinear(module=name, rank=rank, components=None))
+        operations.append(FactorizeLinear(module=name, rank=ranks[name], components=None))
     return Decision(operations=tuple(operations), tensors=tensors, scores=stored)
 
 
