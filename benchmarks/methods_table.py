@@ -1,16 +1,18 @@
 """Measures methods at several shares of removed parameters, on two texts, as one table.
 
-Each cell is a run folder as ``compress`` writes it, and a file with the perplexity on the second
-text. What is finished is read, not measured again, so that a killed run goes on when the same
-command is run again.
+Each cell is a run folder as ``compress`` writes it, and a file with the perplexities of its model.
+What is finished is read, not measured again, so that a killed run goes on when the same command is
+run again.
 """
 
 import argparse
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,11 @@ METHODS = {
 }
 _WIKITEXT = "wikitext2_raw/{part}.txt"
 _C4 = "c4/realnewslike_validation_sample.jsonl"
+_ALPACA = "alpaca/train.jsonl"
 _C4_CALIBRATION, _C4_TEST = "0-259", "260-519"
+_SOURCES = ("both", "wikitext2", "c4", "instructions", "self")
 _WORK = ("similarity", "attribution", "curvature", "factorize", "refit")
+_DEFAULT_RATIO = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +56,42 @@ class Cell:
     """One method at one size, calibrated on one draw of windows.
 
     Attributes:
-        method: A key of ``METHODS``.
+        method: A key of ``METHODS``, and after a colon the keys of the method that are set
+            otherwise, such as ``grasp_plus:refit=none,mlp=factors``.
         removed_ratio: Share of all parameters that goes; of deleted layers the nearest.
-        seed: Seed of the calibration windows.
+        sources: Calibration text.
+        windows: How many of it.
+        seed: Seed of their choice.
     """
 
     method: str
     removed_ratio: float
+    sources: str
+    windows: int
     seed: int
 
     @property
     def name(self) -> str:
         """Name of its run folder."""
-        return f"{self.method}-{self.removed_ratio:g}-{self.seed}"
+        parts = (self.method, f"{self.removed_ratio:g}", self.sources, self.windows, self.seed)
+        return re.sub(r"[^\w.=-]+", "-", "-".join(str(part) for part in parts))
+
+    @property
+    def config(self) -> MethodConfig:
+        """What the method does."""
+        name, _, changes = self.method.partition(":")
+        config = replace(METHODS[name], removed_ratio=self.removed_ratio)
+        for change in changes.split(",") if changes else ():
+            key, _, value = change.partition("=")
+            config = replace(config, **{key: _number_or_word(value)})
+        return config
+
+    @property
+    def measured(self) -> "Cell":
+        """The cell whose statistics this one is cut from; itself, if it measures its own."""
+        if self.method.partition(":")[0] != "grasp_plus":
+            return self
+        return replace(self, method="grasp_plus", removed_ratio=_DEFAULT_RATIO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +101,14 @@ class Result:
     Attributes:
         cell: Which one.
         metrics: Content of its metrics.json.
-        c4: Perplexity on C4.
+        seconds: Time of measuring and replacing, including a pass that another cell has made.
+        perplexity: By text.
     """
 
     cell: Cell
     metrics: dict[str, Any]  # Any: values of JSON
-    c4: float
+    seconds: float
+    perplexity: dict[str, float]
 
 
 def main() -> None:
@@ -87,18 +117,32 @@ def main() -> None:
     data = _data_folder(arguments.data)
     model = str(loadable_folder(arguments.model, arguments.cache))
     arguments.runs.mkdir(parents=True, exist_ok=True)
-    dense_c4 = _c4(model, arguments.runs / "dense.c4.json", data, arguments)
+    file = arguments.runs / "dense.json"
+    dense = run_fresh(_perplexities, model, file, _texts(arguments, data))
     results: list[Result] = []
     for cell in _cells(arguments):
-        config = _config(cell, arguments, model, data)
-        metrics = run_fresh(_compress, config)
-        folder = f"{config.output_dir}/model"
-        c4 = _c4(folder, arguments.runs / f"{cell.name}.c4.json", data, arguments)
-        results.append(Result(cell=cell, metrics=metrics, c4=c4))
-        _write(Path(arguments.output), results, dense_c4)
-        wiki = metrics["perplexity"]["compressed"]
-        print(f"{cell.name}: WikiText-2 {wiki:.1f}, C4 {c4:.1f}", flush=True)
-    print("\n" + report(results, dense_c4))
+        result = _result(cell, model, data, arguments)
+        results.append(result)
+        _write(Path(arguments.output), results, dense)
+        texts = ", ".join(f"{text} {value:.1f}" for text, value in result.perplexity.items())
+        print(f"{cell.name}: {texts}", flush=True)
+    print("\n" + report(results, dense))
+
+
+def _result(cell: Cell, model: str, data: Path, arguments: argparse.Namespace) -> Result:
+    config, seconds = _config(cell, arguments, model, data), 0.0
+    if cell.measured != cell:
+        measured = _result(cell.measured, model, data, arguments)
+        seconds = measured.metrics["seconds"]["curvature"]
+        config = replace(config, from_scores=str(arguments.runs / cell.measured.name))
+    file = arguments.runs / f"{cell.name}.json"
+    metrics, perplexity = run_fresh(_compressed, config, file, _texts(arguments, data))
+    return Result(
+        cell=cell,
+        metrics=metrics,
+        seconds=seconds + sum(metrics["seconds"][phase] or 0.0 for phase in _WORK),
+        perplexity=perplexity,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,13 +151,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         default=os.environ.get("GRASP_DATA"),
-        help="folder that holds wikitext2_raw/ and c4/; default: $GRASP_DATA",
+        help="folder that holds wikitext2_raw/, c4/ and, for instructions, alpaca/; default: "
+        "$GRASP_DATA",
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.2, 0.3])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        type=_method,
+        default=list(METHODS),
+        help=f"{', '.join(METHODS)}; other parts after a colon: grasp_plus:refit=none,mlp=factors",
+    )
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, _DEFAULT_RATIO, 0.3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--sources", choices=("both", "wikitext2", "c4"), default="both")
-    parser.add_argument("--windows", type=int, default=64, help="calibration windows")
+    parser.add_argument("--sources", nargs="+", choices=_SOURCES, default=["both"])
+    parser.add_argument("--windows", nargs="+", type=int, default=[64], help="of calibration text")
     parser.add_argument("--test_windows", type=int, default=64, help="from the start of each text")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens per window, all texts")
     parser.add_argument("--batch_size", type=int, default=1)
@@ -121,6 +172,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, default=DEFAULT_CACHE / "methods")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="for a converted model")
     return parser
+
+
+def _method(text: str) -> str:
+    name, _, changes = text.partition(":")
+    if name not in METHODS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(METHODS)}")
+    known = {field.name for field in fields(MethodConfig)} - {"name", "removed_ratio"}
+    for change in changes.split(",") if changes else ():
+        key, _, value = change.partition("=")
+        if key not in known or not value:
+            raise argparse.ArgumentTypeError(f"{change!r} is no KEY=VALUE of a method")
+    return text
+
+
+def _number_or_word(text: str) -> Any:  # noqa: ANN401  the type that its key has
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _data_folder(data: str | None) -> Path:
@@ -133,123 +205,141 @@ def _data_folder(data: str | None) -> Path:
 
 
 def _cells(arguments: argparse.Namespace) -> Iterator[Cell]:
-    for ratio in arguments.ratios:
-        for method in arguments.methods:
-            for seed in arguments.seeds:
-                yield Cell(method=method, removed_ratio=ratio, seed=seed)
+    for sources in arguments.sources:
+        for windows in arguments.windows:
+            for ratio in arguments.ratios:
+                for method in arguments.methods:
+                    for seed in arguments.seeds:
+                        yield Cell(
+                            method=method,
+                            removed_ratio=ratio,
+                            sources=sources,
+                            windows=windows,
+                            seed=seed,
+                        )
 
 
 def _config(cell: Cell, arguments: argparse.Namespace, model: str, data: Path) -> CompressConfig:
-    method = MethodConfig(**{**asdict(METHODS[cell.method]), "removed_ratio": cell.removed_ratio})
     return CompressConfig(
         output_dir=str(arguments.runs / cell.name),
         seed=cell.seed,
         model=ModelConfig(path=model, dtype="float32", device="cpu"),
-        method=method,
-        calibration=_calibration(arguments, data),
-        evaluation=EvaluationConfig(
-            source="file",
-            path=str(data / _WIKITEXT.format(part="test")),
-            num_samples=arguments.test_windows,
-            seqlen=arguments.seqlen,
-            batch_size=arguments.batch_size,
-        ),
+        method=cell.config,
+        calibration=_calibration(cell, arguments, data),
+        # Both texts are measured afterwards, once per model.
+        evaluation=replace(_texts(arguments, data)["WikiText-2"], num_samples=1),
         trainer=TrainerConfig(accelerator="cpu"),
-        statistics=StatisticsConfig(store=False),
+        statistics=StatisticsConfig(store=cell.method == "grasp_plus", measured_windows=0),
     )
 
 
-def _calibration(arguments: argparse.Namespace, data: Path) -> CalibrationConfig:
-    wikitext, c4 = str(data / _WIKITEXT.format(part="validation")), str(data / _C4)
-    files = {
-        "both": ((wikitext, "0-"), (c4, _C4_CALIBRATION)),
-        "wikitext2": ((wikitext, "0-"),),
-        "c4": ((c4, _C4_CALIBRATION),),
-    }[arguments.sources]
+def _calibration(cell: Cell, arguments: argparse.Namespace, data: Path) -> CalibrationConfig:
+    wikitext = ("file", str(data / _WIKITEXT.format(part="validation")), "0-")
+    c4 = ("file", str(data / _C4), _C4_CALIBRATION)
+    sources = {
+        "both": (wikitext, c4),
+        "wikitext2": (wikitext,),
+        "c4": (c4,),
+        "instructions": (("instructions", str(data / _ALPACA), "0-"),),
+        "self": (("self", None, None),),
+    }[cell.sources]
+    paths = tuple(path for _, path, _ in sources if path is not None)
     return CalibrationConfig(
-        source=tuple("file" for _ in files),
-        path=tuple(path for path, _ in files),
-        rows=tuple(rows for _, rows in files),
-        num_samples=arguments.windows,
+        source=tuple(source for source, _, _ in sources),
+        path=paths or None,
+        rows=tuple(rows for _, _, rows in sources if rows is not None) or None,
+        num_samples=cell.windows,
         seqlen=arguments.seqlen,
         batch_size=arguments.batch_size,
     )
 
 
-def _c4(model: str, file: Path, data: Path, arguments: argparse.Namespace) -> float:
-    """Return the perplexity of a model on C4, from its file if it was measured before."""
-    settings = {"windows": arguments.test_windows, "seqlen": arguments.seqlen}
-    if file.is_file():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if stored["settings"] == settings:
-            return float(stored["perplexity"])
-    config = EvaluationConfig(
+def _texts(arguments: argparse.Namespace, data: Path) -> dict[str, EvaluationConfig]:
+    wikitext = EvaluationConfig(
         source="file",
-        path=str(data / _C4),
-        rows=_C4_TEST,
+        path=str(data / _WIKITEXT.format(part="test")),
         num_samples=arguments.test_windows,
         seqlen=arguments.seqlen,
         batch_size=arguments.batch_size,
     )
-    value = run_fresh(_perplexity, model, config)
-    file.write_text(json.dumps({"settings": settings, "perplexity": value}), encoding="utf-8")
-    return value
+    return {"WikiText-2": wikitext, "C4": replace(wikitext, path=str(data / _C4), rows=_C4_TEST)}
 
 
-def _compress(config: CompressConfig) -> dict[str, Any]:  # Any: values of JSON
+def _compressed(
+    config: CompressConfig, file: Path, texts: dict[str, EvaluationConfig]
+) -> tuple[dict[str, Any], dict[str, float]]:  # Any: values of JSON
+    """Return what a finished run measured, and the perplexities of its model."""
     # Imported here: only the new process needs it.
     from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
 
-    return run_compress(config).metrics.to_dict()
+    metrics = run_compress(config).metrics.to_dict()
+    return metrics, _perplexities(f"{config.output_dir}/model", file, texts)
 
 
-def _perplexity(model: str, config: EvaluationConfig) -> float:
+def _perplexities(model: str, file: Path, texts: dict[str, EvaluationConfig]) -> dict[str, float]:
+    """Return the perplexity of a model by text, from its file if it was measured before."""
+    settings = {name: [text.num_samples, text.seqlen] for name, text in texts.items()}
+    if file.is_file():
+        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if stored["windows"] == settings:
+            return dict(stored["perplexity"])
+    values = _measured_perplexities(model, texts)
+    file.write_text(json.dumps({"windows": settings, "perplexity": values}), encoding="utf-8")
+    return values
+
+
+def _measured_perplexities(model: str, texts: dict[str, EvaluationConfig]) -> dict[str, float]:
     from grasp_lightning.commands.tracked import tracked_perplexity  # noqa: PLC0415
     from grasp_lightning.data.windows import evaluation_windows  # noqa: PLC0415
     from grasp_lightning.models.decoder import DecoderView  # noqa: PLC0415
     from grasp_lightning.models.loading import load_model  # noqa: PLC0415
 
     loaded = load_model(ModelConfig(path=model, device="cpu"))
-    windows = evaluation_windows(config, loaded.tokenizer)
-    return tracked_perplexity(DecoderView(loaded.model), windows, config.batch_size, "C4")
+    view, values = DecoderView(loaded.model), {}
+    for name, config in texts.items():
+        windows = evaluation_windows(config, loaded.tokenizer)
+        values[name] = tracked_perplexity(view, windows, config.batch_size, name)
+    return values
 
 
-def _write(output: Path, results: Sequence[Result], dense_c4: float) -> None:
+def _write(output: Path, results: Sequence[Result], dense: dict[str, float]) -> None:
     cells = [asdict(result) for result in results]
-    content = {"hardware": hardware(), "dense_c4": dense_c4, "cells": cells}
+    content = {"hardware": hardware(), "dense": dense, "cells": cells}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def report(results: Sequence[Result], dense_c4: float) -> str:
+def report(results: Sequence[Result], dense: dict[str, float]) -> str:
     """Return the table and what it was measured on, as Markdown.
 
     Args:
         results: All cells.
-        dense_c4: Perplexity of the dense model on C4.
+        dense: Perplexity of the dense model by text.
 
     Returns:
         The text.
     """
-    dense = results[0].metrics["perplexity"]["dense"]
-    header = ["method", "seed", "removed", "WikiText-2", "C4", "predicted", "seconds", "peak GB"]
-    rows = [["dense", "", "0 %", f"{dense:.2f}", f"{dense_c4:.2f}", "", "", ""]]
-    rows += [_row(result, dense, dense_c4) for result in results]
+    header = ["method", "calibrated on", "seed", "removed", *dense]
+    header += ["predicted", "measured", "seconds", "peak GB"]
+    texts = [f"{value:.2f}" for value in dense.values()]
+    rows = [["dense", "", "", "0 %", *texts, "", "", "", ""]]
+    rows += [_row(result, dense) for result in results]
     return "\n".join([markdown_table(header, rows), "", hardware()])
 
 
-def _row(result: Result, dense: float, dense_c4: float) -> list[str]:
-    metrics = result.metrics
-    wiki, seconds = metrics["perplexity"]["compressed"], metrics["seconds"]
+def _row(result: Result, dense: dict[str, float]) -> list[str]:
+    metrics, cell = result.metrics, result.cell
+    growth = {text: value / dense[text] for text, value in result.perplexity.items()}
     predicted = metrics["loss_change"]["predicted"]
     return [
-        result.cell.method,
-        str(result.cell.seed),
+        cell.method,
+        f"{cell.sources}, {cell.windows}",
+        str(cell.seed),
         f"{100 * metrics['removed_ratio']:.1f} %",
-        f"{wiki:.1f} (x {wiki / dense:.2f})",
-        f"{result.c4:.1f} (x {result.c4 / dense_c4:.2f})",
+        *(f"{value:.1f} (x {growth[text]:.2f})" for text, value in result.perplexity.items()),
         "" if predicted is None else f"{predicted:.2f}",
-        f"{sum(seconds[phase] or 0.0 for phase in _WORK):.0f}",
+        f"{math.log(growth['WikiText-2']):.2f}",
+        f"{result.seconds:.0f}",
         f"{metrics['peak_memory_bytes'] / 1e9:.2f}",
     ]
 

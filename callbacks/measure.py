@@ -1,7 +1,7 @@
 """The production ``Measure``: one pass of a Lightning Trainer per step."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger
+from rich.progress import track
 
 from callbacks.attribution import SingularAttribution
 from callbacks.calibration_checkpoint import CalibrationCheckpoint, PassStore, StepStore
@@ -29,12 +30,13 @@ from grasp_lightning.methods.low_rank import ATTRIBUTION
 from grasp_lightning.methods.weighted import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
-from grasp_lightning.stats.base import MergedMoments, Moments, Statistics, Step
+from grasp_lightning.stats.base import MergedMoments, Moments, Removable, Statistics, Step
 from grasp_lightning.stats.linear_time import linear_seconds
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
 from grasp_lightning.training.hidden_cache import HiddenCache
+from grasp_lightning.training.removal_losses import removal_losses
 from grasp_lightning.training.strategies import CalibrationDDP, CalibrationFSDP
 
 _DESCRIPTIONS = {
@@ -55,6 +57,7 @@ class TrainerMeasure:
         store: Where what is measured is kept for a later start; None keeps none.
         stop: Tells whether the run shall end at the next batch.
         max_bytes: Memory that the moments of one pass may take; more are measured in several.
+        priced_windows: Number of windows on which removals are priced.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class TrainerMeasure:
         store: StepStore | None = None,
         stop: StopRequest | None = None,
         max_bytes: float = math.inf,
+        priced_windows: int = 1,
     ) -> None:
         self._data = data
         self._config = config or TrainerConfig()
@@ -75,6 +79,7 @@ class TrainerMeasure:
         self._store = store
         self._stop = stop or StopRequest()
         self._max_bytes = max_bytes
+        self._priced_windows = priced_windows
         self._passes = 0
         self._cache: HiddenCache | None = None
 
@@ -101,13 +106,29 @@ class TrainerMeasure:
                 "trainer.strategy is fsdp, but the model is whole in every process: shard it first"
             )
         if step.needs.moment_kinds:
-            return Statistics(moments=self._moments(view, step), linear_seconds=seconds)
+            return Statistics(
+                moments=self._moments(view, step),
+                linear_seconds=seconds,
+                removal_losses=self._prices(view, step.needs.removables),
+            )
         measurement = (
             SingularAttribution(step=step)
             if step.needs.weight_gradients
             else LayerSimilarity(step=step)
         )
         return self._pass(view, step, measurement)
+
+    def _prices(self, view: DecoderView, removables: Sequence[Removable]) -> dict[str, float]:
+        """Price removals on the first windows, which are a mixture as all of them are."""
+        if not removables:
+            return {}
+        windows = self._data.windows
+        count = min(self._priced_windows, len(windows))
+        batches = [windows.batch([number]) for number in range(count)]
+        return removal_losses(view, removables, batches, self._track)
+
+    def _track(self, items: Sequence[str], description: str) -> Iterable[str]:
+        return track(items, description=description) if self._progress else items
 
     def _moments(self, view: DecoderView, step: Step) -> Mapping[str, Moments]:
         """Measure moments, in as many passes as their memory asks for."""

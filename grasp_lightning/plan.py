@@ -87,6 +87,19 @@ class NarrowMlp:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RemoveBlock:
+    """Remove an attention or MLP block: its linears get rank 0, and give their biases alone.
+
+    Attributes:
+        block: Name under which the block was priced, see ``methods.removal``.
+        modules: Full names, in the original model, of its linears, in module order.
+    """
+
+    block: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DropLayers:
     """Delete whole decoder layers.
 
@@ -98,12 +111,14 @@ class DropLayers:
 
 
 Replacement = FactorizeLinear | NarrowMlp
-Operation = SelectLayers | FactorizeLinear | NarrowMlp | DropLayers
+LinearOperation = Replacement | RemoveBlock
+Operation = SelectLayers | FactorizeLinear | NarrowMlp | RemoveBlock | DropLayers
 
 _OPERATIONS: dict[str, type[Operation]] = {
     "select_layers": SelectLayers,
     "factorize_linear": FactorizeLinear,
     "narrow_mlp": NarrowMlp,
+    "remove_block": RemoveBlock,
     "drop_layers": DropLayers,
 }
 _KINDS = {operation: kind for kind, operation in _OPERATIONS.items()}
@@ -143,6 +158,11 @@ class Plan:
         """Number of kept channels of every narrowed MLP, by the name of the linear that reads."""
         narrowed = [op for op in self.operations if isinstance(op, NarrowMlp)]
         return {op.reader: len(op.channels) for op in narrowed}
+
+    @property
+    def removed_blocks(self) -> tuple[str, ...]:
+        """Names of all removed blocks, in the order of the plan."""
+        return tuple(op.block for op in self.operations if isinstance(op, RemoveBlock))
 
     @property
     def dropped_layers(self) -> tuple[int, ...]:

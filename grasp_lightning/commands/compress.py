@@ -226,6 +226,7 @@ def _measure(
         store=progress,
         stop=stop,
         max_bytes=config.statistics.max_memory * 1e9,
+        priced_windows=config.statistics.priced_windows,
     )
 
 
@@ -289,6 +290,10 @@ def _check_numbers(config: CompressConfig) -> None:
         raise ConfigError(f"seed must be from 0 to {_MAX_SEED}, got {config.seed}")
     if not limits.max_memory > 0:
         raise ConfigError(f"statistics.max_memory must be above 0 GB, got {limits.max_memory}")
+    if limits.priced_windows < 1:
+        raise ConfigError(
+            f"statistics.priced_windows must be at least 1, got {limits.priced_windows}"
+        )
     if limits.measured_windows < 0:
         raise ConfigError(
             f"statistics.measured_windows cannot be negative, got {limits.measured_windows}"

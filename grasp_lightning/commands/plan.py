@@ -19,7 +19,7 @@ from grasp_lightning.methods import (
     resolve_num_layers,
 )
 from grasp_lightning.methods.blocks import weight_shapes
-from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks, budgeted_linears
+from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks
 from grasp_lightning.methods.layer_choice import LayerChoice
 from grasp_lightning.methods.narrowing import narrowable_mlps
 from grasp_lightning.methods.weighting import Metric
@@ -150,7 +150,7 @@ def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -
     dense, sizes, factors, planned = count_parameters(view.model), [], [], []
     by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))
     for layers in (by_size[: choice.count], by_size[-choice.count :]):
-        budgeted = _budgeted(view, rule, tuple(layers))
+        budgeted = rule.budgeted(view, tuple(layers))
         kept = rule.budget(budgeted)
         operations = _evenly(budgeted, kept / budgeted.size)
         factors.append(kept)
@@ -169,11 +169,6 @@ def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -
         is_budget=True,
         is_timed=rule.unit == "time",
     )
-
-
-def _budgeted(view: DecoderView, rule: GlobalRanks, layers: tuple[int, ...]) -> Budgeted:
-    shapes = weight_shapes(view, Plan(method="plan"), layers)
-    return budgeted_linears(shapes, narrowable_mlps(view, layers) if rule.mlp == "channels" else {})
 
 
 def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
@@ -254,8 +249,9 @@ def _moment_bytes(view: DecoderView, config: PlanConfig, prediction: Prediction)
     kinds = Metric(weighting=config.method.weighting).moment_kinds
     shapes = weight_shapes(view, Plan(method="plan"), prediction.layers)
     if prediction.is_budget and config.method.mlp == "channels":
-        measured = budgeted_linears(shapes, narrowable_mlps(view, prediction.layers)).modules
-        shapes = {name: shapes[name] for name in measured}
+        # Of an MLP, the linear that reads its channels is measured alone.
+        mlps = narrowable_mlps(view, prediction.layers).values()
+        shapes = {n: s for n, s in shapes.items() if not any(n in mlp.writers for mlp in mlps)}
     sources = {name: name for name in shapes}
     needs = Needs(moments=tuple(shapes), moment_kinds=kinds)
     groups = layer_groups(view, needs, config.statistics.max_memory * 1e9, sources)

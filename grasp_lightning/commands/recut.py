@@ -12,6 +12,7 @@ from grasp_lightning.commands.moment_files import stored_moments
 from grasp_lightning.errors import ConfigError, PlanError
 from grasp_lightning.linalg.factors import SVD
 from grasp_lightning.methods.layer_choice import SCORE_KEYS
+from grasp_lightning.methods.removal import read_price
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan
 from grasp_lightning.stats.base import Needs, Statistics, Step
@@ -116,9 +117,19 @@ class StoredScores:
             self._check_moments(module, step.needs)
         seconds = linear_seconds(view, step.needs.linear_shapes, self._num_tokens)
         if step.needs.moment_kinds:
-            return Statistics(moments=self._moments, linear_seconds=seconds)
+            prices = {part.name: self._price(part.name) for part in step.needs.removables}
+            return Statistics(moments=self._moments, linear_seconds=seconds, removal_losses=prices)
         scores = {module: self._component_scores(module) for module in step.needs.weight_gradients}
         return Statistics(layer_metric=metric, component_scores=scores, linear_seconds=seconds)
+
+    def _price(self, name: str) -> float:
+        price = read_price(name, self._scores)
+        if price is None:
+            raise ConfigError(
+                f"from_scores: {self._folder} has not priced the removal of {name}; name a run "
+                "with the same method.removable, or set method.removable=none"
+            )
+        return price
 
     def _layer_metric(self, view: DecoderView, needs: Needs) -> Tensor:
         assert needs.layer_metric is not None  # the caller asks only then

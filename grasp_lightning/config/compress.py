@@ -22,6 +22,7 @@ RankChoice = Literal["uniform", "global"]
 MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
 BudgetChoice = Literal["parameters", "time"]
+RemovableChoice = Literal["none", "layers", "blocks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,9 @@ class MethodConfig:
         budget: What a global budget counts: parameters, or time, which is measured for the linears
             on the model's device. Of the linears' time goes the same share as would go of their
             parameters; how many of these remain, the data decides.
+        removable: Under a global budget, what may go as a whole where its measured price is lower
+            than that of cutting it: none, layers, or blocks, which are layers and the attention and
+            MLP blocks in them.
         multiple_of: Ranks and numbers of channels are multiples of this number.
         refit: Fit what was cut once more, in the order of the layers, on what it receives in the
             compressed model: prefix, to what the dense linear gives in the dense model; residual,
@@ -81,6 +85,7 @@ class MethodConfig:
     ranks: RankChoice | None = None
     mlp: MlpChoice | None = None
     budget: BudgetChoice | None = None
+    removable: RemovableChoice | None = None
     multiple_of: int | None = None
     refit: RefitChoice | None = None
     gradient_damping: float | None = None
@@ -98,11 +103,14 @@ class StatisticsConfig:
             ratio.
         measured_windows: Held-out windows on which each cut is measured by itself, for comparison
             with what curvature predicts; 0 measures none.
+        priced_windows: Calibration windows on which the removal of each layer and block is priced,
+            if ``method.removable`` lets them go.
     """
 
     max_memory: float = 8.0
     store: bool = True
     measured_windows: int = 1
+    priced_windows: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)

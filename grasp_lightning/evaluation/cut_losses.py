@@ -39,7 +39,6 @@ def cut_losses(
         processes.
     """
     given = {key: value.to(view.model.device) for key, value in batch.items()}
-    ids, targets = given["input_ids"], given["targets"]
     by_name = {cut.solved: cut for cut in cuts}
     names = list(by_name) if is_sharded(view.model) else processes.own_share(list(by_name))
     own: dict[str, float] = {}
@@ -48,7 +47,22 @@ def cut_losses(
         for name in track(names, "measure each cut"):
             with in_place_of_linears(view, replacements(view, [by_name[name]], tensors)):
                 logits = view.model(**forward_inputs(given)).logits
-            losses = distillation_losses(logits, dense, ids, targets, temperature=1.0, mix=1.0)
-            own[name] = float(losses.double().mean())
+            own[name] = divergence(logits, dense, given)
     found = {name: loss for part in processes.gather(own) for name, loss in part.items()}
     return {name: found[name] for name in by_name}
+
+
+def divergence(logits: Tensor, dense: Tensor, batch: Mapping[str, Tensor]) -> float:
+    """Return the mean Kullback-Leibler divergence from dense predictions to others.
+
+    Args:
+        logits: Of the other model, ``(B, T, V)``.
+        dense: Of the dense one.
+        batch: The windows behind both, as ``TokenWindows.batch`` gives them, on the same device.
+
+    Returns:
+        Nats per predicted token.
+    """
+    ids, targets = batch["input_ids"], batch["targets"]
+    losses = distillation_losses(logits, dense, ids, targets, temperature=1.0, mix=1.0)
+    return float(losses.double().mean())

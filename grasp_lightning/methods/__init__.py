@@ -67,6 +67,7 @@ def configured_rank_rule(
             multiple_of=config.multiple_of or 1,
             mlp=config.mlp or "factors",
             unit=config.budget or "parameters",
+            removable=config.removable or "none",
         )
     if config.removed_ratio is not None:
         return BudgetRanks(removed_ratio=config.removed_ratio, num_parameters=num_parameters)

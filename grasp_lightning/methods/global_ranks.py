@@ -1,7 +1,7 @@
 """One budget for all matrices and MLPs, spent where it hurts least."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
@@ -9,21 +9,27 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from grasp_lightning.config import BudgetChoice, MlpChoice
+from grasp_lightning.config import BudgetChoice, MlpChoice, RemovableChoice
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.linalg.allocation import (
     Allocation,
     ChannelChoice,
+    Choice,
+    GroupChoice,
     MatrixChoice,
     allocate,
     smallest_size,
 )
-from grasp_lightning.methods.narrowing import Narrowable
+from grasp_lightning.methods.blocks import weight_shapes
+from grasp_lightning.methods.narrowing import Narrowable, narrowable_mlps
 from grasp_lightning.methods.rank_rules import Shapes
-from grasp_lightning.plan import OptionValue
-from grasp_lightning.stats.base import LinearSeconds, Shape
+from grasp_lightning.methods.removal import removable_parts
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.plan import OptionValue, Plan
+from grasp_lightning.stats.base import LinearSeconds, Removable, Shape
 
 _NOT_MEASURED: Final[Mapping[Shape, LinearSeconds]] = MappingProxyType({})
+_NO_PRICES: Final[Mapping[str, float]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,10 +40,12 @@ class Budgeted:
         shapes: ``(N, M)`` of every matrix that may be cut, by module.
         mlps: Every MLP that may lose channels, by the name of its reader; its linears are not among
             the matrices.
+        removables: Layers, each followed by its blocks, that may go as a whole.
     """
 
     shapes: Shapes
     mlps: Mapping[str, Narrowable] = field(default_factory=dict)
+    removables: tuple[Removable, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -47,14 +55,30 @@ class Budgeted:
     @property
     def size(self) -> int:
         """Number of parameters of all of it."""
-        matrices = sum(rows * columns for rows, columns in self.shapes.values())
-        return matrices + sum(m.num_channels * m.channel_size for m in self.mlps.values())
+        return sum(map(self._size_of, self.modules)) + sum(map(self.own_size, self.removables))
 
     @property
     def linear_shapes(self) -> tuple[Shape, ...]:
         """The shapes of all its linears, sorted, each one once."""
         inside = {shape for mlp in self.mlps.values() for shape in mlp.shapes}
         return tuple(sorted({*self.shapes.values(), *inside}))
+
+    def own_size(self, removable: Removable) -> int:
+        """Return the number of parameters that go with a layer or block beside what is in it.
+
+        Args:
+            removable: The layer or block.
+
+        Returns:
+            That of norms and biases; 0 of a block, whose norms and biases stay.
+        """
+        inside = sum(self._size_of(n) for n in self.modules if n in removable.linears)
+        return 0 if removable.is_block else max(removable.parameters - inside, 0)
+
+    def _size_of(self, module: str) -> int:
+        if module in self.mlps:
+            return self.mlps[module].num_channels * self.mlps[module].channel_size
+        return math.prod(self.shapes[module])
 
     def channel_seconds(self, mlp: str, seconds: Mapping[Shape, LinearSeconds]) -> float:
         """Return the time of one channel of an MLP.
@@ -99,6 +123,7 @@ class GlobalRanks:
         unit: What the budget counts: parameters, or the measured time of linears. Time counts as
             many units as there are parameters, so that a ratio removes the share of the time that
             it would remove of the parameters.
+        removable: What may go as a whole.
     """
 
     removed_ratio: float | None = None
@@ -107,6 +132,7 @@ class GlobalRanks:
     multiple_of: int = 1
     mlp: MlpChoice = "factors"
     unit: BudgetChoice = "parameters"
+    removable: RemovableChoice = "none"
 
     @property
     def options(self) -> Mapping[str, OptionValue]:
@@ -119,13 +145,35 @@ class GlobalRanks:
         }
         if self.multiple_of != 1:
             options["multiple_of"] = self.multiple_of
+        if self.removable != "none":
+            options["removable"] = self.removable
         return options if self.unit == "parameters" else {**options, "budget": self.unit}
+
+    def budgeted(self, view: DecoderView, layers: tuple[int, ...]) -> Budgeted:
+        """Return what shares the budget, with every linear in one place.
+
+        Args:
+            view: The dense model; its weights may be on the meta device.
+            layers: Numbers of the layers that may be compressed, ascending.
+
+        Returns:
+            Their MLPs, as far as channels can go, and the linears that are in none of these.
+        """
+        shapes = weight_shapes(view, Plan(method="budget"), layers)
+        mlps = narrowable_mlps(view, layers) if self.mlp == "channels" else {}
+        inside = {name for mlp in mlps.values() for name in (mlp.reader, *mlp.writers)}
+        return Budgeted(
+            shapes={name: shape for name, shape in shapes.items() if name not in inside},
+            mlps=mlps,
+            removables=removable_parts(view, layers, self.removable),
+        )
 
     def allocation(
         self,
         budgeted: Budgeted,
         losses: Mapping[str, Tensor],
         seconds: Mapping[Shape, LinearSeconds] = _NOT_MEASURED,
+        prices: Mapping[str, float] = _NO_PRICES,
     ) -> Allocation:
         """Return the rank of every matrix, and the channels of every MLP, that gets smaller.
 
@@ -134,11 +182,12 @@ class GlobalRanks:
             losses: Predicted loss of dropping each component of a matrix, ``(K,)`` by module, and
                 of each channel of an MLP, ``(I,)`` by reader; descending.
             seconds: Time of linears by shape, for a budget of time.
+            prices: Measured loss of removing each layer and block, by its name.
 
         Returns:
-            Ranks by module, and channels by reader.
+            Ranks by module, channels by reader, and names of the layers and blocks that go.
         """
-        choices = self._choices(budgeted, losses, seconds)
+        choices = self._grouped(self._choices(budgeted, losses, seconds), budgeted, prices)
         return allocate(choices, self._budget(budgeted, smallest_size(choices)))
 
     def budget(self, budgeted: Budgeted) -> int:
@@ -158,7 +207,30 @@ class GlobalRanks:
             return self._budget(budgeted, 0)
         losses = dict.fromkeys(budgeted.shapes, torch.zeros(1))
         losses |= {name: torch.zeros(mlp.num_channels) for name, mlp in budgeted.mlps.items()}
-        return self._budget(budgeted, smallest_size(self._choices(budgeted, losses, _NOT_MEASURED)))
+        free = dict.fromkeys((part.name for part in budgeted.removables), 0.0)
+        choices = self._choices(budgeted, losses, _NOT_MEASURED)
+        return self._budget(budgeted, smallest_size(self._grouped(choices, budgeted, free)))
+
+    def _grouped(
+        self,
+        choices: Iterable[MatrixChoice | ChannelChoice],
+        budgeted: Budgeted,
+        prices: Mapping[str, float],
+    ) -> list[Choice]:
+        """Return the choices, those of a layer or block that may go in a group."""
+        left: dict[str, Choice] = {choice.name: choice for choice in choices}
+        # Blocks first, so that the group of a layer holds theirs.
+        for part in sorted(budgeted.removables, key=lambda part: not part.is_block):
+            inside = {*part.linears}
+            if not part.is_block:
+                inside |= {b.name for b in budgeted.removables if b.layer == part.layer}
+            left[part.name] = GroupChoice(
+                name=part.name,
+                children=[left.pop(name) for name in sorted(left.keys() & inside)],
+                removal_loss=prices[part.name],
+                own_size=budgeted.own_size(part) if self.unit == "parameters" else 0.0,
+            )
+        return list(left.values())
 
     def _choices(
         self,
@@ -209,17 +281,3 @@ def _timed(matrix: MatrixChoice, seconds: LinearSeconds, scale: float) -> Matrix
         fixed_size=scale * seconds.fixed,
         dense_size=scale * seconds.dense,
     )
-
-
-def budgeted_linears(shapes: Shapes, mlps: Mapping[str, Narrowable]) -> Budgeted:
-    """Return what shares a budget, with every linear in one place.
-
-    Args:
-        shapes: ``(N, M)`` of every linear, by module.
-        mlps: MLPs that may lose channels, by reader.
-
-    Returns:
-        The MLPs, and the linears that are in none of them.
-    """
-    inside = {name for mlp in mlps.values() for name in (mlp.reader, *mlp.writers)}
-    return Budgeted(shapes={n: s for n, s in shapes.items() if n not in inside}, mlps=mlps)

@@ -15,15 +15,11 @@ from grasp_lightning.methods.base import CompressionMethod, Decision, Track, unt
 from grasp_lightning.methods.blocks import blocks, weight_shapes
 from grasp_lightning.methods.dealing import own_weights
 from grasp_lightning.methods.drop import DROP, drop_decision, drop_step
-from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks, budgeted_linears
+from grasp_lightning.methods.global_ranks import GlobalRanks
 from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
-from grasp_lightning.methods.narrowing import (
-    narrow_operations,
-    narrowable_mlps,
-    narrowing,
-    removals,
-)
+from grasp_lightning.methods.narrowing import narrow_operations, narrowing, removals
 from grasp_lightning.methods.rank_rules import RankRule
+from grasp_lightning.methods.removal import removal_operations, stored_prices
 from grasp_lightning.methods.weighted import (
     CURVATURE,
     curvature_step,
@@ -33,7 +29,7 @@ from grasp_lightning.methods.weighted import (
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
-from grasp_lightning.stats.base import Needs, Scoring, Shape, Statistics, Step
+from grasp_lightning.stats.base import Needs, Removable, Scoring, Shape, Statistics, Step
 
 ATTRIBUTION = "attribution"
 
@@ -195,12 +191,12 @@ class LowRankMethod(CompressionMethod):
         if self._rule is None:
             return None if plan.dropped_layers else drop_step(layers)
         if isinstance(self._rule, GlobalRanks):
-            if plan.ranks or plan.channels:
+            if plan.ranks or plan.channels or plan.removed_blocks or plan.dropped_layers:
                 return None
-            budgeted = self._budgeted(model, layers, self._rule)
+            budgeted = self._rule.budgeted(model, layers)
             self._rule.budget(budgeted)  # refuses what is out of reach
             timed = budgeted.linear_shapes if self._rule.unit == "time" else ()
-            return self._curvature_step(model, budgeted.modules, None, timed)
+            return self._curvature_step(model, budgeted.modules, None, timed, budgeted.removables)
         shapes = weight_shapes(model, plan, layers)
         ranks = self._rule.ranks(shapes)
         if not ranks:
@@ -223,22 +219,18 @@ class LowRankMethod(CompressionMethod):
         modules = [name for index in scored for name in model.linears(index)]
         return attribution_step(model, modules, self._scoring, ranks=waiting, track=self._track)
 
-    def _budgeted(self, model: DecoderView, layers: tuple[int, ...], rule: GlobalRanks) -> Budgeted:
-        shapes = weight_shapes(model, Plan(method=self.name), layers)
-        mlps = narrowable_mlps(model, layers) if rule.mlp == "channels" else {}
-        return budgeted_linears(shapes, mlps)
-
     def _curvature_step(
         self,
         model: DecoderView,
         modules: Iterable[str],
         ranks: Mapping[str, int] | None,
         timed: tuple[Shape, ...] = (),
+        priced: tuple[Removable, ...] = (),
     ) -> Step:
         assert self._metric is not None  # a global budget comes with one
         asked = set(modules)
         ordered = [name for name in model.all_linears() if name in asked]
-        return curvature_step(ordered, self._metric, ranks, timed)
+        return curvature_step(ordered, self._metric, ranks, timed, priced)
 
     def _block_step(
         self, model: DecoderView, layers: tuple[int, ...], waiting: Mapping[str, int]
@@ -289,12 +281,14 @@ class LowRankMethod(CompressionMethod):
         assert isinstance(self._rule, GlobalRanks)  # other rules know ranks from shapes
         layers = {model.layer_of(module) for module in step.needs.moments}
         chosen = tuple(index for index in model.layer_indices if index in layers)
-        budgeted = self._budgeted(model, chosen, self._rule)
+        budgeted = self._rule.budgeted(model, chosen)
         given = (metric, stats.moments, self._track)
         losses = predicted_losses(model, tuple(budgeted.shapes), *given)
         orders = removals(model, tuple(budgeted.mlps), *given)
         losses |= {name: removal.losses.flip(0) for name, removal in orders.items()}
-        allocation = self._rule.allocation(budgeted, losses, stats.linear_seconds)
+        allocation = self._rule.allocation(
+            budgeted, losses, stats.linear_seconds, stats.removal_losses
+        )
         ranks = {n: allocation.ranks[n] for n in budgeted.shapes if n in allocation.ranks}
         channels = {n: allocation.channels[n] for n in budgeted.mlps if n in allocation.channels}
         cut = truncation(model, ranks, *given)
@@ -302,9 +296,13 @@ class LowRankMethod(CompressionMethod):
         narrowed = narrowing(model, narrow, *given)
         scores = {f"{name}.scores": value.float() for name, value in losses.items()}
         return Decision(
-            operations=(*cut.operations, *narrowed.operations),
+            operations=(
+                *cut.operations,
+                *narrowed.operations,
+                *removal_operations(budgeted.removables, allocation.removed),
+            ),
             tensors={**cut.tensors, **narrowed.tensors},
-            scores={**scores, **cut.scores},
+            scores={**scores, **cut.scores, **stored_prices(stats.removal_losses)},
         )
 
 

@@ -17,6 +17,7 @@ from grasp_lightning.plan import (
     FactorizeLinear,
     NarrowMlp,
     Operation,
+    RemoveBlock,
     SelectLayers,
 )
 
@@ -26,7 +27,7 @@ class Changes:
     """What operations lead to.
 
     Attributes:
-        ranks: Ranks of factorised linears, by name.
+        ranks: Ranks of factorised linears, by name; 0 of those in removed blocks.
         shapes: New (out_features, in_features) of narrowed linears, by name.
         dropped: Dropped layers.
     """
@@ -64,12 +65,11 @@ def check_operations(view: DecoderView, operations: Sequence[Operation]) -> Chan
             case NarrowMlp():
                 _check_narrow(view, operation, changes)
                 changes.shapes.update(narrowed_shapes(view, operation))
-            case DropLayers():
-                _check_droppable(view)
-                _check_layers(view, operation.layers, changes.dropped)
-                changes.dropped.update(operation.layers)
-            case SelectLayers():
-                _check_layers(view, operation.layers, changes.dropped)
+            case RemoveBlock(modules=modules):
+                _check_remove(view, operation, changes)
+                changes.ranks.update(dict.fromkeys(modules, 0))
+            case DropLayers() | SelectLayers():
+                _check_layers(view, operation, changes)
     if len(changes.dropped) == len(view.layer_indices):
         raise PlanError(
             f"the plan drops all {len(changes.dropped)} decoder layers: one must be left"
@@ -84,13 +84,20 @@ def _check_droppable(view: DecoderView) -> None:
         raise PlanError(f"the plan drops decoder layers: {error}") from error
 
 
-def _check_layers(view: DecoderView, layers: Sequence[int], dropped: set[int]) -> None:
+def _check_layers(
+    view: DecoderView, operation: DropLayers | SelectLayers, changes: Changes
+) -> None:
+    layers, dropped = operation.layers, changes.dropped
+    if isinstance(operation, DropLayers):
+        _check_droppable(view)
     if len(set(layers)) != len(layers):
         raise PlanError(f"the plan names a decoder layer twice in {list(layers)}")
     left = set(view.layer_indices) - dropped
     missing = sorted(set(layers) - left)
     if missing:
         raise PlanError(f"the plan names decoder layers {missing}, the model has {sorted(left)}")
+    if isinstance(operation, DropLayers):
+        dropped.update(layers)
 
 
 def _check_untouched(view: DecoderView, verb: str, module: str, changes: Changes) -> None:
@@ -143,6 +150,18 @@ def _check_narrow(view: DecoderView, operation: NarrowMlp, changes: Changes) -> 
                 f"{num_channels} channels that {operation.reader} reads"
             )
     _check_channels(operation, num_channels)
+
+
+def _check_remove(view: DecoderView, operation: RemoveBlock, changes: Changes) -> None:
+    modules = operation.modules
+    if not modules or len(set(modules)) != len(modules):
+        raise PlanError(
+            f"the plan removes {operation.block}: expected its linears, each once, got "
+            f"{list(modules)}"
+        )
+    for module in modules:
+        _check_untouched(view, "removes", module, changes)
+        dense_module(view, module, "removes")
 
 
 def _check_channels(operation: NarrowMlp, num_channels: int) -> None:

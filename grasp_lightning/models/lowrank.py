@@ -11,6 +11,7 @@ linear at random values.
 """
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, cast
@@ -31,7 +32,7 @@ _NUM_SIZES = 2  # of a matrix
 
 
 class LowRankLinear(nn.Module):
-    """A linear ``y = left(right(x))`` of lower rank, in place of a dense one.
+    """A linear ``y = left(right(x))`` of lower rank, in place of a dense one; rank 0 gives biases.
 
     Attributes:
         right: First linear, in_features -> rank, without bias.
@@ -57,8 +58,11 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        with warnings.catch_warnings():
+            # There is nothing to initialise in a factor of rank 0.
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+            self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @property
     def in_features(self) -> int:
@@ -146,8 +150,8 @@ class GraspConfig(QuantizationConfigMixin):
         **unknown: Keys that this version does not know.
 
     Raises:
-        ValueError: If a rank or a size is no positive integer, a linear has both, or a key is
-            unknown: a newer format must not be read as if its additions did not matter.
+        ValueError: If a rank is no integer from 0 on, a size no positive one, a linear has both, or
+            a key is unknown: a newer format must not be read as if its additions did not matter.
     """
 
     def __init__(
@@ -163,8 +167,8 @@ class GraspConfig(QuantizationConfigMixin):
                 f"newer version of {QUANT_METHOD}, please update it"
             )
         for module, rank in (ranks or {}).items():
-            if not _is_size(rank):
-                raise ValueError(f"rank of {module} must be a positive integer, got {rank!r}")
+            if not _is_size(rank, least=0):
+                raise ValueError(f"rank of {module} must be an integer from 0 on, got {rank!r}")
         for module, shape in (shapes or {}).items():
             if not _is_shape(shape):
                 raise ValueError(f"shape of {module} must be two positive integers, got {shape!r}")
@@ -325,8 +329,8 @@ def check_fails_closed(model: nn.Module) -> None:
             )
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_size(value: object, *, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_shape(value: object) -> bool:

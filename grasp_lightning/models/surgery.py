@@ -33,9 +33,10 @@ from grasp_lightning.models.sharding import is_sharded, shard_like, whole
 from grasp_lightning.plan import (
     DropLayers,
     FactorizeLinear,
+    LinearOperation,
     NarrowMlp,
     Operation,
-    Replacement,
+    RemoveBlock,
     SelectLayers,
 )
 
@@ -70,7 +71,7 @@ def apply_operations(
 
 
 def replacements(
-    view: DecoderView, operations: Sequence[Replacement], tensors: Mapping[str, Tensor]
+    view: DecoderView, operations: Sequence[LinearOperation], tensors: Mapping[str, Tensor]
 ) -> dict[str, nn.Module]:
     """Return the modules that operations would put into a model, and leave it as it is.
 
@@ -191,8 +192,13 @@ def densify(
 
 def _apply(view: DecoderView, operation: Operation, tensors: Mapping[str, Tensor]) -> None:
     match operation:
-        case FactorizeLinear():
-            _factorize(view, operation, tensors)
+        case FactorizeLinear(module=module):
+            left, right = tensors[f"{module}.left"], tensors[f"{module}.right"]
+            _factorize(view, module, left, right)
+        case RemoveBlock(modules=modules):
+            for module in modules:
+                rows, columns = dense_shape(dense_module(view, module))
+                _factorize(view, module, torch.empty(rows, 0), torch.empty(0, columns))
         case NarrowMlp():
             _narrow(view, operation, tensors)
         case DropLayers():
@@ -201,21 +207,19 @@ def _apply(view: DecoderView, operation: Operation, tensors: Mapping[str, Tensor
             pass
 
 
-def _factorize(
-    view: DecoderView, operation: FactorizeLinear, tensors: Mapping[str, Tensor]
-) -> None:
-    old = dense_module(view, operation.module)
+def _factorize(view: DecoderView, module: str, left: Tensor, right: Tensor) -> None:
+    old = dense_module(view, module)
     # On the meta device first: no memory for values that are replaced at once, no random numbers
     # drawn.
     rows, columns = dense_shape(old)
     bias = old.bias is not None
-    new = LowRankLinear(columns, rows, operation.rank, bias=bias, device="meta")
-    new.left.weight = _like(tensors[f"{operation.module}.left"], old.weight)
-    new.right.weight = _like(tensors[f"{operation.module}.right"], old.weight)
+    new = LowRankLinear(columns, rows, len(right), bias=bias, device="meta")
+    new.left.weight = _like(left, old.weight)
+    new.right.weight = _like(right, old.weight)
     if old.bias is not None:
         new.left.bias = _whole_copy(old.bias)
     shard_like(new, old)
-    view.set_module(operation.module, new.train(old.training))
+    view.set_module(module, new.train(old.training))
 
 
 def _narrow(view: DecoderView, operation: NarrowMlp, tensors: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from grasp_lightning.data.mixture import shares
 from grasp_lightning.data.sources import source_licence
 from grasp_lightning.plan import Plan
+from grasp_lightning.reporting.linears import module_place
 from grasp_lightning.reporting.metrics import Metrics, Pair
 from grasp_lightning.reporting.tables import comparison_notes, comparison_rows, indices_text
 
@@ -62,6 +63,7 @@ def model_card(
         layers=indices_text(metrics.layers),
         num_linears=len(plan.ranks),
         num_mlps=len(plan.channels),
+        removed=_removed(plan),
         options=_options(plan),
         calibration=text_source(config, "calibration"),
         evaluation=text_source(config, "evaluation"),
@@ -176,6 +178,17 @@ def _licence_keys(licence: str, licence_files: Sequence[str]) -> dict[str, str]:
         return {"license": licence.lower()}
     keys = {"license": "other", "license_name": licence}
     return {**keys, "license_link": min(licence_files)} if licence_files else keys
+
+
+def _removed(plan: Plan) -> str:
+    """Return what else went where linears were cut, too, as text; empty for methods that drop."""
+    if plan.options.get("removable") is None:
+        return ""
+    layers: dict[str, list[int]] = {"layer": list(plan.dropped_layers)}
+    for index, kind in map(module_place, plan.removed_blocks):
+        layers.setdefault(kind, []).append(index)
+    names = {"layer": "layers", "attention": "the attention of", "mlp": "the MLPs of"}
+    return ", ".join(f"{names[k]} {indices_text(sorted(v))}" for k, v in layers.items() if v)
 
 
 def _kind(plan: Plan) -> str:

@@ -88,18 +88,40 @@ def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, floa
     Args:
         plan: Decisions of the run.
         scores: ``<module>.scores``: loss of dropping each component ``(K,)``, or each channel
-            ``(I,)`` of the linear that reads them, descending.
+            ``(I,)`` of the linear that reads them, descending; and the prices of what may go.
 
     Returns:
-        Nats per token by module, in the order of the plan; empty unless the method predicts losses.
+        Nats per token by module, in the order of the plan, and then what the removal of each layer
+        and block alone was measured to cost, by its name; empty unless the method predicts losses.
     """
     if plan.options.get("weighting") != "kfac":
         return {}
-    return {
+    cut = {
         module: float(scores[f"{module}.scores"][kept:].double().sum())
         for module, kept in (plan.ranks | plan.channels).items()
         if f"{module}.scores" in scores
     }
+    return cut | removed_parts(plan, scores)
+
+
+def removed_parts(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return what the removal of each layer and block that went at a price has cost by itself.
+
+    Args:
+        plan: Decisions of the run.
+        scores: Content of its scores.safetensors.
+
+    Returns:
+        Nats per token by name, such as ``model.layers.3.attention``, sorted by layer.
+    """
+    found = {}
+    for key, price in scores.items():
+        name, _, kind = key.rpartition(".")
+        layer, part = module_place(name)
+        is_gone = name in plan.removed_blocks or (part == "layer" and layer in plan.dropped_layers)
+        if kind == "removal" and is_gone:
+            found[name] = float(price)
+    return {name: found[name] for name in sorted(found, key=module_place)}
 
 
 def module_place(module: str) -> tuple[int, str]:

@@ -11,7 +11,12 @@ from torch import Tensor
 from grasp_lightning.plan import FactorizeLinear, Plan
 from grasp_lightning.reporting import evaluation, throughput
 from grasp_lightning.reporting.compensation_metrics import CompensationMetrics
-from grasp_lightning.reporting.linears import module_place, predicted_losses, scored_linears
+from grasp_lightning.reporting.linears import (
+    module_place,
+    predicted_losses,
+    removed_parts,
+    scored_linears,
+)
 from grasp_lightning.reporting.metrics import Metrics
 from grasp_lightning.reporting.plots import Plot, run_plots
 from grasp_lightning.reporting.tables import (
@@ -117,6 +122,20 @@ class ChannelRow(NamedTuple):
     measured_loss: str = ""
 
 
+class RemovalRow(NamedTuple):
+    """One removed layer or block in the table of removals.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        kind: What went: layer, attention or mlp.
+        loss: Nats per token that its removal by itself costs.
+    """
+
+    layer: int
+    kind: str
+    loss: str
+
+
 def render_report(
     metrics: Metrics,
     plan: Plan,
@@ -146,6 +165,10 @@ def render_report(
         phases=phase_bars(metrics, _PHASES),
         ranks=_rank_rows(plan, scores),
         channels=_channel_rows(metrics, plan, scores),
+        removals=[
+            RemovalRow(*module_place(name), f"{loss:.4f}")
+            for name, loss in removed_parts(plan, scores).items()
+        ],
     )
 
 

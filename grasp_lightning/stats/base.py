@@ -39,6 +39,25 @@ Shape = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Removable:
+    """A decoder layer, or the attention or MLP block of one, that may go as a whole.
+
+    Attributes:
+        name: Unique among layers, blocks and linears.
+        layer: Number of the layer in the original model.
+        linears: Full names of its dense linears, in module order.
+        parameters: How many go with it.
+        is_block: True of a block, whose norms and biases stay.
+    """
+
+    name: str
+    layer: int
+    linears: tuple[str, ...]
+    parameters: int
+    is_block: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
     """What a step asks to be measured; the default asks for nothing.
 
@@ -50,6 +69,7 @@ class Needs:
         moments: Modules whose inputs and output gradients are summed up, in model order.
         moment_kinds: What is summed up of them.
         linear_shapes: Shapes of linears whose time is measured, which needs no data.
+        removables: Layers and blocks whose removal is priced, each by itself.
     """
 
     layer_metric: LayerMetric | None = None
@@ -59,6 +79,7 @@ class Needs:
     moments: tuple[str, ...] = ()
     moment_kinds: frozenset[MomentKind] = frozenset()
     linear_shapes: tuple[Shape, ...] = ()
+    removables: tuple[Removable, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -159,12 +180,15 @@ class Statistics:
             per predicted token (squared reduction: nats squared per predicted token).
         moments: What was summed up of linears, by module.
         linear_seconds: Time of linears, by shape.
+        removal_losses: What the removal of a layer or block by itself costs, in nats per predicted
+            token, by its name.
     """
 
     layer_metric: Tensor | None = None
     component_scores: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Moments] = field(default_factory=dict)
     linear_seconds: Mapping[Shape, LinearSeconds] = field(default_factory=dict)
+    removal_losses: Mapping[str, float] = field(default_factory=dict)
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:

@@ -87,22 +87,40 @@ class HiddenCache:
             yield
 
     @contextmanager
-    def starting_from(self, start: int) -> Iterator[None]:
+    def skipping(self, index: int) -> Iterator[None]:
+        """Let one layer hand its input through; ``capturing`` must have been around a pass before.
+
+        Args:
+            index: Its number in the original model.
+
+        Yields:
+            Nothing.
+        """
+        layer = self._view.layer(index)
+        # On the instance: attributes that the model reads of a layer stay.
+        layer.forward = hand_through(self._lengths[index])
+        try:
+            yield
+        finally:
+            del layer.forward
+
+    @contextmanager
+    def starting_from(self, start: int | None) -> Iterator[None]:
         """Let the layers below one hand their input through, and that one take its cached input.
 
         Args:
-            start: A layer that ``start_layer`` returned.
+            start: What ``start_layer`` returned; of None, all layers run.
 
         Yields:
             Nothing.
         """
         with ExitStack() as stack:
+            if start is None:
+                yield
+                return
             for index in self._view.layer_indices:
                 if index < start:
-                    layer = self._view.layer(index)
-                    # On the instance: attributes that the model reads of a layer stay.
-                    layer.forward = hand_through(self._lengths[index])
-                    stack.callback(delattr, layer, "forward")
+                    stack.enter_context(self.skipping(index))
             first = self._view.layer(start)
             # Before every other hook: an observer may cut the graph at this very layer.
             handle = first.register_forward_pre_hook(

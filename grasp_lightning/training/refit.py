@@ -24,7 +24,7 @@ from grasp_lightning.models.linears import in_attention
 from grasp_lightning.models.lowrank import is_low_rank
 from grasp_lightning.models.sharding import whole
 from grasp_lightning.models.surgery import in_place_of_linears, replacements
-from grasp_lightning.plan import NarrowMlp, Operation, Replacement
+from grasp_lightning.plan import DropLayers, LinearOperation, NarrowMlp, Operation, Replacement
 from grasp_lightning.training.layer_streams import HiddenStates, LayerRunner
 
 PULL = 1.0
@@ -43,6 +43,8 @@ class _Writers(NamedTuple):
 
 class Refitter:
     """Refits the left factors of low-rank linears, and the readers of narrowed MLPs, in order.
+
+    What was removed as a whole is missing in the compressed model from the start.
 
     Each is fitted by least squares, with everything before it compressed and refitted already.
     ``prefix`` takes as ``T`` what the dense linear gives in the dense model. ``residual`` fits only
@@ -94,27 +96,35 @@ class Refitter:
             Tensors of the same names and shapes.
         """
         refitted, by_layer = dict(tensors), _by_layer(view, operations)
-        if not by_layer:
+        dropped = {i for op in operations if isinstance(op, DropLayers) for i in op.layers}
+        changed = by_layer.keys() | dropped
+        if not changed:
             return refitted
-        first, last = min(by_layer), max(by_layer)
+        first, last = min(changed), max(changed)
         layers = {str(i): i for i in view.layer_indices if first <= i <= last}
         with TemporaryDirectory() as folder, frozen(view.model):
             streams = _Streams(view, self._data, HiddenStates(Path(folder), self._max_bytes))
             streams.start(first)
             for number in self._track(tuple(layers), "refit layers"):
-                cuts = by_layer.get(layers[number], [])
-                layer = _Layer(view, layers[number], cuts, refitted, streams, mode=mode)
+                index = layers[number]
+                if index in dropped:
+                    streams.advance_dense(index)
+                    continue
+                changes = by_layer.get(index, [])
+                layer = _Layer(view, index, changes, refitted, streams, mode=mode)
                 for group in layer.groups():
                     layer.fit(group)
                 layer.advance()
         return refitted
 
 
-def _by_layer(view: DecoderView, operations: Sequence[Operation]) -> dict[int, list[Replacement]]:
-    found: dict[int, list[Replacement]] = {}
+def _by_layer(
+    view: DecoderView, operations: Sequence[Operation]
+) -> dict[int, list[LinearOperation]]:
+    found: dict[int, list[LinearOperation]] = {}
     for operation in operations:
-        if isinstance(operation, Replacement):
-            index = view.layer_of(operation.solved)
+        if isinstance(operation, LinearOperation):
+            index = view.layer_of(operation.modules[0])
             assert index is not None  # operations are on linears of decoder layers
             found.setdefault(index, []).append(operation)
     return found
@@ -141,6 +151,12 @@ class _Streams:
         for number, entering in self.runner.inputs_of(index, self.batches):
             self.hidden[_DENSE, number] = self.hidden[_COMPRESSED, number] = entering
 
+    def advance_dense(self, index: int) -> None:
+        """Let the hidden states of the dense model alone pass through a layer."""
+        with self.runner.only(index) as run:
+            for number, batch in self.batches.items():
+                self.hidden[_DENSE, number] = run(batch, self.hidden[_DENSE, number])
+
 
 class _Layer:
     """One decoder layer, dense or compressed as it is needed.
@@ -148,7 +164,7 @@ class _Layer:
     Args:
         view: The model, with this layer dense; it is dense again after each method.
         index: Its number in the original model.
-        cuts: What is cut in it; may be nothing.
+        changes: What is cut or removed in it; may be nothing.
         tensors: Tensors of the cuts, changed as they are fitted.
         streams: The hidden states that enter it.
         mode: ``prefix`` or ``residual``.
@@ -158,7 +174,7 @@ class _Layer:
         self,
         view: DecoderView,
         index: int,
-        cuts: Sequence[Replacement],
+        changes: Sequence[LinearOperation],
         tensors: dict[str, Tensor],
         streams: _Streams,
         *,
@@ -166,12 +182,13 @@ class _Layer:
     ) -> None:
         self._view = view
         self._index = index
-        self._cuts = cuts
+        self._changes = changes
+        self._cuts = cuts = [change for change in changes if isinstance(change, Replacement)]
         self._tensors = tensors
         self._streams = streams
         self._prefix = f"{view.layers_name}.{index}."
         self._dense = {name: view.module(name) for cut in cuts for name in cut.modules}
-        self._compressed = replacements(view, cuts, tensors)
+        self._compressed = replacements(view, changes, tensors)
         self._writers = self._find_writers() if cuts else None
         self._fits_stream = mode == "residual" and self._writers is not None
         self._outputs = tuple(self._writers or ()) if self._fits_stream else tuple(self._dense)
@@ -218,7 +235,7 @@ class _Layer:
             prior = self._tensors[key].to(cross.device)
             fitted = pulled_regression(cross, gram, prior, pull=PULL, ridge=RIDGE)
             self._tensors[key] = fitted.to(self._tensors[key])
-        self._compressed = replacements(self._view, self._cuts, self._tensors)
+        self._compressed = replacements(self._view, self._changes, self._tensors)
 
     def advance(self) -> None:
         """Let the hidden states of both models pass through the layer."""

@@ -553,7 +553,7 @@ def test_save_draws_no_random_numbers(tmp_path: Path) -> None:
     [
         ("mlp.nothing", 5, "names model.layers.1.mlp.nothing, but LlamaForCausalLM has no such"),
         ("mlp.up_proj", 33, "rank 33 of model.layers.1.mlp.up_proj does not fit"),
-        ("mlp.up_proj", 0, "rank of model.layers.1.mlp.up_proj must be a positive integer, got 0"),
+        ("mlp.up_proj", -1, "rank of model.layers.1.mlp.up_proj must be an integer from 0 on, got"),
         ("mlp", 5, "model.layers.1.mlp must be a Linear, got LlamaMLP"),
     ],
 )

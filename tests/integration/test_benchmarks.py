@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 
 from grasp_lightning.config import Strategy
 from grasp_lightning.training.strategies import is_sharded
@@ -139,19 +140,28 @@ def test_the_table_of_methods_goes_on_where_it_was(tiny_folder: Path, tmp_path: 
     settings += ["--windows", 4, "--test_windows", 2, "--seqlen", 32, "--ratios", 0.3]
     half = run("methods_table.py", *settings, "--methods", "grasp_plus", cwd=tmp_path)
     assert half.returncode == 0, half.stderr
-    before = (runs / "grasp_plus-0.3-0" / "metrics.json").stat().st_mtime_ns
+    measured, cut = (runs / f"grasp_plus-{ratio}-both-4-0" for ratio in ("0.2", "0.3"))
+    before = [(folder / "metrics.json").stat().st_mtime_ns for folder in (measured, cut)]
+    config = yaml.safe_load((cut / "config.yaml").read_text())
+    assert config["from_scores"] == str(measured)
 
-    methods = ("drop", "grasp_plus")
+    methods = ("drop", "grasp_plus", "grasp_plus:refit=none")
     done = run("methods_table.py", *settings, "--methods", *methods, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (runs / "grasp_plus-0.3-0" / "metrics.json").stat().st_mtime_ns == before
+    after = [(folder / "metrics.json").stat().st_mtime_ns for folder in (measured, cut)]
+    assert after == before
     cells = json.loads(output.read_text())["cells"]
     assert [c["cell"]["method"] for c in cells] == list(methods)
     for cell in cells:
-        wiki = cell["metrics"]["perplexity"]["compressed"]
-        assert f"| {wiki:.1f} (x " in done.stdout
-        assert f"| {cell['c4']:.1f} (x " in done.stdout
+        for value in cell["perplexity"].values():
+            assert f"| {value:.1f} (x " in done.stdout
     assert cells[1]["metrics"]["loss_change"]["predicted"] > 0
+    plan = json.loads((runs / "grasp_plus-refit=none-0.3-both-4-0" / "plan.json").read_text())
+    assert "refit" not in plan["options"]
+
+    wrong = run("methods_table.py", *settings, "--methods", "grasp_plus:nothing=1", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "'nothing=1' is no KEY=VALUE of a method" in wrong.stderr
 
 
 def test_the_compensation_table_trains_in_four_ways(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
-from tests.conftest import save_tiny
+from grasp_lightning.plan import Plan
 from tests.integration.killing import CHILD, ROOT
 from tests.integration.test_processes import TORCHRUN, run
+from tests.integration.test_removal import save_with_idle_parts
 
 pytestmark = pytest.mark.slow  # every process imports torch and transformers
 
@@ -21,9 +22,10 @@ STRATEGIES = {"ddp": [TWO], "fsdp": [TWO, "--trainer.strategy=fsdp"]}
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
-        f"--model.path={save_tiny(tmp_path_factory.mktemp('model') / 'tiny')}",
+        f"--model.path={save_with_idle_parts(tmp_path_factory.mktemp('model') / 'tiny', 'llama')}",
         "--method.name=grasp_plus",
-        "--method.removed_ratio=0.3",
+        "--method.removed_ratio=0.35",
+        "--method.removable=blocks",
         "--calibration.source=pydoc",
         "--calibration.num_samples=5",  # odd: one process has a window more
         "--calibration.seqlen=48",
@@ -38,6 +40,11 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def alone(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone") / "run"
     assert main(["compress", *settings, f"--output_dir={folder}"]) == 0
+    plan = Plan.from_json((folder / "plan.json").read_text())
+    assert plan.ranks
+    assert plan.channels
+    assert plan.removed_blocks
+    assert plan.dropped_layers
     return folder
 
 
@@ -50,7 +57,8 @@ def assert_equal_decisions(first: Path, second: Path) -> None:
         for key, values in left.items():
             scale = float(values.abs().max())
             # A divergence is what is left of terms as large as the loss itself.
-            rtol, atol = (1e-2, 1e-6) if "measured" in key else (1e-5, 1e-5 * scale)
+            is_divergence = key.endswith((".measured", ".removal"))
+            rtol, atol = (1e-2, 1e-6) if is_divergence else (1e-5, 1e-5 * scale)
             torch.testing.assert_close(right[key], values, rtol=rtol, atol=atol, msg=key)
     weights, others = (replaced_weights(folder) for folder in (first, second))
     assert weights.keys() == others.keys()

@@ -9,6 +9,7 @@ from grasp_lightning.plan import (
     NarrowMlp,
     Operation,
     Plan,
+    RemoveBlock,
     SelectLayers,
 )
 
@@ -29,6 +30,7 @@ operations = st.one_of(
         writers=st.lists(names, max_size=3).map(tuple),
         channels=indices,
     ),
+    st.builds(RemoveBlock, block=names, modules=st.lists(names, max_size=3).map(tuple)),
 )
 options = st.dictionaries(
     names,

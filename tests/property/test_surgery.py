@@ -6,7 +6,14 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.mlp import mlps
 from grasp_lightning.models.size import count_decoder_linears, count_parameters
 from grasp_lightning.models.surgery import apply_operations, parameters_after
-from grasp_lightning.plan import DropLayers, FactorizeLinear, NarrowMlp, Operation, SelectLayers
+from grasp_lightning.plan import (
+    DropLayers,
+    FactorizeLinear,
+    NarrowMlp,
+    Operation,
+    RemoveBlock,
+    SelectLayers,
+)
 from tests.conftest import FAMILIES, tiny_model
 from tests.unit.models.helpers import meta_model, random_factors
 
@@ -22,7 +29,10 @@ def plans(draw: st.DrawFn) -> tuple[str, bool, list[Operation]]:
     linears = {n: m for index in range(NUM_LAYERS) for n, m in view.linears(index).items()}
     chosen = draw(st.lists(st.sampled_from(sorted(linears)), unique=True, max_size=8))
     operations: list[Operation] = [SelectLayers(layers=(0,))]
-    for module in chosen:
+    removed = draw(st.sets(st.sampled_from(chosen))) if chosen else set()
+    if removed:
+        operations.append(RemoveBlock(block="some", modules=tuple(sorted(removed))))
+    for module in set(chosen) - removed:
         largest = min(linears[module].in_features, linears[module].out_features)
         rank = draw(st.integers(1, largest))
         operations.append(FactorizeLinear(module=module, rank=rank, components=None))

@@ -102,7 +102,8 @@ def trainable_linears(
     """
     found: dict[str, DenseModule] = {}
     for module, low_rank in low_rank_linears(view.model).items():
-        found[f"{module}.right"], found[f"{module}.left"] = low_rank.right, low_rank.left
+        if low_rank.rank > 0:  # of a removed block nothing is left to train
+            found[f"{module}.right"], found[f"{module}.left"] = low_rank.right, low_rank.left
     found |= narrowed_linears(view.model)
     if train == "lora":
         for index in view.layer_indices:

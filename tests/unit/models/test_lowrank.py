@@ -70,10 +70,22 @@ def test_transformers_finds_config_and_quantizer_by_name() -> None:
     assert quantizer.is_qat_trainable
 
 
-@pytest.mark.parametrize("rank", [0, -1, 2.0, "3", True, None])
-def test_a_rank_that_is_no_positive_integer_is_named(rank: object) -> None:
-    with pytest.raises(ValueError, match=r"rank of a\.b must be a positive integer, got"):
+@pytest.mark.parametrize("rank", [-1, 2.0, "3", True, None])
+def test_a_rank_that_is_no_integer_from_0_on_is_named(rank: object) -> None:
+    with pytest.raises(ValueError, match=r"rank of a\.b must be an integer from 0 on, got"):
         GraspConfig({"a.b": rank})  # type: ignore[dict-item]  # what a config.json may hold
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_of_rank_0_gives_its_bias_alone(*, bias: bool) -> None:
+    linear = LowRankLinear(6, 5, 0, bias=bias)
+    given = torch.randn(2, 3, 6, requires_grad=True)
+    expected = linear.left.bias if bias else torch.zeros(5)
+    assert torch.equal(linear(given), expected.expand(2, 3, 5))
+    linear(given).sum().backward()
+    assert given.grad is not None
+    assert not given.grad.any()
 
 
 def test_keys_of_a_newer_format_are_refused() -> None:

@@ -2,14 +2,24 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp_lightning.errors import PlanError
+from grasp_lightning.methods.blocks import blocks
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.linears import DenseModule
 from grasp_lightning.models.lowrank import LowRankLinear, NarrowedLinear, narrowed_linears
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import apply_operations, parameters_after
-from grasp_lightning.plan import DropLayers, FactorizeLinear, NarrowMlp, Operation, SelectLayers
+from grasp_lightning.plan import (
+    DropLayers,
+    FactorizeLinear,
+    NarrowMlp,
+    Operation,
+    RemoveBlock,
+    SelectLayers,
+)
 from tests.conftest import ALL_FAMILIES, MOE_FAMILIES, tiny_model
 from tests.unit.models.helpers import (
     factorize_layers,
@@ -30,6 +40,10 @@ def factorize(
 
 
 DOWN, GATE = "model.layers.1.mlp.down_proj", "model.layers.1.mlp.gate_proj"
+
+
+def remove(*modules: str) -> RemoveBlock:
+    return RemoveBlock(block="model.layers.1.some", modules=modules)
 
 
 def narrow(
@@ -146,6 +160,12 @@ BAD: list[tuple[Sequence[Operation], str]] = [
     ([DropLayers(layers=(2, 2))], "names a decoder layer twice"),
     ([SelectLayers(layers=(9,))], r"decoder layers \[9\]"),
     ([DropLayers(layers=(0, 1, 2, 3))], "drops all 4 decoder layers"),
+    ([remove(UP), factorize()], f"factorizes {UP} twice"),
+    ([narrow(), remove(UP)], f"removes {UP} and narrows it, too"),
+    ([DropLayers(layers=(1,)), remove(UP)], f"removes {UP} after dropping its decoder layer"),
+    ([remove()], "some: expected its linears, each once, got"),
+    ([remove(UP, UP)], "expected its linears, each once, got"),
+    ([remove("model.layers.1.mlp")], "removes .*: expected a Linear, the model has LlamaMLP"),
     ([narrow(), narrow()], f"narrows {DOWN} twice"),
     ([factorize(), narrow()], f"narrows {UP} and factorizes it, too"),
     ([narrow(), factorize()], f"factorizes {UP} and narrows it, too"),
@@ -286,6 +306,28 @@ def test_training_state_of_an_mlp_is_kept(training: bool, requires_grad: bool) -
     assert {(p.requires_grad, p.dtype) for p in new.parameters()} == {
         (requires_grad, torch.bfloat16)
     }
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_removed_attention_block_adds_its_bias_alone(family: str) -> None:
+    view, layer = DecoderView(tiny_model(family)), 1
+    mlp, attention = blocks(view, layer)
+    assert mlp
+    operation = RemoveBlock(block="attention", modules=attention)
+    expected = parameters_after(view, [operation])
+    assert expected == count_parameters(view.model) - sum(
+        view.linears(layer)[name].weight.numel() for name in attention
+    )
+    writer = view.module(attention[-1])
+    assert isinstance(writer, DenseModule)
+    bias = torch.zeros(32) if writer.bias is None else writer.bias.detach().clone()
+    apply_operations(view, [operation], {})
+    assert count_parameters(view.model) == expected
+    given: list[Tensor] = []
+    module = view.module(attention[-1])
+    module.register_forward_hook(lambda _, __, output: given.append(output))
+    view.model(IDS)
+    assert torch.equal(given[0], bias.expand_as(given[0]))
 
 
 def test_a_narrowed_linear_cannot_be_replaced_again() -> None:

@@ -13,9 +13,17 @@ from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.base import Decision
+from grasp_lightning.methods.blocks import blocks
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations
-from grasp_lightning.plan import Operation, Plan, SelectLayers
+from grasp_lightning.plan import (
+    DropLayers,
+    LinearOperation,
+    Operation,
+    Plan,
+    RemoveBlock,
+    SelectLayers,
+)
 from grasp_lightning.stats.base import Statistics
 from grasp_lightning.training.refit import Refitter
 from tests.conftest import byte_tokenizer, tiny_model
@@ -151,3 +159,23 @@ def test_padding_counts_nothing() -> None:
     )
     for name in plain:
         torch.testing.assert_close(plain[name], wider[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_went_as_a_whole_is_made_good_by_the_rest(mode: RefitChoice) -> None:
+    found = windows()
+    dense, view = last_hidden(tiny_model(), found), DecoderView(tiny_model())
+    decided = decision(view, found, MethodConfig(name="grasp_plus", removed_ratio=0.1))
+    attention, layer = blocks(view, 1)[1], view.linears(2)
+    cuts = [op for op in decided.operations if isinstance(op, LinearOperation)]
+    kept = [op for op in cuts if not {*op.modules} & {*attention, *layer}]
+    assert kept
+    operations: list[Operation] = [
+        *kept,
+        RemoveBlock(block="attention", modules=attention),
+        DropLayers(layers=(2,)),
+    ]
+    refitted = refitter(found)(view, mode, operations, decided.tensors)
+    given = (dense, found, operations)
+    before = hidden_error(tiny_model(), *given, dict(decided.tensors))
+    assert hidden_error(tiny_model(), *given, refitted) < before

@@ -1,0 +1,85 @@
+"""What the removal of each decoder layer or block does to the predictions by itself."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from grasp_lightning import processes
+from grasp_lightning.evaluation.cut_losses import divergence
+from grasp_lightning.models.decoder import DecoderView, frozen
+from grasp_lightning.models.next_token import forward_inputs
+from grasp_lightning.models.sharding import is_sharded
+from grasp_lightning.models.surgery import in_place_of_linears, replacements
+from grasp_lightning.plan import RemoveBlock
+from grasp_lightning.stats.base import Removable
+from grasp_lightning.training.hidden_cache import HiddenCache
+
+
+@torch.no_grad()
+def removal_losses(
+    view: DecoderView,
+    removables: Sequence[Removable],
+    batches: Sequence[Mapping[str, Tensor]],
+    track: Callable[[Sequence[str], str], Iterable[str]],
+) -> dict[str, float]:
+    """Return how far each removal alone moves the predictions of the dense model.
+
+    The distance is that of ``cut_losses``. Several processes share the removals, unless they share
+    one model. What enters each layer is kept, so that only what is above a removal runs again.
+
+    Args:
+        view: The dense model; each part is taken out and put back.
+        removables: Layers and blocks.
+        batches: Windows to measure on, as ``TokenWindows.batch`` gives them, equally many in each.
+        track: Shows the progress.
+
+    Returns:
+        Nats per predicted token by name, in the order of ``removables``; the same in all processes.
+    """
+    by_name = {part.name: part for part in removables}
+    names = list(by_name) if is_sharded(view.model) else processes.own_share(list(by_name))
+    sums = dict.fromkeys(names, 0.0)
+    with frozen(view.model):
+        for number, batch in enumerate(batches, start=1):
+            measure = _Removals(view, {by_name[name].layer for name in names}, batch)
+            for name in track(names, f"price removals, {number} of {len(batches)}"):
+                sums[name] += measure(by_name[name])
+    found = {name: loss for part in processes.gather(sums) for name, loss in part.items()}
+    return {name: found[name] / len(batches) for name in by_name}
+
+
+class _Removals:
+    """One batch, its dense predictions, and what enters the layers."""
+
+    def __init__(
+        self, view: DecoderView, layers: Iterable[int], batch: Mapping[str, Tensor]
+    ) -> None:
+        self._view = view
+        self._batch = {key: value.to(view.model.device) for key, value in batch.items()}
+        self._windows = list(range(len(batch["input_ids"])))
+        self._cache = HiddenCache(view)
+        self._cache.start_batch(torch.tensor(self._windows))
+        with self._cache.capturing(sorted(layers), len(self._windows)):
+            self._dense = self._logits()
+
+    def __call__(self, part: Removable) -> float:
+        start = self._cache.start_layer(part.layer, self._windows)
+        with self._cache.starting_from(start), self._without(part):
+            # Rounding can make the divergence of what does nothing negative.
+            return max(divergence(self._logits(), self._dense, self._batch), 0.0)
+
+    def _logits(self) -> Tensor:
+        logits: Tensor = self._view.model(**forward_inputs(self._batch)).logits
+        return logits
+
+    @contextmanager
+    def _without(self, part: Removable) -> Iterator[None]:
+        if not part.is_block:
+            with self._cache.skipping(part.layer):
+                yield
+            return
+        removal = RemoveBlock(block=part.name, modules=part.linears)
+        with in_place_of_linears(self._view, replacements(self._view, [removal], {})):
+            yield

@@ -1,0 +1,73 @@
+"""What the removal of layers and blocks costs."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp_lightning.evaluation.cut_losses import divergence
+from grasp_lightning.methods.base import untracked
+from grasp_lightning.methods.removal import removable_parts, removal_operations
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.next_token import forward_inputs
+from grasp_lightning.models.surgery import apply_operations
+from grasp_lightning.stats.base import Removable
+from grasp_lightning.training.removal_losses import removal_losses
+from tests.conftest import tiny_model
+from tests.unit.training.test_refit import windows
+
+
+def parts(view: DecoderView) -> tuple[Removable, ...]:
+    return removable_parts(view, view.layer_indices, "blocks")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_a_price_is_the_divergence_of_the_model_without_the_part(family: str) -> None:
+    batches = [windows().batch([row]) for row in range(2)]
+    dense = DecoderView(tiny_model(family))
+    prices = removal_losses(dense, parts(dense), batches, untracked)
+    assert list(prices) == [part.name for part in parts(dense)]
+    reference: PreTrainedModel = tiny_model(family)
+    for part in parts(dense):
+        view = DecoderView(tiny_model(family))
+        apply_operations(view, removal_operations([part], [part.name]), {})
+        expected = sum(_divergence(view.model, reference, batch) for batch in batches) / 2
+        assert prices[part.name] == pytest.approx(max(expected, 0), rel=1e-3, abs=1e-7)
+
+
+@torch.no_grad()
+def _divergence(
+    model: PreTrainedModel, reference: PreTrainedModel, batch: dict[str, Tensor]
+) -> float:
+    logits, dense = (m(**forward_inputs(batch)).logits for m in (model, reference))
+    return divergence(logits, dense, batch)
+
+
+def test_the_model_stays_as_it_was() -> None:
+    view = DecoderView(tiny_model())
+    before = {key: value.clone() for key, value in view.model.state_dict().items()}
+    modules = [type(module) for module in view.model.modules()]
+    batch = windows().batch([0])
+    logits = view.model(**forward_inputs(batch)).logits
+    removal_losses(view, parts(view), [batch], untracked)
+    assert torch.equal(view.model(**forward_inputs(batch)).logits, logits)
+    assert [type(module) for module in view.model.modules()] == modules
+    after = view.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_mlp_block_of_a_mixture_of_experts_stays() -> None:
+    view = DecoderView(tiny_model("qwen3_moe", mlp_only_layers=[1]))
+    kinds = {(part.layer, part.name.rpartition(".")[2]) for part in parts(view)}
+    assert (1, "mlp") in kinds
+    assert (2, "mlp") not in kinds
+    assert (2, "layer") in kinds
+
+
+def test_one_layer_is_left_whatever_goes() -> None:
+    view = DecoderView(tiny_model())
+    layers = [p.layer for p in removable_parts(view, view.layer_indices, "layers")]
+    assert layers == [1, 2, 3]
+    assert [p.layer for p in removable_parts(view, (0, 2), "layers")] == [0, 2]
+    assert removable_parts(view, (0, 2), "none") == ()
