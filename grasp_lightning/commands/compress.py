@@ -322,6 +322,8 @@ def _perplexity(config: CompressConfig, inputs: _Inputs, phases: Phases, which: 
 
 def _timed(measure: Measure, phases: Phases) -> Measure:
     def timed(view: DecoderView, step: Step) -> Statistics:
+        if step.needs.is_empty:  # explicit layers, or scores that need no data
+            return measure(view, step)
         with phases(_PHASE_OF_STEP.get(step.name, step.name)):
             return measure(view, step)
 

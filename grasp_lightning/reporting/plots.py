@@ -230,23 +230,14 @@ def ranks_plot(plan: Plan) -> Plot | None:
     ranks = {module_place(module): rank for module, rank in plan.ranks.items()}
     if not ranks:
         return None
-    layers = sorted({layer for layer, _ in ranks})
-    kinds = list(dict.fromkeys(kind for _, kind in ranks))
-    values = np.array([[ranks.get((layer, kind), np.nan) for layer in layers] for kind in kinds])
-
-    def draw(figure: Figure) -> None:
-        columns = [str(layer) for layer in layers]
-        is_annotated = len(layers) <= _MAX_ANNOTATED
-        draw_heat_map(figure, values, columns, kinds, label="rank", is_annotated=is_annotated)
-
+    drawn = _heat_map(ranks, "rank")
     low, high = min(ranks.values()), max(ranks.values())
     span = f"rank {low}" if low == high else f"ranks {low} to {high}"
     return Plot(
-        title=f"{len(ranks)} linears in {len(layers)} layers now have {span}",
+        title=f"{len(ranks)} linears in {drawn.num_layers} layers now have {span}",
         explanation=f"Rank of the factors that replace each linear; {_grey(plan)}.",
-        alt=f"Heat map of ranks, {len(kinds)} kinds of linears by {len(layers)} layers; the table "
-        "of ranks has the same numbers.",
-        svg=svg_text(1.2 + 0.34 * len(kinds), draw),
+        alt=f"Heat map of ranks, {drawn.size}; the table of ranks has the same numbers.",
+        svg=drawn.svg,
     )
 
 
@@ -275,17 +266,7 @@ def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
     }
     if not shares:
         return None
-    layers = sorted({layer for layer, _ in shares})
-    kinds = list(dict.fromkeys(kind for _, kind in shares))
-    values = np.array(
-        [[round(100 * shares.get((layer, kind), np.nan), 1) for layer in layers] for kind in kinds]
-    )
-
-    def draw(figure: Figure) -> None:
-        columns = [str(layer) for layer in layers]
-        is_annotated = len(layers) <= _MAX_ANNOTATED
-        draw_heat_map(figure, values, columns, kinds, label="% kept", is_annotated=is_annotated)
-
+    drawn = _heat_map({place: round(100 * share, 1) for place, share in shares.items()}, "% kept")
     low, high = (f"{share:.0%}" for share in (min(kept.values()), max(kept.values())))
     span = low if low == high else f"{low} to {high}"
     noun = "1 MLP keeps" if len(kept) == 1 else f"{len(kept)} MLPs keep"
@@ -293,14 +274,15 @@ def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
         title=f"{noun} {span} of the hidden channels",
         explanation="Share of the hidden channels that is kept, in percent, for each linear that "
         "writes or reads them; a grey field is not narrowed.",
-        alt=f"Heat map of shares, {len(kinds)} kinds of linears by {len(layers)} layers; the table "
-        "of channels has the same numbers.",
-        svg=svg_text(1.2 + 0.34 * len(kinds), draw),
+        alt=f"Heat map of shares, {drawn.size}; the table of channels has the same numbers.",
+        svg=drawn.svg,
     )
 
 
 def _grey(plan: Plan) -> str:
-    return f"a grey field stays dense{' or is narrowed' if plan.channels else ''}"
+    is_removed = plan.removed_blocks or plan.dropped_layers
+    more = [" or is narrowed"] * bool(plan.channels) + [" or is gone"] * bool(is_removed)
+    return f"a grey field stays dense{''.join(more)}"
 
 
 def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
@@ -316,27 +298,46 @@ def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     losses = {module_place(module): v for module, v in predicted_losses(plan, scores).items()}
     if not losses:
         return None
-    layers = sorted({layer for layer, _ in losses})
-    kinds = list(dict.fromkeys(kind for _, kind in losses))
     # Thousandths: the total is a few tenths, over hundreds of linears.
-    values = np.array(
-        [[1e3 * losses.get((layer, kind), np.nan) for layer in layers] for kind in kinds]
-    )
-
-    def draw(figure: Figure) -> None:
-        columns = [str(layer) for layer in layers]
-        is_annotated = len(layers) <= _MAX_ANNOTATED
-        draw_heat_map(
-            figure, values, columns, kinds, label="nats / 1000", is_annotated=is_annotated
-        )
-
+    drawn = _heat_map({place: 1e3 * loss for place, loss in losses.items()}, "nats / 1000")
     total, (worst, most) = sum(losses.values()), max(losses.items(), key=lambda entry: entry[1])
     return Plot(
         title=f"All that was cut is predicted to cost {total:.2f} nats per token",
         explanation="Predicted growth of the loss for each linear, in thousandths of a nat per "
         "token: half the curvature of its change; a narrowed MLP stands under the linear that "
-        "reads its channels; a grey field costs nothing.",
-        alt=f"Heat map of predicted losses, {len(kinds)} kinds of linears by {len(layers)} layers; "
-        f"most, {most:.4f} nats, in {worst[1]} of layer {worst[0]}.",
+        f"reads its channels{_removed_in_plot(plan)}; a grey field costs nothing.",
+        alt=f"Heat map of predicted losses, {drawn.size}; most, {most:.4f} nats, in {worst[1]} of "
+        f"layer {worst[0]}.",
+        svg=drawn.svg,
+    )
+
+
+def _removed_in_plot(plan: Plan) -> str:
+    is_removed = plan.removed_blocks or plan.dropped_layers
+    return "; a layer or block that is gone has a row of its own" if is_removed else ""
+
+
+class _HeatMap(NamedTuple):
+    """A drawing of one number for each linear, kinds of linears by layers."""
+
+    svg: str
+    size: str
+    num_layers: int
+
+
+def _heat_map(values: Mapping[tuple[int, str], float], label: str) -> _HeatMap:
+    """Draw numbers by the layer and the kind of their linears; a field without one is grey."""
+    layers = sorted({layer for layer, _ in values})
+    kinds = list(dict.fromkeys(kind for _, kind in values))
+    table = np.array([[values.get((layer, kind), np.nan) for layer in layers] for kind in kinds])
+
+    def draw(figure: Figure) -> None:
+        columns = [str(layer) for layer in layers]
+        is_annotated = len(layers) <= _MAX_ANNOTATED
+        draw_heat_map(figure, table, columns, kinds, label=label, is_annotated=is_annotated)
+
+    return _HeatMap(
         svg=svg_text(1.2 + 0.34 * len(kinds), draw),
+        size=f"{len(kinds)} kinds of linears by {len(layers)} layers",
+        num_layers=len(layers),
     )
