@@ -34,10 +34,6 @@ from grasp_lightning.config import (
 )
 from grasp_lightning.data.datamodules import CalibrationData, TextData
 from grasp_lightning.evaluation.footprint import (
-    Adapters,
-    ModelShape,
-    Pass,
-    Scored,
     calibration_activations,
     calibration_memory,
     compensation_activations,
@@ -46,6 +42,7 @@ from grasp_lightning.evaluation.footprint import (
     trained_parameters,
 )
 from grasp_lightning.evaluation.memory import forget_peak, peak_bytes
+from grasp_lightning.evaluation.shapes import Adapters, ModelShape, Pass, Scored
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.base import CompressionMethod
 from grasp_lightning.models.decoder import DecoderView

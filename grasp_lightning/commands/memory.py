@@ -15,10 +15,6 @@ from grasp_lightning.config import (
 )
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.footprint import (
-    Adapters,
-    ModelShape,
-    Pass,
-    Scored,
     bases_bytes,
     calibration_memory,
     compensation_activations,
@@ -26,6 +22,7 @@ from grasp_lightning.evaluation.footprint import (
     evaluation_bytes,
     trained_parameters,
 )
+from grasp_lightning.evaluation.shapes import Adapters, ModelShape, Pass, Scored
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.reporting.memory import CalibrationPlan, CompensationPlan, CompensationRow
 from grasp_lightning.stats.base import FORWARD_MOMENTS

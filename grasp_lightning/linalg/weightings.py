@@ -13,14 +13,12 @@ the curvature of the loss.
 
 import logging
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grasp_lightning.linalg.factors import SVD, factorize
-
-FisherSide = Literal["rows", "columns"]
 
 _MATRIX_NDIM = 2
 _ASYMMETRY = 1e-5  # of the largest entry: what float32 sums of two orders may differ by
@@ -258,38 +256,6 @@ def curvature_error(weight_change: Tensor, a_gram: Tensor | None, c_gram: Tensor
         change = change * metric if metric.ndim == 1 else change @ metric
     # tr(A D C D^T) is the inner product of A D and D C, as both metrics are symmetric.
     return (product * change).sum()
-
-
-def fisher_scales(squared_grad: Tensor, side: FisherSide, damping: float) -> Tensor:
-    """Return the diagonal root that weights each row or column by its Fisher information.
-
-    ``sqrt(sum of the squared gradients of the row or column)``, damped as in ``damped_root``, since
-    a row of zeros would have no inverse.
-
-    Source: Hsu et al., "Language model compression with weighted low-rank factorization" (FWSVD),
-    arXiv:2207.00112. Their ``X W`` has inputs in rows, so their row weights are ``columns`` here.
-
-    Args:
-        squared_grad: Squared loss gradients of every entry of the weight, summed or averaged over
-            calibration batches, ``(N, M)``, any float dtype.
-        side: ``rows`` gives a ``left`` root, ``columns`` a ``right`` root of ``weighted_svd``.
-        damping: Share of the mean sum that is added to every sum.
-
-    Returns:
-        ``(N,)`` or ``(M,)``, float64, positive if ``damping`` is.
-
-    Raises:
-        ValueError: If ``side`` is unknown, or ``squared_grad`` is no matrix of squares.
-    """
-    if side not in ("rows", "columns"):
-        raise ValueError(f"side must be one of ('rows', 'columns'), got {side!r}")
-    if squared_grad.ndim != _MATRIX_NDIM or bool((squared_grad < 0).any()):
-        raise ValueError(
-            f"squared_grad must be a matrix of squares, got shape {tuple(squared_grad.shape)} and "
-            f"{int((squared_grad < 0).sum())} negative entries"
-        )
-    sums = squared_grad.sum(dim=1 if side == "rows" else 0, dtype=torch.float64)
-    return damped_root(sums, damping)
 
 
 def activation_scales(mean_modulus: Tensor, alpha: float = 0.5) -> Tensor:

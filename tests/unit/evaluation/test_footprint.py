@@ -15,11 +15,6 @@ from grasp_lightning.commands.model_shape import model_shape, shape_after
 from grasp_lightning.config import LoraSettings, Reduction, Strategy, Terms, TrainMode
 from grasp_lightning.evaluation.footprint import (
     LOSS_PARTS,
-    Adapters,
-    LinearShape,
-    ModelShape,
-    Pass,
-    Scored,
     bases_bytes,
     calibration_activations,
     calibration_memory,
@@ -32,6 +27,7 @@ from grasp_lightning.evaluation.footprint import (
     trained_parameters,
     window_bytes,
 )
+from grasp_lightning.evaluation.shapes import Adapters, LinearShape, ModelShape, Pass, Scored
 from grasp_lightning.linalg.factors import balanced_factors, factorize
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters

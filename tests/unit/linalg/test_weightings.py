@@ -13,7 +13,6 @@ from grasp_lightning.linalg.weightings import (
     damped_cholesky,
     damped_root,
     even_norms,
-    fisher_scales,
     weighted_svd,
 )
 
@@ -153,20 +152,6 @@ def test_curvature_error_by_hand() -> None:
     assert float(curvature_error(change, torch.tensor([[0.5]]), c_gram)) == 9
     assert float(curvature_error(change, torch.tensor([0.5]), torch.tensor([2.0, 3.0]))) == 7
     assert float(curvature_error(change, None, None)) == 5
-
-
-def test_fisher_scales_by_hand() -> None:
-    squared_grad = torch.tensor([[1.0, 3.0], [0.0, 12.0]])
-    assert fisher_scales(squared_grad, "rows", 0.0).tolist() == [2.0, math.sqrt(12)]
-    assert fisher_scales(squared_grad, "columns", 1.0).tolist() == [3.0, math.sqrt(23)]
-
-
-def test_fisher_scales_refuse_what_is_no_sum_of_squares() -> None:
-    with pytest.raises(ValueError, match=r"^side must be one of \('rows', 'columns'\), got 'both'"):
-        fisher_scales(torch.ones(2, 2), "both", 0.0)  # type: ignore[arg-type]  # what is tested
-    message = "squared_grad must be a matrix of squares, got shape (2, 2) and 1 negative entries"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        fisher_scales(torch.tensor([[1.0, -1.0], [0.0, 2.0]]), "rows", 0.0)
 
 
 def test_activation_scales_by_hand() -> None:
