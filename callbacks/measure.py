@@ -25,6 +25,7 @@ from grasp_lightning import processes
 from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError
+from grasp_lightning.evaluation.cut_losses import first_tokens
 from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.low_rank import ATTRIBUTION
 from grasp_lightning.methods.weighted import CURVATURE
@@ -119,12 +120,12 @@ class TrainerMeasure:
         return self._pass(view, step, measurement)
 
     def _prices(self, view: DecoderView, removables: Sequence[Removable]) -> dict[str, float]:
-        """Price removals on the first windows, which are a mixture as all of them are."""
+        """Price removals on the first windows, in which the sources of a mixture take turns."""
         if not removables:
             return {}
         windows = self._data.windows
         count = min(self._priced_windows, len(windows))
-        batches = [windows.batch([number]) for number in range(count)]
+        batches = [first_tokens(windows.batch([number])) for number in range(count)]
         return removal_losses(view, removables, batches, self._track)
 
     def _track(self, items: Sequence[str], description: str) -> Iterable[str]:

@@ -5,7 +5,7 @@ process all functions here do the obvious thing.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -60,6 +60,20 @@ def own_batches(items: Sequence[T], size: int) -> list[tuple[Sequence[T], bool]]
     most_items = -(-len(items) // num_processes())
     missing = -(-most_items // size) - len(batches)
     return batches + [(items[:1], False)] * missing
+
+
+def merged(own: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
+    """Return what all processes have found, each its share.
+
+    Args:
+        own: What this process has found, by name.
+        names: Names of everything.
+
+    Returns:
+        All of it, in the order of ``names``; the same in all processes.
+    """
+    found = {name: value for part in gather(dict(own)) for name, value in part.items()}
+    return {name: found[name] for name in names}
 
 
 def barrier() -> None:

@@ -3,19 +3,17 @@
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from grasp_lightning.commands.phases import Phases
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows
-from grasp_lightning.evaluation.cut_losses import cut_losses
+from grasp_lightning.evaluation.cut_losses import cut_losses, first_tokens
 from grasp_lightning.methods.base import Decision, Track
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import Replacement
 from grasp_lightning.training.refit import Refitter
 
 CUT_LOSSES, REFIT = "cut_losses", "refit"
-_MAX_TOKENS = 512  # of a window on which cuts are measured: a second set of logits is kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,7 @@ class FinishDecision:
         cuts = [op for op in decision.operations if isinstance(op, Replacement)]
         if self.held_out is not None and cuts:
             with self.phases(CUT_LOSSES):
-                batch = _first_tokens(self.held_out)
+                batch = first_tokens(self.held_out.batch(range(len(self.held_out))))
                 losses = cut_losses(view, cuts, decision.tensors, batch, self.track)
             measured = {f"{name}.measured": torch.tensor([loss]) for name, loss in losses.items()}
             decision = replace(decision, scores={**decision.scores, **measured})
@@ -65,8 +63,3 @@ class FinishDecision:
         with self.phases(REFIT):
             tensors = refitter(view, decision.refit, decision.operations, decision.tensors)
         return replace(decision, tensors=tensors)
-
-
-def _first_tokens(windows: TokenWindows) -> dict[str, Tensor]:
-    batch = windows.batch(range(len(windows)))
-    return {k: value[:, :_MAX_TOKENS] if value.dim() > 1 else value for k, value in batch.items()}

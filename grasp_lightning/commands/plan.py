@@ -52,6 +52,7 @@ class Prediction:
             budget.
         is_timed: It is a budget of time: sizes are those of factors that keep its share of
             parameters, as an estimate of memory.
+        is_removable: Layers or blocks may go as a whole.
     """
 
     dense: int
@@ -65,6 +66,7 @@ class Prediction:
     is_budget: bool = False
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
     is_timed: bool = False
+    is_removable: bool = False
 
     @property
     def lines(self) -> list[str]:
@@ -80,7 +82,8 @@ class Prediction:
             first = "a budget of measured time: the data decides on sizes"
         if self.is_budget:
             where = f"all linears of {self.num_layers} layers share one budget"
-            return [first, f"{where}: the data decides on ranks, and on what stays dense"]
+            more = ", on what goes as a whole" if self.is_removable else ""
+            return [first, f"{where}: the data decides on ranks{more}, and on what stays dense"]
         if self.ranks:
             rows = [f"  {name}: rank {rank}" for name, rank in self.ranks.items()]
             where = f"{self.num_layers} layers are replaced; ranks in one of them:"
@@ -150,7 +153,7 @@ def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -
     dense, sizes, factors, planned = count_parameters(view.model), [], [], []
     by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))
     for layers in (by_size[: choice.count], by_size[-choice.count :]):
-        budgeted = rule.budgeted(view, tuple(layers))
+        budgeted = rule.budgeted(view, tuple(sorted(layers)))
         kept = rule.budget(budgeted)
         operations = _evenly(budgeted, kept / budgeted.size)
         factors.append(kept)
@@ -168,6 +171,7 @@ def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -
         operations=operations_of_most,
         is_budget=True,
         is_timed=rule.unit == "time",
+        is_removable=rule.removable != "none",
     )
 
 

@@ -127,7 +127,7 @@ class StoredScores:
         if price is None:
             raise ConfigError(
                 f"from_scores: {self._folder} has not priced the removal of {name}; name a run "
-                "with the same method.removable, or set method.removable=none"
+                "with the same method.removable and method.layers, or set method.removable=none"
             )
         return price
 

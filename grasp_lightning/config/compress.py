@@ -22,7 +22,7 @@ RankChoice = Literal["uniform", "global"]
 MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
 BudgetChoice = Literal["parameters", "time"]
-RemovableChoice = Literal["none", "layers", "blocks"]
+RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,8 @@ class MethodConfig:
             on the model's device. Of the linears' time goes the same share as would go of their
             parameters; how many of these remain, the data decides.
         removable: Under a global budget, what may go as a whole where its measured price is lower
-            than that of cutting it: none, layers, or blocks, which are layers and the attention and
-            MLP blocks in them.
+            than that of cutting it: nothing, layers, or layers and the attention and MLP blocks in
+            them. It needs weighting kfac, whose losses are in the unit of the price.
         multiple_of: Ranks and numbers of channels are multiples of this number.
         refit: Fit what was cut once more, in the order of the layers, on what it receives in the
             compressed model: prefix, to what the dense linear gives in the dense model; residual,

@@ -12,6 +12,8 @@ from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.models.surgery import in_place_of_linears, replacements
 from grasp_lightning.plan import Replacement
 
+_MAX_TOKENS = 512
+
 
 @torch.no_grad()
 def cut_losses(
@@ -48,8 +50,7 @@ def cut_losses(
             with in_place_of_linears(view, replacements(view, [by_name[name]], tensors)):
                 logits = view.model(**forward_inputs(given)).logits
             own[name] = divergence(logits, dense, given)
-    found = {name: loss for part in processes.gather(own) for name, loss in part.items()}
-    return {name: found[name] for name in by_name}
+    return processes.merged(own, by_name)
 
 
 def divergence(logits: Tensor, dense: Tensor, batch: Mapping[str, Tensor]) -> float:
@@ -66,3 +67,15 @@ def divergence(logits: Tensor, dense: Tensor, batch: Mapping[str, Tensor]) -> fl
     ids, targets = batch["input_ids"], batch["targets"]
     losses = distillation_losses(logits, dense, ids, targets, temperature=1.0, mix=1.0)
     return float(losses.double().mean())
+
+
+def first_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the beginnings of windows, short enough that two sets of logits fit into memory.
+
+    Args:
+        batch: The windows, as ``TokenWindows.batch`` gives them.
+
+    Returns:
+        The same, with 512 tokens in each at most.
+    """
+    return {k: value[:, :_MAX_TOKENS] if value.dim() > 1 else value for k, value in batch.items()}

@@ -95,12 +95,14 @@ class GroupChoice:
         removal_loss: Loss of removing all of it, measured, in the unit of the matrices' losses;
             may be negative. None where it must stay.
         own_size: Size of what goes with it besides its children, e.g. of its norms.
+        removed_size: Size that is left of it when it is removed, e.g. of biases; not negative.
     """
 
     name: str
     children: Sequence[Union[MatrixChoice, ChannelChoice, "GroupChoice"]]
     removal_loss: float | None = None
     own_size: float = 0.0
+    removed_size: float = 0.0
 
 
 Choice = MatrixChoice | ChannelChoice | GroupChoice
@@ -311,10 +313,13 @@ def _prepared(choices: Sequence[Choice]) -> _Group:
         return group(choice) if isinstance(choice, GroupChoice) else _Curve(choice)
 
     def group(choice: GroupChoice) -> _Group:
-        if not (0 <= choice.own_size < math.inf and math.isfinite(choice.removal_loss or 0)):
+        sizes = (choice.own_size, choice.removed_size)
+        is_finite = all(0 <= size < math.inf for size in sizes)
+        if not (is_finite and math.isfinite(choice.removal_loss or 0)):
             raise ValueError(
                 f"{choice.name} must have a finite removal_loss or None, got "
-                f"{choice.removal_loss}, and a finite own_size from 0 on, got {choice.own_size}"
+                f"{choice.removal_loss}, and a finite own_size and removed_size from 0 on, got "
+                f"{choice.own_size} and {choice.removed_size}"
             )
         children = sorted(choice.children, key=lambda child: child.name)
         return _Group(choice, tuple(node(child) for child in children))
@@ -376,14 +381,16 @@ def _kept_or_removed(
         return kept
     if removals is None:
         # Infinity times a size of zero has no value.
-        price = kept.multiplier * kept.size if kept.size > 0 else 0.0
+        saved = kept.size - choice.removed_size
+        price = kept.multiplier * saved if saved else 0.0
         is_removed = choice.removal_loss <= kept.loss + price
     else:
         is_removed = removals[choice.name]
     flags = kept.flags | {choice.name: is_removed}
     if not is_removed:
         return kept._replace(flags=flags)
-    return _Solution([], [choice.name], flags, 0.0, choice.removal_loss, kept.multiplier)
+    size, loss = choice.removed_size, choice.removal_loss
+    return _Solution([], [choice.name], flags, size, loss, kept.multiplier)
 
 
 def _bracket(

@@ -2,7 +2,7 @@
 
 from grasp_lightning.methods.rank_rules import Shapes
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.linears import DenseLinear
+from grasp_lightning.models.linears import DenseLinear, in_attention
 from grasp_lightning.models.lowrank import LowRankLinear
 from grasp_lightning.plan import Plan
 
@@ -10,8 +10,7 @@ from grasp_lightning.plan import Plan
 def blocks(view: DecoderView, index: int) -> tuple[tuple[str, ...], ...]:
     """Return the names of the dense linears of one layer, MLP block first, attention block second.
 
-    A linear is in the attention block if the module below the layer that holds it has "att" in its
-    name (self_attn, attention, attn), which is so in every family of transformers.
+    What is not in attention, see ``models.linears.in_attention``, counts as MLP.
 
     Args:
         view: The model.
@@ -22,7 +21,7 @@ def blocks(view: DecoderView, index: int) -> tuple[tuple[str, ...], ...]:
     """
     prefix = f"{view.layers_name}.{index}."
     names = tuple(view.linears(index))
-    attention = tuple(n for n in names if "att" in n.removeprefix(prefix).split(".")[0].lower())
+    attention = tuple(name for name in names if in_attention(name.removeprefix(prefix)))
     return tuple(name for name in names if name not in attention), attention
 
 

@@ -53,9 +53,14 @@ class Budgeted:
         return (*self.shapes, *self.mlps)
 
     @property
+    def linear_size(self) -> int:
+        """Number of parameters of all its linears."""
+        return sum(map(self._size_of, self.modules))
+
+    @property
     def size(self) -> int:
-        """Number of parameters of all of it."""
-        return sum(map(self._size_of, self.modules)) + sum(map(self.own_size, self.removables))
+        """Number of parameters of all of it, also of what is in a layer beside its linears."""
+        return self.linear_size + sum(map(self.own_size, self.removables))
 
     @property
     def linear_shapes(self) -> tuple[Shape, ...]:
@@ -64,16 +69,29 @@ class Budgeted:
         return tuple(sorted({*self.shapes.values(), *inside}))
 
     def own_size(self, removable: Removable) -> int:
-        """Return the number of parameters that go with a layer or block beside what is in it.
+        """Return the number of parameters that go with a layer or block beside its linears.
 
         Args:
             removable: The layer or block.
 
         Returns:
-            That of norms and biases; 0 of a block, whose norms and biases stay.
+            That of norms, biases and experts; 0 of a block.
         """
-        inside = sum(self._size_of(n) for n in self.modules if n in removable.linears)
-        return 0 if removable.is_block else max(removable.parameters - inside, 0)
+        return max(removable.parameters - self._inside(removable), 0)
+
+    def left_size(self, removable: Removable) -> int:
+        """Return the number of parameters that stay of the linears in a layer or block that goes.
+
+        Args:
+            removable: The layer or block.
+
+        Returns:
+            That of biases that belong to channels, of a block; 0 of a layer.
+        """
+        return max(self._inside(removable) - removable.parameters, 0)
+
+    def _inside(self, removable: Removable) -> int:
+        return sum(self._size_of(n) for n in self.modules if n in removable.linears)
 
     def _size_of(self, module: str) -> int:
         if module in self.mlps:
@@ -218,6 +236,7 @@ class GlobalRanks:
         prices: Mapping[str, float],
     ) -> list[Choice]:
         """Return the choices, those of a layer or block that may go in a group."""
+        in_parameters = self.unit == "parameters"
         left: dict[str, Choice] = {choice.name: choice for choice in choices}
         # Blocks first, so that the group of a layer holds theirs.
         for part in sorted(budgeted.removables, key=lambda part: not part.is_block):
@@ -228,7 +247,8 @@ class GlobalRanks:
                 name=part.name,
                 children=[left.pop(name) for name in sorted(left.keys() & inside)],
                 removal_loss=prices[part.name],
-                own_size=budgeted.own_size(part) if self.unit == "parameters" else 0.0,
+                own_size=budgeted.own_size(part) if in_parameters else 0.0,
+                removed_size=budgeted.left_size(part) if in_parameters else 0.0,
             )
         return list(left.values())
 
@@ -248,7 +268,7 @@ class GlobalRanks:
         ]
         if self.unit == "parameters":
             return [*matrices, *mlps]
-        scale = budgeted.size / budgeted.dense_seconds(seconds)
+        scale = budgeted.linear_size / budgeted.dense_seconds(seconds)
         return [
             *(_timed(matrix, seconds[matrix.shape], scale) for matrix in matrices),
             *(
@@ -258,10 +278,12 @@ class GlobalRanks:
         ]
 
     def _budget(self, budgeted: Budgeted, least: float) -> int:
-        dense = budgeted.size
+        linears = budgeted.linear_size
+        dense = budgeted.size if self.unit == "parameters" else linears
         if self.removed_ratio is None:
-            kept, key = round((self.keep_ratio or 0.0) * dense), f"keep_ratio {self.keep_ratio}"
-            low, high = least / dense, 1.0
+            key, keep_ratio = f"keep_ratio {self.keep_ratio}", self.keep_ratio or 0.0
+            kept = dense - linears + round(keep_ratio * linears)
+            low, high = max(1 - (dense - least) / linears, 0.0), 1.0
         else:
             kept = dense - round(self.removed_ratio * self.num_parameters)
             key, low = f"removed_ratio {self.removed_ratio}", 0.0

@@ -17,7 +17,7 @@ from grasp_lightning.methods.dealing import own_weights
 from grasp_lightning.methods.drop import DROP, drop_decision, drop_step
 from grasp_lightning.methods.global_ranks import GlobalRanks
 from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
-from grasp_lightning.methods.narrowing import narrow_operations, narrowing, removals
+from grasp_lightning.methods.narrowing import channel_orders, narrow_operations, narrowing
 from grasp_lightning.methods.rank_rules import RankRule
 from grasp_lightning.methods.removal import removal_operations, stored_prices
 from grasp_lightning.methods.weighted import (
@@ -281,10 +281,11 @@ class LowRankMethod(CompressionMethod):
         assert isinstance(self._rule, GlobalRanks)  # other rules know ranks from shapes
         layers = {model.layer_of(module) for module in step.needs.moments}
         chosen = tuple(index for index in model.layer_indices if index in layers)
-        budgeted = self._rule.budgeted(model, chosen)
+        # Without moments of a layer, what may go would be other parts than those that were priced.
+        budgeted = replace(self._rule.budgeted(model, chosen), removables=step.needs.removables)
         given = (metric, stats.moments, self._track)
         losses = predicted_losses(model, tuple(budgeted.shapes), *given)
-        orders = removals(model, tuple(budgeted.mlps), *given)
+        orders = channel_orders(model, tuple(budgeted.mlps), *given)
         losses |= {name: removal.losses.flip(0) for name, removal in orders.items()}
         allocation = self._rule.allocation(
             budgeted, losses, stats.linear_seconds, stats.removal_losses

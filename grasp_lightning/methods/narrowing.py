@@ -65,7 +65,7 @@ def narrowable_mlps(view: DecoderView, layers: Sequence[int]) -> dict[str, Narro
     return found
 
 
-def removals(
+def channel_orders(
     view: DecoderView,
     readers: Sequence[str],
     metric: Metric,

@@ -185,6 +185,11 @@ def _resolve_parts(config: MethodConfig) -> MethodConfig:
         return _resolve_damping(config, preset.input_damping)
     if config.multiple_of is not None and config.multiple_of < 1:
         raise ConfigError(f"method.multiple_of must be at least 1, got {config.multiple_of}")
+    if config.removable not in (None, "none") and config.weighting != "kfac":
+        raise ConfigError(
+            f"method.removable {config.removable} needs method.weighting kfac, got "
+            f"{config.weighting}: prices are nats, and only its losses are"
+        )
     can_narrow = Metric(weighting=config.weighting or "none").orders_channels
     if config.mlp == "channels" and not can_narrow:
         raise ConfigError(

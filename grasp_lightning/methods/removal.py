@@ -5,8 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import Tensor, tensor
 
 from grasp_lightning.config import RemovableChoice
+from grasp_lightning.errors import ConfigError
 from grasp_lightning.methods.blocks import blocks
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.linears import in_attention
+from grasp_lightning.models.lowrank import is_replaced
+from grasp_lightning.models.mlp import mlps
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.plan import DropLayers, RemoveBlock
 from grasp_lightning.stats.base import Removable
@@ -19,38 +23,56 @@ def removable_parts(
 ) -> tuple[Removable, ...]:
     """Return what may go as a whole.
 
-    If all layers of the model may be compressed, the first of them stays, so that one is left. Of a
-    mixture of experts the MLP block stays, as its experts are no linears of their own.
+    If all layers of the model may be compressed, the first of them stays, so that one is left.
+    Blocks are the linears of attention, and those of an MLP whose channels can be told apart, each
+    as far as nothing in it is replaced already: no mixture of experts, no convolution.
 
     Args:
         view: The dense model; its weights may be on the meta device.
         layers: Numbers of the layers that may be compressed, ascending.
-        choice: ``none``, ``layers``, or ``blocks`` for layers and blocks.
+        choice: What is asked for.
 
     Returns:
-        Every layer, followed by its blocks. A ``ModelError`` says that no layer of this model can
-        be dropped.
+        Every layer, followed by its blocks; no layers where they compute with their numbers.
+
+    Raises:
+        ConfigError: If layers alone are asked for, and none of this model can be dropped.
     """
     if choice == "none":
         return ()
-    view.check_droppable()
     droppable = layers[1:] if len(layers) == view.num_layers else layers
+    option = view.number_dependent_option
+    if option is not None:
+        if choice == "layers":
+            raise ConfigError(
+                f"method.removable is layers, but {type(view.model).__name__} has {option}: its "
+                "decoder layers compute with their numbers, so none can be dropped; set "
+                "method.removable=layers_and_blocks for blocks alone, or none"
+            )
+        droppable = ()
     found: list[Removable] = []
     for index in layers:
-        prefix, linears = f"{view.layers_name}.{index}", tuple(view.linears(index))
         if index in droppable:
-            own = count_parameters(view.layer(index))
-            name = f"{prefix}.layer"
-            found.append(Removable(name=name, layer=index, linears=linears, parameters=own))
-        if choice == "blocks":
+            found.append(
+                Removable(
+                    name=f"{view.layers_name}.{index}.layer",
+                    layer=index,
+                    linears=tuple(view.linears(index)),
+                    parameters=count_parameters(view.layer(index)),
+                )
+            )
+        if choice == "layers_and_blocks":
             found += _blocks(view, index)
     return tuple(found)
 
 
 def _blocks(view: DecoderView, index: int) -> Iterator[Removable]:
     prefix, found = f"{view.layers_name}.{index}", view.linears(index)
-    mlp, attention = blocks(view, index)
-    parts = {"attention": attention, "mlp": () if view.skipped(index) else mlp}
+    others, attention = blocks(view, index)
+    replaced = (n for n, m in view.layer(index).named_modules() if is_replaced(m))
+    has_whole_attention = not any(map(in_attention, replaced))
+    is_mlp = any({mlp.reader, *mlp.writers} == set(others) for mlp in mlps(view, index))
+    parts = {"attention": attention * has_whole_attention, "mlp": others * is_mlp}
     for kind, linears in parts.items():
         if linears:
             size = sum(found[name].weight.numel() for name in linears)

@@ -207,13 +207,18 @@ class DecoderView:
             shorten_config(config, positions)
         self.layer_indices = tuple(index for index in self.layer_indices if index not in gone)
 
+    @property
+    def number_dependent_option(self) -> str | None:
+        """The option by which layers compute with their numbers, so that none can be dropped."""
+        return number_dependent_option(self.model.config)
+
     def check_droppable(self) -> None:
         """Check that layers stay what they are under new numbers.
 
         Raises:
             ModelError: If the config makes layers compute with their numbers.
         """
-        option = number_dependent_option(self.model.config)
+        option = self.number_dependent_option
         if option is not None:
             raise ModelError(
                 f"{type(self.model).__name__} has {option}: its decoder layers compute with their "

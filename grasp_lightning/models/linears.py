@@ -100,7 +100,7 @@ def in_attention(name: str) -> bool:
     """Return whether something in a decoder layer is part of its attention block.
 
     It is if the module below the layer that holds it has "att" in its name (self_attn, attention,
-    attn), which is so in every family of transformers.
+    attn), as in most families of transformers; others call it a mixer.
 
     Args:
         name: Its name inside the layer, such as ``self_attn.q_proj``.

@@ -32,7 +32,10 @@ _NUM_SIZES = 2  # of a matrix
 
 
 class LowRankLinear(nn.Module):
-    """A linear ``y = left(right(x))`` of lower rank, in place of a dense one; rank 0 gives biases.
+    """A linear ``y = left(right(x))`` of lower rank, in place of a dense one.
+
+    Of rank 0 it gives its bias alone, and its weights, which have no elements, are buffers: what
+    shares out parameters, as DeepSpeed does, may wait for them forever.
 
     Attributes:
         right: First linear, in_features -> rank, without bias.
@@ -63,6 +66,11 @@ class LowRankLinear(nn.Module):
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
             self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        if rank == 0:
+            for factor in (self.right, self.left):
+                weight = factor.weight.detach()
+                del factor.weight
+                factor.register_buffer("weight", weight)
 
     @property
     def in_features(self) -> int:

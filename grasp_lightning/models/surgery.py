@@ -214,8 +214,11 @@ def _factorize(view: DecoderView, module: str, left: Tensor, right: Tensor) -> N
     rows, columns = dense_shape(old)
     bias = old.bias is not None
     new = LowRankLinear(columns, rows, len(right), bias=bias, device="meta")
-    new.left.weight = _like(left, old.weight)
-    new.right.weight = _like(right, old.weight)
+    for factor, given in ((new.left, left), (new.right, right)):
+        if new.rank == 0:
+            factor._buffers["weight"] = _like(given, old.weight).detach()
+        else:
+            factor.weight = _like(given, old.weight)
     if old.bias is not None:
         new.left.bias = _whole_copy(old.bias)
     shard_like(new, old)

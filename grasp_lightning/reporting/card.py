@@ -64,6 +64,7 @@ def model_card(
         num_linears=len(plan.ranks),
         num_mlps=len(plan.channels),
         removed=_removed(plan),
+        is_replaced=_is_replaced(plan),
         options=_options(plan),
         calibration=text_source(config, "calibration"),
         evaluation=text_source(config, "evaluation"),
@@ -187,12 +188,21 @@ def _removed(plan: Plan) -> str:
     layers: dict[str, list[int]] = {"layer": list(plan.dropped_layers)}
     for index, kind in map(module_place, plan.removed_blocks):
         layers.setdefault(kind, []).append(index)
-    names = {"layer": "layers", "attention": "the attention of", "mlp": "the MLPs of"}
-    return ", ".join(f"{names[k]} {indices_text(sorted(v))}" for k, v in layers.items() if v)
+    names = {"layer": "", "attention": "the attention of ", "mlp": "the MLP of "}
+    found = {kind: indices for kind, indices in layers.items() if indices}
+    return ", ".join(
+        f"{names[kind]}layer{'s' if len(indices) > 1 else ''} {indices_text(sorted(indices))}"
+        for kind, indices in found.items()
+    )
+
+
+def _is_replaced(plan: Plan) -> bool:
+    """Return whether linears are no longer what the family makes of them."""
+    return bool(plan.ranks or plan.channels or plan.removed_blocks)
 
 
 def _kind(plan: Plan) -> str:
-    if plan.ranks:
+    if plan.ranks or plan.removed_blocks:
         return "low-rank"
     return "narrowed" if plan.channels else "layer-pruning"
 

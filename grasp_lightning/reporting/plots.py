@@ -84,7 +84,8 @@ def parameters_plot(metrics: Metrics) -> Plot:
         draw_stacked_bars(figure, inside, outside, lambda value: count_text(round(value)))
 
     explanation = "Only linears inside decoder layers change; everything else is kept as it was."
-    if metrics.method == "drop":
+    # Norms of dropped layers go, too.
+    if total.dense - total.compressed != linears.dense - linears.compressed:
         explanation = "Dropped layers take their norms with them; everything else is kept."
     return Plot(
         title=f"{metrics.removed_ratio:.1%} of all parameters are gone: "
@@ -302,7 +303,7 @@ def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     drawn = _heat_map({place: 1e3 * loss for place, loss in losses.items()}, "nats / 1000")
     total, (worst, most) = sum(losses.values()), max(losses.items(), key=lambda entry: entry[1])
     return Plot(
-        title=f"All that was cut is predicted to cost {total:.2f} nats per token",
+        title=f"All that went is predicted to cost {total:.2f} nats per token",
         explanation="Predicted growth of the loss for each linear, in thousandths of a nat per "
         "token: half the curvature of its change; a narrowed MLP stands under the linear that "
         f"reads its channels{_removed_in_plot(plan)}; a grey field costs nothing.",
@@ -314,7 +315,8 @@ def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
 
 def _removed_in_plot(plan: Plan) -> str:
     is_removed = plan.removed_blocks or plan.dropped_layers
-    return "; a layer or block that is gone has a row of its own" if is_removed else ""
+    row = "; a layer or block that is gone has a row of its own, with what its removal costs alone"
+    return row if is_removed else ""
 
 
 class _HeatMap(NamedTuple):

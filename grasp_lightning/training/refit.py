@@ -97,10 +97,10 @@ class Refitter:
         """
         refitted, by_layer = dict(tensors), _by_layer(view, operations)
         dropped = {i for op in operations if isinstance(op, DropLayers) for i in op.layers}
-        changed = by_layer.keys() | dropped
-        if not changed:
+        fitted = [i for i in by_layer if any(isinstance(op, Replacement) for op in by_layer[i])]
+        if not fitted:
             return refitted
-        first, last = min(changed), max(changed)
+        first, last = min(by_layer.keys() | dropped), max(fitted)
         layers = {str(i): i for i in view.layer_indices if first <= i <= last}
         with TemporaryDirectory() as folder, frozen(view.model):
             streams = _Streams(view, self._data, HiddenStates(Path(folder), self._max_bytes))

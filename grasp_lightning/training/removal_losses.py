@@ -46,8 +46,8 @@ def removal_losses(
             measure = _Removals(view, {by_name[name].layer for name in names}, batch)
             for name in track(names, f"price removals, {number} of {len(batches)}"):
                 sums[name] += measure(by_name[name])
-    found = {name: loss for part in processes.gather(sums) for name, loss in part.items()}
-    return {name: found[name] / len(batches) for name in by_name}
+    means = {name: loss / len(batches) for name, loss in sums.items()}
+    return processes.merged(means, by_name)
 
 
 class _Removals:

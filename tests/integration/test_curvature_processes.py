@@ -25,7 +25,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"--model.path={save_with_idle_parts(tmp_path_factory.mktemp('model') / 'tiny', 'llama')}",
         "--method.name=grasp_plus",
         "--method.removed_ratio=0.35",
-        "--method.removable=blocks",
+        "--method.removable=layers_and_blocks",
         "--calibration.source=pydoc",
         "--calibration.num_samples=5",  # odd: one process has a window more
         "--calibration.seqlen=48",

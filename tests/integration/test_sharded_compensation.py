@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from grasp_lightning.cli import main
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.models.loading import load_model
-from tests.integration.compensation import compensate_argv, compressed_folder
+from tests.integration.compensation import compensate_argv
 from tests.integration.killing import ROOT, Kill
 from tests.integration.ranks import run_ranks
+from tests.integration.test_removal import save_with_idle_parts, words
 
 pytestmark = pytest.mark.slow
 
@@ -29,10 +30,13 @@ STRATEGIES = ("fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    model = compressed_folder(tmp_path_factory.mktemp("compressed"))
+    folder = tmp_path_factory.mktemp("compressed")
+    # Linears of rank 0, too, whose weights have no elements.
+    source = save_with_idle_parts(folder / "source", "llama", max_position_embeddings=256)
+    assert main(["compress", *words(source, folder / "run", 0.35)]) == 0
     return [
         "compensate",
-        *compensate_argv(model, tmp_path_factory.mktemp("samples")),
+        *compensate_argv(folder / "run" / "model", tmp_path_factory.mktemp("samples")),
         # 14 samples: steps of 3 and 3 and of 1 and 1 rows per process, in parts of 2.
         "--data.num_validation=5",
         "--data.num_train=14",

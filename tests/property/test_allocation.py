@@ -6,6 +6,7 @@ Legend: an outcome is the size and the loss of one combination of options.
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from random import Random
 
 import torch
@@ -78,7 +79,8 @@ def trees(draw: st.DrawFn) -> list[Choice]:
 @st.composite
 def groups_of(draw: st.DrawFn, children: Sequence[Choice], name: str) -> GroupChoice:
     removal_loss = draw(st.one_of(st.none(), values, st.just(-1.0)))
-    return GroupChoice(name, children, removal_loss, own_size=draw(st.sampled_from([0.0, 7.0])))
+    own_size, removed_size = draw(st.sampled_from([(0.0, 0.0), (7.0, 0.0), (0.0, 3.0)]))
+    return GroupChoice(name, children, removal_loss, own_size, removed_size)
 
 
 def options(choice: MatrixChoice | ChannelChoice) -> dict[int | None, Outcome]:
@@ -112,7 +114,8 @@ def outcomes(choices: Sequence[Choice]) -> list[Outcome]:
             parts.append(list(options(choice).values()))
             continue
         kept = [(size + choice.own_size, loss) for size, loss in outcomes(choice.children)]
-        removed = [] if choice.removal_loss is None else [(0.0, choice.removal_loss)]
+        loss = choice.removal_loss
+        removed = [] if loss is None else [(choice.removed_size, loss)]
         parts.append([*kept, *removed])
     combined = itertools.product(*parts)
     return [(math.fsum(s for s, _ in c), math.fsum(x for _, x in c)) for c in combined]
@@ -141,7 +144,7 @@ def outcome(choices: Sequence[Choice], allocation: Allocation) -> Outcome:
             pairs.append(options(choice)[cut.get(choice.name)])
         elif choice.name in allocation.removed:
             assert choice.removal_loss is not None
-            pairs.append((0.0, choice.removal_loss))
+            pairs.append((choice.removed_size, choice.removal_loss))
         else:
             pairs.append((choice.own_size, 0.0))
             for child in choice.children:
@@ -280,9 +283,7 @@ def test_a_larger_budget_never_loses_more(
 def test_order_has_no_influence(choices: list[Choice], share: float, shuffler: Random) -> None:
     def shuffled(given_choices: Sequence[Choice]) -> list[Choice]:
         mixed = [
-            GroupChoice(c.name, shuffled(c.children), c.removal_loss, c.own_size)
-            if isinstance(c, GroupChoice)
-            else c
+            replace(c, children=shuffled(c.children)) if isinstance(c, GroupChoice) else c
             for c in given_choices
         ]
         shuffler.shuffle(mixed)

@@ -18,7 +18,7 @@ from grasp_lightning.config import LoraSettings, TrainMode
 from grasp_lightning.errors import ConfigError, ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule
-from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears
+from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears, ranks_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,9 @@ def trainable_linears(
             dense = view.dense_modules(index)
             found |= {view.current_name(name): linear for name, linear in dense.items()}
     if not found:
+        which = "those of this one have rank 0" if ranks_of(view.model) else "this one has none"
         raise ModelError(
-            f"train: {train} needs a model with low-rank linears, and this one has none: give the "
+            f"train: {train} needs a model with low-rank linears, and {which}: give the "
             "model/ folder of a compressed model, or use train: lora"
         )
     ordered = [name for name, _ in view.model.named_modules() if name in found]

@@ -186,14 +186,14 @@ def test_channels_and_ranks_share_a_budget() -> None:
             [GroupChoice("g", [matrix()], removal_loss=math.nan)],
             (
                 "g must have a finite removal_loss or None, got nan, and a finite own_size "
-                "from 0 on, got 0.0"
+                "and removed_size from 0 on, got 0.0 and 0.0"
             ),
         ),
         (
             [GroupChoice("g", [matrix()], own_size=-1.0)],
             (
                 "g must have a finite removal_loss or None, got None, and a finite own_size "
-                "from 0 on, got -1.0"
+                "and removed_size from 0 on, got -1.0 and 0.0"
             ),
         ),
     ],

@@ -78,6 +78,10 @@ def test_resolving_twice_changes_nothing() -> None:
             "method.budget would be ignored: method drop deletes layers",
         ),
         (
+            MethodConfig(name="grasp_plus", weighting="input_gram", removable="layers"),
+            "method.removable layers needs method.weighting kfac, got input_gram",
+        ),
+        (
             MethodConfig(name="low_rank", keep_ratio=0.5, budget="time"),
             "method.budget would be ignored: method.ranks is uniform",
         ),

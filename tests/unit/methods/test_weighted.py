@@ -17,7 +17,14 @@ from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.pipeline import compress
 from grasp_lightning.plan import Plan, SelectLayers
-from grasp_lightning.stats.base import LinearSeconds, Moments, Shape, Statistics, Step
+from grasp_lightning.stats.base import (
+    LinearSeconds,
+    Moments,
+    Removable,
+    Shape,
+    Statistics,
+    Step,
+)
 from grasp_lightning.stats.moments import MomentSums
 from grasp_lightning.stats.observer import LinearObserver, shared_inputs
 from tests.conftest import tiny_model
@@ -205,6 +212,28 @@ def test_channels_and_ranks_share_the_budget() -> None:
     cut = rule.allocation(budgeted, {"a": cheap, "down": dear})
     assert cut.channels["down"] > narrowed.channels["down"]
     assert cut.ranks["a"] == 8
+
+
+def test_what_goes_as_a_whole_takes_the_rest_of_its_layer_along() -> None:
+    mlp = narrowable("down", num_channels=40)
+    layer = Removable(name="layer", layer=1, linears=("a", "up", "down"), parameters=5000)
+    # 200 of the parameters of the MLP's channels are biases, which stay.
+    block = Removable(name="mlp", layer=1, linears=("up", "down"), parameters=3000, is_block=True)
+    shapes = {"a": (40, 40), "b": (40, 40)}
+    budgeted = Budgeted(shapes=shapes, mlps={"down": mlp}, removables=(layer, block))
+    assert budgeted.size == budgeted.linear_size + 200 == 6600
+    losses = {n: torch.linspace(1, 0.01, 40) ** 2 for n in ("a", "b", "down")}
+    rule = GlobalRanks(removed_ratio=0.5, num_parameters=10_000, mlp="channels")
+    free = rule.allocation(budgeted, losses, prices={"layer": 0.0, "mlp": 9.0})
+    assert free.removed == ("layer",)
+    assert free.dense == ("b",)
+    assert free.size == 1600
+    part = replace(rule, removed_ratio=0.3)
+    narrower = part.allocation(budgeted, losses, prices={"layer": 90.0, "mlp": 0.0})
+    assert narrower.removed == ("mlp",)
+    assert narrower.size == 3200 + 200 + 200  # b, a, biases of the block, and norms of the layer
+    kept = replace(rule, removed_ratio=None, keep_ratio=0.5)
+    assert kept.budget(budgeted) == 3200 + 200
 
 
 def timed(removed_ratio: float) -> GlobalRanks:

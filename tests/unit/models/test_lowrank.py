@@ -83,6 +83,8 @@ def test_a_linear_of_rank_0_gives_its_bias_alone(*, bias: bool) -> None:
     given = torch.randn(2, 3, 6, requires_grad=True)
     expected = linear.left.bias if bias else torch.zeros(5)
     assert torch.equal(linear(given), expected.expand(2, 3, 5))
+    assert [name for name, _ in linear.named_parameters()] == ["left.bias"] * bias
+    assert {"right.weight", "left.weight"} <= linear.state_dict().keys()
     linear(given).sum().backward()
     assert given.grad is not None
     assert not given.grad.any()

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import yaml
 
+from grasp_lightning.plan import DropLayers, Plan, RemoveBlock
 from grasp_lightning.reporting.card import model_card
 from grasp_lightning.reporting.metrics import Metrics, Pair
 from tests.unit.reporting.example import (
@@ -89,6 +90,26 @@ def test_a_model_with_dropped_layers_needs_transformers_only() -> None:
     assert "trust_remote_code" not in text
     assert "decoder layers 24-26 are dropped" in text
     assert front_matter(text)["tags"] == ["grasp", "compressed", "layer-pruning"]
+
+
+def test_what_went_as_a_whole_is_named() -> None:
+    options = {"removable": "layers_and_blocks"}
+    blocks = [
+        RemoveBlock(block=f"model.layers.{index}.{kind}", modules=(f"model.layers.{index}.x",))
+        for index, kind in ((3, "attention"), (5, "attention"), (4, "mlp"))
+    ]
+    plan = Plan(method="grasp_plus", options=options, operations=tuple(blocks))
+    text = card(narrowing_metrics(), plan=plan)
+    assert ": the attention of layers 3, 5, the MLP of layer 4 went as a whole, and" in " ".join(
+        text.split()
+    )
+    assert "open the low-rank layers" in text
+    assert "only drops layers" not in text
+    assert front_matter(text)["tags"] == ["grasp", "compressed", "low-rank"]
+    plan = replace(plan, operations=(DropLayers(layers=(7, 8)),))
+    text = card(narrowing_metrics(), plan=plan)
+    assert ": layers 7-8 went as a whole" in " ".join(text.split())
+    assert "transformers alone opens it" in text
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_other_metrics_predict_no_loss() -> None:
 def test_the_plot_names_total_and_worst() -> None:
     plot = losses_plot(PLAN, SCORES)
     assert plot is not None
-    assert plot.title == "All that was cut is predicted to cost 0.18 nats per token"
+    assert plot.title == "All that went is predicted to cost 0.18 nats per token"
     assert "most, 0.1500 nats, in mlp.up_proj of layer 2" in plot.alt
     assert ET.fromstring(plot.svg).tag.endswith("svg")
 

@@ -5,20 +5,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.cut_losses import divergence
 from grasp_lightning.methods.base import untracked
 from grasp_lightning.methods.removal import removable_parts, removal_operations
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.next_token import forward_inputs
 from grasp_lightning.models.surgery import apply_operations
+from grasp_lightning.plan import FactorizeLinear
 from grasp_lightning.stats.base import Removable
 from grasp_lightning.training.removal_losses import removal_losses
 from tests.conftest import tiny_model
+from tests.unit.models.helpers import random_factors
 from tests.unit.training.test_refit import windows
 
 
 def parts(view: DecoderView) -> tuple[Removable, ...]:
-    return removable_parts(view, view.layer_indices, "blocks")
+    return removable_parts(view, view.layer_indices, "layers_and_blocks")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
@@ -63,6 +66,27 @@ def test_the_mlp_block_of_a_mixture_of_experts_stays() -> None:
     assert (1, "mlp") in kinds
     assert (2, "mlp") not in kinds
     assert (2, "layer") in kinds
+
+
+def test_a_block_is_what_is_there_as_a_whole() -> None:
+    view = DecoderView(tiny_model())
+    linears = view.linears(1)
+    cut = [
+        FactorizeLinear(module=name, rank=2, components=None)
+        for name in linears
+        if name.endswith("q_proj")
+    ]
+    tensors = random_factors(view, cut)
+    apply_operations(view, cut, tensors)
+    kinds = {part.name.rpartition(".")[2] for part in parts(view) if part.layer == 1}
+    assert kinds == {"layer", "mlp"}
+
+
+def test_layers_that_compute_with_their_numbers_stay() -> None:
+    view = DecoderView(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True))
+    assert {part.is_block for part in parts(view)} == {True}
+    with pytest.raises(ConfigError, match=r"scale_attn_by_inverse_layer_idx.* blocks alone"):
+        removable_parts(view, view.layer_indices, "layers")
 
 
 def test_one_layer_is_left_whatever_goes() -> None:
