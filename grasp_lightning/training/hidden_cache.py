@@ -96,13 +96,8 @@ class HiddenCache:
         Yields:
             Nothing.
         """
-        layer = self._view.layer(index)
-        # On the instance: attributes that the model reads of a layer stay.
-        layer.forward = hand_through(self._lengths[index])
-        try:
+        with handing_through(self._view.layer(index), self._lengths[index]):
             yield
-        finally:
-            del layer.forward
 
     @contextmanager
     def starting_from(self, start: int | None) -> Iterator[None]:
@@ -181,6 +176,25 @@ def with_hidden(
     if args:
         return (hidden, *args[1:]), dict(kwargs)
     return args, {**kwargs, "hidden_states": hidden}
+
+
+@contextmanager
+def handing_through(layer: nn.Module, length: int) -> Iterator[None]:
+    """Let a decoder layer change nothing during a ``with`` block.
+
+    Args:
+        layer: The layer.
+        length: Length of the tuple that it returns; 0 for a bare tensor.
+
+    Yields:
+        Nothing.
+    """
+    # On the instance: attributes that the model reads of a layer stay.
+    layer.forward = hand_through(length)
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 def hand_through(length: int) -> Callable[..., object]:

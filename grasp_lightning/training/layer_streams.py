@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from grasp_lightning.models.calls import hidden_input, hidden_output
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.next_token import forward_inputs
-from grasp_lightning.training.hidden_cache import hand_through, with_hidden
+from grasp_lightning.training.hidden_cache import handing_through, with_hidden
 
 
 class HiddenStates:
@@ -91,6 +91,8 @@ class LayerRunner:
                 stack.enter_context(self._without_head())
                 for other in self._view.layer_indices:
                     module = self._view.layer(other)
+                    if other >= index and other in self._lengths:  # nothing above it is asked for
+                        stack.enter_context(handing_through(module, self._lengths[other]))
                     stack.callback(module.register_forward_hook(self._note(other)).remove)
                 handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
                 stack.callback(handle.remove)
@@ -134,9 +136,7 @@ class LayerRunner:
             for other in self._view.layer_indices:
                 if other != index:
                     module = self._view.layer(other)
-                    # On the instance: attributes that the model reads of a layer stay.
-                    module.forward = hand_through(self._lengths[other])
-                    stack.callback(delattr, module, "forward")
+                    stack.enter_context(handing_through(module, self._lengths[other]))
             handle = layer.register_forward_pre_hook(take, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
             stack.callback(layer.register_forward_hook(note).remove)

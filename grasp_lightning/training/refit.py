@@ -6,7 +6,8 @@ token; dense and compressed streams are the hidden states of both models before 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ from grasp_lightning.linalg.regression import pulled_regression
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.linears import in_attention
 from grasp_lightning.models.lowrank import is_low_rank
-from grasp_lightning.models.sharding import whole
+from grasp_lightning.models.sharding import is_sharded, whole
 from grasp_lightning.models.surgery import in_place_of_linears, replacements
 from grasp_lightning.plan import DropLayers, LinearOperation, NarrowMlp, Operation, Replacement
 from grasp_lightning.training.layer_streams import HiddenStates, LayerRunner
@@ -31,14 +32,24 @@ PULL = 1.0
 RIDGE = 1e-2
 # Of the change that a layer makes: what its two writers may leave unexplained, in low precision.
 _UNEXPLAINED = 0.05
-_DENSE, _COMPRESSED, _LEAVING = "dense", "compressed", "leaving"
+# The same, where the sum may stand for what the layer computes.
+_ROUNDING = 1e-4
+_DENSE, _COMPRESSED, _LEAVING, _INNER = "dense", "compressed", "leaving", "inner"
 
 
 class _Writers(NamedTuple):
-    """The linears of a layer that write into the residual stream, by full name."""
+    """The linears of a layer that write into the residual stream, by full name.
+
+    Their outputs explain its change up to a share ``unexplained``.
+    """
 
     attention: str
     mlp: str
+    unexplained: float
+
+
+class _SeenError(Exception):
+    """Ends a forward pass in which everything that was asked for has been seen."""
 
 
 class Refitter:
@@ -191,12 +202,15 @@ class _Layer:
         self._compressed = replacements(view, changes, tensors)
         self._writers = self._find_writers() if cuts else None
         self._fits_stream = mode == "residual" and self._writers is not None
-        self._outputs = tuple(self._writers or ()) if self._fits_stream else tuple(self._dense)
+        self._outputs = tuple(self._dense)
+        if self._fits_stream and self._writers is not None:
+            self._outputs = (self._writers.attention, self._writers.mlp)
+        self._may_stop = not is_sharded(view.model)
         self._run_dense()
 
     def groups(self) -> list[list[Replacement]]:
         """Return what is fitted at a time, in the order in which the layer runs it."""
-        writers = self._writers or ()
+        writers = (self._writers or ())[:2]
         groups: list[list[Replacement]] = []
         # A writer receives what the other linears of its block give.
         for attention, is_writer in product((True, False), (False, True)):
@@ -213,21 +227,26 @@ class _Layer:
     def fit(self, group: Sequence[Replacement]) -> None:
         """Fit some of the cuts, with those that run before them as they are now."""
         sums: dict[str, Tensor] = {}
+        names = {cut.solved for cut in group}
         with (
             self._streams.runner.only(self._index) as run,
             in_place_of_linears(self._view, self._compressed),
-            self._noted_outputs() as outputs,
-            self._noted_activations(group) as inner,
+            self._noted_until_seen(names) as (outputs, inner),
         ):
             for number, batch in self._streams.batches.items():
                 entering = self._streams.hidden[_COMPRESSED, number]
-                run(batch, entering)
+                outputs.clear()
+                inner.clear()
+                with suppress(_SeenError):
+                    run(batch, entering)
                 if len(batch["index"]) == 0:  # padding
                     continue
-                for cut in group:
-                    target, weights = self._target(cut.solved, number, outputs)
+                for name in names:
+                    target, weights = self._target(name, number, outputs)
                     weights = weights * batch["mask"].to(weights)
-                    _add(sums, cut.solved, inner[cut.solved], target, weights)
+                    _add(sums, name, inner[name], target, weights)
+                if self._sums_up(names):
+                    self._keep_sum(number, outputs, inner)
         sums = processes.summed(sums)
         for cut in group:
             name, key = cut.solved, _key(cut)
@@ -237,16 +256,52 @@ class _Layer:
             self._tensors[key] = fitted.to(self._tensors[key])
         self._compressed = replacements(self._view, self._changes, self._tensors)
 
+    @torch.no_grad()
     def advance(self) -> None:
-        """Let the hidden states of both models pass through the layer."""
+        """Let the hidden states of both models pass through the layer.
+
+        Where the fit of the last writer has left what it receives, and the rest of the sum, the
+        layer need not run again.
+        """
         hidden = self._streams.hidden
+        is_summed = self._sums_up({cut.solved for cut in self._cuts})
         with (
             self._streams.runner.only(self._index) as run,
             in_place_of_linears(self._view, self._compressed),
         ):
             for number, batch in self._streams.batches.items():
-                hidden[_COMPRESSED, number] = run(batch, hidden[_COMPRESSED, number])
+                if not is_summed:
+                    hidden[_COMPRESSED, number] = run(batch, hidden[_COMPRESSED, number])
+                elif len(batch["index"]) > 0:
+                    now = hidden[_COMPRESSED, number]
+                    written = self._last_part()(hidden[_INNER, number])
+                    hidden[_COMPRESSED, number] = now + _rows(written, now)
                 hidden[_DENSE, number] = hidden[_LEAVING, number]
+
+    def _sums_up(self, names: AbstractSet[str]) -> bool:
+        """Return whether the stream is known once the writer of the MLP is, which is fitted."""
+        writers = self._writers
+        return (
+            self._fits_stream
+            and self._may_stop
+            and writers is not None
+            and writers.unexplained <= _ROUNDING
+            and writers.mlp in names
+        )
+
+    def _keep_sum(
+        self, number: int, outputs: Mapping[str, Tensor], inner: Mapping[str, Tensor]
+    ) -> None:
+        """Keep what the writer of the MLP receives, and the stream that it writes into."""
+        assert self._writers is not None  # nothing sums up without them
+        hidden = self._streams.hidden
+        hidden[_INNER, number] = inner[self._writers.mlp]
+        now = hidden[_COMPRESSED, number]
+        hidden[_COMPRESSED, number] = now + _rows(outputs[self._writers.attention], now)
+
+    def _last_part(self) -> nn.Module:
+        assert self._writers is not None  # nothing sums up without them
+        return _fitted_part(self._compressed[self._writers.mlp])
 
     def _run_dense(self) -> None:
         """Keep what the dense layer gives, and what those of its linears give that targets need."""
@@ -293,17 +348,32 @@ class _Layer:
             yield found
 
     @contextmanager
-    def _noted_activations(self, group: Sequence[Replacement]) -> Iterator[dict[str, Tensor]]:
-        """Note what the parts that are fitted receive; the layer is compressed."""
-        found: dict[str, Tensor] = {}
+    def _noted_until_seen(
+        self, names: AbstractSet[str]
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Note what targets are made of, and what the parts that are fitted receive.
+
+        The layer is compressed. Once both are there, ``_SeenError`` ends the forward pass, unless
+        other processes hold parts of the weights and wait for all of it.
+        """
+        inner: dict[str, Tensor] = {}
+        needed: set[str] = set()
+        if self._fits_stream and self._writers is not None and self._writers.mlp in names:
+            needed = {self._writers.attention}
+
+        def stop(*_: object) -> None:
+            if self._may_stop and names <= inner.keys() and needed <= outputs.keys():
+                raise _SeenError
+
         with ExitStack() as stack:
-            for name in (cut.solved for cut in group):
-                module = self._compressed[name]
-                inner = module.left if is_low_rank(module) else module
-                assert isinstance(inner, nn.Module)  # attributes of modules have no narrower type
-                handle = inner.register_forward_pre_hook(_noting_input(found, name))
-                stack.callback(handle.remove)
-            yield found
+            outputs = stack.enter_context(self._noted_outputs())
+            for name in needed:
+                stack.callback(self._view.module(name).register_forward_hook(stop).remove)
+            for name in names:
+                part = _fitted_part(self._compressed[name])
+                for hook in (_noting_input(inner, name), stop):
+                    stack.callback(part.register_forward_pre_hook(hook).remove)
+            yield outputs, inner
 
     def _find_writers(self) -> _Writers | None:
         """Return the two linears whose outputs add up to what the layer changes, if there are."""
@@ -325,13 +395,20 @@ class _Layer:
         for pair in pairs:
             rest = change - found[pair[0]].float() - found[pair[1]].float()
             if float(rest.norm()) <= _UNEXPLAINED * scale:
-                writers = _Writers(*pair)
+                writers = _Writers(*pair, float(rest.norm()) / scale if scale else 0.0)
         return processes.gather(writers)[0]
 
 
 def _rows(value: Tensor, hidden: Tensor) -> Tensor:
     """Return what a linear gave or took as ``(B, T, ...)``: some families leave out ``B``."""
     return value.reshape(*hidden.shape[:-1], value.shape[-1])
+
+
+def _fitted_part(module: nn.Module) -> nn.Module:
+    """Return the part of a replaced linear that is fitted."""
+    part = module.left if is_low_rank(module) else module
+    assert isinstance(part, nn.Module)  # attributes of modules have no narrower type
+    return part
 
 
 def _noting(found: dict[str, Tensor], name: str) -> Callable[..., None]:

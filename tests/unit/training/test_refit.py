@@ -25,6 +25,7 @@ from grasp_lightning.plan import (
     SelectLayers,
 )
 from grasp_lightning.stats.base import Statistics
+from grasp_lightning.training import refit
 from grasp_lightning.training.refit import Refitter
 from tests.conftest import byte_tokenizer, tiny_model
 from tests.unit.methods.test_weighted import moments_on
@@ -179,3 +180,19 @@ def test_what_went_as_a_whole_is_made_good_by_the_rest(mode: RefitChoice) -> Non
     given = (dense, found, operations)
     before = hidden_error(tiny_model(), *given, dict(decided.tensors))
     assert hidden_error(tiny_model(), *given, refitted) < before
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "phi3", "gpt2", "opt", "gpt_neox", "falcon", "gemma2", "bloom", "mixtral"]
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_passes_that_end_early_give_what_whole_ones_do(
+    mode: RefitChoice, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view, found = DecoderView(tiny_model(family)), windows()
+    decided = decision(view, found, MethodConfig(name="grasp_plus", removed_ratio=0.1))
+    short = refitter(found)(view, mode, decided.operations, decided.tensors)
+    monkeypatch.setattr(refit, "is_sharded", lambda _: True)
+    whole = refitter(found)(view, mode, decided.operations, decided.tensors)
+    for name, value in whole.items():
+        torch.testing.assert_close(short[name], value, rtol=1e-3, atol=1e-6)
