@@ -241,10 +241,10 @@ class _Layer:
                     run(batch, entering)
                 if len(batch["index"]) == 0:  # padding
                     continue
-                for name in names:
-                    target, weights = self._target(name, number, outputs)
+                for cut in group:  # in one order in all processes
+                    target, weights = self._target(cut.solved, number, outputs)
                     weights = weights * batch["mask"].to(weights)
-                    _add(sums, name, inner[name], target, weights)
+                    _add(sums, cut.solved, inner[cut.solved], target, weights)
                 if self._sums_up(names):
                     self._keep_sum(number, outputs, inner)
         sums = processes.summed(sums)

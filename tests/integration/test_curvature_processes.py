@@ -107,3 +107,16 @@ def test_killed_processes_go_on_to_the_same_decisions(
     done = run("compress", *words, *later)
     assert done.returncode == 0, done.stderr
     assert_equal_decisions(alone, tmp_path / "run")
+
+
+def test_a_refit_of_all_linears_in_two_processes_is_that_of_one(
+    settings: list[str], alone: Path, tmp_path: Path
+) -> None:
+    words = [*settings, f"--from_scores={alone}", "--method.refit=prefix"]
+    assert main(["compress", *words, f"--output_dir={tmp_path / 'one'}"]) == 0
+    done = run("compress", *words, TWO, f"--output_dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    first, second = (replaced_weights(tmp_path / name) for name in ("one", "two"))
+    for key, values in first.items():
+        scale = float(values.abs().max())
+        torch.testing.assert_close(second[key], values, rtol=0, atol=1e-3 * scale, msg=key)
