@@ -47,6 +47,11 @@ class _Writers(NamedTuple):
     mlp: str
     unexplained: float
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Both linears, in the order in which they write."""
+        return self.attention, self.mlp
+
 
 class _SeenError(Exception):
     """Ends a forward pass in which everything that was asked for has been seen."""
@@ -201,16 +206,15 @@ class _Layer:
         self._dense = {name: view.module(name) for cut in cuts for name in cut.modules}
         self._compressed = replacements(view, changes, tensors)
         self._writers = self._find_writers() if cuts else None
-        self._fits_stream = mode == "residual" and self._writers is not None
-        self._outputs = tuple(self._dense)
-        if self._fits_stream and self._writers is not None:
-            self._outputs = (self._writers.attention, self._writers.mlp)
+        # The writers that are fitted to the stream; None where linears are fitted to outputs.
+        self._stream = self._writers if mode == "residual" else None
+        self._outputs = tuple(self._dense) if self._stream is None else self._stream.names
         self._may_stop = not is_sharded(view.model)
         self._run_dense()
 
     def groups(self) -> list[list[Replacement]]:
         """Return what is fitted at a time, in the order in which the layer runs it."""
-        writers = (self._writers or ())[:2]
+        writers = () if self._writers is None else self._writers.names
         groups: list[list[Replacement]] = []
         # A writer receives what the other linears of its block give.
         for attention, is_writer in product((True, False), (False, True)):
@@ -220,21 +224,21 @@ class _Layer:
                 if self._in_attention(cut.solved) == attention
                 and (cut.solved in writers) == is_writer
             ]
-            if group and (is_writer or not self._fits_stream):
+            if group and (is_writer or self._stream is None):
                 groups.append(group)
         return groups
 
     def fit(self, group: Sequence[Replacement]) -> None:
         """Fit some of the cuts, with those that run before them as they are now."""
         sums: dict[str, Tensor] = {}
-        names = {cut.solved for cut in group}
+        names, hidden = {cut.solved for cut in group}, self._streams.hidden
         with (
             self._streams.runner.only(self._index) as run,
             in_place_of_linears(self._view, self._compressed),
             self._noted_until_seen(names) as (outputs, inner),
         ):
             for number, batch in self._streams.batches.items():
-                entering = self._streams.hidden[_COMPRESSED, number]
+                entering = hidden[_COMPRESSED, number]
                 outputs.clear()
                 inner.clear()
                 with suppress(_SeenError):
@@ -245,8 +249,11 @@ class _Layer:
                     target, weights = self._target(cut.solved, number, outputs)
                     weights = weights * batch["mask"].to(weights)
                     _add(sums, cut.solved, inner[cut.solved], target, weights)
-                if self._sums_up(names):
-                    self._keep_sum(number, outputs, inner)
+                summed = self._summed(names)
+                if summed is not None:  # what the last writer receives, and what it writes into
+                    hidden[_INNER, number] = inner[summed.mlp]
+                    written = _rows(outputs[summed.attention], entering)
+                    hidden[_COMPRESSED, number] = entering + written
         sums = processes.summed(sums)
         for cut in group:
             name, key = cut.solved, _key(cut)
@@ -264,44 +271,26 @@ class _Layer:
         layer need not run again.
         """
         hidden = self._streams.hidden
-        is_summed = self._sums_up({cut.solved for cut in self._cuts})
+        summed = self._summed({cut.solved for cut in self._cuts})
+        last = None if summed is None else _fitted_part(self._compressed[summed.mlp])
         with (
             self._streams.runner.only(self._index) as run,
             in_place_of_linears(self._view, self._compressed),
         ):
             for number, batch in self._streams.batches.items():
-                if not is_summed:
+                if last is None:
                     hidden[_COMPRESSED, number] = run(batch, hidden[_COMPRESSED, number])
                 elif len(batch["index"]) > 0:
                     now = hidden[_COMPRESSED, number]
-                    written = self._last_part()(hidden[_INNER, number])
-                    hidden[_COMPRESSED, number] = now + _rows(written, now)
+                    hidden[_COMPRESSED, number] = now + _rows(last(hidden[_INNER, number]), now)
                 hidden[_DENSE, number] = hidden[_LEAVING, number]
 
-    def _sums_up(self, names: AbstractSet[str]) -> bool:
-        """Return whether the stream is known once the writer of the MLP is, which is fitted."""
-        writers = self._writers
-        return (
-            self._fits_stream
-            and self._may_stop
-            and writers is not None
-            and writers.unexplained <= _ROUNDING
-            and writers.mlp in names
-        )
-
-    def _keep_sum(
-        self, number: int, outputs: Mapping[str, Tensor], inner: Mapping[str, Tensor]
-    ) -> None:
-        """Keep what the writer of the MLP receives, and the stream that it writes into."""
-        assert self._writers is not None  # nothing sums up without them
-        hidden = self._streams.hidden
-        hidden[_INNER, number] = inner[self._writers.mlp]
-        now = hidden[_COMPRESSED, number]
-        hidden[_COMPRESSED, number] = now + _rows(outputs[self._writers.attention], now)
-
-    def _last_part(self) -> nn.Module:
-        assert self._writers is not None  # nothing sums up without them
-        return _fitted_part(self._compressed[self._writers.mlp])
+    def _summed(self, names: AbstractSet[str]) -> _Writers | None:
+        """Return the writers, if that of the MLP is fitted and their sum leads out of the layer."""
+        writers = self._stream
+        if writers is None or writers.mlp not in names or not self._may_stop:
+            return None
+        return writers if writers.unexplained <= _ROUNDING else None
 
     def _run_dense(self) -> None:
         """Keep what the dense layer gives, and what those of its linears give that targets need."""
@@ -322,11 +311,10 @@ class _Layer:
         hidden = self._streams.hidden
         target = hidden[name.removeprefix(self._prefix), number]
         weights = torch.ones(target.shape[:-1], device=target.device)
-        if self._fits_stream:
-            assert self._writers is not None  # without them, nothing is fitted to the stream
+        if self._stream is not None:
             before, now = hidden[_DENSE, number], hidden[_COMPRESSED, number]
-            if name == self._writers.mlp:
-                attention = self._writers.attention
+            if name == self._stream.mlp:
+                attention = self._stream.attention
                 before = before + hidden[attention.removeprefix(self._prefix), number]
                 now = now + _rows(compressed[attention], now)
             after = before + target
@@ -358,8 +346,8 @@ class _Layer:
         """
         inner: dict[str, Tensor] = {}
         needed: set[str] = set()
-        if self._fits_stream and self._writers is not None and self._writers.mlp in names:
-            needed = {self._writers.attention}
+        if self._stream is not None and self._stream.mlp in names:
+            needed = {self._stream.attention}
 
         def stop(*_: object) -> None:
             if self._may_stop and names <= inner.keys() and needed <= outputs.keys():
