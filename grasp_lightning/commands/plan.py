@@ -154,10 +154,10 @@ def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -
     by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))
     for layers in (by_size[: choice.count], by_size[-choice.count :]):
         budgeted = rule.budgeted(view, tuple(sorted(layers)))
-        kept = rule.budget(budgeted)
-        operations = _evenly(budgeted, kept / budgeted.size)
+        kept, whole = rule.budget(budgeted), rule.dense_size(budgeted)
+        operations = _evenly(budgeted, kept / whole)
         factors.append(kept)
-        sizes.append(dense - budgeted.size + kept)
+        sizes.append(dense - whole + kept)
         planned.append((sizes[-1], tuple(sorted(layers)), operations))
     most, layers_of_most, operations_of_most = max(planned, key=lambda entry: entry[0])
     return Prediction(

@@ -277,9 +277,19 @@ class GlobalRanks:
             ),
         ]
 
+    def dense_size(self, budgeted: Budgeted) -> int:
+        """Return what everything that shares the budget counts while it is dense.
+
+        Args:
+            budgeted: What shares the budget.
+
+        Returns:
+            Number of parameters; of a budget of time, that of the linears, whose time is measured.
+        """
+        return budgeted.size if self.unit == "parameters" else budgeted.linear_size
+
     def _budget(self, budgeted: Budgeted, least: float) -> int:
-        linears = budgeted.linear_size
-        dense = budgeted.size if self.unit == "parameters" else linears
+        linears, dense = budgeted.linear_size, self.dense_size(budgeted)
         if self.removed_ratio is None:
             key, keep_ratio = f"keep_ratio {self.keep_ratio}", self.keep_ratio or 0.0
             kept = dense - linears + round(keep_ratio * linears)
