@@ -159,6 +159,12 @@ class StoredScores:
                 f"from_scores: {self._folder} has no {missing[0]} of {module}; name a run with the "
                 "same method.weighting on all layers that are asked for, and statistics.store"
             )
+        there = self.plan.options.get("fisher", "empirical")
+        if "gradient_gram" in needs.moment_kinds and needs.fisher != there:
+            raise ConfigError(
+                f"from_scores: method.fisher is {needs.fisher} here, but {self._folder} holds Gram "
+                f"matrices with {there}"
+            )
 
     def _check_basis(self, module: str, basis: SVD) -> None:
         stored = self._scores.get(f"{module}.singular_values")

@@ -18,6 +18,7 @@ Score = Literal["taylor", "gradient", "magnitude"]
 Schedule = Literal["one_shot", "iterative"]
 PresetName = Literal["paper", "released", "svd_llm", "asvd", "fwsvd"]
 Weighting = Literal["none", "fisher_rows", "scale_columns", "input_gram", "kfac"]
+FisherChoice = Literal["sampled", "empirical"]
 RankChoice = Literal["uniform", "global"]
 MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
@@ -51,6 +52,9 @@ class MethodConfig:
             any of them later; one_shot only.
         weighting: Metric of the decompositions of low_rank and grasp_plus: none, fisher_rows
             (FWSVD), scale_columns (ASVD), input_gram (SVD-LLM), or kfac, the curvature of the loss.
+        fisher: Whose gradients make the curvature of kfac: sampled, random ones with the covariance
+            of labels drawn from the model's own predictions, which is the Fisher information;
+            empirical, those of the text's own labels.
         ranks: uniform: one keep ratio for all matrices; global: the budget is spent where it hurts
             least.
         mlp: Under a global budget, what MLPs become: factors, like all other matrices, or MLPs with
@@ -82,6 +86,7 @@ class MethodConfig:
     schedule: Schedule | None = None
     score_all_layers: bool | None = None
     weighting: Weighting | None = None
+    fisher: FisherChoice | None = None
     ranks: RankChoice | None = None
     mlp: MlpChoice | None = None
     budget: BudgetChoice | None = None

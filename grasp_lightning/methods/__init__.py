@@ -100,6 +100,7 @@ def _weighted(config: MethodConfig, view: DecoderView, track: Track) -> Compress
         rank_rule=configured_rank_rule(config, count_parameters(view.model)),
         metric=Metric(
             weighting=config.weighting,
+            fisher=config.fisher or "empirical",
             gradient_damping=config.gradient_damping or 0.0,
             input_damping=config.input_damping or 0.0,
         ),

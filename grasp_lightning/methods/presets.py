@@ -83,7 +83,7 @@ DEFAULT_REMOVED_RATIO = 0.2
 _SCORING_KEYS = ("terms", "reduction", "score", "schedule", "score_all_layers")
 _DAMPING_KEYS = ("gradient_damping", "input_damping")
 _GLOBAL_KEYS = ("mlp", "budget", "removable", "multiple_of")
-_WEIGHTED_KEYS = ("weighting", "ranks", *_GLOBAL_KEYS, "refit", *_DAMPING_KEYS)
+_WEIGHTED_KEYS = ("weighting", "fisher", "ranks", *_GLOBAL_KEYS, "refit", *_DAMPING_KEYS)
 _LOW_RANK_KEYS = ("preset", "keep_ratio", *_SCORING_KEYS, *_WEIGHTED_KEYS)
 
 
@@ -182,7 +182,7 @@ def _resolve_parts(config: MethodConfig) -> MethodConfig:
     )
     if config.ranks == "uniform":
         _refuse_ignored(config, _GLOBAL_KEYS, "method.ranks is uniform")
-        return _resolve_damping(config, preset.input_damping)
+        return _resolve_metric(config, preset.input_damping)
     if config.multiple_of is not None and config.multiple_of < 1:
         raise ConfigError(f"method.multiple_of must be at least 1, got {config.multiple_of}")
     if config.removable not in (None, "none") and config.weighting != "kfac":
@@ -196,12 +196,16 @@ def _resolve_parts(config: MethodConfig) -> MethodConfig:
             f"method.mlp channels needs method.weighting kfac or input_gram, got {config.weighting}"
         )
     config = replace(config, mlp=config.mlp or (preset.mlp if can_narrow else "factors"))
-    return _resolve_damping(config, preset.input_damping)
+    return _resolve_metric(config, preset.input_damping)
 
 
-def _resolve_damping(config: MethodConfig, input_damping: float) -> MethodConfig:
+def _resolve_metric(config: MethodConfig, input_damping: float) -> MethodConfig:
     used = Metric(weighting=config.weighting or "none").options
     reason = f"method.weighting is {config.weighting}"
+    if "fisher" in used:
+        config = replace(config, fisher=config.fisher or "sampled")
+    else:
+        _refuse_ignored(config, ("fisher",), reason)
     for key in _DAMPING_KEYS:
         value: float | None = getattr(config, key)
         if key not in used:

@@ -39,6 +39,7 @@ def curvature_step(
     needs = Needs(
         moments=tuple(modules),
         moment_kinds=metric.moment_kinds,
+        fisher=metric.fisher,
         linear_shapes=shapes,
         removables=removables,
     )

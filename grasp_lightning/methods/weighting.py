@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from grasp_lightning.config import Weighting
+from grasp_lightning.config import FisherChoice, Weighting
 from grasp_lightning.linalg.channels import Removal, narrowed_weight, removal_order
 from grasp_lightning.linalg.factors import SVD
 from grasp_lightning.linalg.weightings import (
@@ -41,11 +41,13 @@ class Metric:
 
     Attributes:
         weighting: Which of them.
+        fisher: Whose gradients measure the curvature, for ``kfac``.
         gradient_damping: Share of its mean diagonal that is added to the Gram matrix of gradients.
         input_damping: The same for the Gram matrix of inputs.
     """
 
     weighting: Weighting
+    fisher: FisherChoice = "empirical"
     gradient_damping: float = GRADIENT_DAMPING
     input_damping: float = INPUT_DAMPING
 
@@ -54,6 +56,7 @@ class Metric:
         """The options that decompositions depend on, for the plan."""
         options: dict[str, OptionValue] = {"weighting": self.weighting}
         if self.weighting == "kfac":
+            options["fisher"] = self.fisher
             options["gradient_damping"] = self.gradient_damping
         if self.weighting in ("kfac", "input_gram", "fisher_rows"):
             options["input_damping"] = self.input_damping

@@ -3,7 +3,7 @@
 Legend: B windows of T tokens, V words in the vocabulary, n predicted tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,47 @@ def next_token_losses(logits: Tensor, input_ids: Tensor, targets: Tensor) -> Ten
         return _cross_entropy(part, labels[place])
 
     return _row_losses(logits, rows, cross_entropy)
+
+
+def fisher_losses(
+    logits: Tensor, input_ids: Tensor, targets: Tensor, seeds: Sequence[int]
+) -> Tensor:
+    """Return the cross-entropy of every predicted token, with random gradients of Fisher's size.
+
+    The gradient of each loss by its logits is ``s * r - p (s . r)``, with ``p`` the predicted
+    probabilities, ``s`` their roots, and ``r`` random signs. Its mean is zero and its covariance
+    ``diag(p) - p p^T``, the Fisher information of the prediction: what labels drawn from the
+    prediction have, with less noise, and without a label that rounding could turn into another.
+    As in ``next_token_losses``, logits that require grad are overwritten.
+
+    Source: the factor of the Fisher information is that of Dangel et al., "BackPACK",
+    arXiv:1912.10985, appendix; why labels of the text do not give it: Kunstner et al., "Limitations
+    of the empirical Fisher approximation", arXiv:1905.12558.
+
+    Args:
+        logits: Scores of the next token, ``(B, T, V)``, any float dtype.
+        input_ids: Token ids, ``(B, T)``.
+        targets: True where a token is predicted, ``(B, T)``; the first column is never read.
+        seeds: Seed of the signs of each window, ``B``; a window's signs depend on nothing else.
+
+    Returns:
+        Float32 losses in nats, one per predicted token, ``(n,)``.
+    """
+    rows, labels = _predicted(input_ids, targets)
+    owners = (rows // input_ids.shape[1]).tolist()
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def part_loss(part: Tensor, place: slice) -> tuple[Tensor, Tensor]:
+        log_probs = log_softmax(part, dim=-1)
+        losses = -log_probs[_at(labels[place])]
+        probs = log_probs.exp_()
+        # Row by row, so that signs do not depend on where parts begin.
+        draws = [_coins(part.shape[1], generators[owner]) for owner in owners[place]]
+        signs = torch.stack(draws).to(probs) * 2 - 1 if draws else probs
+        grad = signs.mul_(probs.sqrt())
+        return losses, grad.sub_(probs * grad.sum(dim=-1, keepdim=True))
+
+    return _row_losses(logits, rows, part_loss)
 
 
 def distillation_losses(
@@ -116,8 +157,17 @@ def _predicted(input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return rows, input_ids.flatten()[rows + 1]
 
 
+def _at(labels: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.arange(len(labels), device=labels.device), labels
+
+
+def _coins(count: int, generator: torch.Generator) -> Tensor:
+    """Return zeros and ones, drawn on the CPU: a seed gives the same on every device."""
+    return torch.randint(2, (count,), generator=generator, dtype=torch.int8)
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    at_label = (torch.arange(len(logits), device=logits.device), labels)
+    at_label = _at(labels)
     log_probs = log_softmax(logits, dim=-1)
     losses = -log_probs[at_label]
     grad = log_probs.exp_()

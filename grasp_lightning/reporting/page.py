@@ -24,6 +24,7 @@ from grasp_lightning.reporting.tables import (
     comparison_notes,
     comparison_rows,
     count_text,
+    done_to_layers,
     duration_text,
     factor_text,
     indices_text,
@@ -252,7 +253,6 @@ def phase_bars(metrics: Metrics | CompensationMetrics, phases: Mapping[str, str]
 
 def _headlines(metrics: Metrics) -> list[Headline]:
     parameters = metrics.parameters
-    verb = "dropped" if metrics.method == "drop" else "replaced"
     return [
         Headline(
             "Parameters removed",
@@ -265,7 +265,11 @@ def _headlines(metrics: Metrics) -> list[Headline]:
             f"from {size_text(metrics.bytes.dense)}",
         ),
         perplexity_headline(metrics.perplexity.dense, metrics.perplexity.compressed),
-        Headline(f"Layers {verb}", str(len(metrics.layers)), indices_text(metrics.layers)),
+        Headline(
+            f"Layers {done_to_layers(metrics.method)}",
+            str(len(metrics.layers)),
+            indices_text(metrics.layers),
+        ),
         *time_headlines(metrics),
     ]
 

@@ -131,9 +131,14 @@ def comparison_notes(metrics: Metrics) -> tuple[str, ...]:
 def summary(metrics: Metrics) -> str:
     """Return what was done to the model, as a phrase: layers and removed parameters."""
     count = len(metrics.layers)
-    verb = "dropped" if metrics.method == "drop" else "replaced"
     noun = "decoder layer" if count == 1 else "decoder layers"
-    return f"{count} {noun} {verb}, {metrics.removed_ratio:.1%} of all parameters removed"
+    removed = f"{metrics.removed_ratio:.1%} of all parameters removed"
+    return f"{count} {noun} {done_to_layers(metrics.method)}, {removed}"
+
+
+def done_to_layers(method: str) -> str:
+    """Return what a method does to the layers that it takes, as a participle."""
+    return {"drop": "dropped", "grasp": "replaced"}.get(method, "compressed")
 
 
 def count_text(count: int) -> str:

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from grasp_lightning.config import LayerMetric, Reduction, Score, Terms
+from grasp_lightning.config import FisherChoice, LayerMetric, Reduction, Score, Terms
 from grasp_lightning.errors import ModelError
 from grasp_lightning.linalg.factors import SVD
 
@@ -68,6 +68,7 @@ class Needs:
         scoring: How they are scored.
         moments: Modules whose inputs and output gradients are summed up, in model order.
         moment_kinds: What is summed up of them.
+        fisher: Whose gradients moments are made of; scores of weight gradients take the text's.
         linear_shapes: Shapes of linears whose time is measured, which needs no data.
         removables: Layers and blocks whose removal is priced, each by itself.
     """
@@ -78,6 +79,7 @@ class Needs:
     scoring: Scoring = Scoring()
     moments: tuple[str, ...] = ()
     moment_kinds: frozenset[MomentKind] = frozenset()
+    fisher: FisherChoice = "empirical"
     linear_shapes: tuple[Shape, ...] = ()
     removables: tuple[Removable, ...] = ()
 
@@ -117,7 +119,8 @@ class Moments:
     """What passed through one linear of N outputs and M inputs, as means over tokens.
 
     Linears that read the same input (q, k and v; gate and up) share its tensors. A gradient is that
-    of the cross-entropy summed over the predicted tokens of a window, in nats, by the output.
+    of the cross-entropy summed over the predicted tokens of a window, in nats, by the output, or a
+    random one in its place (``Needs.fisher``).
 
     Attributes:
         input_gram: Mean of x x^T, ``(M, M)``.

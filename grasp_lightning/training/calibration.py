@@ -7,11 +7,12 @@ import lightning as L
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp_lightning.config import FisherChoice
 from grasp_lightning.errors import NumericsError
 from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
 from grasp_lightning.models.calls import find_non_finite
 from grasp_lightning.models.decoder import DecoderView, frozen
-from grasp_lightning.models.next_token import forward_inputs, next_token_losses
+from grasp_lightning.models.next_token import fisher_losses, forward_inputs, next_token_losses
 from grasp_lightning.plan import Plan
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.training.hidden_cache import HiddenCache
@@ -34,6 +35,8 @@ class CalibrationModule(L.LightningModule):
         layer_choice: How ``LayerSimilarity`` or explicit layers choose; None before.
         cache: Hidden states kept between passes; None keeps none.
         plan: The plan that ``ReplaceRedundantLayers`` has applied; None before.
+        fisher: Whose gradients a backward pass carries: those of the text's labels (``empirical``),
+            or random ones with the covariance of the predictions (``sampled``).
     """
 
     def __init__(self, model: PreTrainedModel | DecoderView) -> None:
@@ -44,6 +47,7 @@ class CalibrationModule(L.LightningModule):
         self.layer_choice: LayerChoice | None = None
         self.cache: HiddenCache | None = None
         self.plan: Plan | None = None
+        self.fisher: FisherChoice = "empirical"
         self.automatic_optimization = False
         self._frozen = ExitStack()
 
@@ -93,7 +97,7 @@ class CalibrationModule(L.LightningModule):
         """Run one batch forward, and backward if anything below the loss requires grad.
 
         The loss is the cross-entropy summed over predicted tokens, so that gradients do not depend
-        on which windows share a batch.
+        on which windows share a batch; nor do random ones, whose seed is the window's number.
 
         Args:
             batch: ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``, and ``index``, empty
@@ -106,11 +110,12 @@ class CalibrationModule(L.LightningModule):
         """
         if self.cache is not None:
             self.cache.start_batch(batch["index"])
-        losses = next_token_losses(
-            self.model(**forward_inputs(batch), use_cache=False).logits,
-            batch["input_ids"],
-            batch["targets"],
-        )
+        logits = self.model(**forward_inputs(batch), use_cache=False).logits
+        predicted = batch["input_ids"], batch["targets"]
+        if self.fisher == "empirical":
+            losses = next_token_losses(logits, *predicted)
+        else:
+            losses = fisher_losses(logits, *predicted, seeds=batch["index"].tolist())
         loss = losses.sum()
         where = find_non_finite(self.view, forward_inputs(batch), loss)
         if where is not None:

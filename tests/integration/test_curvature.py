@@ -163,6 +163,9 @@ def test_what_was_not_measured_is_refused(
     words = ["--method.mlp=factors", f"--output_dir={tmp_path / 'no'}"]
     assert main(["compress", "--from_scores", str(cut), *words]) == 2
     assert "of model.layers.0.mlp.gate_proj; name a run with" in capsys.readouterr().err
+    words = ["--method.fisher=empirical", f"--output_dir={tmp_path / 'no'}"]
+    assert main(["compress", "--from_scores", str(cut), *words]) == 2
+    assert "method.fisher is empirical here, but" in capsys.readouterr().err
 
 
 def test_little_memory_takes_more_passes_to_the_same_plan(
@@ -196,6 +199,10 @@ def test_statistics_are_not_kept_where_that_is_not_wanted(
         (["--method.preset=svd_llm"], "method.preset would be ignored: method grasp_plus is one"),
         (["--method.removed_ratio=0"], "method.removed_ratio must be above 0 and below 1, got 0"),
         (["--method.gradient_damping=-1"], "method.gradient_damping must be finite"),
+        (
+            ["--method.weighting=input_gram", "--method.fisher=sampled"],
+            "method.fisher would be ignored: method.weighting is input_gram",
+        ),
         (["--method.multiple_of=0"], "method.multiple_of must be at least 1"),
         (["--method.budget=flops"], "expected one of parameters, time"),
         (["--method.ranks=uniform", "--method.budget=time"], "method.ranks is uniform"),

@@ -218,7 +218,7 @@ def test_field_and_split_reach_the_sources_that_have_them(write: Write, tmp_path
             "calibration.source 'moon' is unknown; expected one of pydoc, wikitext2, c4, ptb,",
         ),
         (
-            {"weights": (1.0,)},
+            {"source": "pydoc", "weights": (1.0,)},
             "calibration.weights has no effect with one calibration.source; remove it",
         ),
         (

@@ -24,7 +24,7 @@ def test_the_default_is_one_budget_over_all_layers() -> None:
     resolved = resolve_method(MethodConfig())
     assert resolved == resolve_method(MethodConfig(name="grasp_plus", removed_ratio=0.2))
     assert (resolved.num_layers, resolved.layers, resolved.keep_ratio) == (None, None, None)
-    assert (resolved.weighting, resolved.ranks) == ("kfac", "global")
+    assert (resolved.weighting, resolved.fisher, resolved.ranks) == ("kfac", "sampled", "global")
     assert (resolved.mlp, resolved.refit) == ("channels", "residual")
 
 

@@ -66,9 +66,11 @@ def test_brackets_in_a_model_name_are_printed_as_they_are() -> None:
     assert "evil[/bold][red]name" in printed(example_metrics(model="evil[/bold][red]name"))
 
 
-def test_dropped_layers_are_not_called_replaced() -> None:
+def test_layers_are_named_after_what_was_done_to_them() -> None:
     assert summary(drop_metrics()).startswith("3 decoder layers dropped")
     assert summary(example_metrics(layers=(4,))).startswith("1 decoder layer replaced")
+    cut = summary(example_metrics(method="grasp_plus"))
+    assert cut.startswith("8 decoder layers compressed")
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from callbacks.measure import TrainerMeasure
-from grasp_lightning.config import CalibrationConfig, Reduction, Terms
+from grasp_lightning.config import CalibrationConfig, FisherChoice, Reduction, Terms
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import NumericsError
 from grasp_lightning.methods.low_rank import attribution_step
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.stats.base import Needs, Scoring, Step
+from grasp_lightning.stats.base import MomentKind, Moments, Needs, Scoring, Step
 from grasp_lightning.training.calibration import CalibrationModule
 from tests.conftest import byte_tokenizer, tiny_model
 
@@ -98,3 +98,33 @@ def test_padding_does_not_count(reduction: Reduction, terms: Terms) -> None:
             assert second.component_scores.keys() == first.component_scores.keys()
             for name, scores in first.component_scores.items():
                 assert torch.equal(second.component_scores[name], scores)
+
+
+def moments(batch_size: int, fisher: FisherChoice) -> dict[str, Moments]:
+    view = DecoderView(tiny_model())
+    kinds: frozenset[MomentKind] = frozenset({"input_gram", "gradient_gram"})
+    needs = Needs(moments=tuple(view.linears(1)), moment_kinds=kinds, fisher=fisher)
+    measured = TrainerMeasure(data(batch_size), progress=False)(view, Step(name="m", needs=needs))
+    assert measured.moments is not None
+    return dict(measured.moments)
+
+
+def test_random_gradients_do_not_depend_on_the_batch_size() -> None:
+    alone, together = moments(1, "sampled"), moments(3, "sampled")
+    for name, expected in alone.items():
+        for kind in ("input_gram", "gradient_gram"):
+            value, wanted = getattr(together[name], kind), getattr(expected, kind)
+            scale = float(wanted.abs().max())
+            torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_random_gradients_take_the_place_of_those_of_the_text() -> None:
+    sampled, empirical = moments(2, "sampled"), moments(2, "empirical")
+    for name, of_text in empirical.items():
+        assert of_text.input_gram is not None
+        assert of_text.gradient_gram is not None
+        random = sampled[name].gradient_gram
+        assert random is not None
+        torch.testing.assert_close(sampled[name].input_gram, of_text.input_gram, rtol=0, atol=0)
+        assert not torch.allclose(random, of_text.gradient_gram, rtol=1e-2)
+        assert 0.25 < float(random.trace() / of_text.gradient_gram.trace()) < 4
