@@ -49,6 +49,7 @@ _C4_CALIBRATION, _C4_TEST = "0-259", "260-519"
 _SOURCES = ("both", "wikitext2", "c4", "instructions", "self")
 _WORK = ("similarity", "attribution", "curvature", "factorize", "refit")
 _DEFAULT_RATIO = 0.2
+_MEASURED_KEYS = ("fisher=", "mlp=")  # the parts of a method that its pass depends on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +90,12 @@ class Cell:
     @property
     def measured(self) -> "Cell":
         """The cell whose statistics this one is cut from; itself, if it measures its own."""
-        if self.method.partition(":")[0] != "grasp_plus":
+        name, _, changes = self.method.partition(":")
+        if name != "grasp_plus":
             return self
-        return replace(self, method="grasp_plus", removed_ratio=_DEFAULT_RATIO)
+        kept = [change for change in changes.split(",") if change.startswith(_MEASURED_KEYS)]
+        method = ":".join([name, ",".join(kept)] if kept else [name])
+        return replace(self, method=method, removed_ratio=_DEFAULT_RATIO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +233,10 @@ def _config(cell: Cell, arguments: argparse.Namespace, model: str, data: Path) -
         # Both texts are measured afterwards, once per model.
         evaluation=replace(_texts(arguments, data)["WikiText-2"], num_samples=1),
         trainer=TrainerConfig(accelerator="cpu"),
-        statistics=StatisticsConfig(store=cell.method == "grasp_plus", measured_windows=0),
+        statistics=StatisticsConfig(
+            store=cell.config.name == "grasp_plus" and cell.method == cell.measured.method,
+            measured_windows=0,
+        ),
     )
 
 

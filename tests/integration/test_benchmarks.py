@@ -145,7 +145,7 @@ def test_the_table_of_methods_goes_on_where_it_was(tiny_folder: Path, tmp_path: 
     config = yaml.safe_load((cut / "config.yaml").read_text())
     assert config["from_scores"] == str(measured)
 
-    methods = ("drop", "grasp_plus", "grasp_plus:refit=none")
+    methods = ("drop", "grasp_plus", "grasp_plus:refit=none,fisher=empirical")
     done = run("methods_table.py", *settings, "--methods", *methods, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     after = [(folder / "metrics.json").stat().st_mtime_ns for folder in (measured, cut)]
@@ -156,8 +156,12 @@ def test_the_table_of_methods_goes_on_where_it_was(tiny_folder: Path, tmp_path: 
         for value in cell["perplexity"].values():
             assert f"| {value:.1f} (x " in done.stdout
     assert cells[1]["metrics"]["loss_change"]["predicted"] > 0
-    plan = json.loads((runs / "grasp_plus-refit=none-0.3-both-4-0" / "plan.json").read_text())
+    other = runs / "grasp_plus-refit=none-fisher=empirical-0.3-both-4-0"
+    plan = json.loads((other / "plan.json").read_text())
     assert "refit" not in plan["options"]
+    # Of what a pass depends on, its statistics are another cell's.
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    assert config["from_scores"] == str(runs / "grasp_plus-fisher=empirical-0.2-both-4-0")
 
     wrong = run("methods_table.py", *settings, "--methods", "grasp_plus:nothing=1", cwd=tmp_path)
     assert wrong.returncode == 2
