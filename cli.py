@@ -1,8 +1,6 @@
 """Launcher of the program in a checkout; the program itself is ``grasp_lightning/cli.py``."""
 
-import sys
-
-from grasp_lightning.cli import main
+from grasp_lightning.cli import run_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program()

@@ -1,8 +1,6 @@
 """``python -m grasp_lightning``: the program, where its script is not at hand."""
 
-import sys
-
-from grasp_lightning.cli import main
+from grasp_lightning.cli import run_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program()

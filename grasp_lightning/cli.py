@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, NoReturn
 
 from rich.console import Console, RenderableType
 
-from grasp_lightning import __version__
+from grasp_lightning import __version__, processes
 from grasp_lightning.config import (
     BenchmarkConfig,
     CompensateConfig,
@@ -159,6 +159,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{came}; expected one of {', '.join(COMMANDS)}")
     _configure_logging()
     return _run(name, words[1:])
+
+
+def run_program(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the program and end the process with its exit code.
+
+    Args:
+        argv: Command line without the program's name; None takes this process's.
+    """
+    processes.end(main(argv))
 
 
 def _run(name: str, argv: Sequence[str]) -> int:

@@ -4,15 +4,20 @@ A run of several processes runs the same code in each of them (rank 0, 1, ...). 
 process all functions here do the obvious thing.
 """
 
+import atexit
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from contextlib import suppress
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_left_a_group = threading.Event()
 
 
 def num_processes() -> int:
@@ -224,6 +229,27 @@ def leave() -> None:
     """Leave the group."""
     if _is_group():
         dist.destroy_process_group()
+        _left_a_group.set()
+
+
+def end(code: int) -> NoReturn:
+    """End this process as ``sys.exit`` does; one that was in a group ends after the exit handlers.
+
+    A group that is destroyed keeps its threads while anything refers to it, and DTensor caches what
+    does. One of them that lets go of a tensor while the interpreter is taken apart aborts the
+    process (PyTorch, issue 190489), so that is left out, as ``multiprocessing`` does.
+
+    Args:
+        code: Exit code.
+    """
+    if not _left_a_group.is_set():
+        sys.exit(code)
+    threading._shutdown()  # type: ignore[attr-defined]  # joins the other threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody listens any more
+            stream.flush()
+    os._exit(code)
 
 
 def _is_group() -> bool:

@@ -14,7 +14,7 @@ CHILD = textwrap.dedent("""
     import torch
     torch.set_num_threads(1)
     from importlib import import_module
-    from grasp_lightning.cli import main
+    from grasp_lightning.cli import run_program
 
     where, owner, name, count, number = sys.argv[1:6]
     target = getattr(import_module(where), owner) if owner else import_module(where)
@@ -27,7 +27,7 @@ CHILD = textwrap.dedent("""
         return original(*args, **kwargs)
 
     setattr(target, name, counting)
-    sys.exit(main(sys.argv[6:]))
+    run_program(sys.argv[6:])
 """)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -254,7 +253,8 @@ def main() -> None:
         (folder / f"{check.__name__}.{processes.rank()}").write_text(result)
         if result != "ok":
             sys.exit(1)
-    dist.destroy_process_group()
+    processes.leave()
+    processes.end(0)
 
 
 if __name__ == "__main__":

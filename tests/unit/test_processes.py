@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 
@@ -34,3 +39,46 @@ def test_a_batch_for_company_has_no_targets(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(own["position_ids"], torch.arange(4)[None])
     assert not company["targets"].any()
     assert company["mask"].all()
+
+
+# Seen in a process of its own; ``late`` goes when an interpreter is taken apart.
+ENDING = textwrap.dedent("""
+    import atexit, os, sys, threading, time
+    import torch
+    from grasp_lightning import processes
+
+    class Late:
+        def __del__(self, write=os.write):
+            write(1, b"apart ")
+
+    def speak():
+        time.sleep(0.2)
+        print("thread", end=" ")
+
+    late = Late()
+    late.itself = late
+    atexit.register(print, "handler", end=" ")
+    if sys.argv[1] == "group":
+        processes.join(torch.device("cpu"))
+        processes.leave()
+    threading.Thread(target=speak).start()
+    processes.end(3)
+""")
+
+
+@pytest.mark.parametrize(
+    ("group", "says"), [("alone", "thread handler apart"), ("group", "thread handler")]
+)
+def test_a_member_of_a_group_ends_without_taking_its_interpreter_apart(
+    group: str, says: str
+) -> None:
+    world = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING, group],
+        env={**os.environ, **world},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert sorted(done.stdout.split()) == sorted(says.split())
