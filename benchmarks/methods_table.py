@@ -49,7 +49,11 @@ _C4_CALIBRATION, _C4_TEST = "0-259", "260-519"
 _SOURCES = ("both", "wikitext2", "c4", "instructions", "self")
 _WORK = ("similarity", "attribution", "curvature", "factorize", "refit")
 _DEFAULT_RATIO = 0.2
-_MEASURED_KEYS = ("fisher=", "mlp=")  # the parts of a method that its pass depends on
+# The parts of a method that its pass depends on.
+_MEASURED_KEYS = (
+    *("fisher=", "mlp=", "removable="),
+    *("weighting=fisher_rows", "weighting=scale_columns"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,7 +157,7 @@ class TrainerMeasure:
         if state is not None:
             measurement.go_on_from(state)
             done = state[WINDOWS].tolist()
-        module = CalibrationModule(view)
+        module = CalibrationModule(view, fisher=step.needs.fisher)
         with self._stop.deferred():
             self._run(module, measurement, step, self._data.without(done), store)
         if sorted(measurement.windows) != list(range(len(self._data.windows))):

@@ -1,13 +1,13 @@
 """Sums up inputs and output gradients of linears over the windows of a pass."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from callbacks.measurement import Measurement
-from grasp_lightning.stats.base import Needs, Statistics, Step
+from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.stats.moments import MomentSums
 from grasp_lightning.stats.observer import InputObserver, LinearObserver
 from grasp_lightning.training.calibration import Batch, CalibrationModule
@@ -44,7 +44,7 @@ class LinearMoments(Measurement):
         self._sums = MomentSums(shapes, needs.moment_kinds, self._sources, view.model.device)
         self._num_tokens = 0
         observer = LinearObserver if needs.is_backward else InputObserver
-        return _observed(module, needs, observer(view, needs.moments, self._add).attached())
+        return observer(view, needs.moments, self._add).attached()
 
     def _add(self, module: str, x: Tensor, grad_output: Tensor | None = None) -> None:
         assert self._sums is not None
@@ -76,16 +76,3 @@ class LinearMoments(Measurement):
         """Return the moments of every linear."""
         assert self._sums is not None
         return Statistics(moments=self._sums.mean(self._num_tokens))
-
-
-@contextmanager
-def _observed(
-    module: CalibrationModule, needs: Needs, hooks: AbstractContextManager[None]
-) -> Iterator[None]:
-    """Let backward passes carry the gradients that are asked for while the hooks are on."""
-    with hooks:
-        module.fisher = needs.fisher
-        try:
-            yield
-        finally:
-            module.fisher = "empirical"

@@ -22,6 +22,7 @@ from grasp_lightning.config import (
 )
 from grasp_lightning.errors import GraspError, Interrupted
 
+FAILED = 1
 BAD_INPUT = 2
 _HANDLER = "grasp-lightning"
 _GOES_ON = "run the same command again: it goes on from what is saved"
@@ -167,7 +168,12 @@ def run_program(argv: Sequence[str] | None = None) -> NoReturn:
     Args:
         argv: Command line without the program's name; None takes this process's.
     """
-    processes.end(main(argv))
+    try:
+        code = main(argv)
+    except Exception:  # noqa: BLE001  a fault of the program: told as Python tells it
+        sys.excepthook(*sys.exc_info())
+        code = FAILED
+    processes.end(code)
 
 
 def _run(name: str, argv: Sequence[str]) -> int:

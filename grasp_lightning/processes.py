@@ -235,6 +235,8 @@ def leave() -> None:
 def end(code: int) -> NoReturn:
     """End this process as ``sys.exit`` does; one that was in a group ends after the exit handlers.
 
+    A group that this process is still in is left.
+
     A group that is destroyed keeps its threads while anything refers to it, and DTensor caches what
     does. One of them that lets go of a tensor while the interpreter is taken apart aborts the
     process (PyTorch, issue 190489), so that is left out, as ``multiprocessing`` does.
@@ -242,6 +244,7 @@ def end(code: int) -> NoReturn:
     Args:
         code: Exit code.
     """
+    leave()
     if not _left_a_group.is_set():
         sys.exit(code)
     threading._shutdown()  # type: ignore[attr-defined]  # joins the other threads

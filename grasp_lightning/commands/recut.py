@@ -75,6 +75,7 @@ class StoredScores:
         if options.get("schedule") not in (None, "one_shot"):
             raise ConfigError("from_scores: schedule iterative must measure; use one_shot")
         if "weighting" in options:
+            self._check_fisher(options.get("fisher"))
             return
         for key in _SCORING:
             here, there = options.get(key), self.plan.options.get(key)
@@ -83,6 +84,14 @@ class StoredScores:
                     f"from_scores: method.{key} is {here} here, but {self._folder} holds scores "
                     f"with {there}"
                 )
+
+    def _check_fisher(self, here: OptionValue) -> None:
+        there = self.plan.options.get("fisher", "empirical")  # runs of kfac had no such option once
+        if self.plan.options.get("weighting") == "kfac" and here not in (None, there):
+            raise ConfigError(
+                f"from_scores: method.fisher is {here} here, but {self._folder} holds gradients "
+                f"with {there}; set method.fisher={there}, or measure anew without from_scores"
+            )
 
     def check_windows(self, fingerprint: Mapping[str, str]) -> None:
         """Check that a refit goes over the windows that the scores were measured on.
@@ -158,12 +167,6 @@ class StoredScores:
             raise ConfigError(
                 f"from_scores: {self._folder} has no {missing[0]} of {module}; name a run with the "
                 "same method.weighting on all layers that are asked for, and statistics.store"
-            )
-        there = self.plan.options.get("fisher", "empirical")
-        if "gradient_gram" in needs.moment_kinds and needs.fisher != there:
-            raise ConfigError(
-                f"from_scores: method.fisher is {needs.fisher} here, but {self._folder} holds Gram "
-                f"matrices with {there}"
             )
 
     def _check_basis(self, module: str, basis: SVD) -> None:

@@ -23,13 +23,13 @@ def grasp_plus(
     """Return the method that spends one parameter budget where the loss curves least.
 
     A change D of a weight costs ``tr(A D C D^T) / 2`` nats per token, with C the mean of x x^T over
-    the inputs of the linear, and A that of g g^T over gradients by its outputs: random ones, with
-    the covariance that labels drawn from the model's predictions give. The decomposition in this
-    metric gives components whose losses are comparable across all matrices of the model. MLPs lose
-    hidden channels, priced in the same metric with the others refitted. One Lagrange multiplier
-    decides what stays dense, and at which rank or width the rest goes; at last, what writes into
-    the residual stream is fitted to what the stream lacks. There is no choice of layers beforehand,
-    and no score beside the singular value.
+    the inputs of the linear, and A that of g g^T over gradients by its outputs: by default random
+    ones, with the covariance that labels drawn from the model's predictions give
+    (``metric.fisher``). The decomposition in this metric gives components whose losses are
+    comparable across all matrices of the model. MLPs lose hidden channels, priced in the same
+    metric with the others refitted. One Lagrange multiplier decides what stays dense, and at which
+    rank or width the rest goes; at last, what writes into the residual stream is fitted to what the
+    stream lacks. There is no choice of layers beforehand, and no score beside the singular value.
 
     It takes from GRASP (arXiv:2501.00339) that loss gradients on little text decide; from SVD-LLM
     (arXiv:2403.07378) the Gram matrix of inputs as a metric; from K-FAC (arXiv:1503.05671) the

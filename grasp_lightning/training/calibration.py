@@ -28,6 +28,8 @@ class CalibrationModule(L.LightningModule):
 
     Args:
         model: A Hugging Face causal language model, or a view of one.
+        fisher: Whose gradients a backward pass carries: those of the text's labels (``empirical``),
+            or random ones with the covariance of the predictions (``sampled``).
 
     Attributes:
         view: The model's decoder layers and linears.
@@ -35,11 +37,12 @@ class CalibrationModule(L.LightningModule):
         layer_choice: How ``LayerSimilarity`` or explicit layers choose; None before.
         cache: Hidden states kept between passes; None keeps none.
         plan: The plan that ``ReplaceRedundantLayers`` has applied; None before.
-        fisher: Whose gradients a backward pass carries: those of the text's labels (``empirical``),
-            or random ones with the covariance of the predictions (``sampled``).
+        fisher: Whose gradients a backward pass carries.
     """
 
-    def __init__(self, model: PreTrainedModel | DecoderView) -> None:
+    def __init__(
+        self, model: PreTrainedModel | DecoderView, *, fisher: FisherChoice = "empirical"
+    ) -> None:
         super().__init__()
         self.view = model if isinstance(model, DecoderView) else DecoderView(model)
         self.model = self.view.model
@@ -47,7 +50,7 @@ class CalibrationModule(L.LightningModule):
         self.layer_choice: LayerChoice | None = None
         self.cache: HiddenCache | None = None
         self.plan: Plan | None = None
-        self.fisher: FisherChoice = "empirical"
+        self.fisher: FisherChoice = fisher
         self.automatic_optimization = False
         self._frozen = ExitStack()
 

@@ -165,7 +165,9 @@ def test_what_was_not_measured_is_refused(
     assert "of model.layers.0.mlp.gate_proj; name a run with" in capsys.readouterr().err
     words = ["--method.fisher=empirical", f"--output_dir={tmp_path / 'no'}"]
     assert main(["compress", "--from_scores", str(cut), *words]) == 2
-    assert "method.fisher is empirical here, but" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "method.fisher is empirical here, but" in error
+    assert "set method.fisher=sampled, or" in error
 
 
 def test_little_memory_takes_more_passes_to_the_same_plan(

@@ -45,7 +45,7 @@ def test_a_batch_for_company_has_no_targets(monkeypatch: pytest.MonkeyPatch) -> 
 ENDING = textwrap.dedent("""
     import atexit, os, sys, threading, time
     import torch
-    from grasp_lightning import processes
+    from grasp_lightning import cli, processes
 
     class Late:
         def __del__(self, write=os.write):
@@ -55,30 +55,44 @@ ENDING = textwrap.dedent("""
         time.sleep(0.2)
         print("thread", end=" ")
 
+    def main(argv):
+        if argv == ["fault"]:
+            raise ValueError("the cause")
+        return 3
+
     late = Late()
     late.itself = late
     atexit.register(print, "handler", end=" ")
-    if sys.argv[1] == "group":
+    if sys.argv[1] != "alone":
         processes.join(torch.device("cpu"))
+    if sys.argv[1] == "left":
         processes.leave()
     threading.Thread(target=speak).start()
-    processes.end(3)
+    cli.main = main
+    cli.run_program(sys.argv[1:])
 """)
 
 
 @pytest.mark.parametrize(
-    ("group", "says"), [("alone", "thread handler apart"), ("group", "thread handler")]
+    ("how", "code", "says"),
+    [
+        ("alone", 3, "thread handler apart"),
+        ("left", 3, "thread handler"),
+        ("joined", 3, "thread handler"),
+        ("fault", 1, "thread handler"),
+    ],
 )
 def test_a_member_of_a_group_ends_without_taking_its_interpreter_apart(
-    group: str, says: str
+    how: str, code: int, says: str
 ) -> None:
     world = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", ENDING, group],
+        [sys.executable, "-c", ENDING, how],
         env={**os.environ, **world},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 3, done.stderr
+    assert done.returncode == code, done.stderr
     assert sorted(done.stdout.split()) == sorted(says.split())
+    assert ("ValueError: the cause" in done.stderr) == (how == "fault")

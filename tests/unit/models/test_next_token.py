@@ -83,6 +83,15 @@ def test_random_gradients_have_the_covariance_of_the_prediction() -> None:
     torch.testing.assert_close(draws.sum(-1), torch.zeros(len(draws)), rtol=0, atol=1e-5)
 
 
+def test_random_gradients_of_two_tokens_are_independent() -> None:
+    # The same prediction twice.
+    logits = torch.randn(6, generator=torch.Generator().manual_seed(0)).expand(1, 3, 6)
+    case = logits, torch.tensor([[0, 3, 1]]), torch.ones(1, 3, dtype=torch.bool)
+    draws = torch.stack([random_gradients(case, [seed])[0] for seed in range(5000)])
+    across = draws[:, 0].mT @ draws[:, 1] / len(draws)
+    torch.testing.assert_close(across, torch.zeros(6, 6), rtol=0, atol=0.015)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_with_random_gradients_are_the_cross_entropy(dtype: torch.dtype) -> None:
     case = random_case(dtype)

@@ -129,6 +129,7 @@ def test_keys_that_came_later_count_only_where_they_are_set(root: Path) -> None:
         **earlier,
         "calibration": {"source": "pydoc", "weights": None, "rows": None},
         "evaluation": {"source": "pydoc", "rows": None},
+        "method": {**CONFIG["method"], "fisher": None},
     }
     assert RunFolder.open(root, later).state == "finished"
     later["evaluation"] = {"source": "pydoc", "rows": "0-9"}
