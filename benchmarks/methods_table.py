@@ -51,7 +51,7 @@ _WORK = ("similarity", "attribution", "curvature", "factorize", "refit")
 _DEFAULT_RATIO = 0.2
 # The parts of a method that its pass depends on.
 _MEASURED_KEYS = (
-    *("fisher=", "mlp=", "removable="),
+    *("fisher=", "mlp=", "ranks=", "removable="),
     *("weighting=fisher_rows", "weighting=scale_columns"),
 )
 
