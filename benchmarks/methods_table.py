@@ -46,7 +46,7 @@ _WIKITEXT = "wikitext2_raw/{part}.txt"
 _C4 = "c4/realnewslike_validation_sample.jsonl"
 _ALPACA = "alpaca/train.jsonl"
 _C4_CALIBRATION, _C4_TEST = "0-259", "260-519"
-_SOURCES = ("both", "wikitext2", "c4", "instructions", "self")
+_SOURCES = ("both", "wikitext2", "c4", "instructions", "self", "both_and_self")
 _WORK = ("similarity", "attribution", "curvature", "factorize", "refit")
 _DEFAULT_RATIO = 0.2
 # The parts of a method that its pass depends on.
@@ -247,12 +247,14 @@ def _config(cell: Cell, arguments: argparse.Namespace, model: str, data: Path) -
 def _calibration(cell: Cell, arguments: argparse.Namespace, data: Path) -> CalibrationConfig:
     wikitext = ("file", str(data / _WIKITEXT.format(part="validation")), "0-")
     c4 = ("file", str(data / _C4), _C4_CALIBRATION)
+    own = ("self", None, None)
     sources = {
         "both": (wikitext, c4),
         "wikitext2": (wikitext,),
         "c4": (c4,),
         "instructions": (("instructions", str(data / _ALPACA), "0-"),),
-        "self": (("self", None, None),),
+        "self": (own,),
+        "both_and_self": (wikitext, c4, own),
     }[cell.sources]
     paths = tuple(path for _, path, _ in sources if path is not None)
     return CalibrationConfig(
