@@ -27,10 +27,7 @@ _NOT_COMPARED = ("output_dir", "overwrite", "push_to_hub")
 # Nor how many processes do it: what depends on their number is compared by the command.
 _NOT_COMPARED_BELOW = ("trainer.devices", "trainer.num_nodes", "trainer.strategy")
 # Keys that earlier versions did not have: not set, they are as if they were not there.
-_COMPARED_IF_SET = (
-    *("calibration.weights", "calibration.rows", "evaluation.rows"),
-    "method.fisher",
-)
+_COMPARED_IF_SET = ("calibration.weights", "calibration.rows", "evaluation.rows", "method.fisher")
 
 
 def classify(

@@ -253,7 +253,6 @@ def main() -> None:
         (folder / f"{check.__name__}.{processes.rank()}").write_text(result)
         if result != "ok":
             sys.exit(1)
-    processes.leave()
     processes.end(0)
 
 
