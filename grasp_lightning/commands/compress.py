@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -21,6 +20,7 @@ from grasp_lightning.commands.phases import Phases
 from grasp_lightning.commands.plan import predict
 from grasp_lightning.commands.progress import RunProgress, attempt, open_together, stored_metrics
 from grasp_lightning.commands.recut import StoredScores
+from grasp_lightning.commands.sampled_text import SampledText
 from grasp_lightning.commands.tracked import tracked_perplexity
 from grasp_lightning.config import CompressConfig
 from grasp_lightning.data.datamodules import CalibrationData
@@ -39,7 +39,6 @@ from grasp_lightning.methods.weighted import CURVATURE
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
-from grasp_lightning.models.sampling import sample_text
 from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard
 from grasp_lightning.models.size import count_inputs, measure_size
 from grasp_lightning.models.source import resolve_source
@@ -79,6 +78,7 @@ class _Inputs:
     view: DecoderView
     method: CompressionMethod
     held_out: TokenWindows
+    text: SampledText
     data: CalibrationData | None
     stored: StoredScores | None
     hashes: Mapping[str, str]
@@ -118,7 +118,10 @@ def run_compress(config: CompressConfig) -> CompressRun:
                 metrics = Metrics.from_dict(stored_metrics(run))
             else:
                 with attempt(run, _MEMORY_KEYS):
-                    inputs = inputs or _prepare(config, phases)
+                    if inputs is None:
+                        inputs = _prepare(config, phases, run)
+                    else:
+                        inputs.text.keep_in(run)
                     metrics = _execute(config, run, inputs, phases, stop)
     return CompressRun(folder=Path(output_dir), metrics=metrics)
 
@@ -242,7 +245,7 @@ def _finish(config: CompressConfig, inputs: _Inputs, phases: Phases) -> Finish:
     )
 
 
-def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
+def _prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None) -> _Inputs:
     """Load model and text, and fail early on all that does not fit."""
     _check_numbers(config)
     check_window_options(config.calibration, "calibration")
@@ -259,12 +262,20 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
         view = DecoderView(loaded.model)
         prediction = predict(view, config.method)
         method = build_method(config.method, view, _track)
+        text = SampledText(
+            loaded.model,
+            digest,
+            earlier=None if config.from_scores is None else Path(config.from_scores),
+            track=_track,
+        )
+        if run is not None:
+            text.keep_in(run)
         hashes, data = {"model": digest}, None
         if stored is not None:
             stored.check(hashes["model"], method.options)
             hashes |= stored.inputs
         if stored is None or "refit" in method.options:
-            data = _calibration(config, loaded, view)
+            data = _calibration(config, loaded, view, text)
             if stored is not None:
                 stored.check_windows(data.fingerprint)
             hashes |= data.fingerprint
@@ -277,6 +288,7 @@ def _prepare(config: CompressConfig, phases: Phases) -> _Inputs:
         view=view,
         method=method,
         held_out=held_out,
+        text=text,
         data=data,
         stored=stored,
         hashes=hashes,
@@ -300,10 +312,11 @@ def _check_numbers(config: CompressConfig) -> None:
         )
 
 
-def _calibration(config: CompressConfig, loaded: LoadedModel, view: DecoderView) -> CalibrationData:
+def _calibration(
+    config: CompressConfig, loaded: LoadedModel, view: DecoderView, text: SampledText
+) -> CalibrationData:
     check_length(view, config.calibration.seqlen, "calibration.seqlen")
-    sample = partial(sample_text, loaded.model, track=_track)
-    data = CalibrationData(config.calibration, loaded.tokenizer, config.seed, sample=sample)
+    data = CalibrationData(config.calibration, loaded.tokenizer, config.seed, sample=text)
     check_vocabulary(view, data.windows.input_ids)
     if len(data.windows) < processes.num_processes():
         raise ConfigError(

@@ -13,6 +13,7 @@ from grasp_lightning.config import (
     Strategy,
     TrainerConfig,
 )
+from grasp_lightning.data.mixture import SELF, mixture_parts
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.footprint import (
     bases_bytes,
@@ -20,10 +21,12 @@ from grasp_lightning.evaluation.footprint import (
     compensation_activations,
     compensation_memory,
     evaluation_bytes,
+    sampling_bytes,
     trained_parameters,
 )
 from grasp_lightning.evaluation.shapes import Adapters, ModelShape, Pass, Scored
 from grasp_lightning.methods.weighting import Metric
+from grasp_lightning.models.sampling import BATCH
 from grasp_lightning.reporting.memory import CalibrationPlan, CompensationPlan, CompensationRow
 from grasp_lightning.stats.base import FORWARD_MOMENTS
 from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
@@ -97,6 +100,9 @@ def calibration_plan(
         seqlen=config.evaluation.seqlen,
         on_cpu=run.on_cpu,
     )
+    parts = mixture_parts(config.calibration, "calibration")
+    num_written = sum(part.num_samples for part in parts if part.source == SELF)
+    written = replace(run, batch_size=min(num_written, BATCH))
     return CalibrationPlan(
         batch_size=run.batch_size,
         seqlen=run.seqlen,
@@ -104,6 +110,8 @@ def calibration_plan(
         rows=rows,
         evaluation_tokens=evaluated.num_tokens,
         evaluation=dense.weights + evaluation_bytes(dense, evaluated),
+        sampled_texts=written.batch_size,
+        sampling=dense.weights + sampling_bytes(dense, written),
     )
 
 

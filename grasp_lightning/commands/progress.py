@@ -14,6 +14,7 @@ from torch import Tensor
 from grasp_lightning import processes
 from grasp_lightning.commands.moment_files import MomentFiles, stored_moments
 from grasp_lightning.commands.pass_files import PassFile, PassFiles
+from grasp_lightning.commands.sampled_text import SAMPLED_TEXT
 from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.plan import Plan
@@ -85,7 +86,8 @@ def has_progress(run: RunFolder) -> bool:
         True if it has.
     """
     has_pass = bool(PassFile.found_in(run.path(_FOLDER)) or stored_moments(run.root))
-    return has_pass or any(run.path(name).exists() for name in (_PLAN, TRAINING_CHECKPOINT))
+    files = (_PLAN, TRAINING_CHECKPOINT, SAMPLED_TEXT)
+    return has_pass or any(run.path(name).exists() for name in files)
 
 
 def open_together(

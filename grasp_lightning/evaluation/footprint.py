@@ -250,6 +250,20 @@ def evaluation_bytes(model: ModelShape, run: Pass) -> int:
     return max(head_bytes(model, run), _forward_bytes(model, run))
 
 
+def sampling_bytes(model: ModelShape, run: Pass) -> int:
+    """Return what a model that writes text needs beside the weights.
+
+    Args:
+        model: The model.
+        run: Texts that are written together.
+
+    Returns:
+        Bytes: keys and values of all tokens. Layers that attend to a sliding window keep fewer,
+        Falcon's that repeat keys for all heads of queries more.
+    """
+    return 2 * len(model.layers) * model.keys * run.num_tokens * model.element_size
+
+
 def calibration_memory(
     model: ModelShape,
     replaced: Iterable[LinearShape],

@@ -15,7 +15,8 @@ BATCH = 16
 """Texts that are written together. It is fixed, since other sizes round, and so draw, otherwise."""
 
 # Wraps an iterable of known length in a progress bar with a description.
-Track = Callable[[Sequence[int], str], Iterable[int]]
+Round = tuple[Sequence[int], bool]
+Track = Callable[[Sequence[Round], str], Iterable[Round]]
 
 
 def sample_text(
@@ -26,12 +27,15 @@ def sample_text(
     starts: Tensor,
     vocabulary: Tensor,
     seed: int,
+    written: Tensor | None = None,
+    keep: Callable[[Tensor], object] = lambda _: None,
     track: Track = lambda items, _: items,
 ) -> Tensor:
     """Draw texts from a model at temperature 1, ancestral: each token given all before it.
 
-    Several processes share the texts, and all get all of them. On one kind of machine the same
-    seed gives the same ids, whatever the number of processes.
+    Several processes share the texts, and all get all of them; of a model whose weights they share,
+    all have as many forward passes. On one kind of machine the same seed gives the same ids,
+    whatever the number of processes.
 
     Args:
         model: The model, in ``eval()``.
@@ -41,6 +45,8 @@ def sample_text(
         vocabulary: Ids that may follow, ``(K,)``, ascending. Ids that the model does not know are
             left out here and of ``starts``.
         seed: Seed of all draws.
+        written: What an earlier call with the same arguments gave to ``keep``.
+        keep: Is given the texts that there are so far, ``(n, length)``, each time there are more.
         track: Draws a progress bar.
 
     Returns:
@@ -55,16 +61,15 @@ def sample_text(
     # One number per token, drawn beforehand, so that no text depends on how they are shared out.
     draws = torch.rand(num_windows, length, dtype=torch.float64, generator=generator)
     first = starts[(draws[:, 0] * len(starts)).long()]
-    own = {
-        begin: _continued(
-            view, first[begin : begin + BATCH], draws[begin : begin + BATCH], vocabulary
-        )
-        for begin in track(
-            processes.own_share(range(0, num_windows, BATCH)), "text of the model itself"
-        )
-    }
-    written = {begin: ids for part in processes.gather(own) for begin, ids in part.items()}
-    return torch.cat([written[begin] for begin in sorted(written)])
+    done = first.new_empty(0, length) if written is None else written
+    rounds = processes.own_batches(range(len(done), num_windows, BATCH), 1)
+    for batch, counts in track(rounds, "text of the model itself"):
+        begin, end = batch[0], batch[0] + BATCH
+        texts = _continued(view, first[begin:end], draws[begin:end], vocabulary)
+        parts = processes.gather(texts if counts else texts[:0])
+        done = torch.cat([done, *parts])
+        keep(done)
+    return done
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ class CalibrationPlan:
         rows: Bytes by strategy.
         evaluation_tokens: Tokens per forward pass of the measurement of perplexity.
         evaluation: Bytes that it takes, the whole model included.
+        sampled_texts: Calibration windows that the model writes together; 0 if it writes none.
+        sampling: Bytes that this takes, the whole model included.
     """
 
     batch_size: int
@@ -30,6 +32,8 @@ class CalibrationPlan:
     rows: Mapping[str, CalibrationMemory]
     evaluation_tokens: int
     evaluation: int
+    sampled_texts: int
+    sampling: int
 
 
 class CompensationRow(NamedTuple):
@@ -98,13 +102,17 @@ def _calibration_lines(plan: CalibrationPlan, unit: int, name: str) -> list[str]
         reach = f"backward to layer {plan.lowest}"
     header = ("weights", "statistics", "factors", "activations", "cache", "total")
     rows = {label: _cells((*row, row.total), unit) for label, row in plan.rows.items()}
-    (evaluation,) = _cells([plan.evaluation], unit)
+    evaluation, sampling = _cells([plan.evaluation, plan.sampling], unit)
     tokens = plan.evaluation_tokens
-    return [
+    lines = [
         f"calibration, {plan.batch_size} x {plan.seqlen} tokens at a time, {reach}",
         *_aligned(header, rows),
         f"perplexity, {tokens} tokens at a time: {evaluation} {name}, weights included",
     ]
+    if plan.sampled_texts:
+        size = f"{plan.sampled_texts} x {plan.seqlen} tokens"
+        lines.append(f"text that the model writes, {size}: {sampling} {name}, weights included")
+    return lines
 
 
 def _compensation_lines(plan: CompensationPlan, unit: int) -> list[str]:

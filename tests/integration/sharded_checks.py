@@ -22,6 +22,7 @@ from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.methods.low_rank import attribution_step
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import narrowed_linears
+from grasp_lightning.models.sampling import BATCH, sample_text
 from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard, whole
 from grasp_lightning.models.size import measure_size
 from grasp_lightning.models.surgery import apply_operations
@@ -161,6 +162,18 @@ def check_perplexity_is_that_of_a_whole_model() -> None:
         assert values[0] == values[1]
 
 
+def check_text_is_that_of_a_whole_model() -> None:
+    """Also where one process has a batch more than the other."""
+    num_windows, ids = 2 * BATCH + 3, torch.arange(256)
+    first, second = (
+        sample_text(view.model, num_windows, 12, starts=ids, vocabulary=ids, seed=0)
+        for view in pair()
+    )
+    assert first.shape == (num_windows, 12)
+    assert torch.equal(first, second)
+    assert all(torch.equal(second, ids) for ids in processes.gather(second))
+
+
 def check_all_processes_say_where_the_windows_of_one_are_not_finite() -> None:
     ids = torch.randint(0, 200, (3, 9), generator=torch.Generator().manual_seed(0))
     everywhere = torch.ones_like(ids, dtype=torch.bool)
@@ -232,6 +245,7 @@ CHECKS: Sequence[Callable[[], None]] = [
     check_a_process_holds_its_part_and_can_ask_for_the_whole,
     check_nothing_is_left_of_what_is_replaced_or_dropped,
     check_perplexity_is_that_of_a_whole_model,
+    check_text_is_that_of_a_whole_model,
     check_all_processes_say_where_the_windows_of_one_are_not_finite,
     check_a_model_that_reads_weights_itself_is_named,
     check_a_whole_model_is_refused_where_a_shared_one_is_expected,

@@ -619,6 +619,22 @@ def test_plan_tells_the_memory_of_llama_2_7b(
     assert all(abs(sum(row[:-1]) - row[-1]) < 0.03 for row in list(rows.values())[:3])
 
 
+def test_plan_tells_the_memory_of_a_model_that_writes_text(
+    settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "text that the model writes, "
+    assert main(["plan", *settings]) == 0
+    assert said not in capsys.readouterr().out
+    more = ["--calibration.source=[pydoc,self]", "--calibration.num_samples=12"]
+    assert main(["plan", *settings, *more, "--calibration.seqlen=24"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith(said)]
+    # Keys and values of 4 layers, 16 wide, beside the weights, in float32.
+    size = sum(parameter.nbytes for parameter in tiny_model().parameters())
+    size += 2 * 4 * 16 * (6 * 24) * 4
+    assert line == f"{said}6 x 24 tokens: {size / 1e6:.2f} MB, weights included"
+
+
 def test_plan_tells_the_memory_of_a_compensation_file(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,22 @@ def test_scores_of_a_mixture_are_cut_again(settings: list[str], tmp_path: Path) 
     assert again.inputs == first.inputs
 
 
+def test_a_refit_of_a_stored_run_reads_the_text_that_is_stored_with_it(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [word for word in settings if not word.startswith("--method")]
+    words += ["--method.removed_ratio=0.2", "--calibration.source=[pydoc,self]"]
+    first = compress(words, tmp_path / "first", "--evaluation.source=pydoc")
+    monkeypatch.setattr(
+        "grasp_lightning.models.sampling._continued", lambda *_: pytest.fail("written again")
+    )
+    argv = [f"--from_scores={tmp_path / 'first'}", "--method.removed_ratio=0.3"]
+    assert main(["compress", *argv, f"--output_dir={tmp_path / 'again'}"]) == 0
+    again = Plan.from_json((tmp_path / "again" / "plan.json").read_text())
+    assert again.inputs == first.inputs
+    assert again.options["refit"] == "residual"
+
+
 def test_instructions_take_the_chat_template_of_the_model(
     settings: list[str], samples_file: Path, tmp_path: Path
 ) -> None:

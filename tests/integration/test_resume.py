@@ -127,6 +127,24 @@ def test_a_resumed_pass_does_only_what_is_left(
     assert batches == [[2, 3], [4, 5], [6]]
 
 
+@pytest.mark.slow
+def test_text_of_the_model_goes_on_where_it_was_killed(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*settings, "--calibration.source=[pydoc,self]", "--calibration.num_samples=70"]
+    assert main(["compress", *words, f"--output_dir={tmp_path / 'whole'}"]) == 0
+    argv = ["compress", *words, f"--output_dir={tmp_path / 'run'}"]
+    writing = Kill("grasp_lightning.models.sampling", "", "_continued", 2)
+    assert killed(writing, signal.SIGKILL, argv) == -signal.SIGKILL
+    assert len(load_file(tmp_path / "run" / "sampled_text.safetensors")["input_ids"]) == 16
+    assert killed(KILLS["attribution"], signal.SIGTERM, argv) == 128 + signal.SIGTERM
+    monkeypatch.setattr(
+        "grasp_lightning.models.sampling._continued", lambda *_: pytest.fail("written again")
+    )
+    assert main(argv) == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
 def crash(argv: list[str]) -> None:
     """Run to the last step, and fail by a fault of our own when the outputs are written."""
 

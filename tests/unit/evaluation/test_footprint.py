@@ -23,6 +23,7 @@ from grasp_lightning.evaluation.footprint import (
     factors_bytes,
     head_bytes,
     layer_bytes,
+    sampling_bytes,
     sums_bytes,
     trained_parameters,
     window_bytes,
@@ -256,6 +257,22 @@ def test_logits_are_held_once() -> None:
     found = shape()
     per_token = found.vocabulary * 4 + 2 * found.hidden * 4
     assert head_bytes(found, RUN) == RUN.num_tokens * per_token + LOSS_PARTS
+
+
+@pytest.mark.parametrize("family", TINY_CONFIGS)
+def test_keys_and_values_of_a_writing_model_are_counted_to_the_byte(family: str) -> None:
+    model = tiny_model(family)
+    ids = torch.arange(RUN.num_tokens).view(RUN.batch_size, RUN.seqlen)
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    counted = sampling_bytes(model_shape(DecoderView(model)), RUN)
+    if family == "falcon_new":  # it repeats keys for all heads before it keeps them
+        assert held == 2 * counted
+    elif family in {"mistral", "gemma2", "gemma3_text"}:  # with a sliding window
+        assert held < counted
+    else:
+        assert held == counted
 
 
 def test_activations_grow_with_the_layers_above_the_lowest_scored_one() -> None:

@@ -33,6 +33,28 @@ def test_more_windows_begin_with_the_same_ones() -> None:
     assert torch.equal(longer[: sampling.BATCH], sampled(num_windows=sampling.BATCH))
 
 
+def test_what_is_kept_is_not_written_again() -> None:
+    kept: list[Tensor] = []
+    num_windows = 2 * sampling.BATCH + 3
+    whole = sample_text(
+        tiny_model(), num_windows, 6, starts=BYTES, vocabulary=BYTES, seed=0, keep=kept.append
+    )
+    assert [len(texts) for texts in kept] == [sampling.BATCH, 2 * sampling.BATCH, num_windows]
+    more: list[Tensor] = []
+    again = sample_text(
+        tiny_model(),
+        num_windows,
+        6,
+        starts=BYTES,
+        vocabulary=BYTES,
+        seed=0,
+        written=kept[0],
+        keep=more.append,
+    )
+    assert torch.equal(again, whole)
+    assert [len(texts) for texts in more] == [2 * sampling.BATCH, num_windows]
+
+
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_each_token_is_the_one_that_the_whole_text_before_it_gives(family: str) -> None:
     """The cache changes nothing: the same draws from full forward passes give the same text."""

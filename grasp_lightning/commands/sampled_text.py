@@ -1,0 +1,126 @@
+"""``sampled_text.safetensors``: the calibration text that the model has written itself.
+
+It is kept as it grows, so that a killed run goes on with the same text also on a machine that
+rounds otherwise, and with a finished run, for a cut of its statistics that reads the text again.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp_lightning import processes
+from grasp_lightning.errors import PlanError
+from grasp_lightning.models.sampling import Track, sample_text
+from grasp_lightning.run_folder import RunFolder
+
+SAMPLED_TEXT = "sampled_text.safetensors"
+"""Name of the file in the run folder."""
+
+_KEY, _IDS = "drawn", "input_ids"
+
+
+class SampledText:
+    """Writes text with a model, or reads what it has written before: a ``data.self_text.Sampler``.
+
+    Args:
+        model: The model, in ``eval()``.
+        digest: Hash of its weights.
+        earlier: Folder of a finished run whose text is taken if it was drawn alike.
+        track: Draws a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        digest: str,
+        *,
+        earlier: Path | None = None,
+        track: Track = lambda items, _: items,
+    ) -> None:
+        self._model = model
+        self._digest = digest
+        self._earlier = earlier
+        self._track = track
+        self._run: RunFolder | None = None
+        self._write: Callable[[RunFolder], object] | None = None
+
+    def keep_in(self, run: RunFolder) -> None:
+        """Keep the text in a run folder from now on, with what is written already.
+
+        Args:
+            run: The run folder; rank 0 alone writes it.
+        """
+        self._run = run
+        if self._write is not None:
+            self._write(run)
+
+    def __call__(
+        self, num_windows: int, length: int, *, starts: Tensor, vocabulary: Tensor, seed: int
+    ) -> Tensor:
+        """Write texts, or what is missing of them; all processes must call it.
+
+        Args:
+            num_windows: Number of texts.
+            length: Tokens of each.
+            starts: Ids of which each text takes its first token, all equally likely, ``(S,)``.
+            vocabulary: Ids that may follow, ``(K,)``, ascending.
+            seed: Seed of all draws.
+
+        Returns:
+            Token ids, ``(num_windows, length)`` int64 on the CPU.
+        """
+        drawn = hashlib.sha256(f"{self._digest} {num_windows} {length} {seed}".encode())
+        for ids in (starts, vocabulary):
+            drawn.update(ids.numpy().astype("<i8").tobytes())
+        key = drawn.hexdigest()
+        written = processes.on_first(lambda: self._found(key))
+        if written is not None:
+            self._keep(written, key)
+            if len(written) == num_windows:
+                return written
+        return sample_text(
+            self._model,
+            num_windows,
+            length,
+            starts=starts,
+            vocabulary=vocabulary,
+            seed=seed,
+            written=written,
+            keep=lambda ids: self._keep(ids, key),
+            track=self._track,
+        )
+
+    def _found(self, key: str) -> Tensor | None:
+        """Return what was drawn alike, the most of it."""
+        folders = [self._run.root if self._run else None, self._earlier]
+        found = [_read(folder / SAMPLED_TEXT, key) for folder in folders if folder is not None]
+        return max((ids for ids in found if ids is not None), key=len, default=None)
+
+    def _keep(self, ids: Tensor, key: str) -> None:
+        def write(run: RunFolder) -> None:
+            run.write_with(
+                SAMPLED_TEXT, lambda path: save_file({_IDS: ids}, path, metadata={_KEY: key})
+            )
+
+        self._write = write
+        if self._run is not None:
+            write(self._run)
+
+
+def _read(path: Path, key: str) -> Tensor | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as content:
+            if (content.metadata() or {}).get(_KEY) != key:
+                return None
+            ids: Tensor = content.get_tensor(_IDS)
+    except SafetensorError as error:
+        raise PlanError(f"{path} is damaged: {error}; delete it to write the text again") from error
+    return ids.to(torch.int64)
