@@ -47,7 +47,7 @@ class CalibrationConfig:
         source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file with ``path``; samples
             with their answers: alpaca (hub), or instructions with ``path``; self: text that the
             model writes. A list of these mixes them; the default is one, since what is calibrated
-            on one kind of text loses much on another.
+            on one kind of text loses much on others.
         path: A .txt, .jsonl or .parquet file for ``source: file``, a .jsonl, .json or .parquet
             file for ``source: instructions``; a list has one for each of these, in their order.
         weights: Share of windows that each source of a list gets, in any unit; None: equal shares.
@@ -61,7 +61,7 @@ class CalibrationConfig:
         add_bos: Start every window with the tokenizer's beginning-of-sequence token.
     """
 
-    source: str | tuple[str, ...] = ("wikitext2", "c4")
+    source: str | tuple[str, ...] = ("wikitext2", "c4", "self")
     path: str | tuple[str, ...] | None = None
     weights: tuple[float, ...] | None = None
     rows: str | tuple[str, ...] | None = None
