@@ -231,11 +231,15 @@ def ranks_plot(plan: Plan) -> Plot | None:
     ranks = {module_place(module): rank for module, rank in plan.ranks.items()}
     if not ranks:
         return None
-    drawn = _heat_map(ranks, "rank")
+    drawn = _heat_map(ranks, "rank", plan)
+    num_layers = len({layer for layer, _ in ranks})
+    linears = "1 linear" if len(ranks) == 1 else f"{len(ranks)} linears"
+    verb = "has" if len(ranks) == 1 else "have"
+    layers = "1 layer" if num_layers == 1 else f"{num_layers} layers"
     low, high = min(ranks.values()), max(ranks.values())
     span = f"rank {low}" if low == high else f"ranks {low} to {high}"
     return Plot(
-        title=f"{len(ranks)} linears in {drawn.num_layers} layers now have {span}",
+        title=f"{linears} in {layers} now {verb} {span}",
         explanation=f"Rank of the factors that replace each linear; {_grey(plan)}.",
         alt=f"Heat map of ranks, {drawn.size}; the table of ranks has the same numbers.",
         svg=drawn.svg,
@@ -267,7 +271,8 @@ def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
     }
     if not shares:
         return None
-    drawn = _heat_map({place: round(100 * share, 1) for place, share in shares.items()}, "% kept")
+    percent = {place: round(100 * share, 1) for place, share in shares.items()}
+    drawn = _heat_map(percent, "% kept", plan)
     low, high = (f"{share:.0%}" for share in (min(kept.values()), max(kept.values())))
     span = low if low == high else f"{low} to {high}"
     noun = "1 MLP keeps" if len(kept) == 1 else f"{len(kept)} MLPs keep"
@@ -300,7 +305,8 @@ def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     if not losses:
         return None
     # Thousandths: the total is a few tenths, over hundreds of linears.
-    drawn = _heat_map({place: 1e3 * loss for place, loss in losses.items()}, "nats / 1000")
+    thousandths = {place: 1e3 * loss for place, loss in losses.items()}
+    drawn = _heat_map(thousandths, "nats / 1000", plan)
     total, (worst, most) = sum(losses.values()), max(losses.items(), key=lambda entry: entry[1])
     return Plot(
         title=f"All that went is predicted to cost {total:.2f} nats per token",
@@ -324,12 +330,15 @@ class _HeatMap(NamedTuple):
 
     svg: str
     size: str
-    num_layers: int
 
 
-def _heat_map(values: Mapping[tuple[int, str], float], label: str) -> _HeatMap:
-    """Draw numbers by the layer and the kind of their linears; a field without one is grey."""
-    layers = sorted({layer for layer, _ in values})
+def _heat_map(values: Mapping[tuple[int, str], float], label: str, plan: Plan) -> _HeatMap:
+    """Draw numbers by the layer and the kind of their linears; a field without one is grey.
+
+    All heat maps of a plan have the same layers: those with a number, and all that it cuts.
+    """
+    cut = (module_place(module)[0] for module in (*plan.ranks, *plan.channels))
+    layers = sorted({layer for layer, _ in values} | set(cut))
     kinds = list(dict.fromkeys(kind for _, kind in values))
     table = np.array([[values.get((layer, kind), np.nan) for layer in layers] for kind in kinds])
 
@@ -341,5 +350,4 @@ def _heat_map(values: Mapping[tuple[int, str], float], label: str) -> _HeatMap:
     return _HeatMap(
         svg=svg_text(1.2 + 0.34 * len(kinds), draw),
         size=f"{len(kinds)} kinds of linears by {len(layers)} layers",
-        num_layers=len(layers),
     )

@@ -93,6 +93,8 @@ def test_the_share_of_channels_that_narrowed_linears_keep_is_drawn() -> None:
     ranks = ranks_plot(narrowing_plan())
     assert ranks is not None
     assert ranks.explanation.endswith("a grey field stays dense or is narrowed.")
+    assert ranks.title.startswith("1 linear in 1 layer now")
+    assert "by 2 layers" in ranks.alt  # the same layers as in the other drawing
     assert widths_plot(example_metrics(), narrowing_plan()) is None  # of unknown width
     assert widths_plot(example_metrics(), example_plan()) is None
 
