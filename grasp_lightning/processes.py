@@ -10,11 +10,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from grasp_lightning.errors import Interrupted
 
 T = TypeVar("T")
 _left_a_group = threading.Event()
@@ -125,11 +128,24 @@ def on_first(work: Callable[[], T]) -> T:
         except Exception as raised:  # noqa: BLE001  raised again below, in every process
             error = raised
     outcome = [(result, error)]
-    dist.broadcast_object_list(outcome, src=0)
+    _told(lambda: dist.broadcast_object_list(outcome, src=0), error)
     ((result, error),) = outcome
     if error is not None:
         raise error
     return result[0]
+
+
+def _told(tell: Callable[[], T], error: Exception | None) -> T:
+    """Tell the other processes of an error, if they are still there.
+
+    The signal that interrupted this one may have ended them already.
+    """
+    try:
+        return tell()
+    except RuntimeError:  # torch raises no narrower class where a process is gone
+        if isinstance(error, Interrupted):
+            raise error from None
+        raise
 
 
 def in_turns(work: Callable[[], T]) -> T:
@@ -155,7 +171,7 @@ def in_turns(work: Callable[[], T]) -> T:
                 result.append(work())
             except Exception as raised:  # noqa: BLE001  raised again below, in every process
                 error = raised
-        for failure in gather(error):
+        for failure in _told(partial(gather, error), error):
             if failure is not None:
                 raise failure
     return result[0]

@@ -18,7 +18,13 @@ from grasp_lightning.commands.outputs import Outcome, write_outputs
 from grasp_lightning.commands.parsing import to_dict
 from grasp_lightning.commands.phases import Phases
 from grasp_lightning.commands.plan import predict
-from grasp_lightning.commands.progress import RunProgress, attempt, open_together, stored_metrics
+from grasp_lightning.commands.progress import (
+    RunProgress,
+    attempt,
+    check_same_model,
+    open_together,
+    stored_metrics,
+)
 from grasp_lightning.commands.recut import StoredScores
 from grasp_lightning.commands.sampled_text import SampledText
 from grasp_lightning.commands.tracked import tracked_perplexity
@@ -99,11 +105,15 @@ def run_compress(config: CompressConfig) -> CompressRun:
         The finished run.
 
     Raises:
-        ConfigError: If ``output_dir`` is not set.
+        ConfigError: If ``output_dir`` is not set, or is what ``from_scores`` names.
     """
     output_dir = config.output_dir
     if output_dir is None:
         raise ConfigError("output_dir is not set: name the run folder to write, e.g. runs/first")
+    if config.from_scores is not None and _is_same(output_dir, config.from_scores):
+        raise ConfigError(
+            f"from_scores: {config.from_scores} is output_dir itself; name another output_dir"
+        )
     config = replace(config, method=resolve_method(config.method))
     model_folder = resolve_source(config.model).folder
     protected = [] if model_folder is None else [model_folder]
@@ -124,6 +134,11 @@ def run_compress(config: CompressConfig) -> CompressRun:
                         inputs.text.keep_in(run)
                     metrics = _execute(config, run, inputs, phases, stop)
     return CompressRun(folder=Path(output_dir), metrics=metrics)
+
+
+def _is_same(first: str, second: str) -> bool:
+    one, other = (Path(path).expanduser().resolve() for path in (first, second))
+    return one == other
 
 
 def _execute(
@@ -269,19 +284,22 @@ def _prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = Non
             track=_track,
         )
         if run is not None:
+            check_same_model(run, digest)
             text.keep_in(run)
+        check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
+        held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
+        check_vocabulary(view, held_out.input_ids)
         hashes, data = {"model": digest}, None
         if stored is not None:
             stored.check(hashes["model"], method.options)
             hashes |= stored.inputs
         if stored is None or "refit" in method.options:
+            if stored is not None:
+                stored.check_windows({"seed": str(config.seed)})
             data = _calibration(config, loaded, view, text)
             if stored is not None:
                 stored.check_windows(data.fingerprint)
             hashes |= data.fingerprint
-        check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
-        held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
-        check_vocabulary(view, held_out.input_ids)
     needed = (prediction.most + prediction.factors) * loaded.model.dtype.itemsize
     return _Inputs(
         loaded=loaded,
@@ -316,13 +334,13 @@ def _calibration(
     config: CompressConfig, loaded: LoadedModel, view: DecoderView, text: SampledText
 ) -> CalibrationData:
     check_length(view, config.calibration.seqlen, "calibration.seqlen")
-    data = CalibrationData(config.calibration, loaded.tokenizer, config.seed, sample=text)
-    check_vocabulary(view, data.windows.input_ids)
-    if len(data.windows) < processes.num_processes():
+    if config.calibration.num_samples < processes.num_processes():
         raise ConfigError(
-            f"calibration.num_samples is {len(data.windows)}, fewer than the "
+            f"calibration.num_samples is {config.calibration.num_samples}, fewer than the "
             f"{processes.num_processes()} processes: use fewer processes or more windows"
         )
+    data = CalibrationData(config.calibration, loaded.tokenizer, config.seed, sample=text)
+    check_vocabulary(view, data.windows.input_ids)
     return data
 
 

@@ -90,6 +90,33 @@ def has_progress(run: RunFolder) -> bool:
     return has_pass or any(run.path(name).exists() for name in files)
 
 
+def check_same_model(run: RunFolder, digest: str) -> None:
+    """Check that an unfinished run goes on with its own model, before anything of it is replaced.
+
+    Args:
+        run: The run folder.
+        digest: Hash of the model's weights.
+
+    Raises:
+        OutputError: If the steps that the run has finished are of another model.
+    """
+    stored = _stored_plan(run)
+    if stored is not None and stored.inputs.get("model") != digest:
+        raise OutputError(_changed(run))
+
+
+def _stored_plan(run: RunFolder) -> Plan | None:
+    path = run.path(_PLAN)
+    return Plan.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _changed(run: RunFolder) -> str:
+    return (
+        f"{run.root} holds a run whose model or calibration text has changed since it was "
+        "started; use another output_dir or --overwrite"
+    )
+
+
 def open_together(
     output_dir: str,
     config: Mapping[str, Any],  # Any: resolved configuration
@@ -225,21 +252,14 @@ class RunProgress(RunNotes):
         self.plan = plan
         self.scores: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
-        stored = self._stored_plan()
+        stored = _stored_plan(run)
         if stored is None:
             return
         if (stored.inputs, stored.options) != (plan.inputs, plan.options):
-            raise OutputError(
-                f"{run.root} holds a run whose model or calibration text has changed since it was "
-                "started; use another output_dir or --overwrite"
-            )
+            raise OutputError(_changed(run))
         self.plan = stored
         for file in sorted(run.path(_FOLDER).glob("step-*.safetensors")):
             self._take(load_file(file))
-
-    def _stored_plan(self) -> Plan | None:
-        path = self._run.path(_PLAN)
-        return Plan.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
         for key, value in tensors.items():

@@ -1,6 +1,7 @@
 """Text that a model writes by itself, token by token, each drawn from its own distribution."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from grasp_lightning import processes
 from grasp_lightning.errors import NumericsError
 from grasp_lightning.models.calls import check_vocabulary, locate_non_finite
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.sharding import is_sharded
 
 BATCH = 16
 """Texts that are written together. It is fixed, since other sizes round, and so draw, otherwise."""
@@ -65,18 +67,27 @@ def sample_text(
     rounds = processes.own_batches(range(len(done), num_windows, BATCH), 1)
     for batch, counts in track(rounds, "text of the model itself"):
         begin, end = batch[0], batch[0] + BATCH
-        texts = _continued(view, first[begin:end], draws[begin:end], vocabulary)
-        parts = processes.gather(texts if counts else texts[:0])
-        done = torch.cat([done, *parts])
+        texts, bad = _continued(view, first[begin:end], draws[begin:end], vocabulary)
+        parts = processes.gather((texts if counts else texts[:0], bad))
+        for _, bad_text in parts:
+            if bad_text is not None:
+                _refuse_non_finite(view, bad_text)
+        done = torch.cat([done, *(texts for texts, _ in parts)])
         keep(done)
     return done
 
 
 @torch.no_grad()
-def _continued(view: DecoderView, first: Tensor, draws: Tensor, vocabulary: Tensor) -> Tensor:
-    """Return texts, (B, T), that begin with given tokens, (B,); draws are in [0, 1), (B, T)."""
+def _continued(
+    view: DecoderView, first: Tensor, draws: Tensor, vocabulary: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return texts, (B, T), that begin with given tokens, (B,); draws are in [0, 1), (B, T).
+
+    And what they were when the model first gave NaN or infinity. Where processes share its weights,
+    they go on after that, since all need as many forward passes.
+    """
     ids = first[:, None]
-    cache = None
+    bad = cache = None
     for draw in draws.T[1:]:
         step = ids[:, -1:].to(view.model.device)
         output = view.model(input_ids=step, past_key_values=cache, use_cache=True)
@@ -84,13 +95,19 @@ def _continued(view: DecoderView, first: Tensor, draws: Tensor, vocabulary: Tens
         # On the CPU and in float64: sums on a GPU do not always come out the same.
         logits = output.logits[:, -1].double().cpu()[:, vocabulary]
         edges = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, K)
-        if edges.isnan().any():
-            where = locate_non_finite(view, {"input_ids": ids.to(view.model.device)})
-            raise NumericsError(
-                f"the model gives NaN or infinity, first in {where}, so that no text can be drawn "
-                "from it; check the checkpoint, or try model.dtype float32"
-            )
+        if bad is None and edges.isnan().any():
+            bad = ids
+            if not is_sharded(view.model):
+                break
         picks = torch.searchsorted(edges, draw[:, None] * edges[:, -1:], right=True)
         token = vocabulary[picks.clamp(max=len(vocabulary) - 1)]  # (B, 1)
         ids = torch.cat([ids, token], dim=1)
-    return ids
+    return ids, bad
+
+
+def _refuse_non_finite(view: DecoderView, ids: Tensor) -> NoReturn:
+    where = locate_non_finite(view, {"input_ids": ids.to(view.model.device)})
+    raise NumericsError(
+        f"the model gives NaN or infinity, first in {where}, so that no text can be drawn from it; "
+        "check the checkpoint, or try model.dtype float32"
+    )

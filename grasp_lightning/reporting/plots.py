@@ -337,8 +337,9 @@ def _heat_map(values: Mapping[tuple[int, str], float], label: str, plan: Plan) -
 
     All heat maps of a plan have the same layers: those with a number, and all that it cuts.
     """
-    cut = (module_place(module)[0] for module in (*plan.ranks, *plan.channels))
-    layers = sorted({layer for layer, _ in values} | set(cut))
+    parts = (*plan.ranks, *plan.channels, *plan.removed_blocks)
+    cut = {module_place(part)[0] for part in parts} | set(plan.dropped_layers)
+    layers = sorted({layer for layer, _ in values} | cut)
     kinds = list(dict.fromkeys(kind for _, kind in values))
     table = np.array([[values.get((layer, kind), np.nan) for layer in layers] for kind in kinds])
 

@@ -21,6 +21,7 @@ _MODEL = "model"
 _RESERVED = (
     *(CONFIG_NAME, "plan.json", "scores.safetensors", "factors.safetensors", _MODEL),
     *("metrics.json", "report.html", "checkpoints"),
+    *("statistics.safetensors", "sampled_text.safetensors"),
 )
 # They say where a run goes, not what it is.
 _NOT_COMPARED = ("output_dir", "overwrite", "push_to_hub")

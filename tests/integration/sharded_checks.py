@@ -174,6 +174,30 @@ def check_text_is_that_of_a_whole_model() -> None:
     assert all(torch.equal(second, ids) for ids in processes.gather(second))
 
 
+def check_all_processes_say_where_the_text_of_one_is_not_finite() -> None:
+    vocabulary = torch.arange(255)
+    starts = torch.arange(256)
+    seed = 25  # the second batch alone, which is written by rank 1, has a text that begins with 255
+    for is_whole in (True, False):
+        model = tiny_model()
+        with torch.no_grad():
+            model.get_parameter("model.embed_tokens.weight")[255] = float("inf")
+        if not is_whole:
+            shard(model, process_mesh(CPU), CPU)
+        kept: list[Tensor] = []
+        with pytest.raises(NumericsError, match="first in the output of decoder layer 0"):
+            sample_text(
+                model,
+                2 * BATCH,
+                12,
+                starts=starts,
+                vocabulary=vocabulary,
+                seed=seed,
+                keep=kept.append,
+            )
+        assert not kept
+
+
 def check_all_processes_say_where_the_windows_of_one_are_not_finite() -> None:
     ids = torch.randint(0, 200, (3, 9), generator=torch.Generator().manual_seed(0))
     everywhere = torch.ones_like(ids, dtype=torch.bool)
@@ -246,6 +270,7 @@ CHECKS: Sequence[Callable[[], None]] = [
     check_nothing_is_left_of_what_is_replaced_or_dropped,
     check_perplexity_is_that_of_a_whole_model,
     check_text_is_that_of_a_whole_model,
+    check_all_processes_say_where_the_text_of_one_is_not_finite,
     check_all_processes_say_where_the_windows_of_one_are_not_finite,
     check_a_model_that_reads_weights_itself_is_named,
     check_a_whole_model_is_refused_where_a_shared_one_is_expected,

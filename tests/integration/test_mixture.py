@@ -99,7 +99,10 @@ def test_scores_of_a_mixture_are_cut_again(settings: list[str], tmp_path: Path) 
 
 
 def test_a_refit_of_a_stored_run_reads_the_text_that_is_stored_with_it(
-    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [word for word in settings if not word.startswith("--method")]
     words += ["--method.removed_ratio=0.2", "--calibration.source=[pydoc,self]"]
@@ -112,6 +115,9 @@ def test_a_refit_of_a_stored_run_reads_the_text_that_is_stored_with_it(
     again = Plan.from_json((tmp_path / "again" / "plan.json").read_text())
     assert again.inputs == first.inputs
     assert again.options["refit"] == "residual"
+    argv[1:] = ["--seed=1"]
+    assert main(["compress", *argv, f"--output_dir={tmp_path / 'other'}"]) == 2
+    assert "leave calibration and seed as they are there" in capsys.readouterr().err
 
 
 def test_instructions_take_the_chat_template_of_the_model(

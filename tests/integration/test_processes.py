@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
 from tests.integration.compensation import compensate_argv, compressed_folder
-from tests.integration.killing import CHILD, ROOT
+from tests.integration.killing import CHILD, ROOT, Kill, killed
 
 PROGRAM = [sys.executable, str(ROOT / "cli.py")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -98,11 +98,17 @@ def test_the_program_starts_its_own_processes(
 def test_processes_write_the_text_that_one_process_writes(
     settings: list[str], tmp_path: Path
 ) -> None:
-    own = [*settings, "--calibration.source=[pydoc,self]", "--calibration.num_samples=60"]
+    own = [*settings, "--calibration.source=[pydoc,self]", "--calibration.num_samples=70"]
     assert main(["compress", *own, f"--output_dir={tmp_path / 'alone'}"]) == 0
     done = run("compress", *own, "--trainer.devices=2", f"--output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert_equal_runs(tmp_path / "alone", tmp_path / "run")
+    writing = Kill("grasp_lightning.models.sampling", "", "_continued", 2)
+    argv = ["compress", *own, f"--output_dir={tmp_path / 'more'}"]
+    assert killed(writing, signal.SIGKILL, argv) == -signal.SIGKILL
+    done = run(*argv, "--trainer.devices=2")
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(tmp_path / "alone", tmp_path / "more")
 
 
 def test_torchrun_starts_them_too(

@@ -169,6 +169,32 @@ def test_a_changed_model_is_noticed_when_a_run_goes_on(
     assert main(["compress", *argv, "--overwrite"]) == 0
 
 
+def test_a_start_that_is_refused_leaves_the_text_of_the_model(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny(tmp_path / "tiny")
+    own = [f"--model.path={model}", "--calibration.source=self", f"--output_dir={tmp_path / 'run'}"]
+    argv = [*settings, *own]
+    crash(argv)
+    text = (tmp_path / "run" / "sampled_text.safetensors").read_bytes()
+    save_tiny(model, seed=5)
+    assert main(["compress", *argv]) == 2
+    assert "model or calibration text has changed" in capsys.readouterr().err
+    assert (tmp_path / "run" / "sampled_text.safetensors").read_bytes() == text
+
+
+@pytest.mark.parametrize("word", ["--evaluation.num_samples=100000", "--evaluation.seqlen=4096"])
+def test_no_text_is_written_for_a_run_that_is_refused(
+    word: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "grasp_lightning.models.sampling._continued", lambda *_: pytest.fail("text was written")
+    )
+    argv = [*settings, "--calibration.source=self", word, f"--output_dir={tmp_path / 'run'}"]
+    assert main(["compress", *argv]) == 2
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_crash_after_the_last_step_repeats_no_pass(
     settings: list[str], whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -96,3 +97,47 @@ def test_a_member_of_a_group_ends_without_taking_its_interpreter_apart(
     assert done.returncode == code, done.stderr
     assert sorted(done.stdout.split()) == sorted(says.split())
     assert ("ValueError: the cause" in done.stderr) == (how == "fault")
+
+
+# Rank 1 is gone when rank 0 tells it that a signal has ended it, too.
+INTERRUPTED = textwrap.dedent("""
+    import sys, time
+    import torch
+    from grasp_lightning import processes
+    from grasp_lightning.errors import Interrupted
+
+    def work():
+        time.sleep(1)
+        raise Interrupted(15)
+
+    processes.join(torch.device("cpu"))
+    processes.barrier()
+    if processes.rank() == 1:
+        processes.gather(1) if sys.argv[1] == "in_turns" else None  # the turns are counted first
+        processes.end(0)
+    try:
+        getattr(processes, sys.argv[1])(work)
+    except Interrupted:
+        processes.end(143)
+""")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", ["on_first", "in_turns"])
+def test_a_signal_counts_where_the_others_have_ended_by_it_already(function: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", INTERRUPTED, function],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    )
+    assert second.wait(60) == 0
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 143, errors

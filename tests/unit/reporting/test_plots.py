@@ -1,10 +1,11 @@
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import matplotlib as mpl
 import pytest
 import torch
 
-from grasp_lightning.plan import FactorizeLinear, Plan, SelectLayers
+from grasp_lightning.plan import DropLayers, FactorizeLinear, Plan, RemoveBlock, SelectLayers
 from grasp_lightning.reporting.linears import module_place, scored_linears
 from grasp_lightning.reporting.plots import (
     Plot,
@@ -95,6 +96,11 @@ def test_the_share_of_channels_that_narrowed_linears_keep_is_drawn() -> None:
     assert ranks.explanation.endswith("a grey field stays dense or is narrowed.")
     assert ranks.title.startswith("1 linear in 1 layer now")
     assert "by 2 layers" in ranks.alt  # the same layers as in the other drawing
+    gone = (RemoveBlock(block="model.layers.7.mlp", modules=()), DropLayers(layers=(1, 9)))
+    plan = replace(narrowing_plan(), operations=(*narrowing_plan().operations, *gone))
+    for drawn in (ranks_plot(plan), widths_plot(narrowing_metrics(), plan)):
+        assert drawn is not None
+        assert "by 5 layers" in drawn.alt
     assert widths_plot(example_metrics(), narrowing_plan()) is None  # of unknown width
     assert widths_plot(example_metrics(), example_plan()) is None
 
