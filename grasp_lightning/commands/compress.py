@@ -28,7 +28,7 @@ from grasp_lightning.commands.progress import (
 from grasp_lightning.commands.recut import StoredScores
 from grasp_lightning.commands.sampled_text import SampledText
 from grasp_lightning.commands.tracked import tracked_perplexity
-from grasp_lightning.config import CompressConfig
+from grasp_lightning.config import CompressConfig, MethodConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.mixture import mixture_parts
 from grasp_lightning.data.windows import (
@@ -114,7 +114,7 @@ def run_compress(config: CompressConfig) -> CompressRun:
         raise ConfigError(
             f"from_scores: {config.from_scores} is output_dir itself; name another output_dir"
         )
-    config = replace(config, method=resolve_method(config.method))
+    config = replace(config, method=_resolved_method(config))
     model_folder = resolve_source(config.model).folder
     protected = [] if model_folder is None else [model_folder]
     stop, phases = StopRequest(), Phases()
@@ -139,6 +139,18 @@ def run_compress(config: CompressConfig) -> CompressRun:
 def _is_same(first: str, second: str) -> bool:
     one, other = (Path(path).expanduser().resolve() for path in (first, second))
     return one == other
+
+
+def _resolved_method(config: CompressConfig) -> MethodConfig:
+    try:
+        return resolve_method(config.method)
+    except ConfigError as error:
+        if config.from_scores is None:
+            raise
+        raise ConfigError(
+            f"{error} (keys that are not set here are those of {config.from_scores}; =null unsets "
+            "one)"
+        ) from error
 
 
 def _execute(

@@ -73,7 +73,10 @@ def with_run_config(argv: Sequence[str]) -> list[str]:
         argv: Command line after the command's name.
 
     Returns:
-        The command line, with the run's config.yaml in front if there is one.
+        The command line, with the run's config.yaml in front.
+
+    Raises:
+        ConfigError: If the run has none.
     """
     folders = []
     for position, word in enumerate(argv):
@@ -81,8 +84,12 @@ def with_run_config(argv: Sequence[str]) -> list[str]:
             folders.append(word.partition("=")[2])
         elif word == "--from_scores":
             folders += argv[position + 1 : position + 2]
-    files = [Path(folder) / "config.yaml" for folder in folders]
-    begin = [f"--config={file}" for file in files if file.is_file()]
+    for folder in folders:
+        if not (Path(folder) / "config.yaml").is_file():
+            raise ConfigError(
+                f"from_scores: {folder} is no finished run with scores: it has no config.yaml"
+            )
+    begin = [f"--config={Path(folder) / 'config.yaml'}" for folder in folders]
     if begin and any(word.partition("=")[0] in _METHODS for word in argv):
         begin += [f"--method.{key}=null" for key in _METHOD_PARTS]
     return [*begin, *argv]

@@ -47,11 +47,17 @@ class StoredScores:
             ) from error
         self._moments = stored_moments(Path(folder))
         schedule = self.plan.options.get("schedule")
-        if schedule != "one_shot" and not self._moments:
+        if schedule == "one_shot" or self._moments:
+            return
+        if schedule is None:
             raise ConfigError(
-                f"from_scores: {folder} was made with schedule {schedule}, whose scores hold only "
-                "for the layers that were replaced before them; only one_shot can be cut again"
+                f"from_scores: {folder} has no scores of components and no statistics.safetensors, "
+                "which runs with a method.weighting leave if statistics.store is set"
             )
+        raise ConfigError(
+            f"from_scores: {folder} was made with schedule {schedule}, whose scores hold only "
+            "for the layers that were replaced before them; only one_shot can be cut again"
+        )
 
     @property
     def inputs(self) -> dict[str, str]:

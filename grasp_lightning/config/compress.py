@@ -69,7 +69,8 @@ class MethodConfig:
         refit: Fit what was cut once more, in the order of the layers, on what it receives in the
             compressed model: prefix, to what the dense linear gives in the dense model; residual,
             to what the residual stream lacks.
-        gradient_damping: Share of its mean diagonal that is added to the Gram matrix of gradients.
+        gradient_damping: Share of its mean diagonal that is added to the Gram matrix of gradients,
+            at most 100.
         input_damping: The same for the Gram matrix of inputs.
     """
 

@@ -290,19 +290,23 @@ class GlobalRanks:
 
     def _budget(self, budgeted: Budgeted, least: float) -> int:
         linears, dense = budgeted.linear_size, self.dense_size(budgeted)
+        # Rounded inwards, so that the ends can be asked for.
         if self.removed_ratio is None:
             key, keep_ratio = f"keep_ratio {self.keep_ratio}", self.keep_ratio or 0.0
             kept = dense - linears + round(keep_ratio * linears)
-            low, high = max(1 - (dense - least) / linears, 0.0), 1.0
+            low = max((linears - dense + least) / linears, 0.0)
+            feasible = f"{math.ceil(low * 1e4) / 1e4:.4f} to below 1"
         else:
+            key = f"removed_ratio {self.removed_ratio}"
             kept = dense - round(self.removed_ratio * self.num_parameters)
-            key, low = f"removed_ratio {self.removed_ratio}", 0.0
-            high = (dense - least) / self.num_parameters
+            high = max((dense - least) / self.num_parameters, 0.0)
+            feasible = f"above 0 to {math.floor(high * 1e4) / 1e4:.4f}"
         if not least <= kept <= dense:
             raise ConfigError(
-                f"method.{key} is out of reach: the feasible range of these linears is {low:.4f} "
-                f"to {high:.4f}"
+                f"method.{key} is out of reach: the feasible range of these linears is {feasible}"
             )
+        if kept == dense:
+            raise ConfigError(f"method.{key} removes less than one parameter: nothing would go")
         return kept
 
 

@@ -1,6 +1,5 @@
 """From what the user set to complete options: presets, defaults, and keys without effect."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -20,6 +19,8 @@ from grasp_lightning.config import (
 )
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.methods.weighting import GRADIENT_DAMPING, INPUT_DAMPING, Metric
+
+_LARGEST_DAMPING: Final = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,8 +211,11 @@ def _resolve_metric(config: MethodConfig, input_damping: float) -> MethodConfig:
         value: float | None = getattr(config, key)
         if key not in used:
             _refuse_ignored(config, (key,), reason)
-        elif value is not None and not 0 <= value < math.inf:
-            raise ConfigError(f"method.{key} must be finite and not negative, got {value}")
+        elif value is not None and not 0 <= value <= _LARGEST_DAMPING:
+            raise ConfigError(
+                f"method.{key} must be from 0 to {_LARGEST_DAMPING}, got {value}: it is a share of "
+                "the mean diagonal"
+            )
     if config.gradient_damping is None and "gradient_damping" in used:
         config = replace(config, gradient_damping=GRADIENT_DAMPING)
     if config.input_damping is None and "input_damping" in used:

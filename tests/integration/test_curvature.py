@@ -183,13 +183,28 @@ def test_little_memory_takes_more_passes_to_the_same_plan(
 
 
 def test_statistics_are_not_kept_where_that_is_not_wanted(
-    settings: list[str], tmp_path: Path
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*plus(0.2), "--statistics.store=false", "--statistics.measured_windows=0"]
     assert main(["compress", *settings, *words, f"--output_dir={tmp_path / 'run'}"]) == 0
     assert not list((tmp_path / "run").glob("statistics*"))
     assert not [k for k in load_file(tmp_path / "run/scores.safetensors") if "measured" in k]
     assert read(tmp_path / "run", "metrics.json")["seconds"]["cut_losses"] is None
+    argv = [f"--from_scores={tmp_path / 'run'}", f"--output_dir={tmp_path / 'again'}"]
+    assert main(["compress", *argv, "--method.removed_ratio=0.3"]) == 2
+    assert "no statistics.safetensors, which runs with" in capsys.readouterr().err
+
+
+def test_keys_of_an_earlier_run_that_do_not_fit_are_told_from_those_that_are_set(
+    cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [f"--from_scores={cut}", "--method.keep_ratio=0.5", f"--output_dir={tmp_path / 'again'}"]
+    assert main(["compress", *argv]) == 2
+    said = "takes method.removed_ratio or method.keep_ratio, not both; leave one unset "
+    assert f"{said}(keys that are not set here are those of {cut}; =null unsets one)" in (
+        capsys.readouterr().err
+    )
+    assert main(["compress", *argv, "--method.removed_ratio=null"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -197,10 +212,10 @@ def test_statistics_are_not_kept_where_that_is_not_wanted(
     [
         (["--method.score=taylor"], "method.score would be ignored"),
         (["--method.keep_ratio=0.2"], "takes method.removed_ratio or method.keep_ratio, not both"),
-        (["--method.removed_ratio=0.95"], "the feasible range of these linears is 0.0000 to"),
+        (["--method.removed_ratio=0.95"], "the feasible range of these linears is above 0 to"),
         (["--method.preset=svd_llm"], "method.preset would be ignored: method grasp_plus is one"),
         (["--method.removed_ratio=0"], "method.removed_ratio must be above 0 and below 1, got 0"),
-        (["--method.gradient_damping=-1"], "method.gradient_damping must be finite"),
+        (["--method.gradient_damping=-1"], "method.gradient_damping must be from 0 to 100, got -1"),
         (
             ["--method.weighting=input_gram", "--method.fisher=sampled"],
             "method.fisher would be ignored: method.weighting is input_gram",

@@ -131,7 +131,7 @@ def test_a_folder_without_scores_is_named(
 ) -> None:
     argv = [*settings, "--method.num_layers=1", f"--from_scores={tmp_path / 'nowhere'}"]
     assert main(["compress", *argv, f"--output_dir={tmp_path / 'run'}"]) == 2
-    assert "is no finished run with scores" in capsys.readouterr().err
+    assert "is no finished run with scores: it has no config.yaml" in capsys.readouterr().err
 
 
 def test_a_run_does_not_take_the_place_of_its_own_scores(

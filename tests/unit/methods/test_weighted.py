@@ -1,5 +1,7 @@
 """Truncation in measured metrics: optimal, comparable, within the budget, and robust."""
 
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -267,7 +269,7 @@ def test_factors_that_are_slower_than_dense_are_never_taken() -> None:
     assert "b" in cut.dense
     assert all(rank < 10 for rank in cut.ranks.values())
     # 4 s in all: of a 0.45 s can go, of c 39/40 of 2 s, of b nothing.
-    message = f"the feasible range of these linears is 0.0000 to {(0.45 + 1.95) / 4:.4f}"
+    message = f"the feasible range of these linears is above 0 to {(0.45 + 1.95) / 4:.4f}"
     with pytest.raises(ConfigError, match=message):
         timed(0.9).allocation(budgeted, losses, {(40, 40): fast, (20, 80): slow})
     assert timed(0.9).budget(budgeted) == 640  # how fast linears can get is not known yet
@@ -334,14 +336,58 @@ def test_without_narrowable_mlps_all_linears_are_factors() -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (GlobalRanks(removed_ratio=0.99, num_parameters=4000), "0.0000 to 0.9400"),
-        (GlobalRanks(keep_ratio=0.01, num_parameters=4000), "0.0600 to 1.0000"),
+        (GlobalRanks(removed_ratio=0.99, num_parameters=4000), "above 0 to 0.9400"),
+        (GlobalRanks(keep_ratio=0.01, num_parameters=4000), "0.0600 to below 1"),
     ],
 )
 def test_a_budget_out_of_reach_names_the_range(rule: GlobalRanks, message: str) -> None:
     mlp = narrowable("c", num_channels=10)
     with pytest.raises(ConfigError, match=f"the feasible range of these linears is {message}"):
         rule.budget(Budgeted(shapes={"a": (40, 40), "b": (40, 40)}, mlps={"c": mlp}))
+
+
+@pytest.mark.parametrize("num_parameters", [4001, 4567, 47_648])
+@pytest.mark.parametrize(
+    ("key", "beyond", "pattern"),
+    [("removed_ratio", 0.9999, r"above 0 to (\S+)$"), ("keep_ratio", 1e-4, r"(\S+) to below 1$")],
+)
+def test_the_end_of_the_range_can_be_asked_for(
+    key: str, beyond: float, pattern: str, num_parameters: int
+) -> None:
+    budgeted = Budgeted(shapes={"a": (40, 40), "b": (40, 40)}, mlps={"c": narrowable("c", 10)})
+
+    def budget(ratio: float) -> int:
+        removed, kept = (ratio if key == name else None for name in ("removed_ratio", "keep_ratio"))
+        rule = GlobalRanks(removed_ratio=removed, keep_ratio=kept, num_parameters=num_parameters)
+        return rule.budget(budgeted)
+
+    with pytest.raises(ConfigError) as error:
+        budget(beyond)
+    end = re.search(pattern, str(error.value))
+    assert end is not None
+    assert 0 < budget(float(end[1])) < budgeted.size
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        GlobalRanks(removed_ratio=1e-4, num_parameters=4000),
+        GlobalRanks(keep_ratio=1 - 1e-4, num_parameters=4000),
+    ],
+)
+def test_a_budget_that_takes_nothing_is_refused(rule: GlobalRanks) -> None:
+    with pytest.raises(ConfigError, match="removes less than one parameter: nothing would go"):
+        rule.budget(Budgeted(shapes={"a": (40, 40), "b": (40, 40)}))
+
+
+@pytest.mark.parametrize("value", [-0.1, 101.0, math.inf, math.nan])
+def test_dampings_are_shares(value: float) -> None:
+    for key, config in (
+        ("gradient_damping", MethodConfig(name="grasp_plus", gradient_damping=value)),
+        ("input_damping", MethodConfig(name="grasp_plus", input_damping=value)),
+    ):
+        with pytest.raises(ConfigError, match=f"method.{key} must be from 0 to 100, got"):
+            resolve_method(config)
 
 
 def test_the_parts_are_in_the_plan() -> None:
