@@ -16,8 +16,9 @@ from grasp_lightning.models.sharding import is_sharded
 BATCH = 16
 """Texts that are written together. It is fixed, since other sizes round, and so draw, otherwise."""
 
-# Wraps an iterable of known length in a progress bar with a description.
+# The first text of a batch, and whether the batch counts.
 Round = tuple[Sequence[int], bool]
+# Wraps an iterable of known length in a progress bar with a description.
 Track = Callable[[Sequence[Round], str], Iterable[Round]]
 
 
