@@ -17,6 +17,22 @@ def is_slurm_job() -> bool:
     return _JOB in os.environ
 
 
+def job_name() -> str:
+    """Return the number of this process's job of SLURM, empty outside of one.
+
+    Returns:
+        Of an array's task, that of the array and its own.
+    """
+    # The number of an array's last task is that of the whole array, too.
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
+    return os.environ.get(_JOB, "") if array is None else f"{array}_{task}"
+
+
+def is_requeued() -> bool:
+    """Return whether SLURM has started the job of this process before, and put it back since."""
+    return is_slurm_job() and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
 def requeue_job() -> str | None:
     """Put the job of this process back into the queue; rank 0 does it for all ranks.
 
@@ -32,7 +48,7 @@ def requeue_job() -> str | None:
         signal.signal(number, signal.SIG_IGN)  # unlike a handler, scontrol inherits that
     if _rank() != 0:
         return None
-    job = _job_name()
+    job = job_name()
     try:
         done = subprocess.run(
             ["scontrol", "requeue", job], capture_output=True, text=True, check=False
@@ -49,9 +65,3 @@ def requeue_job() -> str | None:
 def _rank() -> int:
     # Processes that this program or torchrun has started share the number that srun gave.
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
-def _job_name() -> str:
-    # The number of an array's last task is that of the whole array, too.
-    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
-    return os.environ[_JOB] if array is None else f"{array}_{task}"

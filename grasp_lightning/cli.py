@@ -25,7 +25,7 @@ from grasp_lightning.errors import GraspError, Interrupted
 FAILED = 1
 BAD_INPUT = 2
 _HANDLER = "grasp-lightning"
-_GOES_ON = "run the same command again: it goes on from what is saved"
+_GOES_ON = "run the same command again, without --overwrite: it goes on from what is saved"
 SIGNALLED = 128  # plus the number of the signal, as shells count
 
 

@@ -19,7 +19,13 @@ from grasp_lightning.commands.hub import push_folder
 from grasp_lightning.commands.model_settings import named_by
 from grasp_lightning.commands.parsing import to_dict
 from grasp_lightning.commands.phases import Phases
-from grasp_lightning.commands.progress import RunNotes, attempt, open_together, stored_metrics
+from grasp_lightning.commands.progress import (
+    RunNotes,
+    attempt,
+    begins_anew,
+    open_together,
+    stored_metrics,
+)
 from grasp_lightning.commands.tracked import tracked_perplexity
 from grasp_lightning.commands.training import TrainingRun
 from grasp_lightning.config import CompensateConfig, ModelConfig, Strategy
@@ -101,10 +107,11 @@ def run_compensate(config: CompensateConfig) -> CompensateRun:
     check_settings(config)
     stop, phases = StopRequest(), Phases()
     with stop.installed():
+        anew = begins_anew(output_dir, to_dict(config), overwrite=config.overwrite)
         # Before anything of an earlier run is deleted.
-        inputs = _prepare(config, phases) if config.overwrite else None
+        inputs = _prepare(config, phases) if anew else None
         with open_together(
-            output_dir, to_dict(config), overwrite=config.overwrite, protected=_protected(config)
+            output_dir, to_dict(config), overwrite=anew, protected=_protected(config)
         ) as run:
             if run.state == "finished":
                 metrics = CompensationMetrics.from_dict(stored_metrics(run))

@@ -21,6 +21,7 @@ from grasp_lightning.commands.plan import predict
 from grasp_lightning.commands.progress import (
     RunProgress,
     attempt,
+    begins_anew,
     check_same_model,
     open_together,
     stored_metrics,
@@ -119,11 +120,10 @@ def run_compress(config: CompressConfig) -> CompressRun:
     protected = [] if model_folder is None else [model_folder]
     stop, phases = StopRequest(), Phases()
     with stop.installed():
+        anew = begins_anew(output_dir, to_dict(config), overwrite=config.overwrite)
         # Before anything of an earlier run is deleted.
-        inputs = _prepare(config, phases) if config.overwrite else None
-        with open_together(
-            output_dir, to_dict(config), overwrite=config.overwrite, protected=protected
-        ) as run:
+        inputs = _prepare(config, phases) if anew else None
+        with open_together(output_dir, to_dict(config), overwrite=anew, protected=protected) as run:
             if run.state == "finished":
                 metrics = Metrics.from_dict(stored_metrics(run))
             else:

@@ -212,7 +212,7 @@ def _what_happened(child: _Child, number: int) -> str:
         text = f" ({lines[-1].removeprefix('error: ')})" if lines else ""
     return (
         f"process {child.rank} of {number} {end}{text}, and the others were ended; run the same "
-        "command again: it goes on from what is saved"
+        "command again, without --overwrite: it goes on from what is saved"
     )
 
 

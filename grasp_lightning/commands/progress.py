@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from callbacks.requeue import is_requeued, job_name
 from grasp_lightning import processes
 from grasp_lightning.commands.moment_files import MomentFiles, stored_moments
 from grasp_lightning.commands.pass_files import PassFile, PassFiles
@@ -20,6 +21,7 @@ from grasp_lightning.methods.base import Decision
 from grasp_lightning.plan import Plan
 from grasp_lightning.run_folder import FollowedRun, RunFolder
 from grasp_lightning.run_folder.folder import RunState
+from grasp_lightning.run_folder.rules import is_begun_by
 from grasp_lightning.stats.base import Moments
 
 _FOLDER = "checkpoints"
@@ -117,6 +119,30 @@ def _changed(run: RunFolder) -> str:
     )
 
 
+def begins_anew(
+    output_dir: str,
+    config: Mapping[str, Any],  # Any: resolved configuration
+    *,
+    overwrite: bool,
+) -> bool:
+    """Tell whether ``overwrite`` deletes what is in the run folder.
+
+    A job that SLURM has put back into its queue is started by the same command, and goes on with
+    what it has begun itself.
+
+    Args:
+        output_dir: The run folder.
+        config: The resolved configuration as plain data.
+        overwrite: What the user set.
+
+    Returns:
+        True if what an earlier run wrote there is to be deleted.
+    """
+    if not (overwrite and is_requeued()):
+        return overwrite
+    return not processes.on_first(lambda: is_begun_by(job_name(), output_dir, config))
+
+
 def open_together(
     output_dir: str,
     config: Mapping[str, Any],  # Any: resolved configuration
@@ -138,7 +164,9 @@ def open_together(
     opened: list[RunFolder] = []
 
     def work() -> tuple[Path, RunState]:
-        run = RunFolder.open(output_dir, config, overwrite=overwrite, protected=protected)
+        run = RunFolder.open(
+            output_dir, config, overwrite=overwrite, protected=protected, job=job_name()
+        )
         opened.append(run)
         return run.root, run.state
 

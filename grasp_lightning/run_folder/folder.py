@@ -57,6 +57,7 @@ class RunFolder(RunWriter):
         *,
         overwrite: bool = False,
         protected: Sequence[str | Path] = (),
+        job: str = "",
     ) -> Self:
         """Start a run in a folder, go on with it, or find it finished.
 
@@ -73,6 +74,7 @@ class RunFolder(RunWriter):
                 the earlier run is in.
             protected: Folders and files that must stay as they are, such as the model's; those that
                 do not exist are passed over.
+            job: Job of a batch system that this process belongs to; see ``is_begun_by``.
 
         Returns:
             The folder. Finished: nothing was written and no lock is held. Else: locked, with its
@@ -92,7 +94,7 @@ class RunFolder(RunWriter):
             lock = FolderLock(root)
             # Again: until the lock was held, another process may have written.
             manifest, found = classify(root, config, overwrite)
-            folder = cls._started(root, config, manifest, found)
+            folder = cls._started(root, config, manifest, found, job)
         except BaseException:
             if lock is not None:
                 lock.release()
@@ -128,6 +130,7 @@ class RunFolder(RunWriter):
         config: Mapping[str, Any],  # Any: resolved configuration
         manifest: Manifest | None,
         found: RunState,
+        job: str,
     ) -> Self:
         if manifest is not None and found == "finished":
             return cls(root, found, manifest)
@@ -137,7 +140,7 @@ class RunFolder(RunWriter):
             else:
                 if manifest is not None:
                     manifest.delete_listed(root)
-                manifest = Manifest(config_hash=config_hash(config))
+                manifest = Manifest(config_hash=config_hash(config), job=job)
         folder = cls(root, found, manifest)
         if not folder.path(CONFIG_NAME).exists():
             folder.write_text(CONFIG_NAME, yaml.safe_dump(dict(config), sort_keys=True))

@@ -34,6 +34,7 @@ class Manifest:
         folders: Relative paths of folders that the run made; deleted only when empty.
         work: Relative paths of temporary folders, deleted with all they hold.
         live: Relative paths of folders that libraries write into, with all they hold.
+        job: Job of a batch system that has begun the run; empty if none has.
     """
 
     config_hash: str
@@ -42,6 +43,7 @@ class Manifest:
     folders: set[str] = field(default_factory=set)
     work: set[str] = field(default_factory=set)
     live: set[str] = field(default_factory=set)
+    job: str = ""
 
     @property
     def listed(self) -> set[str]:
@@ -93,7 +95,12 @@ class Manifest:
             raise ValueError(f"unknown state {content['state']!r}")
         lists = {key: set(_inside(content[key])) for key in ("files", "folders", "work")}
         lists["live"] = set(_inside(content.get("live", [])))  # runs of earlier versions have none
-        return cls(config_hash=str(content["config_hash"]), state=content["state"], **lists)
+        return cls(
+            config_hash=str(content["config_hash"]),
+            state=content["state"],
+            job=str(content.get("job", "")),
+            **lists,
+        )
 
     def write(self, root: Path) -> None:
         """Replace the manifest of a run folder in one step.
@@ -109,6 +116,7 @@ class Manifest:
             "folders": sorted(self.folders),
             "work": sorted(self.work),
             "live": sorted(self.live),
+            "job": self.job,
         }
         temporary = partial_path(root / MANIFEST_NAME)
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -65,6 +65,28 @@ def classify(
     return manifest, "finished" if manifest.state == "finished" else "unfinished"
 
 
+def is_begun_by(
+    job: str,
+    output_dir: str | Path,
+    config: Mapping[str, Any],  # Any: resolved configuration
+) -> bool:
+    """Tell whether a folder holds a run of this configuration that a job has begun itself.
+
+    Args:
+        job: Job of a batch system; of none if it is empty.
+        output_dir: The folder, which need not exist.
+        config: The resolved configuration.
+
+    Returns:
+        True if it does.
+    """
+    root = Path(output_dir).expanduser()
+    manifest = Manifest.read(root) if job and root.is_dir() else None
+    if manifest is None or not manifest.counts(root):
+        return False
+    return (manifest.job, manifest.config_hash) == (job, config_hash(config))
+
+
 def _refuse_foreign_folder(root: Path, overwrite: bool) -> None:
     if overwrite or not root.is_dir():
         return

@@ -7,7 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from callbacks.measure import TrainerMeasure
 from grasp_lightning.cli import main
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.training.calibration import CalibrationModule
 from tests.conftest import save_tiny, tiny_model
 from tests.integration.killing import Kill, killed
@@ -167,6 +170,44 @@ def test_a_changed_model_is_noticed_when_a_run_goes_on(
     assert main(["compress", *argv]) == 2
     assert "model or calibration text has changed" in capsys.readouterr().err
     assert main(["compress", *argv, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("later", "goes_on"),
+    [
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
+        ({"SLURM_JOB_ID": "7"}, False),  # such as a second command by hand in an allocation
+        ({"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, False),
+        ({}, False),
+    ],
+)
+def test_a_job_that_is_put_back_does_not_overwrite_its_own_run(
+    later: dict[str, str],
+    goes_on: bool,
+    settings: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    argv = [*settings, f"--output_dir={tmp_path / 'run'}", "--overwrite"]
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    crash(argv)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    for key, value in later.items():
+        monkeypatch.setenv(key, value)
+    passes = []
+    original = TrainerMeasure.__call__
+
+    def noting(self: TrainerMeasure, view: DecoderView, step: Step) -> Statistics:
+        passes.append(step.name)
+        return original(self, view, step)
+
+    monkeypatch.setattr(TrainerMeasure, "__call__", noting)
+    assert main(["compress", *argv]) == 0
+    assert bool(passes) != goes_on
+    # Another configuration is another run.
+    passes.clear()
+    assert main(["compress", *argv, "--seed=1"]) == 0
+    assert passes
 
 
 def test_a_start_that_is_refused_leaves_the_text_of_the_model(

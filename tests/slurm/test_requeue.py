@@ -83,7 +83,8 @@ def assert_ends_well(job: Job) -> None:
 def test_a_compression_that_is_warned_goes_on_and_counts_each_window_once(
     ranks: int, cluster: Cluster, compression: list[str], compressed: Path, tmp_path: Path
 ) -> None:
-    job = submit(cluster, "compress", compression, tmp_path, f"--ntasks-per-node={ranks}")
+    argv = [*compression, "--overwrite=true"]  # which counts at the first start alone
+    job = submit(cluster, "compress", argv, tmp_path, f"--ntasks-per-node={ranks}")
     # The log of the attribution pass.
     log = "*/pass_1/metrics.csv"
     job.wait(lambda: list((tmp_path / "scratch").glob(log)), "the attribution pass")
@@ -111,7 +112,7 @@ def test_a_training_that_is_warned_goes_on_to_the_same_weights(
     ]
     folder = tmp_path / "job"
     folder.mkdir()
-    job = submit(cluster, "compensate", argv, folder)
+    job = submit(cluster, "compensate", [*argv, "--overwrite=true"], folder)
     # Written every ten steps.
     job.wait((folder / "run" / "logs" / "start_1" / "metrics.csv").exists, "the training")
     warn(job)
