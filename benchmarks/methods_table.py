@@ -47,7 +47,7 @@ _C4 = "c4/realnewslike_validation_sample.jsonl"
 _ALPACA = "alpaca/train.jsonl"
 _C4_CALIBRATION, _C4_TEST = "0-259", "260-519"
 _SOURCES = ("both", "wikitext2", "c4", "instructions", "self", "both_and_self")
-_WORK = ("similarity", "attribution", "curvature", "factorize", "refit")
+_WORK = ("sample", "similarity", "attribution", "curvature", "factorize", "refit")
 _DEFAULT_RATIO = 0.2
 # The parts of a method that its pass depends on.
 _MEASURED_KEYS = (

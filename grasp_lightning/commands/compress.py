@@ -27,7 +27,7 @@ from grasp_lightning.commands.progress import (
     stored_metrics,
 )
 from grasp_lightning.commands.recut import StoredScores
-from grasp_lightning.commands.sampled_text import SampledText
+from grasp_lightning.commands.sampled_text import SAMPLE, SampledText
 from grasp_lightning.commands.tracked import tracked_perplexity
 from grasp_lightning.config import CompressConfig, MethodConfig
 from grasp_lightning.data.datamodules import CalibrationData
@@ -284,7 +284,7 @@ def _prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = Non
         stored = StoredScores(config.from_scores, config.calibration.seqlen)
     if stored is not None:  # what is asked for is scored already, or cannot be had
         config = replace(config, method=replace(config.method, score_all_layers=None))
-    with phases("load"):
+    with phases("load", excluding=(SAMPLE,)):
         loaded, digest = _load(config)
         view = DecoderView(loaded.model)
         prediction = predict(view, config.method)
@@ -292,6 +292,7 @@ def _prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = Non
         text = SampledText(
             loaded.model,
             digest,
+            phases,
             earlier=None if config.from_scores is None else Path(config.from_scores),
             track=_track,
         )

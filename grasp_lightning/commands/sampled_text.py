@@ -15,12 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp_lightning import processes
+from grasp_lightning.commands.phases import Phases
 from grasp_lightning.errors import PlanError
 from grasp_lightning.models.sampling import Track, sample_text
 from grasp_lightning.run_folder import RunFolder
 
 SAMPLED_TEXT = "sampled_text.safetensors"
 """Name of the file in the run folder."""
+
+SAMPLE = "sample"
+"""Name of the phase that writes it."""
 
 _KEY, _IDS = "drawn", "input_ids"
 
@@ -31,6 +35,7 @@ class SampledText:
     Args:
         model: The model, in ``eval()``.
         digest: Hash of its weights.
+        phases: Takes the time, as ``sample``.
         earlier: Folder of a finished run whose text is taken if it was drawn alike.
         track: Draws a progress bar.
     """
@@ -39,12 +44,14 @@ class SampledText:
         self,
         model: PreTrainedModel,
         digest: str,
+        phases: Phases,
         *,
         earlier: Path | None = None,
         track: Track = lambda items, _: items,
     ) -> None:
         self._model = model
         self._digest = digest
+        self._phases = phases
         self._earlier = earlier
         self._track = track
         self._run: RunFolder | None = None
@@ -84,17 +91,18 @@ class SampledText:
             self._keep(written, key)
             if len(written) == num_windows:
                 return written
-        return sample_text(
-            self._model,
-            num_windows,
-            length,
-            starts=starts,
-            vocabulary=vocabulary,
-            seed=seed,
-            written=written,
-            keep=lambda ids: self._keep(ids, key),
-            track=self._track,
-        )
+        with self._phases(SAMPLE):
+            return sample_text(
+                self._model,
+                num_windows,
+                length,
+                starts=starts,
+                vocabulary=vocabulary,
+                seed=seed,
+                written=written,
+                keep=lambda ids: self._keep(ids, key),
+                track=self._track,
+            )
 
     def _found(self, key: str) -> Tensor | None:
         """Return what was drawn alike, the most of it."""

@@ -54,7 +54,8 @@ class Seconds:
     """Wall-clock seconds per phase; None for a phase that the run did not have.
 
     Attributes:
-        load: Reading the model.
+        load: Reading the model and the text.
+        sample: Calibration text that the model writes itself.
         similarity: Pass that measures the decoder layers.
         attribution: Pass that scores singular components.
         curvature: Pass that sums up moments of linears.
@@ -67,6 +68,7 @@ class Seconds:
     """
 
     load: float | None = None
+    sample: float | None = None
     similarity: float | None = None
     attribution: float | None = None
     curvature: float | None = None
@@ -135,8 +137,8 @@ class Metrics:
         ``{dense,compressed}``), ``source_bytes`` (int),
         ``perplexity.{dense,compressed}`` (float), ``perplexity_tokens`` (int),
         ``loss_change.{predicted,measured}`` (float, nats per token),
-        ``seconds.{load,similarity,attribution,curvature,factorize,cut_losses,refit,save,evaluate,
-        total}`` (float),
+        ``seconds.{load,sample,similarity,attribution,curvature,factorize,cut_losses,refit,save,
+        evaluate,total}`` (float),
         ``peak_memory_bytes`` (int), ``versions`` (package name to version),
         ``evaluation.{settings,cost,peak_memory_bytes,corpora,tasks,mean_of_seven}`` as in the
         output of ``evaluate``, and ``throughput``, the output of ``benchmark``.

@@ -35,6 +35,7 @@ from grasp_lightning.reporting.tables import (
 
 _PHASES = {
     "load": "Load the model",
+    "sample": "Let the model write text",
     "similarity": "Measure the decoder layers",
     "attribution": "Score singular components",
     "curvature": "Measure the curvature of the loss",

@@ -81,6 +81,9 @@ def test_a_model_is_compressed_without_data(
     ]
     first = compress(settings, tmp_path / "first", *words)
     second = compress(settings, tmp_path / "second", *words, "--calibration.batch_size=3")
+    seconds = json.loads((tmp_path / "first" / "metrics.json").read_text())["seconds"]
+    assert seconds["sample"] > 0
+    assert seconds["load"] + seconds["sample"] < seconds["total"]
     assert first.complete
     assert second.inputs == first.inputs
     other = compress(settings, tmp_path / "other", *words, "--seed=1")

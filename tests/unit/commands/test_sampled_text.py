@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grasp_lightning.commands import sampled_text
+from grasp_lightning.commands.phases import Phases
 from grasp_lightning.commands.sampled_text import SAMPLED_TEXT, SampledText
 from grasp_lightning.errors import PlanError
 from grasp_lightning.models.sampling import BATCH
@@ -25,7 +26,7 @@ def run(tmp_path: Path) -> RunFolder:
 def text_in(
     run: RunFolder | None, digest: str = "model", earlier: Path | None = None
 ) -> SampledText:
-    text = SampledText(tiny_model(), digest, earlier=earlier)
+    text = SampledText(tiny_model(), digest, Phases(), earlier=earlier)
     if run is not None:
         text.keep_in(run)
     return text
@@ -42,7 +43,7 @@ def stored(folder: Path) -> Tensor:
 
 
 def test_text_is_kept_as_it_grows(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = SampledText(tiny_model(), "model")
+    text = SampledText(tiny_model(), "model", Phases())
     text.keep_in(run)
     original, lengths = text._keep, []
 

@@ -32,6 +32,7 @@ KEYS = {
     "loss_change.predicted",
     "loss_change.measured",
     "seconds.load",
+    "seconds.sample",
     "seconds.similarity",
     "seconds.attribution",
     "seconds.curvature",
