@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from grasp_lightning import processes
+from grasp_lightning.commands.tensor_files import metadata_of
 from grasp_lightning.errors import PlanError
 from grasp_lightning.linalg.triangles import pack_triangle, unpack_triangle
 from grasp_lightning.run_folder import RunFolder
@@ -38,10 +39,10 @@ class StoredMoments(Mapping[str, Moments]):
     def __init__(self, paths: Sequence[Path]) -> None:
         self._places: dict[str, tuple[Path, Mapping[str, str]]] = {}
         for path in paths:
+            metadata = metadata_of(path)
             try:
-                with safe_open(path, framework="pt") as content:
-                    keys = json.loads(content.metadata()["keys"])
-            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                keys = json.loads(metadata["keys"])
+            except (KeyError, ValueError) as error:
                 raise PlanError(
                     f"{path} is damaged: {error}; delete it to measure again"
                 ) from error
@@ -110,9 +111,7 @@ class MomentFiles:
         path = self._run.path(_NAME.format(part=part))
         if not path.is_file():
             return None
-        with safe_open(path, framework="pt") as content:
-            is_of_step = (content.metadata() or {}).get("step") == step
-        return StoredMoments([path]) if is_of_step else None
+        return StoredMoments([path]) if metadata_of(path).get("step") == step else None
 
     def save(self, moments: Mapping[str, Moments], part: str, step: str) -> None:
         """Store moments that are complete; rank 0 alone does.

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grasp_lightning import processes
-from grasp_lightning.errors import PlanError
+from grasp_lightning.commands.tensor_files import metadata_of
 from grasp_lightning.run_folder import RunFolder, write_file
 
 _NAME = re.compile(r"pass-(\d+)-(\d+)\.safetensors")
@@ -114,12 +113,7 @@ class PassFiles:
         return self._run.path(self._folder if file is None else self._name(file))
 
     def _step_of(self, file: PassFile) -> str | None:
-        path = self._path(file)
-        try:
-            with safe_open(path, framework="pt") as content:
-                return (content.metadata() or {}).get("step")
-        except SafetensorError as error:
-            raise PlanError(f"{path} is damaged: {error}; delete it to measure again") from error
+        return metadata_of(self._path(file)).get("step")
 
 
 def _counting(files: list[PassFile]) -> list[PassFile]:

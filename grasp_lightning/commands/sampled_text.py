@@ -5,18 +5,16 @@ rounds otherwise, and with a finished run, for a cut of its statistics that read
 """
 
 import hashlib
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp_lightning import processes
 from grasp_lightning.commands.phases import Phases
-from grasp_lightning.errors import PlanError
+from grasp_lightning.commands.tensor_files import metadata_of
 from grasp_lightning.models.sampling import Track, sample_text
 from grasp_lightning.run_folder import RunFolder
 
@@ -55,7 +53,7 @@ class SampledText:
         self._earlier = earlier
         self._track = track
         self._run: RunFolder | None = None
-        self._write: Callable[[RunFolder], object] | None = None
+        self._kept: tuple[Tensor, str] | None = None
 
     def keep_in(self, run: RunFolder) -> None:
         """Keep the text in a run folder from now on, with what is written already.
@@ -64,8 +62,7 @@ class SampledText:
             run: The run folder; rank 0 alone writes it.
         """
         self._run = run
-        if self._write is not None:
-            self._write(run)
+        self._save()
 
     def __call__(
         self, num_windows: int, length: int, *, starts: Tensor, vocabulary: Tensor, seed: int
@@ -111,24 +108,17 @@ class SampledText:
         return max((ids for ids in found if ids is not None), key=len, default=None)
 
     def _keep(self, ids: Tensor, key: str) -> None:
-        def write(run: RunFolder) -> None:
-            run.write_with(
-                SAMPLED_TEXT, lambda path: save_file({_IDS: ids}, path, metadata={_KEY: key})
-            )
+        self._kept = ids, key
+        self._save()
 
-        self._write = write
-        if self._run is not None:
-            write(self._run)
+    def _save(self) -> None:
+        if self._run is not None and self._kept is not None:
+            ids, key = self._kept
+            save = partial(save_file, {_IDS: ids}, metadata={_KEY: key})
+            self._run.write_with(SAMPLED_TEXT, save)
 
 
 def _read(path: Path, key: str) -> Tensor | None:
-    if not path.is_file():
+    if not path.is_file() or metadata_of(path).get(_KEY) != key:
         return None
-    try:
-        with safe_open(path, framework="pt") as content:
-            if (content.metadata() or {}).get(_KEY) != key:
-                return None
-            ids: Tensor = content.get_tensor(_IDS)
-    except SafetensorError as error:
-        raise PlanError(f"{path} is damaged: {error}; delete it to write the text again") from error
-    return ids.to(torch.int64)
+    return load_file(path)[_IDS]
