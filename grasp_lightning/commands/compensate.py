@@ -19,8 +19,8 @@ from grasp_lightning.commands.hub import push_folder
 from grasp_lightning.commands.model_settings import named_by
 from grasp_lightning.commands.parsing import to_dict
 from grasp_lightning.commands.phases import Phases
-from grasp_lightning.commands.progress import (
-    RunNotes,
+from grasp_lightning.commands.progress import RunNotes
+from grasp_lightning.commands.run_start import (
     attempt,
     begins_anew,
     open_together,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grasp_lightning.cli import main
-from grasp_lightning.commands import compress, plan
+from grasp_lightning.commands import compress_inputs, plan
 from grasp_lightning.commands.plan import narrowed_widths
 from grasp_lightning.config import MethodConfig
 from grasp_lightning.methods.base import CompressionMethod, Decision
@@ -56,7 +56,7 @@ def test_a_run_writes_replays_and_exports_narrowed_mlps(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, run = save_tiny(tmp_path / "source", family), tmp_path / "run"
-    monkeypatch.setattr(compress, "build_method", narrowing)
+    monkeypatch.setattr(compress_inputs, "build_method", narrowing)
     windows = [
         f"--{part}.{key}"
         for part in ("calibration", "evaluation")

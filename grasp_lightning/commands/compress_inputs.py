@@ -1,0 +1,180 @@
+"""What ``compress`` works on: model, method and texts, checked before anything is measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.progress import track
+
+from callbacks.measure import check_trainer, is_split
+from grasp_lightning import processes
+from grasp_lightning.commands.phases import Phases
+from grasp_lightning.commands.plan import predict
+from grasp_lightning.commands.progress import check_same_model
+from grasp_lightning.commands.recut import StoredScores
+from grasp_lightning.commands.sampled_text import SAMPLE, SampledText
+from grasp_lightning.config import CompressConfig
+from grasp_lightning.data.datamodules import CalibrationData
+from grasp_lightning.data.mixture import mixture_parts
+from grasp_lightning.data.windows import (
+    TokenWindows,
+    check_window_options,
+    evaluation_windows,
+)
+from grasp_lightning.errors import ConfigError
+from grasp_lightning.methods import build_method
+from grasp_lightning.methods.base import CompressionMethod
+from grasp_lightning.models.calls import check_length, check_vocabulary
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
+from grasp_lightning.models.sharding import check_runs, process_mesh, shard
+from grasp_lightning.run_folder import RunFolder
+
+_MAX_SEED = 2**63 - 1
+_SAFETY = 1.1  # tokenizer, report and logs, beside weights and factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run works on, after everything that a user can get wrong was checked.
+
+    Attributes:
+        loaded: The model, its tokenizer and where they are from.
+        view: The model.
+        method: The method.
+        held_out: Windows for perplexity.
+        text: What writes calibration text with the model.
+        data: Calibration windows; None where stored scores are all that is needed.
+        stored: Stored scores that are cut again; None where the run measures.
+        hashes: Hashes of the model and of the windows, for the plan.
+        bytes_needed: Disk space that the run takes at most.
+    """
+
+    loaded: LoadedModel
+    view: DecoderView
+    method: CompressionMethod
+    held_out: TokenWindows
+    text: SampledText
+    data: CalibrationData | None
+    stored: StoredScores | None
+    hashes: Mapping[str, str]
+    bytes_needed: int
+
+
+def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None) -> Inputs:
+    """Load model and text, and fail early on all that does not fit.
+
+    What does not fit is a ``GraspError``.
+
+    Args:
+        config: What the user set, its method resolved.
+        phases: Takes the time.
+        run: The run folder, in which text of the model is kept; None if it is not open yet.
+
+    Returns:
+        The inputs.
+    """
+    _check_numbers(config)
+    check_window_options(config.calibration, "calibration")
+    mixture_parts(config.calibration, "calibration")  # keys that do not fit together end the run
+    check_window_options(config.evaluation, "evaluation")
+    check_trainer(config.trainer, resolve_device(config.model.device))
+    stored = None
+    if config.from_scores is not None:
+        stored = StoredScores(config.from_scores, config.calibration.seqlen)
+        # What is asked for is scored already, or cannot be had.
+        config = replace(config, method=replace(config.method, score_all_layers=None))
+    with phases("load", excluding=(SAMPLE,)):
+        loaded, digest = _load(config)
+        view = DecoderView(loaded.model)
+        prediction = predict(view, config.method)
+        method = build_method(config.method, view, track)
+        text = SampledText(
+            loaded.model,
+            digest,
+            phases,
+            earlier=None if config.from_scores is None else Path(config.from_scores),
+            track=track,
+        )
+        if run is not None:
+            check_same_model(run, digest)
+            text.keep_in(run)
+        check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
+        held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
+        check_vocabulary(view, held_out.input_ids)
+        hashes, data = {"model": digest}, None
+        if stored is not None:
+            stored.check(hashes["model"], method.options)
+            hashes |= stored.inputs
+        if stored is None or "refit" in method.options:
+            if stored is not None:
+                stored.check_windows({"seed": str(config.seed)})
+            data = _calibration(config, loaded, view, text)
+            if stored is not None:
+                stored.check_windows(data.fingerprint)
+            hashes |= data.fingerprint
+    needed = (prediction.most + prediction.factors) * loaded.model.dtype.itemsize
+    return Inputs(
+        loaded=loaded,
+        view=view,
+        method=method,
+        held_out=held_out,
+        text=text,
+        data=data,
+        stored=stored,
+        hashes=hashes,
+        bytes_needed=int(_SAFETY * needed),
+    )
+
+
+def _check_numbers(config: CompressConfig) -> None:
+    limits = config.statistics
+    if not 0 <= config.seed <= _MAX_SEED:
+        raise ConfigError(f"seed must be from 0 to {_MAX_SEED}, got {config.seed}")
+    if not limits.max_memory > 0:
+        raise ConfigError(f"statistics.max_memory must be above 0 GB, got {limits.max_memory}")
+    if limits.priced_windows < 1:
+        raise ConfigError(
+            f"statistics.priced_windows must be at least 1, got {limits.priced_windows}"
+        )
+    if limits.measured_windows < 0:
+        raise ConfigError(
+            f"statistics.measured_windows cannot be negative, got {limits.measured_windows}"
+        )
+
+
+def _calibration(
+    config: CompressConfig, loaded: LoadedModel, view: DecoderView, text: SampledText
+) -> CalibrationData:
+    check_length(view, config.calibration.seqlen, "calibration.seqlen")
+    if config.calibration.num_samples < processes.num_processes():
+        raise ConfigError(
+            f"calibration.num_samples is {config.calibration.num_samples}, fewer than the "
+            f"{processes.num_processes()} processes: use fewer processes or more windows"
+        )
+    data = CalibrationData(config.calibration, loaded.tokenizer, config.seed, sample=text)
+    check_vocabulary(view, data.windows.input_ids)
+    return data
+
+
+def _load(config: CompressConfig) -> tuple[LoadedModel, str]:
+    """Return the model, and the hash of its weights.
+
+    A model that is shared is read by one process of a node after the other, so that its memory
+    holds one whole model at a time, and no device ever does.
+    """
+    if not is_split(config.trainer):
+        loaded = load_model(config.model)
+        return loaded, model_hash(loaded.model)
+    device = resolve_device(config.model.device)
+    mesh = process_mesh(device)
+
+    def work() -> tuple[LoadedModel, str]:
+        loaded = load_model(replace(config.model, device="cpu"))
+        digest = model_hash(loaded.model) if processes.is_first() else ""
+        shard(loaded.model, mesh, device)
+        return loaded, digest
+
+    loaded, digest = processes.in_turns(work)
+    check_runs(loaded.model)
+    return loaded, processes.on_first(lambda: digest)

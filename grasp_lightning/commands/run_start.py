@@ -1,0 +1,122 @@
+"""How the processes of a run open its folder, and what is left there of a start that fails."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from callbacks.requeue import is_requeued, job_name
+from grasp_lightning import processes
+from grasp_lightning.commands.progress import has_progress
+from grasp_lightning.errors import GraspError, ModelError, OutputError
+from grasp_lightning.run_folder import FollowedRun, RunFolder
+from grasp_lightning.run_folder.folder import RunState
+from grasp_lightning.run_folder.rules import is_begun_by
+
+
+def begins_anew(
+    output_dir: str,
+    config: Mapping[str, Any],  # Any: resolved configuration
+    *,
+    overwrite: bool,
+) -> bool:
+    """Tell whether ``overwrite`` deletes what is in the run folder.
+
+    A job that SLURM has put back into its queue is started by the same command, and goes on with
+    what it has begun itself.
+
+    Args:
+        output_dir: The run folder.
+        config: The resolved configuration as plain data.
+        overwrite: What the user set.
+
+    Returns:
+        True if what an earlier run wrote there is to be deleted.
+    """
+    if not (overwrite and is_requeued()):
+        return overwrite
+    return not processes.on_first(lambda: is_begun_by(job_name(), output_dir, config))
+
+
+def open_together(
+    output_dir: str,
+    config: Mapping[str, Any],  # Any: resolved configuration
+    *,
+    overwrite: bool,
+    protected: Sequence[Path],
+) -> RunFolder:
+    """Open a run folder in all processes of a run; rank 0 alone writes it.
+
+    Args:
+        output_dir: The run folder.
+        config: The resolved configuration as plain data.
+        overwrite: Delete what an earlier run wrote there.
+        protected: Folders that must stay as they are.
+
+    Returns:
+        The folder; what is not rank 0 only reads it.
+    """
+    opened: list[RunFolder] = []
+
+    def work() -> tuple[Path, RunState]:
+        run = RunFolder.open(
+            output_dir, config, overwrite=overwrite, protected=protected, job=job_name()
+        )
+        opened.append(run)
+        return run.root, run.state
+
+    root, state = processes.on_first(work)
+    return opened[0] if opened else FollowedRun(root, state)
+
+
+def stored_metrics(run: RunFolder) -> dict[str, Any]:  # Any: values of JSON
+    """Return the content of the metrics.json of a finished run.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The content.
+
+    Raises:
+        OutputError: If it cannot be read.
+    """
+    try:
+        content: dict[str, Any] = json.loads(run.path("metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"the finished run in {run.root} has no readable metrics.json ({error}); make it again "
+            "with --overwrite"
+        ) from error
+    return content
+
+
+@contextmanager
+def attempt(run: RunFolder, memory_advice: str) -> Iterator[None]:
+    """Leave behind either a result, or what a later start can go on from, or nothing.
+
+    Args:
+        run: The run folder, open.
+        memory_advice: Keys to lower where the device has too little memory.
+
+    Yields:
+        Nothing; the block does the work of the run.
+
+    Raises:
+        BaseException: Whatever ended the block.
+        ModelError: If the device had too little memory.
+    """
+    is_new = run.state == "new"
+    try:
+        yield
+    except BaseException as error:
+        # A wrong input makes what was measured worthless; a full disk or a crash does not.
+        is_wrong_input = isinstance(error, GraspError) and not isinstance(error, OutputError)
+        if is_new and (is_wrong_input or not has_progress(run)):
+            run.discard()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ModelError(f"the device has too little memory; lower {memory_advice}") from error
+        raise
