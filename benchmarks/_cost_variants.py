@@ -19,7 +19,7 @@ from callbacks.measure import TrainerMeasure
 from grasp_lightning.config import CalibrationConfig, MethodConfig, ModelConfig, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows, batches, calibration_windows
-from grasp_lightning.evaluation.memory import forget_peak, peak_bytes
+from grasp_lightning.evaluation.peak_memory import forget_peak, peak_bytes
 from grasp_lightning.linalg.factors import factorize
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.models.decoder import DecoderView, frozen

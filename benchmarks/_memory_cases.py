@@ -20,7 +20,6 @@ from callbacks.expected_warnings import expected_warnings
 from callbacks.measure import TrainerMeasure, placement
 from callbacks.trainable import TrainableParameters
 from grasp_lightning import processes
-from grasp_lightning.commands.model_shape import model_shape
 from grasp_lightning.config import (
     CalibrationConfig,
     LoraSettings,
@@ -33,7 +32,8 @@ from grasp_lightning.config import (
     TrainingConfig,
 )
 from grasp_lightning.data.datamodules import CalibrationData, TextData
-from grasp_lightning.evaluation.footprint import (
+from grasp_lightning.evaluation.peak_memory import forget_peak, peak_bytes
+from grasp_lightning.memory.footprint import (
     calibration_activations,
     calibration_memory,
     compensation_activations,
@@ -41,8 +41,8 @@ from grasp_lightning.evaluation.footprint import (
     decomposition_bytes,
     trained_parameters,
 )
-from grasp_lightning.evaluation.memory import forget_peak, peak_bytes
-from grasp_lightning.evaluation.shapes import Adapters, ModelShape, Pass, Scored
+from grasp_lightning.memory.model_shape import model_shape
+from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.base import CompressionMethod
 from grasp_lightning.models.decoder import DecoderView

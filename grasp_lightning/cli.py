@@ -46,8 +46,8 @@ class Command(NamedTuple):
 def _compress(prog: str, argv: Sequence[str]) -> None:
     # Imported here: other commands should not wait for what this one needs, nor should a process
     # that only starts others.
-    from grasp_lightning.commands.launch import joined  # noqa: PLC0415
-    from grasp_lightning.commands.parsing import parse, with_run_config  # noqa: PLC0415
+    from grasp_lightning.config.parsing import parse, with_run_config  # noqa: PLC0415
+    from grasp_lightning.launch import joined  # noqa: PLC0415
 
     config = parse(CompressConfig, prog, with_run_config(argv))
     with joined(config.trainer, config.model.device, "compress", argv) as speaks:
@@ -60,8 +60,8 @@ def _compress(prog: str, argv: Sequence[str]) -> None:
 
 
 def _compensate(prog: str, argv: Sequence[str]) -> None:
-    from grasp_lightning.commands.launch import joined  # noqa: PLC0415
-    from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
+    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
+    from grasp_lightning.launch import joined  # noqa: PLC0415
 
     config = parse(CompensateConfig, prog, argv)
     with joined(config.trainer, config.model.device, "compensate", argv) as speaks:
@@ -82,22 +82,22 @@ def _print_run(folder: Path, table: RenderableType) -> None:
 
 
 def _plan(prog: str, argv: Sequence[str]) -> None:
-    from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
     from grasp_lightning.commands.plan import run_plan  # noqa: PLC0415
+    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
 
     print("\n".join(run_plan(parse(PlanConfig, prog, argv)).lines))
 
 
 def _export(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.export import run_export  # noqa: PLC0415
-    from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
+    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
 
     print("\n".join(run_export(parse(ExportConfig, prog, argv)).lines))
 
 
 def _evaluate(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.evaluate import run_evaluate  # noqa: PLC0415
-    from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
+    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
     from grasp_lightning.reporting.evaluation import evaluation_table  # noqa: PLC0415
 
     run = run_evaluate(parse(EvaluateConfig, prog, argv))
@@ -108,7 +108,7 @@ def _evaluate(prog: str, argv: Sequence[str]) -> None:
 
 def _benchmark(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.benchmark import run_benchmark  # noqa: PLC0415
-    from grasp_lightning.commands.parsing import parse  # noqa: PLC0415
+    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
     from grasp_lightning.reporting.throughput import throughput_table  # noqa: PLC0415
 
     run = run_benchmark(parse(BenchmarkConfig, prog, argv))

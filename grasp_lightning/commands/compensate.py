@@ -12,23 +12,18 @@ from callbacks.measure import check_trainer
 from callbacks.split_model import MeasureInFit
 from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
-from grasp_lightning.commands.compensate_settings import check_settings, uses_instructions
 from grasp_lightning.commands.compensation_outputs import CompensationOutcome, write_compensation
-from grasp_lightning.commands.consolidation import consolidated
-from grasp_lightning.commands.hub import push_folder
-from grasp_lightning.commands.model_settings import named_by
-from grasp_lightning.commands.parsing import to_dict
-from grasp_lightning.commands.phases import Phases
-from grasp_lightning.commands.progress import RunNotes
-from grasp_lightning.commands.run_start import (
+from grasp_lightning.commands.training import TrainingRun
+from grasp_lightning.commands.workflow import (
     attempt,
     begins_anew,
     open_together,
     stored_metrics,
+    tracked_perplexity,
 )
-from grasp_lightning.commands.tracked import tracked_perplexity
-from grasp_lightning.commands.training import TrainingRun
 from grasp_lightning.config import CompensateConfig, ModelConfig, Strategy
+from grasp_lightning.config.compensate_settings import check_settings, uses_instructions
+from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.data.datamodules import InstructionData, TextData, TrainingData
 from grasp_lightning.data.windows import (
     TokenWindows,
@@ -37,14 +32,19 @@ from grasp_lightning.data.windows import (
     own_batches,
 )
 from grasp_lightning.errors import ConfigError, ModelError, OutputError
+from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.calls import check_length, check_vocabulary
+from grasp_lightning.models.checkpoint import push_folder
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, resolve_device
+from grasp_lightning.models.model_settings import named_by
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.reporting.compensation_metrics import Change, CompensationMetrics
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.storage.progress import RunNotes
 from grasp_lightning.training.compensation import CompensationModule, Teacher, trainable_linears
+from grasp_lightning.training.compensation.adapters import consolidated
 from grasp_lightning.training.strategies import check_strategy, is_deepspeed, is_sharded
 
 _INPUTS_NAME = "checkpoints/inputs.json"

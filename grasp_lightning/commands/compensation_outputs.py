@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from callbacks.history import TrainingHistory
-from grasp_lightning.commands.compensate_settings import uses_instructions
 from grasp_lightning.commands.outputs import package_versions
-from grasp_lightning.commands.parsing import to_dict
-from grasp_lightning.commands.phases import Phases, peak_memory_bytes
 from grasp_lightning.config import CompensateConfig
+from grasp_lightning.config.compensate_settings import uses_instructions
+from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.sources import source_licence
+from grasp_lightning.evaluation.phases import Phases, peak_memory_bytes
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import count_parameters

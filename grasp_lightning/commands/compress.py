@@ -12,21 +12,19 @@ from torch import Tensor
 from callbacks.measure import TrainerMeasure
 from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
-from grasp_lightning.commands.compress_inputs import Inputs, prepare
-from grasp_lightning.commands.finish import CUT_LOSSES, REFIT, FinishDecision
+from grasp_lightning.commands.inputs import Inputs, prepare
 from grasp_lightning.commands.outputs import Outcome, write_outputs
-from grasp_lightning.commands.parsing import to_dict
-from grasp_lightning.commands.phases import Phases
-from grasp_lightning.commands.progress import RunProgress
-from grasp_lightning.commands.run_start import (
+from grasp_lightning.commands.workflow import (
     attempt,
     begins_anew,
     open_together,
     stored_metrics,
+    tracked_perplexity,
 )
-from grasp_lightning.commands.tracked import tracked_perplexity
 from grasp_lightning.config import CompressConfig, MethodConfig
+from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.errors import ConfigError, ModelError
+from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods import resolve_method
 from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.low_rank import ATTRIBUTION
@@ -42,6 +40,8 @@ from grasp_lightning.plan import Plan
 from grasp_lightning.reporting.metrics import Metrics, Pair
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Statistics, Step
+from grasp_lightning.storage.progress import RunProgress
+from grasp_lightning.training.finish import CUT_LOSSES, REFIT, FinishDecision
 
 _PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
 _MEMORY_KEYS = "calibration.batch_size, calibration.seqlen or evaluation.batch_size"

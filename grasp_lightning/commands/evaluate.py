@@ -11,15 +11,7 @@ import torch
 from rich.console import Console
 
 from grasp_lightning.commands.amend import amend_run
-from grasp_lightning.commands.evaluation_file import (
-    EvaluationFile,
-    Request,
-    Settings,
-    merge_sections,
-    stored_section,
-)
-from grasp_lightning.commands.model_settings import model_settings, named_by
-from grasp_lightning.commands.tracked import tracked_perplexity
+from grasp_lightning.commands.workflow import tracked_perplexity
 from grasp_lightning.config import EvaluateConfig, EvaluationConfig, ModelConfig
 from grasp_lightning.data.sources import SOURCES
 from grasp_lightning.data.windows import (
@@ -31,7 +23,7 @@ from grasp_lightning.errors import ConfigError, DataError, ModelError, OutputErr
 from grasp_lightning.evaluation.cost import measure_cost
 from grasp_lightning.evaluation.harness import Harness, TaskSettings
 from grasp_lightning.evaluation.machine import Machine, describe_machine
-from grasp_lightning.evaluation.memory import forget_peak, peak_bytes
+from grasp_lightning.evaluation.peak_memory import forget_peak, peak_bytes
 from grasp_lightning.evaluation.results import CorpusResult, ModelEvaluation
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
@@ -41,6 +33,14 @@ from grasp_lightning.models.loading import (
     load_model,
     model_hash,
     resolve_device,
+)
+from grasp_lightning.models.model_settings import model_settings, named_by
+from grasp_lightning.storage.results import (
+    EvaluationFile,
+    Request,
+    Settings,
+    merge_sections,
+    stored_section,
 )
 
 _FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")

@@ -11,8 +11,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import track
 
-from grasp_lightning.commands.parsing import to_dict
 from grasp_lightning.config import ExportConfig, ModelConfig
+from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel, load_meta_model, load_model

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grasp_lightning import __version__
-from grasp_lightning.commands.phases import Phases, peak_memory_bytes
+from grasp_lightning.evaluation.phases import Phases, peak_memory_bytes
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import ModelSize

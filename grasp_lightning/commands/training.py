@@ -22,10 +22,10 @@ from callbacks.stop_request import StopRequest
 from callbacks.trainable import TrainableParameters
 from callbacks.training_checkpoint import TrainingCheckpoint
 from grasp_lightning import processes
-from grasp_lightning.commands.progress import TRAINING_CHECKPOINT
 from grasp_lightning.config import CompensateConfig
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.storage.progress import TRAINING_CHECKPOINT
 from grasp_lightning.training.compensation import VALIDATION_LOSS, CompensationModule
 from grasp_lightning.training.strategies import is_sharded, sharded_strategy
 

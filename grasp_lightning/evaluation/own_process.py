@@ -11,7 +11,7 @@ import transformers
 
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import GraspError, ModelError
-from grasp_lightning.evaluation.memory import Covers, PeakMemory, forget_peak, peak_bytes
+from grasp_lightning.evaluation.peak_memory import Covers, PeakMemory, forget_peak, peak_bytes
 from grasp_lightning.evaluation.workload import Workload, out_of_memory_as_model_error, time_setting
 from grasp_lightning.models.loading import load_model
 

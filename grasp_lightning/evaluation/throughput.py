@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from grasp_lightning.evaluation.machine import Machine
-from grasp_lightning.evaluation.memory import PeakMemory
+from grasp_lightning.evaluation.peak_memory import PeakMemory
 from grasp_lightning.evaluation.workload import (
     Sample,
     Setting,

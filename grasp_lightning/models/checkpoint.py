@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from grasp_lightning.errors import ModelError
+from grasp_lightning.errors import ModelError, OutputError
 from grasp_lightning.models import lowrank
 from grasp_lightning.models.lowrank import (
     QUANT_METHOD,
@@ -22,6 +24,7 @@ from grasp_lightning.models.lowrank import (
     has_replaced,
 )
 from grasp_lightning.models.numbering import numbered_settings
+from grasp_lightning.models.source import first_line
 
 _AUTO_CONFIG = "AutoConfig"
 
@@ -225,3 +228,26 @@ def _remote_module(classes: Mapping[str, str]) -> str:
         form = _REMOTE_CONFIG if auto == _AUTO_CONFIG else _REMOTE_CLASS
         parts.append(form.format(name=name))
     return "".join(parts)
+
+
+def push_folder(folder: Path, repository: str) -> str:
+    """Upload a model folder to a repository on the hub, which is made if it does not exist.
+
+    Args:
+        folder: What is uploaded.
+        repository: Name, such as ``owner/name``.
+
+    Returns:
+        Address of the upload.
+
+    Raises:
+        OutputError: If the hub cannot be reached, or refuses.
+    """
+    try:
+        huggingface_hub.create_repo(repository, exist_ok=True)
+        return str(huggingface_hub.upload_folder(repo_id=repository, folder_path=folder))
+    except (OSError, HFValidationError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        raise OutputError(
+            f"push_to_hub: cannot upload to {repository} ({first_line(error)}); the model is in "
+            f"{folder}: check the name, the network and your login, and run the same command again"
+        ) from error

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from callbacks.measure import TrainerMeasure
 from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
-from grasp_lightning.commands.tracked import tracked_perplexity
+from grasp_lightning.commands.workflow import tracked_perplexity
 from grasp_lightning.config import CalibrationConfig, Strategy, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows

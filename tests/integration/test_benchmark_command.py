@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from grasp_lightning.cli import main
 from grasp_lightning.commands.benchmark import BenchmarkRun, run_benchmark, variant_names
-from grasp_lightning.commands.parsing import parse
 from grasp_lightning.config import BenchmarkConfig, ModelConfig
+from grasp_lightning.config.parsing import parse
 from grasp_lightning.errors import ConfigError, GraspError, ModelError, NumericsError, OutputError
 from grasp_lightning.evaluation.own_process import measure_peak_memory
 from grasp_lightning.evaluation.workload import Workload

@@ -198,7 +198,7 @@ def test_a_killed_evaluation_goes_on_after_its_last_measurement(
             raise KeyboardInterrupt
         return evaluate_perplexity(view, batches)
 
-    monkeypatch.setattr("grasp_lightning.commands.tracked.evaluate_perplexity", killed)
+    monkeypatch.setattr("grasp_lightning.commands.workflow.evaluate_perplexity", killed)
     assert evaluate(*argv) == 130
     stored = read(output)["models"][0]["corpora"]
     assert list(stored) == [str(corpus)]

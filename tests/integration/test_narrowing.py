@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grasp_lightning.cli import main
-from grasp_lightning.commands import compress_inputs, plan
-from grasp_lightning.commands.plan import narrowed_widths
+from grasp_lightning.commands import inputs
 from grasp_lightning.config import MethodConfig
 from grasp_lightning.methods.base import CompressionMethod, Decision
+from grasp_lightning.methods.prediction import narrowed_widths, predict
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations, parameters_after
 from grasp_lightning.plan import OptionValue, Plan, SelectLayers
@@ -56,7 +56,7 @@ def test_a_run_writes_replays_and_exports_narrowed_mlps(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, run = save_tiny(tmp_path / "source", family), tmp_path / "run"
-    monkeypatch.setattr(compress_inputs, "build_method", narrowing)
+    monkeypatch.setattr(inputs, "build_method", narrowing)
     windows = [
         f"--{part}.{key}"
         for part in ("calibration", "evaluation")
@@ -96,7 +96,7 @@ def test_a_plan_lists_the_channels_of_narrowed_mlps() -> None:
     widths = narrowed_widths(view, operations)
     assert widths == {f"model.layers.{layer}.mlp": (20, 48) for layer in LAYERS}
     size = parameters_after(view, operations)
-    prediction = plan.predict(view, MethodConfig(name="drop", num_layers=2))
+    prediction = predict(view, MethodConfig(name="drop", num_layers=2))
     narrowed = replace(prediction, most=size, least=size, operations=(*operations,), widths=widths)
     assert narrowed.lines[1:] == [
         "2 MLPs are narrowed:",

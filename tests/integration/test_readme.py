@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grasp_lightning.cli import COMMANDS
-from grasp_lightning.commands.parsing import parse
 from grasp_lightning.config import (
     BenchmarkConfig,
     CompensateConfig,
@@ -19,6 +18,7 @@ from grasp_lightning.config import (
     ExportConfig,
     PlanConfig,
 )
+from grasp_lightning.config.parsing import parse
 from tests.conftest import tiny_model
 
 ROOT = Path(__file__).parents[2]

@@ -7,17 +7,18 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, LoraModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grasp_lightning.config import LoraSettings, TrainMode
+from grasp_lightning.config import CompensateConfig, LoraSettings, TrainMode
 from grasp_lightning.errors import ConfigError, ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule
+from grasp_lightning.models.loading import LoadedModel, load_model
 from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears, ranks_of
 
 logger = logging.getLogger(__name__)
@@ -235,3 +236,26 @@ def _expected_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out is set to.*")
         yield
+
+
+def consolidated(config: CompensateConfig, state: Mapping[str, Tensor]) -> LoadedModel:
+    """Load the model anew on the CPU, and give it what was trained, adapters merged.
+
+    Weights that did not change are read from where they came, so none of them is ever gathered.
+
+    Args:
+        config: The configuration of the run.
+        state: Name -> values of every trained parameter.
+
+    Returns:
+        The model as it is to be written.
+    """
+    loaded = load_model(replace(config.model, device="cpu"))
+    trained = make_trainable(DecoderView(loaded.model), config.train, config.lora)
+    parameters = dict(loaded.model.named_parameters())
+    assert {name for name, p in parameters.items() if p.requires_grad} == set(state)
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
+    merge_adapters(trained)
+    return loaded

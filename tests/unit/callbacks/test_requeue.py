@@ -197,7 +197,7 @@ def test_a_missing_scontrol_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
 
 MODULE = ("grasp_lightning.training.calibration", "CalibrationModule")
 IN_A_BATCH = Kill(*MODULE, "training_step", 2)
-LOADING = Kill("grasp_lightning.commands.compress_inputs", "", "load_model", 1)
+LOADING = Kill("grasp_lightning.commands.inputs", "", "load_model", 1)
 EVALUATING = Kill("grasp_lightning.commands.compress", "", "tracked_perplexity", 1)
 
 

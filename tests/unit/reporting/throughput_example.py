@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from grasp_lightning.evaluation.machine import Machine
-from grasp_lightning.evaluation.memory import PeakMemory
+from grasp_lightning.evaluation.peak_memory import PeakMemory
 from grasp_lightning.evaluation.throughput import ModelThroughput, Spread, Throughput, Timing
 from grasp_lightning.evaluation.workload import Setting, Workload
 

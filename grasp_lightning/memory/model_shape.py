@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from grasp_lightning.evaluation.shapes import Layer, LinearShape, ModelShape
+from grasp_lightning.memory.shapes import Layer, LinearShape, ModelShape
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import in_attention
 from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from grasp_lightning.commands.model_shape import model_shape, shape_after
 from grasp_lightning.config import LoraSettings, Reduction, Strategy, Terms, TrainMode
-from grasp_lightning.evaluation.footprint import (
+from grasp_lightning.linalg.factors import balanced_factors, factorize
+from grasp_lightning.memory.footprint import (
     LOSS_PARTS,
     bases_bytes,
     calibration_activations,
@@ -28,8 +28,8 @@ from grasp_lightning.evaluation.footprint import (
     trained_parameters,
     window_bytes,
 )
-from grasp_lightning.evaluation.shapes import Adapters, LinearShape, ModelShape, Pass, Scored
-from grasp_lightning.linalg.factors import balanced_factors, factorize
+from grasp_lightning.memory.model_shape import model_shape, shape_after
+from grasp_lightning.memory.shapes import Adapters, LinearShape, ModelShape, Pass, Scored
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import apply_operations

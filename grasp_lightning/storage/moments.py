@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grasp_lightning import processes
-from grasp_lightning.commands.tensor_files import metadata_of
 from grasp_lightning.errors import PlanError
 from grasp_lightning.linalg.triangles import pack_triangle, unpack_triangle
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Moments
+from grasp_lightning.storage.tensor_files import metadata_of
 
 _NAME = "statistics{part}.safetensors"
 _PATTERN = "statistics*.safetensors"

@@ -8,11 +8,6 @@ from rich.progress import track
 
 from callbacks.measure import check_trainer, is_split
 from grasp_lightning import processes
-from grasp_lightning.commands.phases import Phases
-from grasp_lightning.commands.plan import predict
-from grasp_lightning.commands.progress import check_same_model
-from grasp_lightning.commands.recut import StoredScores
-from grasp_lightning.commands.sampled_text import SAMPLE, SampledText
 from grasp_lightning.config import CompressConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.mixture import mixture_parts
@@ -22,13 +17,18 @@ from grasp_lightning.data.windows import (
     evaluation_windows,
 )
 from grasp_lightning.errors import ConfigError
+from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods import build_method
 from grasp_lightning.methods.base import CompressionMethod
+from grasp_lightning.methods.prediction import predict
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
 from grasp_lightning.models.sharding import check_runs, process_mesh, shard
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.storage.progress import check_same_model
+from grasp_lightning.storage.recut import StoredScores
+from grasp_lightning.storage.sampled_text import SAMPLE, SampledText
 
 _MAX_SEED = 2**63 - 1
 _SAFETY = 1.1  # tokenizer, report and logs, beside weights and factors

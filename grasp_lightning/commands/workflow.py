@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
 
 from callbacks.requeue import is_requeued, job_name
 from grasp_lightning import processes
-from grasp_lightning.commands.progress import has_progress
+from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import GraspError, ModelError, OutputError
+from grasp_lightning.evaluation.perplexity import evaluate_perplexity
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.run_folder import FollowedRun, RunFolder
 from grasp_lightning.run_folder.folder import RunState
 from grasp_lightning.run_folder.rules import is_begun_by
+from grasp_lightning.storage.progress import has_progress
 
 
 def begins_anew(
@@ -120,3 +127,45 @@ def attempt(run: RunFolder, memory_advice: str) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             raise ModelError(f"the device has too little memory; lower {memory_advice}") from error
         raise
+
+
+def tracked_perplexity(
+    view: DecoderView,
+    windows: TokenWindows,
+    batch_size: int,
+    description: str,
+    console: Console | None = None,
+) -> float:
+    """Return the perplexity of a model on windows of text, with a progress bar.
+
+    Several processes share the windows.
+
+    Args:
+        view: The model.
+        windows: Held-out windows.
+        batch_size: Windows per forward pass.
+        description: What the bar says.
+        console: Where the bar is drawn; None takes standard output.
+
+    Returns:
+        The perplexity.
+    """
+    shares = processes.own_batches(range(len(windows)), batch_size)
+    stream = track(
+        _windows(windows, shares, is_padded=is_sharded(view.model)),
+        total=len(shares),
+        description=description,
+        console=console,
+    )
+    return evaluate_perplexity(view, stream)
+
+
+def _windows(
+    windows: TokenWindows, shares: Sequence[tuple[Sequence[int], bool]], *, is_padded: bool
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the batches of this process; padded, all processes have as many."""
+    for indices, counts in shares:
+        if counts:
+            yield windows.batch(indices)
+        elif is_padded:
+            yield windows.padding()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from grasp_lightning.config import Strategy, TrainMode
-from grasp_lightning.evaluation.footprint import CalibrationMemory, CompensationMemory
+from grasp_lightning.memory.footprint import CalibrationMemory, CompensationMemory
 
 _MEGA = 1_000_000
 _GIGA = 1_000_000_000

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grasp_lightning.commands.compensate_settings import check_settings
-from grasp_lightning.commands.parsing import parse, to_dict
 from grasp_lightning.config import CompensateConfig, CompressConfig, EvaluateConfig
+from grasp_lightning.config.compensate_settings import check_settings
+from grasp_lightning.config.parsing import parse, to_dict
 from grasp_lightning.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))

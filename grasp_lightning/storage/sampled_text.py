@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp_lightning import processes
-from grasp_lightning.commands.phases import Phases
-from grasp_lightning.commands.tensor_files import metadata_of
+from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.sampling import Track, sample_text
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.storage.tensor_files import metadata_of
 
 SAMPLED_TEXT = "sampled_text.safetensors"
 """Name of the file in the run folder."""

@@ -4,8 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, get_args
 
-from grasp_lightning.commands.compensate_settings import check_settings, uses_instructions
-from grasp_lightning.commands.parsing import parse
 from grasp_lightning.config import (
     CompensateConfig,
     CompressConfig,
@@ -13,9 +11,11 @@ from grasp_lightning.config import (
     Strategy,
     TrainerConfig,
 )
+from grasp_lightning.config.compensate_settings import check_settings, uses_instructions
+from grasp_lightning.config.parsing import parse
 from grasp_lightning.data.mixture import SELF, mixture_parts
 from grasp_lightning.errors import ConfigError
-from grasp_lightning.evaluation.footprint import (
+from grasp_lightning.memory.footprint import (
     bases_bytes,
     calibration_memory,
     compensation_activations,
@@ -24,10 +24,10 @@ from grasp_lightning.evaluation.footprint import (
     sampling_bytes,
     trained_parameters,
 )
-from grasp_lightning.evaluation.shapes import Adapters, ModelShape, Pass, Scored
+from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
+from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, CompensationRow
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.sampling import BATCH
-from grasp_lightning.reporting.memory import CalibrationPlan, CompensationPlan, CompensationRow
 from grasp_lightning.stats.base import FORWARD_MOMENTS
 from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
 

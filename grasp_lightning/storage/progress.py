@@ -10,14 +10,14 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grasp_lightning.commands.moment_files import MomentFiles, stored_moments
-from grasp_lightning.commands.pass_files import PassFile, PassFiles
-from grasp_lightning.commands.sampled_text import SAMPLED_TEXT
 from grasp_lightning.errors import OutputError
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.plan import Plan
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Moments
+from grasp_lightning.storage.moments import MomentFiles, stored_moments
+from grasp_lightning.storage.passes import PassFile, PassFiles
+from grasp_lightning.storage.sampled_text import SAMPLED_TEXT
 
 _FOLDER = "checkpoints"
 _PLAN = f"{_FOLDER}/steps.json"

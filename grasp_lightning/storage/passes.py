@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grasp_lightning import processes
-from grasp_lightning.commands.tensor_files import metadata_of
 from grasp_lightning.run_folder import RunFolder, write_file
+from grasp_lightning.storage.tensor_files import metadata_of
 
 _NAME = re.compile(r"pass-(\d+)-(\d+)\.safetensors")
 _CONCATENATED = "windows"  # all other tensors are sums

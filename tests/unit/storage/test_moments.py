@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from grasp_lightning.commands.moment_files import MomentFiles
 from grasp_lightning.errors import PlanError
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.storage.moments import MomentFiles
 
 
 def test_damaged_statistics_are_named_when_a_run_goes_on(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from grasp_lightning.commands.phases import Phases
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.evaluation.cut_losses import cut_losses, first_tokens
+from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods.base import Decision, Track
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import Replacement

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from grasp_lightning.evaluation.memory import forget_peak, peak_bytes
+from grasp_lightning.evaluation.peak_memory import forget_peak, peak_bytes
 
 CPU = torch.device("cpu")
 SIZE = 200 * 2**20

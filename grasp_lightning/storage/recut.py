@@ -8,7 +8,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from grasp_lightning.commands.moment_files import stored_moments
 from grasp_lightning.errors import ConfigError, PlanError
 from grasp_lightning.linalg.factors import SVD
 from grasp_lightning.methods.layer_choice import SCORE_KEYS
@@ -17,6 +16,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan
 from grasp_lightning.stats.base import Needs, Statistics, Step
 from grasp_lightning.stats.linear_time import NUM_TOKENS, linear_seconds
+from grasp_lightning.storage.moments import stored_moments
 
 # A second decomposition may differ in the last bits, with other threads or hardware.
 _TOLERANCE: Final = 1e-4

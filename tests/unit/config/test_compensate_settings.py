@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import pytest
 
-from grasp_lightning.commands.compensate_settings import check_settings, uses_instructions
 from grasp_lightning.config import (
     CompensateConfig,
     DistillationConfig,
@@ -15,6 +14,7 @@ from grasp_lightning.config import (
     TextConfig,
     TrainingConfig,
 )
+from grasp_lightning.config.compensate_settings import check_settings, uses_instructions
 from grasp_lightning.errors import ConfigError
 
 NAN, LARGEST_SEED = float("nan"), 2**63 - 1

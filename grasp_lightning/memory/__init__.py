@@ -1,0 +1,1 @@
+"""The forecast of memory per process, from shapes alone."""

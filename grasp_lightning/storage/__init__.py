@@ -1,0 +1,1 @@
+"""What a run keeps on disk for itself: progress, statistics, text and results."""
