@@ -14,16 +14,9 @@ from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
 from grasp_lightning.commands.compensation_outputs import CompensationOutcome, write_compensation
 from grasp_lightning.commands.training import TrainingRun
-from grasp_lightning.commands.workflow import (
-    attempt,
-    begins_anew,
-    open_together,
-    stored_metrics,
-    tracked_perplexity,
-)
+from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
 from grasp_lightning.config import CompensateConfig, ModelConfig, Strategy
 from grasp_lightning.config.compensate_settings import check_settings, uses_instructions
-from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.data.datamodules import InstructionData, TextData, TrainingData
 from grasp_lightning.data.windows import (
     TokenWindows,
@@ -97,29 +90,17 @@ def run_compensate(config: CompensateConfig) -> CompensateRun:
 
     Returns:
         The finished run.
-
-    Raises:
-        ConfigError: If ``output_dir`` is not set.
     """
-    output_dir = config.output_dir
-    if output_dir is None:
-        raise ConfigError("output_dir is not set: name the run folder to write, e.g. runs/second")
+    folder, uploaded, phases = Path(output_folder(config, "runs/second")), None, Phases()
     check_settings(config)
-    stop, phases = StopRequest(), Phases()
-    with stop.installed():
-        anew = begins_anew(output_dir, to_dict(config), overwrite=config.overwrite)
-        # Before anything of an earlier run is deleted.
-        inputs = _prepare(config, phases) if anew else None
-        with open_together(
-            output_dir, to_dict(config), overwrite=anew, protected=_protected(config)
-        ) as run:
-            if run.state == "finished":
-                metrics = CompensationMetrics.from_dict(stored_metrics(run))
-            else:
-                with attempt(run, _MEMORY_KEYS):
-                    inputs = inputs or _prepare(config, phases)
-                    metrics = _execute(config, run, inputs, phases, stop)
-    folder, uploaded = Path(output_dir), None
+    metrics = run_in_folder(
+        config,
+        protected=_protected(config),
+        memory_advice=_MEMORY_KEYS,
+        prepare=lambda _: _prepare(config, phases),
+        execute=lambda run, inputs, stop: _execute(config, run, inputs, phases, stop),
+        read=CompensationMetrics.from_dict,
+    )
     if config.push_to_hub is not None:
         name = config.push_to_hub
         uploaded = processes.on_first(lambda: push_folder(folder / "model", name))

@@ -14,13 +14,7 @@ from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
 from grasp_lightning.commands.inputs import Inputs, prepare
 from grasp_lightning.commands.outputs import Outcome, write_outputs
-from grasp_lightning.commands.workflow import (
-    attempt,
-    begins_anew,
-    open_together,
-    stored_metrics,
-    tracked_perplexity,
-)
+from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
 from grasp_lightning.config import CompressConfig, MethodConfig
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.errors import ConfigError, ModelError
@@ -74,33 +68,23 @@ def run_compress(config: CompressConfig) -> CompressRun:
         The finished run.
 
     Raises:
-        ConfigError: If ``output_dir`` is not set, or is what ``from_scores`` names.
+        ConfigError: If ``output_dir`` is what ``from_scores`` names.
     """
-    output_dir = config.output_dir
-    if output_dir is None:
-        raise ConfigError("output_dir is not set: name the run folder to write, e.g. runs/first")
+    output_dir = output_folder(config, "runs/first")
     if config.from_scores is not None and _is_same(output_dir, config.from_scores):
         raise ConfigError(
             f"from_scores: {config.from_scores} is output_dir itself; name another output_dir"
         )
     config = replace(config, method=_resolved_method(config))
-    model_folder = resolve_source(config.model).folder
-    protected = [] if model_folder is None else [model_folder]
-    stop, phases = StopRequest(), Phases()
-    with stop.installed():
-        anew = begins_anew(output_dir, to_dict(config), overwrite=config.overwrite)
-        # Before anything of an earlier run is deleted.
-        inputs = prepare(config, phases) if anew else None
-        with open_together(output_dir, to_dict(config), overwrite=anew, protected=protected) as run:
-            if run.state == "finished":
-                metrics = Metrics.from_dict(stored_metrics(run))
-            else:
-                with attempt(run, _MEMORY_KEYS):
-                    if inputs is None:
-                        inputs = prepare(config, phases, run)
-                    else:
-                        inputs.text.keep_in(run)
-                    metrics = _execute(config, run, inputs, phases, stop)
+    model_folder, phases = resolve_source(config.model).folder, Phases()
+    metrics = run_in_folder(
+        config,
+        protected=[] if model_folder is None else [model_folder],
+        memory_advice=_MEMORY_KEYS,
+        prepare=lambda run: prepare(config, phases, run),
+        execute=lambda run, inputs, stop: _execute(config, run, inputs, phases, stop),
+        read=Metrics.from_dict,
+    )
     return CompressRun(folder=Path(output_dir), metrics=metrics)
 
 
@@ -128,6 +112,7 @@ def _execute(
     phases: Phases,
     stop: StopRequest,
 ) -> Metrics:
+    inputs.text.keep_in(run)
     processes.on_first(lambda: run.check_free_space(inputs.bytes_needed))
     view, method = inputs.view, inputs.method
     progress = RunProgress(

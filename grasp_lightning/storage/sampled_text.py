@@ -61,8 +61,9 @@ class SampledText:
         Args:
             run: The run folder; rank 0 alone writes it.
         """
-        self._run = run
-        self._save()
+        if run is not self._run:
+            self._run = run
+            self._save()
 
     def __call__(
         self, num_windows: int, length: int, *, starts: Tensor, vocabulary: Tensor, seed: int
