@@ -1,9 +1,10 @@
 """Compress large language models by replacing redundant layers with low-rank linears.
 
-Importing this package registers low-rank linears with transformers, so that ``from_pretrained``
-opens compressed models.
+Importing this package lets ``from_pretrained`` of transformers open compressed models.
 """
 
-import grasp_lightning.models.lowrank  # noqa: F401  (registers on import)
+from grasp_lightning.registration import register_with_transformers
 
 __version__ = "0.1.0"
+
+register_with_transformers()

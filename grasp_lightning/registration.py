@@ -1,0 +1,60 @@
+"""Lets transformers open compressed models without importing transformers first."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Final
+
+_AWAITED: Final = "transformers.modeling_utils"  # where ``from_pretrained`` looks up quantizers
+_REGISTERS: Final = "grasp_lightning.models.lowrank"
+
+
+def register_with_transformers() -> None:
+    """Register low-rank linears now if transformers is imported, else when it will be.
+
+    transformers and torch take seconds to import, which ``--help`` and a mistyped key need not
+    wait for.
+    """
+    if _AWAITED in sys.modules:
+        import_module(_REGISTERS)
+    else:
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Finds the awaited module once, in the usual way, and registers after it is executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the usual spec of the awaited module, None for all others."""
+        del path, target
+        if fullname != _AWAITED:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Registering(spec.loader)
+        return spec
+
+
+class _Registering(Loader):
+    """Loads a module as another loader does, and then registers."""
+
+    def __init__(self, usual: Loader) -> None:
+        self._usual = usual
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Leave it to the usual loader."""
+        return self._usual.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the module, then import what registers."""
+        self._usual.exec_module(module)
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._usual
+        import_module(_REGISTERS)
