@@ -27,7 +27,6 @@ from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.data.datamodules import InstructionData, TextData, TrainingData
 from grasp_lightning.data.windows import (
     TokenWindows,
-    check_window_options,
     evaluation_windows,
     own_batches,
 )
@@ -239,7 +238,6 @@ def _check_inputs(run: RunFolder, hashes: Mapping[str, str]) -> None:
 
 def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
     """Load model and text, and fail early on all that does not fit."""
-    check_window_options(config.evaluation, "evaluation")
     device, strategy = resolve_device(config.model.device), config.trainer.strategy
     check_trainer(config.trainer, device, get_args(Strategy), "compensation")
     check_strategy(strategy, device)

@@ -20,6 +20,7 @@ from grasp_lightning.errors import DataError, GraspError
 _MAX_BYTES = 2**28  # of a YAML or JSON file; the largest plans have some megabytes
 _MAX_DEPTH = 100  # levels of a YAML file
 _MAX_NODES = 100_000  # of a YAML file, each alias counted as often as it is used
+_MAX_BITS = 1024  # of a whole number in a YAML file
 _MAX_QUOTED = 200  # characters of a library's message
 _TEXT_TAG, _MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _KINDS = (
@@ -68,6 +69,15 @@ def user_path(text: str, key: str, raises: type[GraspError] = DataError) -> Path
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise raises(f"{key}: {one_line(text)}: {_reason(error)}") from error
     return path
+
+
+def is_there(text: str) -> bool:
+    """Tell whether a text names something that exists; a text that is no path names nothing."""
+    try:
+        Path(text).stat()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def check_file(
@@ -175,12 +185,24 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return node
 
+    def construct_yaml_int(self, node: ScalarNode) -> int:
+        """Return a whole number that can be written down again."""
+        value = int(super().construct_yaml_int(node))
+        if value.bit_length() > _MAX_BITS:
+            raise ValueError(
+                f"a number of {value.bit_length()} bits in line {node.start_mark.line + 1}"
+            )
+        return value
+
     def get_single_node(self) -> Node | None:
         """Return the whole content, if it is not too much."""
         node: Node | None = super().get_single_node()
         if node is not None and _size(node, {}) > _MAX_NODES:
             raise yaml.YAMLError(f"more than {_MAX_NODES} values, aliases counted as what they are")
         return node
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _size(node: Node, known: dict[int, int]) -> int:

@@ -73,6 +73,7 @@ def bomb() -> str:
     [
         ("[" * 50_000, "nested more than 100 levels deep"),
         ("a: " + "1" * 5000, "Exceeds the limit (4300 digits)"),
+        ("b: 1\na: 0x" + "f" * 5000, "a number of 20000 bits in line 2"),
         ("a: 2020-13-45", "month must be in 1..12"),
         ("a: 1\nb:\n  c: 1\n  d: 2\n  c: 3", "line 5: the key c is given twice"),
         ("a: 1\n1: 2", "line 2: the key 1 is no text; quote it"),
