@@ -8,7 +8,7 @@ torch here.
 import errno
 import json
 import stat
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ _MAX_DEPTH = 100  # levels of a YAML file
 _MAX_NODES = 100_000  # of a YAML file, each alias counted as often as it is used
 _MAX_BITS = 1024  # of a whole number in a YAML file
 _MAX_QUOTED = 200  # characters of a library's message
+_CONVERT = "convert it to UTF-8"
 _TEXT_TAG, _MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -111,7 +112,7 @@ def read_text(
         return path.read_text(encoding=encoding)
     except UnicodeDecodeError as error:
         reason = f"is not UTF-8 text ({error.reason})"
-        raise raises(told(what, reason, advice or "convert it to UTF-8")) from error
+        raise raises(told(what, reason, advice or _CONVERT)) from error
     except (OSError, MemoryError) as error:
         raise raises(told(what, f"cannot be read: {_reason(error)}", advice)) from error
 
@@ -124,10 +125,35 @@ def read_json(
     return parse_json(text, what or str(path), raises, advice)
 
 
-def parse_json(text: str, what: str, raises: type[GraspError] = DataError, advice: str = "") -> Any:  # noqa: ANN401  parsed JSON
-    """Return the content of a JSON text; NaN and Infinity are no JSON."""
+def read_json_lines(
+    path: Path, raises: type[GraspError] = DataError, advice: str = "expected one object per line"
+) -> Iterator[tuple[int, Any]]:  # Any: parsed JSON
+    """Yield the number, from 1, and the content of every line that is not blank."""
+    check_file(path, raises)
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        # The file is split at line feeds only: JSON strings may hold other separators unescaped.
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    place = f"{path}, line {number}"
+                    yield number, parse_json(line, place, raises, advice, is_strict=False)
+    except UnicodeDecodeError as error:
+        raise raises(told(path, f"is not UTF-8 text ({error.reason})", _CONVERT)) from error
+    except OSError as error:
+        raise raises(told(path, f"cannot be read: {_reason(error)}")) from error
+
+
+def parse_json(
+    text: str,
+    what: str,
+    raises: type[GraspError] = DataError,
+    advice: str = "",
+    *,
+    is_strict: bool = True,
+) -> Any:  # noqa: ANN401  parsed JSON
+    """Return the content of a JSON text; only data of others may hold NaN and Infinity."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant if is_strict else None)
     except json.JSONDecodeError as error:
         place = f" in line {error.lineno}" if "\n" in text.strip() else ""
         raise raises(told(what, f"is not JSON ({error.msg}{place})", advice)) from error

@@ -31,23 +31,11 @@ COMMANDS: dict[str, Any] = {
     "benchmark": BenchmarkConfig(model="m"),
     "export": ExportConfig(model="m", output_dir="x"),
 }
-PATHS = [
-    "output_dir",
-    "from_scores",
-    "compensate",
-    "model.path",
-    "model.gguf_file",
-    "output",
-    "model",
-    "corpora",
-    "task_data",
-    "against",
-    "calibration.path",
-    "evaluation.path",
-    "data.path",
-    "text.path",
-    "distillation.teacher",
-]
+PATHS = (
+    *("output_dir", "from_scores", "compensate", "model.path", "model.gguf_file", "output"),
+    *("model", "corpora", "task_data", "against", "calibration.path", "evaluation.path"),
+    *("data.path", "text.path", "distillation.teacher"),
+)
 
 
 def keys(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401  a dataclass
