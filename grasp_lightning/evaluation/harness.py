@@ -89,19 +89,6 @@ class TaskResult:
             "documents": self.documents,
         }
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "TaskResult":  # Any: values of JSON
-        """Return the result that ``to_dict`` gave.
-
-        Args:
-            content: Plain values.
-
-        Returns:
-            The result.
-        """
-        metrics = {name: Estimate(**value) for name, value in content["metrics"].items()}
-        return cls(**{**content, "metrics": metrics})
-
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRun:
@@ -119,21 +106,6 @@ class TaskRun:
         """Return plain values."""
         results = {name: result.to_dict() for name, result in self.results.items()}
         return {"results": results, "seconds": self.seconds}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "TaskRun":  # Any: values of JSON
-        """Return the run that ``to_dict`` gave.
-
-        Args:
-            content: Plain values.
-
-        Returns:
-            The run.
-        """
-        results = {
-            name: TaskResult.from_dict(result) for name, result in content["results"].items()
-        }
-        return cls(results=results, seconds=content["seconds"])
 
 
 class _LmEval(NamedTuple):
