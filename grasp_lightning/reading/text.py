@@ -169,17 +169,24 @@ def read_yaml(
     return parse_yaml(text, what or str(path), raises, advice)
 
 
-def parse_yaml(text: str, what: str, raises: type[GraspError] = DataError, advice: str = "") -> Any:  # noqa: ANN401  parsed YAML
-    """Return the content of a YAML text, whose keys are texts, each of them there once."""
+def parse_yaml(
+    text: str,
+    what: str,
+    raises: type[GraspError] = DataError,
+    advice: str = "",
+    *,
+    is_strict: bool = True,
+) -> Any:  # noqa: ANN401  parsed YAML
+    """Return the content of a YAML text; only files of others may have keys twice, or numbers."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Strict if is_strict else _Loader)
     except _YAML_ERRORS as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else one_line(error)
         raise raises(told(f"{what}:", f"not valid YAML: {reason}", advice)) from error
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what Python would take: keys given twice, keys that are no text, aliases of aliases.
+    """Refuses nesting and aliases without end.
 
     Depth is counted while the text is read, so that nobody waits for thousands of brackets.
     """
@@ -193,22 +200,6 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"nested more than {_MAX_DEPTH} levels deep")
         node: Node | None = super().compose_node(parent, index)
         self._depth -= 1
-        return node
-
-    def compose_mapping_node(self, anchor: dict[Any, Node]) -> MappingNode:
-        """Return the next mapping, its keys checked before merges add others."""
-        node = super().compose_mapping_node(anchor)
-        seen: set[Hashable] = set()
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.tag == _MERGE_TAG:
-                continue
-            if not isinstance(key, ScalarNode) or key.tag != _TEXT_TAG:
-                came = key.value if isinstance(key, ScalarNode) else "a list or section"
-                raise yaml.YAMLError(f"line {line}: the key {one_line(came)} is no text; quote it")
-            if key.value in seen:
-                raise yaml.YAMLError(f"line {line}: the key {one_line(key.value)} is given twice")
-            seen.add(key.value)
         return node
 
     def construct_yaml_int(self, node: ScalarNode) -> int:
@@ -229,6 +220,26 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+class _Strict(_Loader):
+    """Refuses keys that are given twice, of which Python takes the last one, or are no text."""
+
+    def compose_mapping_node(self, anchor: dict[Any, Node]) -> MappingNode:
+        """Return the next mapping, its keys checked before merges add others."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[Hashable] = set()
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.tag == _MERGE_TAG:
+                continue
+            if not isinstance(key, ScalarNode) or key.tag != _TEXT_TAG:
+                came = key.value if isinstance(key, ScalarNode) else "a list or section"
+                raise yaml.YAMLError(f"line {line}: the key {one_line(came)} is no text; quote it")
+            if key.value in seen:
+                raise yaml.YAMLError(f"line {line}: the key {one_line(key.value)} is given twice")
+            seen.add(key.value)
+        return node
 
 
 def _size(node: Node, known: dict[int, int]) -> int:

@@ -109,6 +109,14 @@ def test_aliases_and_merges_are_read() -> None:
     }
 
 
+def test_cards_of_others_may_have_keys_that_ours_may_not() -> None:
+    assert parse_yaml("no: 1\n2: 3\na: 1\na: 2", "card", is_strict=False) == {
+        False: 1,
+        2: 3,
+        "a": 2,
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
