@@ -330,7 +330,3 @@ def check_trainer(
             f"trainer.accelerator is {config.accelerator}, but the model is on {device}: leave it "
             "on auto, and set model.device"
         )
-    if config.checkpoint_seconds < 0:
-        raise ConfigError(
-            f"trainer.checkpoint_seconds cannot be negative, got {config.checkpoint_seconds}"
-        )

@@ -24,6 +24,7 @@ _POLL = 0.1  # seconds
 _GRACE = 5.0  # seconds in which the first process may end by itself, and tell why
 _PATIENCE = 30.0  # seconds in which a process may save what it has
 _FAILED = 1
+_PROCESSES, _PROCESSES_PER_CORE = 16, 4  # more than any machine has GPUs
 
 
 @contextmanager
@@ -45,13 +46,10 @@ def joined(
         Whether this process speaks to the user: rank 0 alone does.
 
     Raises:
-        ConfigError: If a number is below 1, or the processes of several nodes were not started
-            from outside.
+        ConfigError: If there are more processes than this machine can run, or those of several
+            nodes were not started from outside.
         SystemExit: In the process that has started others, with the exit code of the run.
     """
-    for key in ("devices", "num_nodes"):
-        if getattr(trainer, key) < 1:
-            raise ConfigError(f"trainer.{key} must be at least 1, got {getattr(trainer, key)}")
     _take_slurm_environment()
     if "RANK" not in os.environ:
         if trainer.devices * trainer.num_nodes == 1:
@@ -62,6 +60,7 @@ def joined(
                 f"trainer.num_nodes is {trainer.num_nodes}: start the command on every node, with "
                 "torchrun or srun"
             )
+        _check_number(trainer.devices)
         raise SystemExit(_launch(command, argv, trainer.devices))
     if int(os.environ["WORLD_SIZE"]) == 1:
         yield True
@@ -108,6 +107,17 @@ class _Child(NamedTuple):
     rank: int
     process: subprocess.Popen[bytes]
     errors: IO[bytes] | None
+
+
+def _check_number(devices: int) -> None:
+    """Refuse more processes than this machine can run; each of them counts its GPUs later."""
+    cores = os.cpu_count() or 1
+    most = max(_PROCESSES, _PROCESSES_PER_CORE * cores)
+    if devices > most:
+        raise ConfigError(
+            f"trainer.devices is {devices}, but this machine has {cores} cores: expected one "
+            f"process per GPU, and no more than {most}"
+        )
 
 
 def _launch(command: str, argv: Sequence[str], number: int) -> int:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from grasp_lightning.errors import PlanError
+from grasp_lightning.reading.text import one_line, parse_json
+from grasp_lightning.reading.typed import as_type
 
 PLAN_VERSION = 1
 
@@ -214,29 +216,37 @@ class Plan:
         Raises:
             PlanError: If the text is no plan of this version.
         """
-        try:
-            content = json.loads(text)
-            if content["version"] != PLAN_VERSION:
-                raise PlanError(
-                    f"plan has version {content['version']}, this program reads {PLAN_VERSION}"
-                )
-            return cls(
-                method=content["method"],
-                options={key: _tuple_if_list(value) for key, value in content["options"].items()},
-                inputs=content["inputs"],
-                operations=tuple(_operation(entry) for entry in content["operations"]),
-                complete=content["complete"],
-            )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(
-                f"not a plan: {error!r}; expected the content of a plan.json"
-            ) from error
+        stored = as_type(_Stored, parse_json(text, *_TOLD), *_TOLD)
+        if stored.version != PLAN_VERSION:
+            raise PlanError(f"plan has version {stored.version}, this program reads {PLAN_VERSION}")
+        return cls(
+            method=stored.method,
+            options=stored.options,
+            inputs=stored.inputs,
+            operations=tuple(_operation(entry) for entry in stored.operations),
+            complete=stored.complete,
+        )
 
 
-def _operation(entry: dict[str, Any]) -> Operation:  # Any: parsed JSON
-    fields = {key: _tuple_if_list(value) for key, value in entry.items() if key != "kind"}
-    return _OPERATIONS[entry["kind"]](**fields)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stored:
+    """The content of a plan.json; see ``Plan``."""
+
+    version: int
+    method: str
+    options: Mapping[str, OptionValue]
+    inputs: Mapping[str, str]
+    operations: tuple[Mapping[str, Any], ...]  # Any: fields of an operation
+    complete: bool
 
 
-def _tuple_if_list(value: Any) -> Any:  # noqa: ANN401  parsed JSON
-    return tuple(value) if isinstance(value, list) else value
+_TOLD = ("the plan", PlanError, "expected the content of a plan.json")
+
+
+def _operation(entry: Mapping[str, Any]) -> Operation:  # Any: parsed JSON
+    name, error, advice = _TOLD
+    kind = entry.get("kind")
+    if not isinstance(kind, str) or kind not in _OPERATIONS:
+        raise error(f"{name}: unknown kind of operation {one_line(repr(kind))}; {advice}")
+    fields = {key: value for key, value in entry.items() if key != "kind"}
+    return as_type(_OPERATIONS[kind], fields, *_TOLD)

@@ -1,18 +1,14 @@
 """Later measurements of a run's model: sections of its metrics.json, shown in its report."""
 
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
 from grasp_lightning.errors import OutputError, PlanError
 from grasp_lightning.plan import Plan
+from grasp_lightning.reading.tensors import read_tensors
+from grasp_lightning.reading.text import read_json, read_text, read_yaml
 from grasp_lightning.reporting.compensation import render_compensation_report
 from grasp_lightning.reporting.compensation_metrics import CompensationMetrics
 from grasp_lightning.reporting.metrics import Metrics
@@ -56,15 +52,17 @@ def amend_run(model: str, section: str, content: Section, merge: Merge = _replac
             return None
         with run:
             return _amend(run, section, content, merge)
-    except OutputError as error:
+    except (OutputError, PlanError) as error:
         logger.warning("%s of %s is not added to its run: %s", section, model, error)
         return None
 
 
 def _amend(run: RunFolder, section: str, content: Section, merge: Merge) -> Path:
-    with _readable_files(run):
-        stored = json.loads(run.path(_METRICS_NAME).read_text(encoding="utf-8"))
-        settings = yaml.safe_load(run.path("config.yaml").read_text(encoding="utf-8"))
+    stored: Section = read_json(run.path(_METRICS_NAME), OutputError)
+    settings: Section = read_yaml(run.path("config.yaml"), OutputError)
+    for name, found in ((_METRICS_NAME, stored), ("config.yaml", settings)):
+        if not isinstance(found, dict):
+            raise OutputError(f"{run.path(name)} is damaged: expected keys and values")
     earlier = stored.get(section)
     new = content if earlier is None else merge(earlier, content)
     changed = {**stored, section: dict(new)}
@@ -78,9 +76,8 @@ def _amend(run: RunFolder, section: str, content: Section, merge: Merge) -> Path
 def _compression(run: RunFolder, changed: Section, settings: Section) -> tuple[Section, str]:
     """Return the content of metrics.json and report.html of a run of ``compress``."""
     scores_file = run.path("scores.safetensors")
-    with _readable_files(run):
-        plan = Plan.from_json(run.path("plan.json").read_text(encoding="utf-8"))
-        scores = load_file(scores_file) if scores_file.is_file() else {}
+    plan = Plan.from_json(read_text(run.path("plan.json"), OutputError))
+    scores = read_tensors(scores_file, OutputError) if scores_file.is_file() else {}
     metrics = Metrics.from_dict(changed)
     return metrics.to_dict(), render_report(metrics, plan, scores, settings)
 
@@ -90,12 +87,3 @@ def _compensation(run: RunFolder, changed: Section, settings: Section) -> tuple[
     del run
     metrics = CompensationMetrics.from_dict(changed)
     return metrics.to_dict(), render_compensation_report(metrics, settings)
-
-
-@contextmanager
-def _readable_files(run: RunFolder) -> Iterator[None]:
-    """Turn what goes wrong while files of a run are read into one line."""
-    try:
-        yield
-    except (OSError, ValueError, yaml.YAMLError, SafetensorError, PlanError) as error:
-        raise OutputError(f"the run in {run.root} has unreadable files ({error})") from error

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from grasp_lightning.commands.amend import amend_run
 from grasp_lightning.config import BenchmarkConfig, ModelConfig
+from grasp_lightning.config.values import check_values
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.machine import describe_machine
 from grasp_lightning.evaluation.own_process import measure_peak_memory
@@ -32,8 +33,6 @@ from grasp_lightning.run_folder import write_file
 from grasp_lightning.storage.results import ResultFiles
 
 T = TypeVar("T")
-
-_MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,22 +137,15 @@ def _num_common(paths: Sequence[Sequence[str]]) -> int:
 def _check_numbers(config: BenchmarkConfig) -> None:
     for key in ("prefill_lengths", "decode_batch_sizes"):
         _check_axis(key, getattr(config, key))
-    for key in ("prompt_length", "new_tokens", "rounds", "threads"):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise ConfigError(f"{key} must be at least 1, got {value}")
+    check_values(config)
     cores = os.cpu_count() or 1
     if config.threads is not None and config.threads > cores:
         raise ConfigError(f"threads is {config.threads}, but this machine has {cores} cores")
-    if not 0 <= config.seed <= _MAX_SEED:
-        raise ConfigError(f"seed must be from 0 to {_MAX_SEED}, got {config.seed}")
 
 
 def _check_axis(key: str, values: Sequence[int]) -> None:
     if not values:
         raise ConfigError(f"{key} is empty; expected a list of numbers such as [1, 4]")
-    if min(values) < 1:
-        raise ConfigError(f"{key} must hold numbers of at least 1, got {min(values)}")
     value, count = Counter(values).most_common(1)[0]
     if count > 1:
         raise ConfigError(f"{key} holds {value} more than once")

@@ -20,7 +20,6 @@ from grasp_lightning.config.compensate_settings import check_settings, uses_inst
 from grasp_lightning.data.datamodules import InstructionData, TextData, TrainingData
 from grasp_lightning.data.windows import (
     TokenWindows,
-    check_window_options,
     evaluation_windows,
     own_batches,
 )
@@ -220,7 +219,6 @@ def _check_inputs(run: RunFolder, hashes: Mapping[str, str]) -> None:
 
 def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
     """Load model and text, and fail early on all that does not fit."""
-    check_window_options(config.evaluation, "evaluation")
     device, strategy = resolve_device(config.model.device), config.trainer.strategy
     check_trainer(config.trainer, device, get_args(Strategy), "compensation")
     check_strategy(strategy, device)

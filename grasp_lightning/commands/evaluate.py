@@ -13,10 +13,10 @@ from rich.console import Console
 from grasp_lightning.commands.amend import amend_run
 from grasp_lightning.commands.workflow import tracked_perplexity
 from grasp_lightning.config import EvaluateConfig, EvaluationConfig, ModelConfig
+from grasp_lightning.config.values import check_values
 from grasp_lightning.data.sources import SOURCES
 from grasp_lightning.data.windows import (
     TokenWindows,
-    check_window_options,
     evaluation_windows,
 )
 from grasp_lightning.errors import ConfigError, DataError, ModelError, OutputError
@@ -101,6 +101,7 @@ def _check(config: EvaluateConfig) -> list[ModelConfig]:
     """Return how each model is loaded, after checks that need no weights."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("evaluate runs in one process; start it without torchrun")
+    check_values(config)
     _check_names(config)
     models = [model_settings(config, model, "model") for model in config.model]
     if config.revision is not None and all(model.revision is None for model in models):
@@ -133,13 +134,11 @@ def _corpus_config(corpus: str, config: EvaluateConfig) -> EvaluationConfig:
             f"corpora: expected {', '.join(names)}, or a file ({', '.join(_FILE_SUFFIXES)}), got "
             f"{corpus!r}"
         )
-    windows = EvaluationConfig(
+    return EvaluationConfig(
         source=_FILE if is_file else corpus,
         path=corpus if is_file else None,
         **asdict(config.evaluation),
     )
-    check_window_options(windows, "evaluation")
-    return windows
 
 
 def _settings(config: EvaluateConfig, harness: Harness | None, machine: Machine) -> Settings:

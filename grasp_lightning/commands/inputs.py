@@ -9,11 +9,11 @@ from rich.progress import track
 from callbacks.measure import check_trainer, is_split
 from grasp_lightning import processes
 from grasp_lightning.config import CompressConfig
+from grasp_lightning.config.values import check_values
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.mixture import mixture_parts
 from grasp_lightning.data.windows import (
     TokenWindows,
-    check_window_options,
     evaluation_windows,
 )
 from grasp_lightning.errors import ConfigError
@@ -30,7 +30,6 @@ from grasp_lightning.storage.progress import check_same_model
 from grasp_lightning.storage.recut import StoredScores
 from grasp_lightning.storage.sampled_text import SAMPLE, SampledText
 
-_MAX_SEED = 2**63 - 1
 _SAFETY = 1.1  # tokenizer, report and logs, beside weights and factors
 
 
@@ -74,10 +73,8 @@ def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None
     Returns:
         The inputs.
     """
-    _check_numbers(config)
-    check_window_options(config.calibration, "calibration")
+    check_values(config)
     mixture_parts(config.calibration, "calibration")  # keys that do not fit together end the run
-    check_window_options(config.evaluation, "evaluation")
     check_trainer(config.trainer, resolve_device(config.model.device))
     stored = None
     if config.from_scores is not None:
@@ -125,22 +122,6 @@ def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None
         hashes=hashes,
         bytes_needed=int(_SAFETY * needed),
     )
-
-
-def _check_numbers(config: CompressConfig) -> None:
-    limits = config.statistics
-    if not 0 <= config.seed <= _MAX_SEED:
-        raise ConfigError(f"seed must be from 0 to {_MAX_SEED}, got {config.seed}")
-    if not limits.max_memory > 0:
-        raise ConfigError(f"statistics.max_memory must be above 0 GB, got {limits.max_memory}")
-    if limits.priced_windows < 1:
-        raise ConfigError(
-            f"statistics.priced_windows must be at least 1, got {limits.priced_windows}"
-        )
-    if limits.measured_windows < 0:
-        raise ConfigError(
-            f"statistics.measured_windows cannot be negative, got {limits.measured_windows}"
-        )
 
 
 def _calibration(

@@ -1,7 +1,14 @@
 """Sections that several commands have: models, texts and the Trainer."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from grasp_lightning.config.values import (
+    Count,
+    PathName,
+    Range,
+    WindowLength,
+)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Precision = Literal["32-true", "bf16-mixed"]
@@ -31,9 +38,9 @@ class ModelConfig:
         trust_remote_code: Run model code that comes with the checkpoint.
     """
 
-    path: str
+    path: PathName
     revision: str | None = None
-    gguf_file: str | None = None
+    gguf_file: PathName | None = None
     dtype: Dtype = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
@@ -62,14 +69,14 @@ class CalibrationConfig:
     """
 
     source: str | tuple[str, ...] = ("wikitext2", "c4", "self")
-    path: str | tuple[str, ...] | None = None
+    path: PathName | tuple[PathName, ...] | None = None
     weights: tuple[float, ...] | None = None
     rows: str | tuple[str, ...] | None = None
     split: str | None = None
     field: str = "text"
-    num_samples: int = 512
-    seqlen: int = 512
-    batch_size: int = 1
+    num_samples: Count = 512
+    seqlen: WindowLength = 512
+    batch_size: Count = 1
     add_bos: bool = False
 
 
@@ -91,13 +98,13 @@ class EvaluationConfig:
     """
 
     source: str = "wikitext2"
-    path: str | None = None
+    path: PathName | None = None
     rows: str | None = None
     split: str | None = None
     field: str = "text"
-    num_samples: int | None = None
-    seqlen: int = 2048
-    batch_size: int = 1
+    num_samples: Count | None = None
+    seqlen: WindowLength = 2048
+    batch_size: Count = 1
     add_bos: bool = False
     tail: Literal["keep", "drop"] = "keep"
 
@@ -118,8 +125,8 @@ class TrainerConfig:
     """
 
     accelerator: Literal["auto", "cpu", "cuda", "gpu"] = "auto"
-    devices: int = 1
-    num_nodes: int = 1
+    devices: Count = 1
+    num_nodes: Count = 1
     strategy: Strategy = "auto"
     precision: Precision = "32-true"
-    checkpoint_seconds: float = 30.0
+    checkpoint_seconds: Annotated[float, Range(at_least=0, claim="cannot be negative")] = 30.0

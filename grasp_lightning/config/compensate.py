@@ -4,6 +4,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from grasp_lightning.config.common import EvaluationConfig, ModelConfig, TrainerConfig
+from grasp_lightning.config.values import (
+    BelowOne,
+    Count,
+    CountOrZero,
+    NotNegative,
+    PathName,
+    Positive,
+    Seed,
+    Share,
+    WindowLength,
+)
 
 TrainMode = Literal["lora", "factors", "lora_on_factors"]
 Objective = Literal["instruction", "text", "distill"]
@@ -23,9 +34,9 @@ class LoraSettings:
             the decoder layers.
     """
 
-    rank: int = 256
-    alpha: float = 16.0
-    dropout: float = 0.05
+    rank: Count = 256
+    alpha: Positive = 16.0
+    dropout: BelowOne = 0.05
     targets: tuple[str, ...] = ()
 
 
@@ -47,10 +58,10 @@ class InstructionConfig:
     """
 
     source: str = "alpaca"
-    path: str | None = None
-    num_train: int | None = None
-    num_validation: int = 2000
-    max_length: int = 256
+    path: PathName | None = None
+    num_train: Count | None = None
+    num_validation: CountOrZero = 2000
+    max_length: WindowLength = 256
     train_on_inputs: bool = True
     add_eos: bool = False
     add_bos: bool | None = None
@@ -75,12 +86,12 @@ class TextConfig:
     """
 
     source: str = "wikitext2"
-    path: str | None = None
+    path: PathName | None = None
     split: str | None = None
     field: str = "text"
-    num_samples: int = 512
-    num_validation: int = 32
-    seqlen: int = 512
+    num_samples: Count = 512
+    num_validation: CountOrZero = 32
+    seqlen: WindowLength = 512
     add_bos: bool = False
     licence: str | None = None
 
@@ -97,10 +108,10 @@ class DistillationConfig:
         device: Where the teacher is held: auto (beside the model), or another device, such as cpu.
     """
 
-    teacher: str | None = None
+    teacher: PathName | None = None
     data: Literal["instruction", "text"] = "instruction"
-    temperature: float = 1.0
-    mix: float = 0.5
+    temperature: Positive = 1.0
+    mix: Share = 0.5
     device: str = "auto"
 
 
@@ -119,14 +130,14 @@ class OptimizerConfig:
         gradient_clip: Largest norm of all gradients together; None does not clip.
     """
 
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
+    learning_rate: Share = 3e-4
+    weight_decay: NotNegative = 0.0
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.999
+    epsilon: Positive = 1e-8
     schedule: LearningRateSchedule = "linear"
-    warmup_steps: int = 100
-    gradient_clip: float | None = 1.0
+    warmup_steps: CountOrZero = 100
+    gradient_clip: Positive | None = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +155,12 @@ class TrainingConfig:
         gradient_checkpointing: Compute activations again in the backward pass to save memory.
     """
 
-    epochs: int = 1
-    max_steps: int | None = None
-    batch_size: int = 32
-    micro_batch_size: int = 4
-    validate_every: int | None = None
-    patience: int | None = None
+    epochs: Count = 1
+    max_steps: Count | None = None
+    batch_size: Count = 32
+    micro_batch_size: Count = 4
+    validate_every: Count | None = None
+    patience: Count | None = None
     keep: Literal["last", "best"] = "last"
     gradient_checkpointing: bool = False
 
@@ -193,9 +204,9 @@ class CompensateConfig:
         loggers: Where losses are logged.
     """
 
-    output_dir: str | None = None
+    output_dir: PathName | None = None
     overwrite: bool = False
-    seed: int = 0
+    seed: Seed = 0
     preset: Literal["paper"] = "paper"
     train: TrainMode = "lora"
     objective: Objective = "instruction"

@@ -1,7 +1,7 @@
 """Configuration of ``compress``, ``plan`` and ``export``."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from grasp_lightning.config.common import (
     CalibrationConfig,
@@ -9,6 +9,7 @@ from grasp_lightning.config.common import (
     ModelConfig,
     TrainerConfig,
 )
+from grasp_lightning.config.values import Count, PathName, Positive, Range, Seed
 
 MethodName = Literal["grasp", "grasp_plus", "low_rank", "drop"]
 LayerMetric = Literal["similarity", "angular"]
@@ -113,10 +114,10 @@ class StatisticsConfig:
             if ``method.removable`` lets them go.
     """
 
-    max_memory: float = 8.0
+    max_memory: Positive = 8.0
     store: bool = True
-    measured_windows: int = 1
-    priced_windows: int = 2
+    measured_windows: Annotated[int, Range(at_least=0, claim="cannot be negative")] = 1
+    priced_windows: Count = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +138,10 @@ class CompressConfig:
         statistics: Limits of what is measured.
     """
 
-    output_dir: str | None = None
+    output_dir: PathName | None = None
     overwrite: bool = False
-    seed: int = 0
-    from_scores: str | None = None
+    seed: Seed = 0
+    from_scores: PathName | None = None
     model: ModelConfig
     method: MethodConfig = field(default_factory=MethodConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -157,7 +158,7 @@ class PlanConfig(CompressConfig):
         compensate: YAML file of ``compensate``, whose memory is told; None takes the defaults.
     """
 
-    compensate: str | None = None
+    compensate: PathName | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,7 @@ class ExportConfig:
         overwrite: Delete what an earlier run wrote there.
     """
 
-    model: str
+    model: PathName
     format: Literal["dense"] = "dense"
-    output_dir: str
+    output_dir: PathName
     overwrite: bool = False

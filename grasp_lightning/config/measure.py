@@ -4,6 +4,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from grasp_lightning.config.common import Dtype
+from grasp_lightning.config.values import (
+    Count,
+    CountOrZero,
+    LibrarySeed,
+    PathName,
+    Seed,
+    WindowLength,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +32,9 @@ class CorpusWindows:
     rows: str | None = None
     split: str | None = None
     field: str = "text"
-    num_samples: int | None = None
-    seqlen: int = 2048
-    batch_size: int = 1
+    num_samples: Count | None = None
+    seqlen: WindowLength = 2048
+    batch_size: Count = 1
     add_bos: bool = False
     tail: Literal["keep", "drop"] = "keep"
 
@@ -56,20 +64,20 @@ class EvaluateConfig:
         overwrite: Measure again what ``output`` holds.
     """
 
-    model: tuple[str, ...]
+    model: tuple[PathName, ...]
     revision: str | None = None
     dtype: Dtype = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
-    corpora: tuple[str, ...] = ()
+    corpora: tuple[PathName, ...] = ()
     evaluation: CorpusWindows = field(default_factory=CorpusWindows)
     tasks: tuple[str, ...] = ()
-    task_data: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int = 1
-    seed: int = 1234
-    output: str | None = None
+    task_data: PathName | None = None
+    limit: Count | None = None
+    num_fewshot: CountOrZero | None = None
+    batch_size: Count = 1
+    seed: LibrarySeed = 1234
+    output: PathName | None = None
     overwrite: bool = False
 
 
@@ -96,18 +104,18 @@ class BenchmarkConfig:
         overwrite: Write over an ``output`` that exists.
     """
 
-    model: str
-    against: tuple[str, ...] = ()
+    model: PathName
+    against: tuple[PathName, ...] = ()
     revision: str | None = None
     dtype: Dtype = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
-    threads: int | None = None
-    prefill_lengths: tuple[int, ...] = (128, 256, 512, 1024)
-    decode_batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
-    prompt_length: int = 128
-    new_tokens: int = 32
-    rounds: int = 7
-    seed: int = 0
-    output: str | None = None
+    threads: Count | None = None
+    prefill_lengths: tuple[Count, ...] = (128, 256, 512, 1024)
+    decode_batch_sizes: tuple[Count, ...] = (1, 2, 4, 8)
+    prompt_length: Count = 128
+    new_tokens: Count = 32
+    rounds: Count = 7
+    seed: Seed = 0
+    output: PathName | None = None
     overwrite: bool = False

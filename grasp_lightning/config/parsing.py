@@ -9,10 +9,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from grasp_lightning.config.values import check_values
 from grasp_lightning.errors import ConfigError
+from grasp_lightning.reading.text import is_there, one_line, read_yaml, user_path
 
 C = TypeVar("C")
 _PARSER_OPTIONS = ("config", "help", "print_config")
@@ -55,13 +56,16 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
     parser.add_class_arguments(config_type, as_group=False)
     try:
         parsed = parser.instantiate(parser.parse_args(argv))
-    except ArgumentError as error:
+    # The parser lets through what Python raises on numbers without end and on nesting.
+    except (ArgumentError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(_explain(str(error), schema, flags, contents)) from error
     _refuse_nulls(parsed, schema)
     values = {
         field.name: parsed[field.name] for field in dataclasses.fields(_as_dataclass(config_type))
     }
-    return config_type(**values)
+    config = config_type(**values)
+    check_values(config)
+    return config
 
 
 def with_run_config(argv: Sequence[str]) -> list[str]:
@@ -85,7 +89,7 @@ def with_run_config(argv: Sequence[str]) -> list[str]:
         elif word == "--from_scores":
             folders += argv[position + 1 : position + 2]
     for folder in folders:
-        if not (Path(folder) / "config.yaml").is_file():
+        if not (user_path(folder, "from_scores", ConfigError) / "config.yaml").is_file():
             raise ConfigError(
                 f"from_scores: {folder} is no finished run with scores: it has no config.yaml"
             )
@@ -162,14 +166,14 @@ def _with_bracketed_names(word: str, schema: Mapping[str, Any]) -> str:
     """Let ``--calibration.source=[a,b]`` be a list, where the key takes one name as well."""
     key, _, text = word.removeprefix("--").partition("=")
     takes_both = word.startswith("--") and _NAMES in get_args(schema.get(key))
-    if takes_both and text.startswith("[") and text.endswith("]") and not Path(text).exists():
+    if takes_both and text.startswith("[") and text.endswith("]") and not is_there(text):
         return f"--{key}={json.dumps(_split_names(text))}"
     return word
 
 
 def _split_names(text: str) -> list[str]:
     """Return the names in ``a,b``, or in a list as YAML writes it."""
-    if Path(text).exists():  # a path may hold a comma
+    if is_there(text):  # a path may hold a comma
         return [text] if text else []
     bare = text.removeprefix("[").removesuffix("]") if text.startswith("[") else text
     return [name.strip(" \"'") for name in bare.split(",") if name.strip()]
@@ -199,18 +203,17 @@ def _flags(argv: Sequence[str], schema: Mapping[str, Any]) -> set[str]:
     words = [word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")]
     for key in words:
         if key not in schema and key not in _PARSER_OPTIONS:
-            raise ConfigError(f"command line: unknown option --{key}; {_allowed(key, schema)}")
+            raise ConfigError(
+                f"command line: unknown option --{one_line(key)}; {_allowed(key, schema)}"
+            )
     return set(words)
 
 
 def _read_yaml(file: str, config_type: type) -> dict[str, Any]:
-    path = Path(file)
-    if not path.is_file():
+    path = user_path(file, "--config", ConfigError)
+    if not path.exists():
         raise ConfigError(f"--config {file}: no such file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, ConfigError, file)
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected keys and values, got {type(content).__name__}")
     _check_keys(content, config_type, file, dict(_leaves(config_type)))
@@ -228,11 +231,13 @@ def _check_keys(
     for name, value in content.items():
         key = f"{prefix}{name}"
         if name not in kinds:
-            raise ConfigError(f"{file}: unknown key {key}; {_allowed(key, schema)}")
+            raise ConfigError(f"{file}: unknown key {one_line(key)}; {_allowed(key, schema)}")
         kind = kinds[name]
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
-                raise ConfigError(f"{file}: {key}: expected a section of keys, got {value!r}")
+                raise ConfigError(
+                    f"{file}: {key}: expected a section of keys, got {one_line(repr(value))}"
+                )
             _check_keys(value, kind, file, schema, f"{key}.")
 
 
@@ -266,12 +271,12 @@ def _explain(
         return f"{key} is not set; set it in a --config file or as --{key}=..."
     found = _BAD_VALUE.search(message)
     if found is None or found.group(1) not in schema:
-        return " ".join(message.split())
+        return f"command line: {one_line(message)}"
     key = found.group(1)
     holders = [file for file, content in contents.items() if _holds(content, key)]
     source = "command line" if key in flags or not holders else holders[-1]
     got = _GOT.search(message)
-    value = f", got {got.group(1)!r}" if got else ""
+    value = f", got {one_line(repr(got.group(1)))}" if got else ""
     return f"{source}: {key}: expected {_describe(schema[key])}{value}"
 
 

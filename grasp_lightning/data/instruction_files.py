@@ -1,11 +1,10 @@
 """Instruction samples: read from the hub, or from a local .jsonl, .json or .parquet file."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from grasp_lightning.data.records import check_data_file, read_records, text_of
 from grasp_lightning.errors import ConfigError, DataError
 
 
@@ -70,7 +69,8 @@ HUB_INSTRUCTIONS: dict[str, HubInstructions] = {
 INSTRUCTION_SOURCES = (*HUB_INSTRUCTIONS, "file")
 
 _REQUIRED = ("instruction", "output")
-_FIELDS = (*_REQUIRED, "input")
+_OPTIONAL = ("input",)
+_SUFFIXES = ".jsonl, .json or .parquet"
 
 
 def read_instructions(
@@ -131,21 +131,8 @@ def _from_hub(source: str, section: str, file_source: str) -> Instructions:
 
 
 def _from_file(path: Path) -> Instructions:
-    reader = _READERS.get(path.suffix.lower())
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; expected a {_SUFFIXES} file")
-    if reader is None:
-        raise DataError(f"{path} has the suffix {path.suffix!r}; expected a {_SUFFIXES} file")
-    if not path.exists():
-        raise DataError(f"{path} does not exist; expected a {_SUFFIXES} file")
-    try:
-        return _instructions(reader(path), str(path))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    check_data_file(path, (".jsonl", ".json", ".parquet"), f"a {_SUFFIXES} file")
+    return _instructions(read_records(path, _REQUIRED, _OPTIONAL), str(path))
 
 
 def _instructions(records: Iterable[tuple[str, object]], name: str) -> Instructions:
@@ -156,90 +143,11 @@ def _instructions(records: Iterable[tuple[str, object]], name: str) -> Instructi
 
 
 def _sample(record: object, place: str) -> InstructionSample:
-    if not isinstance(record, dict):
-        raise DataError(
-            f"{place} is no JSON object; expected one with the fields {', '.join(_FIELDS)}"
-        )
-    missing = [field for field in _REQUIRED if field not in record]
-    if missing:
-        names = ", ".join(record) or "nothing"
-        raise DataError(f"{place} has no field {missing[0]!r}; it has: {names}")
-    instruction, output = (_text(record[field], field, place) for field in _REQUIRED)
-    given = record.get("input")
+    expected = f"the fields {', '.join((*_REQUIRED, *_OPTIONAL))}"
+    instruction, output = (text_of(record, field, place, expected) for field in _REQUIRED)
+    has_input = isinstance(record, Mapping) and record.get("input") is not None
     return InstructionSample(
         instruction=instruction,
-        input="" if given is None else _text(given, "input", place),
+        input=text_of(record, "input", place, expected) if has_input else "",
         output=output,
     )
-
-
-def _text(value: object, field: str, place: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{place}: field {field!r} is {type(value).__name__}; expected a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: field {field!r} holds half of a surrogate pair, which is no text"
-        ) from error
-    return value
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
-    # utf-8-sig: the byte-order mark that some editors write is no part of the text.
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                place = f"{path}, line {number}"
-                yield place, _parsed(line, place, "one object per line")
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, object]]:
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        return
-    expected = "a list of objects; one object per line belongs in a .jsonl file"
-    records = _parsed(text, str(path), expected)
-    if not isinstance(records, list):
-        raise DataError(f"{path} holds no JSON list; expected {expected}")
-    for number, record in enumerate(records, start=1):
-        yield f"{path}, item {number}", record
-
-
-def _parsed(text: str, place: str, expected: str) -> object:
-    try:
-        parsed: object = json.loads(text)
-    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
-        reason = getattr(error, "msg", error)
-        if isinstance(error, json.JSONDecodeError) and "\n" in text.strip():
-            reason = f"{reason} in line {error.lineno}"
-        raise DataError(f"{place} is not JSON ({reason}); expected {expected}") from error
-    return parsed
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
-    # Heavy, so loaded on use.
-    import pyarrow as pa  # noqa: PLC0415
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
-    try:
-        names: list[str] = pq.read_schema(path).names
-        missing = [field for field in _REQUIRED if field not in names]
-        if missing:
-            has = ", ".join(names) or "nothing"
-            raise DataError(f"{path} has no column {missing[0]!r}; it has: {has}")
-        table = pq.read_table(path, columns=[field for field in _FIELDS if field in names])
-        rows: list[dict[str, Any]] = table.to_pylist()  # Any: a column of any type
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} is not a readable parquet file: {reason}") from error
-    for number, row in enumerate(rows):
-        yield f"{path}, row {number}", row
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, object]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
-_SUFFIXES = ".jsonl, .json or .parquet"

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning import processes
 from grasp_lightning.config import CalibrationConfig, EvaluationConfig
+from grasp_lightning.config.values import check_values
 from grasp_lightning.data.chat import calibration_documents
 from grasp_lightning.data.mixture import SELF, MixturePart, interleaved, mixture_parts
 from grasp_lightning.data.self_text import Sampler, self_text
@@ -22,8 +23,6 @@ CANDIDATE_FACTOR = 4
 """Calibration stops reading documents at this many times the windows it needs."""
 
 _MIN_TOKENS = 2  # one to predict, and one before it
-_LEAST = {"num_samples": 1, "seqlen": _MIN_TOKENS, "batch_size": 1}
-_MOST = 2**31 - 1
 _WINDOW_DIMS = 2  # (N, T)
 
 
@@ -247,7 +246,7 @@ def calibration_windows(
         ``num_samples`` full windows, those of each source in the order in which they stand in the
         shuffled corpus.
     """
-    check_window_options(config, part)
+    check_values(config, f"{part}.")
     sources = mixture_parts(config, part)
     drawn = []
     for source in sources:
@@ -280,7 +279,7 @@ def evaluation_windows(
     Returns:
         The first ``num_samples`` windows, or all.
     """
-    check_window_options(config, "evaluation")
+    check_values(config, "evaluation.")
     documents = read_documents(config, "evaluation")
     windows = pack_windows(
         documents.texts,
@@ -294,23 +293,6 @@ def evaluation_windows(
     if config.num_samples is not None:
         windows = windows.select(range(config.num_samples))
     return _with_targets(windows, documents.name)
-
-
-def check_window_options(config: CalibrationConfig | EvaluationConfig, part: Part) -> None:
-    """Refuse numbers that no windows can be made with.
-
-    Args:
-        config: A section of the configuration.
-        part: Name of the section.
-
-    Raises:
-        ConfigError: If a number is too small or too large.
-    """
-    for key, least in _LEAST.items():
-        value: int | None = getattr(config, key)
-        if value is not None and not least <= value <= _MOST:
-            bound = f"at least {least}" if value < least else f"at most {_MOST}"
-            raise ConfigError(f"{part}.{key} must be {bound}, got {value}")
 
 
 def _drawn(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from jinja2 import UndefinedError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grasp_lightning.config.values import Count, CountOrZero, LibrarySeed, check_values
 from grasp_lightning.errors import ConfigError, DataError, NumericsError
 from grasp_lightning.evaluation.paired import Estimate
 from grasp_lightning.evaluation.task_data import evaluated_split, first_line_without, local_config
@@ -35,7 +36,6 @@ PAPER_SEVEN = (
 """The tasks of Liu et al., "GRASP", arXiv:2501.00339, Table 1, whose mean accuracy it reports."""
 
 _NO_FILTER = "none"
-_MOST = 2**32 - 1  # what numpy takes as a seed
 _RANDOM_SEED = 0  # lm-eval's own, of Python's generator
 
 
@@ -50,10 +50,10 @@ class TaskSettings:
         seed: Seed of few-shot examples and of sampling.
     """
 
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int = 1
-    seed: int = 1234
+    limit: Count | None = None
+    num_fewshot: CountOrZero | None = None
+    batch_size: Count = 1
+    seed: LibrarySeed = 1234
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,19 +89,6 @@ class TaskResult:
             "documents": self.documents,
         }
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "TaskResult":  # Any: values of JSON
-        """Return the result that ``to_dict`` gave.
-
-        Args:
-            content: Plain values.
-
-        Returns:
-            The result.
-        """
-        metrics = {name: Estimate(**value) for name, value in content["metrics"].items()}
-        return cls(**{**content, "metrics": metrics})
-
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRun:
@@ -119,21 +106,6 @@ class TaskRun:
         """Return plain values."""
         results = {name: result.to_dict() for name, result in self.results.items()}
         return {"results": results, "seconds": self.seconds}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "TaskRun":  # Any: values of JSON
-        """Return the run that ``to_dict`` gave.
-
-        Args:
-            content: Plain values.
-
-        Returns:
-            The run.
-        """
-        results = {
-            name: TaskResult.from_dict(result) for name, result in content["results"].items()
-        }
-        return cls(results=results, seconds=content["seconds"])
 
 
 class _LmEval(NamedTuple):
@@ -188,11 +160,7 @@ class Harness:
     """
 
     def __init__(self, names: Sequence[str], task_data: str | None, settings: TaskSettings) -> None:
-        for key, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1), ("seed", 0)):
-            value = getattr(settings, key)
-            if value is not None and not least <= value <= _MOST:
-                bound = f"at least {least}" if value < least else f"at most {_MOST}"
-                raise ConfigError(f"{key} must be {bound}, got {value}")
+        check_values(settings)
         self._library = _lm_eval()
         self._settings = settings
         self._folder = None if task_data is None else Path(task_data).expanduser().absolute()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from grasp_lightning.evaluation.cost import ModelCost
 from grasp_lightning.evaluation.harness import PAPER_SEVEN, TaskResult, TaskRun
@@ -71,26 +71,6 @@ class ModelEvaluation:
             "corpora": {name: asdict(result) for name, result in self.corpora.items()},
             "tasks": {name: run.to_dict() for name, run in self.tasks.items()},
         }
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Self:  # Any: values of JSON
-        """Return the evaluation that ``to_dict`` gave.
-
-        Args:
-            content: Plain values.
-
-        Returns:
-            The evaluation.
-        """
-        cost = content["cost"]
-        return cls(
-            model=content["model"],
-            sha256=content["sha256"],
-            cost=None if cost is None else ModelCost(**cost),
-            peak_memory_bytes=content["peak_memory_bytes"],
-            corpora={name: CorpusResult(**result) for name, result in content["corpora"].items()},
-            tasks={name: TaskRun.from_dict(run) for name, run in content["tasks"].items()},
-        )
 
 
 def paper_mean(results: Mapping[str, TaskResult]) -> Estimate | None:

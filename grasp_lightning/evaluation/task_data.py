@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lightning.errors import ConfigError, DataError
+from grasp_lightning.reading.text import one_line, read_json_lines
 
 _SPLIT_KEYS = ("training_split", "validation_split", "test_split")
 _TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
@@ -142,20 +143,8 @@ def _check_rows(file: Path, task: str, fields: set[str]) -> int:
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:  # Any: parsed JSON
-    try:
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise DataError(
-                        f"{file}, line {number}: expected a JSON object, got {line:.40}"
-                    )
-                yield number, row
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {number} is not JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text ({error.reason})") from error
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+    for number, row in read_json_lines(file):
+        if not isinstance(row, dict):
+            came = one_line(json.dumps(row))
+            raise DataError(f"{file}, line {number}: expected a JSON object, got {came}")
+        yield number, row

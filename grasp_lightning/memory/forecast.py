@@ -1,7 +1,6 @@
 """Memory per process of a calibration and of a compensation, by strategy, from configurations."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Final, get_args
 
 from grasp_lightning.config import (
@@ -28,6 +27,7 @@ from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
 from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, CompensationRow
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.sampling import BATCH
+from grasp_lightning.reading.text import user_path
 from grasp_lightning.stats.base import FORWARD_MOMENTS
 from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
 
@@ -53,7 +53,7 @@ def compensation_settings(config: PlanConfig) -> CompensateConfig:
     file = config.compensate
     if file is None:
         return CompensateConfig(model=config.model)
-    if not Path(file).is_file():
+    if not user_path(file, "--compensate", ConfigError).is_file():
         raise ConfigError(f"--compensate {file}: no such file")
     # The compressed model is not there yet; a file need not name it.
     argv = [f"--config={file}", f"--model.path={config.model.path}"]

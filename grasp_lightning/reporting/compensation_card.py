@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
+from grasp_lightning.errors import DataError
+from grasp_lightning.reading.text import parse_yaml
 from grasp_lightning.reporting.card import (
     base_model_of,
     card_template,
@@ -108,8 +110,8 @@ def _split(card: str) -> _Card:
     card = card.removeprefix("\ufeff").replace("\r\n", "\n")
     if found := _FRONT_MATTER.match(card):
         try:
-            matter = yaml.safe_load(found[1])
-        except (yaml.YAMLError, ValueError):  # ValueError: a date that there is not
+            matter = parse_yaml(found[1], "", is_strict=False)
+        except DataError:
             matter = None
         if isinstance(matter, dict):
             return _Card(matter, card[found.end() :])

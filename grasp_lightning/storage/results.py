@@ -17,8 +17,11 @@ from grasp_lightning.evaluation.results import (
     paper_mean_difference,
     task_difference,
 )
+from grasp_lightning.reading.text import read_json
+from grasp_lightning.reading.typed import as_type
 from grasp_lightning.run_folder import write_file
 
+_ANOTHER = "name another file"
 _FORMAT = "grasp_lightning evaluation 1"
 _BENCHMARK_KEYS = {"workload", "machine", "models"}
 
@@ -70,9 +73,9 @@ class EvaluationFile:
             raise OutputError(f"output: {path} is a folder; expected the path of a JSON file")
         check_parent(self._path)
         if self._path.exists():
-            content = self._read()  # also before overwriting: only a file of ours is replaced
-            for evaluation in map(ModelEvaluation.from_dict, content["models"]):
-                kept = self._kept(evaluation, content["settings"])
+            stored = self._read()  # also before overwriting: only a file of ours is replaced
+            for evaluation in stored.models:
+                kept = self._kept(evaluation, stored.settings)
                 self._evaluations[evaluation.model] = kept
 
     def _kept(self, evaluation: ModelEvaluation, stored: Settings) -> ModelEvaluation:
@@ -83,7 +86,7 @@ class EvaluationFile:
             ("windows", evaluation.corpora),
             ("tasks", evaluation.tasks if request.tasks else ()),
         ):
-            difference = first_difference(stored[part], self._settings[part])
+            difference = first_difference(stored.get(part, {}), self._settings[part])
             if difference is None or not results:
                 continue
             if not request.overwrite:
@@ -101,22 +104,16 @@ class EvaluationFile:
             tasks={k: v for k, v in evaluation.tasks.items() if k not in request.tasks},
         )
 
-    def _read(self) -> dict[str, Any]:  # Any: values of JSON
+    def _read(self) -> "_Stored":
         assert self._path is not None
-        try:
-            content: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
-            is_ours = content["format"] == _FORMAT
-        except (ValueError, KeyError, TypeError) as error:
-            raise OutputError(
-                f"output: {self._path} exists and is no output of evaluate; name another file"
-            ) from error
-        except OSError as error:
-            raise OutputError(f"output: cannot read {self._path}: {error.strerror}") from error
-        if not is_ours:
-            raise OutputError(
-                f"output: {self._path} is of another version of evaluate; name another file"
-            )
-        return content
+        what = f"output: {self._path} exists and is no output of evaluate"
+        content = read_json(self._path, OutputError, f"{what}: it", _ANOTHER)
+        if not isinstance(content, dict) or "format" not in content:
+            raise OutputError(f"{what}; {_ANOTHER}")
+        if content["format"] != _FORMAT:
+            raise OutputError(f"output: {self._path} is of another version of evaluate; {_ANOTHER}")
+        read = {key: content.get(key) for key in ("settings", "models")}
+        return as_type(_Stored, read, what, OutputError, _ANOTHER)
 
     def get(self, model: str, sha256: str) -> ModelEvaluation:
         """Return what was measured of a model.
@@ -167,6 +164,14 @@ class EvaluationFile:
         }
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
         write_file(self._path, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What a start reads of the file that an earlier one has written."""
+
+    settings: Mapping[str, Mapping[str, Any]]  # Any: values of JSON
+    models: tuple[ModelEvaluation, ...]
 
 
 def _differences(
@@ -310,14 +315,10 @@ def _check_free(file: Path, overwrite: bool) -> None:
 
 
 def _check_is_result(file: Path) -> None:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
+    what = f"output: {file} is no result of benchmark and is in the way"
+    content = read_json(file, OutputError, f"{what}: it", _ANOTHER)
     if not isinstance(content, dict) or content.keys() != _BENCHMARK_KEYS:
-        raise OutputError(
-            f"output: {file} is no result of benchmark and is in the way; name another output"
-        )
+        raise OutputError(f"{what}; name another output")
 
 
 def check_parent(file: Path) -> None:

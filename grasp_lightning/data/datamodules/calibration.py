@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning import processes
 from grasp_lightning.config import CalibrationConfig
+from grasp_lightning.config.values import check_values
 from grasp_lightning.data.self_text import Sampler
-from grasp_lightning.data.windows import TokenWindows, calibration_windows, check_window_options
+from grasp_lightning.data.windows import TokenWindows, calibration_windows
 
 WindowBatch = dict[str, Tensor]
 
@@ -42,7 +43,7 @@ class CalibrationData(L.LightningDataModule):
         sample: Sampler | None = None,
     ) -> None:
         super().__init__()
-        check_window_options(config, "calibration")
+        check_values(config, "calibration.")
         self._config = config
         self._tokenizer = tokenizer
         self._seed = seed

@@ -20,6 +20,7 @@ from grasp_lightning.config import (
     TextConfig,
     TrainingConfig,
 )
+from grasp_lightning.config.values import check_values
 from grasp_lightning.data.batching import (
     MicroBatch,
     Rows,
@@ -38,8 +39,6 @@ from grasp_lightning.data.windows import TokenWindows, calibration_windows
 from grasp_lightning.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-_LEAST_LENGTH = 2  # tokens: one to predict, and one before it
 
 
 class TrainingSamples(NamedTuple):
@@ -171,10 +170,7 @@ class InstructionData(TrainingData):
         seed: int = 0,
     ) -> None:
         super().__init__(tokenizer, training or TrainingConfig(), seed)
-        if config.max_length < _LEAST_LENGTH:
-            raise ConfigError(
-                f"data.max_length must be at least {_LEAST_LENGTH}, got {config.max_length}"
-            )
+        check_values(config, "data.")
         self.config = config
 
     @property

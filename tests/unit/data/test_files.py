@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -64,6 +65,36 @@ def test_a_wrong_json_line_is_named_by_file_and_number(
 def test_parquet_rows_are_documents(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", text=["one", "two"], number=[1, 2])
     assert read_file(path, "text") == ("one", "two")
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view()])
+def test_strings_of_every_kind_are_text(tmp_path: Path, kind: pa.DataType) -> None:
+    texts = ["one", "two", "one"]
+    table = pa.table({"text": pa.array(texts, kind)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read_file(tmp_path / "a.parquet", "text") == tuple(texts)
+    encoded = pa.array(texts).dictionary_encode()
+    pq.write_table(pa.table({"text": encoded}), tmp_path / "a.parquet")
+    assert read_file(tmp_path / "a.parquet", "text") == tuple(texts)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet has 2 columns 'text'; expected one"):
+        read_file(tmp_path / "a.parquet", "text")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_nobody_waits_for_a_fifo(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"a{suffix}")
+    with pytest.raises(DataError, match="is a FIFO; expected a file"):
+        read_file(tmp_path / f"a{suffix}", "text")
+
+
+def test_other_fields_of_a_record_may_be_no_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "a", "score": NaN}')
+    assert read_file(path, "text") == ("a",)
 
 
 @pytest.mark.parametrize(

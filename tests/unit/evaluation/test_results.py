@@ -13,6 +13,7 @@ from grasp_lightning.evaluation.results import (
     paper_mean_difference,
     task_difference,
 )
+from grasp_lightning.reading.typed import as_type
 
 RESULT = TaskResult(
     metrics={"acc": Estimate(0.5, 0.25), "acc_norm": Estimate(0.75, 0.2)},
@@ -47,7 +48,7 @@ EVALUATION = ModelEvaluation(
 
 def test_an_evaluation_survives_json() -> None:
     content = json.loads(json.dumps(EVALUATION.to_dict()))
-    assert ModelEvaluation.from_dict(content) == EVALUATION
+    assert as_type(ModelEvaluation, content, "file") == EVALUATION
 
 
 def test_the_paper_s_mean_takes_acc_of_all_seven() -> None:

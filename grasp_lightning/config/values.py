@@ -1,0 +1,138 @@
+"""What a value of the configuration may be, declared once at its key and checked in one place."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from grasp_lightning.errors import ConfigError
+from grasp_lightning.reading.text import one_line, user_path
+
+_FINITE = "must be a finite number"
+_MOST = 2**31 - 1  # of a count whose key declares no other bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Numbers that a key takes; the parser shows it in the help of a command.
+
+    Attributes:
+        at_least: Lowest number.
+        above: A number below all of them.
+        at_most: Highest number.
+        below: A number above all of them.
+        claim: What is said of a negative number that is none of them; None says the bounds.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    claim: str | None = None
+
+    def __contains__(self, value: float) -> bool:
+        """Tell whether a number is one of them; NaN never is."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __repr__(self) -> str:
+        """Return the bounds in words."""
+        if self.at_least is not None and self.at_most is not None:
+            return f"from {self.at_least} to {self.at_most}"
+        bounds = (
+            ("at least", self.at_least),
+            ("above", self.above),
+            ("at most", self.at_most),
+            ("below", self.below),
+        )
+        return " and ".join(f"{name} {value}" for name, value in bounds if value is not None)
+
+
+@dataclass(frozen=True)
+class _Path:
+    """Marks a text that may name a file or a folder."""
+
+    def __repr__(self) -> str:
+        """Return what the help of a command shows."""
+        return "path"
+
+
+PathName = Annotated[str, _Path()]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(at_least=0)]
+BelowOne = Annotated[float, Range(at_least=0, below=1)]
+Share = Annotated[float, Range(above=0, at_most=1)]
+Count = Annotated[int, Range(at_least=1)]
+CountOrZero = Annotated[int, Range(at_least=0)]
+WindowLength = Annotated[int, Range(at_least=2)]  # a token to predict, and one before it
+LibrarySeed = Annotated[int, Range(at_least=0), Range(at_most=2**32 - 1)]  # numpy takes no more
+Seed = Annotated[int, Range(at_least=0, at_most=2**63 - 1)]
+
+
+def check_values(config: Any, prefix: str = "") -> None:  # noqa: ANN401  a dataclass is no type
+    """Refuse values that no command can use, whatever the other keys say.
+
+    Numbers are finite, in the range that their key declares, and of a size that counts have. A text
+    has no NUL byte, and a path is one that a file can have.
+
+    Args:
+        config: A configuration, or one section of it.
+        prefix: What stands before the keys of the section in messages, such as ``method.``.
+
+    Raises:
+        ConfigError: Naming the key, what was expected, and what came.
+    """
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in fields(config):
+        key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if is_dataclass(value):
+            check_values(value, f"{key}.")
+            continue
+        marks = list(_marks(hints[field.name]))
+        for part in value if isinstance(value, tuple) else (value,):
+            claim = _refusal(part, key, marks)
+            if claim is not None:
+                if isinstance(value, tuple):
+                    claim = claim.replace(_FINITE, "must hold finite numbers")
+                    claim = claim.replace("must be", "must hold numbers of")
+                raise ConfigError(f"{key} {claim}, got {one_line(repr(part))}")
+
+
+def _marks(kind: Any) -> Iterator[object]:  # noqa: ANN401  a type annotation
+    """Yield what an annotation declares, also of the parts of a union or list."""
+    if get_origin(kind) is Annotated:
+        yield from kind.__metadata__
+    for part in get_args(kind):
+        yield from _marks(part)
+
+
+def _refusal(value: object, key: str, marks: list[object]) -> str | None:
+    """Return what is to be said of a value; None if it is good."""
+    if isinstance(value, str):
+        return _text_refusal(value, key, marks)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    ranges = [mark for mark in marks if isinstance(mark, Range)]
+    if isinstance(value, float) and (math.isinf(value) or (math.isnan(value) and not ranges)):
+        return _FINITE
+    for allowed in ranges:
+        if value not in allowed:
+            return (allowed.claim if value < 0 else None) or f"must be {allowed}"
+    is_bounded = any(allowed.at_most is not None for allowed in ranges)
+    if isinstance(value, int) and not is_bounded and abs(value) > _MOST:
+        return f"must be at most {_MOST}" if value > 0 else f"must be at least -{_MOST}"
+    return None
+
+
+def _text_refusal(value: str, key: str, marks: list[object]) -> str | None:
+    if "\0" in value:
+        return "holds a NUL byte"
+    if not value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        return "is not UTF-8 text"
+    if any(isinstance(mark, _Path) for mark in marks):
+        user_path(value, key, ConfigError)
+    return None
