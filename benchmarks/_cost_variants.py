@@ -15,7 +15,7 @@ import transformers
 from _meters import PassCounter
 from _reference import Gradients, Kept, ReferenceProcedure, block_groups
 
-from callbacks.measure import TrainerMeasure
+from grasp_lightning.callbacks.measure import TrainerMeasure
 from grasp_lightning.config import CalibrationConfig, MethodConfig, ModelConfig, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows, batches, calibration_windows

@@ -16,10 +16,10 @@ import torch
 import transformers
 from lightning.pytorch.strategies import DDPStrategy
 
-from callbacks.expected_warnings import expected_warnings
-from callbacks.measure import TrainerMeasure, placement
-from callbacks.trainable import TrainableParameters
 from grasp_lightning import processes
+from grasp_lightning.callbacks.expected_warnings import expected_warnings
+from grasp_lightning.callbacks.measure import TrainerMeasure, placement
+from grasp_lightning.callbacks.trainable import TrainableParameters
 from grasp_lightning.config import (
     CalibrationConfig,
     LoraSettings,

@@ -8,10 +8,10 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from callbacks.measure import check_trainer
-from callbacks.split_model import MeasureInFit
-from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
+from grasp_lightning.callbacks.measure import check_trainer
+from grasp_lightning.callbacks.split_model import MeasureInFit
+from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.commands.compensation_outputs import CompensationOutcome, write_compensation
 from grasp_lightning.commands.training import TrainingRun
 from grasp_lightning.commands.workflow import (

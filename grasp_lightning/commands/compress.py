@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from rich.progress import track
 from torch import Tensor
 
-from callbacks.measure import TrainerMeasure
-from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
+from grasp_lightning.callbacks.measure import TrainerMeasure
+from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.commands.inputs import Inputs, prepare
 from grasp_lightning.commands.outputs import Outcome, write_outputs
 from grasp_lightning.commands.workflow import (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.progress import track
 
-from callbacks.measure import check_trainer, is_split
 from grasp_lightning import processes
+from grasp_lightning.callbacks.measure import check_trainer, is_split
 from grasp_lightning.config import CompressConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.mixture import mixture_parts

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from callbacks.requeue import is_requeued, job_name
 from grasp_lightning import processes
+from grasp_lightning.callbacks.requeue import is_requeued, job_name
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.evaluation.perplexity import evaluate_perplexity
