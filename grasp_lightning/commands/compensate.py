@@ -25,12 +25,8 @@ from grasp_lightning.config import CompensateConfig, ModelConfig, Strategy
 from grasp_lightning.config.compensate_settings import check_settings, uses_instructions
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.data.datamodules import InstructionData, TextData, TrainingData
-from grasp_lightning.data.windows import (
-    TokenWindows,
-    check_window_options,
-    evaluation_windows,
-    own_batches,
-)
+from grasp_lightning.data.section_windows import check_window_options, evaluation_windows
+from grasp_lightning.data.windows import TokenWindows, own_micro_batches
 from grasp_lightning.errors import ConfigError, ModelError, OutputError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.calls import check_length, check_vocabulary
@@ -214,7 +210,7 @@ def _train_split(
     phases: Phases,
 ) -> _Measured:
     """Do the same inside of one fit, where a model that is split over processes is ready to run."""
-    held_out = own_batches(inputs.held_out, config.evaluation.batch_size)
+    held_out = own_micro_batches(inputs.held_out, config.evaluation.batch_size)
     measure = MeasureInFit(held_out, notes, lambda: phases("evaluate"))
     with phases("train", excluding=["evaluate"]):
         training.fit(measure)

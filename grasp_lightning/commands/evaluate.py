@@ -13,12 +13,9 @@ from rich.console import Console
 from grasp_lightning.commands.amend import amend_run
 from grasp_lightning.commands.workflow import tracked_perplexity
 from grasp_lightning.config import EvaluateConfig, EvaluationConfig, ModelConfig
+from grasp_lightning.data.section_windows import check_window_options, evaluation_windows
 from grasp_lightning.data.sources import SOURCES
-from grasp_lightning.data.windows import (
-    TokenWindows,
-    check_window_options,
-    evaluation_windows,
-)
+from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError, DataError, ModelError, OutputError
 from grasp_lightning.evaluation.cost import measure_cost
 from grasp_lightning.evaluation.harness import Harness, TaskSettings

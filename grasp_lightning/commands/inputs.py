@@ -11,11 +11,8 @@ from grasp_lightning.callbacks.measure import check_trainer, is_split
 from grasp_lightning.config import CompressConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.mixture import mixture_parts
-from grasp_lightning.data.windows import (
-    TokenWindows,
-    check_window_options,
-    evaluation_windows,
-)
+from grasp_lightning.data.section_windows import check_window_options, evaluation_windows
+from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods import build_method

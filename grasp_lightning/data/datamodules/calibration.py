@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning import processes
 from grasp_lightning.config import CalibrationConfig
+from grasp_lightning.data.section_windows import calibration_windows, check_window_options
 from grasp_lightning.data.self_text import Sampler
-from grasp_lightning.data.windows import TokenWindows, calibration_windows, check_window_options
+from grasp_lightning.data.windows import TokenWindows
 
 WindowBatch = dict[str, Tensor]
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, get_scheduler
 
 from grasp_lightning import processes
 from grasp_lightning.config import OptimizerConfig
-from grasp_lightning.data.batching import MicroBatch, PackingForm, packed_inputs, packing_form
+from grasp_lightning.data.batching import MicroBatch
 from grasp_lightning.data.datamodules import TrainingData
+from grasp_lightning.data.packing import PackingForm, packed_inputs, packing_form
 from grasp_lightning.data.steps import StepBatch
 from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView

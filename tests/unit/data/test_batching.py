@@ -7,14 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp_lightning.config import BatchOrder
-from grasp_lightning.data.batching import (
-    Rows,
-    TokenSamples,
-    collate,
-    epoch_batches,
-    packed_inputs,
-    packing_form,
-)
+from grasp_lightning.data.batching import Rows, TokenSamples, collate, epoch_batches
+from grasp_lightning.data.packing import packed_inputs, packing_form
 from grasp_lightning.errors import ModelError
 from grasp_lightning.models.next_token import forward_inputs, next_token_losses
 from tests.conftest import ALL_FAMILIES, FAMILIES, tiny_model

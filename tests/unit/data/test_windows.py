@@ -9,13 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from grasp_lightning.config import CalibrationConfig, EvaluationConfig
-from grasp_lightning.data.windows import (
-    TokenWindows,
-    batches,
-    calibration_windows,
-    evaluation_windows,
-    pack_windows,
-)
+from grasp_lightning.data.section_windows import calibration_windows, evaluation_windows
+from grasp_lightning.data.windows import TokenWindows, batches, pack_windows
 from grasp_lightning.errors import ConfigError, DataError
 
 BOS, PAD = 256, 258  # of the byte tokenizer
