@@ -33,12 +33,14 @@ from grasp_lightning.config import (
 )
 from grasp_lightning.data.datamodules import CalibrationData, TextData
 from grasp_lightning.evaluation.peak_memory import forget_peak, peak_bytes
-from grasp_lightning.memory.footprint import (
+from grasp_lightning.memory.calibration import (
     calibration_activations,
     calibration_memory,
+    decomposition_bytes,
+)
+from grasp_lightning.memory.compensation import (
     compensation_activations,
     compensation_memory,
-    decomposition_bytes,
     trained_parameters,
 )
 from grasp_lightning.memory.model_shape import model_shape
