@@ -182,6 +182,9 @@ def _compressed(
 
     Of a model that is shared, the source is read again and the plan applied to it, which needs no
     weight from other processes.
+
+    Raises:
+        ModelError: If the source has changed.
     """
     if not is_sharded(inputs.loaded.model):
         return inputs.loaded

@@ -113,7 +113,6 @@ def attempt(run: RunFolder, memory_advice: str) -> Iterator[None]:
         Nothing; the block does the work of the run.
 
     Raises:
-        BaseException: Whatever ended the block.
         ModelError: If the device had too little memory.
     """
     is_new = run.state == "new"
