@@ -4,15 +4,16 @@ from dataclasses import replace
 import pytest
 
 from grasp_lightning.evaluation.cost import ModelCost
-from grasp_lightning.evaluation.harness import PAPER_SEVEN, TaskResult, TaskRun
 from grasp_lightning.evaluation.paired import Estimate
 from grasp_lightning.evaluation.results import (
+    PAPER_SEVEN,
     CorpusResult,
     ModelEvaluation,
     paper_mean,
     paper_mean_difference,
     task_difference,
 )
+from grasp_lightning.evaluation.task_results import TaskResult, TaskRun
 
 RESULT = TaskResult(
     metrics={"acc": Estimate(0.5, 0.25), "acc_norm": Estimate(0.75, 0.2)},
