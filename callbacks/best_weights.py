@@ -6,8 +6,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
 
-from callbacks.calibration_checkpoint import PassStore
-from callbacks.trainable import compensation_module
+from grasp_lightning.callbacks.calibration_checkpoint import PassStore
+from grasp_lightning.callbacks.trainable import compensation_module
 from grasp_lightning.training.compensation import VALIDATION_LOSS
 
 

@@ -7,8 +7,8 @@ from typing import Protocol
 import lightning as L
 from torch import Tensor
 
-from callbacks.measurement import Measurement
-from callbacks.stop_request import StopRequest
+from grasp_lightning.callbacks.measurement import Measurement
+from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.stats.base import Moments
 
@@ -72,27 +72,16 @@ class CalibrationCheckpoint(L.Callback):
         del trainer, pl_module
         self._stop.take_over()
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signals back from the Trainer."""
-        del trainer, pl_module
-        self._stop.take_over()
-
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        *args: object,
+        **kwargs: object,
     ) -> None:
         """Save, if it is time or the run shall end."""
-        del trainer, args
-        self._end_batch(pl_module)
-
-    def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object
-    ) -> None:
-        """Save, if it is time or the run shall end."""
-        del trainer, args
-        self._end_batch(pl_module)
-
-    def _end_batch(self, module: L.LightningModule) -> None:
-        number = self._stop.agreed() if is_sharded(module) else self._stop.signal_number
+        del trainer, args, kwargs
+        number = self._stop.agreed() if is_sharded(pl_module) else self._stop.signal_number
         start = time.monotonic()
         wait = max(self._every_seconds, self._saving_seconds / _MOST_SAVING)
         if start - self._saved_at >= wait or number is not None:
@@ -101,3 +90,7 @@ class CalibrationCheckpoint(L.Callback):
             self._saving_seconds = self._saved_at - start
         if number is not None:
             self._stop.check()
+
+    # A pass without gradients is a predict.
+    on_predict_start = on_train_start
+    on_predict_batch_end = on_train_batch_end

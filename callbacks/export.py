@@ -5,7 +5,7 @@ from pathlib import Path
 import lightning as L
 from transformers import PreTrainedTokenizerBase
 
-from callbacks.trainable import compensation_module
+from grasp_lightning.callbacks.trainable import compensation_module
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.training.compensation import merge_adapters
 

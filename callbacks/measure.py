@@ -13,15 +13,19 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger
 from rich.progress import track
 
-from callbacks.attribution import SingularAttribution
-from callbacks.calibration_checkpoint import CalibrationCheckpoint, PassStore, StepStore
-from callbacks.expected_warnings import expected_warnings
-from callbacks.measurement import WINDOWS, Measurement
-from callbacks.moments import LinearMoments
-from callbacks.progress import StepProgressBar
-from callbacks.similarity import LayerSimilarity
-from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
+from grasp_lightning.callbacks.attribution import SingularAttribution
+from grasp_lightning.callbacks.calibration_checkpoint import (
+    CalibrationCheckpoint,
+    PassStore,
+    StepStore,
+)
+from grasp_lightning.callbacks.expected_warnings import expected_warnings
+from grasp_lightning.callbacks.measurement import WINDOWS, Measurement
+from grasp_lightning.callbacks.moments import LinearMoments
+from grasp_lightning.callbacks.progress import StepProgressBar
+from grasp_lightning.callbacks.similarity import LayerSimilarity
+from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError

@@ -110,17 +110,6 @@ class Measurement(L.Callback):
         self._step, self._done = None, True
         self.release()
 
-    def _begin_batch(self, batch: Batch) -> None:
-        if self._step is None or self._done:
-            return
-        if len(batch["index"]) == 0:  # padding runs, and counts nothing: it has no target either
-            batch = {**batch, "mask": torch.zeros_like(batch["mask"])}
-        self.start_batch(batch)
-
-    def _end_batch(self, batch: Batch) -> None:
-        if self._step is not None and not self._done:
-            self.windows += batch["index"].tolist()
-
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Be ready for another fit."""
         del trainer, pl_module
@@ -134,35 +123,6 @@ class Measurement(L.Callback):
         self.start(calibration_module(pl_module))
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
-        """Tell the hooks what batch comes."""
-        del trainer, pl_module, batch_idx
-        self._begin_batch(batch)
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: object,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
-        """Note which windows were counted."""
-        del trainer, pl_module, outputs, batch_idx
-        self._end_batch(batch)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the hooks off and leave the statistics on the module."""
-        del trainer
-        self.finish(calibration_module(pl_module))
-
-    def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the hooks on."""
-        del trainer
-        self.start(calibration_module(pl_module))
-
-    def on_predict_batch_start(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
@@ -172,9 +132,13 @@ class Measurement(L.Callback):
     ) -> None:
         """Tell the hooks what batch comes."""
         del trainer, pl_module, batch_idx, dataloader_idx
-        self._begin_batch(batch)
+        if self._step is None or self._done:
+            return
+        if len(batch["index"]) == 0:  # padding runs, and counts nothing: it has no target either
+            batch = {**batch, "mask": torch.zeros_like(batch["mask"])}
+        self.start_batch(batch)
 
-    def on_predict_batch_end(  # noqa: PLR0917  Lightning's signature
+    def on_train_batch_end(  # noqa: PLR0917  Lightning's signature
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
@@ -185,12 +149,19 @@ class Measurement(L.Callback):
     ) -> None:
         """Note which windows were counted."""
         del trainer, pl_module, outputs, batch_idx, dataloader_idx
-        self._end_batch(batch)
+        if self._step is not None and not self._done:
+            self.windows += batch["index"].tolist()
 
-    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the hooks off and leave the statistics on the module."""
         del trainer
         self.finish(calibration_module(pl_module))
+
+    # A pass without gradients is a predict.
+    on_predict_epoch_start = on_train_epoch_start
+    on_predict_batch_start = on_train_batch_start
+    on_predict_batch_end = on_train_batch_end
+    on_predict_epoch_end = on_train_epoch_end
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from callbacks.measurement import Measurement
+from grasp_lightning.callbacks.measurement import Measurement
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.stats.moments import MomentSums
 from grasp_lightning.stats.observer import InputObserver, LinearObserver

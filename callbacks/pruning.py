@@ -2,7 +2,7 @@
 
 import lightning as L
 
-from callbacks.measurement import calibration_module
+from grasp_lightning.callbacks.measurement import calibration_module
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.methods.grasp import grasp

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from callbacks.measurement import Measurement
+from grasp_lightning.callbacks.measurement import Measurement
 from grasp_lightning.config import LayerMetric
 from grasp_lightning.methods.layer_choice import LayerChoice
 from grasp_lightning.stats.base import Statistics, Step

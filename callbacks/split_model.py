@@ -9,8 +9,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks.trainable import compensation_module
 from grasp_lightning import processes
+from grasp_lightning.callbacks.trainable import compensation_module
 from grasp_lightning.data.batching import MicroBatch
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.errors import NumericsError

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from callbacks.requeue import REQUEUE_SIGNAL, is_slurm_job
 from grasp_lightning import processes
+from grasp_lightning.callbacks.requeue import REQUEUE_SIGNAL, is_slurm_job
 from grasp_lightning.errors import Interrupted
 
 Handler = Callable[[int, FrameType | None], object] | int | None

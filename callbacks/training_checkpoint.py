@@ -7,8 +7,8 @@ from pathlib import Path
 
 import lightning as L
 
-from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
+from grasp_lightning.callbacks.stop_request import StopRequest
 
 
 class TrainingCheckpoint(L.Callback):

@@ -191,7 +191,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
 def _interrupted(name: str, number: int) -> int:
     how = "interrupted"
     if number == signal.SIGUSR1:
-        from callbacks.requeue import requeue_job  # noqa: PLC0415
+        from grasp_lightning.callbacks.requeue import requeue_job  # noqa: PLC0415
 
         refusal = requeue_job()
         if refusal is None:

@@ -107,16 +107,10 @@ def gather(value: T) -> list[T]:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """Let rank 0 do something, and give its result, or what it raised, to all.
+    """Let rank 0 do something, and return its result, or raise what it raised, in all processes.
 
     Args:
         work: What rank 0 does; its result is pickled.
-
-    Returns:
-        The result, in all processes.
-
-    Raises:
-        error: What the work raised, in all processes.
     """
     if num_processes() == 1:
         return work()
@@ -136,10 +130,7 @@ def on_first(work: Callable[[], T]) -> T:
 
 
 def _told(tell: Callable[[], T], error: Exception | None) -> T:
-    """Tell the other processes of an error, if they are still there.
-
-    The signal that interrupted this one may have ended them already.
-    """
+    """Tell the other processes of an error; an interruption may have ended them already."""
     try:
         return tell()
     except RuntimeError:  # torch raises no narrower class where a process is gone
@@ -151,14 +142,7 @@ def _told(tell: Callable[[], T], error: Exception | None) -> T:
 def in_turns(work: Callable[[], T]) -> T:
     """Let the processes of each node do something one after the other, each for itself.
 
-    Args:
-        work: What each process does.
-
-    Returns:
-        What the work of this process returned.
-
-    Raises:
-        failure: What the work of any process raised, in all processes.
+    What the work of any of them raises is raised in all.
     """
     if num_processes() == 1:
         return work()

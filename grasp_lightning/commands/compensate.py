@@ -8,21 +8,18 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from callbacks.measure import check_trainer
-from callbacks.split_model import MeasureInFit
-from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
+from grasp_lightning.callbacks.measure import check_trainer
+from grasp_lightning.callbacks.split_model import MeasureInFit
+from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.commands.compensation_outputs import CompensationOutcome, write_compensation
 from grasp_lightning.commands.training import TrainingRun
 from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
 from grasp_lightning.config import CompensateConfig, ModelConfig, Strategy
 from grasp_lightning.config.compensate_settings import check_settings, uses_instructions
 from grasp_lightning.data.datamodules import InstructionData, TextData, TrainingData
-from grasp_lightning.data.windows import (
-    TokenWindows,
-    evaluation_windows,
-    own_batches,
-)
+from grasp_lightning.data.section_windows import evaluation_windows
+from grasp_lightning.data.windows import TokenWindows, own_micro_batches
 from grasp_lightning.errors import ConfigError, ModelError, OutputError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.calls import check_length, check_vocabulary
@@ -194,7 +191,7 @@ def _train_split(
     phases: Phases,
 ) -> _Measured:
     """Do the same inside of one fit, where a model that is split over processes is ready to run."""
-    held_out = own_batches(inputs.held_out, config.evaluation.batch_size)
+    held_out = own_micro_batches(inputs.held_out, config.evaluation.batch_size)
     measure = MeasureInFit(held_out, notes, lambda: phases("evaluate"))
     with phases("train", excluding=["evaluate"]):
         training.fit(measure)

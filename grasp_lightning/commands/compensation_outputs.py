@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from callbacks.history import TrainingHistory
+from grasp_lightning.callbacks.history import TrainingHistory
 from grasp_lightning.commands.outputs import package_versions
 from grasp_lightning.config import CompensateConfig
 from grasp_lightning.config.compensate_settings import uses_instructions

@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from rich.progress import track
 from torch import Tensor
 
-from callbacks.measure import TrainerMeasure
-from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
+from grasp_lightning.callbacks.measure import TrainerMeasure
+from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.commands.inputs import Inputs, prepare
 from grasp_lightning.commands.outputs import Outcome, write_outputs
 from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
@@ -167,6 +167,9 @@ def _compressed(
 
     Of a model that is shared, the source is read again and the plan applied to it, which needs no
     weight from other processes.
+
+    Raises:
+        ModelError: If the source has changed.
     """
     if not is_sharded(inputs.loaded.model):
         return inputs.loaded

@@ -14,11 +14,9 @@ from grasp_lightning.commands.amend import amend_run
 from grasp_lightning.commands.workflow import tracked_perplexity
 from grasp_lightning.config import EvaluateConfig, EvaluationConfig, ModelConfig
 from grasp_lightning.config.values import check_values
+from grasp_lightning.data.section_windows import evaluation_windows
 from grasp_lightning.data.sources import SOURCES
-from grasp_lightning.data.windows import (
-    TokenWindows,
-    evaluation_windows,
-)
+from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError, DataError, ModelError, OutputError
 from grasp_lightning.evaluation.cost import measure_cost
 from grasp_lightning.evaluation.harness import Harness, TaskSettings

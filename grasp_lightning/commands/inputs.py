@@ -6,16 +6,14 @@ from pathlib import Path
 
 from rich.progress import track
 
-from callbacks.measure import check_trainer, is_split
 from grasp_lightning import processes
+from grasp_lightning.callbacks.measure import check_trainer, is_split
 from grasp_lightning.config import CompressConfig
 from grasp_lightning.config.values import check_values
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.mixture import mixture_parts
-from grasp_lightning.data.windows import (
-    TokenWindows,
-    evaluation_windows,
-)
+from grasp_lightning.data.section_windows import evaluation_windows
+from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods import build_method

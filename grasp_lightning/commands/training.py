@@ -11,17 +11,17 @@ from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from callbacks.best_weights import BestWeights, StopWithoutProgress
-from callbacks.expected_warnings import expected_warnings
-from callbacks.export import ExportMergedModel
-from callbacks.history import TrainingHistory
-from callbacks.measure import placement
-from callbacks.progress import StepProgressBar
-from callbacks.split_model import GatherTrained
-from callbacks.stop_request import StopRequest
-from callbacks.trainable import TrainableParameters
-from callbacks.training_checkpoint import TrainingCheckpoint
 from grasp_lightning import processes
+from grasp_lightning.callbacks.best_weights import BestWeights, StopWithoutProgress
+from grasp_lightning.callbacks.expected_warnings import expected_warnings
+from grasp_lightning.callbacks.export import ExportMergedModel
+from grasp_lightning.callbacks.history import TrainingHistory
+from grasp_lightning.callbacks.measure import placement
+from grasp_lightning.callbacks.progress import StepProgressBar
+from grasp_lightning.callbacks.split_model import GatherTrained
+from grasp_lightning.callbacks.stop_request import StopRequest
+from grasp_lightning.callbacks.trainable import TrainableParameters
+from grasp_lightning.callbacks.training_checkpoint import TrainingCheckpoint
 from grasp_lightning.config import CompensateConfig
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.run_folder import RunFolder

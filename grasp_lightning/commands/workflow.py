@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from callbacks.requeue import is_requeued, job_name
-from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
+from grasp_lightning.callbacks.requeue import is_requeued, job_name
+from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.config import CompensateConfig, CompressConfig
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.data.windows import TokenWindows

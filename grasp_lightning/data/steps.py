@@ -7,13 +7,7 @@ from typing import NamedTuple
 
 from grasp_lightning import processes
 from grasp_lightning.config import BatchOrder, TrainingConfig
-from grasp_lightning.data.batching import (
-    MicroBatch,
-    Rows,
-    TokenSamples,
-    collate,
-    epoch_batches,
-)
+from grasp_lightning.data.batching import MicroBatch, Rows, TokenSamples, collate, epoch_batches
 
 
 class StepBatch(NamedTuple):

@@ -6,8 +6,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from grasp_lightning.evaluation.cost import ModelCost
-from grasp_lightning.evaluation.harness import PAPER_SEVEN, TaskResult, TaskRun
 from grasp_lightning.evaluation.paired import Estimate, mean_of, paired_difference
+from grasp_lightning.evaluation.task_results import TaskResult, TaskRun
+
+PAPER_SEVEN = (
+    "openbookqa",
+    "arc_easy",
+    "winogrande",
+    "hellaswag",
+    "arc_challenge",
+    "piqa",
+    "mathqa",
+)
+"""The tasks of Liu et al., "GRASP", arXiv:2501.00339, Table 1, whose mean accuracy it reports."""
 
 
 @dataclass(frozen=True, kw_only=True)

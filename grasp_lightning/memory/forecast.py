@@ -14,13 +14,11 @@ from grasp_lightning.config.compensate_settings import check_settings, uses_inst
 from grasp_lightning.config.parsing import parse
 from grasp_lightning.data.mixture import SELF, mixture_parts
 from grasp_lightning.errors import ConfigError
-from grasp_lightning.memory.footprint import (
-    bases_bytes,
-    calibration_memory,
+from grasp_lightning.memory.activations import evaluation_bytes, sampling_bytes
+from grasp_lightning.memory.calibration import bases_bytes, calibration_memory
+from grasp_lightning.memory.compensation import (
     compensation_activations,
     compensation_memory,
-    evaluation_bytes,
-    sampling_bytes,
     trained_parameters,
 )
 from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored

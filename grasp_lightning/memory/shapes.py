@@ -25,6 +25,11 @@ class LinearShape(NamedTuple):
     is_narrowed: bool = False
 
     @property
+    def num_components(self) -> int:
+        """K = min(N, M)."""
+        return min(self.rows, self.columns)
+
+    @property
     def is_replaced(self) -> bool:
         """Whether it is not what it was before compression."""
         return self.rank is not None or self.is_narrowed
@@ -186,6 +191,11 @@ class Adapters:
     has_dropout: bool = True
     targets: tuple[str, ...] = ()
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout takes place: trained factors have none."""
+        return self.has_dropout and self.rank is not None
+
     def trains(self, name: str, linear: LinearShape) -> bool:
         """Return whether something of a linear is trained.
 
@@ -229,3 +239,8 @@ class Adapters:
         if self.rank is None:
             return matrix.parameters
         return self.rank_on(matrix) * (matrix.rows + matrix.columns)
+
+
+def part_of(size: int, num_parts: int) -> int:
+    """Return the largest of equal parts of a size: rounded up."""
+    return -(-size // num_parts)

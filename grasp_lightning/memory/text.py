@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from grasp_lightning.config import Strategy, TrainMode
-from grasp_lightning.memory.footprint import CalibrationMemory, CompensationMemory
+from grasp_lightning.memory.calibration import CalibrationMemory
+from grasp_lightning.memory.compensation import CompensationMemory
 
 _MEGA = 1_000_000
 _GIGA = 1_000_000_000

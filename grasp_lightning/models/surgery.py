@@ -300,6 +300,9 @@ def _num_parts(
 
     Shapes tell, of the writer and of a reader in the same module: as often as the writer has all of
     the reader's channels, it must have had all of the original ones.
+
+    Raises:
+        ModelError: If no reader is near.
     """
     new, old = narrowed[name].out_features, dense_shape(dense[name])[0]
     if new == old:

@@ -79,9 +79,6 @@ class RunFolder(RunWriter):
         Returns:
             The folder. Finished: nothing was written and no lock is held. Else: locked, with its
             config.yaml.
-
-        Raises:
-            BaseException: Whatever ended the start, after what it made is removed again.
         """
         with as_output_error(Path(output_dir)):
             root = safe_root(output_dir, protected)

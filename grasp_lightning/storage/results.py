@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lightning.errors import ConfigError, OutputError
-from grasp_lightning.evaluation.harness import TaskResult
 from grasp_lightning.evaluation.machine import Machine
 from grasp_lightning.evaluation.paired import Estimate
 from grasp_lightning.evaluation.results import (
@@ -17,6 +16,7 @@ from grasp_lightning.evaluation.results import (
     paper_mean_difference,
     task_difference,
 )
+from grasp_lightning.evaluation.task_results import TaskResult
 from grasp_lightning.reading.text import read_json
 from grasp_lightning.reading.typed import as_type
 from grasp_lightning.run_folder import write_file

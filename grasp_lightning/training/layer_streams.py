@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.models.calls import hidden_input, hidden_output
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.next_token import forward_inputs
 from grasp_lightning.training.hidden_cache import handing_through, with_hidden
+
+DENSE, COMPRESSED = "dense", "compressed"
 
 
 class HiddenStates:
@@ -167,3 +170,27 @@ class LayerRunner:
             yield
         finally:
             del head.forward
+
+
+class Streams:
+    """Hidden states of the dense and of the compressed model, for the windows of this process."""
+
+    def __init__(self, view: DecoderView, data: CalibrationData, hidden: HiddenStates) -> None:
+        self.runner = LayerRunner(view)
+        self.hidden = hidden
+        windows = data.windows
+        self.batches: dict[int, dict[str, Tensor]] = {
+            number: windows.batch(rows) if rows else windows.padding()
+            for number, rows in enumerate(data.batches)
+        }
+
+    def start(self, index: int) -> None:
+        """Take what enters a layer below which nothing is compressed."""
+        for number, entering in self.runner.inputs_of(index, self.batches):
+            self.hidden[DENSE, number] = self.hidden[COMPRESSED, number] = entering
+
+    def advance_dense(self, index: int) -> None:
+        """Let the hidden states of the dense model alone pass through a layer."""
+        with self.runner.only(index) as run:
+            for number, batch in self.batches.items():
+                self.hidden[DENSE, number] = run(batch, self.hidden[DENSE, number])

@@ -1,60 +1,17 @@
-"""Refit of what a compression cut, on what it receives in the compressed model.
+"""Refit of what a compression cut, on what it receives in the compressed model."""
 
-Legend: a linear that was cut computes ``V z + b``, with ``z`` its ``r`` inner activations: the
-output of the right factor, or the kept channels of an MLP. ``T`` is what it should give, for every
-token; dense and compressed streams are the hidden states of both models before this linear.
-"""
-
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from contextlib import ExitStack, contextmanager, suppress
-from itertools import product
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from grasp_lightning import processes
 from grasp_lightning.config import RefitChoice
 from grasp_lightning.data.datamodules import CalibrationData
-from grasp_lightning.linalg.regression import pulled_regression
 from grasp_lightning.models.decoder import DecoderView, frozen
-from grasp_lightning.models.linears import in_attention
-from grasp_lightning.models.lowrank import is_low_rank
-from grasp_lightning.models.sharding import is_sharded, whole
-from grasp_lightning.models.surgery import in_place_of_linears, replacements
-from grasp_lightning.plan import DropLayers, LinearOperation, NarrowMlp, Operation, Replacement
-from grasp_lightning.training.layer_streams import HiddenStates, LayerRunner
-
-PULL = 1.0
-RIDGE = 1e-2
-# Of the change that a layer makes: what its two writers may leave unexplained, in low precision.
-_UNEXPLAINED = 0.05
-# The same, where the sum may stand for what the layer computes.
-_ROUNDING = 1e-4
-_DENSE, _COMPRESSED, _LEAVING, _INNER = "dense", "compressed", "leaving", "inner"
-
-
-class _Writers(NamedTuple):
-    """The linears of a layer that write into the residual stream, by full name.
-
-    Their outputs explain its change up to a share ``unexplained``.
-    """
-
-    attention: str
-    mlp: str
-    unexplained: float
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """Both linears, in the order in which they write."""
-        return self.attention, self.mlp
-
-
-class _SeenError(Exception):
-    """Ends a forward pass in which everything that was asked for has been seen."""
+from grasp_lightning.plan import DropLayers, LinearOperation, Operation, Replacement
+from grasp_lightning.training.layer_refit import LayerRefit
+from grasp_lightning.training.layer_streams import HiddenStates, Streams
 
 
 class Refitter:
@@ -63,10 +20,10 @@ class Refitter:
     What was removed as a whole is missing in the compressed model from the start.
 
     Each is fitted by least squares, with everything before it compressed and refitted already.
-    ``prefix`` takes as ``T`` what the dense linear gives in the dense model. ``residual`` fits only
-    those that write into the residual stream, and lets them make good what is missing there: ``T``
-    is the dense stream after this write less the compressed stream before it, with tokens weighted
-    by the inverse mean square of the stream, as the norm that follows divides by it. In parallel
+    ``prefix`` aims at what the dense linear gives in the dense model. ``residual`` fits only those
+    that write into the residual stream, and lets them make good what is missing there: they aim at
+    the dense stream after this write less the compressed stream before it, with tokens weighted by
+    the inverse mean square of the stream, as the norm that follows divides by it. In parallel
     blocks, attention counts as the first to write. In a layer where the stream does not change by
     the sum of two linears' outputs, as where a norm follows them, ``residual`` is ``prefix``.
 
@@ -119,7 +76,7 @@ class Refitter:
         first, last = min(by_layer.keys() | dropped), max(fitted)
         layers = {str(i): i for i in view.layer_indices if first <= i <= last}
         with TemporaryDirectory() as folder, frozen(view.model):
-            streams = _Streams(view, self._data, HiddenStates(Path(folder), self._max_bytes))
+            streams = Streams(view, self._data, HiddenStates(Path(folder), self._max_bytes))
             streams.start(first)
             for number in self._track(tuple(layers), "refit layers"):
                 index = layers[number]
@@ -127,7 +84,7 @@ class Refitter:
                     streams.advance_dense(index)
                     continue
                 changes = by_layer.get(index, [])
-                layer = _Layer(view, index, changes, refitted, streams, mode=mode)
+                layer = LayerRefit(view, index, changes, refitted, streams, mode=mode)
                 for group in layer.groups():
                     layer.fit(group)
                 layer.advance()
@@ -144,286 +101,3 @@ def _by_layer(
             assert index is not None  # operations are on linears of decoder layers
             found.setdefault(index, []).append(operation)
     return found
-
-
-def _key(cut: Replacement) -> str:
-    return f"{cut.reader}.weight" if isinstance(cut, NarrowMlp) else f"{cut.module}.left"
-
-
-class _Streams:
-    """Hidden states of the dense and of the compressed model, for the windows of this process."""
-
-    def __init__(self, view: DecoderView, data: CalibrationData, hidden: HiddenStates) -> None:
-        self.runner = LayerRunner(view)
-        self.hidden = hidden
-        windows = data.windows
-        self.batches: dict[int, dict[str, Tensor]] = {
-            number: windows.batch(rows) if rows else windows.padding()
-            for number, rows in enumerate(data.batches)
-        }
-
-    def start(self, index: int) -> None:
-        """Take what enters a layer below which nothing is compressed."""
-        for number, entering in self.runner.inputs_of(index, self.batches):
-            self.hidden[_DENSE, number] = self.hidden[_COMPRESSED, number] = entering
-
-    def advance_dense(self, index: int) -> None:
-        """Let the hidden states of the dense model alone pass through a layer."""
-        with self.runner.only(index) as run:
-            for number, batch in self.batches.items():
-                self.hidden[_DENSE, number] = run(batch, self.hidden[_DENSE, number])
-
-
-class _Layer:
-    """One decoder layer, dense or compressed as it is needed.
-
-    Args:
-        view: The model, with this layer dense; it is dense again after each method.
-        index: Its number in the original model.
-        changes: What is cut or removed in it; may be nothing.
-        tensors: Tensors of the cuts, changed as they are fitted.
-        streams: The hidden states that enter it.
-        mode: ``prefix`` or ``residual``.
-    """
-
-    def __init__(
-        self,
-        view: DecoderView,
-        index: int,
-        changes: Sequence[LinearOperation],
-        tensors: dict[str, Tensor],
-        streams: _Streams,
-        *,
-        mode: RefitChoice,
-    ) -> None:
-        self._view = view
-        self._index = index
-        self._changes = changes
-        self._cuts = cuts = [change for change in changes if isinstance(change, Replacement)]
-        self._tensors = tensors
-        self._streams = streams
-        self._prefix = f"{view.layers_name}.{index}."
-        self._dense = {name: view.module(name) for cut in cuts for name in cut.modules}
-        self._compressed = replacements(view, changes, tensors)
-        self._writers = self._find_writers() if cuts else None
-        # The writers that are fitted to the stream; None where linears are fitted to outputs.
-        self._stream = self._writers if mode == "residual" else None
-        self._outputs = tuple(self._dense) if self._stream is None else self._stream.names
-        self._may_stop = not is_sharded(view.model)
-        self._run_dense()
-
-    def groups(self) -> list[list[Replacement]]:
-        """Return what is fitted at a time, in the order in which the layer runs it."""
-        writers = () if self._writers is None else self._writers.names
-        groups: list[list[Replacement]] = []
-        # A writer receives what the other linears of its block give.
-        for attention, is_writer in product((True, False), (False, True)):
-            group = [
-                cut
-                for cut in self._cuts
-                if self._in_attention(cut.solved) == attention
-                and (cut.solved in writers) == is_writer
-            ]
-            if group and (is_writer or self._stream is None):
-                groups.append(group)
-        return groups
-
-    def fit(self, group: Sequence[Replacement]) -> None:
-        """Fit some of the cuts, with those that run before them as they are now."""
-        sums: dict[str, Tensor] = {}
-        names, hidden = {cut.solved for cut in group}, self._streams.hidden
-        with (
-            self._streams.runner.only(self._index) as run,
-            in_place_of_linears(self._view, self._compressed),
-            self._noted_until_seen(names) as (outputs, inner),
-        ):
-            for number, batch in self._streams.batches.items():
-                entering = hidden[_COMPRESSED, number]
-                outputs.clear()
-                inner.clear()
-                with suppress(_SeenError):
-                    run(batch, entering)
-                if len(batch["index"]) == 0:  # padding
-                    continue
-                for cut in group:  # in one order in all processes
-                    target, weights = self._target(cut.solved, number, outputs)
-                    weights = weights * batch["mask"].to(weights)
-                    _add(sums, cut.solved, inner[cut.solved], target, weights)
-                summed = self._summed(names)
-                if summed is not None:  # what the last writer receives, and what it writes into
-                    hidden[_INNER, number] = inner[summed.mlp]
-                    written = _rows(outputs[summed.attention], entering)
-                    hidden[_COMPRESSED, number] = entering + written
-        sums = processes.summed(sums)
-        for cut in group:
-            name, key = cut.solved, _key(cut)
-            cross, gram = sums[f"{name}:cross"], sums[f"{name}:gram"]
-            prior = self._tensors[key].to(cross.device)
-            fitted = pulled_regression(cross, gram, prior, pull=PULL, ridge=RIDGE)
-            self._tensors[key] = fitted.to(self._tensors[key])
-        self._compressed = replacements(self._view, self._changes, self._tensors)
-
-    @torch.no_grad()
-    def advance(self) -> None:
-        """Let the hidden states of both models pass through the layer.
-
-        Where the fit of the last writer has left what it receives, and the rest of the sum, the
-        layer need not run again.
-        """
-        hidden = self._streams.hidden
-        summed = self._summed({cut.solved for cut in self._cuts})
-        last = None if summed is None else _fitted_part(self._compressed[summed.mlp])
-        with (
-            self._streams.runner.only(self._index) as run,
-            in_place_of_linears(self._view, self._compressed),
-        ):
-            for number, batch in self._streams.batches.items():
-                if last is None:
-                    hidden[_COMPRESSED, number] = run(batch, hidden[_COMPRESSED, number])
-                elif len(batch["index"]) > 0:
-                    now = hidden[_COMPRESSED, number]
-                    hidden[_COMPRESSED, number] = now + _rows(last(hidden[_INNER, number]), now)
-                hidden[_DENSE, number] = hidden[_LEAVING, number]
-
-    def _summed(self, names: AbstractSet[str]) -> _Writers | None:
-        """Return the writers, if that of the MLP is fitted and their sum leads out of the layer."""
-        writers = self._stream
-        if writers is None or writers.mlp not in names or not self._may_stop:
-            return None
-        return writers if writers.unexplained <= _ROUNDING else None
-
-    def _run_dense(self) -> None:
-        """Keep what the dense layer gives, and what those of its linears give that targets need."""
-        hidden = self._streams.hidden
-        with self._streams.runner.only(self._index) as run, self._noted_outputs() as outputs:
-            for number, batch in self._streams.batches.items():
-                entering = hidden[_DENSE, number]
-                hidden[_LEAVING, number] = run(batch, entering)
-                for name in self._outputs:
-                    # Under one name in all layers: those of earlier layers are of no use.
-                    place = name.removeprefix(self._prefix), number
-                    hidden[place] = _rows(outputs[name], entering)
-
-    def _target(
-        self, name: str, number: int, compressed: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Return what a linear should give without its bias, and the weights of all tokens."""
-        hidden = self._streams.hidden
-        target = hidden[name.removeprefix(self._prefix), number]
-        weights = torch.ones(target.shape[:-1], device=target.device)
-        if self._stream is not None:
-            before, now = hidden[_DENSE, number], hidden[_COMPRESSED, number]
-            if name == self._stream.mlp:
-                attention = self._stream.attention
-                before = before + hidden[attention.removeprefix(self._prefix), number]
-                now = now + _rows(compressed[attention], now)
-            after = before + target
-            target, weights = after - now, 1 / after.float().square().mean(-1)
-        bias = getattr(self._dense[name], "bias", None)
-        return (target if bias is None else target - whole(bias)), weights
-
-    def _in_attention(self, name: str) -> bool:
-        return in_attention(name.removeprefix(self._prefix))
-
-    @contextmanager
-    def _noted_outputs(self) -> Iterator[dict[str, Tensor]]:
-        """Note what linears give of which targets are made, as the layer is now."""
-        found: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            for name in self._outputs:
-                handle = self._view.module(name).register_forward_hook(_noting(found, name))
-                stack.callback(handle.remove)
-            yield found
-
-    @contextmanager
-    def _noted_until_seen(
-        self, names: AbstractSet[str]
-    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """Note what targets are made of, and what the parts that are fitted receive.
-
-        The layer is compressed. Once both are there, ``_SeenError`` ends the forward pass, unless
-        other processes hold parts of the weights and wait for all of it.
-        """
-        inner: dict[str, Tensor] = {}
-        needed: set[str] = set()
-        if self._stream is not None and self._stream.mlp in names:
-            needed = {self._stream.attention}
-
-        def stop(*_: object) -> None:
-            if self._may_stop and names <= inner.keys() and needed <= outputs.keys():
-                raise _SeenError
-
-        with ExitStack() as stack:
-            outputs = stack.enter_context(self._noted_outputs())
-            for name in needed:
-                stack.callback(self._view.module(name).register_forward_hook(stop).remove)
-            for name in names:
-                part = _fitted_part(self._compressed[name])
-                for hook in (_noting_input(inner, name), stop):
-                    stack.callback(part.register_forward_pre_hook(hook).remove)
-            yield outputs, inner
-
-    def _find_writers(self) -> _Writers | None:
-        """Return the two linears whose outputs add up to what the layer changes, if there are."""
-        number, batch = next(iter(self._streams.batches.items()))
-        linears, entering = self._view.linears(self._index), self._streams.hidden[_DENSE, number]
-        found: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            for name in self._view.dense_modules(self._index):
-                if linears[name].out_features == entering.shape[-1]:
-                    handle = self._view.module(name).register_forward_hook(_noting(found, name))
-                    stack.callback(handle.remove)
-            run = stack.enter_context(self._streams.runner.only(self._index))
-            change = (run(batch, entering) - entering).float()
-        found = {name: _rows(value, entering) for name, value in found.items()}
-        attention = [name for name in found if self._in_attention(name)]
-        pairs = product(attention, [name for name in found if name not in attention])
-        scale = float(change.norm())
-        writers = None
-        for pair in pairs:
-            rest = change - found[pair[0]].float() - found[pair[1]].float()
-            if float(rest.norm()) <= _UNEXPLAINED * scale:
-                writers = _Writers(*pair, float(rest.norm()) / scale if scale else 0.0)
-        return processes.gather(writers)[0]
-
-
-def _rows(value: Tensor, hidden: Tensor) -> Tensor:
-    """Return what a linear gave or took as ``(B, T, ...)``: some families leave out ``B``."""
-    return value.reshape(*hidden.shape[:-1], value.shape[-1])
-
-
-def _fitted_part(module: nn.Module) -> nn.Module:
-    """Return the part of a replaced linear that is fitted."""
-    part = module.left if is_low_rank(module) else module
-    assert isinstance(part, nn.Module)  # attributes of modules have no narrower type
-    return part
-
-
-def _noting(found: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def note(module: nn.Module, args: object, output: Tensor) -> None:
-        del module, args
-        found[name] = output.detach().clone()  # some families add to it in place
-
-    return note
-
-
-def _noting_input(found: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        del module
-        found[name] = args[0].detach()
-
-    return note
-
-
-def _add(
-    sums: dict[str, Tensor], name: str, inner: Tensor, target: Tensor, weights: Tensor
-) -> None:
-    """Add the products of one batch, of inner activations ``(B, T, r)`` and targets ``(B, T, N)``.
-
-    Products are taken in float32 or better, and summed in float64.
-    """
-    inner, target = inner.flatten(0, -2).float(), target.flatten(0, -2).float()
-    weighted = inner * weights.reshape(-1, 1)
-    for part, product_ in (("cross", target.mT @ weighted), ("gram", inner.mT @ weighted)):
-        key = f"{name}:{part}"
-        sums[key] = product_.double() + sums[key] if key in sums else product_.double()

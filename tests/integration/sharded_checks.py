@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from callbacks.measure import TrainerMeasure
-from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
+from grasp_lightning.callbacks.measure import TrainerMeasure
+from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.commands.workflow import tracked_perplexity
 from grasp_lightning.config import CalibrationConfig, Strategy, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData

@@ -5,7 +5,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from callbacks import LayerSimilarity, ReplaceRedundantLayers, SingularAttribution, TrainerMeasure
+from grasp_lightning.callbacks import (
+    LayerSimilarity,
+    ReplaceRedundantLayers,
+    SingularAttribution,
+    TrainerMeasure,
+)
 from grasp_lightning.config import CalibrationConfig, LayerMetric, MethodConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError

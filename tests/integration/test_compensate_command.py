@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from callbacks import ExportMergedModel, TrainableParameters
+from grasp_lightning.callbacks import ExportMergedModel, TrainableParameters
 from grasp_lightning.cli import main
 from grasp_lightning.config import (
     InstructionConfig,

@@ -24,7 +24,7 @@ KILLS: Mapping[str, Kill] = {
     "in a validation": Kill(*MODULE, "validation_step", 6),
     "at the start of a validation": Kill(*MODULE, "on_validation_epoch_start", 3),
     "in the last validation": Kill(*MODULE, "validation_step", 8),
-    "after the last step": Kill("callbacks.export", "", "merge_adapters", 1),
+    "after the last step": Kill("grasp_lightning.callbacks.export", "", "merge_adapters", 1),
     "while the model is written": Kill(
         "grasp_lightning.commands.compensation_outputs",
         "",

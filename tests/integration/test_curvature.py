@@ -92,7 +92,8 @@ def test_another_ratio_from_stored_statistics_is_that_of_a_run_that_measures(
     assert main(["compress", *words, f"--output_dir={tmp_path / 'other'}"]) == 2
     assert "method.refit goes over the calibration text again" in capsys.readouterr().err
     monkeypatch.setattr(
-        "callbacks.measure.TrainerMeasure.__call__", lambda *_: pytest.fail("a pass was made")
+        "grasp_lightning.callbacks.measure.TrainerMeasure.__call__",
+        lambda *_: pytest.fail("a pass was made"),
     )
     again = tmp_path / "again"
     words = ["--from_scores", str(cut), "--method.removed_ratio=0.3", f"--output_dir={again}"]
@@ -120,7 +121,8 @@ def test_a_budget_of_time_is_spent_and_cut_again(
     assert "budget" not in read(cut, "plan.json")["options"]
     assert read(folder, "plan.json")["operations"]
     monkeypatch.setattr(
-        "callbacks.measure.TrainerMeasure.__call__", lambda *_: pytest.fail("a pass was made")
+        "grasp_lightning.callbacks.measure.TrainerMeasure.__call__",
+        lambda *_: pytest.fail("a pass was made"),
     )
     words = ["--from_scores", str(folder), "--method.removed_ratio=0.3"]
     assert main(["compress", *words, f"--output_dir={again}"]) == 0

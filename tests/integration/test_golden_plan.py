@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from callbacks import TrainerMeasure
+from grasp_lightning.callbacks import TrainerMeasure
 from grasp_lightning.config import CalibrationConfig, MethodConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows

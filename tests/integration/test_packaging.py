@@ -3,13 +3,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("grasp_lightning", "callbacks")
 NOT_SOURCE = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "lightning_logs"
 )
@@ -33,10 +32,15 @@ def pip(*arguments: str | Path, cwd: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def source_files(package: str) -> Iterator[str]:
-    for path in (ROOT / package).rglob("*"):
-        if path.is_file() and "__pycache__" not in path.parts:
-            yield path.relative_to(ROOT).as_posix()
+def source_files() -> set[str]:
+    """Every file of the package, by its place in the wheel."""
+    places = {"callbacks": "grasp_lightning/callbacks", "grasp_lightning": "grasp_lightning"}
+    return {
+        f"{place}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, place in places.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +74,10 @@ def names_in(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def test_wheel_installs_two_top_level_names(wheel: Path) -> None:
-    top_level = {name.split("/")[0] for name in names_in(wheel)}
-    assert {name for name in top_level if not name.endswith(".dist-info")} == set(PACKAGES)
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_wheel_holds_every_file_of_a_package(package: str, wheel: Path) -> None:
-    held = {name for name in names_in(wheel) if name.startswith(f"{package}/")}
-    expected = set(source_files(package))
-    assert f"{package}/py.typed" in expected
-    assert held == expected
+def test_wheel_holds_every_file_of_the_package_and_no_other_name(wheel: Path) -> None:
+    held = {name for name in names_in(wheel) if ".dist-info/" not in name}
+    assert held == source_files()
+    assert {"grasp_lightning/py.typed", "grasp_lightning/callbacks/__init__.py"} <= held
 
 
 def test_wheel_carries_the_licence(wheel: Path) -> None:
@@ -101,17 +98,26 @@ def test_installed_program_ignores_a_callbacks_package_of_the_working_directory(
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_installed_packages_are_found_before_those_of_the_working_directory(
-    package: str, installed: Path, hostile_folder: Path
+@pytest.mark.slow
+def test_installed_library_lives_beside_a_callbacks_package_of_the_user(
+    installed: Path, hostile_folder: Path
 ) -> None:
-    # A script beside the installed program has the same search path as the program.
-    script = installed / "bin" / "where.py"
-    script.write_text(
-        f"import importlib.util\nprint(importlib.util.find_spec({package!r}).origin)\n"
+    # What python -c and notebooks do: the working directory is searched first.
+    code = (
+        "from grasp_lightning.callbacks import LayerSimilarity; print(LayerSimilarity.__module__)"
     )
-    done = run(sys.executable, script, cwd=hostile_folder, PYTHONPATH=str(installed))
-    assert Path(done.stdout.strip()) == installed / package / "__init__.py", done.stderr
+    done = run(sys.executable, "-c", code, cwd=hostile_folder, PYTHONPATH=str(installed))
+    assert done.stdout.strip() == "grasp_lightning.callbacks.similarity", done.stderr
+
+
+@pytest.mark.parametrize("module", ["", ".similarity", ".stop_request"])
+def test_both_names_of_callbacks_in_a_checkout_are_one_module(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    found = import_module(f"callbacks{module}")
+    assert found is import_module(f"grasp_lightning.callbacks{module}")
+    assert found.__name__ == f"grasp_lightning.callbacks{module}"
 
 
 def test_importing_the_library_loads_no_heavy_package() -> None:

@@ -37,7 +37,8 @@ def scored(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture
 def no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "callbacks.measure.TrainerMeasure.__call__", lambda *_: pytest.fail("a pass was made")
+        "grasp_lightning.callbacks.measure.TrainerMeasure.__call__",
+        lambda *_: pytest.fail("a pass was made"),
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks import TrainerMeasure
+from grasp_lightning.callbacks import TrainerMeasure
 from grasp_lightning.config import CalibrationConfig, MethodConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.methods import build_method, resolve_method

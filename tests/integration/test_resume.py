@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from callbacks.measure import TrainerMeasure
+from grasp_lightning.callbacks.measure import TrainerMeasure
 from grasp_lightning.cli import main
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.stats.base import Statistics, Step
@@ -242,7 +242,8 @@ def test_a_crash_after_the_last_step_repeats_no_pass(
     argv = [*settings, f"--output_dir={tmp_path / 'run'}"]
     crash(argv)
     monkeypatch.setattr(
-        "callbacks.measure.TrainerMeasure.__call__", lambda *_: pytest.fail("measured again")
+        "grasp_lightning.callbacks.measure.TrainerMeasure.__call__",
+        lambda *_: pytest.fail("measured again"),
     )
     assert main(["compress", *argv]) == 0
     assert_equal_runs(whole["paper"], tmp_path / "run")

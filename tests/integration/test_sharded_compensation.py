@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 STEP = Kill(
     "grasp_lightning.training.compensation.module", "CompensationModule", "training_step", 4
 )
-GATHER = Kill("callbacks.split_model", "GatherTrained", "on_fit_end", 1)
+GATHER = Kill("grasp_lightning.callbacks.split_model", "GatherTrained", "on_fit_end", 1)
 STRATEGIES = ("fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 
 

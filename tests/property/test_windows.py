@@ -6,13 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grasp_lightning.config import CalibrationConfig, EvaluationConfig
-from grasp_lightning.data.windows import (
-    TokenWindows,
-    batches,
-    calibration_windows,
-    evaluation_windows,
-    pack_windows,
-)
+from grasp_lightning.data.section_windows import calibration_windows, evaluation_windows
+from grasp_lightning.data.windows import TokenWindows, batches, pack_windows
 from tests.conftest import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -34,7 +34,7 @@ def test_a_batch_for_company_has_no_targets(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(processes, "rank", lambda: 1)
     ids = torch.arange(12).view(3, 4)
     held_out = TokenWindows(ids, ids >= 0, ids % 4 > 0)
-    own, company = windows.own_batches(held_out, 1)
+    own, company = windows.own_micro_batches(held_out, 1)
     assert torch.equal(own["input_ids"], ids[1:2])
     assert torch.equal(own["targets"], held_out.targets[1:2])
     assert torch.equal(own["position_ids"], torch.arange(4)[None])

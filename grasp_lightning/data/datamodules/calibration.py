@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from grasp_lightning import processes
 from grasp_lightning.config import CalibrationConfig
 from grasp_lightning.config.values import check_values
+from grasp_lightning.data.section_windows import calibration_windows
 from grasp_lightning.data.self_text import Sampler
-from grasp_lightning.data.windows import TokenWindows, calibration_windows
+from grasp_lightning.data.windows import TokenWindows
 
 WindowBatch = dict[str, Tensor]
 

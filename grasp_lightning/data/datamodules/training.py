@@ -21,21 +21,16 @@ from grasp_lightning.config import (
     TrainingConfig,
 )
 from grasp_lightning.config.values import check_values
-from grasp_lightning.data.batching import (
-    MicroBatch,
-    Rows,
-    TokenSamples,
-    collate,
-    epoch_batches,
-)
+from grasp_lightning.data.batching import MicroBatch, Rows, TokenSamples, collate, epoch_batches
 from grasp_lightning.data.instruction_files import Instructions, read_instructions
 from grasp_lightning.data.instructions import (
     TokenizedInstructions,
     split_instructions,
     tokenize_instructions,
 )
+from grasp_lightning.data.section_windows import calibration_windows
 from grasp_lightning.data.steps import StepOptions, TrainingSteps
-from grasp_lightning.data.windows import TokenWindows, calibration_windows
+from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError
 
 logger = logging.getLogger(__name__)

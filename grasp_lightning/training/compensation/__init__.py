@@ -7,11 +7,8 @@ from grasp_lightning.training.compensation.adapters import (
     resolve_targets,
     trainable_linears,
 )
-from grasp_lightning.training.compensation.module import (
-    VALIDATION_LOSS,
-    CompensationModule,
-    Teacher,
-)
+from grasp_lightning.training.compensation.module import VALIDATION_LOSS, CompensationModule
+from grasp_lightning.training.compensation.objective import Teacher
 
 __all__ = [
     "VALIDATION_LOSS",

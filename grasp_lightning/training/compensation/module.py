@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -18,37 +18,18 @@ from transformers import PreTrainedModel, get_scheduler
 
 from grasp_lightning import processes
 from grasp_lightning.config import OptimizerConfig
-from grasp_lightning.data.batching import MicroBatch, PackingForm, packed_inputs, packing_form
+from grasp_lightning.data.batching import MicroBatch
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.data.steps import StepBatch
 from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.integrity import model_hash
-from grasp_lightning.models.next_token import (
-    distillation_losses,
-    forward_inputs,
-    next_token_losses,
-)
 from grasp_lightning.training.compensation.adapters import Trained
+from grasp_lightning.training.compensation.objective import Objective, Teacher
 from grasp_lightning.training.shards import fill, whole, whole_shape
 from grasp_lightning.training.strategies import CompensationDeepSpeed, CompensationFSDP, shard
 
 VALIDATION_LOSS = "validation_loss"
 _FINGERPRINT, _NUM_TOKENS = "grasp_lightning_fingerprint", "grasp_lightning_trained_tokens"
-
-
-class Teacher(NamedTuple):
-    """A dense model whose distribution the compressed one learns.
-
-    Attributes:
-        model: The teacher, on the device where it stays.
-        temperature: Both distributions are taken at this temperature.
-        mix: Share of the teacher in the loss.
-    """
-
-    model: PreTrainedModel
-    temperature: float
-    mix: float
 
 
 class CompensationModule(L.LightningModule):
@@ -72,7 +53,6 @@ class CompensationModule(L.LightningModule):
         view: The model's decoder layers and linears.
         trained: What is trained; None before ``TrainableParameters`` has decided.
         num_trained_tokens: Predicted tokens that were learned from so far.
-        model_hashes: Fingerprint of the ``model`` before training, and of the ``teacher``, if any.
     """
 
     def __init__(
@@ -91,14 +71,9 @@ class CompensationModule(L.LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds a part; it is checked here instead
         self._optimizer_config = optimizer or OptimizerConfig()
-        # In a tuple: a module attribute would be moved, saved and wrapped with this module.
-        self._teacher = (teacher,)
+        self._objective = Objective(self.model, teacher)
         self._seed = seed
         self._is_split = False
-        self._forms: dict[int, PackingForm] = {}
-        self.model_hashes = {"model": model_hash(self.model)}
-        if teacher is not None:
-            self.model_hashes["teacher"] = model_hash(teacher.model)
         self._validation = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
 
     def setup(self, stage: str) -> None:
@@ -109,10 +84,8 @@ class CompensationModule(L.LightningModule):
         """
         del stage
         data = self._data()
-        if data is None or data.order != "packed":
-            return
-        for model in self._models():
-            self._forms[id(model)] = packing_form(model, data.row_length)
+        if data is not None and data.order == "packed":
+            self._objective.expect_packed(data.row_length)
 
     def configure_model(self) -> None:
         """Split the model over processes where the strategy is FSDP2, before the optimizer."""
@@ -190,8 +163,12 @@ class CompensationModule(L.LightningModule):
         self.log("learning_rate", learning_rate)
         return {"loss": total, "learning_rate": learning_rate}
 
+    def token_losses(self, part: MicroBatch) -> Tensor:
+        """Return the loss that is learned from, of every predicted token, in nats, ``(n,)``."""
+        return self._objective.losses(part)
+
     def _run(self, part: MicroBatch) -> Tensor:
-        """Return the loss of every predicted token, by one forward pass of the strategy."""
+        """Return the same by one forward pass of the strategy."""
         strategy = self.trainer.strategy
         if isinstance(strategy, CompensationDeepSpeed):
             return strategy.run_part("token_losses", part)
@@ -231,10 +208,7 @@ class CompensationModule(L.LightningModule):
             batch_idx: Its number.
         """
         del batch_idx
-        logits = self._logits(self.model, batch)
-        self._validation.update(
-            next_token_losses(logits, batch["input_ids"], batch["targets"]).double()
-        )
+        self._validation.update(self._objective.cross_entropies(batch).double())
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over all predicted tokens."""
@@ -256,6 +230,11 @@ class CompensationModule(L.LightningModule):
                 "model.dtype float32"
             )
         return loss
+
+    @property
+    def model_hashes(self) -> dict[str, str]:
+        """Fingerprint of the ``model`` before training, and of the ``teacher``, if any."""
+        return self._objective.model_hashes
 
     @property
     def is_trainable(self) -> bool:
@@ -322,59 +301,20 @@ class CompensationModule(L.LightningModule):
         self.num_trained_tokens = checkpoint[_NUM_TOKENS]
 
     def _fingerprint(self) -> dict[str, str]:
-        (teacher,), data = self._teacher, self._data()
+        data = self._data()
         shapes = {name: whole_shape(value) for name, value in self._trainable().items()}
         return {
             "model": self.model_hashes["model"],
             "trained parameters": hashlib.sha256(str(shapes).encode()).hexdigest(),
             "samples": str(None if data is None else data.fingerprint),
-            "teacher": str(teacher and (self.model_hashes["teacher"], *teacher[1:])),
+            "teacher": self._objective.teacher,
         }
-
-    def token_losses(self, batch: MicroBatch) -> Tensor:
-        """Return the loss that is learned from, of every predicted token.
-
-        Args:
-            batch: One micro-batch.
-
-        Returns:
-            Nats, ``(n,)``.
-        """
-        (teacher,) = self._teacher
-        if teacher is None:
-            logits = self._logits(self.model, batch)
-            return next_token_losses(logits, batch["input_ids"], batch["targets"])
-        with torch.inference_mode():
-            given = self._logits(teacher.model, batch)
-        return distillation_losses(
-            self._logits(self.model, batch),
-            given.to(self.device),
-            batch["input_ids"],
-            batch["targets"],
-            temperature=teacher.temperature,
-            mix=teacher.mix,
-        )
-
-    def _logits(self, model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-        batch = {name: part.to(model.device) for name, part in batch.items()}
-        form = self._forms.get(id(model))
-        inputs: dict[str, Any]  # Any: keyword arguments of a model
-        if form is None:
-            inputs = {**forward_inputs(batch), "use_cache": False}
-        else:
-            inputs = dict(packed_inputs(batch, form, model.dtype))
-        logits: Tensor = model(**inputs).logits
-        return logits
 
     def _num_steps(self) -> int:
         data = self._data()
         # Not the Trainer's own estimate: it would make the loader before the checkpoint is read,
         # and Lightning gives a loader its position only when it is made after that.
         return int(self.trainer.estimated_stepping_batches) if data is None else len(data.steps())
-
-    def _models(self) -> list[PreTrainedModel]:
-        (teacher,) = self._teacher
-        return [self.model] if teacher is None else [self.model, teacher.model]
 
     def _data(self) -> TrainingData | None:
         # Lightning adds the attribute when fit is called with a data module, and declares no type.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks import (
+from grasp_lightning.callbacks import (
     BestWeights,
     ExportMergedModel,
     StopWithoutProgress,
@@ -16,7 +16,7 @@ from callbacks import (
     TrainingCheckpoint,
     TrainingHistory,
 )
-from callbacks.stop_request import StopRequest
+from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.config import LoraSettings, OptimizerConfig, TrainMode
 from grasp_lightning.errors import Interrupted
 from grasp_lightning.training.compensation import VALIDATION_LOSS, CompensationModule

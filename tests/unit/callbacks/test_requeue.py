@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from callbacks.requeue import requeue_job
-from callbacks.stop_request import StopRequest
+from grasp_lightning.callbacks.requeue import requeue_job
+from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.cli import main
 from grasp_lightning.errors import Interrupted
 from tests.conftest import save_tiny

@@ -12,8 +12,8 @@ from grasp_lightning.data.chat import calibration_documents, chat_text
 from grasp_lightning.data.instruction_files import InstructionSample
 from grasp_lightning.data.instructions import alpaca_prompt
 from grasp_lightning.data.mixture import MixturePart, mixture_parts
+from grasp_lightning.data.section_windows import calibration_windows
 from grasp_lightning.data.sources import Documents, source_licence
-from grasp_lightning.data.windows import calibration_windows
 from grasp_lightning.errors import ConfigError, DataError
 
 TEMPLATE = (

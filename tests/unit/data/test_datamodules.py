@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from grasp_lightning.config import CalibrationConfig
 from grasp_lightning.data.datamodules import CalibrationData
-from grasp_lightning.data.windows import calibration_windows, pack_windows
+from grasp_lightning.data.section_windows import calibration_windows
+from grasp_lightning.data.windows import pack_windows
 from grasp_lightning.errors import ConfigError, DataError
 
 CONFIG = CalibrationConfig(source="pydoc", num_samples=5, seqlen=16, batch_size=2)

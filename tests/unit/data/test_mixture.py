@@ -18,7 +18,8 @@ from grasp_lightning.data.mixture import (
     shares,
 )
 from grasp_lightning.data.rows import RowRange
-from grasp_lightning.data.windows import TokenWindows, calibration_windows, evaluation_windows
+from grasp_lightning.data.section_windows import calibration_windows, evaluation_windows
+from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError, DataError
 
 Write = Callable[..., str]

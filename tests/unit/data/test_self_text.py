@@ -6,8 +6,9 @@ from transformers import PreTrainedTokenizerFast
 
 from grasp_lightning.config import CalibrationConfig
 from grasp_lightning.data.datamodules import CalibrationData
+from grasp_lightning.data.section_windows import calibration_windows
 from grasp_lightning.data.self_text import Sampler
-from grasp_lightning.data.windows import TokenWindows, calibration_windows
+from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.models.sampling import sample_text
 from tests.conftest import tiny_model

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from grasp_lightning.errors import ConfigError, DataError, NumericsError
-from grasp_lightning.evaluation.harness import Harness, TaskRun, TaskSettings
+from grasp_lightning.evaluation.harness import Harness, TaskSettings
+from grasp_lightning.evaluation.task_results import TaskRun
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations

@@ -4,15 +4,16 @@ from dataclasses import replace
 import pytest
 
 from grasp_lightning.evaluation.cost import ModelCost
-from grasp_lightning.evaluation.harness import PAPER_SEVEN, TaskResult, TaskRun
 from grasp_lightning.evaluation.paired import Estimate
 from grasp_lightning.evaluation.results import (
+    PAPER_SEVEN,
     CorpusResult,
     ModelEvaluation,
     paper_mean,
     paper_mean_difference,
     task_difference,
 )
+from grasp_lightning.evaluation.task_results import TaskResult, TaskRun
 from grasp_lightning.reading.typed import as_type
 
 RESULT = TaskResult(

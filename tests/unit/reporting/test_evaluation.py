@@ -1,8 +1,8 @@
 from dataclasses import replace
 
-from grasp_lightning.evaluation.harness import PAPER_SEVEN, TaskResult, TaskRun
 from grasp_lightning.evaluation.paired import Estimate
-from grasp_lightning.evaluation.results import CorpusResult, ModelEvaluation
+from grasp_lightning.evaluation.results import PAPER_SEVEN, CorpusResult, ModelEvaluation
+from grasp_lightning.evaluation.task_results import TaskResult, TaskRun
 from grasp_lightning.reporting.evaluation import (
     evaluation_notes,
     evaluation_rows,

@@ -5,7 +5,7 @@ import lightning as L
 import pytest
 import torch
 
-from callbacks.measure import TrainerMeasure
+from grasp_lightning.callbacks.measure import TrainerMeasure
 from grasp_lightning.config import CalibrationConfig, FisherChoice, Reduction, Terms
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import NumericsError

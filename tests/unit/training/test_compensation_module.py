@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from callbacks import ExportMergedModel, TrainableParameters, TrainingHistory
+from grasp_lightning.callbacks import ExportMergedModel, TrainableParameters, TrainingHistory
 from grasp_lightning.config import (
     BatchOrder,
     LearningRateSchedule,

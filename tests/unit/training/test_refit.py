@@ -25,7 +25,7 @@ from grasp_lightning.plan import (
     SelectLayers,
 )
 from grasp_lightning.stats.base import Statistics
-from grasp_lightning.training import refit
+from grasp_lightning.training import layer_refit
 from grasp_lightning.training.refit import Refitter
 from tests.conftest import byte_tokenizer, tiny_model
 from tests.unit.methods.test_weighted import moments_on
@@ -192,7 +192,7 @@ def test_passes_that_end_early_give_what_whole_ones_do(
     view, found = DecoderView(tiny_model(family)), windows()
     decided = decision(view, found, MethodConfig(name="grasp_plus", removed_ratio=0.1))
     short = refitter(found)(view, mode, decided.operations, decided.tensors)
-    monkeypatch.setattr(refit, "is_sharded", lambda _: True)
+    monkeypatch.setattr(layer_refit, "is_sharded", lambda _: True)
     whole = refitter(found)(view, mode, decided.operations, decided.tensors)
     for name, value in whole.items():
         torch.testing.assert_close(short[name], value, rtol=1e-3, atol=1e-6)

@@ -13,20 +13,19 @@ from transformers import PreTrainedModel
 
 from grasp_lightning.config import LoraSettings, Reduction, Strategy, Terms, TrainMode
 from grasp_lightning.linalg.factors import balanced_factors, factorize
-from grasp_lightning.memory.footprint import (
-    LOSS_PARTS,
+from grasp_lightning.memory.activations import LOSS_PARTS, head_bytes, layer_bytes, sampling_bytes
+from grasp_lightning.memory.calibration import (
     bases_bytes,
     calibration_activations,
     calibration_memory,
+    factors_bytes,
+    sums_bytes,
+    window_bytes,
+)
+from grasp_lightning.memory.compensation import (
     compensation_activations,
     compensation_memory,
-    factors_bytes,
-    head_bytes,
-    layer_bytes,
-    sampling_bytes,
-    sums_bytes,
     trained_parameters,
-    window_bytes,
 )
 from grasp_lightning.memory.model_shape import model_shape, shape_after
 from grasp_lightning.memory.shapes import Adapters, LinearShape, ModelShape, Pass, Scored

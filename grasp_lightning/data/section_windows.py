@@ -1,0 +1,177 @@
+"""The windows that sections of the configuration ask for: drawn, or from the start of a text."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from grasp_lightning.config import CalibrationConfig, EvaluationConfig
+from grasp_lightning.config.values import check_values
+from grasp_lightning.data.chat import calibration_documents
+from grasp_lightning.data.mixture import SELF, MixturePart, interleaved, mixture_parts
+from grasp_lightning.data.self_text import Sampler, self_text
+from grasp_lightning.data.sources import Documents, Part, read_documents
+from grasp_lightning.data.windows import TokenWindows, pack_windows
+from grasp_lightning.errors import DataError
+
+CANDIDATE_FACTOR = 4
+"""Calibration stops reading documents at this many times the windows it needs."""
+
+
+def calibration_windows(
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    part: Part = "calibration",
+    asked: str | None = None,
+    *,
+    sample: Sampler | None = None,
+) -> TokenWindows:
+    """Draw the windows that scores are measured on, or that a model is trained on.
+
+    The seed shuffles the documents. They are read until there are ``CANDIDATE_FACTOR`` times as
+    many windows as needed (a shard of C4 has hundreds of times as many), or all are read, and a
+    second draw takes ``num_samples`` of these: of one document, every window can be drawn. Of
+    several sources each gives what it would give alone, and their windows are interleaved. An
+    option out of range or without effect is a ``ConfigError``, a corpus that cannot be read or has
+    too little text a ``DataError``.
+
+    Args:
+        config: Section ``calibration`` of the configuration.
+        tokenizer: Tokenizer of the model.
+        seed: Seed of all draws.
+        part: Name of the section, for messages.
+        asked: How the section asks for so many windows; None: by its ``num_samples``.
+        sample: Writes text with the model, for ``source: self``.
+
+    Returns:
+        ``num_samples`` full windows, those of each source in the order in which they stand in the
+        shuffled corpus.
+    """
+    check_values(config, f"{part}.")
+    sources = mixture_parts(config, part)
+    drawn = []
+    for source in sources:
+        if len(sources) > 1:
+            asked = f"num_samples is {config.num_samples}, {source.num_samples} of {source.source}"
+        if source.source == SELF:
+            drawn.append(_written(source, config, tokenizer, seed, sample))
+            continue
+        documents = calibration_documents(source, tokenizer, part)
+        drawn.append(
+            _drawn(
+                documents, source.num_samples, config, tokenizer, seed=seed, part=part, asked=asked
+            )
+        )
+    return _joined(drawn).select(interleaved([len(windows) for windows in drawn]))
+
+
+def evaluation_windows(
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
+) -> TokenWindows:
+    """Cut the held-out text into windows, from its start.
+
+    An option out of range or without effect is a ``ConfigError``, a corpus that cannot be read or
+    has too little text a ``DataError``.
+
+    Args:
+        config: Section ``evaluation`` of the configuration.
+        tokenizer: Tokenizer of the model.
+
+    Returns:
+        The first ``num_samples`` windows, or all.
+    """
+    check_values(config, "evaluation.")
+    documents = read_documents(config, "evaluation")
+    windows = pack_windows(
+        documents.texts,
+        tokenizer,
+        seqlen=config.seqlen,
+        add_bos=config.add_bos,
+        tail=config.tail,
+        enough=config.num_samples,
+    )
+    _require_windows(windows, config.num_samples, documents.name, "evaluation")
+    if config.num_samples is not None:
+        windows = windows.select(range(config.num_samples))
+    return _with_targets(windows, documents.name)
+
+
+def _drawn(
+    documents: Documents,
+    num_samples: int,
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    part: Part,
+    asked: str | None,
+) -> TokenWindows:
+    """Draw windows from one corpus."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(documents.texts), generator=generator).tolist()
+    windows = pack_windows(
+        (documents.texts[index] for index in order),
+        tokenizer,
+        seqlen=config.seqlen,
+        add_bos=config.add_bos,
+        enough=CANDIDATE_FACTOR * num_samples,
+    )
+    _require_windows(windows, num_samples, documents.name, part, asked)
+    chosen = torch.randperm(len(windows), generator=generator)[:num_samples]
+    return _with_targets(windows.select(chosen.sort().values), documents.name)
+
+
+def _written(
+    source: MixturePart,
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    sample: Sampler | None,
+) -> TokenWindows:
+    """Let the model write windows."""
+    if sample is None:
+        raise ValueError("source self needs sample, which writes text with the model")
+    ids = self_text(
+        sample,
+        tokenizer,
+        num_windows=source.num_samples,
+        seqlen=config.seqlen,
+        add_bos=config.add_bos,
+        seed=seed,
+    )
+    targets = torch.ones_like(ids, dtype=torch.bool)
+    targets[:, 0] = False
+    return TokenWindows(ids, torch.ones_like(targets), targets)
+
+
+def _joined(parts: Sequence[TokenWindows]) -> TokenWindows:
+    return TokenWindows(
+        torch.cat([part.input_ids for part in parts]),
+        torch.cat([part.mask for part in parts]),
+        torch.cat([part.targets for part in parts]),
+    )
+
+
+def _require_windows(
+    windows: TokenWindows,
+    num_samples: int | None,
+    corpus: str,
+    part: Part,
+    asked: str | None = None,
+) -> None:
+    if len(windows) >= (num_samples or 1):
+        return
+    length = windows.input_ids.shape[1]
+    needed = "at least 1 is needed" if num_samples is None else f"num_samples is {num_samples}"
+    needed = asked or needed
+    raise DataError(
+        f"{part}: {needed}, but {corpus} gives {len(windows)} windows of {length} tokens; lower "
+        f"{part}.num_samples or {part}.seqlen, or use a longer corpus"
+    )
+
+
+def _with_targets(windows: TokenWindows, corpus: str) -> TokenWindows:
+    if windows.num_targets > 0:
+        return windows
+    raise DataError(f"{corpus} has no token to predict: each of its documents is one token")

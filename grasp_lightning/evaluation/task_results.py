@@ -1,0 +1,129 @@
+"""What tasks of lm-eval measured, and how it is read from lm-eval's own results."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from grasp_lightning.errors import NumericsError
+from grasp_lightning.evaluation.paired import Estimate
+
+_NO_FILTER = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What one task, or a group of them, measured.
+
+    Attributes:
+        metrics: Mean and standard error by metric, such as ``acc``, ``acc_norm`` or
+            ``exact_match,strict-match`` (metric, filter).
+        num_samples: Number of documents; 0 for a group.
+        num_fewshot: Examples before each question; None for a group.
+        version: Version of the task's definition in lm-eval.
+        samples: Value of each metric that is a number per document, in the order of documents.
+        documents: Hash of all documents, prompts and targets: samples of two models can be paired
+            if it is equal.
+    """
+
+    metrics: Mapping[str, Estimate]
+    num_samples: int = 0
+    num_fewshot: int | None = None
+    version: str = ""
+    samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    documents: str = ""
+
+    def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
+        """Return plain values."""
+        metrics = {name: estimate._asdict() for name, estimate in self.metrics.items()}
+        return {**vars(self), "metrics": metrics}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRun:
+    """What one requested name gave: a task alone, or several for a tag or a group.
+
+    Attributes:
+        results: By name of the task or group.
+        seconds: Wall-clock time.
+    """
+
+    results: Mapping[str, TaskResult]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
+        """Return plain values."""
+        results = {name: result.to_dict() for name, result in self.results.items()}
+        return {"results": results, "seconds": self.seconds}
+
+
+def task_result(
+    task: str, values: Mapping[str, Any], results: Mapping[str, Any]
+) -> TaskResult:  # Any: results of lm-eval
+    """Return what lm-eval measured for one task or group.
+
+    Args:
+        task: Its name.
+        values: Its metrics.
+        results: All of what lm-eval returned.
+
+    Raises:
+        NumericsError: If a metric or a likelihood is NaN.
+    """
+    metrics = {}
+    for key, value in values.items():
+        metric, _, name = key.partition(",")
+        if not name or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        if math.isnan(value):
+            raise NumericsError(
+                f"{task}: {metric} is NaN; check the checkpoint, or try dtype float32"
+            )
+        stderr = values.get(f"{metric}_stderr,{name}")  # "N/A" where there is none
+        is_known = isinstance(stderr, int | float) and math.isfinite(stderr)
+        metrics[_metric_name(metric, name)] = Estimate(float(value), stderr if is_known else None)
+    records = (results.get("samples") or {}).get(task, [])
+    if any(_holds_nan(record["resps"]) for record in records):
+        # lm-eval would take the first answer for the likeliest one.
+        raise NumericsError(
+            f"{task}: a likelihood is NaN; check the checkpoint, or try dtype float32"
+        )
+    count = results.get("n-samples", {}).get(task, {}).get("effective", 0)
+    return TaskResult(
+        metrics=metrics,
+        num_samples=int(count),
+        num_fewshot=results.get("n-shot", {}).get(task),
+        version=str(results.get("versions", {}).get(task, "")),
+        samples=_samples(records),
+        documents=_documents_hash(records),
+    )
+
+
+def _holds_nan(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_holds_nan(part) for part in value)
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _metric_name(metric: str, filter_name: str) -> str:
+    return metric if filter_name == _NO_FILTER else f"{metric},{filter_name}"
+
+
+def _samples(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:  # Any: as above
+    samples: dict[str, list[float]] = {}
+    for record in records:
+        for metric in record["metrics"]:
+            value = record[metric]
+            if isinstance(value, int | float):
+                name = _metric_name(metric, record["filter"])
+                samples.setdefault(name, []).append(float(value))
+    return samples
+
+
+def _documents_hash(records: Sequence[Mapping[str, Any]]) -> str:  # Any: as above
+    digest = hashlib.sha256()
+    for record in records:
+        for part in ("doc_hash", "prompt_hash", "target_hash"):
+            digest.update(record[part].encode())
+    return digest.hexdigest() if records else ""

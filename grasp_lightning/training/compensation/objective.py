@@ -1,0 +1,92 @@
+"""What compensation learns from: the text itself, and the distribution of a teacher."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp_lightning.data.batching import MicroBatch
+from grasp_lightning.data.packing import PackingForm, packed_inputs, packing_form
+from grasp_lightning.models.integrity import model_hash
+from grasp_lightning.models.next_token import (
+    distillation_losses,
+    forward_inputs,
+    next_token_losses,
+)
+
+
+class Teacher(NamedTuple):
+    """A dense model whose distribution the compressed one learns.
+
+    Attributes:
+        model: The teacher, on the device where it stays.
+        temperature: Both distributions are taken at this temperature.
+        mix: Share of the teacher in the loss.
+    """
+
+    model: PreTrainedModel
+    temperature: float
+    mix: float
+
+
+class Objective:
+    """Losses of a model that learns; no module, so that a teacher is not moved, saved or wrapped.
+
+    Args:
+        model: The model that learns.
+        teacher: Learn its distribution, too.
+
+    Attributes:
+        model_hashes: Fingerprint of the ``model`` before training, and of the ``teacher``, if any.
+    """
+
+    def __init__(self, model: PreTrainedModel, teacher: Teacher | None) -> None:
+        self._model = model
+        self._teacher = teacher
+        self._forms: dict[PreTrainedModel, PackingForm] = {}
+        self.model_hashes = {"model": model_hash(model)}
+        if teacher is not None:
+            self.model_hashes["teacher"] = model_hash(teacher.model)
+
+    @property
+    def teacher(self) -> str:
+        """What the loss depends on of the teacher."""
+        return str(self._teacher and (self.model_hashes["teacher"], *self._teacher[1:]))
+
+    def expect_packed(self, row_length: int) -> None:
+        """Find out how the models tell samples apart that share a row of so many tokens."""
+        for model in (self._model, *(self._teacher or ())[:1]):
+            self._forms[model] = packing_form(model, row_length)
+
+    def losses(self, batch: MicroBatch) -> Tensor:
+        """Return the loss that is learned from, of every predicted token, in nats, ``(n,)``."""
+        if self._teacher is None:
+            return self.cross_entropies(batch)
+        with torch.inference_mode():
+            given = self._logits(self._teacher.model, batch)
+        logits = self._logits(self._model, batch)
+        return distillation_losses(
+            logits,
+            given.to(logits.device),
+            batch["input_ids"],
+            batch["targets"],
+            temperature=self._teacher.temperature,
+            mix=self._teacher.mix,
+        )
+
+    def cross_entropies(self, batch: MicroBatch) -> Tensor:
+        """Return the cross-entropy of every predicted token, in nats, ``(n,)``."""
+        logits = self._logits(self._model, batch)
+        return next_token_losses(logits, batch["input_ids"], batch["targets"])
+
+    def _logits(self, model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+        batch = {name: part.to(model.device) for name, part in batch.items()}
+        form = self._forms.get(model)
+        inputs: dict[str, Any]  # Any: keyword arguments of a model
+        if form is None:
+            inputs = {**forward_inputs(batch), "use_cache": False}
+        else:
+            inputs = dict(packed_inputs(batch, form, model.dtype))
+        logits: Tensor = model(**inputs).logits
+        return logits
