@@ -40,7 +40,7 @@ from grasp_lightning.models.loading import LoadedModel, load_model, resolve_devi
 from grasp_lightning.models.model_settings import named_by
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import resolve_source
-from grasp_lightning.reporting.compensation_metrics import Change, CompensationMetrics
+from grasp_lightning.reporting.metrics import Change, CompensationMetrics
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.progress import RunNotes
 from grasp_lightning.training.compensation import CompensationModule, Teacher, trainable_linears

@@ -19,7 +19,7 @@ from grasp_lightning.models.size import count_parameters
 from grasp_lightning.reporting.card import base_model_of
 from grasp_lightning.reporting.compensation import render_compensation_report
 from grasp_lightning.reporting.compensation_card import compensated_card
-from grasp_lightning.reporting.compensation_metrics import (
+from grasp_lightning.reporting.metrics import (
     Change,
     CompensationMetrics,
     CompensationSeconds,

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from grasp_lightning.reporting.compensation_metrics import CompensationMetrics, History
 from grasp_lightning.reporting.drawing import draw_training, svg_text
+from grasp_lightning.reporting.metrics import CompensationMetrics, History
 from grasp_lightning.reporting.page import (
     Headline,
     perplexity_headline,

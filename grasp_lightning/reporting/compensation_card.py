@@ -24,7 +24,7 @@ from grasp_lightning.reporting.compensation import (
     samples_text,
     steps_text,
 )
-from grasp_lightning.reporting.compensation_metrics import CompensationMetrics
+from grasp_lightning.reporting.metrics import CompensationMetrics
 
 Values = Mapping[str, Any]  # Any: values of YAML
 

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from grasp_lightning.plan import FactorizeLinear, Plan
 from grasp_lightning.reporting import evaluation, throughput
-from grasp_lightning.reporting.compensation_metrics import CompensationMetrics
 from grasp_lightning.reporting.linears import (
     module_place,
     predicted_losses,
     removed_parts,
     scored_linears,
 )
-from grasp_lightning.reporting.metrics import Metrics
+from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
 from grasp_lightning.reporting.plots import Plot, run_plots
 from grasp_lightning.reporting.tables import (
     NOT_MEASURED,

@@ -20,13 +20,13 @@ from grasp_lightning.reporting.compensation import (
     training_plot,
 )
 from grasp_lightning.reporting.compensation_card import compensated_card
-from grasp_lightning.reporting.compensation_metrics import (
+from grasp_lightning.reporting.metrics import (
     Change,
     CompensationMetrics,
     CompensationSeconds,
     History,
+    Pair,
 )
-from grasp_lightning.reporting.metrics import Pair
 from tests.unit.reporting.compensation_example import (
     CONFIG,
     example_compensation,
