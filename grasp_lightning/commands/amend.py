@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 
 from grasp_lightning.errors import OutputError, PlanError
 from grasp_lightning.plan import Plan
-from grasp_lightning.reporting.compensation import render_compensation_report
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
-from grasp_lightning.reporting.page import render_report
+from grasp_lightning.reporting.page import render_compensation_report, render_report
 from grasp_lightning.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

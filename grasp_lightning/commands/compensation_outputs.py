@@ -17,7 +17,6 @@ from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.reporting.card import base_model_of
-from grasp_lightning.reporting.compensation import render_compensation_report
 from grasp_lightning.reporting.compensation_card import compensated_card
 from grasp_lightning.reporting.metrics import (
     Change,
@@ -26,6 +25,7 @@ from grasp_lightning.reporting.metrics import (
     History,
     ParameterCounts,
 )
+from grasp_lightning.reporting.page import render_compensation_report
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.training.compensation import CompensationModule
 

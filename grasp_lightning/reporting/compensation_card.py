@@ -17,14 +17,14 @@ from grasp_lightning.reporting.card import (
     public_name,
     text_source,
 )
-from grasp_lightning.reporting.compensation import (
-    compensation_rows,
+from grasp_lightning.reporting.metrics import CompensationMetrics
+from grasp_lightning.reporting.tables import (
+    comparison_rows,
     epochs_text,
     measurement_notes,
     samples_text,
     steps_text,
 )
-from grasp_lightning.reporting.metrics import CompensationMetrics
 
 Values = Mapping[str, Any]  # Any: values of YAML
 
@@ -167,7 +167,7 @@ def _content(metrics: CompensationMetrics, base_model: str, config: Values) -> d
         "samples": samples_text(metrics.samples),
         "length": _length(metrics, config),
         "evaluation": text_source(config, "evaluation"),
-        "rows": compensation_rows(metrics),
+        "rows": comparison_rows(metrics),
         "notes": measurement_notes(metrics),
     }
 

@@ -5,8 +5,8 @@ import pytest
 import yaml
 
 from grasp_lightning.commands.amend import amend_run
-from grasp_lightning.reporting.compensation import render_compensation_report
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
+from grasp_lightning.reporting.page import render_compensation_report
 from grasp_lightning.run_folder import RunFolder
 from tests.unit.reporting.compensation_example import CONFIG, example_compensation
 from tests.unit.reporting.example import CONFIG as COMPRESS_CONFIG
