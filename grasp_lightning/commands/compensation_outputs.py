@@ -16,8 +16,7 @@ from grasp_lightning.evaluation.phases import Phases, peak_memory_bytes
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import count_parameters
-from grasp_lightning.reporting.card import base_model_of
-from grasp_lightning.reporting.compensation_card import compensated_card
+from grasp_lightning.reporting.card import base_model_of, compensated_card
 from grasp_lightning.reporting.metrics import (
     Change,
     CompensationMetrics,

@@ -10,8 +10,7 @@ import yaml
 from rich.console import Console
 
 from grasp_lightning.errors import OutputError
-from grasp_lightning.reporting.card import base_model_of, model_card
-from grasp_lightning.reporting.compensation_card import compensated_card
+from grasp_lightning.reporting.card import base_model_of, compensated_card, model_card
 from grasp_lightning.reporting.metrics import (
     Change,
     CompensationMetrics,
