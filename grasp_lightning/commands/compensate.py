@@ -12,7 +12,7 @@ from callbacks.measure import check_trainer
 from callbacks.split_model import MeasureInFit
 from callbacks.stop_request import StopRequest
 from grasp_lightning import processes
-from grasp_lightning.commands.compensation_outputs import CompensationOutcome, write_compensation
+from grasp_lightning.commands.outputs import CompensationOutcome, write_outputs
 from grasp_lightning.commands.training import TrainingRun
 from grasp_lightning.commands.workflow import (
     attempt,
@@ -165,7 +165,7 @@ def _execute(
             perplexity_tokens=inputs.held_out.num_targets,
             validation_loss=measured.validation_loss,
         )
-        return write_compensation(run, outcome, phases)
+        return write_outputs(run, outcome, phases)
 
     metrics = processes.on_first(write)
     notes.clear()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from grasp_lightning.errors import OutputError, PlanError
 from grasp_lightning.plan import Plan
-from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
+from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics, RunMetrics
 from grasp_lightning.reporting.page import render_compensation_report, render_report
 from grasp_lightning.run_folder import RunFolder
 
@@ -53,41 +53,31 @@ def amend_run(model: str, section: str, content: Section, merge: Merge = _replac
         if run is None:
             return None
         with run:
-            return _amend(run, section, content, merge)
+            with _readable_files(run):
+                stored = json.loads(run.path(_METRICS_NAME).read_text(encoding="utf-8"))
+            earlier = stored.get(section)
+            new = content if earlier is None else merge(earlier, content)
+            metrics, report = _rendered(run, {**stored, section: dict(new)})
+            run.write_text("report.html", report)
+            return run.write_json(_METRICS_NAME, metrics.to_dict())
     except OutputError as error:
         logger.warning("%s of %s is not added to its run: %s", section, model, error)
         return None
 
 
-def _amend(run: RunFolder, section: str, content: Section, merge: Merge) -> Path:
+def _rendered(run: RunFolder, stored: Section) -> tuple[RunMetrics, str]:
+    """Return metrics and report of a run, from the content of its metrics.json."""
     with _readable_files(run):
-        stored = json.loads(run.path(_METRICS_NAME).read_text(encoding="utf-8"))
         settings = yaml.safe_load(run.path("config.yaml").read_text(encoding="utf-8"))
-    earlier = stored.get(section)
-    new = content if earlier is None else merge(earlier, content)
-    changed = {**stored, section: dict(new)}
-    # The metrics of a compression have no such key.
-    rendered = _compensation if "train" in stored else _compression
-    metrics, report = rendered(run, changed, settings)
-    run.write_text("report.html", report)
-    return run.write_json(_METRICS_NAME, metrics)
-
-
-def _compression(run: RunFolder, changed: Section, settings: Section) -> tuple[Section, str]:
-    """Return the content of metrics.json and report.html of a run of ``compress``."""
+    if "train" in stored:  # by compensate, which decides nothing and has no plan
+        trained = CompensationMetrics.from_dict(stored)
+        return trained, render_compensation_report(trained, settings)
     scores_file = run.path("scores.safetensors")
     with _readable_files(run):
         plan = Plan.from_json(run.path("plan.json").read_text(encoding="utf-8"))
         scores = load_file(scores_file) if scores_file.is_file() else {}
-    metrics = Metrics.from_dict(changed)
-    return metrics.to_dict(), render_report(metrics, plan, scores, settings)
-
-
-def _compensation(run: RunFolder, changed: Section, settings: Section) -> tuple[Section, str]:
-    """Return the same of a run of ``compensate``, which decides nothing and has no plan."""
-    del run
-    metrics = CompensationMetrics.from_dict(changed)
-    return metrics.to_dict(), render_compensation_report(metrics, settings)
+    metrics = Metrics.from_dict(stored)
+    return metrics, render_report(metrics, plan, scores, settings)
 
 
 @contextmanager
