@@ -27,7 +27,7 @@ from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import ModelSize, count_parameters
 from grasp_lightning.plan import Plan
 from grasp_lightning.reporting.card import base_model_of, compensated_card, model_card
-from grasp_lightning.reporting.linears import predicted_losses
+from grasp_lightning.reporting.linears import layer_changes, predicted_losses
 from grasp_lightning.reporting.metrics import (
     Change,
     CompensationMetrics,
@@ -113,6 +113,7 @@ class Outcome(RunOutcome[Metrics]):
             method=self.plan.method,
             dtype=_dtype(self.loaded),
             layers=self.plan.selected_layers or (),
+            layer_changes=layer_changes(self.plan, self.num_inputs),
             removed_ratio=1 - compressed.parameters / dense.parameters,
             parameters=Pair(dense=dense.parameters, compressed=compressed.parameters),
             bytes=Pair(dense=dense.bytes, compressed=compressed.bytes),

@@ -74,7 +74,7 @@ def model_card(
         base_model=base_model,
         metrics=metrics,
         version=_version(metrics),
-        layers=indices_text(metrics.layers),
+        layers=indices_text(metrics.changed_layers),
         num_linears=len(plan.ranks),
         num_mlps=len(plan.channels),
         removed=_removed(plan),

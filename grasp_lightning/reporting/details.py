@@ -1,11 +1,13 @@
 """What a compression decided for each linear, MLP and block, as tables of the report."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from grasp_lightning.plan import Plan
+from grasp_lightning.models.linears import in_attention
+from grasp_lightning.plan import FactorizeLinear, LinearOperation, NarrowMlp, Plan, RemoveBlock
 from grasp_lightning.reporting.linears import (
     module_place,
     predicted_losses,
@@ -14,6 +16,7 @@ from grasp_lightning.reporting.linears import (
 )
 from grasp_lightning.reporting.metrics import Metrics
 
+_KINDS = {FactorizeLinear: "low-rank", NarrowMlp: "narrowed", RemoveBlock: "removed"}
 _LOSS_COLUMNS = (("Predicted loss, nats per token", "number"), ("Measured", "number"))
 _SCORE_COLUMNS = (
     ("Score kept", "number"),
@@ -36,7 +39,7 @@ class Details(NamedTuple):
 
     Attributes:
         title: What it lists.
-        columns: Heading and kind of each column: ``row`` for the name of the row, or ``number``.
+        columns: Heading and kind of each column: ``row`` (names the row), ``text``, ``number``.
         rows: Texts, one per column.
         note: How to read it.
     """
@@ -56,10 +59,42 @@ def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor])
         scores: Content of its scores.safetensors; may be empty.
 
     Returns:
-        Ranks, channels, and removed layers and blocks, in this order.
+        Layers, ranks, channels, and removed layers and blocks, in this order.
     """
-    tables = (_ranks(plan, scores), _channels(metrics, plan, scores), _removals(plan, scores))
+    tables = (
+        _layers(metrics, plan),
+        _ranks(plan, scores),
+        _channels(metrics, plan, scores),
+        _removals(plan, scores),
+    )
     return [table for table in tables if table.rows]
+
+
+def _layers(metrics: Metrics, plan: Plan) -> Details:
+    kinds: dict[tuple[int, bool], list[str]] = {}
+    for operation in plan.operations:
+        for module in operation.modules if isinstance(operation, LinearOperation) else ():
+            layer, kind = module_place(module)
+            kinds.setdefault((layer, in_attention(kind)), []).append(_KINDS[type(operation)])
+    rows = []
+    for index, change in metrics.layer_changes.items():
+        cells = ["deleted", "deleted"]
+        if change is not None:
+            parts = ((change.attention, True), (change.mlp, False))
+            cells = [_part(count.total, kinds.get((int(index), at), [])) for count, at in parts]
+        rows.append((index, *cells))
+    return Details(
+        "Changes in each decoder layer",
+        (("Layer", "row"), ("Attention", "text"), ("MLP", "text")),
+        rows,
+        "Number of linears of each part. Layers that are not listed are those of the base model.",
+    )
+
+
+def _part(total: int, kinds: Sequence[str]) -> str:
+    """Return how many linears of a block were changed, and how."""
+    texts = [f"{count} of {total} {kind}" for kind, count in Counter(kinds).items()]
+    return ", ".join(texts) or "unchanged"
 
 
 def _ranks(plan: Plan, scores: Mapping[str, Tensor]) -> Details:

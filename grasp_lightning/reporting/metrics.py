@@ -54,6 +54,27 @@ class DecoderLinears:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearCount:
+    """Linears of the attention or of the MLP of one decoder layer.
+
+    Attributes:
+        changed: Number of low-rank, narrowed and removed ones.
+        total: Number of all.
+    """
+
+    changed: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChange:
+    """What of one decoder layer was changed; all that is not attention counts as MLP."""
+
+    attention: LinearCount
+    mlp: LinearCount
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossChange:
     """By how much the cross-entropy of a token grows, in nats; None where it is not known.
 
@@ -174,7 +195,8 @@ class Metrics(RunMetrics):
 
     Attributes:
         method: Name of the compression method.
-        layers: Replaced or dropped decoder layers, ascending, as indices of the original model.
+        layers: Decoder layers that the method chose, ascending, as indices of the original model.
+        layer_changes: What was changed in each decoder layer, by its index; None for a deleted one.
         removed_ratio: Share of all parameters that is gone, in [0, 1].
         parameters: Parameters of the whole model, tied ones counted once.
         bytes: Size of the whole model in bytes, both at ``dtype``.
@@ -191,6 +213,7 @@ class Metrics(RunMetrics):
 
     method: str
     layers: tuple[int, ...]
+    layer_changes: Mapping[str, LayerChange | None] = field(default_factory=dict)
     removed_ratio: float
     parameters: Pair[int]
     bytes: Pair[int]
@@ -200,6 +223,11 @@ class Metrics(RunMetrics):
     perplexity: Pair[float | None] = _NO_PAIR
     loss_change: LossChange = LossChange()
     seconds: Seconds = Seconds()
+
+    @property
+    def changed_layers(self) -> tuple[int, ...]:
+        """Decoder layers with a change, ascending; all chosen ones where that is not known."""
+        return tuple(sorted(map(int, self.layer_changes))) or self.layers
 
 
 @dataclass(frozen=True, kw_only=True)

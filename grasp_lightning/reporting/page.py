@@ -160,9 +160,9 @@ def _headlines(metrics: Metrics) -> list[Headline]:
         ),
         _perplexity(metrics),
         Headline(
-            f"Layers {done_to_layers(metrics.method)}",
-            str(len(metrics.layers)),
-            indices_text(metrics.layers),
+            f"Layers {done_to_layers(metrics)}",
+            str(len(metrics.changed_layers)),
+            indices_text(metrics.changed_layers),
         ),
     ]
 

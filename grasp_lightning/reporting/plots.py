@@ -63,9 +63,9 @@ def parameters_plot(metrics: Metrics) -> Plot:
         draw_stacked_bars(figure, inside, outside, lambda value: count_text(round(value)))
 
     explanation = "Only linears inside decoder layers change; everything else is kept as it was."
-    # Norms of dropped layers go, too.
+    # Norms of deleted layers are gone, too.
     if total.dense - total.compressed != linears.dense - linears.compressed:
-        explanation = "Dropped layers take their norms with them; everything else is kept."
+        explanation = "Deleted layers take their norms with them; everything else is kept."
     return Plot(
         title=f"{metrics.removed_ratio:.1%} of all parameters are gone: "
         f"{count_text(total.dense)} before, {count_text(total.compressed)} after",

@@ -166,15 +166,38 @@ def summary(metrics: AnyMetrics) -> str:
             f"{trained} {learned}, {steps_text(metrics.steps)}, "
             f"{count_text(metrics.parameters.trainable)} trainable parameters"
         )
-    count = len(metrics.layers)
+    count = len(metrics.changed_layers)
     noun = "decoder layer" if count == 1 else "decoder layers"
     removed = f"{metrics.removed_ratio:.1%} of all parameters removed"
-    return f"{count} {noun} {done_to_layers(metrics.method)}, {removed}"
+    return f"{count} {noun} {done_to_layers(metrics)}{_changed_parts(metrics)}, {removed}"
 
 
-def done_to_layers(method: str) -> str:
-    """Return what a method does to the layers that it takes, as a participle."""
-    return {"drop": "dropped", "grasp": "replaced"}.get(method, "compressed")
+def done_to_layers(metrics: Metrics) -> str:
+    """Return what was done to decoder layers, as a participle."""
+    if metrics.method == "drop":
+        return "dropped"
+    if metrics.layer_changes and not any(metrics.layer_changes.values()):
+        return "deleted"
+    return "replaced" if metrics.method == "grasp" else "compressed"
+
+
+def _changed_parts(metrics: Metrics) -> str:
+    """Return which parts were changed, in brackets after a space; nothing if all of them were."""
+    changes = [change for change in metrics.layer_changes.values() if change is not None]
+    num_deleted = len(metrics.layer_changes) - len(changes)
+    blocks = {
+        "attention": [change.attention for change in changes],
+        "MLP": [change.mlp for change in changes],
+    }
+    sums = {
+        name: (sum(count.changed for count in counts), sum(count.total for count in counts))
+        for name, counts in blocks.items()
+    }
+    is_whole = not num_deleted and all(changed == total for changed, total in sums.values())
+    if not changes or is_whole:
+        return ""
+    texts = [f"{changed} of {total} {name} linears" for name, (changed, total) in sums.items()]
+    return f" ({', '.join([*texts, *[f'{num_deleted} deleted'] * bool(num_deleted)])})"
 
 
 def count_text(count: int) -> str:
