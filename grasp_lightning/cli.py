@@ -66,11 +66,11 @@ def _compensate(prog: str, argv: Sequence[str]) -> None:
     config = parse(CompensateConfig, prog, argv)
     with joined(config.trainer, config.model.device, "compensate", argv) as speaks:
         from grasp_lightning.commands.compensate import run_compensate  # noqa: PLC0415
-        from grasp_lightning.reporting.compensation import compensation_table  # noqa: PLC0415
+        from grasp_lightning.reporting.tables import comparison_table  # noqa: PLC0415
 
         run = run_compensate(config)
         if speaks:
-            _print_run(run.folder, compensation_table(run.metrics))
+            _print_run(run.folder, comparison_table(run.metrics))
             if run.uploaded is not None:
                 print(f"upload: {run.uploaded}")
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel
 
-from grasp_lightning.commands.amend import amend_run
 from grasp_lightning.config import BenchmarkConfig, ModelConfig
 from grasp_lightning.config.values import check_values
 from grasp_lightning.errors import ConfigError
@@ -30,6 +29,7 @@ from grasp_lightning.models.model_settings import model_settings, named_by
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.reporting.throughput import write_throughput_plot
 from grasp_lightning.run_folder import write_file
+from grasp_lightning.storage.amend import amend_run
 from grasp_lightning.storage.results import ResultFiles
 
 T = TypeVar("T")

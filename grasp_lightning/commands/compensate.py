@@ -12,7 +12,7 @@ from grasp_lightning import processes
 from grasp_lightning.callbacks.measure import check_trainer
 from grasp_lightning.callbacks.split_model import MeasureInFit
 from grasp_lightning.callbacks.stop_request import StopRequest
-from grasp_lightning.commands.compensation_outputs import CompensationOutcome, write_compensation
+from grasp_lightning.commands.outputs import CompensationOutcome, write_outputs
 from grasp_lightning.commands.training import TrainingRun
 from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
 from grasp_lightning.config import CompensateConfig, ModelConfig, Strategy
@@ -29,7 +29,7 @@ from grasp_lightning.models.loading import LoadedModel, load_model, resolve_devi
 from grasp_lightning.models.model_settings import named_by
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import resolve_source
-from grasp_lightning.reporting.compensation_metrics import Change, CompensationMetrics
+from grasp_lightning.reporting.metrics import Change, CompensationMetrics
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.progress import RunNotes
 from grasp_lightning.training.compensation import CompensationModule, Teacher, trainable_linears
@@ -142,7 +142,7 @@ def _execute(
             perplexity_tokens=inputs.held_out.num_targets,
             validation_loss=measured.validation_loss,
         )
-        return write_compensation(run, outcome, phases)
+        return write_outputs(run, outcome, phases)
 
     metrics = processes.on_first(write)
     notes.clear()

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from grasp_lightning.commands.amend import amend_run
 from grasp_lightning.commands.workflow import tracked_perplexity
 from grasp_lightning.config import EvaluateConfig, EvaluationConfig, ModelConfig
 from grasp_lightning.config.values import check_values
@@ -33,6 +32,7 @@ from grasp_lightning.models.loading import (
     resolve_device,
 )
 from grasp_lightning.models.model_settings import model_settings, named_by
+from grasp_lightning.storage.amend import amend_run
 from grasp_lightning.storage.results import (
     EvaluationFile,
     Request,

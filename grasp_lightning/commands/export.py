@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,6 @@ from rich.progress import track
 from grasp_lightning.config import ExportConfig, ModelConfig
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.errors import GraspError, ModelError, OutputError
-from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel, load_meta_model, load_model
 from grasp_lightning.models.lowrank import has_replaced, ranks_of, shapes_of
 from grasp_lightning.models.size import count_parameters
@@ -23,11 +21,11 @@ from grasp_lightning.models.surgery import densify
 from grasp_lightning.reporting.card import base_model_of, export_card
 from grasp_lightning.reporting.metrics import Pair
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.storage.model_folder import read_card, write_model
 
 FACTS_NAME = "export.json"
 SOURCE_CARD_NAME = "COMPRESSED_MODEL_CARD.md"
 
-_CARD_NAME = "README.md"
 _MODEL_NAME = "model"
 _SAFETY = 1.1  # tokenizer and cards, beside the weights
 
@@ -181,7 +179,7 @@ def _execute(source: Path, run: RunFolder) -> ExportFacts:
 
 
 def _write_model(run: RunFolder, source: Path, loaded: LoadedModel, facts: ExportFacts) -> None:
-    origin, source_card = loaded.origin, _read_card(source)
+    origin, source_card = loaded.origin, read_card(source)
     card = export_card(
         base_model=base_model_of(source_card or "") or origin.name,
         num_linears=len(facts.ranks),
@@ -192,18 +190,7 @@ def _write_model(run: RunFolder, source: Path, loaded: LoadedModel, facts: Expor
         licence_files=[file.name for file in origin.licence_files],
         source_card=SOURCE_CARD_NAME if source_card else None,
     )
-    with run.new_folder(_MODEL_NAME) as folder:
-        save_model(loaded.model, folder, tokenizer=loaded.tokenizer)
-        for file in origin.licence_files:
-            shutil.copyfile(file, folder / file.name)
-        if source_card:
-            (folder / SOURCE_CARD_NAME).write_text(source_card, encoding="utf-8")
-        (folder / _CARD_NAME).write_text(card, encoding="utf-8")
-
-
-def _read_card(source: Path) -> str | None:
-    file = source / _CARD_NAME
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+    write_model(run, loaded, card, {SOURCE_CARD_NAME: source_card} if source_card else {})
 
 
 def _fingerprint(source: Path) -> str:

@@ -1,39 +1,90 @@
-"""What a finished compression writes into its run folder."""
+"""What a finished run writes into its folder."""
 
 import math
 import platform
-import shutil
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from grasp_lightning import __version__
+from grasp_lightning.callbacks.history import TrainingHistory
+from grasp_lightning.config import CompensateConfig
+from grasp_lightning.config.compensate_settings import uses_instructions
+from grasp_lightning.config.parsing import to_dict
+from grasp_lightning.data.datamodules import TrainingData
+from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
+from grasp_lightning.data.sources import source_licence
 from grasp_lightning.evaluation.phases import Phases, peak_memory_bytes
-from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
-from grasp_lightning.models.size import ModelSize
+from grasp_lightning.models.size import ModelSize, count_parameters
 from grasp_lightning.plan import Plan
-from grasp_lightning.reporting.card import model_card
-from grasp_lightning.reporting.linears import predicted_losses
-from grasp_lightning.reporting.metrics import DecoderLinears, LossChange, Metrics, Pair, Seconds
-from grasp_lightning.reporting.page import render_report
+from grasp_lightning.reporting.card import base_model_of, compensated_card, model_card
+from grasp_lightning.reporting.linears import layer_changes, predicted_losses
+from grasp_lightning.reporting.metrics import (
+    Change,
+    CompensationMetrics,
+    CompensationSeconds,
+    DecoderLinears,
+    History,
+    LossChange,
+    Metrics,
+    Pair,
+    ParameterCounts,
+    RunMetrics,
+    Seconds,
+)
+from grasp_lightning.reporting.page import render_compensation_report, render_report
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.storage.model_folder import read_card, write_model
+from grasp_lightning.training.compensation import CompensationModule
+
+M = TypeVar("M", bound=RunMetrics)
+S = TypeVar("S", Seconds, CompensationSeconds)
 
 _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a compression leads to, before it is written.
+class RunOutcome(ABC, Generic[M]):
+    """What a run has made, before it is written.
 
     Attributes:
-        loaded: The compressed model, its tokenizer and its origin.
+        loaded: The new model, its tokenizer and its origin.
+        perplexity_tokens: Number of predicted tokens behind each perplexity.
+    """
+
+    loaded: LoadedModel
+    perplexity_tokens: int
+
+    @abstractmethod
+    def metrics(self, phases: Phases) -> M:
+        """Return the numbers, with the times so far."""
+
+    @abstractmethod
+    def card(self, metrics: M) -> str:
+        """Return the model card."""
+
+    @abstractmethod
+    def report(self, metrics: M) -> str:
+        """Return the page that tells what was done."""
+
+    def write_decisions(self, run: RunFolder) -> None:
+        """Write what the model was made from, where there is anything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(RunOutcome[Metrics]):
+    """What a compression has made.
+
+    Attributes:
         plan: All decisions.
         scores: What they were made from, as stored in scores.safetensors.
         factors: Factors of low-rank linears, ``<module>.left`` and ``<module>.right``, and weights
@@ -41,23 +92,166 @@ class Outcome:
         num_inputs: Number of inputs of every linear in decoder layers of the dense model.
         sizes: Size before and after.
         perplexity: On held-out text, before and after.
-        perplexity_tokens: Number of predicted tokens behind each perplexity.
         settings: The resolved configuration as plain values.
     """
 
-    loaded: LoadedModel
     plan: Plan
     scores: Mapping[str, Tensor]
     factors: Mapping[str, Tensor]
     num_inputs: Mapping[str, int]
     sizes: Pair[ModelSize]
     perplexity: Pair[float | None]
-    perplexity_tokens: int
     settings: Mapping[str, Any]  # Any: values of YAML
 
+    def metrics(self, phases: Phases) -> Metrics:
+        """Return the numbers, with the times so far."""
+        dense, compressed = self.sizes.values
+        predicted = predicted_losses(self.plan, self.scores)
+        before, after = self.perplexity.values
+        return Metrics(
+            model=self.loaded.origin.name,
+            method=self.plan.method,
+            dtype=_dtype(self.loaded),
+            layers=self.plan.selected_layers or (),
+            layer_changes=layer_changes(self.plan, self.num_inputs),
+            removed_ratio=1 - compressed.parameters / dense.parameters,
+            parameters=Pair(dense=dense.parameters, compressed=compressed.parameters),
+            bytes=Pair(dense=dense.bytes, compressed=compressed.bytes),
+            decoder_linears=DecoderLinears(
+                parameters=Pair(
+                    dense=dense.decoder_linear_parameters,
+                    compressed=compressed.decoder_linear_parameters,
+                ),
+                bytes=Pair(
+                    dense=dense.decoder_linear_bytes, compressed=compressed.decoder_linear_bytes
+                ),
+            ),
+            channels={
+                reader: Pair(dense=self.num_inputs[reader], compressed=kept)
+                for reader, kept in self.plan.channels.items()
+            },
+            source_bytes=self.loaded.origin.source_bytes,
+            perplexity=self.perplexity,
+            perplexity_tokens=self.perplexity_tokens,
+            loss_change=LossChange(
+                predicted=sum(predicted.values()) if predicted else None,
+                measured=math.log(after / before) if before and after else None,
+            ),
+            seconds=_seconds(Seconds, phases),
+            peak_memory_bytes=peak_memory_bytes(),
+            versions=package_versions(),
+        )
 
-def write_outputs(run: RunFolder, outcome: Outcome, phases: Phases) -> Metrics:
-    """Write model, plan, scores, factors, metrics and report.
+    def card(self, metrics: Metrics) -> str:
+        """Return the model card."""
+        origin = self.loaded.origin
+        return model_card(
+            metrics,
+            self.plan,
+            origin_name=origin.name,
+            licence=origin.licence,
+            licence_files=[file.name for file in origin.licence_files],
+            config=self.settings,
+        )
+
+    def report(self, metrics: Metrics) -> str:
+        """Return the page that tells what was done."""
+        return render_report(metrics, self.plan, self.scores, self.settings)
+
+    def write_decisions(self, run: RunFolder) -> None:
+        """Write scores, factors and plan."""
+        _write_tensors(run, "scores.safetensors", self.scores, torch.float32)
+        _write_tensors(run, "factors.safetensors", self.factors, self.loaded.model.dtype)
+        run.write_text("plan.json", self.plan.to_json())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensationOutcome(RunOutcome[CompensationMetrics]):
+    """What a compensation has made; adapters are merged.
+
+    Attributes:
+        config: The resolved configuration.
+        data: What the model was trained on.
+        module: What was trained.
+        history: Losses of all steps.
+        best_step: Number of steps behind the weights that are kept; None if the last ones are.
+        parameters_before: Parameters of the model before training.
+        perplexity: On held-out text.
+        validation_loss: On samples that were set aside; None if there are none.
+    """
+
+    config: CompensateConfig
+    data: TrainingData
+    module: CompensationModule
+    history: TrainingHistory
+    best_step: int | None
+    parameters_before: int
+    perplexity: Change[float | None]
+    validation_loss: Change[float | None]
+
+    @cached_property
+    def source_card(self) -> str | None:
+        """Card of the compressed model; None if it has none."""
+        return read_card(self.loaded.origin.folder)
+
+    def metrics(self, phases: Phases) -> CompensationMetrics:
+        """Return the numbers, with the times so far."""
+        config, samples, steps = self.config, self.data.samples, self.history.steps
+        assert self.module.trained is not None  # it was trained
+        before, after = self.parameters_before, count_parameters(self.loaded.model)
+        item = self.loaded.model.dtype.itemsize
+        data, licence = _describe_data(config)
+        return CompensationMetrics(
+            model=base_model_of(self.source_card or "") or self.loaded.origin.name,
+            train=config.train,
+            objective=config.objective,
+            dtype=_dtype(self.loaded),
+            parameters=ParameterCounts(
+                before=before, after=after, trainable=self.module.trained.num_parameters
+            ),
+            bytes=Change(before=before * item, after=after * item),
+            perplexity=self.perplexity,
+            perplexity_tokens=self.perplexity_tokens,
+            validation_loss=self.validation_loss,
+            validation_tokens=samples.validation.num_targets or None,
+            steps=len(steps),
+            best_step=self.best_step,
+            epochs=len(steps) / self.data.steps().steps_per_epoch,
+            samples=samples.counts,
+            trained_tokens=self.module.num_trained_tokens,
+            data=data,
+            data_licence=licence,
+            history=History(
+                steps=tuple(range(1, len(steps) + 1)),
+                loss=tuple(loss for loss, _ in steps),
+                learning_rate=tuple(rate for _, rate in steps),
+                validation_steps=tuple(step for step, _ in self.history.validations),
+                validation_loss=tuple(loss for _, loss in self.history.validations),
+            ),
+            seconds=_seconds(CompensationSeconds, phases),
+            peak_memory_bytes=peak_memory_bytes(),
+            versions=package_versions("peft"),
+        )
+
+    def card(self, metrics: CompensationMetrics) -> str:
+        """Return the model card."""
+        origin = self.loaded.origin
+        return compensated_card(
+            self.source_card,
+            metrics,
+            base_model=metrics.model,
+            licence=origin.licence,
+            licence_files=[file.name for file in origin.licence_files],
+            config=to_dict(self.config),
+        )
+
+    def report(self, metrics: CompensationMetrics) -> str:
+        """Return the page that tells what was done."""
+        return render_compensation_report(metrics, to_dict(self.config))
+
+
+def write_outputs(run: RunFolder, outcome: RunOutcome[M], phases: Phases) -> M:
+    """Write model, decisions, report and metrics.
 
     Args:
         run: The run folder.
@@ -67,91 +261,13 @@ def write_outputs(run: RunFolder, outcome: Outcome, phases: Phases) -> Metrics:
     Returns:
         The metrics as written.
     """
-    dtype = outcome.loaded.model.dtype
     with phases("save"):
-        _write_model(run, outcome, _metrics(outcome, phases))
-        _write_tensors(run, "scores.safetensors", outcome.scores, torch.float32)
-        _write_tensors(run, "factors.safetensors", outcome.factors, dtype)
-        run.write_text("plan.json", outcome.plan.to_json())
-    metrics = _metrics(outcome, phases)
-    report = render_report(metrics, outcome.plan, outcome.scores, outcome.settings)
-    run.write_text("report.html", report)
+        write_model(run, outcome.loaded, outcome.card(outcome.metrics(phases)))
+        outcome.write_decisions(run)
+    metrics = outcome.metrics(phases)
+    run.write_text("report.html", outcome.report(metrics))
     run.write_json("metrics.json", metrics.to_dict())
     return metrics
-
-
-def _write_model(run: RunFolder, outcome: Outcome, metrics: Metrics) -> None:
-    origin = outcome.loaded.origin
-    card = model_card(
-        metrics,
-        outcome.plan,
-        origin_name=origin.name,
-        licence=origin.licence,
-        licence_files=[file.name for file in origin.licence_files],
-        config=outcome.settings,
-    )
-    with run.new_folder("model") as folder:
-        save_model(outcome.loaded.model, folder, tokenizer=outcome.loaded.tokenizer)
-        for file in origin.licence_files:
-            shutil.copyfile(file, folder / file.name)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _write_tensors(
-    run: RunFolder, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype
-) -> None:
-    """Write tensors, or nothing where there are none (a method that only drops layers)."""
-    if tensors:
-        # Copies: two names may stand for one tensor, which safetensors refuses.
-        stored = {key: value.to(dtype).cpu().contiguous().clone() for key, value in tensors.items()}
-        run.write_with(name, _saver(stored))
-
-
-def _saver(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
-    return lambda path: save_file(tensors, path)
-
-
-def _metrics(outcome: Outcome, phases: Phases) -> Metrics:
-    dense, compressed = outcome.sizes.dense, outcome.sizes.compressed
-    seconds = {phase.name: phases.seconds.get(phase.name) for phase in fields(Seconds)}
-    return Metrics(
-        model=outcome.loaded.origin.name,
-        method=outcome.plan.method,
-        dtype=str(outcome.loaded.model.dtype).removeprefix("torch."),
-        layers=outcome.plan.selected_layers or (),
-        removed_ratio=1 - compressed.parameters / dense.parameters,
-        parameters=Pair(dense=dense.parameters, compressed=compressed.parameters),
-        bytes=Pair(dense=dense.bytes, compressed=compressed.bytes),
-        decoder_linears=DecoderLinears(
-            parameters=Pair(
-                dense=dense.decoder_linear_parameters,
-                compressed=compressed.decoder_linear_parameters,
-            ),
-            bytes=Pair(
-                dense=dense.decoder_linear_bytes, compressed=compressed.decoder_linear_bytes
-            ),
-        ),
-        channels={
-            reader: Pair(dense=outcome.num_inputs[reader], compressed=kept)
-            for reader, kept in outcome.plan.channels.items()
-        },
-        source_bytes=outcome.loaded.origin.source_bytes,
-        perplexity=outcome.perplexity,
-        perplexity_tokens=outcome.perplexity_tokens,
-        loss_change=_loss_change(outcome),
-        seconds=Seconds(**{**seconds, "total": phases.total}),
-        peak_memory_bytes=peak_memory_bytes(),
-        versions=package_versions(),
-    )
-
-
-def _loss_change(outcome: Outcome) -> LossChange:
-    predicted = predicted_losses(outcome.plan, outcome.scores)
-    dense, compressed = outcome.perplexity.dense, outcome.perplexity.compressed
-    return LossChange(
-        predicted=sum(predicted.values()) if predicted else None,
-        measured=math.log(compressed / dense) if dense and compressed else None,
-    )
 
 
 def package_versions(*more: str) -> dict[str, str]:
@@ -165,3 +281,33 @@ def package_versions(*more: str) -> dict[str, str]:
     """
     packages = {package: version(package) for package in (*_PACKAGES, *more)}
     return {"grasp_lightning": __version__, "python": platform.python_version(), **packages}
+
+
+def _dtype(loaded: LoadedModel) -> str:
+    return str(loaded.model.dtype).removeprefix("torch.")
+
+
+def _seconds(kind: type[S], phases: Phases) -> S:
+    times = {phase.name: phases.seconds.get(phase.name) for phase in fields(kind)}
+    return kind(**{**times, "total": phases.total})
+
+
+def _describe_data(config: CompensateConfig) -> tuple[str, str | None]:
+    """Return what was learned from in words, without a path, and its licence."""
+    section = config.data if uses_instructions(config) else config.text
+    if section.source == "file":
+        return Path(section.path or "").name, section.licence
+    if uses_instructions(config):
+        hub = HUB_INSTRUCTIONS[section.source]
+        return f"{section.source} ({hub.repository})", section.licence or hub.licence
+    return section.source, section.licence or source_licence(section.source)
+
+
+def _write_tensors(
+    run: RunFolder, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Write tensors, or nothing where there are none (a method that only drops layers)."""
+    if tensors:
+        # Copies: two names may stand for one tensor, which safetensors refuses.
+        stored = {key: value.to(dtype).cpu().contiguous().clone() for key, value in tensors.items()}
+        run.write_with(name, partial(save_file, stored))

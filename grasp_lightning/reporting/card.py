@@ -1,27 +1,41 @@
 """Model cards: README.md of what is written, with the front matter that the hub reads."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from huggingface_hub import CardData, RepoCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from grasp_lightning.data.mixture import shares
-from grasp_lightning.data.sources import source_licence
 from grasp_lightning.plan import Plan
+from grasp_lightning.reporting.card_phrases import (
+    Values,
+    code_span,
+    dataset_of,
+    is_hub_name,
+    public_name,
+    text_source,
+    training_content,
+)
 from grasp_lightning.reporting.linears import module_place
-from grasp_lightning.reporting.metrics import Metrics, Pair
+from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics, Pair
 from grasp_lightning.reporting.tables import comparison_notes, comparison_rows, indices_text
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-# As card.md.jinja and compensation_card.md.jinja write it.
+# As card.md.jinja writes it.
 _TITLE = re.compile(r"^# `([^`]+)`, (?:compressed|compensated)$", re.MULTILINE)
-_UNNAMED_SOURCES = {
-    "file": "a local file",
-    "instructions": "a local file of instructions",
-    "self": "text that the base model wrote",
+_LOADING = re.compile(r"^## How to load[ \t]*$", re.MULTILINE)
+_LICENCE = re.compile(r"^## Licen[cs]e[ \t]*$", re.MULTILINE)
+_HEADING = re.compile(r"^##? ", re.MULTILINE)
+_SECTION = re.compile(r"^## Compensation\b", re.MULTILINE)
+# What a card says of a compressed model, and what is true of one that was trained after it.
+_ADAPTED = {
+    "It was not trained after compression.": "It was trained after compression: see Compensation.",
+    "`plan.json` of the run that wrote this model": "`plan.json` of the run that compressed it",
+    "- Perplexity was measured on": "- The perplexity under Numbers was measured on",
+    "- Quality was not measured.": "- Quality was not measured before Compensation.",
 }
 
 
@@ -32,7 +46,7 @@ def model_card(
     origin_name: str,
     licence: str | None,
     licence_files: Sequence[str],
-    config: Mapping[str, Any],  # Any: values of YAML
+    config: Values,
 ) -> str:
     """Return the README.md of a compressed model.
 
@@ -51,28 +65,31 @@ def model_card(
         YAML front matter, then Markdown.
     """
     base_model = public_name(origin_name)
-    return card_template("card.md.jinja").render(
-        front_matter=front_matter(
-            _kind(plan),
-            base_model if is_hub_name(base_model) else None,
-            licence,
-            licence_files,
-        ),
+    # Linears are no longer what the family makes of them.
+    kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if plan.channels else ""
+    special = f"the {'low-rank' if plan.ranks or not plan.channels else 'narrowed'} layers"
+    text = _render(
+        "card.md.jinja",
+        kind="compressed",
         base_model=base_model,
         metrics=metrics,
-        layers=indices_text(metrics.layers),
+        version=_version(metrics),
+        layers=indices_text(metrics.changed_layers),
         num_linears=len(plan.ranks),
         num_mlps=len(plan.channels),
         removed=_removed(plan),
-        is_replaced=_is_replaced(plan),
+        gone=f"{100 * metrics.removed_ratio:.1f}% of all parameters are gone",
+        special=special if kind else None,
         options=_options(plan),
         calibration=text_source(config, "calibration"),
         evaluation=text_source(config, "evaluation"),
+        is_measured=metrics.perplexity.compressed is not None,
         rows=comparison_rows(metrics),
         notes=comparison_notes(metrics),
         licence=licence,
         licence_files=sorted(licence_files),
     )
+    return _card(_front_matter(kind or "layer-pruning", base_model, licence, licence_files), text)
 
 
 def export_card(
@@ -102,18 +119,73 @@ def export_card(
     Returns:
         YAML front matter, then Markdown.
     """
-    hub_name = base_model if is_hub_name(base_model) else None
-    return card_template("export_card.md.jinja").render(
-        front_matter=front_matter("dense", hub_name, licence, licence_files),
+    text = _render(
+        "card.md.jinja",
+        kind="dense",
         base_model=base_model,
         num_linears=num_linears,
         num_narrowed=num_narrowed,
         parameters=parameters,
         dtype=dtype,
+        special=None,
         licence=licence,
         licence_files=sorted(licence_files),
         source_card=source_card,
     )
+    return _card(_front_matter("dense", base_model, licence, licence_files), text)
+
+
+def compensated_card(
+    source_card: str | None,
+    metrics: CompensationMetrics,
+    *,
+    base_model: str,
+    licence: str | None,
+    licence_files: Sequence[str],
+    config: Values,
+) -> str:
+    """Return the README.md of a compensated model.
+
+    A card of the compressed model is kept, and gains a section on the training. Nothing that is
+    added holds paths of this machine or times, so that equal runs give equal cards.
+
+    Args:
+        source_card: The compressed model's own card; None gives a new, short one. It may be of
+            foreign origin: then the section comes at its end.
+        metrics: Numbers of the run.
+        base_model: Name of the model that was compressed, as ``base_model_of`` gives it:
+            ``owner/name`` counts as a hub name, so a local folder must not be given that way; of
+            any other path only the last part is printed.
+        licence: Licence of the base model, None if unknown.
+        licence_files: Names of the licence files that lie beside the card.
+        config: Resolved configuration, nested, of plain values.
+
+    Returns:
+        YAML front matter, then Markdown.
+    """
+    base_model = public_name(base_model)
+    content = training_content(metrics, base_model, config)
+    card = _parsed(source_card or "")
+    data = card.data
+    if not len(data):
+        data = _front_matter("compensated", base_model, licence, licence_files)
+    data["tags"] = _extended_list(data.get("tags"), "compensated")
+    if dataset := dataset_of(metrics, config):
+        data["datasets"] = _extended_list(data.get("datasets"), dataset)
+    if card.text.strip():
+        return _card(data, _extended(card.text, content))
+    text = _render(
+        "card.md.jinja",
+        **content,
+        kind="compensated",
+        number=None,
+        version=_version(metrics),
+        special="low-rank layers",
+        is_measured=(metrics.perplexity.after, metrics.validation_loss.after) != (None, None),
+        licence=licence,
+        licence_files=sorted(licence_files),
+    )
+    return _card(data, text)
 
 
 def base_model_of(card: str) -> str | None:
@@ -129,15 +201,8 @@ def base_model_of(card: str) -> str | None:
     return title[1] if title else None
 
 
-def card_template(name: str) -> Template:
-    """Return a Markdown template.
-
-    Args:
-        name: File in this package. Foreign text in it must pass the filter ``code``.
-
-    Returns:
-        The template; a name that it is not given is an error.
-    """
+def _render(template: str, **content: object) -> str:
+    """Return Markdown; foreign text in a template must pass the filter ``code``."""
     environment = Environment(
         loader=PackageLoader("grasp_lightning", "reporting"),
         autoescape=False,  # Markdown: code_span quotes what is not ours
@@ -147,38 +212,72 @@ def card_template(name: str) -> Template:
         keep_trailing_newline=True,
     )
     environment.filters["code"] = code_span
-    return environment.get_template(name)
+    return environment.get_template(template).render(content)
 
 
-def front_matter(
-    kind: str, base_model: str | None, licence: str | None, licence_files: Sequence[str]
-) -> str:
-    """Return what the hub reads of a card, without the lines of dashes around it.
+def _card(data: CardData, text: str) -> str:
+    return f"---\n{data.to_yaml()}\n---\n{text}"
 
-    Args:
-        kind: Last tag.
-        base_model: Hub name of the base model, None if it has none.
-        licence: Licence of the base model, None if unknown.
-        licence_files: Names of the licence files that lie beside the card.
 
-    Returns:
-        A mapping as YAML.
+def _parsed(card: str) -> RepoCard:
+    """Return front matter and text of a card; front matter that cannot be read stays in the text.
+
+    It is no ``ModelCard``: that would take a single tag for a list of letters.
     """
-    content: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if base_model is not None:
+    text, empty = card.removeprefix("\ufeff").replace("\r\n", "\n"), "---\n{}\n---\n\n"
+    try:
+        return RepoCard(text if REGEX_YAML_BLOCK.search(text) else empty + text)
+    except (yaml.YAMLError, ValueError, TypeError):  # a date that there is not, a key as number
+        return RepoCard(empty + text)
+
+
+def _front_matter(
+    tag: str, base_model: str, licence: str | None, licence_files: Sequence[str]
+) -> CardData:
+    content: dict[str, Any] = {  # Any: values of YAML
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+    }
+    if is_hub_name(base_model):
         content["base_model"] = base_model
-    if licence is not None:
-        content |= _licence_keys(licence, licence_files)
-    content["tags"] = ["grasp", "compressed", kind]
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    # The hub takes its own identifiers only, and a name of any other licence.
+    if licence is not None and _LICENCE_ID.fullmatch(licence.lower()):
+        content["license"] = licence.lower()
+    elif licence is not None:
+        content |= {"license": "other", "license_name": licence}
+        content |= {"license_link": min(licence_files)} if licence_files else {}
+    return CardData(**content, tags=["grasp", "compressed", tag])
 
 
-def _licence_keys(licence: str, licence_files: Sequence[str]) -> dict[str, str]:
-    """Return the hub's keys; it takes its own identifiers only, and a name of any other licence."""
-    if _LICENCE_ID.fullmatch(licence.lower()):
-        return {"license": licence.lower()}
-    keys = {"license": "other", "license_name": licence}
-    return {**keys, "license_link": min(licence_files)} if licence_files else keys
+def _extended_list(value: object, item: str) -> list[object]:
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    return items if item in items else [*items, item]
+
+
+def _extended(text: str, content: Values) -> str:
+    """Return a card's text with the section on the training, and the licence of the data."""
+    if base_model_of(text) is not None:
+        for old, new in _ADAPTED.items():
+            text = text.replace(old, new)
+    earlier = len(_SECTION.findall(text))
+    section = _render(
+        "card_compensation.md.jinja", **content, number=earlier + 1 if earlier else None
+    ).rstrip()
+    text = _with_licence_line(text, content["data_licence"])
+    loading = _LOADING.search(text)
+    if loading is None:
+        return f"{text.rstrip()}\n\n{section}\n"
+    return f"{text[: loading.start()]}{section}\n\n{text[loading.start() :]}"
+
+
+def _with_licence_line(text: str, line: str) -> str:
+    heading = _LICENCE.search(text)
+    if heading is None or line in text:
+        return text
+    following = _HEADING.search(text, heading.end())
+    end = len(text) if following is None else following.start()
+    rest = "\n" + text[end:] if text[end:] else ""
+    return f"{text[:end].rstrip()}\n\n{line}\n{rest}"
 
 
 def _removed(plan: Plan) -> str:
@@ -189,22 +288,11 @@ def _removed(plan: Plan) -> str:
     for index, kind in map(module_place, plan.removed_blocks):
         layers.setdefault(kind, []).append(index)
     names = {"layer": "", "attention": "the attention of ", "mlp": "the MLP of "}
-    found = {kind: indices for kind, indices in layers.items() if indices}
     return ", ".join(
         f"{names[kind]}layer{'s' if len(indices) > 1 else ''} {indices_text(sorted(indices))}"
-        for kind, indices in found.items()
+        for kind, indices in layers.items()
+        if indices
     )
-
-
-def _is_replaced(plan: Plan) -> bool:
-    """Return whether linears are no longer what the family makes of them."""
-    return bool(plan.ranks or plan.channels or plan.removed_blocks)
-
-
-def _kind(plan: Plan) -> str:
-    if plan.ranks or plan.removed_blocks:
-        return "low-rank"
-    return "narrowed" if plan.channels else "layer-pruning"
 
 
 def _options(plan: Plan) -> dict[str, str]:
@@ -216,42 +304,6 @@ def _options(plan: Plan) -> dict[str, str]:
     }
 
 
-def text_source(config: Mapping[str, Any], section: str) -> dict[str, Any]:  # Any: values of YAML
-    """Return the sources, their licences, number of windows and their length.
-
-    A file's path is private, so it goes.
-    """
-    values = config.get(section) or {}
-    source, num_samples = values.get("source"), values.get("num_samples")
-    names = [source] if isinstance(source, str) else list(source or ())
-    words = [_UNNAMED_SOURCES.get(name, code_span(name)) for name in names]
-    if len(names) > 1 and num_samples:
-        counts = shares(num_samples, values.get("weights") or [1] * len(names))
-        words = [f"{word} ({count})" for word, count in zip(words, counts, strict=True)]
-    licences = {name: source_licence(name) for name in names}
-    return {
-        "source": ", ".join(words) or None,
-        "licences": [f"{code_span(name)} {text}" for name, text in licences.items() if text],
-        "num_samples": num_samples,
-        "seqlen": values.get("seqlen"),
-    }
-
-
-def public_name(name: str) -> str:
-    """Return a hub name as it is, and of any path the last part."""
-    return name if is_hub_name(name) else last_part(name)
-
-
-def last_part(name: str) -> str:
-    """Return the last part of a path, whichever system wrote it."""
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-
-
-def is_hub_name(name: str) -> bool:
-    """Return whether a name has the form ``owner/name``."""
-    return _HUB_NAME.fullmatch(name) is not None and not name.lower().endswith(".gguf")
-
-
-def code_span(text: str) -> str:
-    """Return foreign text as a Markdown code span, where nothing in it has a meaning."""
-    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+def _version(metrics: Metrics | CompensationMetrics) -> str:
+    version = metrics.versions.get("grasp_lightning")
+    return "" if version is None else f" {code_span(version)}"

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import style
@@ -27,6 +28,22 @@ _STYLE: dict[str, object] = {
     # A fixed salt, and no date below: equal runs give equal pages.
     "svg.hashsalt": "grasp_lightning",
 }
+
+
+class Plot(NamedTuple):
+    """A drawing with the words that go with it.
+
+    Attributes:
+        title: The finding, as a sentence without its full stop.
+        explanation: One or two sentences on how to read the plot.
+        alt: What a reader who does not see the plot should know.
+        svg: The drawing, an SVG document.
+    """
+
+    title: str
+    explanation: str
+    alt: str
+    svg: str
 
 
 def svg_text(height: float, draw: Callable[[Figure], None]) -> str:

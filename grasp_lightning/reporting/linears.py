@@ -1,13 +1,15 @@
 """What a plan and its scores tell about each replaced linear."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from grasp_lightning.plan import FactorizeLinear, Plan
+from grasp_lightning.models.linears import in_attention
+from grasp_lightning.plan import FactorizeLinear, LinearOperation, Plan
+from grasp_lightning.reporting.metrics import LayerChange, LinearCount
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -122,6 +124,34 @@ def removed_parts(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, float]:
         if kind == "removal" and is_gone:
             found[name] = float(price)
     return {name: found[name] for name in sorted(found, key=module_place)}
+
+
+def layer_changes(plan: Plan, linears: Iterable[str]) -> dict[str, LayerChange | None]:
+    """Return what of each decoder layer was changed, by its index; None for a deleted layer.
+
+    Args:
+        plan: Decisions of the run.
+        linears: Full names of all linears in decoder layers of the original model.
+
+    Returns:
+        Layers with a change, in ascending order.
+    """
+    operations = [op for op in plan.operations if isinstance(op, LinearOperation)]
+    changed = {module for op in operations for module in op.modules}
+    counts: dict[int, dict[bool, list[bool]]] = {}
+    for name in linears:
+        layer, kind = module_place(name)
+        parts = counts.setdefault(layer, {True: [], False: []})
+        parts[in_attention(kind)].append(name in changed)
+    changes: dict[int, LayerChange | None] = dict.fromkeys(plan.dropped_layers)
+    for layer, parts in counts.items():
+        if layer not in changes and any(map(any, parts.values())):
+            mlp, attention = (
+                LinearCount(changed=sum(part), total=len(part))
+                for part in (parts[False], parts[True])
+            )
+            changes[layer] = LayerChange(attention=attention, mlp=mlp)
+    return {str(layer): changes[layer] for layer in sorted(changes)}
 
 
 def module_place(module: str) -> tuple[int, str]:

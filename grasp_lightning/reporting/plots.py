@@ -1,48 +1,27 @@
 """The plots of one run: which there are, what they show, and the finding that each one states."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from grasp_lightning.plan import NarrowMlp, Plan
+from grasp_lightning.plan import Plan
 from grasp_lightning.reporting.drawing import (
+    Plot,
     draw_components,
-    draw_heat_map,
     draw_layer_bars,
     draw_stacked_bars,
+    draw_training,
     svg_text,
 )
-from grasp_lightning.reporting.linears import (
-    Array,
-    float64_array,
-    module_place,
-    predicted_losses,
-    scored_linears,
-)
-from grasp_lightning.reporting.metrics import Metrics
-from grasp_lightning.reporting.tables import count_text, indices_text
+from grasp_lightning.reporting.heat_maps import losses_plot, ranks_plot, widths_plot
+from grasp_lightning.reporting.linears import Array, float64_array, scored_linears
+from grasp_lightning.reporting.metrics import History, Metrics
+from grasp_lightning.reporting.tables import count_text, indices_text, loss_text, steps_text
 
 _MAX_PANELS = 8
-_MAX_ANNOTATED = 20
-
-
-class Plot(NamedTuple):
-    """A drawing with the words that go with it.
-
-    Attributes:
-        title: The finding, as a sentence without its full stop.
-        explanation: One or two sentences on how to read the plot.
-        alt: What a reader who does not see the plot should know.
-        svg: The drawing, an SVG document.
-    """
-
-    title: str
-    explanation: str
-    alt: str
-    svg: str
+_MAX_POINTS = 20  # more steps than that get a moving mean over 1/20 of them
 
 
 def run_plots(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> tuple[Plot, ...]:
@@ -84,9 +63,9 @@ def parameters_plot(metrics: Metrics) -> Plot:
         draw_stacked_bars(figure, inside, outside, lambda value: count_text(round(value)))
 
     explanation = "Only linears inside decoder layers change; everything else is kept as it was."
-    # Norms of dropped layers go, too.
+    # Norms of deleted layers are gone, too.
     if total.dense - total.compressed != linears.dense - linears.compressed:
-        explanation = "Dropped layers take their norms with them; everything else is kept."
+        explanation = "Deleted layers take their norms with them; everything else is kept."
     return Plot(
         title=f"{metrics.removed_ratio:.1%} of all parameters are gone: "
         f"{count_text(total.dense)} before, {count_text(total.compressed)} after",
@@ -219,136 +198,75 @@ def components_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     )
 
 
-def ranks_plot(plan: Plan) -> Plot | None:
-    """Return the rank of every replaced linear.
+def training_plot(history: History, *, kept_step: int | None = None) -> Plot:
+    """Return the training loss of every step with its moving mean, and the validation losses.
 
     Args:
-        plan: Decisions of the run.
+        history: Losses over the steps; at least one step.
+        kept_step: Step whose weights were kept, marked by a line; None marks none.
 
     Returns:
-        A heat map, linear kinds by layers; None if no linear was replaced.
+        A line plot; its title compares the first validation with that of the kept weights, or
+        where there are not two, the means of the first and the last tenth of all steps.
+
+    Raises:
+        ValueError: If the history has no step.
     """
-    ranks = {module_place(module): rank for module, rank in plan.ranks.items()}
-    if not ranks:
-        return None
-    drawn = _heat_map(ranks, "rank", plan)
-    num_layers = len({layer for layer, _ in ranks})
-    linears = "1 linear" if len(ranks) == 1 else f"{len(ranks)} linears"
-    verb = "has" if len(ranks) == 1 else "have"
-    layers = "1 layer" if num_layers == 1 else f"{num_layers} layers"
-    low, high = min(ranks.values()), max(ranks.values())
-    span = f"rank {low}" if low == high else f"ranks {low} to {high}"
-    return Plot(
-        title=f"{linears} in {layers} now {verb} {span}",
-        explanation=f"Rank of the factors that replace each linear; {_grey(plan)}.",
-        alt=f"Heat map of ranks, {drawn.size}; the table of ranks has the same numbers.",
-        svg=drawn.svg,
-    )
-
-
-def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
-    """Return which share of its channels every linear of a narrowed MLP has kept.
-
-    Args:
-        metrics: Numbers of the run: how many channels there were.
-        plan: Its decisions.
-
-    Returns:
-        A heat map, linear kinds by layers; None if no MLP was narrowed, or it is not known how many
-        channels there were.
-    """
-    narrowed = [op for op in plan.operations if isinstance(op, NarrowMlp)]
-    kept = {
-        op.reader: len(op.channels) / metrics.channels[op.reader].dense
-        for op in narrowed
-        if op.reader in metrics.channels
-    }
-    shares = {
-        module_place(module): kept[op.reader]
-        for op in narrowed
-        if op.reader in kept
-        for module in (*op.writers, op.reader)
-    }
-    if not shares:
-        return None
-    percent = {place: round(100 * share, 1) for place, share in shares.items()}
-    drawn = _heat_map(percent, "% kept", plan)
-    low, high = (f"{share:.0%}" for share in (min(kept.values()), max(kept.values())))
-    span = low if low == high else f"{low} to {high}"
-    noun = "1 MLP keeps" if len(kept) == 1 else f"{len(kept)} MLPs keep"
-    return Plot(
-        title=f"{noun} {span} of the hidden channels",
-        explanation="Share of the hidden channels that is kept, in percent, for each linear that "
-        "writes or reads them; a grey field is not narrowed.",
-        alt=f"Heat map of shares, {drawn.size}; the table of channels has the same numbers.",
-        svg=drawn.svg,
-    )
-
-
-def _grey(plan: Plan) -> str:
-    is_removed = plan.removed_blocks or plan.dropped_layers
-    more = [" or is narrowed"] * bool(plan.channels) + [" or is gone"] * bool(is_removed)
-    return f"a grey field stays dense{''.join(more)}"
-
-
-def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
-    """Return what the truncation of every linear is predicted to cost.
-
-    Args:
-        plan: Decisions of the run.
-        scores: ``<module>.scores``, each ``(K,)``.
-
-    Returns:
-        A heat map, linear kinds by layers; None if the method predicts no losses.
-    """
-    losses = {module_place(module): v for module, v in predicted_losses(plan, scores).items()}
-    if not losses:
-        return None
-    # Thousandths: the total is a few tenths, over hundreds of linears.
-    thousandths = {place: 1e3 * loss for place, loss in losses.items()}
-    drawn = _heat_map(thousandths, "nats / 1000", plan)
-    total, (worst, most) = sum(losses.values()), max(losses.items(), key=lambda entry: entry[1])
-    return Plot(
-        title=f"All that went is predicted to cost {total:.2f} nats per token",
-        explanation="Predicted growth of the loss for each linear, in thousandths of a nat per "
-        "token: half the curvature of its change; a narrowed MLP stands under the linear that "
-        f"reads its channels{_removed_in_plot(plan)}; a grey field costs nothing.",
-        alt=f"Heat map of predicted losses, {drawn.size}; most, {most:.4f} nats, in {worst[1]} of "
-        f"layer {worst[0]}.",
-        svg=drawn.svg,
-    )
-
-
-def _removed_in_plot(plan: Plan) -> str:
-    is_removed = plan.removed_blocks or plan.dropped_layers
-    row = "; a layer or block that is gone has a row of its own, with what its removal costs alone"
-    return row if is_removed else ""
-
-
-class _HeatMap(NamedTuple):
-    """A drawing of one number for each linear, kinds of linears by layers."""
-
-    svg: str
-    size: str
-
-
-def _heat_map(values: Mapping[tuple[int, str], float], label: str, plan: Plan) -> _HeatMap:
-    """Draw numbers by the layer and the kind of their linears; a field without one is grey.
-
-    All heat maps of a plan have the same layers: those with a number, and all that it cuts.
-    """
-    parts = (*plan.ranks, *plan.channels, *plan.removed_blocks)
-    cut = {module_place(part)[0] for part in parts} | set(plan.dropped_layers)
-    layers = sorted({layer for layer, _ in values} | cut)
-    kinds = list(dict.fromkeys(kind for _, kind in values))
-    table = np.array([[values.get((layer, kind), np.nan) for layer in layers] for kind in kinds])
+    if not history.steps:
+        raise ValueError("history has no step, so there is nothing to draw")
+    steps, loss = np.array(history.steps, dtype=float), np.array(history.loss)
+    window = max(1, len(steps) // _MAX_POINTS)
+    validation = None
+    if history.validation_steps:
+        validation = (
+            np.array(history.validation_steps, dtype=float),
+            np.array(history.validation_loss),
+        )
 
     def draw(figure: Figure) -> None:
-        columns = [str(layer) for layer in layers]
-        is_annotated = len(layers) <= _MAX_ANNOTATED
-        draw_heat_map(figure, table, columns, kinds, label=label, is_annotated=is_annotated)
+        draw_training(figure, steps, loss, validation, window=window, kept_step=kept_step)
 
-    return _HeatMap(
-        svg=svg_text(1.2 + 0.34 * len(kinds), draw),
-        size=f"{len(kinds)} kinds of linears by {len(layers)} layers",
+    mean = f"; the line is the mean of {window} steps" if window > 1 else ""
+    explanation = f"Each small point is the mean loss of one optimizer step{mean}."
+    if validation is not None:
+        explanation += " Validation is on samples that are not trained on."
+    if kept_step is not None:
+        explanation += f" Dashed: step {kept_step:,}, whose weights are kept."
+    return Plot(
+        title=_finding(history, kept_step),
+        explanation=explanation,
+        alt=_alt(history),
+        svg=svg_text(3.6, draw),
+    )
+
+
+def _finding(history: History, kept_step: int | None) -> str:
+    validations = dict(zip(history.validation_steps, history.validation_loss, strict=True))
+    end = history.steps[-1]
+    if len(validations) > 1:
+        end = kept_step if kept_step in validations else history.validation_steps[-1]
+        name, first, last = "Validation", history.validation_loss[0], validations[end]
+    else:
+        name, num = "Training", max(1, len(history.loss) // 10)
+        first, last = float(np.mean(history.loss[:num])), float(np.mean(history.loss[-num:]))
+    before, after = loss_text(first), loss_text(last)
+    if before == after:
+        return f"{name} loss stays at {before} nats per predicted token"
+    verb = "falls" if last < first else "rises"
+    return (
+        f"{name} loss {verb} from {before} to {after} nats per predicted token in {steps_text(end)}"
+    )
+
+
+def _alt(history: History) -> str:
+    text = (
+        f"Line plot of the training loss over {steps_text(len(history.steps))}, "
+        f"{loss_text(min(history.loss))} to {loss_text(max(history.loss))}."
+    )
+    losses = history.validation_loss
+    if not losses:
+        return text
+    return (
+        f"{text} Validation loss: {loss_text(losses[0])} at first, {loss_text(min(losses))} at its "
+        f"lowest, {loss_text(losses[-1])} at last."
     )

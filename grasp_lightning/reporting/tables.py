@@ -1,18 +1,36 @@
 """The before/after comparison as text, for the terminal, the report page and the model card."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from rich.table import Table
 from rich.text import Text
 
-from grasp_lightning.reporting.metrics import Metrics, Pair
+from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics, States
+
+T = TypeVar("T")
+AnyMetrics = Metrics | CompensationMetrics
 
 NOT_MEASURED = "not measured"
 _MEGA = 1_000_000
 _GIGA = 1_000_000_000
+_TRAINED = {"factors": "factor training", "lora_on_factors": "lora of the factors"}
+_LEARNED = {
+    "instruction": "on instruction data",
+    "text": "on text",
+    "distill": "on what a teacher predicts",
+}
+_SAMPLES = {
+    "train": "{:,} to train on",
+    "validation": "{:,} to validate on",
+    "read": "{:,} read",
+    "empty": "{:,} left out as empty",
+    "cut": "{:,} cut to the maximal length",
+    "cut_prompts": "{:,} of these inside the prompt",
+    "no_answer": "{:,} left out because no answer remained",
+}
 
 
 class Row(NamedTuple):
@@ -20,19 +38,19 @@ class Row(NamedTuple):
 
     Attributes:
         quantity: What is compared, with its unit.
-        dense: Value before compression.
-        compressed: Value after it.
-        change: Percentage of the dense value, or a factor for perplexity.
+        before: Value before compression or compensation.
+        after: Value after it.
+        change: Percentage for sizes, a factor for perplexity, a difference for a loss.
     """
 
     quantity: str
-    dense: str
-    compressed: str
+    before: str
+    after: str
     change: str
 
 
-def comparison_table(metrics: Metrics) -> Table:
-    """Return the dense model against the compressed one, for the terminal.
+def comparison_table(metrics: AnyMetrics) -> Table:
+    """Return the model before and after, for the terminal.
 
     Args:
         metrics: Numbers of one run.
@@ -40,40 +58,22 @@ def comparison_table(metrics: Metrics) -> Table:
     Returns:
         A table with a title, one line per quantity, and a caption on what was measured.
     """
-    return change_table(
-        f"{metrics.model}: {summary(metrics)}",
-        ("dense", "compressed", "change"),
-        comparison_rows(metrics),
-        comparison_notes(metrics),
-    )
-
-
-def change_table(
-    title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str]
-) -> Table:
-    """Return two states of a model side by side, for the terminal.
-
-    Args:
-        title: Name of the model, and what was done to it.
-        headings: Of all columns but the first.
-        rows: Quantity, both values, and the change.
-        notes: Sentences for the caption.
-
-    Returns:
-        A table with numbers flush right.
-    """
     # Text, not str: a model's name may hold brackets, which rich would read as markup.
-    table = Table(title=Text(title), caption=Text(" ".join(notes)), caption_justify="left")
+    table = Table(
+        title=Text(f"{metrics.model}: {summary(metrics)}"),
+        caption=Text(" ".join(comparison_notes(metrics))),
+        caption_justify="left",
+    )
     table.add_column("")
-    for heading in headings:
+    for heading in (*metrics.STATES, "change"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
+    for row in comparison_rows(metrics):
         table.add_row(*row)
     return table
 
 
-def comparison_rows(metrics: Metrics) -> tuple[Row, ...]:
-    """Return parameters, bytes and perplexity, before and after, as text.
+def comparison_rows(metrics: AnyMetrics) -> tuple[Row, ...]:
+    """Return parameters, bytes and quality, before and after, as text.
 
     Args:
         metrics: Numbers of one run.
@@ -81,64 +81,123 @@ def comparison_rows(metrics: Metrics) -> tuple[Row, ...]:
     Returns:
         One row per quantity; sizes in millions of bytes at one dtype for both models.
     """
-    linears, dtype = metrics.decoder_linears, metrics.dtype
-    counts = (
-        ("parameters", metrics.parameters),
-        ("parameters in decoder linears", linears.parameters),
-    )
-    sizes = ((f"MB at {dtype}", metrics.bytes), ("MB in decoder linears", linears.bytes))
+    parameters = _row("parameters", metrics.parameters, "{:,}".format, percent_text)
+    size = _row(f"MB at {metrics.dtype}", metrics.bytes, megabytes_text, percent_text)
+    perplexity = _row("perplexity", metrics.perplexity, perplexity_text, factor_text)
+    if isinstance(metrics, CompensationMetrics):
+        loss = _row("validation loss", metrics.validation_loss, loss_text, difference_text)
+        return parameters, size, perplexity, loss
+    linears = metrics.decoder_linears
     return (
-        *(_row(name, pair, "{:,}".format) for name, pair in counts),
-        *(_row(name, pair, megabytes_text) for name, pair in sizes),
-        Row(
-            "perplexity",
-            perplexity_text(metrics.perplexity.dense),
-            perplexity_text(metrics.perplexity.compressed),
-            factor_text(metrics.perplexity.dense, metrics.perplexity.compressed),
-        ),
+        parameters,
+        _row("parameters in decoder linears", linears.parameters, "{:,}".format, percent_text),
+        size,
+        _row("MB in decoder linears", linears.bytes, megabytes_text, percent_text),
+        perplexity,
     )
 
 
-def comparison_notes(metrics: Metrics) -> tuple[str, ...]:
+def comparison_notes(metrics: AnyMetrics) -> tuple[str, ...]:
     """Return the sentences a reader needs to judge the comparison.
 
     Args:
         metrics: Numbers of one run.
 
     Returns:
-        What perplexity was measured on, how it was predicted to change, and how the source's own
-        size compares.
+        What was measured on what; of a compression how the loss was predicted to change and how the
+        source's own size compares, of a compensation what was learned from and which weights were
+        kept.
     """
+    if isinstance(metrics, CompensationMetrics):
+        return (*measurement_notes(metrics), *_training_notes(metrics))
+    return (*measurement_notes(metrics), *_compression_notes(metrics))
+
+
+def measurement_notes(metrics: AnyMetrics) -> tuple[str, ...]:
+    """Return what perplexity and validation loss were measured on, in sentences."""
     notes = []
     if metrics.perplexity_tokens is not None:
-        notes.append(perplexity_note(metrics.perplexity_tokens))
-    if metrics.loss_change.predicted is not None and metrics.loss_change.measured is not None:
         notes.append(
-            f"The loss was predicted to grow by {metrics.loss_change.predicted:.2f} nats per token "
-            f"on the calibration text, and grows by {metrics.loss_change.measured:.2f} on the "
-            "held-out text."
+            f"Perplexity on {metrics.perplexity_tokens:,} predicted tokens of held-out text; lower "
+            "is better."
         )
-    if metrics.source_bytes is not None and metrics.source_bytes < metrics.bytes.dense:
+    if isinstance(metrics, CompensationMetrics) and metrics.validation_tokens is not None:
         notes.append(
-            "The source stores its weights in fewer bits: "
-            f"{size_text(metrics.source_bytes)} on disk, against {size_text(metrics.bytes.dense)} "
-            f"for its own {metrics.dtype} copy and {size_text(metrics.bytes.compressed)} for the "
-            "compressed model. Sizes are compared at equal dtype."
+            "Validation loss in nats per predicted token, on "
+            f"{metrics.validation_tokens:,} predicted tokens of samples set aside."
         )
     return tuple(notes)
 
 
-def summary(metrics: Metrics) -> str:
-    """Return what was done to the model, as a phrase: layers and removed parameters."""
-    count = len(metrics.layers)
+def _compression_notes(metrics: Metrics) -> list[str]:
+    notes, change, dense = [], metrics.loss_change, metrics.bytes.dense
+    if change.predicted is not None and change.measured is not None:
+        notes.append(
+            f"The loss was predicted to grow by {change.predicted:.2f} nats per token "
+            f"on the calibration text, and grows by {change.measured:.2f} on the held-out text."
+        )
+    if metrics.source_bytes is not None and metrics.source_bytes < dense:
+        notes.append(
+            "The source stores its weights in fewer bits: "
+            f"{size_text(metrics.source_bytes)} on disk, against {size_text(dense)} "
+            f"for its own {metrics.dtype} copy and {size_text(metrics.bytes.compressed)} for the "
+            "compressed model. Sizes are compared at equal dtype."
+        )
+    return notes
+
+
+def _training_notes(metrics: CompensationMetrics) -> list[str]:
+    length = f"{steps_text(metrics.steps)}, {epochs_text(metrics.epochs)}"
+    tokens = f"{metrics.trained_tokens:,} predicted tokens"
+    notes = [f"Trained on {metrics.data}: {tokens} in {length}."]
+    if counts := samples_text(metrics.samples):
+        notes.append(f"Samples: {counts}.")
+    if metrics.best_step is not None:
+        notes.append(f"The weights after step {metrics.best_step:,} are kept.")
+    return notes
+
+
+def summary(metrics: AnyMetrics) -> str:
+    """Return what was done, as a phrase: layers and removed parameters, or training and steps."""
+    if isinstance(metrics, CompensationMetrics):
+        trained = _TRAINED.get(metrics.train, metrics.train)
+        learned = _LEARNED.get(metrics.objective, f"on {metrics.objective}")
+        return (
+            f"{trained} {learned}, {steps_text(metrics.steps)}, "
+            f"{count_text(metrics.parameters.trainable)} trainable parameters"
+        )
+    count = len(metrics.changed_layers)
     noun = "decoder layer" if count == 1 else "decoder layers"
     removed = f"{metrics.removed_ratio:.1%} of all parameters removed"
-    return f"{count} {noun} {done_to_layers(metrics.method)}, {removed}"
+    return f"{count} {noun} {done_to_layers(metrics)}{_changed_parts(metrics)}, {removed}"
 
 
-def done_to_layers(method: str) -> str:
-    """Return what a method does to the layers that it takes, as a participle."""
-    return {"drop": "dropped", "grasp": "replaced"}.get(method, "compressed")
+def done_to_layers(metrics: Metrics) -> str:
+    """Return what was done to decoder layers, as a participle."""
+    if metrics.method == "drop":
+        return "dropped"
+    if metrics.layer_changes and not any(metrics.layer_changes.values()):
+        return "deleted"
+    return "replaced" if metrics.method == "grasp" else "compressed"
+
+
+def _changed_parts(metrics: Metrics) -> str:
+    """Return which parts were changed, in brackets after a space; nothing if all of them were."""
+    changes = [change for change in metrics.layer_changes.values() if change is not None]
+    num_deleted = len(metrics.layer_changes) - len(changes)
+    blocks = {
+        "attention": [change.attention for change in changes],
+        "MLP": [change.mlp for change in changes],
+    }
+    sums = {
+        name: (sum(count.changed for count in counts), sum(count.total for count in counts))
+        for name, counts in blocks.items()
+    }
+    is_whole = not num_deleted and all(changed == total for changed, total in sums.values())
+    if not changes or is_whole:
+        return ""
+    texts = [f"{changed} of {total} {name} linears" for name, (changed, total) in sums.items()]
+    return f" ({', '.join([*texts, *[f'{num_deleted} deleted'] * bool(num_deleted)])})"
 
 
 def count_text(count: int) -> str:
@@ -164,21 +223,43 @@ def percent_text(before: int, after: int) -> str:
     return f"{after / before - 1:+.1%}" if before else ""
 
 
-def perplexity_note(num_tokens: int) -> str:
-    """Return the sentence on what perplexities were measured on."""
-    return f"Perplexity on {num_tokens:,} predicted tokens of held-out text; lower is better."
-
-
 def perplexity_text(perplexity: float | None) -> str:
     """Return a perplexity with two decimals."""
     return NOT_MEASURED if perplexity is None else f"{perplexity:,.2f}"
 
 
-def factor_text(dense: float | None, compressed: float | None) -> str:
+def factor_text(before: float | None, after: float | None) -> str:
     """Return by which factor a value changed, such as ``x 1.53``; empty where one is missing."""
-    if not dense or compressed is None or not math.isfinite(dense):
+    if not before or after is None or not math.isfinite(before):
         return ""
-    return f"x {compressed / dense:,.2f}"
+    return f"x {after / before:,.2f}"
+
+
+def loss_text(loss: float | None) -> str:
+    """Return a loss with three decimals."""
+    return NOT_MEASURED if loss is None else f"{loss:.3f}"
+
+
+def difference_text(before: float | None, after: float | None) -> str:
+    """Return by how much a loss changed, such as ``-0.250``; empty where one is missing."""
+    return "" if before is None or after is None else f"{after - before:+.3f}"
+
+
+def steps_text(steps: int) -> str:
+    """Return a number of optimizer steps with its unit."""
+    return "1 step" if steps == 1 else f"{steps:,} steps"
+
+
+def epochs_text(epochs: float) -> str:
+    """Return how often each sample was seen, with three digits and the unit."""
+    return "1 epoch" if epochs == 1 else f"{epochs:.3g} epochs"
+
+
+def samples_text(samples: Mapping[str, int]) -> str:
+    """Return what became of samples as a phrase; counts of zero are left out."""
+    known = {name: text.format(samples[name]) for name, text in _SAMPLES.items() if name in samples}
+    others = {name: f"{samples[name]:,} {name.replace('_', ' ')}" for name in sorted(samples)}
+    return ", ".join(text for name, text in {**known, **others, **known}.items() if samples[name])
 
 
 def duration_text(seconds: float | None) -> str:
@@ -203,6 +284,8 @@ def indices_text(indices: Iterable[int]) -> str:
     )
 
 
-def _row(quantity: str, pair: Pair[int], text: Callable[[int], str]) -> Row:
-    change = percent_text(pair.dense, pair.compressed)
-    return Row(quantity, text(pair.dense), text(pair.compressed), change)
+def _row(
+    quantity: str, states: States[T], text: Callable[[T], str], change: Callable[[T, T], str]
+) -> Row:
+    before, after = states.values
+    return Row(quantity, text(before), text(after), change(before, after))

@@ -26,7 +26,7 @@ KILLS: Mapping[str, Kill] = {
     "in the last validation": Kill(*MODULE, "validation_step", 8),
     "after the last step": Kill("grasp_lightning.callbacks.export", "", "merge_adapters", 1),
     "while the model is written": Kill(
-        "grasp_lightning.commands.compensation_outputs",
+        "grasp_lightning.storage.model_folder",
         "",
         "save_model",
         1,

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from grasp_lightning.reporting.compensation_metrics import (
+from grasp_lightning.reporting.metrics import (
     Change,
     CompensationMetrics,
     CompensationSeconds,

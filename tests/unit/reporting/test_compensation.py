@@ -10,23 +10,22 @@ import yaml
 from rich.console import Console
 
 from grasp_lightning.errors import OutputError
-from grasp_lightning.reporting.card import base_model_of, model_card
-from grasp_lightning.reporting.compensation import (
-    compensation_notes,
-    compensation_rows,
-    compensation_summary,
-    compensation_table,
-    render_compensation_report,
-    training_plot,
-)
-from grasp_lightning.reporting.compensation_card import compensated_card
-from grasp_lightning.reporting.compensation_metrics import (
+from grasp_lightning.reporting.card import base_model_of, compensated_card, model_card
+from grasp_lightning.reporting.metrics import (
     Change,
     CompensationMetrics,
     CompensationSeconds,
     History,
+    Pair,
 )
-from grasp_lightning.reporting.metrics import Pair
+from grasp_lightning.reporting.page import render_compensation_report
+from grasp_lightning.reporting.plots import training_plot
+from grasp_lightning.reporting.tables import (
+    comparison_notes,
+    comparison_rows,
+    comparison_table,
+    summary,
+)
 from tests.unit.reporting.compensation_example import (
     CONFIG,
     example_compensation,
@@ -140,12 +139,12 @@ def printed(metrics: CompensationMetrics) -> str:
     """Return the printed table with its line breaks folded, since rich wraps title and caption."""
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(compensation_table(metrics))
+        console.print(comparison_table(metrics))
     return " ".join(captured.get().split())
 
 
 def test_rows_hold_both_states_and_the_change() -> None:
-    rows = {row.quantity: row[1:] for row in compensation_rows(example_compensation())}
+    rows = {row.quantity: row[1:] for row in comparison_rows(example_compensation())}
     assert rows == {
         "parameters": ("109,013,760", "109,013,760", "+0.0%"),
         "MB at float32": ("436.1", "436.1", "+0.0%"),
@@ -156,7 +155,7 @@ def test_rows_hold_both_states_and_the_change() -> None:
 
 def test_table_prints_every_row_and_what_was_measured() -> None:
     text = printed(example_compensation())
-    for row in compensation_rows(example_compensation()):
+    for row in comparison_rows(example_compensation()):
         for cell in row:
             assert cell in text
     assert "lora on instruction data, 100 steps, 9.8 M trainable parameters" in text
@@ -168,7 +167,7 @@ def test_notes_tell_what_became_of_the_samples_and_which_weights_are_kept() -> N
     metrics = example_compensation(
         best_step=75, samples={"strange_ones": 3, "train": 1200, "cut": 0}
     )
-    trained, samples, kept = compensation_notes(metrics)[2:]
+    trained, samples, kept = comparison_notes(metrics)[2:]
     assert trained.startswith("Trained on alpaca (yahma/alpaca-cleaned): 498,765 predicted tokens")
     assert trained.endswith("in 100 steps, 0.0643 epochs.")
     assert samples == "Samples: 1,200 to train on, 3 strange ones."
@@ -176,10 +175,10 @@ def test_notes_tell_what_became_of_the_samples_and_which_weights_are_kept() -> N
 
 
 def test_what_was_not_measured_is_said_so() -> None:
-    rows = compensation_rows(smallest_compensation())
+    rows = comparison_rows(smallest_compensation())
     assert rows[2] == ("perplexity", "not measured", "not measured", "")
     assert rows[3] == ("validation loss", "not measured", "not measured", "")
-    assert "held-out" not in " ".join(compensation_notes(smallest_compensation()))
+    assert "held-out" not in " ".join(comparison_notes(smallest_compensation()))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +190,7 @@ def test_what_was_not_measured_is_said_so() -> None:
     ],
 )
 def test_summary_names_what_is_trained_on_what(changes: dict, start: str) -> None:
-    assert compensation_summary(example_compensation(**changes)).startswith(start)
+    assert summary(example_compensation(**changes)).startswith(start)
 
 
 def test_brackets_in_a_model_name_are_printed_as_they_are() -> None:

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from grasp_lightning.plan import DropLayers, FactorizeLinear, Plan, RemoveBlock, SelectLayers
+from grasp_lightning.reporting.drawing import Plot
+from grasp_lightning.reporting.heat_maps import ranks_plot, widths_plot
 from grasp_lightning.reporting.linears import module_place, scored_linears
 from grasp_lightning.reporting.plots import (
-    Plot,
     components_plot,
     layers_plot,
     parameters_plot,
-    ranks_plot,
     run_plots,
-    widths_plot,
 )
 from tests.unit.reporting.example import (
     drop_metrics,

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from grasp_lightning.plan import FactorizeLinear, Plan, SelectLayers
+from grasp_lightning.reporting.heat_maps import losses_plot
 from grasp_lightning.reporting.linears import predicted_losses
 from grasp_lightning.reporting.metrics import LossChange
 from grasp_lightning.reporting.page import render_report
-from grasp_lightning.reporting.plots import losses_plot
 from grasp_lightning.reporting.tables import comparison_notes
 from tests.unit.reporting.example import CONFIG, example_metrics
 

@@ -4,11 +4,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grasp_lightning.commands.amend import amend_run
-from grasp_lightning.reporting.compensation import render_compensation_report
-from grasp_lightning.reporting.compensation_metrics import CompensationMetrics
-from grasp_lightning.reporting.metrics import Metrics
+from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
+from grasp_lightning.reporting.page import render_compensation_report
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.storage.amend import amend_run
 from tests.unit.reporting.compensation_example import CONFIG, example_compensation
 from tests.unit.reporting.example import CONFIG as COMPRESS_CONFIG
 from tests.unit.reporting.example import example_metrics, example_plan

@@ -5,14 +5,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grasp_lightning.errors import OutputError, PlanError
+from grasp_lightning.errors import GraspError, OutputError, PlanError
 from grasp_lightning.plan import Plan
 from grasp_lightning.reading.tensors import read_tensors
 from grasp_lightning.reading.text import read_json, read_text, read_yaml
-from grasp_lightning.reporting.compensation import render_compensation_report
-from grasp_lightning.reporting.compensation_metrics import CompensationMetrics
-from grasp_lightning.reporting.metrics import Metrics
-from grasp_lightning.reporting.page import render_report
+from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics, RunMetrics
+from grasp_lightning.reporting.page import render_compensation_report, render_report
 from grasp_lightning.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -51,39 +49,35 @@ def amend_run(model: str, section: str, content: Section, merge: Merge = _replac
         if run is None:
             return None
         with run:
-            return _amend(run, section, content, merge)
+            stored = _read_section(read_json, run.path(_METRICS_NAME))
+            earlier = stored.get(section)
+            new = content if earlier is None else merge(earlier, content)
+            metrics, report = _rendered(run, {**stored, section: dict(new)})
+            run.write_text("report.html", report)
+            return run.write_json(_METRICS_NAME, metrics.to_dict())
     except (OutputError, PlanError) as error:
         logger.warning("%s of %s is not added to its run: %s", section, model, error)
         return None
 
 
-def _amend(run: RunFolder, section: str, content: Section, merge: Merge) -> Path:
-    stored: Section = read_json(run.path(_METRICS_NAME), OutputError)
-    settings: Section = read_yaml(run.path("config.yaml"), OutputError)
-    for name, found in ((_METRICS_NAME, stored), ("config.yaml", settings)):
-        if not isinstance(found, dict):
-            raise OutputError(f"{run.path(name)} is damaged: expected keys and values")
-    earlier = stored.get(section)
-    new = content if earlier is None else merge(earlier, content)
-    changed = {**stored, section: dict(new)}
-    # The metrics of a compression have no such key.
-    rendered = _compensation if "train" in stored else _compression
-    metrics, report = rendered(run, changed, settings)
-    run.write_text("report.html", report)
-    return run.write_json(_METRICS_NAME, metrics)
-
-
-def _compression(run: RunFolder, changed: Section, settings: Section) -> tuple[Section, str]:
-    """Return the content of metrics.json and report.html of a run of ``compress``."""
+def _rendered(run: RunFolder, stored: Section) -> tuple[RunMetrics, str]:
+    """Return metrics and report of a run, from the content of its metrics.json."""
+    settings = _read_section(read_yaml, run.path("config.yaml"))
+    if "train" in stored:  # by compensate, which decides nothing and has no plan
+        trained = CompensationMetrics.from_dict(stored)
+        return trained, render_compensation_report(trained, settings)
     scores_file = run.path("scores.safetensors")
     plan = Plan.from_json(read_text(run.path("plan.json"), OutputError))
     scores = read_tensors(scores_file, OutputError) if scores_file.is_file() else {}
-    metrics = Metrics.from_dict(changed)
-    return metrics.to_dict(), render_report(metrics, plan, scores, settings)
+    metrics = Metrics.from_dict(stored)
+    return metrics, render_report(metrics, plan, scores, settings)
 
 
-def _compensation(run: RunFolder, changed: Section, settings: Section) -> tuple[Section, str]:
-    """Return the same of a run of ``compensate``, which decides nothing and has no plan."""
-    del run
-    metrics = CompensationMetrics.from_dict(changed)
-    return metrics.to_dict(), render_compensation_report(metrics, settings)
+def _read_section(
+    read: Callable[[Path, type[GraspError]], Any],  # Any: values of JSON or YAML
+    file: Path,
+) -> Section:
+    found = read(file, OutputError)
+    if not isinstance(found, dict):
+        raise OutputError(f"{file} is damaged: expected keys and values")
+    return found

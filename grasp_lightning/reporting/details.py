@@ -1,0 +1,181 @@
+"""What a compression decided for each linear, MLP and block, as tables of the report."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from grasp_lightning.models.linears import in_attention
+from grasp_lightning.plan import FactorizeLinear, LinearOperation, NarrowMlp, Plan, RemoveBlock
+from grasp_lightning.reporting.linears import (
+    module_place,
+    predicted_losses,
+    removed_parts,
+    scored_linears,
+)
+from grasp_lightning.reporting.metrics import Metrics
+
+_KINDS = {FactorizeLinear: "low-rank", NarrowMlp: "narrowed", RemoveBlock: "removed"}
+_LOSS_COLUMNS = (("Predicted loss, nats per token", "number"), ("Measured", "number"))
+_SCORE_COLUMNS = (
+    ("Score kept", "number"),
+    ("Squared norm kept", "number"),
+    ("Beyond the largest", "number"),
+)
+_LOSS_NOTE = (
+    "Predicted loss: half the curvature of the change, on the calibration text. Measured: mean "
+    "divergence from the dense predictions on held-out text, with this cut alone and before any "
+    "refit. Linears that are not listed stay dense."
+)
+_SCORE_NOTE = (
+    "Score and squared norm: share of the linear's total that its kept components have. Beyond the "
+    "largest: kept components that plain truncation to the same rank would remove."
+)
+
+
+class Details(NamedTuple):
+    """A table that a reader opens.
+
+    Attributes:
+        title: What it lists.
+        columns: Heading and kind of each column: ``row`` (names the row), ``text``, ``number``.
+        rows: Texts, one per column.
+        note: How to read it.
+    """
+
+    title: str
+    columns: Sequence[tuple[str, str]]
+    rows: Sequence[Sequence[str]]
+    note: str
+
+
+def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> list[Details]:
+    """Return all tables that have rows.
+
+    Args:
+        metrics: Numbers of the run.
+        plan: Its decisions.
+        scores: Content of its scores.safetensors; may be empty.
+
+    Returns:
+        Layers, ranks, channels, and removed layers and blocks, in this order.
+    """
+    tables = (
+        _layers(metrics, plan),
+        _ranks(plan, scores),
+        _channels(metrics, plan, scores),
+        _removals(plan, scores),
+    )
+    return [table for table in tables if table.rows]
+
+
+def _layers(metrics: Metrics, plan: Plan) -> Details:
+    kinds: dict[tuple[int, bool], list[str]] = {}
+    for operation in plan.operations:
+        for module in operation.modules if isinstance(operation, LinearOperation) else ():
+            layer, kind = module_place(module)
+            kinds.setdefault((layer, in_attention(kind)), []).append(_KINDS[type(operation)])
+    rows = []
+    for index, change in metrics.layer_changes.items():
+        cells = ["deleted", "deleted"]
+        if change is not None:
+            parts = ((change.attention, True), (change.mlp, False))
+            cells = [_part(count.total, kinds.get((int(index), at), [])) for count, at in parts]
+        rows.append((index, *cells))
+    return Details(
+        "Changes in each decoder layer",
+        (("Layer", "row"), ("Attention", "text"), ("MLP", "text")),
+        rows,
+        "Number of linears of each part. Layers that are not listed are those of the base model.",
+    )
+
+
+def _part(total: int, kinds: Sequence[str]) -> str:
+    """Return how many linears of a block were changed, and how."""
+    texts = [f"{count} of {total} {kind}" for kind, count in Counter(kinds).items()]
+    return ", ".join(texts) or "unchanged"
+
+
+def _ranks(plan: Plan, scores: Mapping[str, Tensor]) -> Details:
+    losses = predicted_losses(plan, scores)
+    scored = {linear.module: linear for linear in scored_linears(plan, scores)}
+    # A run predicts the loss of all its linears, or of none.
+    has_losses = not losses.keys().isdisjoint(plan.ranks)
+    rows = []
+    for module, rank in plan.ranks.items():
+        num_components, cells = "", ("",) * len(_LOSS_COLUMNS if has_losses else _SCORE_COLUMNS)
+        if module in losses:
+            num_components = str(len(scores[f"{module}.scores"]))
+            cells = _loss_cells(module, losses, scores)
+        elif module in scored:
+            linear = scored[module]
+            num_components = str(len(linear.scores))
+            shares = (f"{linear.kept_score:.1%}", f"{linear.kept_energy:.1%}")
+            cells = (*shares, str(linear.num_beyond_largest))
+        rows.append((*_place(module), str(rank), num_components, *cells))
+    return Details(
+        f"Ranks of all {len(rows)} replaced linears",
+        (
+            ("Layer", "number"),
+            ("Linear", "row"),
+            ("Rank", "number"),
+            ("of", "number"),
+            *(_LOSS_COLUMNS if has_losses else _SCORE_COLUMNS),
+        ),
+        rows,
+        _LOSS_NOTE if has_losses else _SCORE_NOTE,
+    )
+
+
+def _channels(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> Details:
+    losses = predicted_losses(plan, scores)
+    has_losses = not losses.keys().isdisjoint(plan.channels)
+    rows = []
+    for reader, kept in plan.channels.items():
+        width = metrics.channels[reader].dense if reader in metrics.channels else None
+        shares = ("", "") if width is None else (str(width), f"{kept / width:.1%}")
+        cells = _loss_cells(reader, losses, scores) if has_losses else ()
+        rows.append((*_place(reader), str(kept), *shares, *cells))
+    return Details(
+        f"Channels of all {len(rows)} narrowed MLPs",
+        (
+            ("Layer", "number"),
+            ("Linear that reads them", "row"),
+            ("Channels", "number"),
+            ("of", "number"),
+            ("Kept", "number"),
+            *(_LOSS_COLUMNS if has_losses else ()),
+        ),
+        rows,
+        "The linears that write the channels and the one that reads them keep the same share of "
+        "their weights.",
+    )
+
+
+def _removals(plan: Plan, scores: Mapping[str, Tensor]) -> Details:
+    removed = removed_parts(plan, scores)
+    plural = "s" if len(removed) > 1 else ""
+    return Details(
+        f"What went as a whole: {len(removed)} layer{plural} or block{plural}",
+        (("Layer", "number"), ("Part", "row"), ("Measured loss, nats per token", "number")),
+        [(*_place(name), f"{loss:.4f}") for name, loss in removed.items()],
+        "Mean divergence from the dense predictions on calibration text, with this part alone "
+        "gone. The linears of a removed block have rank 0; a removed layer is no longer there.",
+    )
+
+
+def _loss_cells(
+    module: str, losses: Mapping[str, float], scores: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """Return the predicted and the measured loss of a cut; empty where there is none."""
+    measured = scores.get(f"{module}.measured")
+    return (
+        f"{losses[module]:.4f}" if module in losses else "",
+        "" if measured is None else f"{float(measured):.4f}",
+    )
+
+
+def _place(module: str) -> tuple[str, str]:
+    layer, kind = module_place(module)
+    return (str(layer) if layer >= 0 else "", kind)

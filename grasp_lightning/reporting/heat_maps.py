@@ -1,0 +1,151 @@
+"""Heat maps of one run: one number for each cut linear, kinds of linears by decoder layers."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from grasp_lightning.plan import NarrowMlp, Plan
+from grasp_lightning.reporting.drawing import Plot, draw_heat_map, svg_text
+from grasp_lightning.reporting.linears import module_place, predicted_losses
+from grasp_lightning.reporting.metrics import Metrics
+
+_MAX_ANNOTATED = 20
+
+
+def ranks_plot(plan: Plan) -> Plot | None:
+    """Return the rank of every replaced linear.
+
+    Args:
+        plan: Decisions of the run.
+
+    Returns:
+        A heat map, linear kinds by layers; None if no linear was replaced.
+    """
+    ranks = {module_place(module): rank for module, rank in plan.ranks.items()}
+    if not ranks:
+        return None
+    num_layers = len({layer for layer, _ in ranks})
+    linears = "1 linear" if len(ranks) == 1 else f"{len(ranks)} linears"
+    verb = "has" if len(ranks) == 1 else "have"
+    layers = "1 layer" if num_layers == 1 else f"{num_layers} layers"
+    low, high = min(ranks.values()), max(ranks.values())
+    span = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    is_removed = plan.removed_blocks or plan.dropped_layers
+    more = [" or is narrowed"] * bool(plan.channels) + [" or is gone"] * bool(is_removed)
+    return _heat_map(
+        ranks,
+        plan,
+        label="rank",
+        title=f"{linears} in {layers} now {verb} {span}",
+        explanation="Rank of the factors that replace each linear; a grey field stays dense"
+        f"{''.join(more)}.",
+        alt=("ranks", "the table of ranks has the same numbers"),
+    )
+
+
+def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
+    """Return which share of its channels every linear of a narrowed MLP has kept.
+
+    Args:
+        metrics: Numbers of the run: how many channels there were.
+        plan: Its decisions.
+
+    Returns:
+        A heat map, linear kinds by layers; None if no MLP was narrowed, or it is not known how many
+        channels there were.
+    """
+    narrowed = [op for op in plan.operations if isinstance(op, NarrowMlp)]
+    kept = {
+        op.reader: len(op.channels) / metrics.channels[op.reader].dense
+        for op in narrowed
+        if op.reader in metrics.channels
+    }
+    if not kept:
+        return None
+    percent = {
+        module_place(module): round(100 * kept[op.reader], 1)
+        for op in narrowed
+        if op.reader in kept
+        for module in op.modules
+    }
+    low, high = (f"{share:.0%}" for share in (min(kept.values()), max(kept.values())))
+    span = low if low == high else f"{low} to {high}"
+    noun = "1 MLP keeps" if len(kept) == 1 else f"{len(kept)} MLPs keep"
+    return _heat_map(
+        percent,
+        plan,
+        label="% kept",
+        title=f"{noun} {span} of the hidden channels",
+        explanation="Share of the hidden channels that is kept, in percent, for each linear that "
+        "writes or reads them; a grey field is not narrowed.",
+        alt=("shares", "the table of channels has the same numbers"),
+    )
+
+
+def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
+    """Return what the truncation of every linear is predicted to cost.
+
+    Args:
+        plan: Decisions of the run.
+        scores: ``<module>.scores``, each ``(K,)``.
+
+    Returns:
+        A heat map, linear kinds by layers; None if the method predicts no losses.
+    """
+    losses = {module_place(module): v for module, v in predicted_losses(plan, scores).items()}
+    if not losses:
+        return None
+    total, (worst, most) = sum(losses.values()), max(losses.items(), key=lambda entry: entry[1])
+    removed = ""
+    if plan.removed_blocks or plan.dropped_layers:
+        removed = (
+            "; a layer or block that is gone has a row of its own, with what its removal costs "
+            "alone"
+        )
+    return _heat_map(
+        # Thousandths: the total is a few tenths, over hundreds of linears.
+        {place: 1e3 * loss for place, loss in losses.items()},
+        plan,
+        label="nats / 1000",
+        title=f"All that went is predicted to cost {total:.2f} nats per token",
+        explanation="Predicted growth of the loss for each linear, in thousandths of a nat per "
+        "token: half the curvature of its change; a narrowed MLP stands under the linear that "
+        f"reads its channels{removed}; a grey field costs nothing.",
+        alt=("predicted losses", f"most, {most:.4f} nats, in {worst[1]} of layer {worst[0]}"),
+    )
+
+
+def _heat_map(
+    values: Mapping[tuple[int, str], float],
+    plan: Plan,
+    *,
+    label: str,
+    title: str,
+    explanation: str,
+    alt: tuple[str, str],
+) -> Plot:
+    """Draw numbers by the layer and the kind of their linears; a field without one is grey.
+
+    All heat maps of a plan have the same layers: those with a number, and all that it cuts. The
+    text for readers who do not see it says what is drawn (``alt``), its size, and a second thing.
+    """
+    parts = (*plan.ranks, *plan.channels, *plan.removed_blocks)
+    cut = {module_place(part)[0] for part in parts} | set(plan.dropped_layers)
+    layers = sorted({layer for layer, _ in values} | cut)
+    kinds = list(dict.fromkeys(kind for _, kind in values))
+    table = np.array([[values.get((layer, kind), np.nan) for layer in layers] for kind in kinds])
+
+    def draw(figure: Figure) -> None:
+        columns = [str(layer) for layer in layers]
+        is_annotated = len(layers) <= _MAX_ANNOTATED
+        draw_heat_map(figure, table, columns, kinds, label=label, is_annotated=is_annotated)
+
+    size = f"{len(kinds)} kinds of linears by {len(layers)} layers"
+    return Plot(
+        title=title,
+        explanation=explanation,
+        alt=f"Heat map of {alt[0]}, {size}; {alt[1]}.",
+        svg=svg_text(1.2 + 0.34 * len(kinds), draw),
+    )

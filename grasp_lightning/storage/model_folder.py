@@ -1,0 +1,38 @@
+"""The folder ``model`` of a run, written in one place for all commands."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from grasp_lightning.models.checkpoint import save_model
+from grasp_lightning.models.loading import LoadedModel
+from grasp_lightning.run_folder import RunFolder
+
+_CARD_NAME = "README.md"
+
+
+def write_model(
+    run: RunFolder, loaded: LoadedModel, card: str, texts: Mapping[str, str] | None = None
+) -> None:
+    """Write the folder ``model`` of a run. All commands write here.
+
+    Args:
+        run: The run folder.
+        loaded: Model, tokenizer and the licence files of their origin.
+        card: Content of README.md.
+        texts: More files by name.
+    """
+    with run.new_folder("model") as folder:
+        save_model(loaded.model, folder, tokenizer=loaded.tokenizer)
+        for file in loaded.origin.licence_files:
+            shutil.copyfile(file, folder / file.name)
+        for name, text in {**(texts or {}), _CARD_NAME: card}.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def read_card(folder: Path | None) -> str | None:
+    """Return the model card in a model's folder; None if there is none."""
+    file = None if folder is None else folder / _CARD_NAME
+    if file is None or not file.is_file():
+        return None
+    return file.read_text(encoding="utf-8", errors="replace")
