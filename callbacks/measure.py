@@ -32,7 +32,6 @@ from grasp_lightning.methods.weighted import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
 from grasp_lightning.stats.base import MergedMoments, Moments, Removable, Statistics, Step
-from grasp_lightning.stats.linear_time import linear_seconds
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
@@ -97,10 +96,8 @@ class TrainerMeasure:
         Raises:
             ValueError: If the strategy is fsdp, but the model is whole in every process.
         """
-        num_tokens = self._data.windows.input_ids.shape[-1]
-        seconds = linear_seconds(view, step.needs.linear_shapes, num_tokens)
         if step.needs.is_empty:
-            return Statistics(linear_seconds=seconds)
+            return Statistics()
         check_trainer(self._config, view.model.device)
         if is_split(self._config) and not is_sharded(view.model):
             raise ValueError(
@@ -109,7 +106,6 @@ class TrainerMeasure:
         if step.needs.moment_kinds:
             return Statistics(
                 moments=self._moments(view, step),
-                linear_seconds=seconds,
                 removal_losses=self._prices(view, step.needs.removables),
             )
         measurement = (

@@ -81,7 +81,7 @@ def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None
     check_trainer(config.trainer, resolve_device(config.model.device))
     stored = None
     if config.from_scores is not None:
-        stored = StoredScores(config.from_scores, config.calibration.seqlen)
+        stored = StoredScores(config.from_scores)
         # What is asked for is scored already, or cannot be had.
         config = replace(config, method=replace(config.method, score_all_layers=None))
     with phases("load", excluding=(SAMPLE,)):

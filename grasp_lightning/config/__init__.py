@@ -28,7 +28,6 @@ from grasp_lightning.config.compensate import (
     TrainMode,
 )
 from grasp_lightning.config.compress import (
-    BudgetChoice,
     CompressConfig,
     ExportConfig,
     FisherChoice,
@@ -58,7 +57,6 @@ __all__ = [
     "CALIBRATION_STRATEGIES",
     "BatchOrder",
     "BenchmarkConfig",
-    "BudgetChoice",
     "CalibrationConfig",
     "CompensateConfig",
     "CompressConfig",

@@ -22,7 +22,6 @@ FisherChoice = Literal["sampled", "empirical"]
 RankChoice = Literal["uniform", "global"]
 MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
-BudgetChoice = Literal["parameters", "time"]
 RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
 
 
@@ -59,9 +58,6 @@ class MethodConfig:
             least.
         mlp: Under a global budget, what MLPs become: factors, like all other matrices, or MLPs with
             fewer channels, where those that cost the loss least go.
-        budget: What a global budget counts: parameters, or time, which is measured for the linears
-            on the model's device. Of the linears' time goes the same share as would go of their
-            parameters; how many of these remain, the data decides.
         removable: Under a global budget, what may go as a whole where its measured price is lower
             than that of cutting it: nothing, layers, or layers and the attention and MLP blocks in
             them. It needs weighting kfac, whose losses are in the unit of the price.
@@ -90,7 +86,6 @@ class MethodConfig:
     fisher: FisherChoice | None = None
     ranks: RankChoice | None = None
     mlp: MlpChoice | None = None
-    budget: BudgetChoice | None = None
     removable: RemovableChoice | None = None
     multiple_of: int | None = None
     refit: RefitChoice | None = None

@@ -24,7 +24,7 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "tru
 _METHODS = ("--method.name", "--method.preset")
 _METHOD_PARTS = (
     *("preset", "terms", "reduction", "score", "schedule"),
-    *("weighting", "fisher", "ranks", "mlp", "budget", "multiple_of", "refit"),
+    *("weighting", "fisher", "ranks", "mlp", "multiple_of", "refit"),
     *("gradient_damping", "input_damping"),
 )
 

@@ -66,7 +66,6 @@ def configured_rank_rule(
             num_parameters=num_parameters,
             multiple_of=config.multiple_of or 1,
             mlp=config.mlp or "factors",
-            unit=config.budget or "parameters",
             removable=config.removable or "none",
         )
     if config.removed_ratio is not None:

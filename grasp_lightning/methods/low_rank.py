@@ -29,7 +29,7 @@ from grasp_lightning.methods.weighted import (
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
-from grasp_lightning.stats.base import Needs, Removable, Scoring, Shape, Statistics, Step
+from grasp_lightning.stats.base import Needs, Removable, Scoring, Statistics, Step
 
 ATTRIBUTION = "attribution"
 
@@ -195,8 +195,7 @@ class LowRankMethod(CompressionMethod):
                 return None
             budgeted = self._rule.budgeted(model, layers)
             self._rule.budget(budgeted)  # refuses what is out of reach
-            timed = budgeted.linear_shapes if self._rule.unit == "time" else ()
-            return self._curvature_step(model, budgeted.modules, None, timed, budgeted.removables)
+            return self._curvature_step(model, budgeted.modules, None, budgeted.removables)
         shapes = weight_shapes(model, plan, layers)
         ranks = self._rule.ranks(shapes)
         if not ranks:
@@ -224,13 +223,12 @@ class LowRankMethod(CompressionMethod):
         model: DecoderView,
         modules: Iterable[str],
         ranks: Mapping[str, int] | None,
-        timed: tuple[Shape, ...] = (),
         priced: tuple[Removable, ...] = (),
     ) -> Step:
         assert self._metric is not None  # a global budget comes with one
         asked = set(modules)
         ordered = [name for name in model.all_linears() if name in asked]
-        return curvature_step(ordered, self._metric, ranks, timed, priced)
+        return curvature_step(ordered, self._metric, ranks, priced)
 
     def _block_step(
         self, model: DecoderView, layers: tuple[int, ...], waiting: Mapping[str, int]
@@ -287,9 +285,7 @@ class LowRankMethod(CompressionMethod):
         losses = predicted_losses(model, tuple(budgeted.shapes), *given)
         orders = channel_orders(model, tuple(budgeted.mlps), *given)
         losses |= {name: removal.losses.flip(0) for name, removal in orders.items()}
-        allocation = self._rule.allocation(
-            budgeted, losses, stats.linear_seconds, stats.removal_losses
-        )
+        allocation = self._rule.allocation(budgeted, losses, stats.removal_losses)
         ranks = {n: allocation.ranks[n] for n in budgeted.shapes if n in allocation.ranks}
         channels = {n: allocation.channels[n] for n in budgeted.mlps if n in allocation.channels}
         cut = truncation(model, ranks, *given)

@@ -37,8 +37,6 @@ class Prediction:
         is_budget: Ranks follow from the data, under one budget for all linears of the layers.
         widths: Kept and original number of channels of every narrowed MLP, by its name; empty for a
             budget.
-        is_timed: It is a budget of time: sizes are those of factors that keep its share of
-            parameters, as an estimate of memory.
         is_removable: Layers or blocks may go as a whole.
     """
 
@@ -52,7 +50,6 @@ class Prediction:
     operations: tuple[Operation, ...]
     is_budget: bool = False
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
-    is_timed: bool = False
     is_removable: bool = False
 
     @property
@@ -65,8 +62,6 @@ class Prediction:
         widths = [f"  {mlp}: {k} of {size} channels" for mlp, (k, size) in self.widths.items()]
         if widths:
             widths = [f"{len(widths)} MLPs are narrowed:", *widths]
-        if self.is_timed:
-            first = "a budget of measured time: the data decides on sizes"
         if self.is_budget:
             where = f"all linears of {self.num_layers} layers share one budget"
             more = ", on what goes as a whole" if self.is_removable else ""
@@ -141,7 +136,7 @@ def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -
     by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))
     for layers in (by_size[: choice.count], by_size[-choice.count :]):
         budgeted = rule.budgeted(view, tuple(sorted(layers)))
-        kept, whole = rule.budget(budgeted), rule.dense_size(budgeted)
+        kept, whole = rule.budget(budgeted), budgeted.size
         operations = _evenly(budgeted, kept / whole)
         factors.append(kept)
         sizes.append(dense - whole + kept)
@@ -157,7 +152,6 @@ def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -
         layers=layers_of_most,
         operations=operations_of_most,
         is_budget=True,
-        is_timed=rule.unit == "time",
         is_removable=rule.removable != "none",
     )
 

@@ -83,7 +83,7 @@ DEFAULT_KEEP_RATIO = 0.1
 DEFAULT_REMOVED_RATIO = 0.2
 _SCORING_KEYS = ("terms", "reduction", "score", "schedule", "score_all_layers")
 _DAMPING_KEYS = ("gradient_damping", "input_damping")
-_GLOBAL_KEYS = ("mlp", "budget", "removable", "multiple_of")
+_GLOBAL_KEYS = ("mlp", "removable", "multiple_of")
 _WEIGHTED_KEYS = ("weighting", "fisher", "ranks", *_GLOBAL_KEYS, "refit", *_DAMPING_KEYS)
 _LOW_RANK_KEYS = ("preset", "keep_ratio", *_SCORING_KEYS, *_WEIGHTED_KEYS)
 

@@ -12,7 +12,7 @@ from grasp_lightning.methods.dealing import dealt
 from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import FactorizeLinear
-from grasp_lightning.stats.base import Moments, Needs, Removable, Shape, Step
+from grasp_lightning.stats.base import Moments, Needs, Removable, Step
 
 CURVATURE = "curvature"
 
@@ -21,7 +21,6 @@ def curvature_step(
     modules: Sequence[str],
     metric: Metric,
     ranks: Mapping[str, int] | None,
-    shapes: tuple[Shape, ...] = (),
     removables: tuple[Removable, ...] = (),
 ) -> Step:
     """Return the step that measures what a metric needs of some linears.
@@ -30,7 +29,6 @@ def curvature_step(
         modules: Full names of the linears, in model order.
         metric: How weights are truncated.
         ranks: Ranks that they are cut to; None leaves them to the decision.
-        shapes: Shapes of linears whose time the decision asks for.
         removables: Layers and blocks whose price it asks for.
 
     Returns:
@@ -40,7 +38,6 @@ def curvature_step(
         moments=tuple(modules),
         moment_kinds=metric.moment_kinds,
         fisher=metric.fisher,
-        linear_shapes=shapes,
         removables=removables,
     )
     return Step(name=CURVATURE, needs=needs, ranks=ranks)

@@ -15,7 +15,6 @@ from grasp_lightning.methods.removal import read_price
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan
 from grasp_lightning.stats.base import Needs, Statistics, Step
-from grasp_lightning.stats.linear_time import NUM_TOKENS, linear_seconds
 from grasp_lightning.storage.moments import stored_moments
 
 # A second decomposition may differ in the last bits, with other threads or hardware.
@@ -26,18 +25,15 @@ _SCORING = ("score", "terms", "reduction")
 class StoredScores:
     """Answers what a method asks from the scores of a finished run: a ``Measure`` without data.
 
-    Times of linears are no scores: they are measured anew, which needs no data.
-
     Args:
         folder: The run folder.
-        num_tokens: Tokens that linears are given when their time is measured.
 
     Raises:
         ConfigError: If the folder holds no finished run with scores that can be cut again.
     """
 
-    def __init__(self, folder: str, num_tokens: int = NUM_TOKENS) -> None:
-        self._folder, self._num_tokens = folder, num_tokens
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
         try:
             self.plan = Plan.from_json((Path(folder) / "plan.json").read_text(encoding="utf-8"))
             self._scores = load_file(Path(folder) / "scores.safetensors")
@@ -130,12 +126,11 @@ class StoredScores:
         metric = None if step.needs.layer_metric is None else self._layer_metric(view, step.needs)
         for module in step.needs.moments:
             self._check_moments(module, step.needs)
-        seconds = linear_seconds(view, step.needs.linear_shapes, self._num_tokens)
         if step.needs.moment_kinds:
             prices = {part.name: self._price(part.name) for part in step.needs.removables}
-            return Statistics(moments=self._moments, linear_seconds=seconds, removal_losses=prices)
+            return Statistics(moments=self._moments, removal_losses=prices)
         scores = {module: self._component_scores(module) for module in step.needs.weight_gradients}
-        return Statistics(layer_metric=metric, component_scores=scores, linear_seconds=seconds)
+        return Statistics(layer_metric=metric, component_scores=scores)
 
     def _price(self, name: str) -> float:
         price = read_price(name, self._scores)

@@ -125,15 +125,6 @@ def test_weights_of_explicit_layers_are_the_budget() -> None:
     assert prediction.num_layers == 2
 
 
-def test_a_budget_of_time_promises_no_number_of_parameters() -> None:
-    view = DecoderView(meta_model("llama"))
-    plain = predicted(view, MethodConfig(name="grasp_plus", removed_ratio=0.2))
-    timed = predicted(view, MethodConfig(name="grasp_plus", removed_ratio=0.2, budget="time"))
-    assert timed.lines[0] == "a budget of measured time: the data decides on sizes"
-    assert timed.lines[1:] == plain.lines[1:]
-    assert timed.operations == plain.operations
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "config",
