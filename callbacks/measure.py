@@ -26,9 +26,9 @@ from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConf
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.cut_losses import first_tokens
+from grasp_lightning.methods.attribution import ATTRIBUTION
 from grasp_lightning.methods.layer_choice import SELECT
-from grasp_lightning.methods.low_rank import ATTRIBUTION
-from grasp_lightning.methods.weighted import CURVATURE
+from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
 from grasp_lightning.stats.base import MergedMoments, Moments, Removable, Statistics, Step

@@ -18,9 +18,8 @@ from grasp_lightning.data.windows import (
 )
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.phases import Phases
-from grasp_lightning.methods import build_method
+from grasp_lightning.methods import build_method, predict
 from grasp_lightning.methods.base import CompressionMethod
-from grasp_lightning.methods.prediction import predict
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device

@@ -8,8 +8,8 @@ from torch import Tensor
 from grasp_lightning.linalg.channels import Removal
 from grasp_lightning.methods.base import Decision, Track
 from grasp_lightning.methods.dealing import dealt
-from grasp_lightning.methods.weighted import moments_beside, weights_of
-from grasp_lightning.methods.weighting import Metric
+from grasp_lightning.methods.metric import Metric
+from grasp_lightning.methods.truncation import moments_beside, weights_of
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.mlp import mlps
 from grasp_lightning.plan import NarrowMlp

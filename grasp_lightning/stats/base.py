@@ -18,16 +18,16 @@ class Scoring:
     Source: Liu et al., "GRASP", arXiv:2501.00339, Eq. 6 (``full``, ``taylor``).
 
     Attributes:
+        score: ``taylor``: theta * dL/dtheta; ``gradient``: dL/dtheta; ``magnitude``: the singular
+            value itself, which needs no data.
         terms: Score all of u, s and v, or s alone.
         reduction: ``signed``: modulus after the sum over windows; ``absolute``: sum of the moduli
             of each window; ``squared``: sum over windows and elements of the squared term.
-        score: ``taylor``: theta * dL/dtheta; ``gradient``: dL/dtheta; ``magnitude``: the singular
-            value itself, which needs no data.
     """
 
+    score: Score = "taylor"
     terms: Terms = "full"
     reduction: Reduction = "absolute"
-    score: Score = "taylor"
 
 
 MomentKind = Literal["input_gram", "gradient_gram", "input_scale", "fisher_columns"]

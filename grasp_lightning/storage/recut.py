@@ -1,6 +1,7 @@
 """Another ratio from the scores of a finished run, without a pass over the data."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
@@ -14,12 +15,11 @@ from grasp_lightning.methods.layer_choice import SCORE_KEYS
 from grasp_lightning.methods.removal import read_price
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan
-from grasp_lightning.stats.base import Needs, Statistics, Step
+from grasp_lightning.stats.base import Needs, Scoring, Statistics, Step
 from grasp_lightning.storage.moments import stored_moments
 
 # A second decomposition may differ in the last bits, with other threads or hardware.
 _TOLERANCE: Final = 1e-4
-_SCORING = ("score", "terms", "reduction")
 
 
 class StoredScores:
@@ -79,7 +79,7 @@ class StoredScores:
         if "weighting" in options:
             self._check_fisher(options.get("fisher"))
             return
-        for key in _SCORING:
+        for key in (field.name for field in fields(Scoring)):
             here, there = options.get(key), self.plan.options.get(key)
             if here is not None and here != there:
                 raise ConfigError(

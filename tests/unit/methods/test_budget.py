@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grasp_lightning.config import MethodConfig
 from grasp_lightning.errors import ConfigError
-from grasp_lightning.methods import resolve_method, resolve_num_layers
-from grasp_lightning.methods.prediction import Prediction, predict
+from grasp_lightning.methods import predict, resolve_method, resolve_num_layers
+from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.rank_rules import BudgetRanks, UniformRanks
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters

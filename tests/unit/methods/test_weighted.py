@@ -13,8 +13,8 @@ from grasp_lightning.errors import ConfigError
 from grasp_lightning.linalg.weightings import curvature_error
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks
+from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.narrowing import Narrowable, narrowable_mlps
-from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.pipeline import compress
