@@ -8,9 +8,9 @@ from torch import Tensor
 
 from grasp_lightning.callbacks.measurement import Measurement
 from grasp_lightning.config import Reduction, Score, Terms
+from grasp_lightning.methods.attribution import attribution_step
 from grasp_lightning.methods.base import Track, untracked
 from grasp_lightning.methods.layer_choice import LayerChoice
-from grasp_lightning.methods.low_rank import attribution_step
 from grasp_lightning.stats.base import Scoring, Statistics, Step
 from grasp_lightning.stats.components import ComponentScores
 from grasp_lightning.stats.observer import LinearObserver

@@ -30,13 +30,12 @@ from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConf
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.cut_losses import first_tokens
+from grasp_lightning.methods.attribution import ATTRIBUTION
 from grasp_lightning.methods.layer_choice import SELECT
-from grasp_lightning.methods.low_rank import ATTRIBUTION
-from grasp_lightning.methods.weighted import CURVATURE
+from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
 from grasp_lightning.stats.base import MergedMoments, Moments, Removable, Statistics, Step
-from grasp_lightning.stats.linear_time import linear_seconds
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
@@ -101,10 +100,8 @@ class TrainerMeasure:
         Raises:
             ValueError: If the strategy is fsdp, but the model is whole in every process.
         """
-        num_tokens = self._data.windows.input_ids.shape[-1]
-        seconds = linear_seconds(view, step.needs.linear_shapes, num_tokens)
         if step.needs.is_empty:
-            return Statistics(linear_seconds=seconds)
+            return Statistics()
         check_trainer(self._config, view.model.device)
         if is_split(self._config) and not is_sharded(view.model):
             raise ValueError(
@@ -113,7 +110,6 @@ class TrainerMeasure:
         if step.needs.moment_kinds:
             return Statistics(
                 moments=self._moments(view, step),
-                linear_seconds=seconds,
                 removal_losses=self._prices(view, step.needs.removables),
             )
         measurement = (

@@ -5,8 +5,8 @@ import lightning as L
 from grasp_lightning.callbacks.measurement import calibration_module
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError
-from grasp_lightning.methods.grasp import grasp
-from grasp_lightning.methods.low_rank import ATTRIBUTION
+from grasp_lightning.methods.attribution import ATTRIBUTION
+from grasp_lightning.methods.grasp import Grasp
 from grasp_lightning.methods.rank_rules import UniformRanks
 from grasp_lightning.models.loading import model_hash
 from grasp_lightning.models.surgery import apply_operations
@@ -52,7 +52,7 @@ class ReplaceRedundantLayers(L.Callback):
             )
         rule = UniformRanks(keep_ratio=self._keep_ratio)
         module.teardown("fit")  # first: factors take over what the weights are, not what is frozen
-        method = grasp(layers=choice, scoring=scoring, rank_rule=rule)
+        method = Grasp(layers=choice, scoring=scoring, rank_rule=rule)
         inputs = {"model": model_hash(module.model)} | _fingerprint(trainer)
         plan = Plan(method=method.name, options=method.options, inputs=inputs)
         for step, stats in module.measured:

@@ -20,9 +20,9 @@ from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods import resolve_method
+from grasp_lightning.methods.attribution import ATTRIBUTION
 from grasp_lightning.methods.layer_choice import SELECT
-from grasp_lightning.methods.low_rank import ATTRIBUTION
-from grasp_lightning.methods.weighted import CURVATURE
+from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash
 from grasp_lightning.models.sharding import is_sharded

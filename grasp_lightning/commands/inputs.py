@@ -16,9 +16,8 @@ from grasp_lightning.data.section_windows import evaluation_windows
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.phases import Phases
-from grasp_lightning.methods import build_method
+from grasp_lightning.methods import build_method, predict
 from grasp_lightning.methods.base import CompressionMethod
-from grasp_lightning.methods.prediction import predict
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
@@ -76,7 +75,7 @@ def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None
     check_trainer(config.trainer, resolve_device(config.model.device))
     stored = None
     if config.from_scores is not None:
-        stored = StoredScores(config.from_scores, config.calibration.seqlen)
+        stored = StoredScores(config.from_scores)
         # What is asked for is scored already, or cannot be had.
         config = replace(config, method=replace(config.method, score_all_layers=None))
     with phases("load", excluding=(SAMPLE,)):

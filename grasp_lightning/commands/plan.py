@@ -10,11 +10,11 @@ from grasp_lightning.memory.forecast import (
 )
 from grasp_lightning.memory.model_shape import model_shape, shape_after
 from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, memory_lines
-from grasp_lightning.methods import resolve_method
+from grasp_lightning.methods import predict, resolve_method
 from grasp_lightning.methods.blocks import weight_shapes
+from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.narrowing import narrowable_mlps
-from grasp_lightning.methods.prediction import Prediction, predict
-from grasp_lightning.methods.weighting import Metric
+from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import load_meta_model
 from grasp_lightning.plan import Plan

@@ -5,12 +5,20 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from grasp_lightning.config.compress import CompressConfig
+from grasp_lightning.config.method import (
+    METHOD_OPTIONS,
+    KeepOptions,
+    MethodConfig,
+    MethodOptions,
+)
 from grasp_lightning.config.values import check_values
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.reading.text import is_there, one_line, read_yaml, user_path
@@ -22,12 +30,6 @@ _MISSING = re.compile(r"arguments are required: ([\w.]+)")
 _GOT = re.compile(r"(?:Got value|Given value): (.*)$", re.MULTILINE)
 _NAMES = tuple[str, ...]
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-_METHODS = ("--method.name", "--method.preset")
-_METHOD_PARTS = (
-    *("preset", "terms", "reduction", "score", "schedule"),
-    *("weighting", "fisher", "ranks", "mlp", "budget", "multiple_of", "refit"),
-    *("gradient_damping", "input_damping"),
-)
 
 
 def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
@@ -71,7 +73,8 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
 def with_run_config(argv: Sequence[str]) -> list[str]:
     """Let ``--from_scores RUN`` begin with the configuration of that run; all else overrides it.
 
-    Of another method or preset, the parts are its own and not those of the run.
+    A method or preset that is asked for has parts of its own. It takes over which layers and how
+    much of them, as far as it reads that.
 
     Args:
         argv: Command line after the command's name.
@@ -94,9 +97,29 @@ def with_run_config(argv: Sequence[str]) -> list[str]:
                 f"from_scores: {folder} is no finished run with scores: it has no config.yaml"
             )
     begin = [f"--config={Path(folder) / 'config.yaml'}" for folder in folders]
-    if begin and any(word.partition("=")[0] in _METHODS for word in argv):
-        begin += [f"--method.{key}=null" for key in _METHOD_PARTS]
+    asked = _asked_method(argv)
+    if begin and asked:
+        read = {*_keys(MethodOptions), *_keys(KeepOptions)}
+        read &= {*_keys(METHOD_OPTIONS.get(asked.get("name", ""), MethodConfig))}
+        begin += [f"--method.{key}=null" for key in _keys(MethodConfig) if key not in read]
     return [*begin, *argv]
+
+
+def _asked_method(argv: Sequence[str]) -> dict[str, str]:
+    """Return the method and preset that files and flags ask for, as far as they do."""
+    asked: dict[str, str] = {}
+    for file in _config_files(argv):
+        section = _read_yaml(file, CompressConfig).get("method", {})
+        asked |= {key: str(section[key]) for key in ("name", "preset") if key in section}
+    for word, following in pairwise([*argv, ""]):
+        key, equals, value = word.partition("=")
+        if key in ("--method.name", "--method.preset"):
+            asked[key.removeprefix("--method.")] = value if equals else following
+    return asked
+
+
+def _keys(options: type) -> list[str]:
+    return list(get_type_hints(options))
 
 
 def to_dict(config: object) -> dict[str, Any]:  # Any: values of YAML

@@ -23,7 +23,7 @@ from grasp_lightning.memory.compensation import (
 )
 from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
 from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, CompensationRow
-from grasp_lightning.methods.weighting import Metric
+from grasp_lightning.methods.metric import Metric
 from grasp_lightning.models.sampling import BATCH
 from grasp_lightning.reading.text import user_path
 from grasp_lightning.stats.base import FORWARD_MOMENTS

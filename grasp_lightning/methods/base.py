@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from grasp_lightning.config import RefitChoice
+from grasp_lightning.config import MethodConfig, MethodName, RefitChoice
+from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import Operation, OptionValue, Plan
 from grasp_lightning.stats.base import Statistics, Step
@@ -81,3 +82,34 @@ class CompressionMethod(ABC):
         Returns:
             The operations, their tensors, and the scores behind them.
         """
+
+    @abstractmethod
+    def predict(self, view: DecoderView) -> Prediction:
+        """Return what the method would remove.
+
+        Args:
+            view: The dense model; its weights may be on the meta device.
+
+        Returns:
+            Sizes before and after, from shapes alone.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Registered:
+    """A method as configurations name it.
+
+    Attributes:
+        name: Its ``method.name``.
+        ignores: Why it has no use for the keys of other methods, for the message.
+        remedy: What to do instead of leaving such a key unset; None if nothing else helps.
+        resolve: From what the user set to complete options, in which None means "no effect here";
+            what is out of range or contradicts itself is a ``ConfigError``.
+        build: From complete options, the dense model and the display of progress to the method.
+    """
+
+    name: MethodName
+    ignores: str
+    remedy: str | None = None
+    resolve: Callable[[MethodConfig], MethodConfig]
+    build: Callable[[MethodConfig, DecoderView, Track], CompressionMethod]

@@ -1,10 +1,11 @@
 """Attention and MLP blocks in decoder layers, and weights of layers that are half replaced."""
 
-from grasp_lightning.methods.rank_rules import Shapes
+from grasp_lightning.errors import ModelError
+from grasp_lightning.methods.rank_rules import RankRule, Shapes
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseLinear, in_attention
 from grasp_lightning.models.lowrank import LowRankLinear
-from grasp_lightning.plan import Plan
+from grasp_lightning.plan import FactorizeLinear, Plan
 
 
 def blocks(view: DecoderView, index: int) -> tuple[tuple[str, ...], ...]:
@@ -44,6 +45,49 @@ def weight_shapes(view: DecoderView, plan: Plan, layers: tuple[int, ...]) -> Sha
         found |= {name: _low_rank(view, name) for name in plan.ranks if name.startswith(prefix)}
         shapes |= {n: (found[n].out_features, found[n].in_features) for n in sorted(found)}
     return shapes
+
+
+def waiting_ranks(
+    view: DecoderView, plan: Plan, layers: tuple[int, ...], rule: RankRule
+) -> dict[str, int]:
+    """Return the ranks of the weights that are still to be replaced.
+
+    Args:
+        view: The model, with all operations of the plan applied.
+        plan: Decisions so far.
+        layers: Numbers of the layers in the original model.
+        rule: How many components each weight keeps.
+
+    Returns:
+        Rank by full name.
+
+    Raises:
+        ModelError: If no weight of the layers gets smaller.
+    """
+    ranks = rule.ranks(weight_shapes(view, plan, layers))
+    if not ranks:
+        raise ModelError(
+            "no linear of the chosen layers gets smaller: their sides are too short; take other "
+            "layers, or a lower keep_ratio"
+        )
+    return {module: rank for module, rank in ranks.items() if module not in plan.ranks}
+
+
+def factorize_operations(
+    view: DecoderView, layers: tuple[int, ...], rule: RankRule
+) -> tuple[FactorizeLinear, ...]:
+    """Return what a rule does to the weights of some layers; no components are chosen.
+
+    Args:
+        view: The dense model; its weights may be on the meta device.
+        layers: Numbers of the layers.
+        rule: How many components each weight keeps.
+
+    Returns:
+        One operation for each weight that gets smaller.
+    """
+    ranks = rule.ranks(weight_shapes(view, Plan(method="prediction"), layers))
+    return tuple(FactorizeLinear(module=n, rank=k, components=None) for n, k in ranks.items())
 
 
 def _low_rank(view: DecoderView, name: str) -> LowRankLinear:

@@ -7,19 +7,19 @@ from itertools import accumulate
 
 from grasp_lightning.config import MethodConfig
 from grasp_lightning.errors import ConfigError
+from grasp_lightning.methods.blocks import factorize_operations
 from grasp_lightning.methods.rank_rules import UniformRanks
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
-from grasp_lightning.plan import DropLayers, FactorizeLinear, Operation
+from grasp_lightning.plan import DropLayers, Operation
 
 
 def resolve_num_layers(config: MethodConfig, view: DecoderView) -> MethodConfig:
     """Return the options with the number of layers that a removed ratio needs.
 
     Replacement takes the fewest layers that reach the target at ``keep_ratio``, for any choice of
-    layers; deletion takes the number that comes nearest. Methods that truncate in a metric take
-    all layers.
+    layers; deletion takes the number that comes nearest.
 
     Args:
         config: Options as ``resolve_method`` returns them.
@@ -33,8 +33,6 @@ def resolve_num_layers(config: MethodConfig, view: DecoderView) -> MethodConfig:
     """
     if config.layers is not None or config.num_layers is not None:
         return config
-    if config.name in ("low_rank", "grasp_plus"):
-        return replace(config, layers=view.layer_indices)
     if config.removed_ratio is None:
         return config
     keep_ratio = config.keep_ratio or 0.0
@@ -63,9 +61,7 @@ def layer_operations(view: DecoderView, index: int, keep_ratio: float) -> tuple[
     """
     if not keep_ratio:
         return (DropLayers(layers=(index,)),)
-    shapes = {n: (m.out_features, m.in_features) for n, m in view.linears(index).items()}
-    ranks = UniformRanks(keep_ratio=keep_ratio).ranks(shapes)
-    return tuple(FactorizeLinear(module=n, rank=r, components=None) for n, r in ranks.items())
+    return factorize_operations(view, (index,), UniformRanks(keep_ratio=keep_ratio))
 
 
 def _fewest(config: MethodConfig, dense: int, totals: Sequence[int]) -> int:

@@ -1,84 +1,83 @@
 """Deleting redundant layers: the control that every replacement must beat."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
 
-from grasp_lightning.methods.base import CompressionMethod, Decision
-from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
+from grasp_lightning.config import MethodConfig
+from grasp_lightning.errors import ConfigError, ModelError
+from grasp_lightning.methods.base import Decision, Registered, Track
+from grasp_lightning.methods.budget import resolve_num_layers
+from grasp_lightning.methods.layer_choice import LayerChoice, configured_layers
+from grasp_lightning.methods.layerwise import LayerwiseMethod
+from grasp_lightning.methods.options import check_share, named_layers, resolve_layers
+from grasp_lightning.methods.prediction import Layers, Outlook, outlook_of
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import DropLayers, OptionValue, Plan
 from grasp_lightning.stats.base import Statistics, Step
 
 DROP = "drop"
+_NO_OPTIONS: Final[Mapping[str, OptionValue]] = MappingProxyType({})
 
 
-def drop_step(layers: tuple[int, ...]) -> Step:
-    """Return the step that deletes layers; it needs no measurement.
-
-    Args:
-        layers: Indices of the layers, as in the original model.
-
-    Returns:
-        The step, named ``drop``.
-    """
-    return Step(name=DROP, layers=layers)
-
-
-def drop_decision(step: Step) -> Decision:
-    """Return the deletion of a step's layers.
-
-    Args:
-        step: What ``drop_step`` returned.
-
-    Returns:
-        One ``DropLayers``.
-    """
-    return Decision(operations=(DropLayers(layers=step.layers),))
-
-
-class DropMethod(CompressionMethod):
+class DropMethod(LayerwiseMethod):
     """Delete the chosen decoder layers.
 
     Source: Men et al., "ShortGPT", arXiv:2403.03853, with GRASP's choice of layers.
 
     Args:
         layers: How layers are chosen.
+        name: Name under which the plan and the model card know the method.
+        reference: Publication that it follows.
+        more_options: What the plan lists besides the choice of layers.
     """
 
-    name = "drop"
-    reference = "https://arxiv.org/abs/2403.03853"
-
-    def __init__(self, layers: LayerChoice) -> None:
-        self._layers = layers
+    def __init__(
+        self,
+        layers: LayerChoice,
+        name: str = DROP,
+        reference: str = "https://arxiv.org/abs/2403.03853",
+        more_options: Mapping[str, OptionValue] = _NO_OPTIONS,
+    ) -> None:
+        super().__init__(name, reference, layers)
+        self._more_options = more_options
 
     @property
     def options(self) -> Mapping[str, OptionValue]:
         """The options that decisions depend on, for the plan."""
-        return self._layers.options
+        return {**self._layers.options, **self._more_options}
 
-    def next_step(self, model: DecoderView, plan: Plan) -> Step | None:
-        """Return the choice of layers, then their deletion.
-
-        Args:
-            model: The model with all operations of the plan applied.
-            plan: Decisions so far.
-
-        Returns:
-            The next step, or None after the layers were deleted.
-        """
-        if plan.selected_layers is None:
-            return self._layers.step(model)
-        return None if plan.dropped_layers else drop_step(plan.selected_layers)
-
-    def decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
-        """Return the chosen layers, or their deletion.
-
-        Args:
-            step: What ``next_step`` asked for.
-            model: The model; not read.
-            stats: What was measured.
-
-        Returns:
-            The decision of this step.
-        """
+    def _step(self, model: DecoderView, plan: Plan, layers: Layers) -> Step | None:
         del model
-        return self._layers.decide(stats) if step.name == SELECT else drop_decision(step)
+        return None if plan.dropped_layers else Step(name=DROP, layers=layers)
+
+    def _decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
+        del model, stats
+        return Decision(operations=(DropLayers(layers=step.layers),))
+
+    def _outlook(self, view: DecoderView, layers: Layers) -> Outlook:
+        if len(layers) == view.num_layers:
+            raise ModelError(
+                f"all {view.num_layers} decoder layers would be deleted; leave at least one"
+            )
+        return outlook_of(view, (DropLayers(layers=layers),))
+
+
+def _resolved(config: MethodConfig) -> MethodConfig:
+    check_share(config.removed_ratio)
+    key = named_layers(config)
+    if config.removed_ratio is not None and key is not None:
+        raise ConfigError(
+            f"method drop takes method.removed_ratio or {key}, not both; leave one unset"
+        )
+    return resolve_layers(config)
+
+
+def _built(config: MethodConfig, view: DecoderView, track: Track) -> DropMethod:
+    del track
+    return DropMethod(configured_layers(resolve_num_layers(config, view)))
+
+
+DROP_METHOD: Final = Registered(
+    name="drop", ignores="deletes layers and scores no components", resolve=_resolved, build=_built
+)

@@ -2,33 +2,25 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from grasp_lightning.config import BudgetChoice, MlpChoice, RemovableChoice
+from grasp_lightning.config import MlpChoice, RemovableChoice
 from grasp_lightning.errors import ConfigError
-from grasp_lightning.linalg.allocation import (
-    Allocation,
-    ChannelChoice,
-    Choice,
-    GroupChoice,
-    MatrixChoice,
-    allocate,
-    smallest_size,
-)
+from grasp_lightning.linalg.allocation import Allocation, allocate, smallest_size
+from grasp_lightning.linalg.choices import ChannelChoice, Choice, GroupChoice, MatrixChoice
 from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.narrowing import Narrowable, narrowable_mlps
 from grasp_lightning.methods.rank_rules import Shapes
 from grasp_lightning.methods.removal import removable_parts
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan
-from grasp_lightning.stats.base import LinearSeconds, Removable, Shape
+from grasp_lightning.stats.base import Removable
 
-_NOT_MEASURED: Final[Mapping[Shape, LinearSeconds]] = MappingProxyType({})
 _NO_PRICES: Final[Mapping[str, float]] = MappingProxyType({})
 
 
@@ -62,12 +54,6 @@ class Budgeted:
         """Number of parameters of all of it, also of what is in a layer beside its linears."""
         return self.linear_size + sum(map(self.own_size, self.removables))
 
-    @property
-    def linear_shapes(self) -> tuple[Shape, ...]:
-        """The shapes of all its linears, sorted, each one once."""
-        inside = {shape for mlp in self.mlps.values() for shape in mlp.shapes}
-        return tuple(sorted({*self.shapes.values(), *inside}))
-
     def own_size(self, removable: Removable) -> int:
         """Return the number of parameters that go with a layer or block beside its linears.
 
@@ -98,31 +84,6 @@ class Budgeted:
             return self.mlps[module].num_channels * self.mlps[module].channel_size
         return math.prod(self.shapes[module])
 
-    def channel_seconds(self, mlp: str, seconds: Mapping[Shape, LinearSeconds]) -> float:
-        """Return the time of one channel of an MLP.
-
-        Args:
-            mlp: Name of its reader.
-            seconds: Time of linears by shape.
-
-        Returns:
-            The time of its dense linears over the number of its channels.
-        """
-        dense = math.fsum(seconds[shape].dense for shape in self.mlps[mlp].shapes)
-        return dense / self.mlps[mlp].num_channels
-
-    def dense_seconds(self, seconds: Mapping[Shape, LinearSeconds]) -> float:
-        """Return the time of all linears, dense.
-
-        Args:
-            seconds: Time of linears by shape.
-
-        Returns:
-            The sum.
-        """
-        inside = (shape for mlp in self.mlps.values() for shape in mlp.shapes)
-        return math.fsum(seconds[shape].dense for shape in (*self.shapes.values(), *inside))
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GlobalRanks:
@@ -138,9 +99,6 @@ class GlobalRanks:
         num_parameters: Parameters of the whole dense model.
         multiple_of: Ranks and numbers of channels are multiples of this number.
         mlp: Whether MLPs lose channels, or their matrices become factors like all others.
-        unit: What the budget counts: parameters, or the measured time of linears. Time counts as
-            many units as there are parameters, so that a ratio removes the share of the time that
-            it would remove of the parameters.
         removable: What may go as a whole.
     """
 
@@ -149,7 +107,6 @@ class GlobalRanks:
     num_parameters: int
     multiple_of: int = 1
     mlp: MlpChoice = "factors"
-    unit: BudgetChoice = "parameters"
     removable: RemovableChoice = "none"
 
     @property
@@ -165,7 +122,7 @@ class GlobalRanks:
             options["multiple_of"] = self.multiple_of
         if self.removable != "none":
             options["removable"] = self.removable
-        return options if self.unit == "parameters" else {**options, "budget": self.unit}
+        return options
 
     def budgeted(self, view: DecoderView, layers: tuple[int, ...]) -> Budgeted:
         """Return what shares the budget, with every linear in one place.
@@ -190,7 +147,6 @@ class GlobalRanks:
         self,
         budgeted: Budgeted,
         losses: Mapping[str, Tensor],
-        seconds: Mapping[Shape, LinearSeconds] = _NOT_MEASURED,
         prices: Mapping[str, float] = _NO_PRICES,
     ) -> Allocation:
         """Return the rank of every matrix, and the channels of every MLP, that gets smaller.
@@ -199,34 +155,28 @@ class GlobalRanks:
             budgeted: What shares the budget.
             losses: Predicted loss of dropping each component of a matrix, ``(K,)`` by module, and
                 of each channel of an MLP, ``(I,)`` by reader; descending.
-            seconds: Time of linears by shape, for a budget of time.
             prices: Measured loss of removing each layer and block, by its name.
 
         Returns:
             Ranks by module, channels by reader, and names of the layers and blocks that go.
         """
-        choices = self._grouped(self._choices(budgeted, losses, seconds), budgeted, prices)
+        choices = self._grouped(self._choices(budgeted, losses), budgeted, prices)
         return allocate(choices, self._budget(budgeted, smallest_size(choices)))
 
     def budget(self, budgeted: Budgeted) -> int:
-        """Return how much the matrices and MLPs may keep, as far as shapes tell.
-
-        How little time they can take is known when it is measured, and checked then.
+        """Return how many parameters the matrices and MLPs may keep.
 
         Args:
             budgeted: What shares the budget.
 
         Returns:
-            Number of parameters; of a budget of time, the same share of the time of everything
-            dense, which counts as much as its parameters. One that is out of reach is a
-            ``ConfigError`` that names the feasible range.
+            Number of parameters. One that is out of reach is a ``ConfigError`` that names the
+            feasible range.
         """
-        if self.unit == "time":
-            return self._budget(budgeted, 0)
         losses = dict.fromkeys(budgeted.shapes, torch.zeros(1))
         losses |= {name: torch.zeros(mlp.num_channels) for name, mlp in budgeted.mlps.items()}
         free = dict.fromkeys((part.name for part in budgeted.removables), 0.0)
-        choices = self._choices(budgeted, losses, _NOT_MEASURED)
+        choices = self._choices(budgeted, losses)
         return self._budget(budgeted, smallest_size(self._grouped(choices, budgeted, free)))
 
     def _grouped(
@@ -236,7 +186,6 @@ class GlobalRanks:
         prices: Mapping[str, float],
     ) -> list[Choice]:
         """Return the choices, those of a layer or block that may go in a group."""
-        in_parameters = self.unit == "parameters"
         left: dict[str, Choice] = {choice.name: choice for choice in choices}
         # Blocks first, so that the group of a layer holds theirs.
         for part in sorted(budgeted.removables, key=lambda part: not part.is_block):
@@ -247,16 +196,13 @@ class GlobalRanks:
                 name=part.name,
                 children=[left.pop(name) for name in sorted(left.keys() & inside)],
                 removal_loss=prices[part.name],
-                own_size=budgeted.own_size(part) if in_parameters else 0.0,
-                removed_size=budgeted.left_size(part) if in_parameters else 0.0,
+                own_size=budgeted.own_size(part),
+                removed_size=budgeted.left_size(part),
             )
         return list(left.values())
 
     def _choices(
-        self,
-        budgeted: Budgeted,
-        losses: Mapping[str, Tensor],
-        seconds: Mapping[Shape, LinearSeconds],
+        self, budgeted: Budgeted, losses: Mapping[str, Tensor]
     ) -> list[MatrixChoice | ChannelChoice]:
         matrices = [
             MatrixChoice(name, shape, losses[name], multiple_of=self.multiple_of)
@@ -266,30 +212,10 @@ class GlobalRanks:
             ChannelChoice(name, mlp.channel_size, losses[name], multiple_of=self.multiple_of)
             for name, mlp in budgeted.mlps.items()
         ]
-        if self.unit == "parameters":
-            return [*matrices, *mlps]
-        scale = budgeted.linear_size / budgeted.dense_seconds(seconds)
-        return [
-            *(_timed(matrix, seconds[matrix.shape], scale) for matrix in matrices),
-            *(
-                replace(mlp, channel_size=scale * budgeted.channel_seconds(mlp.name, seconds))
-                for mlp in mlps
-            ),
-        ]
-
-    def dense_size(self, budgeted: Budgeted) -> int:
-        """Return what everything that shares the budget counts while it is dense.
-
-        Args:
-            budgeted: What shares the budget.
-
-        Returns:
-            Number of parameters; of a budget of time, that of the linears, whose time is measured.
-        """
-        return budgeted.size if self.unit == "parameters" else budgeted.linear_size
+        return [*matrices, *mlps]
 
     def _budget(self, budgeted: Budgeted, least: float) -> int:
-        linears, dense = budgeted.linear_size, self.dense_size(budgeted)
+        linears, dense = budgeted.linear_size, budgeted.size
         # Rounded inwards, so that the ends can be asked for.
         if self.removed_ratio is None:
             key, keep_ratio = f"keep_ratio {self.keep_ratio}", self.keep_ratio or 0.0
@@ -308,12 +234,3 @@ class GlobalRanks:
         if kept == dense:
             raise ConfigError(f"method.{key} removes less than one parameter: nothing would go")
         return kept
-
-
-def _timed(matrix: MatrixChoice, seconds: LinearSeconds, scale: float) -> MatrixChoice:
-    return replace(
-        matrix,
-        rank_size=scale * seconds.per_rank,
-        fixed_size=scale * seconds.fixed,
-        dense_size=scale * seconds.dense,
-    )

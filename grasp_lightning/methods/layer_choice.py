@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grasp_lightning.config import LayerMetric
+from grasp_lightning.config import LayerMetric, MethodConfig
 from grasp_lightning.errors import ConfigError, NumericsError
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.models.decoder import DecoderView
@@ -128,6 +128,15 @@ class LayerChoice:
         # A stable sort gives ties to the lower index, whatever the number of threads.
         order = torch.sort(values, descending=True, stable=True).indices[: self.count]
         return tuple(sorted(order.tolist()))
+
+
+def configured_layers(config: MethodConfig) -> LayerChoice:
+    """Return how complete options choose layers."""
+    return LayerChoice(
+        layers=config.layers,
+        num_layers=config.num_layers,
+        metric=config.layer_metric or "similarity",
+    )
 
 
 def _check_metric(values: Tensor) -> None:

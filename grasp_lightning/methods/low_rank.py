@@ -1,311 +1,190 @@
-"""Low-rank replacement of chosen layers: layer choice, component score and rank rule as parts."""
+"""Truncation in any metric: plain SVD, FWSVD, ASVD, SVD-LLM, or a mixture of parts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, Final
 
-import torch
-from torch import Tensor
-
-from grasp_lightning import processes
-from grasp_lightning.config import RefitChoice, Schedule
-from grasp_lightning.errors import ModelError
-from grasp_lightning.linalg.factors import SVD, balanced_factors, factorize
-from grasp_lightning.linalg.ranks import top_components
-from grasp_lightning.methods.base import CompressionMethod, Decision, Track, untracked
-from grasp_lightning.methods.blocks import blocks, weight_shapes
-from grasp_lightning.methods.dealing import own_weights
-from grasp_lightning.methods.drop import DROP, drop_decision, drop_step
-from grasp_lightning.methods.global_ranks import GlobalRanks
-from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
-from grasp_lightning.methods.narrowing import channel_orders, narrow_operations, narrowing
-from grasp_lightning.methods.rank_rules import RankRule
-from grasp_lightning.methods.removal import removal_operations, stored_prices
-from grasp_lightning.methods.weighted import (
-    CURVATURE,
-    curvature_step,
-    predicted_losses,
-    truncation,
+from grasp_lightning.config import (
+    BudgetOptions,
+    DampingOptions,
+    LowRankOptions,
+    MethodConfig,
+    MetricOptions,
+    PresetName,
+    Weighting,
 )
-from grasp_lightning.methods.weighting import Metric
+from grasp_lightning.errors import ConfigError
+from grasp_lightning.methods.base import CompressionMethod, Registered, Track
+from grasp_lightning.methods.budgeted_truncation import BudgetedTruncation
+from grasp_lightning.methods.global_ranks import GlobalRanks
+from grasp_lightning.methods.layer_choice import configured_layers
+from grasp_lightning.methods.metric import GRADIENT_DAMPING, INPUT_DAMPING, Metric
+from grasp_lightning.methods.options import (
+    check_share,
+    chosen_preset,
+    filled,
+    given,
+    keys_of,
+    named_layers,
+    refuse_ignored,
+    resolve_layers,
+)
+from grasp_lightning.methods.rank_rules import configured_rule
+from grasp_lightning.methods.truncation import Truncation
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
-from grasp_lightning.stats.base import Needs, Removable, Scoring, Shape, Statistics, Step
+from grasp_lightning.models.size import count_parameters
 
-ATTRIBUTION = "attribution"
+DEFAULT_REMOVED_RATIO: Final = 0.2
+PLAIN: Final = LowRankOptions(
+    weighting="none",
+    fisher="sampled",
+    ranks="uniform",
+    mlp="factors",
+    refit="none",
+    gradient_damping=GRADIENT_DAMPING,
+    input_damping=INPUT_DAMPING,
+)
+_PRESETS: Final[Mapping[PresetName, LowRankOptions]] = MappingProxyType(
+    {
+        "svd_llm": replace(PLAIN, weighting="input_gram"),
+        "asvd": replace(PLAIN, weighting="scale_columns"),
+        "fwsvd": replace(PLAIN, weighting="fisher_rows"),
+    }
+)
+_REFERENCES: Final[Mapping[Weighting, str]] = MappingProxyType(
+    {
+        "none": "https://doi.org/10.1007/BF02288367",
+        "fisher_rows": "https://arxiv.org/abs/2207.00112",
+        "scale_columns": "https://arxiv.org/abs/2312.05821",
+        "input_gram": "https://arxiv.org/abs/2403.07378",
+        "kfac": "https://arxiv.org/abs/1503.05671",
+    }
+)
+_LARGEST_DAMPING: Final = 100
 
 
-def attribution_step(
-    model: DecoderView,
-    modules: Iterable[str],
-    scoring: Scoring,
-    *,
-    ranks: Mapping[str, int] | None = None,
-    track: Track = untracked,
-) -> Step:
-    """Return the step that scores every singular component of some linears.
+def check_amount(config: MethodConfig) -> MethodConfig:
+    """Return options with checked layers and ratios, all layers by default.
 
     Args:
-        model: The model.
-        modules: Full names of the linears, as in the original model.
-        scoring: How components are scored; ``magnitude`` asks for no pass over the data.
-        ranks: Ranks that the weights are cut to; None leaves them to the decision.
-        track: Shows the progress of the factorisation.
+        config: What the user set.
 
     Returns:
-        The step, with the decomposition of every weight.
+        The options, with one of ``removed_ratio`` and ``keep_ratio``.
+
+    Raises:
+        ConfigError: If a ratio is out of range, or both are set.
     """
-    linears = model.all_linears()
-    bases = _factorized({name: linears[name].weight.detach() for name in modules}, track)
-    measured = () if scoring.score == "magnitude" else tuple(bases)
-    return Step(
-        name=ATTRIBUTION,
-        needs=Needs(weight_gradients=measured, scoring=scoring),
-        bases=bases,
-        ranks=ranks,
-    )
+    if named_layers(config) is None:
+        refuse_ignored(config, ("layer_metric",), "all layers are compressed")
+    else:
+        config = resolve_layers(config)
+    if config.removed_ratio is not None and config.keep_ratio is not None:
+        raise ConfigError(
+            f"method {config.name} takes method.removed_ratio or method.keep_ratio, not both; "
+            "leave one unset"
+        )
+    if config.keep_ratio is None:
+        ratio = DEFAULT_REMOVED_RATIO if config.removed_ratio is None else config.removed_ratio
+        check_share(ratio)
+        return replace(config, removed_ratio=ratio)
+    if not 0 < config.keep_ratio < 1:
+        raise ConfigError(
+            f"method.keep_ratio must be above 0 and below 1, got {config.keep_ratio}: it is the "
+            "share of the linears' parameters that is kept"
+        )
+    return config
 
 
-def _factorized(weights: Mapping[str, Tensor], track: Track) -> dict[str, SVD]:
-    """Return the decomposition of every weight; several processes share the work."""
-    number = processes.num_processes()
-    own = {name: factorize(weight) for name, weight in own_weights(weights, track, "factorize")}
-    if number == 1:
-        return own
-    bases = {}
-    for position, (name, weight) in enumerate(weights.items()):
-        basis = own[name] if name in own else _empty_basis(weight)
-        bases[name] = SVD(*(processes.from_rank(part, position % number) for part in basis))
-    return bases
-
-
-def _empty_basis(weight: Tensor) -> SVD:
-    rows, columns = weight.shape
-    count = min(rows, columns)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    shapes = ((rows, count), (count,), (count, columns))
-    return SVD(*(torch.empty(shape, dtype=dtype, device=weight.device) for shape in shapes))
-
-
-def keep_best_components(
-    bases: Mapping[str, SVD], scores: Mapping[str, Tensor], ranks: Mapping[str, int]
-) -> Decision:
-    """Return the factorisation that keeps the best-scored components of each matrix.
+def with_parts(config: MethodConfig, defaults: LowRankOptions) -> MethodConfig:
+    """Return options with parts filled in, after checking that each of them has an effect.
 
     Args:
-        bases: Decomposition of every weight, by module.
-        scores: Score of every component, ``(K,)`` per module, larger is kept first.
-        ranks: Number of components to keep, by module; a module that is missing stays dense.
+        config: What the user set.
+        defaults: The parts of the method or preset.
 
     Returns:
-        One ``FactorizeLinear`` per rank with its factors; scores and singular values of all
-        modules.
+        The options. Parts that do not fit together are refused as well.
+
+    Raises:
+        ConfigError: If a part is out of range or without effect.
     """
-    operations: list[FactorizeLinear] = []
-    tensors: dict[str, Tensor] = {}
-    stored: dict[str, Tensor] = {}
-    for module, basis in bases.items():
-        stored[f"{module}.scores"] = scores[module].float().cpu()
-        stored[f"{module}.singular_values"] = basis.s.float().cpu()
-        if module not in ranks:
-            continue
-        components = top_components(scores[module], ranks[module])
-        factors = balanced_factors(basis, components)
-        tensors[f"{module}.left"], tensors[f"{module}.right"] = factors.left, factors.right
-        operations.append(FactorizeLinear(module=module, rank=ranks[module], components=components))
-    return Decision(operations=tuple(operations), tensors=tensors, scores=stored)
-
-
-class LowRankMethod(CompressionMethod):
-    """Choose layers, score the singular components of their weights, keep the best of each matrix.
-
-    Args:
-        name: Name under which the plan and the model card know the combination.
-        reference: Publication the combination follows.
-        layers: How layers are chosen.
-        scoring: How components are scored.
-        rank_rule: How many components each weight keeps; None deletes the layers.
-        metric: Truncate in this measured metric, the largest components first, instead of scoring
-            the components of plain decompositions.
-        refit: How truncations in a metric are fitted once more.
-        schedule: ``one_shot``: all layers in one pass; ``iterative``: the last layer first, MLP
-            before attention, each scored with what is above it replaced.
-        score_all_layers: Score all layers' components, beyond the chosen ones; one_shot only.
-        track: Shows the progress of factorisations.
-    """
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        reference: str,
-        layers: LayerChoice,
-        scoring: Scoring,
-        rank_rule: RankRule | GlobalRanks | None,
-        metric: Metric | None = None,
-        refit: RefitChoice = "none",
-        schedule: Schedule = "one_shot",
-        score_all_layers: bool = False,
-        track: Track = untracked,
-    ) -> None:
-        self.name = name
-        self.reference = reference
-        self._layers = layers
-        self._scoring = scoring
-        self._rule = rank_rule
-        self._metric = metric
-        self._refit = refit
-        self._schedule = schedule
-        self._score_all_layers = score_all_layers
-        self._track = track
-
-    @property
-    def options(self) -> Mapping[str, OptionValue]:
-        """The options that decisions depend on, for the plan."""
-        if self._rule is None:
-            return {**self._layers.options, "keep_ratio": 0.0}
-        options = {**self._layers.options, **self._rule.options}
-        if self._metric is not None:
-            refit = {} if self._refit == "none" else {"refit": self._refit}
-            return {**options, **self._metric.options, **refit}
-        options["score"] = self._scoring.score
-        if self._scoring.score != "magnitude":
-            options |= {"terms": self._scoring.terms, "reduction": self._scoring.reduction}
-        return options | {"schedule": self._schedule}
-
-    def next_step(self, model: DecoderView, plan: Plan) -> Step | None:
-        """Return the choice of layers, then the attribution of their components.
-
-        Args:
-            model: The model with all operations of the plan applied.
-            plan: Decisions so far.
-
-        Returns:
-            The next step, or None after the layers were replaced.
-
-        Raises:
-            ModelError: If no linear of the chosen layers can get smaller.
-        """
-        layers = plan.selected_layers
-        if layers is None:
-            return self._layers.step(model)
-        if self._rule is None:
-            return None if plan.dropped_layers else drop_step(layers)
-        if isinstance(self._rule, GlobalRanks):
-            if plan.ranks or plan.channels or plan.removed_blocks or plan.dropped_layers:
-                return None
-            budgeted = self._rule.budgeted(model, layers)
-            self._rule.budget(budgeted)  # refuses what is out of reach
-            timed = budgeted.linear_shapes if self._rule.unit == "time" else ()
-            return self._curvature_step(model, budgeted.modules, None, timed, budgeted.removables)
-        shapes = weight_shapes(model, plan, layers)
-        ranks = self._rule.ranks(shapes)
-        if not ranks:
-            raise ModelError(
-                "no linear of the chosen layers gets smaller: their sides are too short; take "
-                "other layers, or a lower keep_ratio"
+    metric = Metric(weighting=config.weighting or defaults.weighting or "none")
+    unused = set(keys_of(MetricOptions)) - set(metric.options)
+    refuse_ignored(config, unused, f"method.weighting is {metric.weighting}")
+    for key in keys_of(DampingOptions):
+        value: float | None = getattr(config, key)
+        if value is not None and not 0 <= value <= _LARGEST_DAMPING:
+            raise ConfigError(
+                f"method.{key} must be from 0 to {_LARGEST_DAMPING}, got {value}: it is a share of "
+                "the mean diagonal"
             )
-        waiting = {module: rank for module, rank in ranks.items() if module not in plan.ranks}
-        return self._cutting_step(model, layers, waiting) if waiting else None
+    if (config.ranks or defaults.ranks) == "uniform":
+        unused |= set(keys_of(BudgetOptions))
+        refuse_ignored(config, keys_of(BudgetOptions), "method.ranks is uniform")
+    else:
+        _check_budget(config, metric)
+        mlp = defaults.mlp if metric.orders_channels else "factors"
+        defaults = replace(defaults, mlp=mlp)
+    return filled(config, defaults, unused)
 
-    def _cutting_step(
-        self, model: DecoderView, layers: tuple[int, ...], waiting: Mapping[str, int]
-    ) -> Step:
-        """Return the step that decides on factors of known ranks."""
-        if self._metric is not None:
-            return self._curvature_step(model, waiting, waiting)
-        if self._schedule == "iterative":
-            return self._block_step(model, layers, waiting)
-        scored = model.layer_indices if self._score_all_layers else layers
-        modules = [name for index in scored for name in model.linears(index)]
-        return attribution_step(model, modules, self._scoring, ranks=waiting, track=self._track)
 
-    def _curvature_step(
-        self,
-        model: DecoderView,
-        modules: Iterable[str],
-        ranks: Mapping[str, int] | None,
-        timed: tuple[Shape, ...] = (),
-        priced: tuple[Removable, ...] = (),
-    ) -> Step:
-        assert self._metric is not None  # a global budget comes with one
-        asked = set(modules)
-        ordered = [name for name in model.all_linears() if name in asked]
-        return curvature_step(ordered, self._metric, ranks, timed, priced)
-
-    def _block_step(
-        self, model: DecoderView, layers: tuple[int, ...], waiting: Mapping[str, int]
-    ) -> Step:
-        """Return the step of the highest block that is not replaced yet."""
-        index, modules = next(
-            (index, group)
-            for index in reversed(layers)
-            for group in blocks(model, index)
-            if any(name in waiting for name in group)
+def _check_budget(config: MethodConfig, metric: Metric) -> None:
+    if config.multiple_of is not None and config.multiple_of < 1:
+        raise ConfigError(f"method.multiple_of must be at least 1, got {config.multiple_of}")
+    if config.removable not in (None, "none") and metric.weighting != "kfac":
+        raise ConfigError(
+            f"method.removable {config.removable} needs method.weighting kfac, got "
+            f"{metric.weighting}: prices are nats, and only its losses are"
         )
-        step = attribution_step(model, modules, self._scoring, ranks=waiting, track=self._track)
-        return replace(step, layers=tuple(layer for layer in layers if layer <= index))
-
-    def decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
-        """Return the chosen layers, or the kept components of each of their matrices.
-
-        Args:
-            step: What ``next_step`` asked for.
-            model: The model, as it was measured.
-            stats: What was measured.
-
-        Returns:
-            The decision of this step.
-        """
-        if step.name == SELECT:
-            return self._layers.decide(stats)
-        if step.name == DROP or self._rule is None:
-            return drop_decision(step)
-        if step.name == CURVATURE and self._metric is not None:
-            decision = self._truncate(step, model, stats, self._metric)
-            return replace(decision, refit=self._refit)
-        if self._scoring.score == "magnitude":
-            scores: Mapping[str, Tensor] = {name: basis.s for name, basis in step.bases.items()}
-        else:
-            scores = stats.component_scores
-        ranks = step.ranks
-        if ranks is None:
-            assert not isinstance(self._rule, GlobalRanks)  # it comes with a metric
-            ranks = self._rule.ranks({name: _shape(basis) for name, basis in step.bases.items()})
-        return keep_best_components(step.bases, scores, ranks)
-
-    def _truncate(
-        self, step: Step, model: DecoderView, stats: Statistics, metric: Metric
-    ) -> Decision:
-        if step.ranks is not None:
-            return truncation(model, step.ranks, metric, stats.moments, self._track)
-        assert isinstance(self._rule, GlobalRanks)  # other rules know ranks from shapes
-        layers = {model.layer_of(module) for module in step.needs.moments}
-        chosen = tuple(index for index in model.layer_indices if index in layers)
-        # Without moments of a layer, what may go would be other parts than those that were priced.
-        budgeted = replace(self._rule.budgeted(model, chosen), removables=step.needs.removables)
-        given = (metric, stats.moments, self._track)
-        losses = predicted_losses(model, tuple(budgeted.shapes), *given)
-        orders = channel_orders(model, tuple(budgeted.mlps), *given)
-        losses |= {name: removal.losses.flip(0) for name, removal in orders.items()}
-        allocation = self._rule.allocation(
-            budgeted, losses, stats.linear_seconds, stats.removal_losses
-        )
-        ranks = {n: allocation.ranks[n] for n in budgeted.shapes if n in allocation.ranks}
-        channels = {n: allocation.channels[n] for n in budgeted.mlps if n in allocation.channels}
-        cut = truncation(model, ranks, *given)
-        narrow = narrow_operations(orders, budgeted.mlps, channels)
-        narrowed = narrowing(model, narrow, *given)
-        scores = {f"{name}.scores": value.float() for name, value in losses.items()}
-        return Decision(
-            operations=(
-                *cut.operations,
-                *narrowed.operations,
-                *removal_operations(budgeted.removables, allocation.removed),
-            ),
-            tensors={**cut.tensors, **narrowed.tensors},
-            scores={**scores, **cut.scores, **stored_prices(stats.removal_losses)},
+    if config.mlp == "channels" and not metric.orders_channels:
+        raise ConfigError(
+            f"method.mlp channels needs method.weighting kfac or input_gram, got {metric.weighting}"
         )
 
 
-def _shape(basis: SVD) -> tuple[int, int]:
-    return basis.u.shape[0], basis.vh.shape[1]
+def truncation(config: MethodConfig, view: DecoderView, track: Track) -> CompressionMethod:
+    """Return the method of complete options.
+
+    Args:
+        config: Options as ``resolve_method`` returns them.
+        view: The dense model: a budget is a share of its size.
+        track: Shows the progress of factorisations.
+
+    Returns:
+        The method, on all layers unless some are named.
+    """
+    if named_layers(config) is None:
+        config = replace(config, layers=view.layer_indices)
+    metric = Metric(**given(config, MetricOptions))
+    parts: dict[str, Any] = {  # Any: arguments of several types
+        "name": config.name,
+        "reference": _REFERENCES[metric.weighting],
+        "layers": configured_layers(config),
+        "metric": metric,
+        "refit": config.refit or "none",
+        "track": track,
+    }
+    if config.ranks != "global":
+        return Truncation(rule=configured_rule(config, view), **parts)
+    rule = GlobalRanks(
+        removed_ratio=config.removed_ratio,
+        keep_ratio=config.keep_ratio,
+        num_parameters=count_parameters(view.model),
+        **given(config, BudgetOptions),
+    )
+    return BudgetedTruncation(rule=rule, **parts)
+
+
+def _resolved(config: MethodConfig) -> MethodConfig:
+    return with_parts(check_amount(config), chosen_preset(config, _PRESETS, PLAIN))
+
+
+LOW_RANK: Final = Registered(
+    name="low_rank",
+    ignores="keeps the largest components",
+    remedy="set method.name=grasp",
+    resolve=_resolved,
+    build=truncation,
+)

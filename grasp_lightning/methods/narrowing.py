@@ -8,12 +8,12 @@ from torch import Tensor
 from grasp_lightning.linalg.channels import Removal
 from grasp_lightning.methods.base import Decision, Track
 from grasp_lightning.methods.dealing import dealt
-from grasp_lightning.methods.weighted import moments_beside, weights_of
-from grasp_lightning.methods.weighting import Metric
+from grasp_lightning.methods.metric import Metric
+from grasp_lightning.methods.truncation import moments_beside, weights_of
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.mlp import mlps
 from grasp_lightning.plan import NarrowMlp
-from grasp_lightning.stats.base import Moments, Shape
+from grasp_lightning.stats.base import Moments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,14 +25,12 @@ class Narrowable:
         writers: Full names of the linears that write them, in module order.
         num_channels: How many there are.
         channel_size: Parameters that belong to one, biases of its writers included.
-        shapes: ``(N, M)`` of all its linears, the reader last.
     """
 
     reader: str
     writers: tuple[str, ...]
     num_channels: int
     channel_size: int
-    shapes: tuple[Shape, ...]
 
 
 def narrowable_mlps(view: DecoderView, layers: Sequence[int]) -> dict[str, Narrowable]:
@@ -60,7 +58,6 @@ def narrowable_mlps(view: DecoderView, layers: Sequence[int]) -> dict[str, Narro
                 writers=mlp.writers,
                 num_channels=count,
                 channel_size=written + reader.out_features,
-                shapes=tuple((w.out_features, w.in_features) for w in (*writers, reader)),
             )
     return found
 

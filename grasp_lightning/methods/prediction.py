@@ -1,24 +1,18 @@
 """What a method would remove, from shapes alone."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from grasp_lightning.config import MethodConfig
-from grasp_lightning.errors import ModelError
-from grasp_lightning.linalg.ranks import factor_parameters, ranks_for_budget
-from grasp_lightning.methods import (
-    configured_layers,
-    configured_rank_rule,
-    resolve_num_layers,
-)
-from grasp_lightning.methods.blocks import weight_shapes
-from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks
-from grasp_lightning.methods.layer_choice import LayerChoice
+from grasp_lightning.linalg.ranks import factor_parameters
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import dense_shape
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
-from grasp_lightning.plan import DropLayers, FactorizeLinear, NarrowMlp, Operation, Plan
+from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation
+
+Layers = tuple[int, ...]
+"""Numbers of decoder layers in the original model, ascending."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +31,6 @@ class Prediction:
         is_budget: Ranks follow from the data, under one budget for all linears of the layers.
         widths: Kept and original number of channels of every narrowed MLP, by its name; empty for a
             budget.
-        is_timed: It is a budget of time: sizes are those of factors that keep its share of
-            parameters, as an estimate of memory.
         is_removable: Layers or blocks may go as a whole.
     """
 
@@ -48,16 +40,15 @@ class Prediction:
     num_layers: int
     ranks: dict[str, int]
     factors: int
-    layers: tuple[int, ...]
+    layers: Layers
     operations: tuple[Operation, ...]
     is_budget: bool = False
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
-    is_timed: bool = False
     is_removable: bool = False
 
     @property
     def lines(self) -> list[str]:
-        """The prediction as text; the first line begins with the removed share, if it is known."""
+        """The prediction as text; the first line begins with the removed share."""
         share, larger = (f"{1 - size / self.dense:.1%}" for size in (self.most, self.least))
         if larger != share:
             share += f" to {larger}, depending on the layers chosen,"
@@ -65,8 +56,6 @@ class Prediction:
         widths = [f"  {mlp}: {k} of {size} channels" for mlp, (k, size) in self.widths.items()]
         if widths:
             widths = [f"{len(widths)} MLPs are narrowed:", *widths]
-        if self.is_timed:
-            first = "a budget of measured time: the data decides on sizes"
         if self.is_budget:
             where = f"all linears of {self.num_layers} layers share one budget"
             more = ", on what goes as a whole" if self.is_removable else ""
@@ -78,110 +67,68 @@ class Prediction:
         return [first, *(widths or [f"{self.num_layers} layers are deleted"])]
 
 
-def predict(view: DecoderView, method: MethodConfig) -> Prediction:
-    """Return the sizes before and after compression, from shapes alone.
+class Outlook(NamedTuple):
+    """What a method would do to some layers.
 
-    More layers than the model has, and a budget out of reach, are a ``ConfigError``.
+    Attributes:
+        operations: What is done; of a budget, operations of about its size.
+        size: Parameters of the whole model after it.
+        factors: Parameters of the factors alone.
+    """
+
+    operations: tuple[Operation, ...]
+    size: int
+    factors: int
+
+
+def outlook_of(view: DecoderView, operations: tuple[Operation, ...]) -> Outlook:
+    """Return the outlook of operations that are known beforehand.
 
     Args:
-        view: The model; its weights may be on the meta device.
-        method: Options as ``resolve_method`` returns them.
+        view: The dense model; its weights may be on the meta device.
+        operations: What is done.
+
+    Returns:
+        The outlook.
+    """
+    linears = view.all_linears()
+    cut = [(op.rank, linears[op.module]) for op in operations if isinstance(op, FactorizeLinear)]
+    factors = sum(factor_parameters(k, x.out_features, x.in_features) for k, x in cut)
+    return Outlook(operations, parameters_after(view, operations), factors)
+
+
+def predict_layers(
+    view: DecoderView, candidates: Layers, count: int, outlook: Callable[[Layers], Outlook]
+) -> Prediction:
+    """Return what would be removed if some of a model's layers were chosen.
+
+    Args:
+        view: The dense model; its weights may be on the meta device.
+        candidates: Layers that may be chosen.
+        count: How many of them are.
+        outlook: What is done to chosen layers.
 
     Returns:
         The prediction.
-
-    Raises:
-        ModelError: If no layer would be left.
     """
-    method = resolve_num_layers(method, view)
-    choice = configured_layers(method)
-    choice.check(view.num_layers)
-    dense = count_parameters(view.model)
-    rule = configured_rank_rule(method, dense)
-    if choice.count == view.num_layers and rule is None:
-        raise ModelError(
-            f"all {view.num_layers} decoder layers would be deleted; leave at least one"
-        )
-    if isinstance(rule, GlobalRanks):
-        return _predict_budget(view, rule, choice)
-    by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))
-    sizes, ranks, factors, planned = [], {}, 0, []
-    for layers in (by_size[: choice.count], by_size[-choice.count :]):
-        operations: tuple[Operation, ...] = (DropLayers(layers=tuple(sorted(layers))),)
-        if rule is not None:
-            shapes = weight_shapes(view, Plan(method=method.name), tuple(layers))
-            ranks = rule.ranks(shapes)
-            factors = sum(factor_parameters(rank, *shapes[name]) for name, rank in ranks.items())
-            operations = tuple(
-                FactorizeLinear(module=name, rank=rank, components=None)
-                for name, rank in ranks.items()
-            )
-        sizes.append(parameters_after(view, operations))
-        planned.append(operations)
+    by_size = sorted(candidates, key=lambda index: count_parameters(view.layer(index)))
+    choices = [tuple(sorted(layers)) for layers in (by_size[:count], by_size[-count:])]
+    found = [(layers, outlook(layers)) for layers in choices]
+    layers, likely = max(found, key=lambda entry: entry[1].size)
     prefix = f"{view.layers_name}.{by_size[-1]}."
+    largest = found[-1][1].operations
+    ranks = {op.module: op.rank for op in largest if isinstance(op, FactorizeLinear)}
     return Prediction(
-        dense=dense,
-        most=max(sizes),
-        least=min(sizes),
-        num_layers=choice.count,
-        ranks={n.removeprefix(prefix): r for n, r in ranks.items() if n.startswith(prefix)},
-        factors=factors,
-        layers=tuple(sorted(by_size[: choice.count])),
-        operations=planned[0],
-        widths=narrowed_widths(view, planned[0]),
+        dense=count_parameters(view.model),
+        most=likely.size,
+        least=min(entry.size for _, entry in found),
+        num_layers=count,
+        ranks={n.removeprefix(prefix): k for n, k in ranks.items() if n.startswith(prefix)},
+        factors=max(entry.factors for _, entry in found),
+        layers=layers,
+        operations=likely.operations,
+        widths=narrowed_widths(view, likely.operations),
     )
-
-
-def _predict_budget(view: DecoderView, rule: GlobalRanks, choice: LayerChoice) -> Prediction:
-    """Return the size that a budget leaves; which layers and ranks, the data decides.
-
-    As operations it has one keep ratio for all, which takes about as much memory.
-    """
-    dense, sizes, factors, planned = count_parameters(view.model), [], [], []
-    by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))
-    for layers in (by_size[: choice.count], by_size[-choice.count :]):
-        budgeted = rule.budgeted(view, tuple(sorted(layers)))
-        kept, whole = rule.budget(budgeted), rule.dense_size(budgeted)
-        operations = _evenly(budgeted, kept / whole)
-        factors.append(kept)
-        sizes.append(dense - whole + kept)
-        planned.append((sizes[-1], tuple(sorted(layers)), operations))
-    most, layers_of_most, operations_of_most = max(planned, key=lambda entry: entry[0])
-    return Prediction(
-        dense=dense,
-        most=most,
-        least=min(sizes),
-        num_layers=choice.count,
-        ranks={},
-        factors=max(factors),
-        layers=layers_of_most,
-        operations=operations_of_most,
-        is_budget=True,
-        is_timed=rule.unit == "time",
-        is_removable=rule.removable != "none",
-    )
-
-
-def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
-    """Return operations that keep the same share of every matrix and of every MLP."""
-    shapes = budgeted.shapes
-    size = sum(rows * columns for rows, columns in shapes.values())
-    least = sum(factor_parameters(1, *shape) for shape in shapes.values())
-    ranks = ranks_for_budget(tuple(shapes.values()), max(int(share * size), least))
-    cut = (
-        FactorizeLinear(module=name, rank=rank, components=None)
-        for name, rank in zip(shapes, ranks, strict=True)
-    )
-    narrowed = (
-        NarrowMlp(
-            reader=name,
-            writers=mlp.writers,
-            channels=tuple(range(max(1, int(share * mlp.num_channels)))),
-        )
-        for name, mlp in budgeted.mlps.items()
-        if share * mlp.num_channels < mlp.num_channels
-    )
-    return (*cut, *narrowed)
 
 
 def narrowed_widths(
@@ -202,7 +149,3 @@ def narrowed_widths(
         op.mlp: (len(op.channels), dense_shape(modules[op.reader])[1])
         for op, modules in readers.items()
     }
-
-
-def _size(view: DecoderView, index: int) -> int:
-    return count_parameters(view.layer(index))

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from grasp_lightning.config import MethodConfig
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.linalg.ranks import (
     factor_parameters,
@@ -13,6 +14,8 @@ from grasp_lightning.linalg.ranks import (
     ranks_for_budget,
     stays_dense,
 )
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.size import count_parameters
 from grasp_lightning.plan import OptionValue
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -117,3 +120,20 @@ class BudgetRanks(RankRule):
             f"chosen layers is {math.ceil(smallest * 1e4) / 1e4:.4f} to "
             f"{math.floor(largest * 1e4) / 1e4:.4f}{advice}"
         )
+
+
+def configured_rule(config: MethodConfig, view: DecoderView) -> RankRule:
+    """Return the rule that gives every weight the same ratio: the one set, or the one solved for.
+
+    Args:
+        config: Options as ``resolve_method`` returns them.
+        view: The dense model: a removed ratio is a share of its size.
+
+    Returns:
+        The rule.
+    """
+    if config.removed_ratio is not None:
+        size = count_parameters(view.model)
+        return BudgetRanks(removed_ratio=config.removed_ratio, num_parameters=size)
+    assert config.keep_ratio is not None  # resolve_method has filled in one of both
+    return UniformRanks(keep_ratio=config.keep_ratio)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import Tensor
 
@@ -18,24 +18,20 @@ class Scoring:
     Source: Liu et al., "GRASP", arXiv:2501.00339, Eq. 6 (``full``, ``taylor``).
 
     Attributes:
+        score: ``taylor``: theta * dL/dtheta; ``gradient``: dL/dtheta; ``magnitude``: the singular
+            value itself, which needs no data.
         terms: Score all of u, s and v, or s alone.
         reduction: ``signed``: modulus after the sum over windows; ``absolute``: sum of the moduli
             of each window; ``squared``: sum over windows and elements of the squared term.
-        score: ``taylor``: theta * dL/dtheta; ``gradient``: dL/dtheta; ``magnitude``: the singular
-            value itself, which needs no data.
     """
 
+    score: Score = "taylor"
     terms: Terms = "full"
     reduction: Reduction = "absolute"
-    score: Score = "taylor"
 
 
 MomentKind = Literal["input_gram", "gradient_gram", "input_scale", "fisher_columns"]
 FORWARD_MOMENTS: frozenset[MomentKind] = frozenset({"input_gram", "input_scale"})
-
-
-Shape = tuple[int, int]
-"""Output and input features ``(N, M)`` of a linear."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +65,6 @@ class Needs:
         moments: Modules whose inputs and output gradients are summed up, in model order.
         moment_kinds: What is summed up of them.
         fisher: Whose gradients moments are made of; scores of weight gradients take the text's.
-        linear_shapes: Shapes of linears whose time is measured, which needs no data.
         removables: Layers and blocks whose removal is priced, each by itself.
     """
 
@@ -80,7 +75,6 @@ class Needs:
     moments: tuple[str, ...] = ()
     moment_kinds: frozenset[MomentKind] = frozenset()
     fisher: FisherChoice = "empirical"
-    linear_shapes: tuple[Shape, ...] = ()
     removables: tuple[Removable, ...] = ()
 
     @property
@@ -136,20 +130,6 @@ class Moments:
     fisher_columns: Tensor | None = None
 
 
-class LinearSeconds(NamedTuple):
-    """Measured time of linears of one shape; factors of rank k take ``fixed + k per_rank``.
-
-    Attributes:
-        dense: Seconds of the dense linear.
-        fixed: Seconds that factors of every rank take besides, not negative.
-        per_rank: Seconds of one rank, positive.
-    """
-
-    dense: float
-    fixed: float
-    per_rank: float
-
-
 class MergedMoments(Mapping[str, Moments]):
     """Moments of several passes, none of them read before it is asked for.
 
@@ -182,7 +162,6 @@ class Statistics:
         component_scores: Score of every singular component, float32, ``(K,)`` per module, in nats
             per predicted token (squared reduction: nats squared per predicted token).
         moments: What was summed up of linears, by module.
-        linear_seconds: Time of linears, by shape.
         removal_losses: What the removal of a layer or block by itself costs, in nats per predicted
             token, by its name.
     """
@@ -190,7 +169,6 @@ class Statistics:
     layer_metric: Tensor | None = None
     component_scores: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Moments] = field(default_factory=dict)
-    linear_seconds: Mapping[Shape, LinearSeconds] = field(default_factory=dict)
     removal_losses: Mapping[str, float] = field(default_factory=dict)
 
 

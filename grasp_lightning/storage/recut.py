@@ -1,6 +1,7 @@
 """Another ratio from the scores of a finished run, without a pass over the data."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
@@ -14,30 +15,25 @@ from grasp_lightning.methods.layer_choice import SCORE_KEYS
 from grasp_lightning.methods.removal import read_price
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan
-from grasp_lightning.stats.base import Needs, Statistics, Step
-from grasp_lightning.stats.linear_time import NUM_TOKENS, linear_seconds
+from grasp_lightning.stats.base import Needs, Scoring, Statistics, Step
 from grasp_lightning.storage.moments import stored_moments
 
 # A second decomposition may differ in the last bits, with other threads or hardware.
 _TOLERANCE: Final = 1e-4
-_SCORING = ("score", "terms", "reduction")
 
 
 class StoredScores:
     """Answers what a method asks from the scores of a finished run: a ``Measure`` without data.
 
-    Times of linears are no scores: they are measured anew, which needs no data.
-
     Args:
         folder: The run folder.
-        num_tokens: Tokens that linears are given when their time is measured.
 
     Raises:
         ConfigError: If the folder holds no finished run with scores that can be cut again.
     """
 
-    def __init__(self, folder: str, num_tokens: int = NUM_TOKENS) -> None:
-        self._folder, self._num_tokens = folder, num_tokens
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
         try:
             self.plan = Plan.from_json((Path(folder) / "plan.json").read_text(encoding="utf-8"))
             self._scores = load_file(Path(folder) / "scores.safetensors")
@@ -83,7 +79,7 @@ class StoredScores:
         if "weighting" in options:
             self._check_fisher(options.get("fisher"))
             return
-        for key in _SCORING:
+        for key in (field.name for field in fields(Scoring)):
             here, there = options.get(key), self.plan.options.get(key)
             if here is not None and here != there:
                 raise ConfigError(
@@ -130,12 +126,11 @@ class StoredScores:
         metric = None if step.needs.layer_metric is None else self._layer_metric(view, step.needs)
         for module in step.needs.moments:
             self._check_moments(module, step.needs)
-        seconds = linear_seconds(view, step.needs.linear_shapes, self._num_tokens)
         if step.needs.moment_kinds:
             prices = {part.name: self._price(part.name) for part in step.needs.removables}
-            return Statistics(moments=self._moments, linear_seconds=seconds, removal_losses=prices)
+            return Statistics(moments=self._moments, removal_losses=prices)
         scores = {module: self._component_scores(module) for module in step.needs.weight_gradients}
-        return Statistics(layer_metric=metric, component_scores=scores, linear_seconds=seconds)
+        return Statistics(layer_metric=metric, component_scores=scores)
 
     def _price(self, name: str) -> float:
         price = read_price(name, self._scores)

@@ -19,7 +19,7 @@ from grasp_lightning.config import CalibrationConfig, Strategy, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ModelError, NumericsError
-from grasp_lightning.methods.low_rank import attribution_step
+from grasp_lightning.methods.attribution import attribution_step
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import narrowed_linears
 from grasp_lightning.models.sampling import BATCH, sample_text

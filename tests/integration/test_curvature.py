@@ -1,7 +1,6 @@
 """Methods that truncate in a measured metric, through the program: budget, passes, second cuts."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
-from grasp_lightning.stats.base import LinearSeconds, Shape
 from tests.conftest import save_tiny
 
 PRESETS = ("svd_llm", "asvd", "fwsvd")
@@ -101,34 +99,6 @@ def test_another_ratio_from_stored_statistics_is_that_of_a_run_that_measures(
     assert read(again, "plan.json") == read(measured, "plan.json")
     first, second = (load_file(f / "factors.safetensors") for f in (again, measured))
     assert all(torch.equal(first[name], second[name]) for name in second)
-
-
-def test_a_budget_of_time_is_spent_and_cut_again(
-    settings: list[str], cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[list[Shape], int]] = []
-
-    def measured(shapes: Sequence[Shape], num_tokens: int, *_: object) -> dict:
-        asked.append((list(shapes), num_tokens))
-        return {(n, m): LinearSeconds(n * m, fixed=n * m / 4, per_rank=n) for n, m in shapes}
-
-    monkeypatch.setattr("grasp_lightning.stats.linear_time._measured", measured)
-    folder, again = tmp_path / "timed", tmp_path / "again"
-    words = [*plus(0.2), "--method.budget=time"]
-    assert main(["compress", *settings, *words, f"--output_dir={folder}"]) == 0
-    options = read(folder, "plan.json")["options"]
-    assert (options["budget"], options["removed_ratio"]) == ("time", 0.2)
-    assert "budget" not in read(cut, "plan.json")["options"]
-    assert read(folder, "plan.json")["operations"]
-    monkeypatch.setattr(
-        "grasp_lightning.callbacks.measure.TrainerMeasure.__call__",
-        lambda *_: pytest.fail("a pass was made"),
-    )
-    words = ["--from_scores", str(folder), "--method.removed_ratio=0.3"]
-    assert main(["compress", *words, f"--output_dir={again}"]) == 0
-    options = read(again, "plan.json")["options"]
-    assert (options["budget"], options["removed_ratio"]) == ("time", 0.3)
-    assert asked == [([(16, 32), (32, 32), (32, 48), (48, 32)], 48)] * 2
 
 
 def test_input_moments_serve_another_method(settings: list[str], tmp_path: Path) -> None:
@@ -223,8 +193,8 @@ def test_keys_of_an_earlier_run_that_do_not_fit_are_told_from_those_that_are_set
             "method.fisher would be ignored: method.weighting is input_gram",
         ),
         (["--method.multiple_of=0"], "method.multiple_of must be at least 1"),
-        (["--method.budget=flops"], "expected one of parameters, time"),
-        (["--method.ranks=uniform", "--method.budget=time"], "method.ranks is uniform"),
+        (["--method.mlp=heads"], "expected one of factors, channels"),
+        (["--method.ranks=uniform", "--method.mlp=channels"], "method.ranks is uniform"),
         (["--statistics.max_memory=0"], "statistics.max_memory must be above 0"),
         (["--statistics.measured_windows=-1"], "statistics.measured_windows cannot be negative"),
         (

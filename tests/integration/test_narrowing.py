@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from grasp_lightning.cli import main
 from grasp_lightning.commands import inputs
 from grasp_lightning.config import MethodConfig
+from grasp_lightning.methods import predict
 from grasp_lightning.methods.base import CompressionMethod, Decision
-from grasp_lightning.methods.prediction import narrowed_widths, predict
+from grasp_lightning.methods.prediction import narrowed_widths
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations, parameters_after
 from grasp_lightning.plan import OptionValue, Plan, SelectLayers

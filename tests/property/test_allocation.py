@@ -13,15 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp_lightning.linalg.allocation import (
-    Allocation,
-    ChannelChoice,
-    Choice,
-    GroupChoice,
-    MatrixChoice,
-    allocate,
-    allocation_at,
-)
+from grasp_lightning.linalg.allocation import Allocation, allocate
+from grasp_lightning.linalg.choices import ChannelChoice, Choice, GroupChoice, MatrixChoice
+from tests.reference.allocation_at import allocation_at
 
 quick = settings(max_examples=60, deadline=None)
 Outcome = tuple[float, float]
@@ -46,9 +40,6 @@ def matrices(draw: st.DrawFn, name: str = "m") -> MatrixChoice:
         min_rank=min_rank,
         max_rank=draw(st.one_of(st.none(), st.integers(min_rank, 4))),
         multiple_of=draw(st.sampled_from([1, 1, 2])),
-        rank_size=draw(st.sampled_from([None, None, 2.5, 9.0])),
-        fixed_size=draw(st.sampled_from([0.0, 0.0, 0.25, 20.0])),
-        dense_size=draw(st.sampled_from([None, None, 7.0, 40.5])),
     )
 
 
@@ -96,15 +87,12 @@ def options(choice: MatrixChoice | ChannelChoice) -> dict[int | None, Outcome]:
     m, n = choice.shape
     numbers = choice.squared_singular_values.tolist()
     top = math.inf if choice.max_rank is None else choice.max_rank
-    dense = m * n if choice.dense_size is None else choice.dense_size
-    unit = m + n if choice.rank_size is None else choice.rank_size
-    listed: dict[int | None, Outcome] = {
-        k: (choice.fixed_size + k * unit, math.fsum(numbers[k:]))
+    ranks: dict[int | None, Outcome] = {
+        k: (k * (m + n), math.fsum(numbers[k:]))
         for k in range(choice.min_rank, min(m, n) + 1)
         if k % choice.multiple_of == 0 and k <= top and k * (m + n) < m * n
     }
-    smaller = {k: outcome for k, outcome in listed.items() if outcome[0] < dense}
-    return smaller | {None: (dense, 0.0)}
+    return ranks | {None: (m * n, 0.0)}
 
 
 def outcomes(choices: Sequence[Choice]) -> list[Outcome]:

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grasp_lightning.config import MethodConfig, Schedule
 from grasp_lightning.errors import ConfigError
-from grasp_lightning.methods import build_method, resolve_method
-from grasp_lightning.methods.prediction import Prediction, predict
+from grasp_lightning.methods import build_method, predict, resolve_method
+from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.pipeline import compress

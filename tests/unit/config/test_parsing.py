@@ -5,7 +5,7 @@ import yaml
 
 from grasp_lightning.config import CompensateConfig, CompressConfig, EvaluateConfig
 from grasp_lightning.config.compensate_settings import check_settings
-from grasp_lightning.config.parsing import parse, to_dict
+from grasp_lightning.config.parsing import parse, to_dict, with_run_config
 from grasp_lightning.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
@@ -188,3 +188,40 @@ def test_null_is_refused_where_a_value_is_needed(tmp_path: Path, text: str) -> N
     file = write(tmp_path, f"model: {{path: a}}\n{text}\n")
     with pytest.raises(ConfigError, match="got null"):
         parsed(f"--config={file}")
+
+
+OF_GRASP = {"num_layers": 8, "keep_ratio": 0.2, "score": "taylor", "score_all_layers": True}
+OF_PLUS = {"removed_ratio": 0.3, "weighting": "kfac", "removable": "layers", "mlp": "channels"}
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "text", "expected"),
+    [
+        ("grasp", [], "", OF_GRASP),
+        ("grasp", ["--method.name=low_rank"], "", {"num_layers": 8, "keep_ratio": 0.2}),
+        ("grasp", ["--method.name", "drop"], "", {"num_layers": 8}),
+        ("grasp", [], "method: {name: drop}", {"num_layers": 8}),
+        (
+            "grasp",
+            ["--method.preset=released"],
+            "",
+            {"num_layers": 8, "keep_ratio": 0.2, "preset": "released"},
+        ),
+        ("grasp_plus", ["--method.name=grasp"], "", {"removed_ratio": 0.3}),
+        (
+            "grasp_plus",
+            ["--method.name=low_rank", "--method.mlp=factors"],
+            "",
+            {"removed_ratio": 0.3, "mlp": "factors"},
+        ),
+    ],
+)
+def test_another_method_takes_over_from_a_run_what_it_reads_but_for_parts(
+    tmp_path: Path, run: str, words: list[str], text: str, expected: dict[str, object]
+) -> None:
+    options = {"name": run, **(OF_GRASP if run == "grasp" else OF_PLUS)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"method": options}))
+    file = [f"--config={write(tmp_path, text)}"] if text else []
+    argv = with_run_config([f"--from_scores={tmp_path}", "--model.path=a", *words, *file])
+    method = {key: value for key, value in vars(parsed(*argv).method).items() if key != "name"}
+    assert {key: value for key, value in method.items() if value is not None} == expected

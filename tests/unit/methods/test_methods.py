@@ -2,16 +2,18 @@
 
 import copy
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
-from grasp_lightning.config import MethodConfig, MethodName
+from grasp_lightning.config import METHOD_OPTIONS, MethodConfig, MethodName
 from grasp_lightning.errors import ConfigError, NumericsError
 from grasp_lightning.linalg.ranks import rank_for_keep_ratio
 from grasp_lightning.methods import METHODS, build_method, resolve_method
 from grasp_lightning.methods.layer_choice import LayerChoice
+from grasp_lightning.methods.options import keys_of
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.pipeline import compress
@@ -48,6 +50,12 @@ def method_config(name: MethodName, keep_ratio: float | None = None) -> MethodCo
     if name == "grasp_plus":
         config = replace(config, refit="none")  # stored statistics have no windows
     return resolve_method(config)
+
+
+def test_the_names_in_configurations_are_those_of_the_methods() -> None:
+    assert set(get_args(MethodName)) == set(METHODS) == set(METHOD_OPTIONS)
+    read = {key for options in METHOD_OPTIONS.values() for key in keys_of(options)}
+    assert read == set(keys_of(MethodConfig))
 
 
 @pytest.mark.parametrize("name", METHODS)

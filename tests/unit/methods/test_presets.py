@@ -70,20 +70,20 @@ def test_resolving_twice_changes_nothing() -> None:
             "method.reduction would be ignored: score magnitude needs no gradients",
         ),
         (
-            MethodConfig(name="grasp", num_layers=2, budget="time"),
-            "method.budget would be ignored: method grasp scores plain components",
+            MethodConfig(name="grasp", num_layers=2, multiple_of=8),
+            "method.multiple_of would be ignored: method grasp scores plain components",
         ),
         (
-            MethodConfig(name="drop", num_layers=2, budget="time"),
-            "method.budget would be ignored: method drop deletes layers",
+            MethodConfig(name="drop", num_layers=2, multiple_of=8),
+            "method.multiple_of would be ignored: method drop deletes layers",
         ),
         (
             MethodConfig(name="grasp_plus", weighting="input_gram", removable="layers"),
             "method.removable layers needs method.weighting kfac, got input_gram",
         ),
         (
-            MethodConfig(name="low_rank", keep_ratio=0.5, budget="time"),
-            "method.budget would be ignored: method.ranks is uniform",
+            MethodConfig(name="low_rank", keep_ratio=0.5, multiple_of=8),
+            "method.multiple_of would be ignored: method.ranks is uniform",
         ),
     ],
 )

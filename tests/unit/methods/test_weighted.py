@@ -13,17 +13,15 @@ from grasp_lightning.errors import ConfigError
 from grasp_lightning.linalg.weightings import curvature_error
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks
+from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.narrowing import Narrowable, narrowable_mlps
-from grasp_lightning.methods.weighting import Metric
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.pipeline import compress
 from grasp_lightning.plan import Plan, SelectLayers
 from grasp_lightning.stats.base import (
-    LinearSeconds,
     Moments,
     Removable,
-    Shape,
     Statistics,
     Step,
 )
@@ -198,7 +196,6 @@ def narrowable(reader: str, num_channels: int) -> Narrowable:
         writers=("up",),
         num_channels=num_channels,
         channel_size=80,
-        shapes=((num_channels, 40), (40, num_channels)),
     )
 
 
@@ -236,71 +233,6 @@ def test_what_goes_as_a_whole_takes_the_rest_of_its_layer_along() -> None:
     assert narrower.size == 3200 + 200 + 200  # b, a, biases of the block, and norms of the layer
     kept = replace(rule, removed_ratio=None, keep_ratio=0.5)
     assert kept.budget(budgeted) == 3200 + 200
-
-
-def timed(removed_ratio: float) -> GlobalRanks:
-    return GlobalRanks(removed_ratio=removed_ratio, num_parameters=6400, unit="time")
-
-
-def test_a_budget_of_time_cuts_what_is_slow() -> None:
-    budgeted = Budgeted(shapes={"a": (40, 40), "b": (20, 80)}, mlps={"c": narrowable("c", 40)})
-    assert budgeted.size == 6400
-    assert budgeted.linear_shapes == ((20, 80), (40, 40))
-    curve = torch.linspace(1, 0.01, 40) ** 2
-    losses = {"a": curve, "b": curve[:20], "c": 10 * curve}
-    even = LinearSeconds(dense=1.0, fixed=0.0, per_rank=0.05)
-    slow = LinearSeconds(dense=5.0, fixed=0.0, per_rank=0.25)
-    cut = timed(0.25).allocation(budgeted, losses, {(40, 40): even, (20, 80): slow})
-    assert cut.dense == ("a", "c")
-    assert list(cut.ranks) == ["b"]
-    # All dense take 8 s, and 2 s of them go, from factors of 0.25 s per rank.
-    assert 0.25 * cut.ranks["b"] <= 5 - 2 < 0.25 * (cut.ranks["b"] + 1)
-    assert cut.size == pytest.approx((3 + 0.25 * cut.ranks["b"]) * 6400 / 8)
-    cut = timed(0.25).allocation(budgeted, losses, {(40, 40): slow, (20, 80): even})
-    assert "b" in cut.dense
-
-
-def test_factors_that_are_slower_than_dense_are_never_taken() -> None:
-    budgeted = Budgeted(shapes={"a": (40, 40), "b": (20, 80)}, mlps={"c": narrowable("c", 40)})
-    losses = {"a": torch.ones(40), "b": torch.zeros(20), "c": torch.ones(40)}
-    fast = LinearSeconds(dense=1.0, fixed=0.5, per_rank=0.05)
-    slow = LinearSeconds(dense=1.0, fixed=1.0, per_rank=0.01)
-    cut = timed(0.2).allocation(budgeted, losses, {(40, 40): fast, (20, 80): slow})
-    assert "b" in cut.dense
-    assert all(rank < 10 for rank in cut.ranks.values())
-    # 4 s in all: of a 0.45 s can go, of c 39/40 of 2 s, of b nothing.
-    message = f"the feasible range of these linears is above 0 to {(0.45 + 1.95) / 4:.4f}"
-    with pytest.raises(ConfigError, match=message):
-        timed(0.9).allocation(budgeted, losses, {(40, 40): fast, (20, 80): slow})
-    assert timed(0.9).budget(budgeted) == 640  # how fast linears can get is not known yet
-    with pytest.raises(ConfigError, match="is out of reach"):
-        timed(0.9).budget(Budgeted(shapes={"a": (40, 40)}))
-
-
-def test_a_method_with_a_budget_of_time_asks_for_times_and_removes_their_share() -> None:
-    view = DecoderView(tiny_model())
-    config = resolve_method(
-        MethodConfig(name="grasp_plus", budget="time", refit="none", removed_ratio=0.3)
-    )
-    method = build_method(config, view)
-    assert method.options["budget"] == "time"
-    asked: list[Shape] = []
-
-    def measure_both(view: DecoderView, step: Step) -> Statistics:
-        asked.extend(step.needs.linear_shapes)
-        seconds = {
-            (rows, columns): LinearSeconds(dense=rows * columns, fixed=0.0, per_rank=rows + columns)
-            for rows, columns in step.needs.linear_shapes
-        }
-        return replace(measure(view, step), linear_seconds=seconds)
-
-    plan = compress(view, method, measure_both, Plan(method=method.name), lambda *_: None)
-    linears = DecoderView(tiny_model()).all_linears().values()
-    assert set(asked) == {(linear.out_features, linear.in_features) for linear in linears}
-    # Times in proportion to parameters change nothing.
-    same, _ = decided(torch.float32)
-    assert plan.operations == same.operations
-    assert "budget" not in same.options
 
 
 def test_losses_of_channels_are_half_the_curvature_of_their_removal() -> None:

@@ -9,7 +9,7 @@ from grasp_lightning.callbacks.measure import TrainerMeasure
 from grasp_lightning.config import CalibrationConfig, FisherChoice, Reduction, Terms
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import NumericsError
-from grasp_lightning.methods.low_rank import attribution_step
+from grasp_lightning.methods.attribution import attribution_step
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.stats.base import MomentKind, Moments, Needs, Scoring, Step
 from grasp_lightning.training.calibration import CalibrationModule

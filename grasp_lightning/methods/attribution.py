@@ -1,0 +1,98 @@
+"""Scores of singular components from loss gradients, and factors of those that score best."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from grasp_lightning import processes
+from grasp_lightning.linalg.factors import SVD, balanced_factors, factorize
+from grasp_lightning.linalg.ranks import top_components
+from grasp_lightning.methods.base import Decision, Track, untracked
+from grasp_lightning.methods.dealing import own_weights
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.plan import FactorizeLinear
+from grasp_lightning.stats.base import Needs, Scoring, Step
+
+ATTRIBUTION = "attribution"
+
+
+def attribution_step(
+    model: DecoderView,
+    modules: Iterable[str],
+    scoring: Scoring,
+    *,
+    ranks: Mapping[str, int] | None = None,
+    track: Track = untracked,
+) -> Step:
+    """Return the step that scores every singular component of some linears.
+
+    Args:
+        model: The model.
+        modules: Full names of the linears, as in the original model.
+        scoring: How components are scored; ``magnitude`` asks for no pass over the data.
+        ranks: Ranks that the weights are cut to; None leaves them to the decision.
+        track: Shows the progress of the factorisation.
+
+    Returns:
+        The step, with the decomposition of every weight.
+    """
+    linears = model.all_linears()
+    bases = _factorized({name: linears[name].weight.detach() for name in modules}, track)
+    measured = () if scoring.score == "magnitude" else tuple(bases)
+    return Step(
+        name=ATTRIBUTION,
+        needs=Needs(weight_gradients=measured, scoring=scoring),
+        bases=bases,
+        ranks=ranks,
+    )
+
+
+def _factorized(weights: Mapping[str, Tensor], track: Track) -> dict[str, SVD]:
+    """Return the decomposition of every weight; several processes share the work."""
+    number = processes.num_processes()
+    own = {name: factorize(weight) for name, weight in own_weights(weights, track, "factorize")}
+    if number == 1:
+        return own
+    bases = {}
+    for position, (name, weight) in enumerate(weights.items()):
+        basis = own[name] if name in own else _empty_basis(weight)
+        bases[name] = SVD(*(processes.from_rank(part, position % number) for part in basis))
+    return bases
+
+
+def _empty_basis(weight: Tensor) -> SVD:
+    rows, columns = weight.shape
+    count = min(rows, columns)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    shapes = ((rows, count), (count,), (count, columns))
+    return SVD(*(torch.empty(shape, dtype=dtype, device=weight.device) for shape in shapes))
+
+
+def keep_best_components(
+    bases: Mapping[str, SVD], scores: Mapping[str, Tensor], ranks: Mapping[str, int]
+) -> Decision:
+    """Return the factorisation that keeps the best-scored components of each matrix.
+
+    Args:
+        bases: Decomposition of every weight, by module.
+        scores: Score of every component, ``(K,)`` per module, larger is kept first.
+        ranks: Number of components to keep, by module; a module that is missing stays dense.
+
+    Returns:
+        One ``FactorizeLinear`` per rank with its factors; scores and singular values of all
+        modules.
+    """
+    operations: list[FactorizeLinear] = []
+    tensors: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
+    for module, basis in bases.items():
+        stored[f"{module}.scores"] = scores[module].float().cpu()
+        stored[f"{module}.singular_values"] = basis.s.float().cpu()
+        if module not in ranks:
+            continue
+        components = top_components(scores[module], ranks[module])
+        factors = balanced_factors(basis, components)
+        tensors[f"{module}.left"], tensors[f"{module}.right"] = factors.left, factors.right
+        operations.append(FactorizeLinear(module=module, rank=ranks[module], components=components))
+    return Decision(operations=tuple(operations), tensors=tensors, scores=stored)

@@ -1,0 +1,96 @@
+"""Truncation under one budget: ranks, channels, and what goes as a whole follow from the data."""
+
+from dataclasses import replace
+
+from grasp_lightning.linalg.ranks import factor_parameters, ranks_for_budget
+from grasp_lightning.methods.base import Decision
+from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks
+from grasp_lightning.methods.narrowing import channel_orders, narrow_operations, narrowing
+from grasp_lightning.methods.prediction import Layers, Outlook, Prediction
+from grasp_lightning.methods.removal import removal_operations, stored_prices
+from grasp_lightning.methods.truncation import MetricMethod, component_losses, truncated
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.size import count_parameters
+from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation, Plan
+from grasp_lightning.stats.base import Statistics, Step
+
+
+class BudgetedTruncation(MetricMethod[GlobalRanks]):
+    """Spends one budget on the components and channels whose loss is largest in a metric."""
+
+    def _step(self, model: DecoderView, plan: Plan, layers: Layers) -> Step | None:
+        if plan.ranks or plan.channels or plan.removed_blocks or plan.dropped_layers:
+            return None
+        budgeted = self._rule.budgeted(model, layers)
+        self._rule.budget(budgeted)  # refuses what is out of reach
+        return self._curvature_step(model, budgeted.modules, removables=budgeted.removables)
+
+    def _decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
+        layers = {model.layer_of(module) for module in step.needs.moments}
+        chosen = tuple(index for index in model.layer_indices if index in layers)
+        # Without moments of a layer, what may go would be other parts than those that were priced.
+        budgeted = replace(self._rule.budgeted(model, chosen), removables=step.needs.removables)
+        measured = (self._metric, stats.moments, self._track)
+        losses = component_losses(model, tuple(budgeted.shapes), *measured)
+        orders = channel_orders(model, tuple(budgeted.mlps), *measured)
+        losses |= {name: removal.losses.flip(0) for name, removal in orders.items()}
+        allocation = self._rule.allocation(budgeted, losses, stats.removal_losses)
+        ranks = {n: allocation.ranks[n] for n in budgeted.shapes if n in allocation.ranks}
+        channels = {n: allocation.channels[n] for n in budgeted.mlps if n in allocation.channels}
+        cut = truncated(model, ranks, *measured)
+        narrow = narrow_operations(orders, budgeted.mlps, channels)
+        narrowed = narrowing(model, narrow, *measured)
+        removed = removal_operations(budgeted.removables, allocation.removed)
+        scores = {f"{name}.scores": value.float() for name, value in losses.items()}
+        return Decision(
+            operations=(*cut.operations, *narrowed.operations, *removed),
+            tensors={**cut.tensors, **narrowed.tensors},
+            scores={**scores, **cut.scores, **stored_prices(stats.removal_losses)},
+            refit=self._refit,
+        )
+
+    def predict(self, view: DecoderView) -> Prediction:
+        """Return the size that the budget leaves; ranks and widths follow from the data.
+
+        Args:
+            view: The dense model; its weights may be on the meta device.
+
+        Returns:
+            Sizes before and after. A budget out of reach is a ``ConfigError``.
+        """
+        return replace(
+            super().predict(view),
+            ranks={},
+            widths={},
+            is_budget=True,
+            is_removable=self._rule.removable != "none",
+        )
+
+    def _outlook(self, view: DecoderView, layers: Layers) -> Outlook:
+        """Return one keep ratio for all, which takes about as much memory."""
+        budgeted = self._rule.budgeted(view, layers)
+        kept = self._rule.budget(budgeted)
+        size = count_parameters(view.model) - budgeted.size + kept
+        return Outlook(_evenly(budgeted, kept / budgeted.size), size, kept)
+
+
+def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
+    """Return operations that keep the same share of every matrix and of every MLP."""
+    shapes = budgeted.shapes
+    size = sum(rows * columns for rows, columns in shapes.values())
+    least = sum(factor_parameters(1, *shape) for shape in shapes.values())
+    ranks = ranks_for_budget(tuple(shapes.values()), max(int(share * size), least))
+    cut = (
+        FactorizeLinear(module=name, rank=rank, components=None)
+        for name, rank in zip(shapes, ranks, strict=True)
+    )
+    narrowed = (
+        NarrowMlp(
+            reader=name,
+            writers=mlp.writers,
+            channels=tuple(range(max(1, int(share * mlp.num_channels)))),
+        )
+        for name, mlp in budgeted.mlps.items()
+        if share * mlp.num_channels < mlp.num_channels
+    )
+    return (*cut, *narrowed)

@@ -1,0 +1,124 @@
+"""From what the user set to complete options: presets, defaults, and keys without effect."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from grasp_lightning.config import MethodConfig, PresetName
+from grasp_lightning.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def keys_of(options: type[Any]) -> tuple[str, ...]:  # Any: a dataclass has no type of its own
+    """Return the keys of one of the classes of options."""
+    return tuple(field.name for field in fields(options))
+
+
+def given(config: MethodConfig, options: type[Any]) -> dict[str, Any]:  # Any: values of all types
+    """Return the keys of a class of options that are set, as arguments."""
+    values = {key: getattr(config, key) for key in keys_of(options)}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def filled(config: MethodConfig, defaults: object, unused: Collection[str] = ()) -> MethodConfig:
+    """Return options with defaults for the keys that are not set, but for those without effect."""
+    wanted = {key: value for key, value in vars(defaults).items() if key not in unused}
+    return replace(config, **{k: v for k, v in wanted.items() if getattr(config, k) is None})
+
+
+def refuse_ignored(
+    config: MethodConfig, keys: Collection[str], reason: str, remedy: str | None = None
+) -> None:
+    """Refuse keys without effect.
+
+    Args:
+        config: What the user set.
+        keys: The keys.
+        reason: Why they have none.
+        remedy: What to do instead of leaving them unset.
+
+    Raises:
+        ConfigError: If one of them is set.
+    """
+    is_set = (key for key, value in vars(config).items() if key in keys and value is not None)
+    if ignored := [f"method.{key}" for key in is_set]:
+        advice = "leave it unset" if remedy is None else f"{remedy}, or leave it unset"
+        raise ConfigError(f"{', '.join(ignored)} would be ignored: {reason}; {advice}")
+
+
+def chosen_preset(config: MethodConfig, known: Mapping[PresetName, T], default: T) -> T:
+    """Return the options that a preset stands for.
+
+    Args:
+        config: What the user set.
+        known: The presets of the method.
+        default: What holds without one.
+
+    Returns:
+        The options.
+
+    Raises:
+        ConfigError: If the preset is one of another method.
+    """
+    if config.preset is None:
+        return default
+    if config.preset not in known:
+        raise ConfigError(
+            f"method.preset {config.preset} does not belong to method {config.name}, which has: "
+            f"{', '.join(known)}"
+        )
+    return known[config.preset]
+
+
+def check_share(ratio: float | None) -> None:
+    """Refuse a ``removed_ratio`` that is no share of a model."""
+    if ratio is not None and not 0 < ratio < 1:
+        raise ConfigError(
+            f"method.removed_ratio must be above 0 and below 1, got {ratio}: it is the share of "
+            "the whole model that goes"
+        )
+
+
+def named_layers(config: MethodConfig) -> str | None:
+    """Return the key that says which layers, or how many; None if none does."""
+    if config.layers is not None:
+        return "method.layers"
+    return None if config.num_layers is None else "method.num_layers"
+
+
+def resolve_layers(config: MethodConfig) -> MethodConfig:
+    """Return options with sorted layers, or with the metric that finds them.
+
+    Args:
+        config: What the user set.
+
+    Returns:
+        The options.
+
+    Raises:
+        ConfigError: If it is not clear which layers, or how many.
+    """
+    if config.removed_ratio is not None and named_layers(config) is None:
+        return replace(config, layer_metric=config.layer_metric or "similarity")
+    if (config.layers is None) == (config.num_layers is None):
+        both = "both are set" if config.layers is not None else "neither is set"
+        raise ConfigError(f"set exactly one of method.num_layers and method.layers ({both})")
+    if config.layers is not None:
+        refuse_ignored(config, ("layer_metric",), "method.layers is explicit")
+        return replace(config, layers=_checked_layers(config.layers))
+    if config.num_layers is not None and config.num_layers < 1:
+        raise ConfigError(f"method.num_layers must be at least 1, got {config.num_layers}")
+    return replace(config, layer_metric=config.layer_metric or "similarity")
+
+
+def _checked_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if not layers:
+        raise ConfigError("method.layers must name at least one layer, got an empty list")
+    negative = [index for index in layers if index < 0]
+    if negative:
+        raise ConfigError(f"method.layers counts from 0 and cannot be negative, got {negative[0]}")
+    repeated = sorted({index for index in layers if layers.count(index) > 1})
+    if repeated:
+        raise ConfigError(f"method.layers names layer {repeated[0]} more than once")
+    return tuple(sorted(layers))
