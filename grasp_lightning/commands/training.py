@@ -1,6 +1,7 @@
 """The Trainer of ``compensate``: callbacks, loggers, and a checkpoint to go on from."""
 
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ class TrainingRun:
     def _loggers(self) -> list[Logger]:
         logs, settings = self._run.live_folder(_LOGS), self._config.loggers
         # One per start: a logger deletes what it finds under its own name.
-        version = f"start_{sum(1 for _ in logs.glob('start_*')) + 1}"
+        taken = {path.name for path in logs.iterdir()}
+        version = next(name for n in count(1) if (name := f"start_{n}") not in taken)
         loggers: list[Logger] = [
             CSVLogger(logs, name="", version=version, flush_logs_every_n_steps=10)
         ]
