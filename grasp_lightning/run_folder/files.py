@@ -46,9 +46,9 @@ def as_output_error(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {path}: {reason}") from error
 
 
-def in_the_way(path: Path) -> OutputError:
-    """Return the error for something that no run wrote, where a run is going to write."""
-    return OutputError(
+def in_the_way(path: Path) -> str:
+    """Return what is told of something that no run wrote, where a run is going to write."""
+    return (
         f"{path} was not written by this program and is in the way; move it, or use another "
         f"output_dir"
     )

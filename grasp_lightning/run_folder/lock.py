@@ -37,13 +37,13 @@ class FolderLock:
     def _take(self) -> int:
         while True:
             if self._file.is_symlink():
-                raise in_the_way(self._file)
+                raise OutputError(in_the_way(self._file))
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
             descriptor = os.open(self._file, flags, 0o666)
             try:
                 found = os.fstat(descriptor)
                 if found.st_size > 0 or not stat.S_ISREG(found.st_mode):
-                    raise in_the_way(self._file)
+                    raise OutputError(in_the_way(self._file))
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The holder before may have removed the file between the two calls: then this lock
                 # is on a file that no later process would find.

@@ -79,7 +79,7 @@ class Manifest:
         """
         file = root / MANIFEST_NAME
         if file.is_symlink():
-            raise in_the_way(file)
+            raise OutputError(in_the_way(file))
         try:
             descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             with os.fdopen(descriptor, encoding="utf-8") as stream:

@@ -137,7 +137,7 @@ def refuse_foreign(
             if file.is_symlink() or file.relative_to(root).as_posix() not in known
         ]
     if foreign:
-        raise in_the_way(foreign[0])
+        raise OutputError(in_the_way(foreign[0]))
 
 
 def config_hash(config: Mapping[str, Any]) -> str:  # Any: resolved configuration
