@@ -4,6 +4,11 @@ Importing this package registers low-rank linears with transformers, so that ``f
 opens compressed models.
 """
 
-import grasp_lightning.models.lowrank  # noqa: F401  (registers on import)
+from grasp_lightning.starting import is_program, leave_on_interrupt
+
+if is_program():
+    leave_on_interrupt()
+
+import grasp_lightning.models.lowrank  # noqa: F401  (registers on import, which takes time)
 
 __version__ = "0.1.0"

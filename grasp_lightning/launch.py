@@ -18,6 +18,7 @@ import grasp_lightning
 from grasp_lightning import processes
 from grasp_lightning.config import TrainerConfig
 from grasp_lightning.errors import ConfigError
+from grasp_lightning.starting import begin
 
 _PARENT = "GRASP_LIGHTNING_PARENT"
 _POLL = 0.1  # seconds
@@ -62,6 +63,7 @@ def joined(
                 f"trainer.num_nodes is {trainer.num_nodes}: start the command on every node, with "
                 "torchrun or srun"
             )
+        begin()
         raise SystemExit(_launch(command, argv, trainer.devices))
     if int(os.environ["WORLD_SIZE"]) == 1:
         yield True
@@ -212,7 +214,7 @@ def _what_happened(child: _Child, number: int) -> str:
         text = f" ({lines[-1].removeprefix('error: ')})" if lines else ""
     return (
         f"process {child.rank} of {number} {end}{text}, and the others were ended; run the same "
-        "command again, without --overwrite: it goes on from what is saved"
+        "command again, without --overwrite: it goes on from what is saved, if anything is"
     )
 
 

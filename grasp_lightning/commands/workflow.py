@@ -14,7 +14,7 @@ from torch import Tensor
 from callbacks.requeue import is_requeued, job_name
 from grasp_lightning import processes
 from grasp_lightning.data.windows import TokenWindows
-from grasp_lightning.errors import GraspError, ModelError, OutputError
+from grasp_lightning.errors import GraspError, Interrupted, ModelError, OutputError
 from grasp_lightning.evaluation.perplexity import evaluate_perplexity
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded
@@ -122,7 +122,10 @@ def attempt(run: RunFolder, memory_advice: str) -> Iterator[None]:
     except BaseException as error:
         # A wrong input makes what was measured worthless; a full disk or a crash does not.
         is_wrong_input = isinstance(error, GraspError) and not isinstance(error, OutputError)
-        if is_new and (is_wrong_input or not has_progress(run)):
+        has_saved = has_progress(run)
+        if isinstance(error, Interrupted):
+            error.has_saved = has_saved
+        if is_new and (is_wrong_input or not has_saved):
             run.discard()
         if isinstance(error, torch.OutOfMemoryError):
             raise ModelError(f"the device has too little memory; lower {memory_advice}") from error

@@ -40,16 +40,17 @@ class FolderLock:
                 raise OutputError(in_the_way(self._file))
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
             descriptor = os.open(self._file, flags, 0o666)
+            found = os.fstat(descriptor)
+            if found.st_size > 0 or not stat.S_ISREG(found.st_mode):
+                os.close(descriptor)
+                raise OutputError(in_the_way(self._file))
             try:
-                found = os.fstat(descriptor)
-                if found.st_size > 0 or not stat.S_ISREG(found.st_mode):
-                    raise OutputError(in_the_way(self._file))
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The holder before may have removed the file between the two calls: then this lock
                 # is on a file that no later process would find.
                 if self._file.exists() and os.path.samestat(found, self._file.lstat()):
                     return descriptor
-            except (OSError, OutputError):
+            except OSError:
                 os.close(descriptor)
                 raise
             os.close(descriptor)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,16 @@ class _SeenError(Exception):
     """Ends a forward pass in which everything that was asked for has been seen."""
 
 
+class LayerStore(Protocol):
+    """Keeps the layers that are refitted already."""
+
+    def load(self, layer: int) -> Mapping[str, Tensor] | None:
+        """Return the refitted tensors of a layer, on any device; None if it is not finished."""
+
+    def save(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the refitted tensors of a layer."""
+
+
 class Refitter:
     """Refits the left factors of low-rank linears, and the readers of narrowed MLPs, in order.
 
@@ -99,6 +109,7 @@ class Refitter:
         mode: RefitChoice,
         operations: Sequence[Operation],
         tensors: Mapping[str, Tensor],
+        store: LayerStore | None = None,
     ) -> dict[str, Tensor]:
         """Return the tensors of operations, refitted.
 
@@ -107,6 +118,7 @@ class Refitter:
             mode: ``prefix`` or ``residual``.
             operations: What was decided on.
             tensors: The tensors that it was decided on with.
+            store: Keeps finished layers for a start after this one, and has those of earlier ones.
 
         Returns:
             Tensors of the same names and shapes.
@@ -127,9 +139,18 @@ class Refitter:
                     streams.advance_dense(index)
                     continue
                 changes = by_layer.get(index, [])
-                layer = _Layer(view, index, changes, refitted, streams, mode=mode)
+                keeps = store if index in fitted else None
+                stored = None if keeps is None else keeps.load(index)
+                for key, value in (stored or {}).items():
+                    refitted[key] = value.to(refitted[key])
+                is_fitted = stored is not None
+                layer = _Layer(
+                    view, index, changes, refitted, streams, mode=mode, is_fitted=is_fitted
+                )
                 for group in layer.groups():
                     layer.fit(group)
+                if keeps is not None and not is_fitted:
+                    keeps.save(index, layer.fitted)
                 layer.advance()
         return refitted
 
@@ -184,6 +205,8 @@ class _Layer:
         tensors: Tensors of the cuts, changed as they are fitted.
         streams: The hidden states that enter it.
         mode: ``prefix`` or ``residual``.
+        is_fitted: The tensors are those of an earlier fit: ``fit`` leaves what ``advance`` needs,
+            and changes none.
     """
 
     def __init__(
@@ -195,9 +218,11 @@ class _Layer:
         streams: _Streams,
         *,
         mode: RefitChoice,
+        is_fitted: bool,
     ) -> None:
         self._view = view
         self._index = index
+        self._is_fitted = is_fitted
         self._changes = changes
         self._cuts = cuts = [change for change in changes if isinstance(change, Replacement)]
         self._tensors = tensors
@@ -211,6 +236,11 @@ class _Layer:
         self._outputs = tuple(self._dense) if self._stream is None else self._stream.names
         self._may_stop = not is_sharded(view.model)
         self._run_dense()
+
+    @property
+    def fitted(self) -> dict[str, Tensor]:
+        """The tensors of the cuts, as they are now."""
+        return {key: self._tensors[key] for key in map(_key, self._cuts)}
 
     def groups(self) -> list[list[Replacement]]:
         """Return what is fitted at a time, in the order in which the layer runs it."""
@@ -232,6 +262,9 @@ class _Layer:
         """Fit some of the cuts, with those that run before them as they are now."""
         sums: dict[str, Tensor] = {}
         names, hidden = {cut.solved for cut in group}, self._streams.hidden
+        summed = self._summed(names)
+        if self._is_fitted and summed is None:
+            return
         with (
             self._streams.runner.only(self._index) as run,
             in_place_of_linears(self._view, self._compressed),
@@ -245,15 +278,16 @@ class _Layer:
                     run(batch, entering)
                 if len(batch["index"]) == 0:  # padding
                     continue
-                for cut in group:  # in one order in all processes
+                for cut in () if self._is_fitted else group:  # in one order in all processes
                     target, weights = self._target(cut.solved, number, outputs)
                     weights = weights * batch["mask"].to(weights)
                     _add(sums, cut.solved, inner[cut.solved], target, weights)
-                summed = self._summed(names)
                 if summed is not None:  # what the last writer receives, and what it writes into
                     hidden[_INNER, number] = inner[summed.mlp]
                     written = _rows(outputs[summed.attention], entering)
                     hidden[_COMPRESSED, number] = entering + written
+        if self._is_fitted:
+            return
         sums = processes.summed(sums)
         for cut in group:
             name, key = cut.solved, _key(cut)
