@@ -58,7 +58,7 @@ def requeue_job() -> str | None:
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split())
         return f"scontrol requeue {job}: {said or f'exit code {done.returncode}'}"
-    logger.warning("job %s is in the queue again, and will go on from what is saved", job)
+    logger.warning("job %s is in the queue again", job)
     return None
 
 

@@ -63,17 +63,10 @@ class TrainingCheckpoint(L.Callback):
 
     def _save(self, trainer: L.Trainer) -> None:
         is_due = time.monotonic() - self._saved_at >= self._every_seconds
-        if processes.num_processes() > 1:
-            # All save the same step, and end after the same one.
-            is_due, self._stop.signal_number = _agreed(is_due, self._stop.signal_number)
-        if is_due or self._stop.signal_number is not None:
+        # All save the same step, when rank 0 finds it due, and end after the same one.
+        is_due, number = processes.gather(is_due)[0], self._stop.agreed()
+        if is_due or number is not None:
             self._store(partial(trainer.save_checkpoint, weights_only=False))
             self._saved_at = time.monotonic()
-        self._stop.check()
-
-
-def _agreed(is_due: bool, signal_number: int | None) -> tuple[bool, int | None]:
-    """Return whether rank 0 finds a save due, and a signal that came to any process."""
-    given = processes.gather((is_due, signal_number))
-    numbers = [number for _, number in given if number is not None]
-    return given[0][0], max(numbers, default=None)
+        if number is not None:
+            self._stop.check()

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -21,11 +22,15 @@ from grasp_lightning.config import (
     PlanConfig,
 )
 from grasp_lightning.errors import GraspError, Interrupted
+from grasp_lightning.starting import begin
 
 FAILED = 1
 BAD_INPUT = 2
 _HANDLER = "grasp-lightning"
+_SOON = 0.01  # seconds
 _GOES_ON = "run the same command again, without --overwrite: it goes on from what is saved"
+_STARTS_ANEW = "nothing was saved, so the same command starts from the beginning"
+_AGAIN = "run the same command again"
 SIGNALLED = 128  # plus the number of the signal, as shells count
 
 
@@ -35,7 +40,7 @@ class Command(NamedTuple):
     Attributes:
         help: What it does, in one line.
         run: Runs it on the rest of the command line.
-        when_interrupted: What a user is told after Ctrl-C.
+        when_interrupted: What a user is told after Ctrl-C, where nothing is known of a run.
     """
 
     help: str
@@ -54,6 +59,7 @@ def _compress(prog: str, argv: Sequence[str]) -> None:
         from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
         from grasp_lightning.reporting.tables import comparison_table  # noqa: PLC0415
 
+        begin()
         run = run_compress(config)
         if speaks:
             _print_run(run.folder, comparison_table(run.metrics))
@@ -68,6 +74,7 @@ def _compensate(prog: str, argv: Sequence[str]) -> None:
         from grasp_lightning.commands.compensate import run_compensate  # noqa: PLC0415
         from grasp_lightning.reporting.tables import comparison_table  # noqa: PLC0415
 
+        begin()
         run = run_compensate(config)
         if speaks:
             _print_run(run.folder, comparison_table(run.metrics))
@@ -85,14 +92,18 @@ def _plan(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.plan import run_plan  # noqa: PLC0415
     from grasp_lightning.config.parsing import parse  # noqa: PLC0415
 
-    print("\n".join(run_plan(parse(PlanConfig, prog, argv)).lines))
+    config = parse(PlanConfig, prog, argv)
+    begin()
+    print("\n".join(run_plan(config).lines))
 
 
 def _export(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.export import run_export  # noqa: PLC0415
     from grasp_lightning.config.parsing import parse  # noqa: PLC0415
 
-    print("\n".join(run_export(parse(ExportConfig, prog, argv)).lines))
+    config = parse(ExportConfig, prog, argv)
+    begin()
+    print("\n".join(run_export(config).lines))
 
 
 def _evaluate(prog: str, argv: Sequence[str]) -> None:
@@ -100,7 +111,9 @@ def _evaluate(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.config.parsing import parse  # noqa: PLC0415
     from grasp_lightning.reporting.evaluation import evaluation_table  # noqa: PLC0415
 
-    run = run_evaluate(parse(EvaluateConfig, prog, argv))
+    config = parse(EvaluateConfig, prog, argv)
+    begin()
+    run = run_evaluate(config)
     Console().print(evaluation_table(run.evaluations))
     for file in (*run.amended, *([] if run.output is None else [run.output])):
         print(f"results: {file}")
@@ -111,7 +124,9 @@ def _benchmark(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.config.parsing import parse  # noqa: PLC0415
     from grasp_lightning.reporting.throughput import throughput_table  # noqa: PLC0415
 
-    run = run_benchmark(parse(BenchmarkConfig, prog, argv))
+    config = parse(BenchmarkConfig, prog, argv)
+    begin()
+    run = run_benchmark(config)
     Console().print(throughput_table(run.result))
     for file in (*run.amended, *(file for file in (run.output, run.plot) if file is not None)):
         print(f"results: {file}")
@@ -119,9 +134,9 @@ def _benchmark(prog: str, argv: Sequence[str]) -> None:
 
 COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
     {
-        "compress": Command("calibrate, decide, replace, save and report", _compress, _GOES_ON),
+        "compress": Command("calibrate, decide, replace, save and report", _compress, _AGAIN),
         "compensate": Command(
-            "train a compressed model for a while, merge, save and report", _compensate, _GOES_ON
+            "train a compressed model for a while, merge, save and report", _compensate, _AGAIN
         ),
         "plan": Command(
             "what would be removed, and memory per process, from the model's config alone", _plan
@@ -168,12 +183,28 @@ def run_program(argv: Sequence[str] | None = None) -> NoReturn:
     Args:
         argv: Command line without the program's name; None takes this process's.
     """
+    sys.unraisablehook = _raise_again
     try:
         code = main(argv)
+    except KeyboardInterrupt:  # a second one, while the first was told
+        code = SIGNALLED + signal.SIGINT
     except Exception:  # noqa: BLE001  a fault of the program: told as Python tells it
         sys.excepthook(*sys.exc_info())
         code = FAILED
+    # All is told: from here on Ctrl-C only makes it shorter.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(code))
     processes.end(code)
+
+
+def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Send a signal again whose exception was lost in a callback of the interpreter."""
+    stop = unraisable.exc_value
+    if not isinstance(stop, Interrupted | KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    number = getattr(stop, "signal_number", signal.SIGINT)
+    # A little later: at once, the exception would come out of this function.
+    threading.Timer(_SOON, os.kill, (os.getpid(), number)).start()
 
 
 def _run(name: str, argv: Sequence[str]) -> int:
@@ -182,14 +213,16 @@ def _run(name: str, argv: Sequence[str]) -> int:
     except GraspError as error:
         return _fail(str(error))
     except (Interrupted, KeyboardInterrupt) as stop:
-        return _interrupted(name, getattr(stop, "signal_number", signal.SIGINT))
+        return _interrupted(name, stop)
     except SystemExit as leave:  # --help and --print_config of a command's parser
         return int(leave.code or 0)
     return 0
 
 
-def _interrupted(name: str, number: int) -> int:
-    how = "interrupted"
+def _interrupted(name: str, stop: Interrupted | KeyboardInterrupt) -> int:
+    how, number, then = "interrupted", int(signal.SIGINT), COMMANDS[name].when_interrupted
+    if isinstance(stop, Interrupted):
+        number, then = stop.signal_number, _GOES_ON if stop.has_saved else _STARTS_ANEW
     if number == signal.SIGUSR1:
         from grasp_lightning.callbacks.requeue import requeue_job  # noqa: PLC0415
 
@@ -198,7 +231,7 @@ def _interrupted(name: str, number: int) -> int:
             # Any other code would let srun, or our own launcher, end the ranks that still save.
             return 0
         how = f"interrupted, and not back in the queue ({refusal})"
-    _fail(f"{how}; {COMMANDS[name].when_interrupted}")
+    _fail(f"{how}; {then}")
     return SIGNALLED + number
 
 

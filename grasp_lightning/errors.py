@@ -29,15 +29,19 @@ class OutputError(GraspError):
 
 
 class Interrupted(Exception):  # noqa: N818  an end that was asked for, not an error
-    """A signal ended the run at a safe moment; what was done so far is saved.
+    """A signal ended the run at a safe moment.
 
     Args:
         signal_number: The signal, such as ``signal.SIGTERM``.
+
+    Attributes:
+        has_saved: Whether there is anything that a later start can go on from.
     """
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"interrupted by signal {signal_number}")
         self.signal_number = signal_number
+        self.has_saved = False
 
 
 class PlanError(GraspError):

@@ -18,6 +18,7 @@ import grasp_lightning
 from grasp_lightning import processes
 from grasp_lightning.config import TrainerConfig
 from grasp_lightning.errors import ConfigError
+from grasp_lightning.starting import begin
 
 _PARENT = "GRASP_LIGHTNING_PARENT"
 _POLL = 0.1  # seconds
@@ -61,6 +62,7 @@ def joined(
                 "torchrun or srun"
             )
         _check_number(trainer.devices)
+        begin()
         raise SystemExit(_launch(command, argv, trainer.devices))
     if int(os.environ["WORLD_SIZE"]) == 1:
         yield True
@@ -222,7 +224,7 @@ def _what_happened(child: _Child, number: int) -> str:
         text = f" ({lines[-1].removeprefix('error: ')})" if lines else ""
     return (
         f"process {child.rank} of {number} {end}{text}, and the others were ended; run the same "
-        "command again, without --overwrite: it goes on from what is saved"
+        "command again, without --overwrite: it goes on from what is saved, if anything is"
     )
 
 

@@ -1,7 +1,5 @@
 """``compensate``: a compressed model is trained for a while, and written at its own size."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -20,7 +18,7 @@ from grasp_lightning.config.compensate_settings import check_settings, uses_inst
 from grasp_lightning.data.datamodules import InstructionData, TextData, TrainingData
 from grasp_lightning.data.section_windows import evaluation_windows
 from grasp_lightning.data.windows import TokenWindows, own_micro_batches
-from grasp_lightning.errors import ConfigError, ModelError, OutputError
+from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.checkpoint import push_folder
@@ -31,12 +29,11 @@ from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.reporting.metrics import Change, CompensationMetrics
 from grasp_lightning.run_folder import RunFolder
-from grasp_lightning.storage.progress import RunNotes
+from grasp_lightning.storage.training import RunNotes, check_inputs
 from grasp_lightning.training.compensation import CompensationModule, Teacher, trainable_linears
 from grasp_lightning.training.compensation.adapters import consolidated
 from grasp_lightning.training.strategies import check_strategy, is_deepspeed, is_sharded
 
-_INPUTS_NAME = "checkpoints/inputs.json"
 _MEMORY_KEYS = (
     "training.micro_batch_size, data.max_length, text.seqlen or evaluation.batch_size, or set "
     "training.gradient_checkpointing"
@@ -119,7 +116,7 @@ def _execute(
     parameters = count_parameters(view.model)
     module = CompensationModule(view, config.optimizer, teacher=inputs.teacher, seed=config.seed)
     hashes = {**inputs.data.fingerprint, **module.model_hashes}
-    processes.on_first(lambda: _check_inputs(run, hashes))
+    processes.on_first(lambda: check_inputs(run, hashes))
     training = TrainingRun(config, run, module, inputs.data, stop, device=inputs.device)
     train = _train_split if is_sharded(config.trainer.strategy) else _train
     measured = train(config, inputs, training, notes, phases)
@@ -201,17 +198,6 @@ def _train_split(
     return _Measured(
         Change(before=before, after=after), Change(before=loss_before, after=loss_after)
     )
-
-
-def _check_inputs(run: RunFolder, hashes: Mapping[str, str]) -> None:
-    """Refuse to go on with another model or other samples than the run was started with."""
-    file = run.path(_INPUTS_NAME)
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != hashes:
-        raise OutputError(
-            f"{run.root} holds a run whose model, teacher or training data has changed since it "
-            "was started; use another output_dir or --overwrite"
-        )
-    run.write_json(_INPUTS_NAME, hashes)
 
 
 def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:

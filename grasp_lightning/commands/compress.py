@@ -127,7 +127,7 @@ def _execute(
     with TemporaryDirectory() as logs:
         measure = _timed(_measure(config, inputs, Path(logs), progress, stop), phases)
         with phases("factorize", excluding=(*_PHASE_OF_STEP.values(), CUT_LOSSES, REFIT)):
-            finish = _finish(config, inputs, phases)
+            finish = _finish(config, inputs, phases, progress)
             plan = compress(view, method, measure, progress.plan, progress.add_step, finish=finish)
         with run.new_folder("logs") as folder:
             shutil.copytree(logs, folder, dirs_exist_ok=True)
@@ -201,7 +201,9 @@ def _measure(
     )
 
 
-def _finish(config: CompressConfig, inputs: Inputs, phases: Phases) -> Finish:
+def _finish(
+    config: CompressConfig, inputs: Inputs, phases: Phases, progress: RunProgress
+) -> Finish:
     # Only curvature predicts what a measurement can be compared with.
     count = config.statistics.measured_windows if config.method.weighting == "kfac" else 0
     return FinishDecision(
@@ -210,6 +212,7 @@ def _finish(config: CompressConfig, inputs: Inputs, phases: Phases) -> Finish:
         max_bytes=config.statistics.max_memory * 1e9,
         phases=phases,
         track=track,
+        store=progress.refit_layers,
     )
 
 

@@ -1,6 +1,7 @@
 """The Trainer of ``compensate``: callbacks, loggers, and a checkpoint to go on from."""
 
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grasp_lightning import processes
@@ -25,12 +25,13 @@ from grasp_lightning.callbacks.training_checkpoint import TrainingCheckpoint
 from grasp_lightning.config import CompensateConfig
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.run_folder import RunFolder
-from grasp_lightning.storage.progress import TRAINING_CHECKPOINT
+from grasp_lightning.run_folder.names import CHECKPOINTS, LOGS
+from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
+from grasp_lightning.storage.training import TRAINING_CHECKPOINT, training_checkpoint
 from grasp_lightning.training.compensation import VALIDATION_LOSS, CompensationModule
 from grasp_lightning.training.strategies import is_sharded, sharded_strategy
 
-_BEST = "checkpoints/best.safetensors"
-_LOGS = "logs"
+_BEST = f"{CHECKPOINTS}/best.safetensors"
 
 
 class TrainingRun:
@@ -67,7 +68,7 @@ class TrainingRun:
         self._stop = stop
         self._device = device
         self._is_sharded = is_sharded(config.trainer.strategy)
-        self._best = BestWeights(_TensorFile(run, _BEST))
+        self._best = BestWeights(_Best(run))
         self.history = TrainingHistory()
         self.gathered = GatherTrained()
 
@@ -99,13 +100,13 @@ class TrainingRun:
         Args:
             measure: Measures the model inside the fit, before and after.
         """
-        checkpoint = self._run.path(TRAINING_CHECKPOINT)
+        checkpoint = training_checkpoint(self._run)
         with expected_warnings(), self._stop.deferred():
             trainer = self._trainer(self._callbacks(measure), self._loggers(), is_training=True)
             trainer.fit(
                 self._module,
                 datamodule=self._data,
-                ckpt_path=str(checkpoint) if checkpoint.is_file() else None,
+                ckpt_path=checkpoint,
                 weights_only=True,
             )
         if not self._is_sharded:
@@ -147,9 +148,10 @@ class TrainingRun:
             write(self._run.path(TRAINING_CHECKPOINT))
 
     def _loggers(self) -> list[Logger]:
-        logs, settings = self._run.live_folder(_LOGS), self._config.loggers
+        logs, settings = self._run.live_folder(LOGS), self._config.loggers
         # One per start: a logger deletes what it finds under its own name.
-        version = f"start_{sum(1 for _ in logs.glob('start_*')) + 1}"
+        taken = {path.name for path in logs.iterdir()}
+        version = next(name for n in count(1) if (name := f"start_{n}") not in taken)
         loggers: list[Logger] = [
             CSVLogger(logs, name="", version=version, flush_logs_every_n_steps=10)
         ]
@@ -197,18 +199,17 @@ class TrainingRun:
         return arguments
 
 
-class _TensorFile:
-    """Tensors in one file of a run folder."""
+class _Best:
+    """The best weights of a training so far."""
 
-    def __init__(self, run: RunFolder, name: str) -> None:
+    def __init__(self, run: RunFolder) -> None:
         self._run = run
-        self._name = name
 
-    def load(self) -> dict[str, Tensor] | None:
-        processes.barrier()  # rank 0 may be writing it
-        file = self._run.path(self._name)
-        return load_file(file) if file.is_file() else None
+    def load(self) -> dict[str, Tensor]:
+        processes.barrier()  # rank 0 may be writing them
+        last = self._run.path(TRAINING_CHECKPOINT)
+        advice = f"delete it and {last} to train again from the start"
+        return TensorFile(self._run.path(_BEST), advice=advice).read()
 
     def save(self, state: Mapping[str, Tensor]) -> None:
-        stored = {name: value.cpu().contiguous() for name, value in state.items()}
-        self._run.write_with(self._name, lambda path: save_file(stored, path))
+        self._run.write_with(_BEST, lambda path: save_tensors(path, state))

@@ -17,7 +17,7 @@ from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.config import CompensateConfig, CompressConfig
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.data.windows import TokenWindows
-from grasp_lightning.errors import ConfigError, GraspError, ModelError, OutputError
+from grasp_lightning.errors import ConfigError, GraspError, Interrupted, ModelError, OutputError
 from grasp_lightning.evaluation.perplexity import evaluate_perplexity
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded
@@ -144,7 +144,10 @@ def _attempt(run: RunFolder, memory_advice: str) -> Iterator[None]:
     except BaseException as error:
         # A wrong input makes what was measured worthless; a full disk or a crash does not.
         is_wrong_input = isinstance(error, GraspError) and not isinstance(error, OutputError)
-        if is_new and (is_wrong_input or not has_progress(run)):
+        has_saved = has_progress(run)
+        if isinstance(error, Interrupted):
+            error.has_saved = has_saved
+        if is_new and (is_wrong_input or not has_saved):
             run.discard()
         if isinstance(error, torch.OutOfMemoryError):
             raise ModelError(f"the device has too little memory; lower {memory_advice}") from error

@@ -13,10 +13,12 @@ from typing import Any, Self
 import yaml
 
 from grasp_lightning.errors import OutputError
+from grasp_lightning.run_folder import names
+from grasp_lightning.run_folder.files import as_output_error, remove_partials
 from grasp_lightning.run_folder.lock import FolderLock, make_folders, remove_made, safe_root
 from grasp_lightning.run_folder.manifest import Manifest
-from grasp_lightning.run_folder.rules import CONFIG_NAME, RunState, classify, config_hash
-from grasp_lightning.run_folder.writer import RunWriter, as_output_error
+from grasp_lightning.run_folder.rules import RunState, classify, config_hash
+from grasp_lightning.run_folder.writer import RunWriter
 
 __all__ = ["RunFolder", "RunState"]
 
@@ -137,10 +139,11 @@ class RunFolder(RunWriter):
             else:
                 if manifest is not None:
                     manifest.delete_listed(root)
+                remove_partials(root)
                 manifest = Manifest(config_hash=config_hash(config), job=job)
         folder = cls(root, found, manifest)
-        if not folder.path(CONFIG_NAME).exists():
-            folder.write_text(CONFIG_NAME, yaml.safe_dump(dict(config), sort_keys=True))
+        if not folder.path(names.CONFIG).exists():
+            folder.write_text(names.CONFIG, yaml.safe_dump(dict(config), sort_keys=True))
         return folder
 
     def __enter__(self) -> Self:

@@ -66,6 +66,9 @@ class FollowedRun(RunFolder):
     def remove(self, name: str) -> None:
         """Do nothing."""
 
+    def remove_all(self, pattern: str) -> None:
+        """Do nothing."""
+
     def finish(self) -> None:
         """Know that the run is finished."""
         self.state = "finished"

@@ -2,11 +2,12 @@
 
 import fcntl
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from grasp_lightning.errors import OutputError
-from grasp_lightning.run_folder.manifest import remove_if_empty
+from grasp_lightning.run_folder.files import in_the_way, remove_folder
 
 LOCK_NAME = ".lock"
 
@@ -18,7 +19,8 @@ class FolderLock:
         root: An existing folder; it is locked at once.
 
     Raises:
-        OutputError: If another process holds the lock, or the folder cannot be written.
+        OutputError: If another process holds the lock, the folder cannot be written, or something
+            else than an empty file lies where the lock belongs.
     """
 
     def __init__(self, root: Path) -> None:
@@ -34,14 +36,19 @@ class FolderLock:
 
     def _take(self) -> int:
         while True:
-            descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            if self._file.is_symlink():
+                raise OutputError(in_the_way(self._file))
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(self._file, flags, 0o666)
+            found = os.fstat(descriptor)
+            if found.st_size > 0 or not stat.S_ISREG(found.st_mode):
+                os.close(descriptor)
+                raise OutputError(in_the_way(self._file))
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The holder before may have removed the file between the two calls: then this lock
                 # is on a file that no later process would find.
-                if self._file.exists() and os.path.samestat(
-                    os.fstat(descriptor), self._file.stat()
-                ):
+                if self._file.exists() and os.path.samestat(found, self._file.lstat()):
                     return descriptor
             except OSError:
                 os.close(descriptor)
@@ -117,4 +124,4 @@ def remove_made(made: Sequence[Path]) -> None:
         made: What ``make_folders`` returned.
     """
     for folder in reversed(made):
-        remove_if_empty(folder)
+        remove_folder(folder.parent, folder.name, if_empty=True)

@@ -5,20 +5,23 @@ Nothing outside this list is ever deleted.
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self, get_args
 
 from grasp_lightning.errors import OutputError
+from grasp_lightning.run_folder.files import (
+    in_the_way,
+    remove_file,
+    remove_folder,
+    remove_partials,
+    write_file,
+)
 
 MANIFEST_NAME = "manifest.json"
 
 ManifestState = Literal["unfinished", "finished", "deleting"]
-
-_UMASK = os.umask(0)  # it can only be read by setting it
-os.umask(_UMASK)
 
 _FORMAT = "grasp_lightning run 1"
 
@@ -75,13 +78,17 @@ class Manifest:
             OutputError: If the file is damaged, foreign, or lists a path outside the folder.
         """
         file = root / MANIFEST_NAME
+        if file.is_symlink():
+            raise OutputError(in_the_way(file))
         try:
-            return cls._from_json(file.read_text(encoding="utf-8"))
+            descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with os.fdopen(descriptor, encoding="utf-8") as stream:
+                return cls._from_json(stream.read())
         except FileNotFoundError:
             return None
         except OSError as error:
             raise OutputError(f"cannot read {file}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise OutputError(
                 f"{file} is damaged, or not of this program ({error}); use another output_dir"
             ) from error
@@ -118,9 +125,8 @@ class Manifest:
             "live": sorted(self.live),
             "job": self.job,
         }
-        temporary = partial_path(root / MANIFEST_NAME)
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        replace_synced(temporary, root / MANIFEST_NAME)
+        text = json.dumps(content, indent=2) + "\n"
+        write_file(root / MANIFEST_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
     def delete_listed(self, root: Path) -> None:
         """Delete what the manifest lists, then the manifest; foreign files and their folders stay.
@@ -131,12 +137,12 @@ class Manifest:
         self.state = "deleting"
         self.write(root)
         self.delete_partial(root)
-        _delete_folders(root, self.live)
+        for name in self.live:
+            remove_folder(root, name)
         for name in self.files:
-            if _is_own(root, name) and ((path := root / name).is_symlink() or not path.is_dir()):
-                path.unlink(missing_ok=True)
+            remove_file(root, name)
         for name in sorted(self.folders, key=len, reverse=True):  # inner folders first
-            remove_if_empty(root / name)
+            remove_folder(root, name, if_empty=True)
         (root / MANIFEST_NAME).unlink()
 
     def delete_partial(self, root: Path) -> None:
@@ -145,58 +151,10 @@ class Manifest:
         Args:
             root: The run folder.
         """
-        _delete_folders(root, self.work)
-        for name in self.files:
-            if _is_own(root, name):
-                partial_path(root / name).unlink(missing_ok=True)
-
-
-def _delete_folders(root: Path, names: Iterable[str]) -> None:
-    for name in names:
-        folder = root / name
-        if _is_own(root, name) and folder.is_dir() and not folder.is_symlink():
-            shutil.rmtree(folder)
-
-
-def partial_path(path: Path) -> Path:
-    """Return where a file is built before it takes its place, in the same folder."""
-    return path.with_name(f".partial.{path.name}")  # keeps the suffix: some writers go by it
-
-
-def replace_synced(temporary: Path, target: Path) -> None:
-    """Move a complete file to its place, after its bytes have reached the disk.
-
-    Args:
-        temporary: The complete file.
-        target: Its place, in the same file system.
-    """
-    sync(temporary)
-    temporary.replace(target)
-
-
-def sync(file: Path) -> None:
-    """Give a complete file the usual permissions, and wait until its bytes are on the disk.
-
-    Args:
-        file: Any regular file.
-    """
-    # safetensors writes files that only their owner can read; run folders are shared.
-    file.chmod(0o666 & ~_UMASK)
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_if_empty(folder: Path) -> None:
-    """Remove a folder unless it is absent, a link, or holds anything.
-
-    Args:
-        folder: Any path.
-    """
-    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-        folder.rmdir()
+        for name in self.work:
+            remove_folder(root, name)
+        for folder in {"", *(str(PurePosixPath(name).parent) for name in self.files)}:
+            remove_partials(root, folder)
 
 
 def _inside(names: object) -> Iterator[str]:
@@ -207,8 +165,3 @@ def _inside(names: object) -> Iterator[str]:
         if path.is_absolute() or ".." in path.parts or not path.parts:
             raise ValueError(f"it lists {name!r}, which is not inside the folder")
         yield name
-
-
-def _is_own(root: Path, name: str) -> bool:
-    """Whether a listed path is still in the run folder: a link could lead its parent elsewhere."""
-    return (root / name).parent.resolve().is_relative_to(root.resolve())

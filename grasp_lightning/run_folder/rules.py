@@ -2,27 +2,22 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import yaml
 
 from grasp_lightning.errors import OutputError
+from grasp_lightning.run_folder import names
+from grasp_lightning.run_folder.files import in_the_way, is_partial
 from grasp_lightning.run_folder.lock import LOCK_NAME
-from grasp_lightning.run_folder.manifest import MANIFEST_NAME, Manifest, partial_path
+from grasp_lightning.run_folder.manifest import Manifest
 
 RunState = Literal["new", "unfinished", "finished"]
 
-CONFIG_NAME = "config.yaml"
-
 _ADVICE = "use another output_dir or --overwrite"
-_MODEL = "model"
-_RESERVED = (
-    *(CONFIG_NAME, "plan.json", "scores.safetensors", "factors.safetensors", _MODEL),
-    *("metrics.json", "report.html", "checkpoints"),
-    *("statistics.safetensors", "sampled_text.safetensors"),
-)
 # They say where a run goes, not what it is.
 _NOT_COMPARED = ("output_dir", "overwrite", "push_to_hub")
 # Nor how many processes do it: what depends on their number is compared by the command.
@@ -54,15 +49,18 @@ def classify(
     if manifest is None:
         _refuse_foreign_folder(root, overwrite)
     if manifest is None or overwrite or not manifest.counts(root):
-        for name in _RESERVED:
-            refuse_foreign(root, manifest, name, as_whole=name == _MODEL)
+        _refuse_foreign_entries(root, manifest)
         return manifest, "new"
     if manifest.config_hash != config_hash(config):
         raise OutputError(
             f"{root} holds a run ({manifest.state}) with another configuration: "
             f"{first_difference(config, root)}; {_ADVICE}"
         )
-    return manifest, "finished" if manifest.state == "finished" else "unfinished"
+    if manifest.state == "finished":
+        return manifest, "finished"
+    for name in sorted(manifest.listed):
+        refuse_foreign(root, manifest, name)
+    return manifest, "unfinished"
 
 
 def is_begun_by(
@@ -90,11 +88,24 @@ def is_begun_by(
 def _refuse_foreign_folder(root: Path, overwrite: bool) -> None:
     if overwrite or not root.is_dir():
         return
-    own = {LOCK_NAME, partial_path(root / MANIFEST_NAME).name}
-    if foreign := sorted(path.name for path in root.iterdir() if path.name not in own):
+    with os.scandir(root) as entries:
+        foreign = sorted(
+            entry.name for entry in entries if entry.name != LOCK_NAME and not is_partial(entry)
+        )
+    if foreign:
         raise OutputError(
             f"{root} is not empty and holds no run of this program (it has {foreign[0]}); {_ADVICE}"
         )
+
+
+def _refuse_foreign_entries(root: Path, manifest: Manifest | None) -> None:
+    """Refuse a folder that has something else under a name that a run may write."""
+    found = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    live = manifest.live if manifest is not None else set()
+    for name in filter(names.is_reserved, found):
+        # What else lies in checkpoints stays there beside those of a run.
+        as_whole = name in (names.MODEL, names.LOGS) and name not in live
+        refuse_foreign(root, manifest, name, as_whole=as_whole)
 
 
 def refuse_foreign(
@@ -109,20 +120,24 @@ def refuse_foreign(
         as_whole: True if it is a folder that is going to be replaced with all that it holds.
 
     Raises:
-        OutputError: If it exists and the manifest does not list it, or it is a link, which runs
-            never write.
+        OutputError: If it exists and the manifest does not list it, or it or a folder that it is in
+            is a link, which runs never write.
     """
     path = root / name
     known = manifest.listed if manifest is not None else set()
-    foreign = [path] if path.is_symlink() or (path.exists() and name not in known) else []
+    levels = [path, *path.parents][: len(PurePosixPath(name).parts)]
+    foreign = [level for level in levels if level.is_symlink()]
+    if path.exists() and name not in known:
+        foreign.append(path)
     if as_whole and not foreign:
-        inner = (file for file in path.rglob("*") if not file.is_dir())
-        foreign = [file for file in inner if file.relative_to(root).as_posix() not in known]
+        inner = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+        foreign = [
+            file
+            for file in inner
+            if file.is_symlink() or file.relative_to(root).as_posix() not in known
+        ]
     if foreign:
-        raise OutputError(
-            f"{foreign[0]} was not written by this program and is in the way; move it, or use "
-            f"another output_dir"
-        )
+        raise OutputError(in_the_way(foreign[0]))
 
 
 def config_hash(config: Mapping[str, Any]) -> str:  # Any: resolved configuration
@@ -148,7 +163,7 @@ def first_difference(config: Mapping[str, Any], root: Path) -> str:  # Any: reso
     Returns:
         The first differing key with both values, by alphabet.
     """
-    file = root / CONFIG_NAME
+    file = root / names.CONFIG
     try:
         stored = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

@@ -1,21 +1,21 @@
 """Writes into a run folder that are recorded first and take their place complete."""
 
+import fnmatch
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from safetensors import SafetensorError
-
-from grasp_lightning.errors import OutputError
-from grasp_lightning.run_folder.manifest import (
-    Manifest,
-    partial_path,
-    remove_if_empty,
-    replace_synced,
+from grasp_lightning.run_folder.files import (
+    as_output_error,
+    partial_name,
+    remove_file,
+    remove_folder,
     sync,
+    write_file,
 )
+from grasp_lightning.run_folder.manifest import Manifest
+from grasp_lightning.run_folder.names import is_reserved
 from grasp_lightning.run_folder.rules import refuse_foreign
 
 
@@ -104,8 +104,17 @@ class RunWriter:
         target = self.path(name)
         with as_output_error(target):
             self._claim(name)
-        write_file(target, write)
+        self.write_claimed(name, write)
         return target
+
+    def write_claimed(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file that is recorded already, in the process that it was recorded for.
+
+        Args:
+            name: Relative path, which rank 0 has given to ``claim``.
+            write: Writes one file at the path that it is given.
+        """
+        write_file(self.path(name), write, root=self.root)
 
     @contextmanager
     def new_folder(self, name: str) -> Iterator[Path]:
@@ -118,23 +127,23 @@ class RunWriter:
             name: Relative path of the folder, such as ``model``.
 
         Yields:
-            An empty folder ``<name>.partial``.
+            An empty folder that only this user may open.
         """
-        self._require_writable()
-        target, temporary = self.path(name), self.path(f"{name}.partial")
+        target, work = self.path(name), partial_name(name)
+        self._require_writable(name)
+        temporary = self.path(work)
         with as_output_error(target):
             refuse_foreign(self.root, self._manifest, name, as_whole=True)
-            refuse_foreign(self.root, self._manifest, f"{name}.partial")
             self._record_parents(name)
-            self._manifest.work.add(f"{name}.partial")
+            self._manifest.work.add(work)
             self._manifest.write(self.root)
-            temporary.mkdir(parents=True)
+            temporary.mkdir(mode=0o700)
             try:
                 yield temporary
                 self._adopt(temporary, name)
             finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-                self._manifest.work.discard(f"{name}.partial")
+                remove_folder(self.root, work)
+                self._manifest.work.discard(work)
                 self._manifest.write(self.root)
 
     def live_folder(self, name: str) -> Path:
@@ -148,8 +157,8 @@ class RunWriter:
         Returns:
             The folder.
         """
-        self._require_writable()
         target = self.path(name)
+        self._require_writable(name)
         with as_output_error(target):
             refuse_foreign(self.root, self._manifest, name)
             self._record_parents(name)
@@ -160,17 +169,17 @@ class RunWriter:
 
     def _adopt(self, temporary: Path, name: str) -> None:
         for old in [file for file in self._manifest.files if file.startswith(f"{name}/")]:
-            self.path(old).unlink(missing_ok=True)
+            remove_file(self.root, old)
             self._manifest.files.discard(old)
         for path in temporary.rglob("*"):
             listed = self._manifest.folders if path.is_dir() else self._manifest.files
             listed.add(f"{name}/{path.relative_to(temporary).as_posix()}")
-            if path.is_file():
-                sync(path)
+            sync(path)
+        sync(temporary)
         self._manifest.folders.add(name)
         self._manifest.write(self.root)
         for inner in sorted(self.path(name).rglob("*"), reverse=True):
-            remove_if_empty(inner)
+            remove_folder(self.root, inner.relative_to(self.root).as_posix(), if_empty=True)
         temporary.replace(self.path(name))
 
     def remove(self, name: str) -> None:
@@ -185,13 +194,26 @@ class RunWriter:
         self._require_writable()
         if name not in self._manifest.files:
             raise ValueError(f"{name!r} is not a file of this run")
-        with as_output_error(self.path(name)):
-            self.path(name).unlink(missing_ok=True)
-            self._manifest.files.discard(name)
-            self._manifest.write(self.root)
+        self._remove([name])
+
+    def remove_all(self, pattern: str) -> None:
+        """Delete the files that the run wrote under names of one pattern.
+
+        Args:
+            pattern: Relative paths, ``*`` for any text.
+        """
+        self._require_writable()
+        self._remove(sorted(fnmatch.filter(self._manifest.files, pattern)))
+
+    def _remove(self, files: Sequence[str]) -> None:
+        for name in files:
+            with as_output_error(self.path(name)):
+                remove_file(self.root, name)
+                self._manifest.files.discard(name)
+                self._manifest.write(self.root)
 
     def _claim(self, name: str) -> None:
-        self._require_writable()
+        self._require_writable(name)
         refuse_foreign(self.root, self._manifest, name)
         if name not in self._manifest.files:
             self._record_parents(name)
@@ -203,43 +225,8 @@ class RunWriter:
         parents = {str(parent) for parent in PurePosixPath(name).parents} - {"."}
         self._manifest.folders |= {parent for parent in parents if not self.path(parent).exists()}
 
-    def _require_writable(self) -> None:
+    def _require_writable(self, name: str | None = None) -> None:
+        if name is not None and not is_reserved(name):
+            raise ValueError(f"{name!r} is not among the names of run_folder.names")
         if self._manifest.state == "finished" and not self._is_amended:
             raise ValueError(f"the run in {self.root} is finished and cannot be written")
-
-
-@contextmanager
-def as_output_error(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one line.
-
-    Args:
-        path: What is written.
-
-    Yields:
-        Nothing; the block writes.
-
-    Raises:
-        OutputError: If the block fails to write.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot write {path}: {reason}") from error
-
-
-def write_file(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that takes its place when it is complete; failing is an ``OutputError``.
-
-    Args:
-        target: Its place; missing folders are made.
-        write: Writes one file at the path that it is given.
-    """
-    temporary = partial_path(target)
-    with as_output_error(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            replace_synced(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -9,19 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from grasp_lightning import processes
-from grasp_lightning.errors import PlanError
-from grasp_lightning.linalg.triangles import pack_triangle, unpack_triangle
+from grasp_lightning.linalg.triangles import pack_triangle, triangle_size, unpack_triangle
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.run_folder.names import STATISTICS
 from grasp_lightning.stats.base import Moments
-from grasp_lightning.storage.tensor_files import metadata_of
+from grasp_lightning.storage.tensor_files import MEASURE_AGAIN, TensorFile, save_tensors
 
 _NAME = "statistics{part}.safetensors"
-_PATTERN = "statistics*.safetensors"
 _GRAMS = ("input_gram", "gradient_gram")
 _KINDS = tuple(field.name for field in fields(Moments))
 
@@ -29,31 +27,45 @@ _KINDS = tuple(field.name for field in fields(Moments))
 class StoredMoments(Mapping[str, Moments]):
     """Moments in files, each read when it is asked for.
 
+    A damaged file is a ``PlanError``.
+
     Args:
         paths: Files that ``MomentFiles`` has written.
+        advice: What to do about a damaged one.
 
-    Raises:
-        PlanError: If one is damaged.
+    Attributes:
+        steps: Keys of the steps that they belong to.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._places: dict[str, tuple[Path, Mapping[str, str]]] = {}
+    def __init__(self, paths: Sequence[Path], advice: str = MEASURE_AGAIN) -> None:
+        self._places: dict[str, tuple[TensorFile, Mapping[str, str]]] = {}
+        self.steps: set[str] = set()
         for path in paths:
-            metadata = metadata_of(path)
-            try:
-                keys = json.loads(metadata["keys"])
-            except (KeyError, ValueError) as error:
-                raise PlanError(
-                    f"{path} is damaged: {error}; delete it to measure again"
-                ) from error
-            self._places |= {module: (path, names) for module, names in keys.items()}
+            file = TensorFile(path, "step", "keys", advice=advice)
+            metadata = file.metadata()
+            self.steps.add(metadata["step"])
+            self._places |= {
+                module: (file, names) for module, names in _keys(file, metadata).items()
+            }
 
     def __getitem__(self, module: str) -> Moments:
         """Read the moments of one linear."""
-        path, names = self._places[module]
-        with safe_open(path, framework="pt") as content:
-            found = {kind: content.get_tensor(name) for kind, name in names.items()}
+        file, names = self._places[module]
+        tensors = file.read(names.values())
+        found = {k: file.check(tensors, name, torch.float32, -1) for k, name in names.items()}
         return Moments(**{k: unpack_triangle(v) if k in _GRAMS else v for k, v in found.items()})
+
+    def check(self, module: str, num_outputs: int, num_inputs: int) -> None:
+        """Check that what is stored of a linear is of its shape, without reading it.
+
+        A ``PlanError`` names the file.
+        """
+        file, names = self._places[module]
+        for kind, name in names.items():
+            size = num_outputs if kind == "gradient_gram" else num_inputs
+            expected = (triangle_size(size) if kind in _GRAMS else size,)
+            if file.shapes[name] != expected:
+                raise file.damaged(f"{name} must have shape {expected}, got {file.shapes[name]}")
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of all linears."""
@@ -75,16 +87,30 @@ class StoredMoments(Mapping[str, Moments]):
         return frozenset(self._places[module][1]) if module in self._places else frozenset()
 
 
-def stored_moments(folder: Path) -> StoredMoments:
+def _keys(file: TensorFile, metadata: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Return the names of the tensors that hold what is stored of each linear, by kind."""
+    try:
+        keys = {module: dict(names) for module, names in json.loads(metadata["keys"]).items()}
+        kinds = {kind for names in keys.values() for kind in names}
+        tensors = {name for names in keys.values() for name in names.values()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise file.damaged(f"it does not say what it holds ({error})") from error
+    if not (kinds <= set(_KINDS) and tensors <= file.shapes.keys()):
+        raise file.damaged("it does not hold what it says")
+    return keys
+
+
+def stored_moments(folder: Path, advice: str = MEASURE_AGAIN) -> StoredMoments:
     """Return the moments in a run folder.
 
     Args:
         folder: The run folder.
+        advice: What to do about a damaged file.
 
     Returns:
         The moments; none if it has no file of them.
     """
-    return StoredMoments(sorted(folder.glob(_PATTERN)))
+    return StoredMoments(sorted(folder.glob(STATISTICS)), advice)
 
 
 class MomentFiles:
@@ -109,9 +135,10 @@ class MomentFiles:
         """
         processes.barrier()  # rank 0 may be writing them
         path = self._run.path(_NAME.format(part=part))
-        if not path.is_file():
+        if not TensorFile(path):
             return None
-        return StoredMoments([path]) if metadata_of(path).get("step") == step else None
+        stored = StoredMoments([path])
+        return stored if stored.steps == {step} else None
 
     def save(self, moments: Mapping[str, Moments], part: str, step: str) -> None:
         """Store moments that are complete; rank 0 alone does.
@@ -126,8 +153,8 @@ class MomentFiles:
         tensors: dict[str, Tensor] = {}
         keys: dict[str, dict[str, str]] = {}
         names: dict[int, str] = {}
-        for module, found in moments.items():
-            keys[module] = {}
+        for module in sorted(moments):  # shared tensors get the same name after a kill, too
+            found, keys[module] = moments[module], {}
             for kind in _KINDS:
                 value: Tensor | None = getattr(found, kind)
                 if value is None:
@@ -135,14 +162,12 @@ class MomentFiles:
                 name = names.setdefault(id(value), f"{module}.{kind}")
                 keys[module][kind] = name
                 if name not in tensors:
-                    packed = pack_triangle(value) if kind in _GRAMS else value
-                    tensors[name] = packed.cpu().contiguous()
+                    tensors[name] = (pack_triangle(value) if kind in _GRAMS else value).cpu()
         metadata = {"step": step, "keys": json.dumps(keys)}
         self._run.write_with(
-            _NAME.format(part=part), lambda path: save_file(tensors, path, metadata=metadata)
+            _NAME.format(part=part), lambda path: save_tensors(path, tensors, metadata)
         )
 
     def remove(self) -> None:
         """Delete all of them."""
-        for path in sorted(self._run.root.glob(_PATTERN)):
-            self._run.remove(path.name)
+        self._run.remove_all(STATISTICS)

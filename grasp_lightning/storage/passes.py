@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grasp_lightning import processes
-from grasp_lightning.run_folder import RunFolder, write_file
-from grasp_lightning.storage.tensor_files import metadata_of
+from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
 
 _NAME = re.compile(r"pass-(\d+)-(\d+)\.safetensors")
 _CONCATENATED = "windows"  # all other tensors are sums
@@ -77,8 +76,8 @@ class PassFiles:
             The state, the same in all processes; None if nothing of this step was saved.
         """
         found = PassFile.found_in(self._path())
-        own = [file for file in found if self._step_of(file) == step]
-        state = _added_up([load_file(self._path(file)) for file in _counting(own)])
+        own = [file for file in found if self._tensors(file).metadata()["step"] == step]
+        state = _added_up([self._tensors(file) for file in _counting(own)])
         self._start = max((file.start for file in found), default=-1) + 1
         processes.barrier()
         if processes.is_first():
@@ -95,9 +94,10 @@ class PassFiles:
             state: Sums over windows, and ``windows``: which ones are in them.
             step: Key of the step that runs.
         """
-        stored = {key: value.contiguous() for key, value in state.items()}
         file = PassFile(self._start, processes.rank())
-        write_file(self._path(file), lambda path: save_file(stored, path, metadata={"step": step}))
+        self._run.write_claimed(
+            self._name(file), lambda path: save_tensors(path, state, {"step": step})
+        )
         if processes.is_first():
             earlier = PassFile.found_in(self._path())
             self._remove(other for other in earlier if other.start < self._start)
@@ -109,11 +109,11 @@ class PassFiles:
     def _name(self, file: PassFile) -> str:
         return f"{self._folder}/{file.name}"
 
-    def _path(self, file: PassFile | None = None) -> Path:
-        return self._run.path(self._folder if file is None else self._name(file))
+    def _path(self) -> Path:
+        return self._run.path(self._folder)
 
-    def _step_of(self, file: PassFile) -> str | None:
-        return metadata_of(self._path(file)).get("step")
+    def _tensors(self, file: PassFile) -> TensorFile:
+        return TensorFile(self._run.path(self._name(file)), "step")
 
 
 def _counting(files: list[PassFile]) -> list[PassFile]:
@@ -122,12 +122,16 @@ def _counting(files: list[PassFile]) -> list[PassFile]:
     return [file for file in files if file.start >= last]
 
 
-def _added_up(states: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
-    if not states:
-        return None
-    total = dict(states[0])
-    for state in states[1:]:
+def _added_up(files: list[TensorFile]) -> dict[str, Tensor] | None:
+    total: dict[str, Tensor] = {}
+    for file in files:
+        state = file.read()
+        file.check(state, _CONCATENATED, torch.int64, -1)
+        if total and state.keys() != total.keys():
+            raise file.damaged("it holds other sums than the files beside it")
         for key, value in state.items():
-            joined = torch.cat([total[key], value]) if key == _CONCATENATED else total[key] + value
-            total[key] = joined
-    return total
+            if key == _CONCATENATED:
+                total[key] = torch.cat([total[key], value]) if key in total else value
+            else:
+                total[key] = total[key] + value if key in total else value
+    return total or None

@@ -1,76 +1,30 @@
 """What an unfinished run keeps in ``checkpoints/``: finished steps, and the pass that runs."""
 
 import hashlib
-import json
-from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grasp_lightning.errors import OutputError
+from grasp_lightning import processes
+from grasp_lightning.errors import OutputError, PlanError
 from grasp_lightning.methods.base import Decision
-from grasp_lightning.plan import Plan
+from grasp_lightning.plan import Operation, Plan
+from grasp_lightning.reading.text import read_json, read_text, told
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.run_folder.names import CHECKPOINTS, SAMPLED_TEXT
 from grasp_lightning.stats.base import Moments
 from grasp_lightning.storage.moments import MomentFiles, stored_moments
 from grasp_lightning.storage.passes import PassFile, PassFiles
-from grasp_lightning.storage.sampled_text import SAMPLED_TEXT
+from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
+from grasp_lightning.storage.training import TRAINING_CHECKPOINT, RunNotes
 
-_FOLDER = "checkpoints"
-_PLAN = f"{_FOLDER}/steps.json"
-_NOTES = f"{_FOLDER}/notes.json"
-TRAINING_CHECKPOINT = f"{_FOLDER}/last.ckpt"
+_PLAN = f"{CHECKPOINTS}/steps.json"
+_STEP = CHECKPOINTS + "/step-{number:06d}.safetensors"
+_REFIT = CHECKPOINTS + "/refit-{layer:06d}.safetensors"
+_END, _KEY = "end", "key"
+_DECIDE_AGAIN = "delete it to do the steps from there on again"
 _SCORE_PREFIX, _FACTOR_PREFIX = "scores:", "factors:"
-
-
-class RunNotes:
-    """Numbers of an unfinished run that would take time to measure again.
-
-    Args:
-        run: The run folder.
-    """
-
-    def __init__(self, run: RunFolder) -> None:
-        self._run = run
-
-    def note(self, key: str, value: float) -> None:
-        """Keep a number that would take time to measure again.
-
-        Args:
-            key: What it is.
-            value: The number.
-        """
-        self._run.write_json(_NOTES, {**self._notes(), key: value})
-
-    def noted(self, key: str) -> float | None:
-        """Return a number that ``note`` has kept.
-
-        Args:
-            key: What it is.
-
-        Returns:
-            The number, None if it was not kept.
-        """
-        value = self._notes().get(key)
-        return None if value is None else float(value)
-
-    def _notes(self) -> dict[str, Any]:  # Any: parsed JSON
-        path = self._run.path(_NOTES)
-        notes: dict[str, Any] = {}
-        if path.is_file():
-            notes = json.loads(path.read_text(encoding="utf-8"))
-        return notes
-
-    def clear(self) -> None:
-        """Delete the checkpoints of a run that needs them no more."""
-        folder: Path = self._run.path(_FOLDER)
-        for file in sorted(folder.glob("*")):
-            self._run.remove(f"{_FOLDER}/{file.name}")
-        with suppress(OSError):  # a foreign file in it stays, and so does the folder
-            folder.rmdir()
 
 
 def has_progress(run: RunFolder) -> bool:
@@ -82,7 +36,7 @@ def has_progress(run: RunFolder) -> bool:
     Returns:
         True if it has.
     """
-    has_pass = bool(PassFile.found_in(run.path(_FOLDER)) or stored_moments(run.root))
+    has_pass = bool(PassFile.found_in(run.path(CHECKPOINTS)) or stored_moments(run.root))
     files = (_PLAN, TRAINING_CHECKPOINT, SAMPLED_TEXT)
     return has_pass or any(run.path(name).exists() for name in files)
 
@@ -104,7 +58,13 @@ def check_same_model(run: RunFolder, digest: str) -> None:
 
 def _stored_plan(run: RunFolder) -> Plan | None:
     path = run.path(_PLAN)
-    return Plan.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.exists():
+        return None
+    read_json(path, PlanError, advice=_DECIDE_AGAIN)
+    try:
+        return Plan.from_json(read_text(path, PlanError, advice=_DECIDE_AGAIN))
+    except PlanError as error:
+        raise PlanError(told(path, f"is damaged: {error}", _DECIDE_AGAIN)) from error
 
 
 def _changed(run: RunFolder) -> str:
@@ -143,6 +103,48 @@ class PassProgress:
         self._files.save(state, self._key)
 
 
+class RefitLayers:
+    """The layers that a refit has finished.
+
+    Args:
+        run: The run folder.
+        key: What tells this refit from all others of the run.
+    """
+
+    def __init__(self, run: RunFolder, key: str) -> None:
+        self._run = run
+        self._key = key
+
+    def load(self, layer: int) -> dict[str, Tensor] | None:
+        """Return the refitted tensors of a layer; all processes must call it.
+
+        Args:
+            layer: Its number.
+
+        Returns:
+            The tensors on the CPU; None if it was not finished.
+        """
+        processes.barrier()  # rank 0 may be writing it
+        file = TensorFile(
+            self._run.path(_REFIT.format(layer=layer)),
+            _KEY,
+            advice="delete it to refit that layer again",
+        )
+        return file.read() if file and file.metadata()[_KEY] == self._key else None
+
+    def save(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the refitted tensors of a layer.
+
+        Args:
+            layer: Its number.
+            tensors: All that was fitted in it.
+        """
+        self._run.write_with(
+            _REFIT.format(layer=layer),
+            lambda path: save_tensors(path, tensors, {_KEY: self._key}),
+        )
+
+
 class RunProgress(RunNotes):
     """The steps of a run, each saved in one step, and the state of the pass that runs.
 
@@ -165,7 +167,7 @@ class RunProgress(RunNotes):
 
     def __init__(self, run: RunFolder, plan: Plan) -> None:
         super().__init__(run)
-        self._pass = PassFiles(run, _FOLDER)
+        self._pass = PassFiles(run, CHECKPOINTS)
         self._moments = MomentFiles(run)
         self.plan = plan
         self.scores: dict[str, Tensor] = {}
@@ -175,9 +177,21 @@ class RunProgress(RunNotes):
             return
         if (stored.inputs, stored.options) != (plan.inputs, plan.options):
             raise OutputError(_changed(run))
-        self.plan = stored
-        for file in sorted(run.path(_FOLDER).glob("step-*.safetensors")):
-            self._take(load_file(file))
+        self._take_steps(stored)
+
+    def _take_steps(self, stored: Plan) -> None:
+        """Take the steps of a stored plan, up to one whose file is gone."""
+        end = 0
+        while end < len(stored.operations):
+            file = TensorFile(self._run.path(_STEP.format(number=end)), _END, advice=_DECIDE_AGAIN)
+            if not file:
+                break
+            told_end = file.metadata()[_END]
+            if not (told_end.isdecimal() and end < int(told_end) <= len(stored.operations)):
+                raise file.damaged(f"it ends with operation {told_end} of {len(stored.operations)}")
+            end = int(told_end)
+            self._take(file.read(ignoring=".measured"))
+        self.plan = replace(stored, operations=stored.operations[:end])
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
         for key, value in tensors.items():
@@ -197,9 +211,12 @@ class RunProgress(RunNotes):
         tensors |= {f"{_FACTOR_PREFIX}{key}": value for key, value in decision.tensors.items()}
         stored = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
         # Numbered by the operations before it: a step that is done again takes its old place.
-        name = f"{_FOLDER}/step-{len(self.plan.operations):06d}.safetensors"
-        self._run.write_with(name, lambda path: save_file(stored, path))
+        self._run.write_with(
+            _STEP.format(number=len(self.plan.operations)),
+            lambda path: save_tensors(path, stored, {_END: str(len(plan.operations))}),
+        )
         self._run.write_text(_PLAN, plan.to_json())
+        self._run.remove_all(f"{CHECKPOINTS}/refit-*")
         self._take(stored)
         self.plan = plan
 
@@ -213,6 +230,17 @@ class RunProgress(RunNotes):
             The store.
         """
         return PassProgress(self._pass, self._step_key() + part)
+
+    def refit_layers(self, operations: Sequence[Operation]) -> RefitLayers:
+        """Return what keeps the layers of a refit that follows the plan so far.
+
+        Args:
+            operations: What was decided on, before it is refitted.
+
+        Returns:
+            The store.
+        """
+        return RefitLayers(self._run, step_key(self.plan.extended(tuple(operations))))
 
     def load_moments(self, part: str) -> Mapping[str, Moments] | None:
         """Return the moments of the step that follows the plan so far, if they were kept.
@@ -245,4 +273,9 @@ class RunProgress(RunNotes):
         self._moments.remove()
 
     def _step_key(self) -> str:
-        return hashlib.sha256(self.plan.to_json().encode()).hexdigest()
+        return step_key(self.plan)
+
+
+def step_key(plan: Plan) -> str:
+    """Return what tells the step that follows a plan from all others."""
+    return hashlib.sha256(plan.to_json().encode()).hexdigest()

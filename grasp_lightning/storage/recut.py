@@ -1,25 +1,31 @@
 """Another ratio from the scores of a finished run, without a pass over the data."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
 from torch import Tensor
 
-from grasp_lightning.errors import ConfigError, PlanError
+from grasp_lightning.errors import ConfigError, OutputError, PlanError
 from grasp_lightning.linalg.factors import SVD
 from grasp_lightning.methods.layer_choice import SCORE_KEYS
 from grasp_lightning.methods.removal import read_price
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.plan import OptionValue, Plan
+from grasp_lightning.plan import OptionValue, Plan, SelectLayers
+from grasp_lightning.reading.text import read_text, read_yaml
+from grasp_lightning.run_folder import names
+from grasp_lightning.run_folder.manifest import Manifest
 from grasp_lightning.stats.base import Needs, Scoring, Statistics, Step
 from grasp_lightning.storage.moments import stored_moments
+from grasp_lightning.storage.progress import step_key
+from grasp_lightning.storage.tensor_files import TensorFile
 
 # A second decomposition may differ in the last bits, with other threads or hardware.
 _TOLERANCE: Final = 1e-4
+_ADVICE = "name another run, or measure without from_scores"
 
 
 class StoredScores:
@@ -34,14 +40,19 @@ class StoredScores:
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
+        root = Path(folder)
+        self._file = TensorFile(root / names.SCORES, advice=_ADVICE)
         try:
-            self.plan = Plan.from_json((Path(folder) / "plan.json").read_text(encoding="utf-8"))
-            self._scores = load_file(Path(folder) / "scores.safetensors")
-        except (OSError, UnicodeDecodeError, PlanError, SafetensorError) as error:
+            _check_finished(root)
+            self.plan = Plan.from_json(read_text(root / names.PLAN, PlanError))
+            _check_plan(self.plan, root)
+            self._scores = self._file.read(ignoring=".measured")
+            self._moments = stored_moments(root, _ADVICE)
+            _check_step(self.plan, self._moments.steps)
+        except (OutputError, PlanError) as error:
             raise ConfigError(
                 f"from_scores: {folder} is no finished run with scores: {error}"
             ) from error
-        self._moments = stored_moments(Path(folder))
         schedule = self.plan.options.get("schedule")
         if schedule == "one_shot" or self._moments:
             return
@@ -124,12 +135,20 @@ class StoredScores:
         for module, basis in step.bases.items():
             self._check_basis(module, basis)
         metric = None if step.needs.layer_metric is None else self._layer_metric(view, step.needs)
+        linears = view.all_linears()
         for module in step.needs.moments:
             self._check_moments(module, step.needs)
+            linear = linears[module]
+            self._moments.check(module, linear.out_features, linear.in_features)
         if step.needs.moment_kinds:
             prices = {part.name: self._price(part.name) for part in step.needs.removables}
             return Statistics(moments=self._moments, removal_losses=prices)
-        scores = {module: self._component_scores(module) for module in step.needs.weight_gradients}
+        scores = {
+            module: self._component_scores(
+                module, min(linears[module].out_features, linears[module].in_features)
+            )
+            for module in step.needs.weight_gradients
+        }
         return Statistics(layer_metric=metric, component_scores=scores)
 
     def _price(self, name: str) -> float:
@@ -151,16 +170,16 @@ class StoredScores:
                 f"from_scores: {self._folder} has no {key} for spans of {needs.span} layers; set "
                 "method.layers, or the layer_metric and num_layers of that run"
             )
-        return values
+        return self._file.check(self._scores, key, torch.float32, expected)
 
-    def _component_scores(self, module: str) -> Tensor:
+    def _component_scores(self, module: str, number: int) -> Tensor:
         key = f"{module}.scores"
         if key not in self._scores:
             raise ConfigError(
                 f"from_scores: {self._folder} has no scores of {module}: more or other layers are "
                 "asked for than it has scored; score them all with method.score_all_layers"
             )
-        return self._scores[key]
+        return self._file.check(self._scores, key, torch.float32, number)
 
     def _check_moments(self, module: str, needs: Needs) -> None:
         missing = sorted(needs.moment_kinds - self._moments.kinds(module))
@@ -181,3 +200,39 @@ class StoredScores:
                 f"from_scores: the singular values of {module} differ from those in {self._folder} "
                 f"by {float(error):.2g}: the scores belong to other weights"
             )
+
+
+def _check_finished(root: Path) -> None:
+    manifest = Manifest.read(root)  # a copy of the files that are read here has none
+    if manifest is not None and manifest.state != "finished":
+        raise PlanError(f"it is {manifest.state}; let it end, or {_ADVICE}")
+
+
+def _check_plan(plan: Plan, root: Path) -> None:
+    """Refuse a plan that is not of the run whose folder it is in."""
+    file = root / names.PLAN
+    if plan.complete is not True:
+        raise PlanError(f"{file} does not say that it is complete; {_ADVICE}")
+    if not isinstance(plan.inputs, Mapping):
+        raise PlanError(f"{file} does not say what it was made from; {_ADVICE}")
+    config = read_yaml(root / names.CONFIG, PlanError)
+    method = config.get("method") if isinstance(config, dict) else None
+    if not isinstance(method, dict):
+        raise PlanError(f"{root / names.CONFIG} names no method; {_ADVICE}")
+    said = {"name": plan.method, **plan.options}
+    for key, value in method.items():
+        here = tuple(sorted(value)) if isinstance(value, list) else value
+        if here is not None and key in said and said[key] != here:
+            raise PlanError(
+                f"{file} says {key} {said[key]}, its config.yaml says {value}; {_ADVICE}"
+            )
+
+
+def _check_step(plan: Plan, steps: set[str]) -> None:
+    """Refuse statistics that were measured for a plan of other options or another model."""
+    chosen = list(takewhile(lambda op: isinstance(op, SelectLayers), plan.operations))
+    begun = [
+        replace(plan, operations=tuple(chosen[:n]), complete=False) for n in range(len(chosen) + 1)
+    ]
+    if not steps <= {step_key(before) for before in begun}:
+        raise PlanError(f"its statistics were measured for another plan; {_ADVICE}")

@@ -8,7 +8,7 @@ import hashlib
 from functools import partial
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,10 +16,8 @@ from grasp_lightning import processes
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.sampling import Track, sample_text
 from grasp_lightning.run_folder import RunFolder
-from grasp_lightning.storage.tensor_files import metadata_of
-
-SAMPLED_TEXT = "sampled_text.safetensors"
-"""Name of the file in the run folder."""
+from grasp_lightning.run_folder.names import SAMPLED_TEXT
+from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
 
 SAMPLE = "sample"
 """Name of the phase that writes it."""
@@ -84,7 +82,7 @@ class SampledText:
         for ids in (starts, vocabulary):
             drawn.update(ids.numpy().astype("<i8").tobytes())
         key = drawn.hexdigest()
-        written = processes.on_first(lambda: self._found(key))
+        written = processes.on_first(lambda: self._found(key, length, vocabulary))
         if written is not None:
             self._keep(written, key)
             if len(written) == num_windows:
@@ -102,11 +100,23 @@ class SampledText:
                 track=self._track,
             )
 
-    def _found(self, key: str) -> Tensor | None:
+    def _found(self, key: str, length: int, vocabulary: Tensor) -> Tensor | None:
         """Return what was drawn alike, the most of it."""
         folders = [self._run.root if self._run else None, self._earlier]
-        found = [_read(folder / SAMPLED_TEXT, key) for folder in folders if folder is not None]
-        return max((ids for ids in found if ids is not None), key=len, default=None)
+        files = [
+            TensorFile(folder / SAMPLED_TEXT, _KEY, advice="delete it to have the text drawn again")
+            for folder in folders
+            if folder is not None
+        ]
+        found = []
+        for file in files:
+            if file and file.metadata()[_KEY] == key:
+                ids = file.check(file.read(), _IDS, torch.int64, -1, length)
+                # The first token of a text is one of the starts.
+                if not torch.isin(ids[:, 1:], vocabulary).all():
+                    raise file.damaged("it holds tokens that the model was not let draw")
+                found.append(ids)
+        return max(found, key=len, default=None)
 
     def _keep(self, ids: Tensor, key: str) -> None:
         self._kept = ids, key
@@ -115,11 +125,5 @@ class SampledText:
     def _save(self) -> None:
         if self._run is not None and self._kept is not None:
             ids, key = self._kept
-            save = partial(save_file, {_IDS: ids}, metadata={_KEY: key})
+            save = partial(save_tensors, tensors={_IDS: ids}, metadata={_KEY: key}, may_grow=True)
             self._run.write_with(SAMPLED_TEXT, save)
-
-
-def _read(path: Path, key: str) -> Tensor | None:
-    if not path.is_file() or metadata_of(path).get(_KEY) != key:
-        return None
-    return load_file(path)[_IDS]

@@ -1,26 +1,152 @@
-"""Files of tensors that a run keeps for a later start, with metadata that say what they are of."""
+"""Files of tensors that a run keeps for a later start, with text that says what they are of."""
 
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Final
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from grasp_lightning.errors import PlanError
+from grasp_lightning.reading.tensors import open_tensors, read_tensors
+from grasp_lightning.reading.text import told
+
+MEASURE_AGAIN: Final = "delete it to measure that part again"
+
+_LAYOUT = "layout"
 
 
-def metadata_of(path: Path) -> dict[str, str]:
-    """Return the metadata of a file of tensors, without reading any of these.
+class TensorFile:
+    """One file, checked whenever it is read: a damaged one is a ``PlanError`` that names it.
+
+    It is damaged if it cannot be read, does not say what it is of, holds tensors of other names,
+    shapes or dtypes than were saved, or numbers that are not finite.
 
     Args:
-        path: The file.
+        path: Where it is; it may be absent.
+        keys: What its metadata must say.
+        advice: What to do about a damaged one.
 
-    Returns:
-        The metadata; empty if it has none.
-
-    Raises:
-        PlanError: If the file is damaged.
+    Attributes:
+        shapes: Of all tensors, once ``metadata`` was asked for.
     """
-    try:
-        with safe_open(path, framework="pt") as content:
-            return content.metadata() or {}
-    except SafetensorError as error:
-        raise PlanError(f"{path} is damaged: {error}; delete it to measure again") from error
+
+    def __init__(self, path: Path, *keys: str, advice: str = MEASURE_AGAIN) -> None:
+        self.path = path
+        self._keys = keys
+        self._advice = advice
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def __bool__(self) -> bool:
+        """Return whether there is something of this name."""
+        return self.path.exists() or self.path.is_symlink()
+
+    def metadata(self) -> dict[str, str]:
+        """Return what the file says about itself, without reading a tensor."""
+        with open_tensors(self.path, PlanError, advice=self._advice) as content:
+            metadata: dict[str, str] = content.metadata() or {}
+            slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118  no dict
+            self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            kinds = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+        missing = [key for key in self._keys if key not in metadata]
+        if missing:
+            raise self.damaged(f"it does not say its {missing[0]}")
+        if metadata.get(_LAYOUT, _layout(kinds)) != _layout(kinds):
+            raise self.damaged("its tensors are not those that were saved in it")
+        return metadata
+
+    def read(self, names: Iterable[str] | None = None, ignoring: str = "\0") -> dict[str, Tensor]:
+        """Return tensors on the CPU, by name.
+
+        Args:
+            names: Which ones; None reads all.
+            ignoring: End of the names of what need not be finite.
+
+        Returns:
+            The tensors.
+        """
+        if names is None:
+            tensors = read_tensors(self.path, PlanError, advice=self._advice)
+        else:
+            with open_tensors(self.path, PlanError, advice=self._advice) as content:
+                tensors = {name: content.get_tensor(name) for name in names}
+        for name, value in tensors.items():
+            if not name.endswith(ignoring) and not torch.isfinite(value).all():
+                raise self.damaged(f"{name} has values that are not finite")
+        return tensors
+
+    def damaged(self, reason: object) -> PlanError:
+        """Return the error for a file that is not what it should be."""
+        return PlanError(told(self.path, f"is damaged: {reason}", self._advice))
+
+    def check(
+        self, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, *shape: int
+    ) -> Tensor:
+        """Return one of the tensors; a ``PlanError`` says that it is not what it should be.
+
+        Args:
+            tensors: What ``read`` gave.
+            name: Which one.
+            dtype: Its type.
+            *shape: Its shape; -1 for any size.
+        """
+        found = tensors.get(name)
+        if found is None:
+            raise self.damaged(f"it has no {name}")
+        is_of_shape = len(shape) == found.ndim and all(
+            size in (-1, own) for size, own in zip(shape, found.shape, strict=True)
+        )
+        if found.dtype != dtype or not is_of_shape:
+            raise self.damaged(
+                f"{name} must be {dtype} of shape {shape}, got {found.dtype} of shape "
+                f"{tuple(found.shape)}"
+            )
+        return found
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    may_grow: bool = False,
+) -> None:
+    """Write a file for ``TensorFile``; equal tensors and metadata give equal bytes.
+
+    Args:
+        path: Where to.
+        tensors: Any tensors; two names may stand for one.
+        metadata: What the file says about itself.
+        may_grow: Say nothing about their shapes: more of the same may follow.
+    """
+    stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    places = [value.untyped_storage().data_ptr() for value in stored.values() if value.numel()]
+    if len(set(places)) < len(places):
+        stored = {name: value.clone() for name, value in stored.items()}
+    said = dict(metadata or {})
+    save_file(stored, path, metadata=said if may_grow else {**said, _LAYOUT: _layout({})})
+    if not may_grow:
+        _complete_header(path)
+
+
+def _complete_header(path: Path) -> None:
+    """Put in the layout, and metadata in order: the library takes another order each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))  # Any: JSON
+        said = header.pop("__metadata__")
+        said[_LAYOUT] = _layout({k: (v["dtype"], v["shape"]) for k, v in header.items()})
+        header = {"__metadata__": dict(sorted(said.items())), **header}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size  # it holds the same
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def _layout(kinds: Mapping[str, tuple[str, Sequence[int]]]) -> str:
+    """Return the fingerprint of names, dtypes and shapes."""
+    plain = {name: [dtype, list(shape)] for name, (dtype, shape) in kinds.items()}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

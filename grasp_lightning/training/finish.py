@@ -1,5 +1,6 @@
 """What happens to a decision before it is applied: cuts are measured, tensors are refitted."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +11,8 @@ from grasp_lightning.evaluation.cut_losses import cut_losses, first_tokens
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods.base import Decision, Track
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.plan import Replacement
-from grasp_lightning.training.refit import Refitter
+from grasp_lightning.plan import Operation, Replacement
+from grasp_lightning.training.refit import LayerStore, Refitter
 
 CUT_LOSSES, REFIT = "cut_losses", "refit"
 
@@ -26,6 +27,7 @@ class FinishDecision:
         max_bytes: Memory for hidden states of a refit.
         phases: Take the time of both.
         track: Shows the progress.
+        store: Gives what keeps the refitted layers of a decision; None keeps none.
     """
 
     held_out: TokenWindows | None
@@ -33,6 +35,7 @@ class FinishDecision:
     max_bytes: float
     phases: Phases
     track: Track
+    store: Callable[[Sequence[Operation]], LayerStore] | None = None
 
     def __call__(self, view: DecoderView, decision: Decision) -> Decision:
         """Return the decision as it is applied.
@@ -61,5 +64,7 @@ class FinishDecision:
             raise ValueError("a refit needs windows")
         refitter = Refitter(self.data, max_bytes=self.max_bytes, track=self.track)
         with self.phases(REFIT):
-            tensors = refitter(view, decision.refit, decision.operations, decision.tensors)
+            operations = decision.operations
+            store = None if self.store is None else self.store(operations)
+            tensors = refitter(view, decision.refit, operations, decision.tensors, store)
         return replace(decision, tensors=tensors)

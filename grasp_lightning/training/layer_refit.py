@@ -64,6 +64,8 @@ class LayerRefit:
         tensors: Tensors of the cuts, changed as they are fitted.
         streams: The hidden states that enter it.
         mode: ``prefix`` or ``residual``.
+        is_fitted: The tensors are those of an earlier fit: ``fit`` leaves what ``advance`` needs,
+            and changes none.
     """
 
     def __init__(
@@ -75,9 +77,11 @@ class LayerRefit:
         streams: Streams,
         *,
         mode: RefitChoice,
+        is_fitted: bool,
     ) -> None:
         self._view = view
         self._index = index
+        self._is_fitted = is_fitted
         self._changes = changes
         self._cuts = cuts = [change for change in changes if isinstance(change, Replacement)]
         self._tensors = tensors
@@ -91,6 +95,11 @@ class LayerRefit:
         self._outputs = tuple(self._dense) if self._stream is None else self._stream.names
         self._may_stop = not is_sharded(view.model)
         self._run_dense()
+
+    @property
+    def fitted(self) -> dict[str, Tensor]:
+        """The tensors of the cuts, as they are now."""
+        return {key: self._tensors[key] for key in map(_key, self._cuts)}
 
     def groups(self) -> list[list[Replacement]]:
         """Return what is fitted at a time, in the order in which the layer runs it."""
@@ -112,6 +121,9 @@ class LayerRefit:
         """Fit some of the cuts, with those that run before them as they are now."""
         sums: dict[str, Tensor] = {}
         names, hidden = {cut.solved for cut in group}, self._streams.hidden
+        summed = self._summed(names)
+        if self._is_fitted and summed is None:
+            return
         with (
             self._streams.runner.only(self._index) as run,
             in_place_of_linears(self._view, self._compressed),
@@ -125,15 +137,16 @@ class LayerRefit:
                     run(batch, entering)
                 if len(batch["index"]) == 0:  # padding
                     continue
-                for cut in group:  # in one order in all processes
+                for cut in () if self._is_fitted else group:  # in one order in all processes
                     target, weights = self._target(cut.solved, number, outputs)
                     weights = weights * batch["mask"].to(weights)
                     _add(sums, cut.solved, inner[cut.solved], target, weights)
-                summed = self._summed(names)
                 if summed is not None:  # what the last writer receives, and what it writes into
                     hidden[_INNER, number] = inner[summed.mlp]
                     written = _rows(outputs[summed.attention], entering)
                     hidden[COMPRESSED, number] = entering + written
+        if self._is_fitted:
+            return
         sums = processes.summed(sums)
         for cut in group:
             name, key = cut.solved, _key(cut)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,6 +13,16 @@ from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.plan import DropLayers, LinearOperation, Operation, Replacement
 from grasp_lightning.training.layer_refit import LayerRefit
 from grasp_lightning.training.layer_streams import HiddenStates, Streams
+
+
+class LayerStore(Protocol):
+    """Keeps the layers that are refitted already."""
+
+    def load(self, layer: int) -> Mapping[str, Tensor] | None:
+        """Return the refitted tensors of a layer, on any device; None if it is not finished."""
+
+    def save(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the refitted tensors of a layer."""
 
 
 class Refitter:
@@ -56,6 +67,7 @@ class Refitter:
         mode: RefitChoice,
         operations: Sequence[Operation],
         tensors: Mapping[str, Tensor],
+        store: LayerStore | None = None,
     ) -> dict[str, Tensor]:
         """Return the tensors of operations, refitted.
 
@@ -64,6 +76,7 @@ class Refitter:
             mode: ``prefix`` or ``residual``.
             operations: What was decided on.
             tensors: The tensors that it was decided on with.
+            store: Keeps finished layers for a start after this one, and has those of earlier ones.
 
         Returns:
             Tensors of the same names and shapes.
@@ -84,9 +97,18 @@ class Refitter:
                     streams.advance_dense(index)
                     continue
                 changes = by_layer.get(index, [])
-                layer = LayerRefit(view, index, changes, refitted, streams, mode=mode)
+                keeps = store if index in fitted else None
+                stored = None if keeps is None else keeps.load(index)
+                for key, value in (stored or {}).items():
+                    refitted[key] = value.to(refitted[key])
+                is_fitted = stored is not None
+                layer = LayerRefit(
+                    view, index, changes, refitted, streams, mode=mode, is_fitted=is_fitted
+                )
                 for group in layer.groups():
                     layer.fit(group)
+                if keeps is not None and not is_fitted:
+                    keeps.save(index, layer.fitted)
                 layer.advance()
         return refitted
 

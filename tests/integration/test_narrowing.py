@@ -15,7 +15,12 @@ from grasp_lightning.commands import inputs
 from grasp_lightning.config import MethodConfig
 from grasp_lightning.methods import predict
 from grasp_lightning.methods.base import CompressionMethod, Decision
-from grasp_lightning.methods.prediction import narrowed_widths
+from grasp_lightning.methods.prediction import (
+    Prediction,
+    narrowed_widths,
+    outlook_of,
+    predict_layers,
+)
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations, parameters_after
 from grasp_lightning.plan import OptionValue, Plan, SelectLayers
@@ -46,6 +51,10 @@ class Narrowing(CompressionMethod):
         del stats
         operations, tensors = narrow_layers(model, step.layers[:1], range(0, 48, 2))
         return Decision(operations=(SelectLayers(layers=LAYERS), *operations), tensors=tensors)
+
+    def predict(self, view: DecoderView) -> Prediction:
+        operations, _ = narrow_layers(view, LAYERS, range(0, 48, 2))
+        return predict_layers(view, LAYERS, len(LAYERS), lambda _: outlook_of(view, (*operations,)))
 
 
 def narrowing(*_: object) -> CompressionMethod:

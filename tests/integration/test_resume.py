@@ -24,8 +24,8 @@ KILLS = {
     "between steps": Kill("grasp_lightning.pipeline", "", "apply_operations", 3),
     "last file": Kill("grasp_lightning.commands.outputs", "", "render_report", 1),
     # That file of a run is written, complete, and not yet in its place.
-    "file write": Kill("grasp_lightning.run_folder.writer", "", "replace_synced", 5),
-    "late file write": Kill("grasp_lightning.run_folder.writer", "", "replace_synced", 12),
+    "file write": Kill("grasp_lightning.run_folder.files", "", "replace_synced", 10),
+    "late file write": Kill("grasp_lightning.run_folder.files", "", "replace_synced", 24),
 }
 
 

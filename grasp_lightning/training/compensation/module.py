@@ -289,7 +289,8 @@ class CompensationModule(L.LightningModule):
             checkpoint: Content of the checkpoint.
 
         Raises:
-            ModelError: If it belongs to another model, other samples, or trains something else.
+            ModelError: If it belongs to another model, other samples, or trains something else, or
+                its tensors are of other shapes.
         """
         stored, own = checkpoint.get(_FINGERPRINT, {}), self._fingerprint()
         differing = sorted(key for key in own if stored.get(key) != own[key])
@@ -298,6 +299,12 @@ class CompensationModule(L.LightningModule):
                 f"the checkpoint belongs to another training: it differs in {', '.join(differing)};"
                 " start anew, or use what it was made with"
             )
+        for name, value in self._trainable().items():
+            if getattr(checkpoint["state_dict"].get(name), "shape", None) != whole_shape(value):
+                raise ModelError(
+                    f"{self.trainer.ckpt_path} is damaged: it has no {name} of shape "
+                    f"{whole_shape(value)}; delete it to train again from the start"
+                )
         self.num_trained_tokens = checkpoint[_NUM_TOKENS]
 
     def _fingerprint(self) -> dict[str, str]:

@@ -1,5 +1,4 @@
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -391,11 +390,11 @@ def test_json_has_sorted_keys_and_refuses_nan(root: Path) -> None:
 
 def test_every_path_is_in_the_manifest_before_it_is_written(root: Path) -> None:
     def listed_already(path: Path) -> None:
-        assert "a/b.bin" in json.loads((root / "manifest.json").read_text())["files"]
+        assert "checkpoints/b.bin" in json.loads((root / "manifest.json").read_text())["files"]
         path.write_bytes(b"x")
 
     with RunFolder.open(root, CONFIG) as run:
-        run.write_with("a/b.bin", listed_already)
+        run.write_with("checkpoints/b.bin", listed_already)
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", ""])
@@ -416,7 +415,7 @@ def test_removing_takes_only_the_runs_own_files(root: Path) -> None:
 
 def test_discarding_removes_the_run_and_the_folders_it_made(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path / "a" / "b" / "c", CONFIG) as run:
-        run.write_text("x/y/z.txt", "")
+        run.write_text("checkpoints/y/z.txt", "")
         run.discard()
 
     assert content(tmp_path) == {}
@@ -442,18 +441,6 @@ def test_too_little_free_space_names_both_numbers(root: Path) -> None:
         run.check_free_space(1)
         with pytest.raises(OutputError, match=r"needs 1000000000000\.0 MB, but [\d.]+ MB are free"):
             run.check_free_space(10**18)
-
-
-def test_files_are_readable_as_the_umask_says(tmp_path: Path) -> None:
-    previous = os.umask(0o022)
-    os.umask(previous)
-    with RunFolder.open(tmp_path / "run", {}) as run:
-        run.write_with("secret", lambda path: path.touch(mode=0o600))
-        with run.new_folder("model") as folder:
-            (folder / "weights").touch(mode=0o600)
-    for name in ("secret", "model/weights"):
-        mode = (tmp_path / "run" / name).stat().st_mode & 0o777
-        assert mode == 0o666 & ~previous
 
 
 def test_a_finished_run_can_be_reopened_to_add_to_it(root: Path) -> None:

@@ -65,7 +65,7 @@ def test_asking_twice_gives_the_same_folder(root: Path) -> None:
 
 
 @pytest.mark.parametrize("finish", [True, False])
-@pytest.mark.parametrize("name", ["logs", "a/b/logs"])
+@pytest.mark.parametrize("name", ["logs", "checkpoints/b/logs"])
 def test_overwrite_deletes_a_live_folder_with_all_in_it_and_nothing_beside_it(
     root: Path, finish: bool, name: str
 ) -> None:
@@ -80,11 +80,13 @@ def test_overwrite_deletes_a_live_folder_with_all_in_it_and_nothing_beside_it(
 
 
 def test_a_foreign_file_beside_a_nested_live_folder_stays(root: Path) -> None:
-    write_run(root, name="a/logs")
-    (root / "a" / "mine.txt").write_text("mine")
+    write_run(root, name="checkpoints/logs")
+    (root / "checkpoints" / "mine.txt").write_text("mine")
 
     with RunFolder.open(root, CONFIG, overwrite=True):
-        assert {name for name in content(root) if name.startswith("a")} == {"a", "a/mine.txt"}
+        assert {name for name in content(root) if name.startswith("c")} == {
+            *("checkpoints", "checkpoints/mine.txt", "config.yaml"),
+        }
 
 
 def test_discarding_deletes_a_live_folder(root: Path, tmp_path: Path) -> None:
@@ -122,13 +124,10 @@ def test_what_no_run_wrote_is_not_taken_for_a_live_folder(
             (root / "logs").symlink_to(tmp_path / "outside")
     before = content(tmp_path)
 
-    with RunFolder.open(root, CONFIG, overwrite=True) as run:
-        assert refused(run) == (
-            f"{root}/logs was not written by this program and is in the way; move it, or use "
-            "another output_dir"
-        )
-        run.discard()
-
+    assert refusal(root, overwrite=True) == (
+        f"{root}/logs was not written by this program and is in the way; move it, or use "
+        "another output_dir"
+    )
     assert content(tmp_path) == before
 
 
@@ -178,8 +177,7 @@ def test_a_link_in_place_of_a_live_folder_is_not_followed_when_deleting(
     (root / "logs").rename(outside)
     (root / "logs").symlink_to(outside)
 
-    with RunFolder.open(root, CONFIG, overwrite=True) as run:
-        assert "logs was not written by this program" in refused(run)
+    assert "logs was not written by this program" in refusal(root, overwrite=True)
     assert (outside / "start_1" / "metrics.csv").read_text() == "loss\n1.0\n"
     assert (outside / "events").exists()
 
@@ -187,12 +185,12 @@ def test_a_link_in_place_of_a_live_folder_is_not_followed_when_deleting(
 def test_a_link_in_place_of_a_parent_is_not_followed_when_deleting(
     root: Path, tmp_path: Path
 ) -> None:
-    write_run(root, name="a/logs")
+    write_run(root, name="checkpoints/logs")
     outside = tmp_path / "outside"
-    (root / "a").rename(outside)
-    (root / "a").symlink_to(outside)
+    (root / "checkpoints").rename(outside)
+    (root / "checkpoints").symlink_to(outside)
 
-    RunFolder.open(root, CONFIG, overwrite=True).close()
+    assert "checkpoints was not written by this program" in refusal(root, overwrite=True)
 
     assert (outside / "logs" / "events").exists()
 
@@ -213,12 +211,12 @@ def test_a_link_inside_a_live_folder_is_deleted_and_not_followed(
 
 def test_a_live_folder_that_cannot_be_made_is_one_line(root: Path) -> None:
     root.mkdir(parents=True)
-    (root / "a").write_text("mine")
     with RunFolder.open(root, CONFIG, overwrite=True) as run:
-        text = refused(run, "a/logs")
-        assert text.startswith(f"cannot write {root}/a/logs: ")
+        (root / "checkpoints").write_text("mine")
+        text = refused(run, "checkpoints/logs")
+        assert text.startswith(f"cannot write {root}/checkpoints/logs: ")
         run.discard()
-    assert content(root) == {"a": b"mine"}
+    assert content(root) == {"checkpoints": b"mine"}
 
 
 @pytest.mark.parametrize("name", ["../logs", "/logs", "logs/../../x", ""])

@@ -1,7 +1,8 @@
 """Refit of what was cut: against what it can be known to be, in all kinds of decoder layers."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from grasp_lightning.config import CalibrationConfig, MethodConfig, RefitChoice
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows
+from grasp_lightning.linalg.regression import pulled_regression
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.methods.blocks import blocks
@@ -22,9 +24,12 @@ from grasp_lightning.plan import (
     Operation,
     Plan,
     RemoveBlock,
+    Replacement,
     SelectLayers,
 )
+from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Statistics
+from grasp_lightning.storage.progress import RefitLayers
 from grasp_lightning.training import layer_refit
 from grasp_lightning.training.refit import Refitter
 from tests.conftest import byte_tokenizer, tiny_model
@@ -196,3 +201,44 @@ def test_passes_that_end_early_give_what_whole_ones_do(
     whole = refitter(found)(view, mode, decided.operations, decided.tensors)
     for name, value in whole.items():
         torch.testing.assert_close(short[name], value, rtol=1e-3, atol=1e-6)
+
+
+class Killed(Exception):  # noqa: N818  what a signal would do
+    pass
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_killed_refit_goes_on_after_its_last_layer_with_the_same_bytes(
+    family: str, mode: RefitChoice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view, found = DecoderView(tiny_model(family)), windows()
+    decided = decision(view, found)
+    given = view, mode, decided.operations, decided.tensors
+    whole = refitter(found)(*given)
+    run = RunFolder.open(tmp_path / "run", {})
+    store = RefitLayers(run, "key")
+
+    def save(layer: int, tensors: Mapping[str, Tensor]) -> None:
+        store.save(layer, tensors)
+        if layer == 2:
+            raise Killed
+
+    stopping = RefitLayers(run, "key")
+    monkeypatch.setattr(stopping, "save", save)
+    with pytest.raises(Killed):
+        refitter(found)(*given, stopping)
+    solved: list[int] = []
+
+    def counting(*args: Tensor, pull: float, ridge: float) -> Tensor:
+        solved.append(1)
+        return pulled_regression(*args, pull=pull, ridge=ridge)
+
+    monkeypatch.setattr(layer_refit, "pulled_regression", counting)
+    resumed = refitter(found)(*given, store)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    in_last = [op for op in decided.operations if isinstance(op, Replacement)]
+    assert len(solved) <= len([op for op in in_last if view.layer_of(op.solved) == 3])
+    assert RefitLayers(run, "another").load(0) is None
+    run.close()

@@ -1,0 +1,37 @@
+"""Ctrl-C while the program is still loading: one line, at once."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+_LINE = b"error: interrupted while the program was starting: nothing was saved or changed\n"
+_SCRIPTS = ("-m", "grasp-lightning")  # what sys.argv begins with while a script imports the package
+_CHECKOUT_SCRIPT = Path(__file__).resolve().parents[1] / "cli.py"
+
+
+def is_program() -> bool:
+    """Return whether the package is imported to run the program, and not by other people's code."""
+    script = Path(getattr(sys, "argv", [""])[0])
+    return script.name in _SCRIPTS or script.resolve() == _CHECKOUT_SCRIPT
+
+
+def leave_on_interrupt() -> None:
+    """End the process at the first Ctrl-C, until ``begin``.
+
+    An exception could come out of any import, where some are swallowed and others told in pages.
+    """
+    signal.signal(signal.SIGINT, _leave)
+
+
+def begin() -> None:
+    """Let Ctrl-C raise ``KeyboardInterrupt`` from now on, if ``leave_on_interrupt`` was called."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    del frame
+    os.write(2, _LINE)
+    os._exit(128 + number)

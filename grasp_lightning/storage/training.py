@@ -1,0 +1,119 @@
+"""What an unfinished run keeps beside its steps: numbers, and the state of a training."""
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+
+from grasp_lightning import processes
+from grasp_lightning.errors import OutputError, PlanError
+from grasp_lightning.reading.tensors import read_checkpoint
+from grasp_lightning.reading.text import read_json, told
+from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.run_folder.names import CHECKPOINTS
+from grasp_lightning.storage.tensor_files import MEASURE_AGAIN
+
+_NOTES = f"{CHECKPOINTS}/notes.json"
+_INPUTS = f"{CHECKPOINTS}/inputs.json"
+TRAINING_CHECKPOINT = f"{CHECKPOINTS}/last.ckpt"
+_KEYS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks")
+_TRAIN_AGAIN = "delete it to train again from the start"
+
+
+class RunNotes:
+    """Numbers of an unfinished run that would take time to measure again.
+
+    Args:
+        run: The run folder.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+
+    def note(self, key: str, value: float) -> None:
+        """Keep a number that would take time to measure again.
+
+        Args:
+            key: What it is.
+            value: The number.
+        """
+        self._run.write_json(_NOTES, {**self._notes(), key: value})
+
+    def noted(self, key: str) -> float | None:
+        """Return a number that ``note`` has kept.
+
+        Args:
+            key: What it is.
+
+        Returns:
+            The number, None if it was not kept.
+        """
+        return self._notes().get(key)
+
+    def _notes(self) -> dict[str, float]:
+        path = self._run.path(_NOTES)
+        if not path.exists():
+            return {}
+        notes = read_json(path, PlanError, advice=MEASURE_AGAIN)
+        values = notes.values() if isinstance(notes, dict) else [notes]
+        if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+            raise PlanError(told(path, "is damaged: it must hold numbers by name", MEASURE_AGAIN))
+        return {key: float(value) for key, value in notes.items()}
+
+    def clear(self) -> None:
+        """Delete the checkpoints of a run that needs them no more."""
+        self._run.remove_all(f"{CHECKPOINTS}/*")
+        with suppress(OSError):  # a foreign file in it stays, and so does the folder
+            self._run.path(CHECKPOINTS).rmdir()
+
+
+def check_inputs(run: RunFolder, hashes: Mapping[str, str]) -> None:
+    """Refuse to go on with another model or other samples than a training was started with.
+
+    Args:
+        run: The run folder.
+        hashes: Of the model and the samples; they are kept.
+
+    Raises:
+        OutputError: If it was started with others, or the file that tells cannot be read.
+    """
+    file = run.path(_INPUTS)
+    advice = f"delete {file.parent} to train again from the start"
+    if file.exists():
+        stored = read_json(file, OutputError, advice=advice)
+        if not isinstance(stored, dict):
+            raise OutputError(told(file, "is damaged: it must hold hashes by name", advice))
+        if stored != hashes:
+            raise OutputError(
+                f"{run.root} holds a run whose model, teacher or training data has changed since "
+                "it was started; use another output_dir or --overwrite"
+            )
+    run.write_json(_INPUTS, hashes)
+
+
+def training_checkpoint(run: RunFolder) -> str | None:
+    """Return the path of a training's checkpoint, None if there is none; all processes must call.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The path.
+    """
+
+    def check() -> str | None:
+        path = run.path(TRAINING_CHECKPOINT)
+        if not path.exists():
+            return None
+        content = read_checkpoint(path, PlanError, advice=_TRAIN_AGAIN)
+        held = content.keys() if isinstance(content, dict) else ()
+        missing = [key for key in _KEYS if key not in held]
+        if missing:
+            raise PlanError(told(path, f"is damaged: it has no {missing[0]}", _TRAIN_AGAIN))
+        for name, value in content["state_dict"].items():
+            if not value.isfinite().all():
+                raise PlanError(
+                    told(path, f"is damaged: {name} has values that are not finite", _TRAIN_AGAIN)
+                )
+        return str(path)
+
+    return processes.on_first(check)
