@@ -1,0 +1,92 @@
+"""Files of tensors that a user gave, or an earlier run left; whatever is wrong is one line.
+
+Every function takes ``raises``, the class of ``errors`` to raise; ``what``, which messages call the
+file (its path, if None); and ``advice``, what to do, for the end of the message.
+"""
+
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from grasp_lightning.errors import GraspError, PlanError
+from grasp_lightning.reading.text import check_file, one_line, told
+
+# What safetensors and torch raise on files that are cut, empty, or of another kind.
+_ERRORS = (
+    SafetensorError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,  # RecursionError is one
+    OverflowError,
+    MemoryError,
+    ImportError,
+    pickle.PickleError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
+
+def read_tensors(
+    path: Path, raises: type[GraspError] = PlanError, what: str | None = None, advice: str = ""
+) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file, on the CPU, by name."""
+    with _damage(path, raises, what, advice):
+        return load_file(path)
+
+
+def read_metadata(
+    path: Path, raises: type[GraspError] = PlanError, what: str | None = None, advice: str = ""
+) -> dict[str, str]:
+    """Return the metadata of a safetensors file, without reading a tensor; empty if it has none."""
+    with open_tensors(path, raises, what, advice) as content:
+        return content.metadata() or {}
+
+
+@contextmanager
+def open_tensors(
+    path: Path, raises: type[GraspError] = PlanError, what: str | None = None, advice: str = ""
+) -> Iterator[Any]:  # Any: safe_open has no public type
+    """Open a safetensors file, to read some of its tensors; errors of these are told alike."""
+    with _damage(path, raises, what, advice):
+        content = safe_open(path, framework="pt")
+    with content:
+        try:
+            yield content
+        except SafetensorError as error:
+            raise raises(_line(path, what, error, advice)) from error
+
+
+def read_checkpoint(
+    path: Path, raises: type[GraspError] = PlanError, what: str | None = None, advice: str = ""
+) -> Any:  # noqa: ANN401  whatever was saved
+    """Return what ``torch.save`` wrote, on the CPU; nothing of it is executed."""
+    with _damage(path, raises, what, advice):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _damage(path: Path, raises: type[GraspError], what: str | None, advice: str) -> Iterator[None]:
+    """Tell a file that the library refuses in one line."""
+    check_file(path, raises, what, advice)
+    try:
+        yield
+    except _ERRORS as error:
+        raise raises(_line(path, what, error, advice)) from error
+
+
+def _line(path: Path, what: str | None, error: BaseException, advice: str) -> str:
+    return told(what or path, f"is damaged: {one_line(error)}", advice)
