@@ -31,7 +31,7 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(
             f"model.device: unknown device {name!r}; expected auto, cpu, cuda or cuda:<index>"
         ) from error
-    if device.type == "cpu":
+    if device.type == "cpu" and not device.index:
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count() if accelerator else 0

@@ -2,19 +2,21 @@
 
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import huggingface_hub
 import yaml
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.models import gguf
+from grasp_lightning.models.weight_files import weight_files
+from grasp_lightning.reading.text import user_path
 
 _LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*(?:\n|\Z)", re.DOTALL)
 _MAX_QUOTED = 300  # characters of a foreign error message
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -100,7 +102,7 @@ def resolve_source(config: ModelConfig) -> ModelSource:
         _refuse_keys(config, "the alias smollm2", "revision", "gguf_file")
         file = gguf.find_alias()
         return _gguf_source(file, folder=file.parent, is_alias=True)
-    path = Path(config.path).expanduser()
+    path = user_path(config.path, "model.path", ModelError)
     if path.is_file():
         return _file_source(config, path)
     if path.is_dir():
@@ -130,14 +132,6 @@ def describe_origin(source: ModelSource) -> ModelOrigin:
         quantized_source=False,
         folder=source.folder,
     )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a Hugging Face folder; empty if it has none."""
-    for pattern in _WEIGHT_PATTERNS:
-        if found := sorted(folder.glob(pattern)):
-            return found
-    return []
 
 
 def _looks_like_path(text: str) -> bool:
@@ -175,7 +169,7 @@ def _file_source(config: ModelConfig, path: Path) -> ModelSource:
 def _folder_source(config: ModelConfig, path: Path) -> ModelSource:
     _refuse_keys(config, "a local folder", "revision")
     if config.gguf_file is not None:
-        file = path / config.gguf_file
+        file = user_path(str(path / config.gguf_file), "model.gguf_file", ModelError)
         if not file.is_file():
             raise ModelError(f"model.gguf_file: {config.path} has no file {config.gguf_file}")
         return _gguf_source(file, folder=path)
@@ -190,8 +184,9 @@ def _hub_source(config: ModelConfig) -> ModelSource:
         )
     if config.gguf_file is None:
         return ModelSource(location=config.path, name=config.path, revision=config.revision)
+    revision = _commit(config.path, config.revision)
     try:
-        file = Path(hf_hub_download(config.path, config.gguf_file, revision=config.revision))
+        file = Path(hf_hub_download(config.path, config.gguf_file, revision=revision))
     except (OSError, HFValidationError) as error:
         raise hub_error(config.path, error) from error
     return ModelSource(
@@ -202,7 +197,34 @@ def _hub_source(config: ModelConfig) -> ModelSource:
     )
 
 
-def hub_error(name: str, error: Exception) -> ModelError:
+def pinned(source: ModelSource) -> ModelSource:
+    """Return a source whose files are all of one commit, if it is a hub model.
+
+    Args:
+        source: A resolved source.
+
+    Returns:
+        The source, with the commit as its revision; itself if it is local.
+
+    Raises:
+        ModelError: If the hub cannot be reached, and its cache does not know the model.
+    """
+    if not source.is_hub:
+        return source
+    return replace(source, revision=_commit(source.location, source.revision))
+
+
+def _commit(name: str, revision: str | None) -> str:
+    """Ask the hub once; what is fetched after it says itself what is wrong with a name."""
+    try:
+        return huggingface_hub.resolve_revision(name, revision=revision)
+    except RevisionResolutionError as error:
+        raise hub_error(name, error.__cause__ or error) from error
+    except (HFValidationError, OSError) as error:
+        raise hub_error(name, error) from error
+
+
+def hub_error(name: str, error: BaseException) -> ModelError:
     """Return the one line that says that a hub model could not be fetched, and what to do.
 
     Args:
@@ -218,10 +240,12 @@ def hub_error(name: str, error: Exception) -> ModelError:
     )
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, cut to a readable length."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, or all if that ends with a colon, cut if it is long."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
+    if text.endswith(":"):
+        text = " ".join(lines)
     return textwrap.shorten(text, _MAX_QUOTED, placeholder=" ...")
 
 
@@ -256,8 +280,8 @@ def _card_licence(folder: Path) -> str | None:
     match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
     try:
         fields = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        return None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        return None  # of a card that no YAML is, nothing is known
     if not isinstance(fields, dict):
         return None
     licence = fields.get("license")
