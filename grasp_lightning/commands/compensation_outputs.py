@@ -1,6 +1,5 @@
 """What a finished compensation writes into its run folder."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from grasp_lightning.data.sources import source_licence
 from grasp_lightning.evaluation.phases import Phases, peak_memory_bytes
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
+from grasp_lightning.models.side_files import copy_side_files
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.reporting.card import base_model_of
 from grasp_lightning.reporting.compensation import render_compensation_report
@@ -105,8 +105,7 @@ def _write_model(
     )
     with run.new_folder("model") as folder:
         save_model(outcome.loaded.model, folder, tokenizer=outcome.loaded.tokenizer)
-        for file in origin.licence_files:
-            shutil.copyfile(file, folder / file.name)
+        copy_side_files(origin.side_files, folder)
         (folder / _CARD_NAME).write_text(text, encoding="utf-8")
 
 

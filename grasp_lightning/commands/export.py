@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel, load_meta_model, load_model
 from grasp_lightning.models.lowrank import has_replaced, ranks_of, shapes_of
+from grasp_lightning.models.side_files import copy_side_files
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import densify
 from grasp_lightning.models.weight_files import weight_files
@@ -194,8 +194,7 @@ def _write_model(run: RunFolder, source: Path, loaded: LoadedModel, facts: Expor
     )
     with run.new_folder(_MODEL_NAME) as folder:
         save_model(loaded.model, folder, tokenizer=loaded.tokenizer)
-        for file in origin.licence_files:
-            shutil.copyfile(file, folder / file.name)
+        copy_side_files(origin.side_files, folder)
         if source_card:
             (folder / SOURCE_CARD_NAME).write_text(source_card, encoding="utf-8")
         (folder / _CARD_NAME).write_text(card, encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import math
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from grasp_lightning import __version__
 from grasp_lightning.evaluation.phases import Phases, peak_memory_bytes
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
+from grasp_lightning.models.side_files import copy_side_files
 from grasp_lightning.models.size import ModelSize
 from grasp_lightning.plan import Plan
 from grasp_lightning.reporting.card import model_card
@@ -92,8 +92,7 @@ def _write_model(run: RunFolder, outcome: Outcome, metrics: Metrics) -> None:
     )
     with run.new_folder("model") as folder:
         save_model(outcome.loaded.model, folder, tokenizer=outcome.loaded.tokenizer)
-        for file in origin.licence_files:
-            shutil.copyfile(file, folder / file.name)
+        copy_side_files(origin.side_files, folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -36,6 +36,7 @@ from grasp_lightning.models.integrity import check_finite, model_hash
 
 # The import also makes compressed models known to transformers.
 from grasp_lightning.models.lowrank import QUANT_METHOD
+from grasp_lightning.models.side_files import fetch_side_files
 from grasp_lightning.models.source import (
     ModelOrigin,
     ModelSource,
@@ -143,7 +144,8 @@ def load_model(config: ModelConfig) -> LoadedModel:
     check_finite(model)
     model.config.name_or_path = model.name_or_path = source.name  # no path of this machine is saved
     tokenizer.name_or_path = source.name
-    # A hub model's licence and size are known only now, when its files are in the cache.
+    if source.is_hub:  # licence and size are known only now, when its files are in the cache
+        fetch_side_files(source.location, source.revision)
     return LoadedModel(model=model, tokenizer=tokenizer, origin=origin or describe_origin(source))
 
 

@@ -13,10 +13,10 @@ from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.models import gguf
+from grasp_lightning.models.side_files import is_licence, side_files
 from grasp_lightning.models.weight_files import weight_files
 from grasp_lightning.reading.text import user_path
 
-_LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*(?:\n|\Z)", re.DOTALL)
 _MAX_QUOTED = 300  # characters of a foreign error message
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -30,7 +30,7 @@ class ModelOrigin:
         name: Hub name, the folder's own name, or the GGUF file's name with its quantization; never
             a path of this machine.
         licence: Licence identifier that the source states, None if it states none.
-        licence_files: Licence and notice files to hand on with a derived model.
+        side_files: Files to hand on with a derived model; of a GGUF file, its licence alone.
         source_bytes: Size of the weight files on disk.
         quantized_source: True for a GGUF file that is smaller than its own float32 copy.
         folder: Local folder, or single .gguf file, that output must never touch; None for a hub
@@ -39,10 +39,15 @@ class ModelOrigin:
 
     name: str
     licence: str | None
-    licence_files: tuple[Path, ...]
+    side_files: tuple[Path, ...]
     source_bytes: int | None
     quantized_source: bool
     folder: Path | None
+
+    @property
+    def licence_files(self) -> tuple[Path, ...]:
+        """Licence and notice files among the side files."""
+        return tuple(file for file in self.side_files if is_licence(file))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +132,7 @@ def describe_origin(source: ModelSource) -> ModelOrigin:
     return ModelOrigin(
         name=source.name,
         licence=_card_licence(folder) if folder else None,
-        licence_files=_licence_files(folder) if folder else (),
+        side_files=side_files(folder) if folder else (),
         source_bytes=_weight_bytes(folder) if folder else None,
         quantized_source=False,
         folder=source.folder,
@@ -254,18 +259,15 @@ def _gguf_origin(source: ModelSource, file: Path) -> ModelOrigin:
     return ModelOrigin(
         name=source.name,
         licence=header.licence or _card_licence(file.parent),
-        licence_files=(
-            gguf.alias_licence_files() if source.is_alias else _licence_files(file.parent)
-        ),
+        side_files=gguf.alias_licence_files() if source.is_alias else _licences(file.parent),
         source_bytes=header.file_bytes,
         quantized_source=header.is_smaller_than_float32,
         folder=source.folder,
     )
 
 
-def _licence_files(folder: Path) -> tuple[Path, ...]:
-    found = {path for pattern in _LICENCE_PATTERNS for path in folder.glob(pattern)}
-    return tuple(sorted(path for path in found if path.is_file()))
+def _licences(folder: Path) -> tuple[Path, ...]:
+    return tuple(file for file in side_files(folder) if is_licence(file))
 
 
 def _weight_bytes(folder: Path) -> int | None:
