@@ -145,7 +145,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     model.config.name_or_path = model.name_or_path = source.name  # no path of this machine is saved
     tokenizer.name_or_path = source.name
     if source.is_hub:  # licence and size are known only now, when its files are in the cache
-        fetch_side_files(source.location, source.revision)
+        fetch_side_files(source.location, source.revision, source.local_folder())
     return LoadedModel(model=model, tokenizer=tokenizer, origin=origin or describe_origin(source))
 
 
@@ -200,7 +200,8 @@ def _require_config(source: ModelSource) -> None:
     if source.gguf_file is not None:
         return
     with _as_model_error(source):
-        has_adapter = find_adapter_config_file(source.location, revision=source.revision)
+        where = str(source.snapshot or source.location)
+        has_adapter = find_adapter_config_file(where, revision=source.revision)
     folder = Path(source.location)
     has_config = source.is_hub or (folder / "config.json").is_file()
     if has_adapter and has_config:
@@ -279,12 +280,12 @@ def _arguments(
     source: ModelSource, config: ModelConfig
 ) -> dict[str, Any]:  # Any: keyword arguments
     arguments: dict[str, Any] = {
-        "pretrained_model_name_or_path": source.location,
+        "pretrained_model_name_or_path": str(source.snapshot or source.location),
         "trust_remote_code": config.trust_remote_code,
     }
     if source.gguf_file is not None:
         arguments["gguf_file"] = str(source.gguf_file)
-    elif source.revision is not None:
+    elif source.revision is not None and source.snapshot is None:
         arguments["revision"] = source.revision
     return arguments
 

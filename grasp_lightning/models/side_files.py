@@ -60,13 +60,16 @@ def is_licence(file: Path) -> bool:
     return any(fnmatchcase(file.name, pattern) for pattern in _LICENCES)
 
 
-def fetch_side_files(name: str, revision: str | None) -> None:
+def fetch_side_files(name: str, revision: str | None, folder: Path | None) -> None:
     """Bring what lies beside the weights of a hub model into the cache.
 
     Args:
         name: Hub name.
         revision: Branch, tag or commit.
+        folder: Its folder in the cache, if any.
     """
+    if folder is not None and (folder / "README.md").exists():  # they came with it
+        return
     try:
         huggingface_hub.snapshot_download(
             name, revision=revision, ignore_patterns=[*_LEFT_OUT[:-2], "*/*"]

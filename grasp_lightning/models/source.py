@@ -61,6 +61,7 @@ class ModelSource:
         gguf_file: The local GGUF file, None for other formats.
         folder: See ``ModelOrigin``.
         is_alias: True for the model inside the quickstart's wheel.
+        snapshot: Folder of the hub's cache, if all of a hub model is there.
     """
 
     location: str
@@ -69,6 +70,7 @@ class ModelSource:
     gguf_file: Path | None = None
     folder: Path | None = None
     is_alias: bool = False
+    snapshot: Path | None = None
 
     @property
     def is_hub(self) -> bool:
@@ -77,8 +79,8 @@ class ModelSource:
 
     def local_folder(self) -> Path | None:
         """Return the folder that holds the files; for a hub model its cached snapshot, if any."""
-        if not self.is_hub:
-            return Path(self.location)
+        if not self.is_hub or self.snapshot is not None:
+            return self.snapshot or Path(self.location)
         try:
             cached = try_to_load_from_cache(self.location, "config.json", revision=self.revision)
         except HFValidationError:
@@ -205,6 +207,9 @@ def _hub_source(config: ModelConfig) -> ModelSource:
 def pinned(source: ModelSource) -> ModelSource:
     """Return a source whose files are all of one commit, if it is a hub model.
 
+    What is in the cache is opened there: transformers would ask the hub for each file that a model
+    does not have, and five times so where there is no network.
+
     Args:
         source: A resolved source.
 
@@ -216,13 +221,18 @@ def pinned(source: ModelSource) -> ModelSource:
     """
     if not source.is_hub:
         return source
-    return replace(source, revision=_commit(source.location, source.revision))
+    source = replace(source, revision=_commit(source.location, source.revision))
+    folder = source.local_folder()
+    is_whole = folder and (folder / "tokenizer_config.json").exists() and weight_files(folder)
+    return replace(source, snapshot=folder) if is_whole else source
 
 
 def _commit(name: str, revision: str | None) -> str:
     """Ask the hub once; what is fetched after it says itself what is wrong with a name."""
     try:
-        return huggingface_hub.resolve_revision(name, revision=revision)
+        return huggingface_hub.resolve_revision(
+            name, revision=revision, local_files_only=huggingface_hub.is_offline_mode()
+        )
     except RevisionResolutionError as error:
         raise hub_error(name, error.__cause__ or error) from error
     except (HFValidationError, OSError) as error:

@@ -149,6 +149,25 @@ def test_a_hub_name_that_cannot_be_fetched_says_at_once_what_to_do(
     assert "give a local folder" in text
 
 
+def test_a_hub_model_in_the_cache_needs_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, repository = "0123456789" * 4, tmp_path / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = save_tiny(repository / "snapshots" / commit)
+    (snapshot / "README.md").write_text("---\nlicense: mit\n---\n")
+    for module in ("constants", "hf_api", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", tmp_path, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+
+    loaded = load_model(cpu("org/tiny"))
+
+    assert (loaded.origin.name, loaded.origin.licence) == ("org/tiny", "mit")
+    assert loaded.model.name_or_path == "org/tiny"
+
+
 def test_a_gguf_file_of_a_hub_name_that_cannot_be_fetched_says_what_to_do() -> None:
     assert "cannot get nobody/nothing" in message(cpu("nobody/nothing", gguf_file="a.gguf"))
 
