@@ -3,9 +3,18 @@
 The command line prints that line and exits with code 2; a traceback is for our own faults only.
 """
 
+import re
+
+# What stands before the host of a URL: a token, or a user with a password.
+_CREDENTIALS = re.compile(r"://(?:[^\s/]*|\S*:\S*)@")
+
 
 class GraspError(Exception):
     """A state a caller can handle; the message says what was expected, what came, what to do."""
+
+    def __str__(self) -> str:
+        """Return the message, without the password of a URL in it."""
+        return _CREDENTIALS.sub("://***@", super().__str__())
 
 
 class ConfigError(GraspError):

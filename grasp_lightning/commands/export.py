@@ -16,8 +16,8 @@ from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.models.loading import LoadedModel, load_meta_model, load_model
 from grasp_lightning.models.lowrank import has_replaced, ranks_of, shapes_of
 from grasp_lightning.models.size import count_parameters
-from grasp_lightning.models.source import weight_files
 from grasp_lightning.models.surgery import densify
+from grasp_lightning.models.weight_files import weight_files
 from grasp_lightning.reporting.card import base_model_of, export_card
 from grasp_lightning.reporting.metrics import Pair
 from grasp_lightning.run_folder import RunFolder

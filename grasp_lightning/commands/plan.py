@@ -55,7 +55,7 @@ def run_plan(config: PlanConfig) -> Planned:
     """
     config = replace(config, method=resolve_method(config.method))
     compensate = compensation_settings(config)
-    view = DecoderView(load_meta_model(config.model))
+    view = DecoderView(load_meta_model(config.model, warns=True))
     prediction = predict(view, config.method)
     dense = model_shape(view)
     compressed = shape_after(dense, prediction.operations, prediction.most)

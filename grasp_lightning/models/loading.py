@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import PickleError
 from typing import Any, cast
 
 import torch
@@ -21,23 +22,32 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ModelError
+from grasp_lightning.models.completeness import (
+    check_complete,
+    check_config_builds,
+    warn_of_rest,
+)
 from grasp_lightning.models.device import resolve_device
 from grasp_lightning.models.integrity import check_finite, model_hash
 
 # The import also makes compressed models known to transformers.
 from grasp_lightning.models.lowrank import QUANT_METHOD
+from grasp_lightning.models.side_files import fetch_side_files
 from grasp_lightning.models.source import (
     ModelOrigin,
     ModelSource,
     describe_origin,
     first_line,
     hub_error,
+    pinned,
     resolve_source,
-    weight_files,
 )
+from grasp_lightning.models.weight_files import stored_shapes
+from grasp_lightning.reading.text import check_file
 
 __all__ = [
     "LoadedModel",
@@ -49,23 +59,35 @@ __all__ = [
     "resolve_device",
 ]
 
-logger = logging.getLogger(__name__)
-
-_MAX_NAMED = 3  # tensors that one message names
-
 # What transformers, tokenizers, safetensors and torch raise on files they cannot use.
 _LOADING_ERRORS = (
     OSError,
     ValueError,
     TypeError,
-    KeyError,
-    IndexError,
+    LookupError,
     AttributeError,
+    AssertionError,
+    ArithmeticError,
     RuntimeError,
     ImportError,
     EOFError,
+    MemoryError,
+    PickleError,
     SafetensorError,
     StrictDataclassError,
+)
+# What they raise where a value is not of the kind that they take for granted.
+_UNFORESEEN = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
+_ADAPTER = "adapter_config.json"
+# Of a config: what no model can be without, where its family has it at all.
+_COUNTS = frozenset(
+    {
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    }
 )
 
 
@@ -98,34 +120,48 @@ def load_model(config: ModelConfig) -> LoadedModel:
         The model in eval mode, every weight read from the checkpoint and finite.
     """
     device = resolve_device(config.device)
-    source = resolve_source(config)
+    source = pinned(resolve_source(config))
     _require_parts(source)
     # Before transformers reads a local file: a damaged GGUF file is found here.
     origin = None if source.is_hub else describe_origin(source)
     hf_config = _read_config(source, config)
     tokenizer = _read_tokenizer(source, config)
-    model = _read_weights(source, config, hf_config)
+    architectures = hf_config.architectures
+    model, report = _read_weights(source, config, hf_config)
+    check_complete(source.name, report)
+    with _as_model_error(source):
+        check_config_builds(source.name, model)
+    folder = source.local_folder() if source.gguf_file is None else None
+    warn_of_rest(
+        source.name,
+        model,
+        architectures,
+        frozenset(report["unexpected_keys"]),
+        stored_shapes(folder) if folder else None,
+    )
     with _as_model_error(source):
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a too narrow type
     check_finite(model)
     model.config.name_or_path = model.name_or_path = source.name  # no path of this machine is saved
     tokenizer.name_or_path = source.name
-    # A hub model's licence and size are known only now, when its files are in the cache.
+    if source.is_hub:  # licence and size are known only now, when its files are in the cache
+        fetch_side_files(source.location, source.revision, source.local_folder())
     return LoadedModel(model=model, tokenizer=tokenizer, origin=origin or describe_origin(source))
 
 
-def load_meta_model(config: ModelConfig) -> PreTrainedModel:
+def load_meta_model(config: ModelConfig, *, warns: bool = False) -> PreTrainedModel:
     """Build a model from its configuration alone, without weights.
 
     Fails as ``load_model`` does, save for what concerns weights, tokenizer and device.
 
     Args:
         config: Which model; the device is not used.
+        warns: Say so where it is only a part of what its checkpoint holds, as ``load_model`` does.
 
     Returns:
         The model with all parameters on the meta device: shapes, and no memory.
     """
-    source = resolve_source(config)
+    source = pinned(resolve_source(config))
     _require_config(source)
     if source.gguf_file is not None:
         describe_origin(source)
@@ -139,6 +175,8 @@ def load_meta_model(config: ModelConfig) -> PreTrainedModel:
         if isinstance(stored, Mapping) and stored.get("quant_method") == QUANT_METHOD:
             quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
             quantizer.preprocess_model(model=model)
+    if warns and source.gguf_file is None:
+        warn_of_rest(source.name, model, hf_config.architectures)
     return cast(PreTrainedModel, model.eval())
 
 
@@ -147,7 +185,11 @@ def _require_parts(source: ModelSource) -> None:
     if source.gguf_file is not None or source.is_hub:
         return
     folder = Path(source.location)
-    if not weight_files(folder):
+    for file in sorted(folder.iterdir()):
+        if file.exists() and not file.is_dir():  # nobody waits for a FIFO
+            check_file(file, ModelError, f"model.path: {file}")
+    # Read now, so that a damaged file is named before anything waits for the others.
+    if not stored_shapes(folder):
         raise ModelError(
             f"model.path: {folder} has a config.json but no weights "
             f"(model.safetensors or pytorch_model.bin)"
@@ -155,17 +197,47 @@ def _require_parts(source: ModelSource) -> None:
 
 
 def _require_config(source: ModelSource) -> None:
-    folder = Path(source.location)
-    if source.gguf_file is not None or source.is_hub or (folder / "config.json").is_file():
+    if source.gguf_file is not None:
         return
-    files = sorted(file.name for file in folder.glob("*.gguf"))
-    hint = f"; it has {files[0]}: set model.gguf_file" if files else ""
-    raise ModelError(f"model.path: {folder} is no model folder, it has no config.json{hint}")
+    with _as_model_error(source):
+        where = str(source.snapshot or source.location)
+        has_adapter = find_adapter_config_file(where, revision=source.revision)
+    folder = Path(source.location)
+    has_config = source.is_hub or (folder / "config.json").is_file()
+    if has_adapter and has_config:
+        raise ModelError(
+            f"model.path: {source.location} has a PEFT adapter beside the model: merge it first, "
+            f"with peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(), or move "
+            f"{_ADAPTER} away to use the model without it"
+        )
+    if has_adapter:
+        raise ModelError(
+            f"model.path: {source.location} is a PEFT adapter without its model: merge it first, "
+            f"with peft.AutoPeftModelForCausalLM.from_pretrained({source.location!r})"
+            f".merge_and_unload().save_pretrained(folder), and name that folder"
+        )
+    if not has_config:
+        files = sorted(file.name for file in folder.glob("*.gguf"))
+        hint = f"; it has {files[0]}: set model.gguf_file" if files else ""
+        raise ModelError(f"model.path: {folder} is no model folder, it has no config.json{hint}")
 
 
 def _read_config(source: ModelSource, config: ModelConfig) -> PreTrainedConfig:
     with _as_model_error(source), _quiet_transformers():
-        return cast(PreTrainedConfig, AutoConfig.from_pretrained(**_arguments(source, config)))
+        arguments = _arguments(source, config)
+        if source.gguf_file is None:
+            _check_counts(source, PreTrainedConfig.get_config_dict(**arguments)[0])
+        return cast(PreTrainedConfig, AutoConfig.from_pretrained(**arguments))
+
+
+def _check_counts(source: ModelSource, content: Mapping[str, Any]) -> None:  # Any: JSON
+    text = content.get("text_config")
+    for section in (content, text if isinstance(text, dict) else {}):
+        for key in _COUNTS & section.keys():
+            if isinstance(section[key], int) and section[key] < 1:
+                raise ModelError(
+                    f"the config.json of {source.name} has {key} {section[key]}; expected 1 or more"
+                )
 
 
 def _read_tokenizer(source: ModelSource, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -183,7 +255,7 @@ def _read_tokenizer(source: ModelSource, config: ModelConfig) -> PreTrainedToken
 
 def _read_weights(
     source: ModelSource, config: ModelConfig, hf_config: PreTrainedConfig
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, dict[str, Any]]:  # Any: mixed report
     options: dict[str, Any] = {}  # Any: keyword arguments of transformers
     if source.gguf_file is not None:
         # Where GPU kernels for GGUF are installed, weights would otherwise stay packed.
@@ -198,52 +270,22 @@ def _read_weights(
             ignore_mismatched_sizes=True,  # so that the report names them; they are refused below
             **options,
         )
-    _check_complete(source, report)
     if source.gguf_file is not None and hasattr(model, "hf_quantizer"):
         # Left behind for families that transformers reads by its older parser; saving would refuse.
         model.hf_quantizer.remove_quantization_config(model)
-    return cast(PreTrainedModel, model)
-
-
-def _check_complete(source: ModelSource, report: Mapping[str, Any]) -> None:  # Any: mixed report
-    mismatched = [
-        f"{name} is {tuple(stored)}, expected {tuple(wanted)}"
-        for name, stored, wanted in sorted(report["mismatched_keys"])
-    ]
-    problems = (
-        ("lacks weights", sorted(report["missing_keys"])),
-        ("has weights of another shape", mismatched),
-        ("has weights that cannot be converted", [first_line(e) for e in report["error_msgs"]]),
-    )
-    for problem, names in problems:
-        if names:
-            raise ModelError(
-                f"the checkpoint of {source.name} {problem}: {_some(names)}; "
-                f"it does not fit its own config.json"
-            )
-    if unexpected := sorted(report["unexpected_keys"]):
-        logger.warning(
-            "the checkpoint of %s has weights that the model does not use: %s",
-            source.name,
-            _some(unexpected),
-        )
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - _MAX_NAMED
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    return model, report
 
 
 def _arguments(
     source: ModelSource, config: ModelConfig
 ) -> dict[str, Any]:  # Any: keyword arguments
     arguments: dict[str, Any] = {
-        "pretrained_model_name_or_path": source.location,
+        "pretrained_model_name_or_path": str(source.snapshot or source.location),
         "trust_remote_code": config.trust_remote_code,
     }
     if source.gguf_file is not None:
         arguments["gguf_file"] = str(source.gguf_file)
-    elif source.revision is not None:
+    elif source.revision is not None and source.snapshot is None:
         arguments["revision"] = source.revision
     return arguments
 
@@ -280,4 +322,11 @@ def _as_model_error(source: ModelSource, part: str = "") -> Iterator[None]:
             ) from error
         if source.is_hub and isinstance(error, OSError):
             raise hub_error(source.name, error) from error
+        reason = first_line(error)
+        if isinstance(error, _UNFORESEEN):
+            reason = f"{reason} ({type(error).__name__}); its files are damaged or do not fit"
+        raise ModelError(f"cannot load {part}{source.name}: {reason}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers has no class of its own for its errors
+            raise
         raise ModelError(f"cannot load {part}{source.name}: {first_line(error)}") from error

@@ -2,19 +2,20 @@
 
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import huggingface_hub
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ConfigError, DataError, ModelError
 from grasp_lightning.models import gguf
-from grasp_lightning.reading.text import parse_yaml
+from grasp_lightning.models.side_files import is_licence, side_files
+from grasp_lightning.models.weight_files import weight_files
+from grasp_lightning.reading.text import parse_yaml, user_path
 
-_LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*(?:\n|\Z)", re.DOTALL)
 _MAX_QUOTED = 300  # characters of a foreign error message
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -28,7 +29,7 @@ class ModelOrigin:
         name: Hub name, the folder's own name, or the GGUF file's name with its quantization; never
             a path of this machine.
         licence: Licence identifier that the source states, None if it states none.
-        licence_files: Licence and notice files to hand on with a derived model.
+        side_files: Files to hand on with a derived model; of a GGUF file, its licence alone.
         source_bytes: Size of the weight files on disk.
         quantized_source: True for a GGUF file that is smaller than its own float32 copy.
         folder: Local folder, or single .gguf file, that output must never touch; None for a hub
@@ -37,10 +38,15 @@ class ModelOrigin:
 
     name: str
     licence: str | None
-    licence_files: tuple[Path, ...]
+    side_files: tuple[Path, ...]
     source_bytes: int | None
     quantized_source: bool
     folder: Path | None
+
+    @property
+    def licence_files(self) -> tuple[Path, ...]:
+        """Licence and notice files among the side files."""
+        return tuple(file for file in self.side_files if is_licence(file))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,7 @@ class ModelSource:
         gguf_file: The local GGUF file, None for other formats.
         folder: See ``ModelOrigin``.
         is_alias: True for the model inside the quickstart's wheel.
+        snapshot: Folder of the hub's cache, if all of a hub model is there.
     """
 
     location: str
@@ -62,6 +69,7 @@ class ModelSource:
     gguf_file: Path | None = None
     folder: Path | None = None
     is_alias: bool = False
+    snapshot: Path | None = None
 
     @property
     def is_hub(self) -> bool:
@@ -70,8 +78,8 @@ class ModelSource:
 
     def local_folder(self) -> Path | None:
         """Return the folder that holds the files; for a hub model its cached snapshot, if any."""
-        if not self.is_hub:
-            return Path(self.location)
+        if not self.is_hub or self.snapshot is not None:
+            return self.snapshot or Path(self.location)
         try:
             cached = try_to_load_from_cache(self.location, "config.json", revision=self.revision)
         except HFValidationError:
@@ -100,7 +108,7 @@ def resolve_source(config: ModelConfig) -> ModelSource:
         _refuse_keys(config, "the alias smollm2", "revision", "gguf_file")
         file = gguf.find_alias()
         return _gguf_source(file, folder=file.parent, is_alias=True)
-    path = Path(config.path).expanduser()
+    path = user_path(config.path, "model.path", ModelError)
     if path.is_file():
         return _file_source(config, path)
     if path.is_dir():
@@ -125,19 +133,11 @@ def describe_origin(source: ModelSource) -> ModelOrigin:
     return ModelOrigin(
         name=source.name,
         licence=_card_licence(folder) if folder else None,
-        licence_files=_licence_files(folder) if folder else (),
+        side_files=side_files(folder) if folder else (),
         source_bytes=_weight_bytes(folder) if folder else None,
         quantized_source=False,
         folder=source.folder,
     )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a Hugging Face folder; empty if it has none."""
-    for pattern in _WEIGHT_PATTERNS:
-        if found := sorted(folder.glob(pattern)):
-            return found
-    return []
 
 
 def _looks_like_path(text: str) -> bool:
@@ -175,7 +175,7 @@ def _file_source(config: ModelConfig, path: Path) -> ModelSource:
 def _folder_source(config: ModelConfig, path: Path) -> ModelSource:
     _refuse_keys(config, "a local folder", "revision")
     if config.gguf_file is not None:
-        file = path / config.gguf_file
+        file = user_path(str(path / config.gguf_file), "model.gguf_file", ModelError)
         if not file.is_file():
             raise ModelError(f"model.gguf_file: {config.path} has no file {config.gguf_file}")
         return _gguf_source(file, folder=path)
@@ -190,8 +190,9 @@ def _hub_source(config: ModelConfig) -> ModelSource:
         )
     if config.gguf_file is None:
         return ModelSource(location=config.path, name=config.path, revision=config.revision)
+    revision = _commit(config.path, config.revision)
     try:
-        file = Path(hf_hub_download(config.path, config.gguf_file, revision=config.revision))
+        file = Path(hf_hub_download(config.path, config.gguf_file, revision=revision))
     except (OSError, HFValidationError) as error:
         raise hub_error(config.path, error) from error
     return ModelSource(
@@ -202,7 +203,40 @@ def _hub_source(config: ModelConfig) -> ModelSource:
     )
 
 
-def hub_error(name: str, error: Exception) -> ModelError:
+def pinned(source: ModelSource) -> ModelSource:
+    """Return a source whose files are all of one commit, if it is a hub model.
+
+    What is in the cache is opened there: transformers would ask the hub for each file that a model
+    does not have, and five times so where there is no network. A ``ModelError`` says that the hub
+    cannot be reached, and that its cache does not know the model.
+
+    Args:
+        source: A resolved source.
+
+    Returns:
+        The source, with the commit as its revision; itself if it is local.
+    """
+    if not source.is_hub:
+        return source
+    source = replace(source, revision=_commit(source.location, source.revision))
+    folder = source.local_folder()
+    is_whole = folder and (folder / "tokenizer_config.json").exists() and weight_files(folder)
+    return replace(source, snapshot=folder) if is_whole else source
+
+
+def _commit(name: str, revision: str | None) -> str:
+    """Ask the hub once; what is fetched after it says itself what is wrong with a name."""
+    try:
+        return huggingface_hub.resolve_revision(
+            name, revision=revision, local_files_only=huggingface_hub.is_offline_mode()
+        )
+    except RevisionResolutionError as error:
+        raise hub_error(name, error.__cause__ or error) from error
+    except (HFValidationError, OSError) as error:
+        raise hub_error(name, error) from error
+
+
+def hub_error(name: str, error: BaseException) -> ModelError:
     """Return the one line that says that a hub model could not be fetched, and what to do.
 
     Args:
@@ -218,10 +252,12 @@ def hub_error(name: str, error: Exception) -> ModelError:
     )
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, cut to a readable length."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, or all if that ends with a colon, cut if it is long."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
+    if text.endswith(":"):
+        text = " ".join(lines)
     return textwrap.shorten(text, _MAX_QUOTED, placeholder=" ...")
 
 
@@ -230,18 +266,15 @@ def _gguf_origin(source: ModelSource, file: Path) -> ModelOrigin:
     return ModelOrigin(
         name=source.name,
         licence=header.licence or _card_licence(file.parent),
-        licence_files=(
-            gguf.alias_licence_files() if source.is_alias else _licence_files(file.parent)
-        ),
+        side_files=gguf.alias_licence_files() if source.is_alias else _licences(file.parent),
         source_bytes=header.file_bytes,
         quantized_source=header.is_smaller_than_float32,
         folder=source.folder,
     )
 
 
-def _licence_files(folder: Path) -> tuple[Path, ...]:
-    found = {path for pattern in _LICENCE_PATTERNS for path in folder.glob(pattern)}
-    return tuple(sorted(path for path in found if path.is_file()))
+def _licences(folder: Path) -> tuple[Path, ...]:
+    return tuple(file for file in side_files(folder) if is_licence(file))
 
 
 def _weight_bytes(folder: Path) -> int | None:

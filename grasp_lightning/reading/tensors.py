@@ -6,6 +6,7 @@ file (its path, if None); and ``advice``, what to do, for the end of the message
 
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +76,26 @@ def read_checkpoint(
 ) -> Any:  # noqa: ANN401  whatever was saved
     """Return what ``torch.save`` wrote, on the CPU; nothing of it is executed."""
     with _damage(path, raises, what, advice):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _unpickled(path)
+
+
+def read_shapes(
+    path: Path, raises: type[GraspError] = PlanError, what: str | None = None, advice: str = ""
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a safetensors file, or of what ``torch.save`` wrote."""
+    if path.suffix == ".safetensors":
+        with open_tensors(path, raises, what, advice) as content:
+            return {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118  no mapping
+    with _damage(path, raises, what, advice):
+        found = _unpickled(path, mmap=zipfile.is_zipfile(path))
+        return {key: tuple(v.shape) for key, v in found.items() if isinstance(v, Tensor)}
+
+
+def _unpickled(path: Path, *, mmap: bool = False) -> Any:  # noqa: ANN401  whatever was saved
+    with warnings.catch_warnings():
+        # Of files that it then refuses.
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
 
 
 @contextmanager
@@ -89,4 +109,8 @@ def _damage(path: Path, raises: type[GraspError], what: str | None, advice: str)
 
 
 def _line(path: Path, what: str | None, error: BaseException, advice: str) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to open such files nonetheless
+        error = pickle.UnpicklingError(
+            "no tensors of torch, or more than these, which may run code"
+        )
     return told(what or path, f"is damaged: {one_line(error)}", advice)

@@ -1,11 +1,11 @@
 """The folder ``model`` of a run, written in one place for all commands."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
+from grasp_lightning.models.side_files import copy_side_files
 from grasp_lightning.run_folder import RunFolder
 
 _CARD_NAME = "README.md"
@@ -18,16 +18,15 @@ def write_model(
 
     Args:
         run: The run folder.
-        loaded: Model, tokenizer and the licence files of their origin.
+        loaded: Model, tokenizer and the side files of their origin.
         card: Content of README.md.
         texts: More files by name.
     """
     with run.new_folder("model") as folder:
         save_model(loaded.model, folder, tokenizer=loaded.tokenizer)
-        for file in loaded.origin.licence_files:
-            shutil.copyfile(file, folder / file.name)
         for name, text in {**(texts or {}), _CARD_NAME: card}.items():
             (folder / name).write_text(text, encoding="utf-8")
+        copy_side_files(loaded.origin.side_files, folder)
 
 
 def read_card(folder: Path | None) -> str | None:

@@ -1,5 +1,7 @@
 import json
 import logging
+import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,7 @@ def test_origin_names_licence_files_and_size(tiny_folder: Path) -> None:
         ("---\nlicense: other\nlicense_name: llama2\n---\n", "llama2"),
         ("---\ntags: [a]\n---\n", None),
         ("---\nlicense: [unclosed\n---\n", None),
+        ("---\nlicense: mit\nday: 2020-99-99\n---\n", None),
         ("# license: mit\n", None),
     ],
 )
@@ -105,6 +108,23 @@ def test_licence_is_read_from_the_front_matter_only(
     assert load_model(cpu(tiny_folder)).origin.licence == licence
 
 
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("~nouser/x", "~nouser/x: there is no home folder of ~nouser"),
+        ("a\0b", "'a\\x00b' is no path: embedded null byte"),
+        ("x" * 300, "File name too long"),
+        ("https://me:secret@host/a/b", "no such file or folder: https://***@host/a/b"),
+        ("ssh://token@host/a b", "no such file or folder: ssh://***@host/a b"),
+    ],
+)
+def test_a_path_that_no_file_can_have_is_one_line(path: str, reason: str) -> None:
+    text = message(cpu(path))
+
+    assert text.startswith("model.path: ")
+    assert text.endswith(reason)
+
+
 @pytest.mark.parametrize("path", ["./none", "/none/there", "~/none-there", "a/b/c", "none.gguf"])
 def test_a_path_that_does_not_exist_is_named(path: str) -> None:
     assert message(cpu(path)) == f"model.path: no such file or folder: {path}"
@@ -114,16 +134,40 @@ def test_an_empty_path_does_not_mean_the_working_directory() -> None:
     assert "model.path is empty" in message(cpu(""), ConfigError)
 
 
-@pytest.mark.slow  # the hub library tries five times
-def test_a_hub_name_that_cannot_be_fetched_says_what_to_do() -> None:
+def test_a_hub_name_that_cannot_be_fetched_says_at_once_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+
     text = message(cpu("nobody/nothing"))
+
+    assert not caplog.records  # the hub's library would try five times, and log each
 
     assert text.startswith("model.path: cannot get nobody/nothing from the Hugging Face hub (")
     assert "HF_HUB_OFFLINE" in text
     assert "give a local folder" in text
 
 
-@pytest.mark.slow
+def test_a_hub_model_in_the_cache_needs_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, repository = "0123456789" * 4, tmp_path / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = save_tiny(repository / "snapshots" / commit)
+    (snapshot / "README.md").write_text("---\nlicense: mit\n---\n")
+    for module in ("constants", "hf_api", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", tmp_path, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+
+    loaded = load_model(cpu("org/tiny"))
+
+    assert (loaded.origin.name, loaded.origin.licence) == ("org/tiny", "mit")
+    assert loaded.model.name_or_path == "org/tiny"
+
+
 def test_a_gguf_file_of_a_hub_name_that_cannot_be_fetched_says_what_to_do() -> None:
     assert "cannot get nobody/nothing" in message(cpu("nobody/nothing", gguf_file="a.gguf"))
 
@@ -162,6 +206,94 @@ def test_a_config_that_cannot_be_read_is_one_line(tiny_folder: Path, content: st
     (tiny_folder / "config.json").write_text(content)
 
     assert message(cpu(tiny_folder)).startswith("cannot load tiny-llama: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_attention_heads", 0), ("vocab_size", -5), ("num_hidden_layers", 0)]
+)
+def test_a_config_of_impossible_numbers_is_one_line(
+    tiny_folder: Path, key: str, value: int
+) -> None:
+    config = json.loads((tiny_folder / "config.json").read_text()) | {key: value}
+    (tiny_folder / "config.json").write_text(json.dumps(config))
+
+    expected = f"the config.json of tiny-llama has {key} {value}; expected 1 or more"
+    assert message(cpu(tiny_folder)) == expected
+    with pytest.raises(ModelError, match=key):
+        load_meta_model(cpu(tiny_folder))
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("ran",)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (pickle.dumps({"a": Harmful()}), "no tensors of torch, or more than these, which may run"),
+        (b"<html>not found</html>", "no tensors of torch, or more than these, which may run"),
+        (b"", "EOFError"),
+    ],
+)
+def test_a_pickle_or_a_foreign_file_is_not_opened(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], content: bytes, reason: str
+) -> None:
+    (tiny_folder / "model.safetensors").unlink()
+    (tiny_folder / "pytorch_model.bin").write_bytes(content)
+
+    text = message(cpu(tiny_folder))
+
+    assert text.startswith(f"cannot load tiny-llama: pytorch_model.bin is damaged: {reason}")
+    assert text.endswith("; fetch it again")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"weight_map": {"a": "/etc/passwd"}}, "names '/etc/passwd'; expected files beside it"),
+        ({"weight_map": {"a": "../a.safetensors"}}, "names '../a.safetensors'; expected files"),
+        ({"weight_map": {"a": 3}}, "names 3; expected files beside it"),
+        ({"weight_map": {"a": "b.safetensors"}}, "b.safetensors cannot be read: No such file"),
+        ({}, "lacks its metadata or weight_map"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_an_index_names_files_beside_it(
+    tiny_folder: Path, content: dict[str, object] | str, reason: str
+) -> None:
+    (tiny_folder / "model.safetensors").unlink()
+    text = content if isinstance(content, str) else json.dumps(content | {"metadata": {}})
+    (tiny_folder / "model.safetensors.index.json").write_text("{}" if content == {} else text)
+
+    assert reason in message(cpu(tiny_folder))
+
+
+def test_a_link_to_nothing_and_a_fifo_are_named(tiny_folder: Path) -> None:
+    file = tiny_folder / "model.safetensors"
+    file.rename(tiny_folder / "weights")
+    file.symlink_to("/nowhere/weights")
+
+    assert message(cpu(tiny_folder)) == (
+        "cannot load tiny-llama: model.safetensors cannot be read: a link to /nowhere/weights, "
+        "which does not exist; fetch it again"
+    )
+    file.unlink()
+    os.mkfifo(file)
+    assert "is a FIFO; expected a file" in message(cpu(tiny_folder))
+
+
+def test_a_shard_beside_its_index_is_loaded(tiny_folder: Path) -> None:
+    tiny_model().save_pretrained(tiny_folder, max_shard_size="20kB")
+    (tiny_folder / "model.safetensors").unlink(missing_ok=True)
+
+    loaded = load_model(cpu(tiny_folder))
+
+    assert model_hash(loaded.model) == model_hash(tiny_model())
+    shards = sorted(tiny_folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert loaded.origin.source_bytes == sum(file.stat().st_size for file in shards)
 
 
 def test_a_model_that_is_no_language_model_is_one_line(tiny_folder: Path) -> None:
@@ -227,6 +359,8 @@ def test_a_damaged_tokenizer_is_one_line(tiny_folder: Path) -> None:
     (tiny_folder / "tokenizer.json").write_text("{")
 
     assert message(cpu(tiny_folder)).startswith("cannot load the tokenizer of tiny-llama: ")
+    (tiny_folder / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "none"}}')
+    assert "did not match any variant" in message(cpu(tiny_folder))
 
 
 def test_model_code_runs_only_when_trusted(tiny_folder: Path) -> None:

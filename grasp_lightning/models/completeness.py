@@ -1,0 +1,177 @@
+"""Whether a model has all that its checkpoint has, and nothing that its config does not build."""
+
+import copy
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from grasp_lightning.errors import ModelError
+from grasp_lightning.models.checkpoint import foreign_quantizer
+from grasp_lightning.models.lowrank import is_replaced
+from grasp_lightning.models.source import first_line
+
+logger = logging.getLogger(__name__)
+
+_MAX_NAMED = 3  # tensors that one message names
+_LEAST_SHARE = 0.0005  # of the parameters that a message states
+# Masks, positions and rotary tables, which a model computes itself.
+_COMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_complete(name: str, report: Mapping[str, Any]) -> None:  # Any: mixed report
+    """Refuse a model of which a part was not in its checkpoint.
+
+    Args:
+        name: What messages call the model.
+        report: What transformers says of loading it.
+
+    Raises:
+        ModelError: If a tensor is missing, has another shape, or cannot be converted.
+    """
+    mismatched = [
+        f"{key} is {tuple(stored)}, expected {tuple(wanted)}"
+        for key, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    problems = (
+        ("lacks weights", sorted(report["missing_keys"])),
+        ("has weights of another shape", mismatched),
+        ("has weights that cannot be converted", [first_line(e) for e in report["error_msgs"]]),
+    )
+    for problem, names in problems:
+        if names:
+            raise ModelError(
+                f"the checkpoint of {name} {problem}: {_some(names)}; "
+                f"it does not fit its own config.json"
+            )
+
+
+def check_config_builds(name: str, model: PreTrainedModel) -> None:
+    """Refuse a model with modules that its config does not build, such as those of an adapter.
+
+    It could be neither counted nor saved as what it is. Low-rank and narrowed linears are known,
+    and so is what quantizers of transformers put in.
+
+    Args:
+        name: What messages call the model.
+        model: The loaded model.
+
+    Raises:
+        ModelError: If a module is of another class than the config says.
+    """
+    if foreign_quantizer(model) is not None:
+        return
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        built = type(model)(copy.deepcopy(model.config))
+    expected = {path: type(module).__name__ for path, module in built.named_modules()}
+    for path, module in _plain_modules(model, ""):
+        found, wanted = type(module).__name__, expected.get(path, "nothing")
+        if found != wanted:
+            raise ModelError(
+                f"{name} has {found} at {path}, where its config.json builds {wanted}: merge what "
+                f"was added to the model into its weights, and save it as a plain model"
+            )
+
+
+def _plain_modules(module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
+    if is_replaced(module):
+        return
+    yield path, module
+    for child_name, child in module.named_children():
+        yield from _plain_modules(child, f"{path}.{child_name}" if path else child_name)
+
+
+def warn_of_rest(
+    name: str,
+    model: PreTrainedModel,
+    architectures: Sequence[str] | None,
+    unexpected: AbstractSet[str] = frozenset(),
+    stored: Shapes | None = None,
+) -> None:
+    """Name in one warning what of a checkpoint the loaded model does not have.
+
+    Args:
+        name: What messages call the model.
+        model: The loaded model, or one on the meta device.
+        architectures: Classes of the checkpoint, as its config.json names them.
+        unexpected: Tensors that transformers says it had no place for.
+        stored: Shapes of what the weight files hold; None if they were not read.
+    """
+    stored = stored or {}
+    rest = unexpected | _ignored(model, stored)
+    share = _share(rest, stored)
+    own, loaded = (architectures or [type(model).__name__])[0], type(model).__name__
+    if own != loaded and (rest or not stored) and _has_towers(own):
+        parts = _some(_parts(rest, stored)) if rest else f"what else a {own} has"
+        logger.warning(
+            "%s is a %s, loaded as %s: the result is a text-only model, without %s%s, and all "
+            "sizes and shares refer to what is left",
+            name,
+            own,
+            loaded,
+            parts,
+            share,
+        )
+    elif rest:
+        logger.warning(
+            "the checkpoint of %s has weights that the model does not use: %s%s",
+            name,
+            _some(sorted(rest)),
+            share,
+        )
+
+
+def _has_towers(architecture: str) -> bool:
+    """Return whether a class is that of a model of more than text."""
+    return not architecture.endswith(("ForCausalLM", "Model"))
+
+
+def _ignored(model: PreTrainedModel, stored: Shapes) -> set[str]:
+    """Return the stored tensors that the class of a model silently leaves out."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if not patterns:
+        return set()
+    ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
+    used = model.state_dict().keys()
+    return {
+        key
+        for key in stored
+        if ignored.search(key) and key not in used and not _COMPUTED.search(key)
+    }
+
+
+def _share(rest: AbstractSet[str], stored: Shapes) -> str:
+    sizes = {key: math.prod(shape) for key, shape in stored.items()}
+    # transformers renames some tensors before it finds no place for them.
+    renamed = tuple(key for key in rest if key not in sizes)
+    left = sum(
+        size
+        for key, size in sizes.items()
+        if key in rest or any(key.endswith(other) or other.endswith(key) for other in renamed)
+    )
+    share = left / max(1, sum(sizes.values()))
+    return f" ({share:.1%} of its parameters)" if share >= _LEAST_SHARE else ""
+
+
+def _parts(rest: AbstractSet[str], stored: Shapes) -> list[str]:
+    """Return the modules that hold nothing but what is left out."""
+    kept = {prefix for key in stored.keys() - rest for prefix in _prefixes(key)}
+    return sorted({next((p for p in _prefixes(key) if p not in kept), key) for key in rest})
+
+
+def _prefixes(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")

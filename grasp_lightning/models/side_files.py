@@ -1,0 +1,115 @@
+"""What lies beside the weights of a source and belongs into a copy: processors, licences, code."""
+
+import logging
+import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import huggingface_hub
+
+from grasp_lightning.errors import OutputError
+from grasp_lightning.models.lowrank import REMOTE_MODULE
+
+logger = logging.getLogger(__name__)
+
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+# Weights of every framework, their indices, hidden files, and what a copy has of its own.
+_LEFT_OUT = (
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.onnx_data",
+    "*.gguf",
+    "*.ot",
+    "*.npz",
+    "*.pkl",
+    "*.tflite",
+    "*.mlmodel",
+    "*.index.json",
+    ".*",
+    "config.json",
+    "README.md",
+    f"{REMOTE_MODULE}.py",
+)
+
+
+def side_files(folder: Path) -> tuple[Path, ...]:
+    """Return the files of a model folder, not of folders in it, that a copy of the model needs.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        All but weights, indices, hidden files, and what every copy has of its own; by name.
+    """
+    return tuple(
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and not any(fnmatchcase(file.name, pattern) for pattern in _LEFT_OUT)
+    )
+
+
+def is_licence(file: Path) -> bool:
+    """Return whether a file is a licence or a notice, by its name."""
+    return any(fnmatchcase(file.name, pattern) for pattern in _LICENCES)
+
+
+def fetch_side_files(name: str, revision: str | None, folder: Path | None) -> None:
+    """Bring what lies beside the weights of a hub model into the cache.
+
+    Args:
+        name: Hub name.
+        revision: Branch, tag or commit.
+        folder: Its folder in the cache, if any.
+    """
+    if folder is not None and (folder / "README.md").exists():  # they came with it
+        return
+    try:
+        huggingface_hub.snapshot_download(
+            name, revision=revision, ignore_patterns=[*_LEFT_OUT[:-2], "*/*"]
+        )
+    except OSError as error:  # every error of the hub is one; the weights are there already
+        reason = " ".join(str(error).split())
+        logger.warning("files beside the weights of %s cannot be fetched: %.200s", name, reason)
+
+
+def copy_side_files(files: Iterable[Path], folder: Path) -> None:
+    """Copy files that a saved model does not have of its own; links are not followed elsewhere.
+
+    Args:
+        files: Files of the source.
+        folder: The saved model.
+
+    Raises:
+        OutputError: If a file cannot be copied.
+    """
+    elsewhere = []
+    for file in files:
+        if (folder / file.name).exists():
+            continue
+        if not _is_inside(file):
+            elsewhere.append(file.name)
+            continue
+        try:
+            shutil.copyfile(file, folder / file.name)
+        except OSError as error:
+            raise OutputError(
+                f"cannot copy {file} into the model ({error.strerror}); run the same command again"
+            ) from error
+    if elsewhere:
+        logger.warning(
+            "not copied, since these are links out of the source's folder: %s", ", ".join(elsewhere)
+        )
+
+
+def _is_inside(file: Path) -> bool:
+    # A snapshot of the hub's cache holds links to files that lie beside all snapshots.
+    is_snapshot = file.parent.parent.name == "snapshots"
+    root = file.parent.parent.parent if is_snapshot else file.parent
+    return file.resolve().is_relative_to(root.resolve())
