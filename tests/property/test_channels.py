@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grasp_lightning.linalg.channels import narrowed_weight, removal_order
-from grasp_lightning.linalg.weightings import curvature_error, damped_root
+from grasp_lightning.linalg.weightings import damped_root
+from tests.reference.definitions import curvature_error
 
 quick = settings(max_examples=40, deadline=None)
 DAMPING = 1e-2
