@@ -24,20 +24,6 @@ ScoredTerms = Literal["full", "sigma"]
 GradientScore = Literal["taylor", "gradient"]
 
 
-class ComponentGradients(NamedTuple):
-    """Gradient of the loss with respect to the parameters of a factorised weight.
-
-    Attributes:
-        s: ``dL/ds``, ``(K,)``.
-        u: ``dL/dU``, ``(N, K)``.
-        v: ``dL/dV``, ``(M, K)``; singular vectors in columns, unlike ``SVD.vh``.
-    """
-
-    s: Tensor
-    u: Tensor
-    v: Tensor
-
-
 class TokenGradient(NamedTuple):
     """Gradient of a weight as what it sums over tokens, ``G = grad_output^T x``.
 
@@ -60,28 +46,6 @@ class TokenGradient(NamedTuple):
         """
         with torch.autocast(self.x.device.type, enabled=False):
             return self.grad_output.detach().to(dtype).mT @ self.x.detach().to(dtype)
-
-
-def component_gradients(svd: SVD, weight_grad: Tensor) -> ComponentGradients:
-    """Return the gradients of ``U``, ``s`` and ``V`` that belong to a gradient of the weight.
-
-    Args:
-        svd: Decomposition of the weight.
-        weight_grad: ``G``, the loss gradient of the dense weight, ``(N, M)``, any float dtype.
-
-    Returns:
-        Gradients in the wider dtype of ``svd`` and ``weight_grad``, float32 or better.
-
-    Raises:
-        ValueError: If ``weight_grad`` has not the shape of the weight.
-    """
-    if problem := _shape_problem(svd, weight_grad):
-        raise ValueError(problem)
-    svd, weight_grad = _in_one_dtype(svd, weight_grad)
-    left, right = _left_product(svd, weight_grad), _right_product(svd, weight_grad)
-    return ComponentGradients(
-        s=(svd.u * left).sum(dim=0), u=left * svd.s, v=(right * svd.s[:, None]).mT
-    )
 
 
 def sigma_gradients(svd: SVD, weight_grad: Tensor | TokenGradient) -> Tensor:

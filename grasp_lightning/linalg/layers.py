@@ -1,4 +1,4 @@
-"""How far decoder layers turn hidden states: sums over tokens, and block influence.
+"""How far decoder layers turn hidden states: sums over tokens.
 
 Legend: ``B`` windows, ``T`` tokens of each, ``D`` hidden size. The sums are float64, so that they
 can be added over batches and processes and divided once by the number of tokens.
@@ -51,32 +51,6 @@ def angular_distance_sum(hidden_in: Tensor, hidden_out: Tensor, mask: Tensor) ->
     if problem := _shape_problem(hidden_in, hidden_out, mask):
         raise ValueError(problem)
     return _masked_sum(_cosines(hidden_in, hidden_out).arccos() / math.pi, mask)
-
-
-def block_influence(hidden_in: Tensor, hidden_out: Tensor, mask: Tensor) -> Tensor:
-    """Return how far one decoder layer turns its hidden states.
-
-    Block influence is one minus the mean cosine similarity between what enters the layer and
-    what leaves it. A layer with a low value barely changes its input, and is a candidate for
-    replacement.
-
-    Source: Men et al., "ShortGPT", arXiv:2403.03853, definition of Block Influence.
-
-    Args:
-        hidden_in: Hidden states entering the layer, ``(B, T, D)``, any float dtype.
-        hidden_out: Hidden states leaving it, ``(B, T, D)``, same dtype.
-        mask: True where a token is real, False where it is padding, ``(B, T)``, bool.
-
-    Returns:
-        Float32 scalar in ``[0, 2]``; 0 if the layer keeps every direction.
-
-    Raises:
-        ValueError: If the shapes do not fit together, ``mask`` is not bool, or no token is real.
-    """
-    total = cosine_sum(hidden_in, hidden_out, mask)
-    if not mask.any():
-        raise ValueError("mask marks every position as padding, so there is nothing to average")
-    return (1 - total / mask.sum()).float()
 
 
 def _cosines(hidden_in: Tensor, hidden_out: Tensor) -> Tensor:

@@ -232,32 +232,6 @@ def even_norms(svd: SVD) -> SVD:
     return SVD(svd.u * ratio, svd.s, svd.vh / ratio[:, None])
 
 
-def curvature_error(weight_change: Tensor, a_gram: Tensor | None, c_gram: Tensor | None) -> Tensor:
-    """Return the weighted squared size of a change of a weight, ``tr(A D C D^T)``.
-
-    For ``D = W - W'`` with ``W'`` a truncation by ``weighted_svd`` in the roots of ``A`` and ``C``,
-    it is the sum of the dropped squared singular values.
-
-    Args:
-        weight_change: ``D``, ``(N, M)``, any float dtype.
-        a_gram: ``A``, symmetric ``(N, N)``, or its diagonal ``(N,)``; None for the identity.
-        c_gram: ``C``, symmetric ``(M, M)``, or its diagonal ``(M,)``; None for the identity.
-
-    Returns:
-        Float64 scalar, ``|L^T D R|^2``; not negative up to rounding.
-    """
-    change = weight_change.detach().double()
-    product = change
-    if a_gram is not None:
-        metric = a_gram.double()
-        product = metric[:, None] * change if metric.ndim == 1 else metric @ change
-    if c_gram is not None:
-        metric = c_gram.double()
-        change = change * metric if metric.ndim == 1 else change @ metric
-    # tr(A D C D^T) is the inner product of A D and D C, as both metrics are symmetric.
-    return (product * change).sum()
-
-
 def activation_scales(mean_modulus: Tensor, alpha: float = 0.5) -> Tensor:
     """Return the diagonal root that weights each input by its typical size.
 
@@ -352,12 +326,6 @@ def _root(damped: Tensor) -> Tensor | None:
         return damped.sqrt() if (damped > 0).all() else None
     root, info = torch.linalg.cholesky_ex(damped)
     return None if info.item() else root
-
-
-def _solve_left(columns: Tensor, left: Tensor) -> Tensor:
-    """Return ``L^-T columns``."""
-    solution: Tensor = torch.linalg.solve_triangular(left.mT, columns, upper=True)
-    return solution
 
 
 def _solve_right(rows: Tensor, right: Tensor) -> Tensor:

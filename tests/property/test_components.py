@@ -6,13 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grasp_lightning.linalg.components import (
-    TokenGradient,
-    component_gradients,
-    sigma_gradients,
-    window_scores,
-)
+from grasp_lightning.linalg.components import TokenGradient, sigma_gradients, window_scores
 from grasp_lightning.linalg.factors import SVD, factorize
+from tests.reference.definitions import component_gradients
 from tests.reference.factorized_linear import FactorizedLinear
 
 quick = settings(max_examples=30, deadline=None)

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grasp_lightning.linalg.layers import angular_distance_sum, block_influence, cosine_sum
+from grasp_lightning.linalg.layers import angular_distance_sum, cosine_sum
+from tests.reference.definitions import block_influence
 from tests.reference.naive_similarity import (
     naive_angular_distance_sum,
     naive_block_influence,

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from grasp_lightning.linalg.factors import balanced_factors, factorize
 from grasp_lightning.linalg.weightings import (
-    curvature_error,
     damped_cholesky,
     damped_root,
     even_norms,
     weighted_svd,
 )
+from tests.reference.definitions import curvature_error
 
 quick = settings(max_examples=40, deadline=None)
 sizes = st.integers(1, 9)

@@ -9,12 +9,12 @@ from torch import Tensor
 from grasp_lightning.linalg.factors import SVD, factorize
 from grasp_lightning.linalg.weightings import (
     activation_scales,
-    curvature_error,
     damped_cholesky,
     damped_root,
     even_norms,
     weighted_svd,
 )
+from tests.reference.definitions import curvature_error
 
 eye = torch.eye(3, dtype=torch.float64)
 

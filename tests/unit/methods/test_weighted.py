@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from grasp_lightning.config import MethodConfig, Weighting
 from grasp_lightning.errors import ConfigError
-from grasp_lightning.linalg.weightings import curvature_error
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks
 from grasp_lightning.methods.metric import Metric
@@ -28,6 +27,7 @@ from grasp_lightning.stats.base import (
 from grasp_lightning.stats.moments import MomentSums
 from grasp_lightning.stats.observer import LinearObserver, shared_inputs
 from tests.conftest import tiny_model
+from tests.reference.definitions import curvature_error
 from tests.unit.evaluation.test_perplexity import random_batch
 from tests.unit.stats.test_observer import run
 
