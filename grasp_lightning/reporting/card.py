@@ -189,14 +189,7 @@ def compensated_card(
 
 
 def base_model_of(card: str) -> str | None:
-    """Return the base model's name that a card of a compressed or compensated model holds.
-
-    Args:
-        card: Content of a README.md.
-
-    Returns:
-        Hub name, or the name of a folder or file; None if the card is not one of ours.
-    """
+    """Return the base model's name in a card that we wrote; None in any other card."""
     title = _TITLE.search(card)
     return title[1] if title else None
 
@@ -227,7 +220,8 @@ def _parsed(card: str) -> RepoCard:
     text, empty = card.removeprefix("\ufeff").replace("\r\n", "\n"), "---\n{}\n---\n\n"
     try:
         return RepoCard(text if REGEX_YAML_BLOCK.search(text) else empty + text)
-    except (yaml.YAMLError, ValueError, TypeError):  # a date that there is not, a key as number
+    # A date that there is not, a key that is no string, thousands of brackets.
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return RepoCard(empty + text)
 
 

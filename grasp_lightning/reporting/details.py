@@ -51,16 +51,7 @@ class Details(NamedTuple):
 
 
 def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> list[Details]:
-    """Return all tables that have rows.
-
-    Args:
-        metrics: Numbers of the run.
-        plan: Its decisions.
-        scores: Content of its scores.safetensors; may be empty.
-
-    Returns:
-        Layers, ranks, channels, and removed layers and blocks, in this order.
-    """
+    """Return layers, ranks, channels, removed layers and blocks: all tables that have rows."""
     tables = (
         _layers(metrics, plan),
         _ranks(plan, scores),
@@ -77,7 +68,8 @@ def _layers(metrics: Metrics, plan: Plan) -> Details:
             layer, kind = module_place(module)
             kinds.setdefault((layer, in_attention(kind)), []).append(_KINDS[type(operation)])
     rows = []
-    for index, change in metrics.layer_changes.items():
+    has_parts = any(metrics.layer_changes.values())  # else there are deleted layers alone
+    for index, change in metrics.layer_changes.items() if has_parts else ():
         cells = ["deleted", "deleted"]
         if change is not None:
             parts = ((change.attention, True), (change.mlp, False))

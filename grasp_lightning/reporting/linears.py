@@ -155,14 +155,7 @@ def layer_changes(plan: Plan, linears: Iterable[str]) -> dict[str, LayerChange |
 
 
 def module_place(module: str) -> tuple[int, str]:
-    """Return the layer index and the kind of a linear, from its full name.
-
-    Args:
-        module: Name such as ``model.layers.22.mlp.gate_proj``.
-
-    Returns:
-        Such as ``(22, "mlp.gate_proj")``; layer -1 and the whole name where it holds no index.
-    """
+    """Return layer and kind of a linear: ``(22, "mlp.gate_proj")``; layer -1 where it has none."""
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", module)
     return (int(match[1]), match[2]) if match else (-1, module)
 
