@@ -107,15 +107,7 @@ def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, floa
 
 
 def removed_parts(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return what the removal of each layer and block that went at a price has cost by itself.
-
-    Args:
-        plan: Decisions of the run.
-        scores: Content of its scores.safetensors.
-
-    Returns:
-        Nats per token by name, such as ``model.layers.3.attention``, sorted by layer.
-    """
+    """Return the measured price of each removed layer and block, by name, sorted by layer."""
     found = {}
     for key, price in scores.items():
         name, _, kind = key.rpartition(".")

@@ -170,10 +170,9 @@ def _changed_parts(metrics: Metrics) -> str:
         name: (sum(count.changed for count in counts), sum(count.total for count in counts))
         for name, counts in blocks.items()
     }
-    is_whole = not num_deleted and all(changed == total for changed, total in sums.values())
-    if not changes or is_whole:
+    if not changes or (not num_deleted and all(c == total > 0 for c, total in sums.values())):
         return ""
-    texts = [f"{changed} of {total} {name} linears" for name, (changed, total) in sums.items()]
+    texts = [f"{c} of {total} {name} linears" for name, (c, total) in sums.items() if total]
     return f" ({', '.join([*texts, *[f'{num_deleted} deleted'] * bool(num_deleted)])})"
 
 
