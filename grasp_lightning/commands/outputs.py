@@ -271,14 +271,7 @@ def write_outputs(run: RunFolder, outcome: RunOutcome[M], phases: Phases) -> M:
 
 
 def package_versions(*more: str) -> dict[str, str]:
-    """Return the versions of what a run was made with.
-
-    Args:
-        *more: Packages that this kind of run uses beside the usual ones.
-
-    Returns:
-        Version by package name.
-    """
+    """Return the versions of what a run was made with, by package; some runs use more."""
     packages = {package: version(package) for package in (*_PACKAGES, *more)}
     return {"grasp_lightning": __version__, "python": platform.python_version(), **packages}
 

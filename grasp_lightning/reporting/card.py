@@ -48,22 +48,7 @@ def model_card(
     licence_files: Sequence[str],
     config: Values,
 ) -> str:
-    """Return the README.md of a compressed model.
-
-    It holds no paths of this machine and no times, so that equal runs give equal cards.
-
-    Args:
-        metrics: Numbers of the run.
-        plan: Its decisions.
-        origin_name: Name of the base model: ``owner/name`` counts as a hub name, so a local folder
-            must not be given that way; of any other path only the last part is printed.
-        licence: Licence of the base model as its own card or file names it, None if unknown.
-        licence_files: Names of the licence files that lie beside the card.
-        config: Resolved configuration, nested, of plain values.
-
-    Returns:
-        YAML front matter, then Markdown.
-    """
+    """Return the README.md of a compressed model, without paths of this machine and times."""
     base_model = public_name(origin_name)
     # Linears are no longer what the family makes of them.
     kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if plan.channels else ""
@@ -103,22 +88,7 @@ def export_card(
     licence_files: Sequence[str],
     source_card: str | None,
 ) -> str:
-    """Return the README.md of a dense copy of a compressed model; it says that nothing is gained.
-
-    Args:
-        base_model: Name of the model that was compressed, as ``base_model_of`` gives it, so that
-            ``owner/name`` is a hub name.
-        num_linears: Number of linears whose factors were multiplied.
-        num_narrowed: Number of narrowed linears that were filled up with zeros.
-        parameters: Of the copy (dense) and of the model that it was made from (compressed).
-        dtype: Floating point type of the weights.
-        licence: Licence of the base model, None if unknown.
-        licence_files: Names of the licence files that lie beside the card.
-        source_card: Name of the compressed model's own card beside this one, None if it has none.
-
-    Returns:
-        YAML front matter, then Markdown.
-    """
+    """Return the README.md of a dense copy, which says that nothing is gained by it."""
     text = _render(
         "card.md.jinja",
         kind="dense",
@@ -144,24 +114,10 @@ def compensated_card(
     licence_files: Sequence[str],
     config: Values,
 ) -> str:
-    """Return the README.md of a compensated model.
+    """Return the README.md of a compensated model, without paths of this machine and times.
 
-    A card of the compressed model is kept, and gains a section on the training. Nothing that is
-    added holds paths of this machine or times, so that equal runs give equal cards.
-
-    Args:
-        source_card: The compressed model's own card; None gives a new, short one. It may be of
-            foreign origin: then the section comes at its end.
-        metrics: Numbers of the run.
-        base_model: Name of the model that was compressed, as ``base_model_of`` gives it:
-            ``owner/name`` counts as a hub name, so a local folder must not be given that way; of
-            any other path only the last part is printed.
-        licence: Licence of the base model, None if unknown.
-        licence_files: Names of the licence files that lie beside the card.
-        config: Resolved configuration, nested, of plain values.
-
-    Returns:
-        YAML front matter, then Markdown.
+    A card of the compressed model, also a foreign one, is kept and gains a section on the training,
+    before that on loading or at its end; without a card there is a new, short one.
     """
     base_model = public_name(base_model)
     content = training_content(metrics, base_model, config)
@@ -189,14 +145,7 @@ def compensated_card(
 
 
 def base_model_of(card: str) -> str | None:
-    """Return the base model's name that a card of a compressed or compensated model holds.
-
-    Args:
-        card: Content of a README.md.
-
-    Returns:
-        Hub name, or the name of a folder or file; None if the card is not one of ours.
-    """
+    """Return the base model's name in a card that we wrote; None in any other card."""
     title = _TITLE.search(card)
     return title[1] if title else None
 
@@ -227,7 +176,8 @@ def _parsed(card: str) -> RepoCard:
     text, empty = card.removeprefix("\ufeff").replace("\r\n", "\n"), "---\n{}\n---\n\n"
     try:
         return RepoCard(text if REGEX_YAML_BLOCK.search(text) else empty + text)
-    except (yaml.YAMLError, ValueError, TypeError):  # a date that there is not, a key as number
+    # A date that there is not, a key that is no string, thousands of brackets.
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return RepoCard(empty + text)
 
 

@@ -27,7 +27,10 @@ _UNNAMED_SOURCES = {
 
 
 def public_name(name: str) -> str:
-    """Return a hub name as it is, and of any path the last part."""
+    """Return a hub name as it is, and of any path the last part.
+
+    ``owner/name`` counts as a hub name, so a local folder must not be given that way.
+    """
     return name if is_hub_name(name) else _last_part(name)
 
 

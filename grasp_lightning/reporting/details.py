@@ -51,16 +51,7 @@ class Details(NamedTuple):
 
 
 def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> list[Details]:
-    """Return all tables that have rows.
-
-    Args:
-        metrics: Numbers of the run.
-        plan: Its decisions.
-        scores: Content of its scores.safetensors; may be empty.
-
-    Returns:
-        Layers, ranks, channels, and removed layers and blocks, in this order.
-    """
+    """Return layers, ranks, channels, removed layers and blocks: all tables that have rows."""
     tables = (
         _layers(metrics, plan),
         _ranks(plan, scores),
@@ -74,15 +65,17 @@ def _layers(metrics: Metrics, plan: Plan) -> Details:
     kinds: dict[tuple[int, bool], list[str]] = {}
     for operation in plan.operations:
         for module in operation.modules if isinstance(operation, LinearOperation) else ():
-            layer, kind = module_place(module)
-            kinds.setdefault((layer, in_attention(kind)), []).append(_KINDS[type(operation)])
+            index, kind = module_place(module)
+            kinds.setdefault((index, in_attention(kind)), []).append(_KINDS[type(operation)])
     rows = []
-    for index, change in metrics.layer_changes.items():
+    has_parts = any(metrics.layer_changes.values())  # else there are deleted layers alone
+    for layer in sorted(metrics.layer_changes, key=int) if has_parts else ():
+        change = metrics.layer_changes[layer]
         cells = ["deleted", "deleted"]
         if change is not None:
             parts = ((change.attention, True), (change.mlp, False))
-            cells = [_part(count.total, kinds.get((int(index), at), [])) for count, at in parts]
-        rows.append((index, *cells))
+            cells = [_part(count.total, kinds.get((int(layer), at), [])) for count, at in parts]
+        rows.append((layer, *cells))
     return Details(
         "Changes in each decoder layer",
         (("Layer", "row"), ("Attention", "text"), ("MLP", "text")),

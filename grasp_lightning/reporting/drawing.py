@@ -16,16 +16,18 @@ WIDTH = 9.2  # inches; 883 CSS pixels, so that 10 points are legible at 100 %
 # Okabe and Ito's palette, which stays apart for colour-blind readers.
 CHOSEN, OTHER, REST, LINE = "#D55E00", "#56B4E9", "#BBBBBB", "#0072B2"
 _TWO_DECADES = 100
-_STYLE: dict[str, object] = {
+STYLE: dict[str, object] = {
     "axes.axisbelow": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 10,
-    "figure.constrained_layout.h_pad": 0.07,
     "font.size": 10,
     "grid.color": "#E3E6EA",
     "legend.frameon": False,
-    # A fixed salt, and no date below: equal runs give equal pages.
+}
+# A fixed salt, and no date below: equal runs give equal pages.
+_SVG_STYLE: dict[str, object] = {
+    "figure.constrained_layout.h_pad": 0.07,
     "svg.hashsalt": "grasp_lightning",
 }
 
@@ -56,7 +58,7 @@ def svg_text(height: float, draw: Callable[[Figure], None]) -> str:
     Returns:
         An SVG document with text as outlines, so that it needs no fonts.
     """
-    with style.context(["default", _STYLE]):
+    with style.context(["default", STYLE, _SVG_STYLE]):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure)
         text = io.StringIO()
@@ -226,15 +228,7 @@ def draw_training(
 
 
 def moving_mean(values: Array, window: int) -> Array:
-    """Return the mean around each value; at the ends over the part of the window that is there.
-
-    Args:
-        values: In order, ``(N,)``.
-        window: Number of values per mean, at most N.
-
-    Returns:
-        Means, ``(N,)``.
-    """
+    """Return the mean around each value, at the ends of what is there, ``(N,)``."""
     weights = np.ones(window)
     counts = np.convolve(np.ones(len(values)), weights, mode="same")
     return np.convolve(values, weights, mode="same") / counts

@@ -67,26 +67,12 @@ def evaluation_table(evaluations: Sequence[ModelEvaluation]) -> Table:
 
 
 def evaluation_rows(evaluations: Sequence[ModelEvaluation]) -> list[EvaluationRow]:
-    """Return cost, perplexity and tasks as text; differences are to the first model.
-
-    Args:
-        evaluations: At least one.
-
-    Returns:
-        The rows: what no model has is left out.
-    """
+    """Return cost, perplexity and tasks as text; differences are to the first model."""
     return [*_cost_rows(evaluations), *_corpus_rows(evaluations), *_task_rows(evaluations)]
 
 
 def evaluation_notes(evaluations: Sequence[ModelEvaluation]) -> list[str]:
-    """Return the sentences a reader needs to judge the table.
-
-    Args:
-        evaluations: At least one.
-
-    Returns:
-        What the numbers mean.
-    """
+    """Return the sentences a reader needs to judge the table."""
     notes = []
     if any(evaluation.tasks for evaluation in evaluations):
         notes.append("Accuracies in percent, with standard errors.")
@@ -99,14 +85,7 @@ def evaluation_notes(evaluations: Sequence[ModelEvaluation]) -> list[str]:
 
 
 def section_rows(section: Mapping[str, Any]) -> list[tuple[str, str]]:  # Any: values of JSON
-    """Return what the section ``evaluation`` of a run's metrics holds, as text.
-
-    Args:
-        section: Perplexity by corpus and metrics by task, as plain values.
-
-    Returns:
-        Pairs of quantity and value.
-    """
+    """Return quantities and values of the section ``evaluation`` of a run's metrics, as text."""
     rows = _cost_section(section)
     rows += [
         (

@@ -15,14 +15,7 @@ _MAX_ANNOTATED = 20
 
 
 def ranks_plot(plan: Plan) -> Plot | None:
-    """Return the rank of every replaced linear.
-
-    Args:
-        plan: Decisions of the run.
-
-    Returns:
-        A heat map, linear kinds by layers; None if no linear was replaced.
-    """
+    """Return the rank of every low-rank linear; None if there is none."""
     ranks = {module_place(module): rank for module, rank in plan.ranks.items()}
     if not ranks:
         return None

@@ -107,15 +107,7 @@ def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, floa
 
 
 def removed_parts(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return what the removal of each layer and block that went at a price has cost by itself.
-
-    Args:
-        plan: Decisions of the run.
-        scores: Content of its scores.safetensors.
-
-    Returns:
-        Nats per token by name, such as ``model.layers.3.attention``, sorted by layer.
-    """
+    """Return the measured price of each removed layer and block, by name, sorted by layer."""
     found = {}
     for key, price in scores.items():
         name, _, kind = key.rpartition(".")
@@ -155,14 +147,7 @@ def layer_changes(plan: Plan, linears: Iterable[str]) -> dict[str, LayerChange |
 
 
 def module_place(module: str) -> tuple[int, str]:
-    """Return the layer index and the kind of a linear, from its full name.
-
-    Args:
-        module: Name such as ``model.layers.22.mlp.gate_proj``.
-
-    Returns:
-        Such as ``(22, "mlp.gate_proj")``; layer -1 and the whole name where it holds no index.
-    """
+    """Return layer and kind of a linear: ``(22, "mlp.gate_proj")``; layer -1 where it has none."""
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", module)
     return (int(match[1]), match[2]) if match else (-1, module)
 

@@ -73,17 +73,7 @@ def render_report(
     scores: Mapping[str, Tensor],
     config: Mapping[str, Any],  # Any: values of YAML
 ) -> str:
-    """Return the page that tells what a compression did, and what it cost.
-
-    Args:
-        metrics: Numbers of the run.
-        plan: Its decisions.
-        scores: Content of its scores.safetensors; may be empty.
-        config: Resolved configuration, nested, of plain values.
-
-    Returns:
-        A complete HTML document; equal inputs give equal text.
-    """
+    """Return the page of a compression; equal inputs give equal text."""
     return _render(
         metrics,
         config,
@@ -98,15 +88,7 @@ def render_compensation_report(
     metrics: CompensationMetrics,
     config: Mapping[str, Any],  # Any: values of YAML
 ) -> str:
-    """Return the page that tells what a compensation did, and what it cost.
-
-    Args:
-        metrics: Numbers of the run.
-        config: Resolved configuration, nested, of plain values.
-
-    Returns:
-        A complete HTML document; equal inputs give equal text.
-    """
+    """Return the page of a compensation; equal inputs give equal text."""
     history = metrics.history
     plots = [training_plot(history, kept_step=metrics.best_step)] if history.steps else []
     return _render(metrics, config, plots, _training_headlines(metrics), _TRAINING_PHASES)

@@ -25,16 +25,7 @@ _MAX_POINTS = 20  # more steps than that get a moving mean over 1/20 of them
 
 
 def run_plots(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> tuple[Plot, ...]:
-    """Return every plot that the run has data for.
-
-    Args:
-        metrics: Numbers of the run.
-        plan: Its decisions.
-        scores: Content of its scores.safetensors; may be empty.
-
-    Returns:
-        Plots in reading order; parts that a method does not have are left out.
-    """
+    """Return every plot of a compression, in reading order, that the run has data for."""
     plots = (
         parameters_plot(metrics),
         layers_plot(plan, scores),
@@ -47,14 +38,7 @@ def run_plots(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> tup
 
 
 def parameters_plot(metrics: Metrics) -> Plot:
-    """Return the parameters before and after, decoder linears apart from all others.
-
-    Args:
-        metrics: Numbers of the run.
-
-    Returns:
-        Two stacked bars.
-    """
+    """Return the parameters before and after, decoder linears apart from all others."""
     total, linears = metrics.parameters, metrics.decoder_linears.parameters
     inside = np.array([linears.dense, linears.compressed], dtype=float)
     outside = np.array([total.dense, total.compressed], dtype=float) - inside

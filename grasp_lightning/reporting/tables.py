@@ -50,14 +50,7 @@ class Row(NamedTuple):
 
 
 def comparison_table(metrics: AnyMetrics) -> Table:
-    """Return the model before and after, for the terminal.
-
-    Args:
-        metrics: Numbers of one run.
-
-    Returns:
-        A table with a title, one line per quantity, and a caption on what was measured.
-    """
+    """Return the model before and after, with what was measured as caption, for the terminal."""
     # Text, not str: a model's name may hold brackets, which rich would read as markup.
     table = Table(
         title=Text(f"{metrics.model}: {summary(metrics)}"),
@@ -73,14 +66,7 @@ def comparison_table(metrics: AnyMetrics) -> Table:
 
 
 def comparison_rows(metrics: AnyMetrics) -> tuple[Row, ...]:
-    """Return parameters, bytes and quality, before and after, as text.
-
-    Args:
-        metrics: Numbers of one run.
-
-    Returns:
-        One row per quantity; sizes in millions of bytes at one dtype for both models.
-    """
+    """Return parameters, bytes and quality before and after, sizes in millions of bytes."""
     parameters = _row("parameters", metrics.parameters, "{:,}".format, percent_text)
     size = _row(f"MB at {metrics.dtype}", metrics.bytes, megabytes_text, percent_text)
     perplexity = _row("perplexity", metrics.perplexity, perplexity_text, factor_text)
@@ -98,16 +84,7 @@ def comparison_rows(metrics: AnyMetrics) -> tuple[Row, ...]:
 
 
 def comparison_notes(metrics: AnyMetrics) -> tuple[str, ...]:
-    """Return the sentences a reader needs to judge the comparison.
-
-    Args:
-        metrics: Numbers of one run.
-
-    Returns:
-        What was measured on what; of a compression how the loss was predicted to change and how the
-        source's own size compares, of a compensation what was learned from and which weights were
-        kept.
-    """
+    """Return the sentences a reader needs to judge the comparison, and what was learned from."""
     if isinstance(metrics, CompensationMetrics):
         return (*measurement_notes(metrics), *_training_notes(metrics))
     return (*measurement_notes(metrics), *_compression_notes(metrics))
@@ -193,10 +170,9 @@ def _changed_parts(metrics: Metrics) -> str:
         name: (sum(count.changed for count in counts), sum(count.total for count in counts))
         for name, counts in blocks.items()
     }
-    is_whole = not num_deleted and all(changed == total for changed, total in sums.values())
-    if not changes or is_whole:
+    if not changes or (not num_deleted and all(c == total > 0 for c, total in sums.values())):
         return ""
-    texts = [f"{changed} of {total} {name} linears" for name, (changed, total) in sums.items()]
+    texts = [f"{c} of {total} {name} linears" for name, (c, total) in sums.items() if total]
     return f" ({', '.join([*texts, *[f'{num_deleted} deleted'] * bool(num_deleted)])})"
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grasp_lightning.evaluation.throughput import ModelThroughput, Spread, Throughput, Timing
-from grasp_lightning.reporting.drawing import WIDTH
+from grasp_lightning.reporting.drawing import STYLE, WIDTH
 from grasp_lightning.reporting.tables import count_text, size_text
 
 _HEIGHT = 3.6  # inches
@@ -24,16 +24,6 @@ _LEGEND_WIDTH, _LEGEND_LINE = 100, 8  # characters
 _STEP = 0.05  # between the bars of two models, in powers of two
 # Okabe and Ito's palette, which stays apart for colour-blind readers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLE: dict[str, object] = {
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 10,
-    "font.size": 10,
-    "grid.color": "#E3E6EA",
-    "legend.frameon": False,
-}
 _MEMORY_NOTES = {
     "cuda": "Memory: the most that torch allocated on the device, weights included.",
     "resident": "Memory: the most that was resident while the model ran alone in a process, "
@@ -113,14 +103,7 @@ def throughput_table(result: Throughput) -> Table:
 
 
 def throughput_notes(result: Throughput) -> tuple[str, ...]:
-    """Return the sentences a reader needs to judge the numbers.
-
-    Args:
-        result: What was measured.
-
-    Returns:
-        What was run and on what, and what the columns mean.
-    """
+    """Return what was run and on what, and what the columns mean, in sentences."""
     workload, machine = result.workload, result.machine
     models = [
         f"{letter}: {model.name}, {count_text(model.parameters)} parameters, {model.dtype}"
@@ -146,14 +129,9 @@ def throughput_notes(result: Throughput) -> tuple[str, ...]:
 
 
 def write_throughput_plot(result: Throughput, path: Path) -> None:
-    """Write the plot of a benchmark: prefill over prompt length, decoding over batch size.
-
-    Args:
-        result: What was measured.
-        path: The PNG file.
-    """
+    """Write a PNG: prefill over prompt length, decoding over batch size."""
     # A user's own matplotlib settings neither matter nor change.
-    with style.context(["default", _STYLE]):
+    with style.context(["default", STYLE, {"axes.grid": True}]):
         figure = Figure(figsize=(WIDTH, _HEIGHT), layout="constrained")
         prefill, decode = figure.subplots(1, 2)
         draw_throughput(prefill, result, "prefill")
@@ -168,13 +146,7 @@ def write_throughput_plot(result: Throughput, path: Path) -> None:
 
 
 def draw_throughput(axes: Axes, result: Throughput, kind: str) -> None:
-    """Draw tokens per second of every model, median and quartiles, over the size of the setting.
-
-    Args:
-        axes: Empty axes.
-        result: What was measured.
-        kind: ``prefill`` or ``decode``.
-    """
+    """Draw tokens per second of every model over the size, as median and quartiles."""
     sizes: set[int] = set()
     middle = (len(result.models) - 1) / 2
     for index, (model, colour, line) in enumerate(_looks(result)):

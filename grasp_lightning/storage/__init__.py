@@ -1,1 +1,1 @@
-"""What a run keeps on disk for itself: progress, statistics, text and results."""
+"""What a run keeps on disk: its model, progress, statistics, text and results."""

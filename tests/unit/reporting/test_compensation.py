@@ -459,6 +459,8 @@ def test_without_a_card_a_short_one_is_complete() -> None:
         ("---\n- a list\n---\nwords", {}),
         ("---\n: {broken\n---\nwords", {}),
         ("---\nwhen: 2024-99-99\n---\nwords", {}),
+        ("---\n1: one\n---\nwords", {}),
+        (f"---\ndeep: {'[' * 5000}\n---\nwords", {}),
         ("---\nlicense: mit\ntags: one\ndatasets: x/y\n---\n", {"license": "mit"}),
         ("---\nlicense: mit\n---", {"license": "mit"}),
         ("\ufeff---\r\nlicense: mit\r\n---\r\n# Foreign\r\n", {"license": "mit"}),

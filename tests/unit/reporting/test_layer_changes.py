@@ -22,18 +22,19 @@ from tests.unit.reporting.example import example_metrics
 from tests.unit.reporting.test_page import Page
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
-LINEARS = [f"model.layers.{layer}.{part}" for layer in range(5) for part in PARTS]
+LINEARS = [f"model.layers.{layer}.{part}" for layer in range(11) for part in PARTS]
 LOW_RANK = FactorizeLinear(module=LINEARS[0], rank=2, components=None)
 NARROWED = NarrowMlp(reader=LINEARS[7], writers=(LINEARS[6],), channels=(0,))
 REMOVED = RemoveBlock(block="model.layers.1.attention", modules=(LINEARS[4], LINEARS[5]))
-DROPPED = DropLayers(layers=(2, 3))
+DROPPED = DropLayers(layers=(2, 10))
 WHOLE = tuple(FactorizeLinear(module=name, rank=1, components=None) for name in LINEARS[:4])
 
 
 def run(method: str, *operations: Operation) -> tuple[Metrics, Plan]:
-    plan = Plan(method=method, operations=(SelectLayers(layers=(0, 1, 2, 3, 4)), *operations))
+    layers = tuple(range(11))
+    plan = Plan(method=method, operations=(SelectLayers(layers=layers), *operations))
     changes = layer_changes(plan, LINEARS)
-    return example_metrics(method=method, layers=(0, 1, 2, 3, 4), layer_changes=changes), plan
+    return example_metrics(method=method, layers=layers, layer_changes=changes), plan
 
 
 @pytest.mark.parametrize(
@@ -66,20 +67,26 @@ def test_metrics_count_the_changed_linears_of_each_layer() -> None:
     assert content["layer_changes"] == {
         "0": {"attention": {"changed": 1, "total": 2}, "mlp": {"changed": 0, "total": 2}},
         "2": None,
-        "3": None,
+        "10": None,
     }
     assert Metrics.from_dict(content) == metrics
 
 
-def test_the_page_lists_every_changed_layer() -> None:
-    page = render_report(*run("grasp_plus", LOW_RANK, NARROWED, REMOVED, DROPPED), {}, {})
-    text = " ".join(Page(page).text.split())
-    for row in ("0 1 of 2 low-rank unchanged", "1 2 of 2 removed 2 of 2 narrowed"):
-        assert row.replace(" ", "") in text.replace(" ", "")
-    assert text.count("deleteddeleted") == 2
+def test_layers_of_which_nothing_is_known_but_attention_are_told_so() -> None:
+    attention = layer_changes(run("grasp", *WHOLE[:2])[1], LINEARS[:2])  # as beside experts
+    told = summary(example_metrics(layer_changes=attention))
+    assert told.startswith("1 decoder layer replaced (2 of 2 attention linears),")
+
+
+def test_the_page_lists_every_changed_layer_in_order() -> None:
+    metrics, plan = run("grasp_plus", LOW_RANK, NARROWED, REMOVED, DROPPED)
+    stored = Metrics.from_dict(json.loads(json.dumps(metrics.to_dict(), sort_keys=True)))
+    text = Page(render_report(stored, plan, {}, {})).text
+    rows = "01 of 2 low-rankunchanged 12 of 2 removed2 of 2 narrowed 2deleteddeleted"
+    assert f"{rows} 10deleteddeleted" in " ".join(text.split())
 
 
 def test_a_card_calls_deleted_layers_so() -> None:
     metrics, plan = run("grasp", DROPPED)
     card = model_card(metrics, plan, origin_name="a/b", licence=None, licence_files=[], config={})
-    assert "decoder layers 2-3 are deleted" in card
+    assert "decoder layers 2, 10 are deleted" in card
