@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from grasp_lightning.errors import OutputError
-from grasp_lightning.evaluation.plain import from_plain, to_plain
+from grasp_lightning.reading.plain import from_plain, to_plain
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Dataclasses as plain values of JSON, and back. Standard library only."""
+"""Dataclasses as plain values of JSON, and back from what this or a later version wrote."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
