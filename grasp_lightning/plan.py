@@ -5,19 +5,78 @@ equal inputs give equal bytes. Layer indices and module names are those of the o
 """
 
 import json
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Final, Self, TypeVar
 
 from grasp_lightning.errors import PlanError
 
 PLAN_VERSION = 1
 
 OptionValue = str | int | float | bool | None | tuple[int, ...]
+Op = TypeVar("Op", bound="Operation")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SelectLayers:
+class Operation:
+    """One change of a model, as data; ``models.operations`` has its behaviour.
+
+    A subclass is a frozen dataclass of plain values that ``operation`` registers.
+    """
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Full names of all linears that it replaces, in the original model."""
+        return ()
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Indices of the decoder layers that it deletes."""
+        return ()
+
+
+class Replacement(Operation, ABC):
+    """An operation of which one weight is solved for: it is measured alone, and can be refitted."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def solved_tensor(self) -> str:
+        """Name of the weight that is solved for, ``<module>.<part>``."""
+
+    @property
+    def solved(self) -> str:
+        """Full name of the linear whose new weight is solved for, or its left factor."""
+        return self.solved_tensor.rpartition(".")[0]
+
+
+OPERATIONS: Final[dict[str, type[Operation]]] = {}
+
+
+def operation(kind: str) -> Callable[[type[Op]], type[Op]]:
+    """Return a class decorator that lets plans hold an operation.
+
+    Args:
+        kind: Name of the operation in plan.json, such as ``drop_layers``.
+
+    Returns:
+        The decorator; it gives back the class as it is. A kind that is taken is a ``ValueError``.
+    """
+
+    def register(operation_type: type[Op]) -> type[Op]:
+        if kind in OPERATIONS:
+            raise ValueError(f"{kind} is the kind of {OPERATIONS[kind]} already")
+        OPERATIONS[kind] = operation_type
+        return operation_type
+
+    return register
+
+
+@operation("select_layers")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectLayers(Operation):
     """Mark decoder layers as redundant; changes nothing in the model.
 
     Attributes:
@@ -27,8 +86,9 @@ class SelectLayers:
     layers: tuple[int, ...]
 
 
+@operation("factorize_linear")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FactorizeLinear:
+class FactorizeLinear(Replacement):
     """Replace one linear by two of lower rank.
 
     Attributes:
@@ -44,18 +104,19 @@ class FactorizeLinear:
     components: tuple[int, ...] | None
 
     @property
-    def modules(self) -> tuple[str, ...]:
-        """Full names of all linears that are replaced."""
+    def linears(self) -> tuple[str, ...]:
+        """Full name of the linear."""
         return (self.module,)
 
     @property
-    def solved(self) -> str:
-        """Full name of the linear whose new weight is solved for, or its left factor."""
-        return self.module
+    def solved_tensor(self) -> str:
+        """Name of the left factor."""
+        return f"{self.module}.left"
 
 
+@operation("narrow_mlp")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NarrowMlp:
+class NarrowMlp(Replacement):
     """Remove hidden channels of an MLP, between the linears that write them and the one that reads.
 
     A replay needs the stored weight of the reader, refitted to the kept channels.
@@ -76,18 +137,19 @@ class NarrowMlp:
         return self.reader.rpartition(".")[0]
 
     @property
-    def modules(self) -> tuple[str, ...]:
-        """Full names of all linears that are replaced."""
-        return (*self.writers, self.reader)
+    def linears(self) -> tuple[str, ...]:
+        """Full names of the reader and the writers."""
+        return (self.reader, *self.writers)
 
     @property
-    def solved(self) -> str:
-        """Full name of the linear whose new weight is solved for."""
-        return self.reader
+    def solved_tensor(self) -> str:
+        """Name of the reader's weight."""
+        return f"{self.reader}.weight"
 
 
+@operation("remove_block")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RemoveBlock:
+class RemoveBlock(Operation):
     """Remove an attention or MLP block: its linears get rank 0, and give their biases alone.
 
     Attributes:
@@ -98,9 +160,15 @@ class RemoveBlock:
     block: str
     modules: tuple[str, ...]
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Full names of its linears."""
+        return self.modules
 
+
+@operation("drop_layers")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DropLayers:
+class DropLayers(Operation):
     """Delete whole decoder layers.
 
     Attributes:
@@ -109,19 +177,10 @@ class DropLayers:
 
     layers: tuple[int, ...]
 
-
-Replacement = FactorizeLinear | NarrowMlp
-LinearOperation = Replacement | RemoveBlock
-Operation = SelectLayers | FactorizeLinear | NarrowMlp | RemoveBlock | DropLayers
-
-_OPERATIONS: dict[str, type[Operation]] = {
-    "select_layers": SelectLayers,
-    "factorize_linear": FactorizeLinear,
-    "narrow_mlp": NarrowMlp,
-    "remove_block": RemoveBlock,
-    "drop_layers": DropLayers,
-}
-_KINDS = {operation: kind for kind, operation in _OPERATIONS.items()}
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Indices of the deleted layers."""
+        return self.layers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,36 +226,25 @@ class Plan:
     @property
     def dropped_layers(self) -> tuple[int, ...]:
         """Indices of all deleted layers, ascending."""
-        dropped = [op.layers for op in self.operations if isinstance(op, DropLayers)]
-        return tuple(sorted(index for layers in dropped for index in layers))
+        return tuple(sorted(index for op in self.operations for index in op.dropped))
 
     def extended(self, operations: tuple[Operation, ...]) -> Self:
-        """Return this plan with more operations at its end.
-
-        Args:
-            operations: What the method decided in its latest step.
-
-        Returns:
-            A new plan; this one stays as it is.
-        """
+        """Return a plan with more operations at its end."""
         return replace(self, operations=(*self.operations, *operations))
 
     def completed(self) -> Self:
-        """Return this plan, marked as having nothing left to do.
-
-        Returns:
-            A new plan; this one stays as it is.
-        """
+        """Return this plan, marked as having nothing left to do."""
         return replace(self, complete=True)
 
     def to_json(self) -> str:
         """Return the canonical text of the plan: sorted keys, one line feed at the end."""
+        kinds = {operation_type: kind for kind, operation_type in OPERATIONS.items()}
         content = {
             "version": PLAN_VERSION,
             "method": self.method,
             "options": dict(self.options),
             "inputs": dict(self.inputs),
-            "operations": [{"kind": _KINDS[type(op)], **asdict(op)} for op in self.operations],
+            "operations": [{"kind": kinds[type(op)], **asdict(op)} for op in self.operations],
             "complete": self.complete,
         }
         return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -235,7 +283,7 @@ class Plan:
 
 def _operation(entry: dict[str, Any]) -> Operation:  # Any: parsed JSON
     fields = {key: _tuple_if_list(value) for key, value in entry.items() if key != "kind"}
-    return _OPERATIONS[entry["kind"]](**fields)
+    return OPERATIONS[entry["kind"]](**fields)
 
 
 def _tuple_if_list(value: Any) -> Any:  # noqa: ANN401  parsed JSON

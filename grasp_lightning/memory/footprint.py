@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from grasp_lightning.config import Strategy
-from grasp_lightning.memory.shapes import Adapters, LinearShape, ModelShape, Pass, Scored
+from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
+from grasp_lightning.models.size import LinearShape
 
 FLOAT32 = 4
 FLOAT64 = 8

@@ -25,7 +25,7 @@ from grasp_lightning.models.linears import in_attention
 from grasp_lightning.models.lowrank import is_low_rank
 from grasp_lightning.models.sharding import is_sharded, whole
 from grasp_lightning.models.surgery import in_place_of_linears, replacements
-from grasp_lightning.plan import DropLayers, LinearOperation, NarrowMlp, Operation, Replacement
+from grasp_lightning.plan import Operation, Replacement
 from grasp_lightning.training.layer_streams import HiddenStates, LayerRunner
 
 PULL = 1.0
@@ -112,7 +112,7 @@ class Refitter:
             Tensors of the same names and shapes.
         """
         refitted, by_layer = dict(tensors), _by_layer(view, operations)
-        dropped = {i for op in operations if isinstance(op, DropLayers) for i in op.layers}
+        dropped = {index for operation in operations for index in operation.dropped}
         fitted = [i for i in by_layer if any(isinstance(op, Replacement) for op in by_layer[i])]
         if not fitted:
             return refitted
@@ -134,20 +134,14 @@ class Refitter:
         return refitted
 
 
-def _by_layer(
-    view: DecoderView, operations: Sequence[Operation]
-) -> dict[int, list[LinearOperation]]:
-    found: dict[int, list[LinearOperation]] = {}
+def _by_layer(view: DecoderView, operations: Sequence[Operation]) -> dict[int, list[Operation]]:
+    found: dict[int, list[Operation]] = {}
     for operation in operations:
-        if isinstance(operation, LinearOperation):
-            index = view.layer_of(operation.modules[0])
+        if operation.linears:
+            index = view.layer_of(operation.linears[0])
             assert index is not None  # operations are on linears of decoder layers
             found.setdefault(index, []).append(operation)
     return found
-
-
-def _key(cut: Replacement) -> str:
-    return f"{cut.reader}.weight" if isinstance(cut, NarrowMlp) else f"{cut.module}.left"
 
 
 class _Streams:
@@ -190,7 +184,7 @@ class _Layer:
         self,
         view: DecoderView,
         index: int,
-        changes: Sequence[LinearOperation],
+        changes: Sequence[Operation],
         tensors: dict[str, Tensor],
         streams: _Streams,
         *,
@@ -203,7 +197,7 @@ class _Layer:
         self._tensors = tensors
         self._streams = streams
         self._prefix = f"{view.layers_name}.{index}."
-        self._dense = {name: view.module(name) for cut in cuts for name in cut.modules}
+        self._dense = {name: view.module(name) for cut in cuts for name in cut.linears}
         self._compressed = replacements(view, changes, tensors)
         self._writers = self._find_writers() if cuts else None
         # The writers that are fitted to the stream; None where linears are fitted to outputs.
@@ -256,7 +250,7 @@ class _Layer:
                     hidden[_COMPRESSED, number] = entering + written
         sums = processes.summed(sums)
         for cut in group:
-            name, key = cut.solved, _key(cut)
+            name, key = cut.solved, cut.solved_tensor
             cross, gram = sums[f"{name}:cross"], sums[f"{name}:gram"]
             prior = self._tensors[key].to(cross.device)
             fitted = pulled_regression(cross, gram, prior, pull=PULL, ridge=RIDGE)
