@@ -27,7 +27,7 @@ from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.progress import TRAINING_CHECKPOINT
 from grasp_lightning.training.compensation import VALIDATION_LOSS, CompensationModule
-from grasp_lightning.training.strategies import is_sharded, sharded_strategy
+from grasp_lightning.training.strategies import is_sharded_strategy, sharded_strategy
 
 _BEST = "checkpoints/best.safetensors"
 _LOGS = "logs"
@@ -66,7 +66,7 @@ class TrainingRun:
         self._data = data
         self._stop = stop
         self._device = device
-        self._is_sharded = is_sharded(config.trainer.strategy)
+        self._is_sharded = is_sharded_strategy(config.trainer.strategy)
         self._best = BestWeights(_TensorFile(run, _BEST))
         self.history = TrainingHistory()
         self.gathered = GatherTrained()
