@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Self, TypeVar
 
 from grasp_lightning.errors import PlanError
+from grasp_lightning.plugins import load_method
 
 PLAN_VERSION = 1
 
@@ -29,6 +30,11 @@ class Operation:
     def linears(self) -> tuple[str, ...]:
         """Full names of all linears that it replaces, in the original model."""
         return ()
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """Rank of each linear that two factors replace, by name."""
+        return {}
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -107,6 +113,11 @@ class FactorizeLinear(Replacement):
     def linears(self) -> tuple[str, ...]:
         """Full name of the linear."""
         return (self.module,)
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """Its rank."""
+        return {self.module: self.rank}
 
     @property
     def solved_tensor(self) -> str:
@@ -210,7 +221,7 @@ class Plan:
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of every factorised linear, by module name."""
-        return {op.module: op.rank for op in self.operations if isinstance(op, FactorizeLinear)}
+        return {module: rank for op in self.operations for module, rank in op.ranks.items()}
 
     @property
     def channels(self) -> dict[str, int]:
@@ -260,7 +271,7 @@ class Plan:
             The plan, equal to the one that was written.
 
         Raises:
-            PlanError: If the text is no plan of this version.
+            PlanError: If the text is no plan of this version, or its method is not installed.
         """
         try:
             content = json.loads(text)
@@ -268,11 +279,12 @@ class Plan:
                 raise PlanError(
                     f"plan has version {content['version']}, this program reads {PLAN_VERSION}"
                 )
+            method = content["method"]
             return cls(
-                method=content["method"],
+                method=method,
                 options={key: _tuple_if_list(value) for key, value in content["options"].items()},
                 inputs=content["inputs"],
-                operations=tuple(_operation(entry) for entry in content["operations"]),
+                operations=tuple(_operation(entry, method) for entry in content["operations"]),
                 complete=content["complete"],
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -281,9 +293,17 @@ class Plan:
             ) from error
 
 
-def _operation(entry: dict[str, Any]) -> Operation:  # Any: parsed JSON
+def _operation(entry: dict[str, Any], method: str) -> Operation:  # Any: parsed JSON
+    kind = entry["kind"]
+    if kind not in OPERATIONS:
+        load_method(method)
+    if kind not in OPERATIONS:
+        raise PlanError(
+            f"not a plan: no operation is called {kind!r}; expected the content of a plan.json, "
+            f"and the package of method {method!r} to be installed"
+        )
     fields = {key: _tuple_if_list(value) for key, value in entry.items() if key != "kind"}
-    return OPERATIONS[entry["kind"]](**fields)
+    return OPERATIONS[kind](**fields)
 
 
 def _tuple_if_list(value: Any) -> Any:  # noqa: ANN401  parsed JSON
