@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Final, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,20 @@ class Applier(ABC, Generic[Op]):
     @abstractmethod
     def apply(self, view: DecoderView, operation: Op, tensors: Mapping[str, Tensor]) -> None:
         """Change a model; operation and tensors are known to fit."""
+
+
+# Any: each is for operations of one type
+APPLIERS: Final[dict[type[Operation], Applier[Any]]] = {}
+
+
+def register(*appliers: Applier[Any]) -> None:  # Any: as above
+    """Let plans that hold their operations be applied."""
+    APPLIERS.update((applier.operation, applier) for applier in appliers)
+
+
+def applier_of(operation: Operation) -> Applier[Any]:  # Any: as above
+    """Return the behaviour of an operation."""
+    return APPLIERS[type(operation)]
 
 
 def dense_module(view: DecoderView, module: str, verb: str = "changes") -> DenseModule:

@@ -13,6 +13,7 @@ from grasp_lightning.models.operations.base import (
     Site,
     dense_module,
     like,
+    register,
     whole_bias,
 )
 from grasp_lightning.models.sharding import shard_like
@@ -87,3 +88,6 @@ def set_factors(view: DecoderView, module: str, left: Tensor, right: Tensor) -> 
     new.left.register_parameter("bias", whole_bias(old))
     shard_like(new, old)
     view.set_module(module, new.train(old.training))
+
+
+register(Factorize())

@@ -16,6 +16,7 @@ from grasp_lightning.models.operations.base import (
     Site,
     dense_module,
     like,
+    register,
     whole_bias,
 )
 from grasp_lightning.models.sharding import shard_like, whole
@@ -119,3 +120,6 @@ def _kept_rows(parameter: Tensor, rows: Tensor, *, is_transposed: bool = False) 
     tensor = tensor.mT if is_transposed else tensor
     kept = tensor[rows.to(tensor.device)].contiguous()
     return nn.Parameter(kept, requires_grad=parameter.requires_grad)
+
+
+register(Narrow())

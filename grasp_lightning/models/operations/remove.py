@@ -8,7 +8,7 @@ from torch import Tensor
 from grasp_lightning.errors import ModelError, PlanError
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import dense_shape
-from grasp_lightning.models.operations.base import Applier, Shapes, Site, dense_module
+from grasp_lightning.models.operations.base import Applier, Shapes, Site, dense_module, register
 from grasp_lightning.models.operations.factorize import set_factors
 from grasp_lightning.models.size import LinearShape
 from grasp_lightning.plan import DropLayers, RemoveBlock, SelectLayers
@@ -86,3 +86,6 @@ def _check_layers(layers: Sequence[int], site: Site) -> None:
     if missing:
         left = sorted(site.left)
         raise PlanError(f"the plan names decoder layers {missing}, the model has {left}")
+
+
+register(Remove(), Drop(), Select())
