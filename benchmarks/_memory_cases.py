@@ -53,7 +53,7 @@ from grasp_lightning.models.sharding import process_mesh, shard
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import Plan
 from grasp_lightning.training.compensation import CompensationModule
-from grasp_lightning.training.strategies import is_deepspeed, is_sharded, sharded_strategy
+from grasp_lightning.training.strategies import is_deepspeed, is_sharded_strategy, sharded_strategy
 
 _CPU: Final = torch.device("cpu")
 _NUM_STEPS: Final = 2  # the second one finds the optimizer's states in place
@@ -314,7 +314,7 @@ def _predict_compensation(case: Case, shape: ModelShape) -> dict[str, int]:
 
 def _placement(case: Case) -> dict[str, Any]:  # Any: arguments of a Trainer
     arguments = placement(TrainerConfig(devices=case.num_processes), _CPU)
-    if is_sharded(case.strategy):
+    if is_sharded_strategy(case.strategy):
         arguments["strategy"] = sharded_strategy(case.strategy, _GRADIENT_CLIP)
     elif case.num_processes > 1:
         arguments["strategy"] = DDPStrategy(broadcast_buffers=False)

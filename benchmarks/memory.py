@@ -27,7 +27,7 @@ from _common import (
 from _memory_cases import Case, measure, measure_in_group, predict
 
 from grasp_lightning.config import Strategy
-from grasp_lightning.training.strategies import is_sharded
+from grasp_lightning.training.strategies import is_sharded_strategy
 
 Record = dict[str, Any]  # a case, measured and predicted bytes by part
 
@@ -52,7 +52,7 @@ def cases() -> Iterator[Case]:
         )
         yield from (small, replace(small, seqlen=256, rank=256), replace(small, num_processes=2))
     for strategy in get_args(Strategy):
-        if is_sharded(strategy):
+        if is_sharded_strategy(strategy):
             yield replace(small, checkpointing=False, num_processes=2, strategy=strategy)
 
 

@@ -5,21 +5,86 @@ equal inputs give equal bytes. Layer indices and module names are those of the o
 """
 
 import json
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Final, Self, TypeVar
 
 from grasp_lightning.errors import PlanError
+from grasp_lightning.plugins import load_method
 from grasp_lightning.reading.text import one_line, parse_json
 from grasp_lightning.reading.typed import as_type
 
 PLAN_VERSION = 1
 
 OptionValue = str | int | float | bool | None | tuple[int, ...]
+Op = TypeVar("Op", bound="Operation")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SelectLayers:
+class Operation:
+    """One change of a model, as data; ``models.operations`` has its behaviour.
+
+    A subclass is a frozen dataclass of plain values that ``operation`` registers.
+    """
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Full names of all linears that it replaces, in the original model."""
+        return ()
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """Rank of each linear that two factors replace, by name."""
+        return {}
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Indices of the decoder layers that it deletes."""
+        return ()
+
+
+class Replacement(Operation, ABC):
+    """An operation of which one weight is solved for: it is measured alone, and can be refitted."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def solved_tensor(self) -> str:
+        """Name of the weight that is solved for, ``<module>.<part>``."""
+
+    @property
+    def solved(self) -> str:
+        """Full name of the linear whose new weight is solved for, or its left factor."""
+        return self.solved_tensor.rpartition(".")[0]
+
+
+OPERATIONS: Final[dict[str, type[Operation]]] = {}
+
+
+def operation(kind: str) -> Callable[[type[Op]], type[Op]]:
+    """Return a class decorator that lets plans hold an operation.
+
+    Args:
+        kind: Name of the operation in plan.json, such as ``drop_layers``.
+
+    Returns:
+        The decorator; it gives back the class as it is. A kind that is taken is a ``ValueError``.
+    """
+
+    def register(operation_type: type[Op]) -> type[Op]:
+        if kind in OPERATIONS:
+            raise ValueError(f"{kind} is the kind of {OPERATIONS[kind]} already")
+        OPERATIONS[kind] = operation_type
+        return operation_type
+
+    return register
+
+
+@operation("select_layers")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectLayers(Operation):
     """Mark decoder layers as redundant; changes nothing in the model.
 
     Attributes:
@@ -29,8 +94,9 @@ class SelectLayers:
     layers: tuple[int, ...]
 
 
+@operation("factorize_linear")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FactorizeLinear:
+class FactorizeLinear(Replacement):
     """Replace one linear by two of lower rank.
 
     Attributes:
@@ -46,18 +112,24 @@ class FactorizeLinear:
     components: tuple[int, ...] | None
 
     @property
-    def modules(self) -> tuple[str, ...]:
-        """Full names of all linears that are replaced."""
+    def linears(self) -> tuple[str, ...]:
+        """Full name of the linear."""
         return (self.module,)
 
     @property
-    def solved(self) -> str:
-        """Full name of the linear whose new weight is solved for, or its left factor."""
-        return self.module
+    def ranks(self) -> Mapping[str, int]:
+        """Its rank."""
+        return {self.module: self.rank}
+
+    @property
+    def solved_tensor(self) -> str:
+        """Name of the left factor."""
+        return f"{self.module}.left"
 
 
+@operation("narrow_mlp")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NarrowMlp:
+class NarrowMlp(Replacement):
     """Remove hidden channels of an MLP, between the linears that write them and the one that reads.
 
     A replay needs the stored weight of the reader, refitted to the kept channels.
@@ -78,18 +150,19 @@ class NarrowMlp:
         return self.reader.rpartition(".")[0]
 
     @property
-    def modules(self) -> tuple[str, ...]:
-        """Full names of all linears that are replaced."""
-        return (*self.writers, self.reader)
+    def linears(self) -> tuple[str, ...]:
+        """Full names of the reader and the writers."""
+        return (self.reader, *self.writers)
 
     @property
-    def solved(self) -> str:
-        """Full name of the linear whose new weight is solved for."""
-        return self.reader
+    def solved_tensor(self) -> str:
+        """Name of the reader's weight."""
+        return f"{self.reader}.weight"
 
 
+@operation("remove_block")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RemoveBlock:
+class RemoveBlock(Operation):
     """Remove an attention or MLP block: its linears get rank 0, and give their biases alone.
 
     Attributes:
@@ -100,9 +173,15 @@ class RemoveBlock:
     block: str
     modules: tuple[str, ...]
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Full names of its linears."""
+        return self.modules
 
+
+@operation("drop_layers")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DropLayers:
+class DropLayers(Operation):
     """Delete whole decoder layers.
 
     Attributes:
@@ -111,19 +190,10 @@ class DropLayers:
 
     layers: tuple[int, ...]
 
-
-Replacement = FactorizeLinear | NarrowMlp
-LinearOperation = Replacement | RemoveBlock
-Operation = SelectLayers | FactorizeLinear | NarrowMlp | RemoveBlock | DropLayers
-
-_OPERATIONS: dict[str, type[Operation]] = {
-    "select_layers": SelectLayers,
-    "factorize_linear": FactorizeLinear,
-    "narrow_mlp": NarrowMlp,
-    "remove_block": RemoveBlock,
-    "drop_layers": DropLayers,
-}
-_KINDS = {operation: kind for kind, operation in _OPERATIONS.items()}
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Indices of the deleted layers."""
+        return self.layers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +223,7 @@ class Plan:
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of every factorised linear, by module name."""
-        return {op.module: op.rank for op in self.operations if isinstance(op, FactorizeLinear)}
+        return {module: rank for op in self.operations for module, rank in op.ranks.items()}
 
     @property
     def channels(self) -> dict[str, int]:
@@ -169,36 +239,25 @@ class Plan:
     @property
     def dropped_layers(self) -> tuple[int, ...]:
         """Indices of all deleted layers, ascending."""
-        dropped = [op.layers for op in self.operations if isinstance(op, DropLayers)]
-        return tuple(sorted(index for layers in dropped for index in layers))
+        return tuple(sorted(index for op in self.operations for index in op.dropped))
 
     def extended(self, operations: tuple[Operation, ...]) -> Self:
-        """Return this plan with more operations at its end.
-
-        Args:
-            operations: What the method decided in its latest step.
-
-        Returns:
-            A new plan; this one stays as it is.
-        """
+        """Return a plan with more operations at its end."""
         return replace(self, operations=(*self.operations, *operations))
 
     def completed(self) -> Self:
-        """Return this plan, marked as having nothing left to do.
-
-        Returns:
-            A new plan; this one stays as it is.
-        """
+        """Return this plan, marked as having nothing left to do."""
         return replace(self, complete=True)
 
     def to_json(self) -> str:
         """Return the canonical text of the plan: sorted keys, one line feed at the end."""
+        kinds = {operation_type: kind for kind, operation_type in OPERATIONS.items()}
         content = {
             "version": PLAN_VERSION,
             "method": self.method,
             "options": dict(self.options),
             "inputs": dict(self.inputs),
-            "operations": [{"kind": _KINDS[type(op)], **asdict(op)} for op in self.operations],
+            "operations": [{"kind": kinds[type(op)], **asdict(op)} for op in self.operations],
             "complete": self.complete,
         }
         return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -214,7 +273,7 @@ class Plan:
             The plan, equal to the one that was written.
 
         Raises:
-            PlanError: If the text is no plan of this version.
+            PlanError: If the text is no plan of this version, or its method is not installed.
         """
         stored = as_type(_Stored, parse_json(text, *_TOLD), *_TOLD)
         if stored.version != PLAN_VERSION:
@@ -223,7 +282,7 @@ class Plan:
             method=stored.method,
             options=stored.options,
             inputs=stored.inputs,
-            operations=tuple(_operation(entry) for entry in stored.operations),
+            operations=tuple(_operation(entry, stored.method) for entry in stored.operations),
             complete=stored.complete,
         )
 
@@ -243,10 +302,15 @@ class _Stored:
 _TOLD = ("the plan", PlanError, "expected the content of a plan.json")
 
 
-def _operation(entry: Mapping[str, Any]) -> Operation:  # Any: parsed JSON
+def _operation(entry: Mapping[str, Any], method: str) -> Operation:  # Any: parsed JSON
     name, error, advice = _TOLD
     kind = entry.get("kind")
-    if not isinstance(kind, str) or kind not in _OPERATIONS:
-        raise error(f"{name}: unknown kind of operation {one_line(repr(kind))}; {advice}")
+    if kind not in OPERATIONS:
+        load_method(method)
+    if not isinstance(kind, str) or kind not in OPERATIONS:
+        raise error(
+            f"{name}: unknown kind of operation {one_line(repr(kind))}; {advice}, and the package "
+            f"of method {one_line(method)} to be installed"
+        )
     fields = {key: value for key, value in entry.items() if key != "kind"}
-    return as_type(_OPERATIONS[kind], fields, *_TOLD)
+    return as_type(OPERATIONS[kind], fields, *_TOLD)

@@ -32,7 +32,7 @@ from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.training import RunNotes, check_inputs
 from grasp_lightning.training.compensation import CompensationModule, Teacher, trainable_linears
 from grasp_lightning.training.compensation.adapters import consolidated
-from grasp_lightning.training.strategies import check_strategy, is_deepspeed, is_sharded
+from grasp_lightning.training.strategies import check_strategy, is_deepspeed, is_sharded_strategy
 
 _MEMORY_KEYS = (
     "training.micro_batch_size, data.max_length, text.seqlen or evaluation.batch_size, or set "
@@ -118,13 +118,13 @@ def _execute(
     hashes = {**inputs.data.fingerprint, **module.model_hashes}
     processes.on_first(lambda: check_inputs(run, hashes))
     training = TrainingRun(config, run, module, inputs.data, stop, device=inputs.device)
-    train = _train_split if is_sharded(config.trainer.strategy) else _train
+    train = _train_split if is_sharded_strategy(config.trainer.strategy) else _train
     measured = train(config, inputs, training, notes, phases)
 
     def write() -> CompensationMetrics:
         # Here, so that rank 0 alone loads a whole model.
         loaded = inputs.loaded
-        if is_sharded(config.trainer.strategy):
+        if is_sharded_strategy(config.trainer.strategy):
             with phases("save"):
                 loaded = consolidated(config, training.gathered.state)
         outcome = CompensationOutcome(
@@ -208,7 +208,7 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
     with phases("load"):
         # A model that is going to be split need not fit on the device.
         loaded = load_model(
-            replace(config.model, device="cpu") if is_sharded(strategy) else config.model
+            replace(config.model, device="cpu") if is_sharded_strategy(strategy) else config.model
         )
         view = DecoderView(loaded.model)
         linears = trainable_linears(view, config.train, config.lora.targets)

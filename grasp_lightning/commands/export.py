@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,10 +14,10 @@ from rich.progress import track
 from grasp_lightning.config import ExportConfig, ModelConfig
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.errors import GraspError, ModelError, OutputError
+from grasp_lightning.models.formats import FORMATS, Format
 from grasp_lightning.models.loading import LoadedModel, load_meta_model, load_model
-from grasp_lightning.models.lowrank import has_replaced, ranks_of, shapes_of
+from grasp_lightning.models.lowrank import ranks_of, shapes_of
 from grasp_lightning.models.size import count_parameters
-from grasp_lightning.models.surgery import densify
 from grasp_lightning.models.weight_files import weight_files
 from grasp_lightning.reporting.card import base_model_of, export_card
 from grasp_lightning.reporting.metrics import Pair
@@ -115,7 +116,7 @@ def run_export(config: ExportConfig) -> ExportRun:
             facts = _stored_facts(run, source)
         else:
             try:
-                facts = _execute(source, run)
+                facts = _execute(source, FORMATS[config.format], run)
             except GraspError:
                 run.discard()
                 raise
@@ -149,22 +150,20 @@ def _stored_facts(run: RunFolder, source: Path) -> ExportFacts:
     return facts
 
 
-def _execute(source: Path, run: RunFolder) -> ExportFacts:
+def _execute(source: Path, target: Format, run: RunFolder) -> ExportFacts:
     # On the CPU: one product per linear is quick, and the dense model need not fit a GPU.
     settings = ModelConfig(path=str(source), device="cpu")
     empty = load_meta_model(settings)
-    if not has_replaced(empty):
-        raise ModelError(
-            f"model: {source} has no low-rank linears and no narrowed ones: it is an ordinary "
-            f"checkpoint already, so there is nothing to multiply or to fill up"
-        )
-    densify(empty)
+    refusal = target.refusal(empty)
+    if refusal is not None:
+        raise ModelError(f"model: {source} {refusal}")
+    target.convert(empty, tuple)
     size = sum(parameter.numel() * parameter.element_size() for parameter in empty.parameters())
     run.check_free_space(int(_SAFETY * size))
     loaded = load_model(settings)
     model = loaded.model
     ranks, shapes, compressed = ranks_of(model), shapes_of(model), count_parameters(model)
-    densify(model, _track)
+    target.convert(model, partial(_track, target.doing))
     facts = ExportFacts(
         source_sha256=_fingerprint(source),
         ranks=ranks,
@@ -172,13 +171,15 @@ def _execute(source: Path, run: RunFolder) -> ExportFacts:
         dtype=str(model.dtype).removeprefix("torch."),
         shapes=shapes,
     )
-    _write_model(run, source, loaded, facts)
+    _write_model(run, source, target, loaded, facts)
     run.write_json(FACTS_NAME, facts.to_json())
     run.finish()
     return facts
 
 
-def _write_model(run: RunFolder, source: Path, loaded: LoadedModel, facts: ExportFacts) -> None:
+def _write_model(
+    run: RunFolder, source: Path, target: Format, loaded: LoadedModel, facts: ExportFacts
+) -> None:
     origin, source_card = loaded.origin, read_card(source)
     card = export_card(
         base_model=base_model_of(source_card or "") or origin.name,
@@ -190,7 +191,8 @@ def _write_model(run: RunFolder, source: Path, loaded: LoadedModel, facts: Expor
         licence_files=[file.name for file in origin.licence_files],
         source_card=SOURCE_CARD_NAME if source_card else None,
     )
-    write_model(run, loaded, card, {SOURCE_CARD_NAME: source_card} if source_card else {})
+    texts = {SOURCE_CARD_NAME: source_card} if source_card else {}
+    write_model(run, loaded, card, texts, save=target.save)
 
 
 def _fingerprint(source: Path) -> str:
@@ -202,6 +204,6 @@ def _fingerprint(source: Path) -> str:
     return digest.hexdigest()
 
 
-def _track(linears: Sequence[str]) -> Iterable[str]:
+def _track(description: str, linears: Sequence[str]) -> Iterable[str]:
     # On standard error: standard output is for the result.
-    return track(linears, description="multiplying factors", console=Console(stderr=True))
+    return track(linears, description=description, console=Console(stderr=True))

@@ -29,7 +29,7 @@ from grasp_lightning.run_folder.names import CHECKPOINTS, LOGS
 from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
 from grasp_lightning.storage.training import TRAINING_CHECKPOINT, training_checkpoint
 from grasp_lightning.training.compensation import VALIDATION_LOSS, CompensationModule
-from grasp_lightning.training.strategies import is_sharded, sharded_strategy
+from grasp_lightning.training.strategies import is_sharded_strategy, sharded_strategy
 
 _BEST = f"{CHECKPOINTS}/best.safetensors"
 
@@ -67,7 +67,7 @@ class TrainingRun:
         self._data = data
         self._stop = stop
         self._device = device
-        self._is_sharded = is_sharded(config.trainer.strategy)
+        self._is_sharded = is_sharded_strategy(config.trainer.strategy)
         self._best = BestWeights(_Best(run))
         self.history = TrainingHistory()
         self.gathered = GatherTrained()

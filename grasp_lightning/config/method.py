@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
-MethodName = Literal["grasp", "grasp_plus", "low_rank", "drop"]
 LayerMetric = Literal["similarity", "angular"]
 Terms = Literal["full", "sigma"]
 Reduction = Literal["signed", "absolute", "squared"]
@@ -30,7 +29,7 @@ class MethodOptions:
     Attributes:
         name: Compression method: grasp_plus, ranks and channels by loss curvature under one budget;
             grasp, the paper's; low_rank, parts or a preset of one's own choice; drop, deletion of
-            layers.
+            layers; or the name of one that another installed package adds.
         layer_metric: How redundant layers are found when ``num_layers`` is given.
         num_layers: Number of decoder layers to replace or delete.
         layers: Explicit indices of decoder layers instead of ``num_layers``.
@@ -38,7 +37,7 @@ class MethodOptions:
             ``num_layers`` and ``keep_ratio``.
     """
 
-    name: MethodName = "grasp_plus"
+    name: str = "grasp_plus"
     layer_metric: LayerMetric | None = None
     num_layers: int | None = None
     layers: tuple[int, ...] | None = None

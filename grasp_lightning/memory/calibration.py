@@ -19,7 +19,8 @@ from grasp_lightning.memory.activations import (
     head_bytes,
     layer_bytes,
 )
-from grasp_lightning.memory.shapes import LinearShape, ModelShape, Pass, Scored, part_of
+from grasp_lightning.memory.shapes import ModelShape, Pass, Scored, part_of
+from grasp_lightning.models.size import LinearShape
 
 # FSDP2 gathers weights in a buffer, and copies them out of it.
 FSDP_COPIES = 2

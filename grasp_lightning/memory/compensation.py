@@ -17,7 +17,8 @@ from grasp_lightning.memory.activations import (
     head_bytes,
     layer_bytes,
 )
-from grasp_lightning.memory.shapes import Adapters, Layer, LinearShape, ModelShape, Pass, part_of
+from grasp_lightning.memory.shapes import Adapters, Layer, ModelShape, Pass, part_of
+from grasp_lightning.models.size import LinearShape
 
 # When DDP starts, it sends the weights in copies of 250 MiB, two of them at a time.
 DDP_COPIES = 2 * 250 * 2**20

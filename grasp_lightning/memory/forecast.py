@@ -142,7 +142,7 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
         What is scored; nothing where layers are deleted.
     """
     method = config.method
-    if method.name == "drop" or method.keep_ratio == 0:
+    if (method.score is None and method.weighting is None) or method.keep_ratio == 0:
         return Scored(linears=(), lowest=None, num_layers=0)
     positions = tuple(range(len(dense.layers))) if method.score_all_layers else layers
     if method.schedule == "iterative":

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from grasp_lightning.memory.shapes import Layer, LinearShape, ModelShape
+from grasp_lightning.memory.shapes import Layer, ModelShape
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import in_attention
 from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears
-from grasp_lightning.models.size import count_parameters, count_tied_parameters
-from grasp_lightning.plan import DropLayers, FactorizeLinear, NarrowMlp, Operation
+from grasp_lightning.models.operations import applier_of
+from grasp_lightning.models.size import LinearShape, count_parameters, count_tied_parameters
+from grasp_lightning.plan import Operation
 
 _INNER_SIZES = 4  # times the hidden size, where no linear tells
 
@@ -57,29 +58,20 @@ def shape_after(model: ModelShape, operations: Sequence[Operation], parameters: 
     Returns:
         The shape: layers gone, linears of lower rank, and MLPs with fewer channels.
     """
-    dropped = {i for op in operations if isinstance(op, DropLayers) for i in op.layers}
-    ranks = {op.module: op.rank for op in operations if isinstance(op, FactorizeLinear)}
-    narrowed = {op.reader: op for op in operations if isinstance(op, NarrowMlp)}
+    dropped = {index for operation in operations for index in operation.dropped}
+    dense = {name: shape for layer in model.layers for name, shape in layer.linears.items()}
+    new: dict[str, LinearShape] = {}
+    for operation in operations:
+        new |= applier_of(operation).new_shapes(operation, dense)
     layers = tuple(
-        _replaced(layer, ranks, narrowed)
-        for index, layer in enumerate(model.layers)
-        if index not in dropped
+        _replaced(layer, new) for index, layer in enumerate(model.layers) if index not in dropped
     )
     inner, is_gated = _widest_mlp(layers, model.hidden)
     return replace(model, parameters=parameters, layers=layers, inner=inner, is_gated=is_gated)
 
 
-def _replaced(layer: Layer, ranks: Mapping[str, int], narrowed: Mapping[str, NarrowMlp]) -> Layer:
-    linears = {
-        name: linear._replace(rank=ranks.get(name, linear.rank))
-        for name, linear in layer.linears.items()
-    }
-    for reader in linears.keys() & narrowed.keys():
-        num_channels, kept = linears[reader].columns, len(narrowed[reader].channels)
-        linears[reader] = linears[reader]._replace(columns=kept, is_narrowed=True)
-        for writer in narrowed[reader].writers:
-            rows = linears[writer].rows // num_channels * kept
-            linears[writer] = linears[writer]._replace(rows=rows, is_narrowed=True)
+def _replaced(layer: Layer, new: Mapping[str, LinearShape]) -> Layer:
+    linears = {name: new.get(name, shape) for name, shape in layer.linears.items()}
     before, after = (sum(x.parameters for x in y.values()) for y in (layer.linears, linears))
     return layer._replace(parameters=layer.parameters - before + after, linears=linears)
 

@@ -8,45 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-
-class LinearShape(NamedTuple):
-    """A linear of a decoder layer.
-
-    Attributes:
-        rows: N.
-        columns: M.
-        rank: Rank of its factors; None if it is dense.
-        is_narrowed: Whether it has lost inputs or outputs: compression has replaced it, too.
-    """
-
-    rows: int
-    columns: int
-    rank: int | None = None
-    is_narrowed: bool = False
-
-    @property
-    def num_components(self) -> int:
-        """K = min(N, M)."""
-        return min(self.rows, self.columns)
-
-    @property
-    def is_replaced(self) -> bool:
-        """Whether it is not what it was before compression."""
-        return self.rank is not None or self.is_narrowed
-
-    @property
-    def parameters(self) -> int:
-        """Number of its weights, or of those of its factors."""
-        if self.rank is None:
-            return self.rows * self.columns
-        return self.rank * (self.rows + self.columns)
-
-    @property
-    def matrices(self) -> "tuple[LinearShape, ...]":
-        """The dense matrices that it multiplies with, in order."""
-        if self.rank is None:
-            return (self,)
-        return (LinearShape(self.rank, self.columns), LinearShape(self.rows, self.rank))
+from grasp_lightning.models.size import LinearShape
 
 
 class Layer(NamedTuple):

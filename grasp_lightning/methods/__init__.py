@@ -1,10 +1,12 @@
 """The one list of compression methods: a new method is one file and one entry here."""
 
+import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
 from grasp_lightning.config import METHOD_OPTIONS, MethodConfig
+from grasp_lightning.errors import ConfigError
 from grasp_lightning.methods.base import CompressionMethod, Registered, Track, untracked
 from grasp_lightning.methods.budget import resolve_num_layers
 from grasp_lightning.methods.drop import DROP_METHOD
@@ -14,12 +16,39 @@ from grasp_lightning.methods.low_rank import LOW_RANK
 from grasp_lightning.methods.options import keys_of, refuse_ignored
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.plugins import load_method, method_plugins
 
 __all__ = ["METHODS", "build_method", "predict", "resolve_method", "resolve_num_layers"]
 
 METHODS: Final[Mapping[str, Registered]] = MappingProxyType(
     {method.name: method for method in (GRASP, GRASP_PLUS, LOW_RANK, DROP_METHOD)}
 )
+
+
+def named_method(name: str) -> Registered:
+    """Return a method of this package, or of another one that is installed.
+
+    Args:
+        name: Its ``method.name``.
+
+    Returns:
+        The method.
+
+    Raises:
+        ConfigError: If there is none of this name.
+    """
+    method = METHODS.get(name) or load_method(name)
+    if isinstance(method, Registered):
+        return method
+    if method is not None:
+        raise ConfigError(
+            f"method.name: {name}, the entry point gives a {type(method).__name__}: expected a "
+            f"Registered of grasp_lightning.methods.base"
+        )
+    names = [*METHODS, *sorted(method_plugins())]
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"method.name: expected one of {', '.join(names)}, got {name!r}{hint}")
 
 
 def resolve_method(config: MethodConfig) -> MethodConfig:
@@ -34,8 +63,9 @@ def resolve_method(config: MethodConfig) -> MethodConfig:
     Returns:
         Options in which None means "has no effect here".
     """
-    method = METHODS[config.name]
-    ignored = set(keys_of(MethodConfig)) - set(keys_of(METHOD_OPTIONS[config.name]))
+    method = named_method(config.name)
+    options = METHOD_OPTIONS.get(config.name, method.options)
+    ignored = set(keys_of(MethodConfig)) - set(keys_of(options))
     refuse_ignored(config, ignored, f"method {config.name} {method.ignores}", method.remedy)
     return method.resolve(config)
 
@@ -53,7 +83,7 @@ def build_method(
     Returns:
         The method. A budget that is out of reach is a ``ConfigError``.
     """
-    return METHODS[config.name].build(config, view, track)
+    return named_method(config.name).build(config, view, track)
 
 
 def predict(view: DecoderView, config: MethodConfig) -> Prediction:

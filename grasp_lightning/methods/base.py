@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from grasp_lightning.config import MethodConfig, MethodName, RefitChoice
+from grasp_lightning.config import MethodConfig, MethodOptions, RefitChoice
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import Operation, OptionValue, Plan
@@ -101,6 +101,7 @@ class Registered:
 
     Attributes:
         name: Its ``method.name``.
+        options: The keys that it reads; those of methods of this package are in ``METHOD_OPTIONS``.
         ignores: Why it has no use for the keys of other methods, for the message.
         remedy: What to do instead of leaving such a key unset; None if nothing else helps.
         resolve: From what the user set to complete options, in which None means "no effect here";
@@ -108,7 +109,8 @@ class Registered:
         build: From complete options, the dense model and the display of progress to the method.
     """
 
-    name: MethodName
+    name: str
+    options: type[MethodOptions] = MethodOptions
     ignores: str
     remedy: str | None = None
     resolve: Callable[[MethodConfig], MethodConfig]

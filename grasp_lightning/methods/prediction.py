@@ -9,7 +9,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import dense_shape
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
-from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation
+from grasp_lightning.plan import NarrowMlp, Operation
 
 Layers = tuple[int, ...]
 """Numbers of decoder layers in the original model, ascending."""
@@ -92,7 +92,7 @@ def outlook_of(view: DecoderView, operations: tuple[Operation, ...]) -> Outlook:
         The outlook.
     """
     linears = view.all_linears()
-    cut = [(op.rank, linears[op.module]) for op in operations if isinstance(op, FactorizeLinear)]
+    cut = [(rank, linears[module]) for op in operations for module, rank in op.ranks.items()]
     factors = sum(factor_parameters(k, x.out_features, x.in_features) for k, x in cut)
     return Outlook(operations, parameters_after(view, operations), factors)
 
@@ -117,7 +117,7 @@ def predict_layers(
     layers, likely = max(found, key=lambda entry: entry[1].size)
     prefix = f"{view.layers_name}.{by_size[-1]}."
     largest = found[-1][1].operations
-    ranks = {op.module: op.rank for op in largest if isinstance(op, FactorizeLinear)}
+    ranks = {module: rank for op in largest for module, rank in op.ranks.items()}
     return Prediction(
         dense=count_parameters(view.model),
         most=likely.size,

@@ -160,7 +160,7 @@ def _check_rebuild(model: PreTrainedModel) -> None:
     if has_replaced(model):
         quantizer = GraspQuantizer(model.config.quantization_config)
         quantizer.preprocess_model(rebuilt)
-    problem = _first_difference("shape", _shapes(rebuilt), _shapes(model)) or _first_difference(
+    problem = _mismatch("shape", _shapes(rebuilt), _shapes(model)) or _mismatch(
         "value", *_common(numbered_settings(rebuilt), numbered_settings(model))
     )
     if problem is not None:
@@ -169,7 +169,7 @@ def _check_rebuild(model: PreTrainedModel) -> None:
         )
 
 
-def _first_difference(
+def _mismatch(
     kind: str, expected: Mapping[str, object], actual: Mapping[str, object]
 ) -> str | None:
     if expected == actual:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from grasp_lightning.models.linears import in_attention
-from grasp_lightning.plan import FactorizeLinear, LinearOperation, NarrowMlp, Plan, RemoveBlock
+from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation, Plan, RemoveBlock
 from grasp_lightning.reporting.linears import (
     module_place,
     predicted_losses,
@@ -16,7 +16,11 @@ from grasp_lightning.reporting.linears import (
 )
 from grasp_lightning.reporting.metrics import Metrics
 
-_KINDS = {FactorizeLinear: "low-rank", NarrowMlp: "narrowed", RemoveBlock: "removed"}
+_KINDS: dict[type[Operation], str] = {
+    FactorizeLinear: "low-rank",
+    NarrowMlp: "narrowed",
+    RemoveBlock: "removed",
+}
 _LOSS_COLUMNS = (("Predicted loss, nats per token", "number"), ("Measured", "number"))
 _SCORE_COLUMNS = (
     ("Score kept", "number"),
@@ -64,9 +68,11 @@ def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor])
 def _layers(metrics: Metrics, plan: Plan) -> Details:
     kinds: dict[tuple[int, bool], list[str]] = {}
     for operation in plan.operations:
-        for module in operation.modules if isinstance(operation, LinearOperation) else ():
+        for module in operation.linears:
             index, kind = module_place(module)
-            kinds.setdefault((index, in_attention(kind)), []).append(_KINDS[type(operation)])
+            kinds.setdefault((index, in_attention(kind)), []).append(
+                _KINDS.get(type(operation), "changed")
+            )
     rows = []
     has_parts = any(metrics.layer_changes.values())  # else there are deleted layers alone
     for layer in sorted(metrics.layer_changes, key=int) if has_parts else ():

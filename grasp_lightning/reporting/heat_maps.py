@@ -61,7 +61,7 @@ def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
         module_place(module): round(100 * kept[op.reader], 1)
         for op in narrowed
         if op.reader in kept
-        for module in op.modules
+        for module in op.linears
     }
     low, high = (f"{share:.0%}" for share in (min(kept.values()), max(kept.values())))
     span = low if low == high else f"{low} to {high}"

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from grasp_lightning.models.linears import in_attention
-from grasp_lightning.plan import FactorizeLinear, LinearOperation, Plan
+from grasp_lightning.plan import FactorizeLinear, Plan
 from grasp_lightning.reporting.metrics import LayerChange, LinearCount
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -128,8 +128,7 @@ def layer_changes(plan: Plan, linears: Iterable[str]) -> dict[str, LayerChange |
     Returns:
         Layers with a change, in ascending order.
     """
-    operations = [op for op in plan.operations if isinstance(op, LinearOperation)]
-    changed = {module for op in operations for module in op.modules}
+    changed = {module for op in plan.operations for module in op.linears}
     counts: dict[int, dict[bool, list[bool]]] = {}
     for name in linears:
         layer, kind = module_place(name)

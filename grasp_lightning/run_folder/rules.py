@@ -54,7 +54,7 @@ def classify(
     if manifest.config_hash != config_hash(config):
         raise OutputError(
             f"{root} holds a run ({manifest.state}) with another configuration: "
-            f"{first_difference(config, root)}; {_ADVICE}"
+            f"{changed_key(config, root)}; {_ADVICE}"
         )
     if manifest.state == "finished":
         return manifest, "finished"
@@ -153,7 +153,7 @@ def config_hash(config: Mapping[str, Any]) -> str:  # Any: resolved configuratio
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def first_difference(config: Mapping[str, Any], root: Path) -> str:  # Any: resolved configuration
+def changed_key(config: Mapping[str, Any], root: Path) -> str:  # Any: resolved configuration
     """Say in which key a configuration differs from the one that a run folder was made with.
 
     Args:

@@ -1,6 +1,6 @@
 """The folder ``model`` of a run, written in one place for all commands."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from grasp_lightning.models.checkpoint import save_model
@@ -12,7 +12,12 @@ _CARD_NAME = "README.md"
 
 
 def write_model(
-    run: RunFolder, loaded: LoadedModel, card: str, texts: Mapping[str, str] | None = None
+    run: RunFolder,
+    loaded: LoadedModel,
+    card: str,
+    texts: Mapping[str, str] | None = None,
+    *,
+    save: Callable[..., None] = save_model,
 ) -> None:
     """Write the folder ``model`` of a run. All commands write here.
 
@@ -21,9 +26,10 @@ def write_model(
         loaded: Model, tokenizer and the side files of their origin.
         card: Content of README.md.
         texts: More files by name.
+        save: Writes the model, as ``save_model`` does.
     """
     with run.new_folder("model") as folder:
-        save_model(loaded.model, folder, tokenizer=loaded.tokenizer)
+        save(loaded.model, folder, tokenizer=loaded.tokenizer)
         for name, text in {**(texts or {}), _CARD_NAME: card}.items():
             (folder / name).write_text(text, encoding="utf-8")
         copy_side_files(loaded.origin.side_files, folder)

@@ -86,7 +86,7 @@ class EvaluationFile:
             ("windows", evaluation.corpora),
             ("tasks", evaluation.tasks if request.tasks else ()),
         ):
-            difference = first_difference(stored.get(part, {}), self._settings[part])
+            difference = changed_setting(stored.get(part, {}), self._settings[part])
             if difference is None or not results:
                 continue
             if not request.overwrite:
@@ -192,7 +192,7 @@ def _plain(estimate: Estimate | None) -> dict[str, float | None] | None:
     return None if estimate is None else estimate._asdict()
 
 
-def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:  # Any: JSON
+def changed_setting(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:  # Any: JSON
     """Return in what stored settings differ from those of now, as text.
 
     A key that only one side has says nothing: a file of a task that the other did not run.
@@ -262,14 +262,14 @@ def merge_sections(
         weights with the same settings.
     """
     before, now = earlier["settings"], content["settings"]
-    if earlier["sha256"] != content["sha256"] or first_difference(before["model"], now["model"]):
+    if earlier["sha256"] != content["sha256"] or changed_setting(before["model"], now["model"]):
         return dict(content)
     merged = dict(content)
     for key, part in (("corpora", "windows"), ("tasks", "tasks")):
         if not content[key]:
             merged[key] = earlier[key]
             merged["settings"] = {**merged["settings"], part: before[part]}
-        elif first_difference(before[part], now[part]) is None:
+        elif changed_setting(before[part], now[part]) is None:
             merged[key] = {**earlier[key], **content[key]}
             merged["settings"] = {**merged["settings"], part: {**before[part], **now[part]}}
     if content["mean_of_seven"] is None and merged["tasks"] == earlier["tasks"]:

@@ -22,7 +22,7 @@ from grasp_lightning.models.linears import in_attention
 from grasp_lightning.models.lowrank import is_low_rank
 from grasp_lightning.models.sharding import is_sharded, whole
 from grasp_lightning.models.surgery import in_place_of_linears, replacements
-from grasp_lightning.plan import LinearOperation, NarrowMlp, Replacement
+from grasp_lightning.plan import Operation, Replacement
 from grasp_lightning.training.layer_streams import COMPRESSED, DENSE, Streams
 
 PULL = 1.0
@@ -72,7 +72,7 @@ class LayerRefit:
         self,
         view: DecoderView,
         index: int,
-        changes: Sequence[LinearOperation],
+        changes: Sequence[Operation],
         tensors: dict[str, Tensor],
         streams: Streams,
         *,
@@ -87,7 +87,7 @@ class LayerRefit:
         self._tensors = tensors
         self._streams = streams
         self._prefix = f"{view.layers_name}.{index}."
-        self._dense = {name: view.module(name) for cut in cuts for name in cut.modules}
+        self._dense = {name: view.module(name) for cut in cuts for name in cut.linears}
         self._compressed = replacements(view, changes, tensors)
         self._writers = self._find_writers() if cuts else None
         # The writers that are fitted to the stream; None where linears are fitted to outputs.
@@ -99,7 +99,7 @@ class LayerRefit:
     @property
     def fitted(self) -> dict[str, Tensor]:
         """The tensors of the cuts, as they are now."""
-        return {key: self._tensors[key] for key in map(_key, self._cuts)}
+        return {cut.solved_tensor: self._tensors[cut.solved_tensor] for cut in self._cuts}
 
     def groups(self) -> list[list[Replacement]]:
         """Return what is fitted at a time, in the order in which the layer runs it."""
@@ -149,7 +149,7 @@ class LayerRefit:
             return
         sums = processes.summed(sums)
         for cut in group:
-            name, key = cut.solved, _key(cut)
+            name, key = cut.solved, cut.solved_tensor
             cross, gram = sums[f"{name}:cross"], sums[f"{name}:gram"]
             prior = self._tensors[key].to(cross.device)
             fitted = pulled_regression(cross, gram, prior, pull=PULL, ridge=RIDGE)
@@ -278,10 +278,6 @@ class LayerRefit:
             if float(rest.norm()) <= _UNEXPLAINED * scale:
                 writers = _Writers(*pair, float(rest.norm()) / scale if scale else 0.0)
         return processes.gather(writers)[0]
-
-
-def _key(cut: Replacement) -> str:
-    return f"{cut.reader}.weight" if isinstance(cut, NarrowMlp) else f"{cut.module}.left"
 
 
 def _rows(value: Tensor, hidden: Tensor) -> Tensor:

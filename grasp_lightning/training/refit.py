@@ -10,7 +10,7 @@ from torch import Tensor
 from grasp_lightning.config import RefitChoice
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.models.decoder import DecoderView, frozen
-from grasp_lightning.plan import DropLayers, LinearOperation, Operation, Replacement
+from grasp_lightning.plan import Operation, Replacement
 from grasp_lightning.training.layer_refit import LayerRefit
 from grasp_lightning.training.layer_streams import HiddenStates, Streams
 
@@ -82,7 +82,7 @@ class Refitter:
             Tensors of the same names and shapes.
         """
         refitted, by_layer = dict(tensors), _by_layer(view, operations)
-        dropped = {i for op in operations if isinstance(op, DropLayers) for i in op.layers}
+        dropped = {index for operation in operations for index in operation.dropped}
         fitted = [i for i in by_layer if any(isinstance(op, Replacement) for op in by_layer[i])]
         if not fitted:
             return refitted
@@ -113,13 +113,11 @@ class Refitter:
         return refitted
 
 
-def _by_layer(
-    view: DecoderView, operations: Sequence[Operation]
-) -> dict[int, list[LinearOperation]]:
-    found: dict[int, list[LinearOperation]] = {}
+def _by_layer(view: DecoderView, operations: Sequence[Operation]) -> dict[int, list[Operation]]:
+    found: dict[int, list[Operation]] = {}
     for operation in operations:
-        if isinstance(operation, LinearOperation):
-            index = view.layer_of(operation.modules[0])
+        if operation.linears:
+            index = view.layer_of(operation.linears[0])
             assert index is not None  # operations are on linears of decoder layers
             found.setdefault(index, []).append(operation)
     return found

@@ -29,7 +29,7 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole_values(tensor: Tensor) -> Tensor:
     """Return a parameter, or a state of it in FSDP2, as a whole.
 
     Args:
@@ -82,7 +82,9 @@ def whole_state(
         ``step``, ``exp_avg`` and ``exp_avg_sq``; empty before the first step.
     """
     if not _is_zero(parameter):
-        return {key: whole(value) for key, value in optimizer.state.get(parameter, {}).items()}
+        return {
+            key: whole_values(value) for key, value in optimizer.state.get(parameter, {}).items()
+        }
     own: dict[str, Tensor] = next(iter(optimizer.optimizer.state.values()), {})
     read = _deepspeed().utils.safe_get_full_optimizer_state
     return {

@@ -29,8 +29,8 @@ from grasp_lightning.training.shards import (
     fill_state,
     prepare_states,
     split_weights,
-    whole,
     whole_state,
+    whole_values,
 )
 
 
@@ -73,7 +73,7 @@ class _WholeCheckpoint(Strategy):
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         """Return the trained parameters as whole tensors; of value in rank 0 alone."""
-        return {name: _stored(whole(p)) for name, p in self._trained().items()}
+        return {name: _stored(whole_values(p)) for name, p in self._trained().items()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:  # Any: Lightning's own type
         """Return the state of the optimizer with whole tensors; of value in rank 0 alone.
@@ -231,7 +231,7 @@ def is_deepspeed(name: config.Strategy) -> bool:
     return name.startswith("deepspeed_")
 
 
-def is_sharded(name: config.Strategy) -> bool:
+def is_sharded_strategy(name: config.Strategy) -> bool:
     """Return whether a strategy splits what is trained, or the model, over processes.
 
     Args:
@@ -297,7 +297,7 @@ def sharded_strategy(name: config.Strategy, gradient_clip: float | None) -> Para
     return strategy
 
 
-def shard(view: DecoderView, mesh: DeviceMesh) -> None:
+def shard_layers(view: DecoderView, mesh: DeviceMesh) -> None:
     """Split every weight of a model over processes: FSDP2, one group per decoder layer.
 
     Args:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,8 +48,8 @@ class Kill(NamedTuple):
     call: int
 
 
-def killed(kill: Kill, number: int, argv: list[str]) -> int:
+def killed(kill: Kill, number: int, argv: list[str], *, path: Sequence[Path] = ()) -> int:
     """Run the program in a process that sends itself a signal, and return its exit code."""
     words = [sys.executable, "-c", CHILD, *map(str, kill), str(int(number)), *argv]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path)))}
     return subprocess.run(words, env=environment, capture_output=True, check=False).returncode

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from grasp_lightning.config import Strategy
-from grasp_lightning.training.strategies import is_sharded
+from grasp_lightning.training.strategies import is_sharded_strategy
 from tests.integration.compensation import compressed_folder, write_samples
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -235,7 +235,7 @@ def test_the_memory_program_measures_what_is_missing(tiny_folder: Path, tmp_path
     for checkpointing in (False, True):
         for seqlen, rank, processes in ((16, 32, 1), (32, 256, 1), (16, 32, 2)):
             known.append(("compensation", 2, seqlen, 0, rank, checkpointing, processes, "ddp"))
-    split = [name for name in get_args(Strategy) if is_sharded(name)]
+    split = [name for name in get_args(Strategy) if is_sharded_strategy(name)]
     known += [("compensation", 2, 16, 0, 32, False, 2, name) for name in split]
     parts = dict.fromkeys(("libraries", "loaded", "factorize", "attribution", "training"), 10**9)
     records = [{**dict(zip(("stage", *keys), case, strict=True)), "bytes": parts} for case in known]

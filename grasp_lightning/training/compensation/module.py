@@ -25,8 +25,12 @@ from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.training.compensation.adapters import Trained
 from grasp_lightning.training.compensation.objective import Objective, Teacher
-from grasp_lightning.training.shards import fill, whole, whole_shape
-from grasp_lightning.training.strategies import CompensationDeepSpeed, CompensationFSDP, shard
+from grasp_lightning.training.shards import fill, whole_shape, whole_values
+from grasp_lightning.training.strategies import (
+    CompensationDeepSpeed,
+    CompensationFSDP,
+    shard_layers,
+)
 
 VALIDATION_LOSS = "validation_loss"
 _FINGERPRINT, _NUM_TOKENS = "grasp_lightning_fingerprint", "grasp_lightning_trained_tokens"
@@ -91,7 +95,7 @@ class CompensationModule(L.LightningModule):
         """Split the model over processes where the strategy is FSDP2, before the optimizer."""
         if isinstance(self.trainer.strategy, CompensationFSDP) and not self._is_split:
             assert self.device_mesh is not None  # the strategy has made it
-            shard(self.view, self.device_mesh["data_parallel"])
+            shard_layers(self.view, self.device_mesh["data_parallel"])
             self._is_split = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -252,7 +256,7 @@ class CompensationModule(L.LightningModule):
     def iterate_trained(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what ``trained_state`` returns, one parameter at a time."""
         for name, parameter in self._trainable().items():
-            yield name, whole(parameter)
+            yield name, whole_values(parameter)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {

@@ -19,7 +19,9 @@ from tests.unit.training.test_refit import decision, windows
 def decided(found: TokenWindows) -> tuple[list[Replacement], dict[str, Tensor]]:
     config = MethodConfig(name="grasp_plus", removed_ratio=0.2)
     made = decision(DecoderView(tiny_model()), found, config)
-    cuts = [op for op in made.operations if isinstance(op, FactorizeLinear | NarrowMlp)]
+    cuts: list[Replacement] = [
+        op for op in made.operations if isinstance(op, FactorizeLinear | NarrowMlp)
+    ]
     return cuts, dict(made.tensors)
 
 

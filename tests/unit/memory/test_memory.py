@@ -28,9 +28,9 @@ from grasp_lightning.memory.compensation import (
     trained_parameters,
 )
 from grasp_lightning.memory.model_shape import model_shape, shape_after
-from grasp_lightning.memory.shapes import Adapters, LinearShape, ModelShape, Pass, Scored
+from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.size import LinearShape, count_parameters
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import DropLayers, FactorizeLinear
 from grasp_lightning.stats.base import Scoring

@@ -11,6 +11,8 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule, as_linear
 from grasp_lightning.models.lowrank import dense_shape
 from grasp_lightning.models.mlp import mlps
+from grasp_lightning.models.operations import applier_of
+from grasp_lightning.models.size import LinearShape
 from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation
 from tests.conftest import tiny_model
 
@@ -31,6 +33,12 @@ def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return converted
 
 
+def as_shape(view: DecoderView, name: str) -> tuple[int, int]:
+    linear = view.module(name)
+    assert isinstance(linear, DenseModule)
+    return dense_shape(linear)
+
+
 def random_factors(
     view: DecoderView, operations: Sequence[Operation], seed: int = 1
 ) -> dict[str, Tensor]:
@@ -38,18 +46,9 @@ def random_factors(
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for operation in operations:
-        if isinstance(operation, FactorizeLinear):
-            linear = view.module(operation.module)
-            assert isinstance(linear, DenseModule)
-            rows, columns = dense_shape(linear)
-            left, right = (rows, operation.rank), (operation.rank, columns)
-            tensors[f"{operation.module}.left"] = torch.randn(left, generator=generator) * 0.2
-            tensors[f"{operation.module}.right"] = torch.randn(right, generator=generator) * 0.2
-        elif isinstance(operation, NarrowMlp):
-            linear = view.module(operation.reader)
-            assert isinstance(linear, DenseModule)
-            shape = (dense_shape(linear)[0], len(operation.channels))
-            tensors[f"{operation.reader}.weight"] = torch.randn(shape, generator=generator) * 0.2
+        dense = {name: LinearShape(*as_shape(view, name)) for name in operation.linears}
+        for key, shape in applier_of(operation).tensor_shapes(operation, dense).items():
+            tensors[key] = torch.randn(shape, generator=generator) * 0.2
     return tensors
 
 

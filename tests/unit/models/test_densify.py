@@ -1,4 +1,5 @@
 from collections.abc import Iterable, Sequence
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -6,11 +7,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from grasp_lightning.config import ExportConfig
 from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.formats import FORMATS
+from grasp_lightning.models.formats.dense import densify
 from grasp_lightning.models.lowrank import NarrowedLinear, low_rank_linears, narrowed_linears
 from grasp_lightning.models.size import count_parameters
-from grasp_lightning.models.surgery import apply_operations, densify
+from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import DropLayers, Operation
 from tests.conftest import ALL_FAMILIES, tiny_model
 from tests.unit.models.helpers import factorize_layers, in_dtype, meta_model, narrow_layers
@@ -215,3 +219,7 @@ def test_a_narrowed_linear_without_a_reader_beside_it_is_named() -> None:
     with pytest.raises(ModelError, match=f"{UP} has 20 of 48 outputs, but no linear beside it"):
         densify(model)
     assert list(narrowed_linears(model)) == [UP]
+
+
+def test_every_format_that_the_command_takes_is_in_the_table() -> None:
+    assert tuple(FORMATS) == get_args(get_type_hints(ExportConfig)["format"])

@@ -20,7 +20,6 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import (
     DropLayers,
-    LinearOperation,
     Operation,
     Plan,
     RemoveBlock,
@@ -173,8 +172,8 @@ def test_what_went_as_a_whole_is_made_good_by_the_rest(mode: RefitChoice) -> Non
     dense, view = last_hidden(tiny_model(), found), DecoderView(tiny_model())
     decided = decision(view, found, MethodConfig(name="grasp_plus", removed_ratio=0.1))
     attention, layer = blocks(view, 1)[1], view.linears(2)
-    cuts = [op for op in decided.operations if isinstance(op, LinearOperation)]
-    kept = [op for op in cuts if not {*op.modules} & {*attention, *layer}]
+    cuts = [op for op in decided.operations if op.linears]
+    kept = [op for op in cuts if not {*op.linears} & {*attention, *layer}]
     assert kept
     operations: list[Operation] = [
         *kept,

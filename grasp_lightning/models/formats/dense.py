@@ -1,0 +1,157 @@
+"""Ordinary weights: factors are multiplied, and narrowed MLPs filled up with zeros."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from grasp_lightning.errors import ModelError, NumericsError
+from grasp_lightning.models.checkpoint import attach_quantizer
+from grasp_lightning.models.linears import DenseModule
+from grasp_lightning.models.lowrank import (
+    LowRankLinear,
+    NarrowedLinear,
+    dense_shape,
+    has_replaced,
+    low_rank_linears,
+    narrowed_linears,
+)
+
+
+def dense_refusal(model: PreTrainedModel) -> str | None:
+    """Return why there is nothing to make dense, as the rest of a sentence; None if there is."""
+    if has_replaced(model):
+        return None
+    return (
+        "has no low-rank linears and no narrowed ones: it is an ordinary checkpoint already, so "
+        "there is nothing to multiply or to fill up"
+    )
+
+
+def densify(
+    model: PreTrainedModel, track: Callable[[Sequence[str]], Iterable[str]] = tuple
+) -> tuple[str, ...]:
+    """Multiply factors back into dense weights, and fill narrowed MLPs up with zeros.
+
+    Each linear gets back the module of its family, with the bias as it is, so that the model
+    becomes an ordinary one of its class, of the size it had before its linears were replaced.
+    Products are computed in float32 or better, and have the factors' dtype and device; the meta
+    device will do. The channels of an MLP have no order, so the kept ones come first. A
+    ``NumericsError`` names a linear whose product overflows its dtype.
+
+    Args:
+        model: A model with low-rank or narrowed linears, changed in place once all weights are
+            there and finite.
+        track: Shows progress: names of the linears -> the same names.
+
+    Returns:
+        Full names of the linears that are dense now, sorted.
+
+    Raises:
+        ModelError: If the model has no such linears, or a narrowed one is not part of an MLP.
+    """
+    factors, narrowed = low_rank_linears(model), narrowed_linears(model)
+    if not factors and not narrowed:
+        raise ModelError(
+            f"{type(model).__name__} has no low-rank linears, so there are no factors to multiply, "
+            f"and no narrowed ones: expected a model whose linears were replaced by compress"
+        )
+    originals = _without_factors(model)
+    dense = {name: _dense_original(originals, name) for name in (*factors, *narrowed)}
+    parts = {name: _num_parts(name, narrowed, dense) for name in narrowed}
+    weights = {
+        name: _product(name, factors[name], dense[name])
+        if name in factors
+        else _padded(narrowed[name], dense[name], parts[name])
+        for name in track(sorted(dense))
+    }
+    for name, module in weights.items():
+        model.set_submodule(name, module)
+    attach_quantizer(model)
+    return tuple(weights)
+
+
+def _without_factors(model: PreTrainedModel) -> PreTrainedModel:
+    """Return what the config alone builds, on the meta device: every linear of its own class."""
+    content = model.config.to_dict()
+    content.pop("quantization_config", None)
+    config = type(model.config).from_dict(content)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return type(model)(config)
+
+
+def _dense_original(originals: PreTrainedModel, name: str) -> DenseModule:
+    linear = originals.get_submodule(name)
+    if not isinstance(linear, DenseModule):
+        raise ModelError(f"{name} must be a Linear, the config builds {type(linear).__name__}")
+    return linear
+
+
+def _num_parts(
+    name: str, narrowed: Mapping[str, NarrowedLinear], dense: Mapping[str, DenseModule]
+) -> int | None:
+    """Return of how many parts a writer of an MLP's channels consists, None for a reader.
+
+    Shapes tell, of the writer and of a reader in the same module: as often as the writer has all of
+    the reader's channels, it must have had all of the original ones.
+
+    Raises:
+        ModelError: If no reader is near.
+    """
+    new, old = narrowed[name].out_features, dense_shape(dense[name])[0]
+    if new == old:
+        return None
+    for other, reader in narrowed.items():
+        kept, channels = reader.in_features, dense_shape(dense[other])[1]
+        is_near = other.rpartition(".")[0] == name.rpartition(".")[0] and kept < channels
+        if is_near and old % channels == 0 and old // channels * kept == new:
+            return old // channels
+    raise ModelError(
+        f"{name} has {new} of {old} outputs, but no linear beside it reads as many channels"
+    )
+
+
+def _padded(narrowed: NarrowedLinear, dense: DenseModule, num_parts: int | None) -> DenseModule:
+    """Return the dense module, with zeros where channels were removed."""
+    weight, bias = narrowed.weight.detach(), narrowed.bias
+    trainable = narrowed.weight.requires_grad
+    if num_parts is None:
+        full = weight.new_zeros(dense_shape(dense))
+        full[:, : weight.shape[1]] = weight
+    else:
+        full = _padded_parts(weight, dense_shape(dense)[0], num_parts)
+        if bias is not None:
+            filled = _padded_parts(bias.detach(), dense_shape(dense)[0], num_parts)
+            bias = nn.Parameter(filled, requires_grad=bias.requires_grad)
+    stored = full.mT.contiguous() if isinstance(dense, Conv1D) else full
+    dense.register_parameter("weight", nn.Parameter(stored, requires_grad=trainable))
+    dense.register_parameter("bias", bias)
+    return dense.train(narrowed.training)
+
+
+def _padded_parts(tensor: Tensor, num_rows: int, num_parts: int) -> Tensor:
+    """Return a weight or bias whose every part has zeros at its end, ``num_rows`` in all."""
+    parts = tensor.reshape(num_parts, -1, *tensor.shape[1:])
+    full = parts.new_zeros((num_parts, num_rows // num_parts, *tensor.shape[1:]))
+    full[:, : parts.shape[1]] = parts
+    return full.flatten(0, 1)
+
+
+def _product(name: str, factors: LowRankLinear, dense: DenseModule) -> DenseModule:
+    """Return the dense module, with the product of the factors as its weight."""
+    left, right = factors.left.weight.detach(), factors.right.weight.detach()
+    wide = torch.promote_types(left.dtype, torch.float32)
+    weight = (left.to(wide) @ right.to(wide)).to(left.dtype)  # (N, M)
+    # Finite factors can overflow in float16. Values on the meta device cannot be looked at.
+    if not weight.is_meta and not torch.isfinite(weight).all():
+        raise NumericsError(
+            f"the product of the factors of {name} is not finite in {left.dtype}; "
+            f"compress with a wider model.dtype"
+        )
+    stored = weight.mT.contiguous() if isinstance(dense, Conv1D) else weight
+    trainable = factors.left.weight.requires_grad
+    dense.register_parameter("weight", nn.Parameter(stored, requires_grad=trainable))
+    dense.register_parameter("bias", factors.left.bias)
+    return dense.train(factors.training)

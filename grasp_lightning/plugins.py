@@ -1,0 +1,39 @@
+"""Methods of other installed packages: their entry points ``grasp_lightning.methods``.
+
+Nothing of a package is imported before its method is named by a configuration or by a plan.
+"""
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import cast
+
+from grasp_lightning.errors import ConfigError
+
+GROUP = "grasp_lightning.methods"
+
+
+def method_plugins() -> dict[str, EntryPoint]:
+    """Return the entry points by the name of their method."""
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def load_method(name: str) -> object | None:
+    """Import what the entry point of a method names, and with it the operations of its package.
+
+    Args:
+        name: Name of the method.
+
+    Returns:
+        The object; None if no package has a method of this name.
+
+    Raises:
+        ConfigError: If the package cannot be imported, or lacks the object.
+    """
+    entry = method_plugins().get(name)
+    if entry is None:
+        return None
+    try:
+        return cast(object, entry.load())
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"method.name: {name}, the entry point {entry.value} cannot be loaded: {error}"
+        ) from error
