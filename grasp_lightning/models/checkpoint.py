@@ -1,8 +1,8 @@
 """Saving a changed model as an ordinary Hugging Face folder."""
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +41,14 @@ _AUTO_CLASSES = {
 # every other rule that transformers ties to its own classes stay in force.
 _REMOTE_CLASS = '''
 
-class Grasp{name}(transformers.{name}):
+class Grasp{name}({origin}):
     """``{name}``, with low-rank and narrowed linears registered; what it loads is a ``{name}``."""
 
-    from_pretrained = transformers.{name}.from_pretrained
-    _from_config = transformers.{name}._from_config
+    from_pretrained = {origin}.from_pretrained
 '''
+_REMOTE_MODEL = _REMOTE_CLASS + "    _from_config = {origin}._from_config\n"
 
-# Read before the model: some programs look at its quantization_config themselves, as lm-eval does.
-_REMOTE_CONFIG = '''
-
-class Grasp{name}(transformers.{name}):
-    """``{name}``, with low-rank and narrowed linears registered; what it loads is a ``{name}``."""
-
-    from_pretrained = transformers.{name}.from_pretrained
-'''
+_DYNAMIC_MODULES = "transformers_modules."  # where transformers imports the code of a checkpoint
 
 
 def save_model(
@@ -88,16 +81,14 @@ def save_model(
     _check_rebuild(model)
     path.mkdir(parents=True, exist_ok=True)
     _delete_earlier_save(path)
-    classes = _remote_classes(model)
-    with _auto_map(model.config, classes):
-        # The keys of the model in memory: transformers' reverse conversions to an older layout may
-        # split or permute tensors, and know nothing of factors.
-        save_original_format = not has_replaced(model)
-        model.save_pretrained(
-            path, max_shard_size=max_shard_size, save_original_format=save_original_format
-        )
-    if classes:
-        (path / f"{REMOTE_MODULE}.py").write_text(_remote_module(classes), encoding="utf-8")
+    # The keys of the model in memory: transformers' reverse conversions to an older layout may
+    # split or permute tensors, and know nothing of factors.
+    save_original_format = not has_replaced(model)
+    model.save_pretrained(
+        path, max_shard_size=max_shard_size, save_original_format=save_original_format
+    )
+    if has_replaced(model):
+        _write_remote_code(model, path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
@@ -197,37 +188,44 @@ def _delete_earlier_save(path: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _remote_classes(model: PreTrainedModel) -> dict[str, str]:
-    """Return auto class -> transformers class to offer as remote code; empty if none is needed."""
-    if not has_replaced(model) or not type(model).__module__.startswith("transformers."):
-        return {}  # a model with code of its own keeps its own auto_map
-    classes: dict[str, str] = {}
+def _write_remote_code(model: PreTrainedModel, path: Path) -> None:
+    """Write what opens a saved model on machines without the package, and name it in its config.
+
+    A checkpoint with code of its own keeps its model classes: reading its config registers ours.
+    """
+    config_class, is_custom = type(model.config), _is_remote(type(model))
+    if not (is_custom or type(model).__module__.startswith("transformers.")):
+        return  # a class of the caller's own program, which no folder can bring along
+    classes = {_AUTO_CONFIG: config_class} | ({} if is_custom else _model_classes(config_class))
+    code = [inspect.getsource(lowrank), "\n\nimport transformers  # noqa: E402\n"]
+    for auto, found in classes.items():
+        name, origin = found.__name__, f"transformers.{found.__name__}"
+        if _is_remote(found):
+            module = found.__module__.rpartition(".")[2]
+            code.append(f"from .{module} import {name}  # noqa: E402\n")
+            origin = name
+        form = _REMOTE_CLASS if auto == _AUTO_CONFIG else _REMOTE_MODEL
+        code.append(form.format(name=name, origin=origin))
+    (path / f"{REMOTE_MODULE}.py").write_text("".join(code), encoding="utf-8")
+    file = path / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    ours = {auto: f"{REMOTE_MODULE}.Grasp{found.__name__}" for auto, found in classes.items()}
+    content["auto_map"] = {**content.get("auto_map", {}), **ours}
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _model_classes(config_class: type[PreTrainedConfig]) -> dict[str, type]:
+    """Return auto class -> class of transformers that it opens for a family."""
+    classes: dict[str, type] = {}
     for auto, mapping in _AUTO_CLASSES.items():
-        if type(model.config) in mapping:
-            found: Any = mapping[type(model.config)]  # Any: a class, or a tuple of classes
-            classes[auto] = (found[0] if isinstance(found, tuple) else found).__name__
-    return {_AUTO_CONFIG: type(model.config).__name__, **classes}
+        if config_class in mapping:
+            found: Any = mapping[config_class]  # Any: a class, or a tuple of classes
+            classes[auto] = found[0] if isinstance(found, tuple) else found
+    return classes
 
 
-@contextmanager
-def _auto_map(config: PreTrainedConfig, classes: Mapping[str, str]) -> Iterator[None]:
-    """Name the remote classes in the config, only while it is written."""
-    if not classes:
-        yield
-        return
-    config.auto_map = {auto: f"{REMOTE_MODULE}.Grasp{name}" for auto, name in classes.items()}
-    try:
-        yield
-    finally:
-        del config.auto_map
-
-
-def _remote_module(classes: Mapping[str, str]) -> str:
-    parts = [inspect.getsource(lowrank), "\n\nimport transformers  # noqa: E402\n"]
-    for auto, name in classes.items():
-        form = _REMOTE_CONFIG if auto == _AUTO_CONFIG else _REMOTE_CLASS
-        parts.append(form.format(name=name))
-    return "".join(parts)
+def _is_remote(found: type) -> bool:
+    return found.__module__.startswith(_DYNAMIC_MODULES)
 
 
 def push_folder(folder: Path, repository: str) -> str:
