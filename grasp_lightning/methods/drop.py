@@ -74,11 +74,10 @@ class DropMethod(CompressionMethod):
 
         Args:
             step: What ``next_step`` asked for.
-            model: The model; not read.
+            model: The model.
             stats: What was measured.
 
         Returns:
             The decision of this step.
         """
-        del model
-        return self._layers.decide(stats) if step.name == SELECT else drop_decision(step)
+        return self._layers.decide(stats, model) if step.name == SELECT else drop_decision(step)

@@ -257,7 +257,7 @@ class LowRankMethod(CompressionMethod):
             The decision of this step.
         """
         if step.name == SELECT:
-            return self._layers.decide(stats)
+            return self._layers.decide(stats, model if self._rule is None else None)
         if step.name == DROP or self._rule is None:
             return drop_decision(step)
         if step.name == CURVATURE and self._metric is not None:

@@ -81,7 +81,8 @@ class Prediction:
 def predict(view: DecoderView, method: MethodConfig) -> Prediction:
     """Return the sizes before and after compression, from shapes alone.
 
-    More layers than the model has, and a budget out of reach, are a ``ConfigError``.
+    More layers than the model has, and a budget out of reach, are a ``ConfigError``; layers that
+    cannot be deleted are a ``ModelError``.
 
     Args:
         view: The model; its weights may be on the meta device.
@@ -102,6 +103,8 @@ def predict(view: DecoderView, method: MethodConfig) -> Prediction:
         raise ModelError(
             f"all {view.num_layers} decoder layers would be deleted; leave at least one"
         )
+    if rule is None:
+        choice.check_drop(view)
     if isinstance(rule, GlobalRanks):
         return _predict_budget(view, rule, choice)
     by_size = sorted(choice.layers or view.layer_indices, key=lambda index: _size(view, index))

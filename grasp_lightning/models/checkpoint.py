@@ -2,15 +2,12 @@
 
 import inspect
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp_lightning.errors import ModelError, OutputError
@@ -23,7 +20,7 @@ from grasp_lightning.models.lowrank import (
     config_of,
     has_replaced,
 )
-from grasp_lightning.models.numbering import numbered_settings
+from grasp_lightning.models.rebuilding import rebuild_problem
 from grasp_lightning.models.source import first_line
 
 _AUTO_CONFIG = "AutoConfig"
@@ -78,7 +75,9 @@ def save_model(
     path = Path(folder)
     _check_saveable(model)
     attach_quantizer(model)
-    _check_rebuild(model)
+    problem = rebuild_problem(model)
+    if problem is not None:
+        raise ModelError(problem)
     path.mkdir(parents=True, exist_ok=True)
     _delete_earlier_save(path)
     # The keys of the model in memory: transformers' reverse conversions to an older layout may
@@ -139,46 +138,6 @@ def _check_saveable(model: PreTrainedModel) -> None:
         check_fails_closed(model)
     except ValueError as error:
         raise ModelError(str(error)) from error
-
-
-def _check_rebuild(model: PreTrainedModel) -> None:
-    """Raise if the config builds another model: loading would leave tensors random or wrong."""
-    content = model.config.to_dict()
-    content.pop("quantization_config", None)
-    config = type(model.config).from_dict(content)  # as it will be read
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        rebuilt = type(model)(config)
-    if has_replaced(model):
-        quantizer = GraspQuantizer(model.config.quantization_config)
-        quantizer.preprocess_model(rebuilt)
-    problem = _first_difference("shape", _shapes(rebuilt), _shapes(model)) or _first_difference(
-        "value", *_common(numbered_settings(rebuilt), numbered_settings(model))
-    )
-    if problem is not None:
-        raise ModelError(
-            f"the config of {type(model).__name__} would rebuild another model: {problem}"
-        )
-
-
-def _first_difference(
-    kind: str, expected: Mapping[str, object], actual: Mapping[str, object]
-) -> str | None:
-    if expected == actual:
-        return None
-    key = min(key for key, _ in expected.items() ^ actual.items())
-    there, here = expected.get(key), actual.get(key)
-    return f"{key} has {kind} {there} there and {here} in the model to save"
-
-
-def _common(
-    first: Mapping[str, object], second: Mapping[str, object]
-) -> tuple[dict[str, object], dict[str, object]]:
-    keys = first.keys() & second.keys()
-    return {key: first[key] for key in keys}, {key: second[key] for key in keys}
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
 def _delete_earlier_save(path: Path) -> None:
