@@ -16,6 +16,7 @@ from grasp_lightning.evaluation.phases import Phases, peak_memory_bytes
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.verification import verify_saved
 from grasp_lightning.reporting.card import base_model_of
 from grasp_lightning.reporting.compensation import render_compensation_report
 from grasp_lightning.reporting.compensation_card import compensated_card
@@ -30,6 +31,7 @@ from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.training.compensation import CompensationModule
 
 _CARD_NAME = "README.md"
+_PHASES = ("load", "train", "evaluate", "save", "verify")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class CompensationOutcome:
         perplexity: On held-out text.
         perplexity_tokens: Number of predicted tokens behind each perplexity.
         validation_loss: On samples that were set aside; None if there are none.
+        generates: Whether the model generated with its cache before it was trained.
     """
 
     config: CompensateConfig
@@ -59,6 +62,7 @@ class CompensationOutcome:
     perplexity: Change[float | None]
     perplexity_tokens: int
     validation_loss: Change[float | None]
+    generates: bool = True
 
 
 def write_compensation(
@@ -69,14 +73,14 @@ def write_compensation(
     Args:
         run: The run folder.
         outcome: What was done.
-        phases: Times so far; saving is added.
+        phases: Times so far; saving and verifying are added.
 
     Returns:
         The metrics as written.
     """
     card = _read_card(outcome.loaded)
-    with phases("save"):
-        _write_model(run, outcome, _metrics(outcome, card, phases), card)
+    with phases("save", excluding=("verify",)):
+        _write_model(run, outcome, phases, card)
     metrics = _metrics(outcome, card, phases)
     run.write_text("report.html", render_compensation_report(metrics, to_dict(outcome.config)))
     run.write_json("metrics.json", metrics.to_dict())
@@ -92,9 +96,9 @@ def _read_card(loaded: LoadedModel) -> str | None:
 
 
 def _write_model(
-    run: RunFolder, outcome: CompensationOutcome, metrics: CompensationMetrics, card: str | None
+    run: RunFolder, outcome: CompensationOutcome, phases: Phases, card: str | None
 ) -> None:
-    origin = outcome.loaded.origin
+    origin, metrics = outcome.loaded.origin, _metrics(outcome, card, phases)
     text = compensated_card(
         card,
         metrics,
@@ -108,6 +112,8 @@ def _write_model(
         for file in origin.licence_files:
             shutil.copyfile(file, folder / file.name)
         (folder / _CARD_NAME).write_text(text, encoding="utf-8")
+        with phases("verify"):
+            verify_saved(outcome.loaded.model, folder, generates=outcome.generates)
 
 
 def _metrics(outcome: CompensationOutcome, card: str | None, phases: Phases) -> CompensationMetrics:
@@ -146,7 +152,7 @@ def _metrics(outcome: CompensationOutcome, card: str | None, phases: Phases) -> 
             validation_loss=tuple(loss for _, loss in outcome.history.validations),
         ),
         seconds=CompensationSeconds(
-            **{name: phases.seconds.get(name) for name in ("load", "train", "evaluate", "save")},
+            **{name: phases.seconds.get(name) for name in _PHASES},
             total=phases.total,
         ),
         peak_memory_bytes=peak_memory_bytes(),

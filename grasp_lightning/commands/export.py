@@ -20,6 +20,7 @@ from grasp_lightning.models.lowrank import has_replaced, ranks_of, shapes_of
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import weight_files
 from grasp_lightning.models.surgery import densify
+from grasp_lightning.models.verification import can_generate, verify_saved
 from grasp_lightning.reporting.card import base_model_of, export_card
 from grasp_lightning.reporting.metrics import Pair
 from grasp_lightning.run_folder import RunFolder
@@ -165,6 +166,7 @@ def _execute(source: Path, run: RunFolder) -> ExportFacts:
     run.check_free_space(int(_SAFETY * size))
     loaded = load_model(settings)
     model = loaded.model
+    generates = can_generate(model)
     ranks, shapes, compressed = ranks_of(model), shapes_of(model), count_parameters(model)
     densify(model, _track)
     facts = ExportFacts(
@@ -174,13 +176,15 @@ def _execute(source: Path, run: RunFolder) -> ExportFacts:
         dtype=str(model.dtype).removeprefix("torch."),
         shapes=shapes,
     )
-    _write_model(run, source, loaded, facts)
+    _write_model(run, source, loaded, facts, generates=generates)
     run.write_json(FACTS_NAME, facts.to_json())
     run.finish()
     return facts
 
 
-def _write_model(run: RunFolder, source: Path, loaded: LoadedModel, facts: ExportFacts) -> None:
+def _write_model(
+    run: RunFolder, source: Path, loaded: LoadedModel, facts: ExportFacts, *, generates: bool
+) -> None:
     origin, source_card = loaded.origin, _read_card(source)
     card = export_card(
         base_model=base_model_of(source_card or "") or origin.name,
@@ -199,6 +203,7 @@ def _write_model(run: RunFolder, source: Path, loaded: LoadedModel, facts: Expor
         if source_card:
             (folder / SOURCE_CARD_NAME).write_text(source_card, encoding="utf-8")
         (folder / _CARD_NAME).write_text(card, encoding="utf-8")
+        verify_saved(loaded.model, folder, generates=generates)
 
 
 def _read_card(source: Path) -> str | None:

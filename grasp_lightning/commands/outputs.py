@@ -18,6 +18,7 @@ from grasp_lightning.evaluation.phases import Phases, peak_memory_bytes
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import ModelSize
+from grasp_lightning.models.verification import verify_saved
 from grasp_lightning.plan import Plan
 from grasp_lightning.reporting.card import model_card
 from grasp_lightning.reporting.linears import predicted_losses
@@ -43,6 +44,7 @@ class Outcome:
         perplexity: On held-out text, before and after.
         perplexity_tokens: Number of predicted tokens behind each perplexity.
         settings: The resolved configuration as plain values.
+        generates: Whether the dense model generates with its cache.
     """
 
     loaded: LoadedModel
@@ -54,6 +56,7 @@ class Outcome:
     perplexity: Pair[float | None]
     perplexity_tokens: int
     settings: Mapping[str, Any]  # Any: values of YAML
+    generates: bool = True
 
 
 def write_outputs(run: RunFolder, outcome: Outcome, phases: Phases) -> Metrics:
@@ -62,14 +65,14 @@ def write_outputs(run: RunFolder, outcome: Outcome, phases: Phases) -> Metrics:
     Args:
         run: The run folder.
         outcome: What was done.
-        phases: Times so far; saving is added.
+        phases: Times so far; saving and verifying are added.
 
     Returns:
         The metrics as written.
     """
     dtype = outcome.loaded.model.dtype
-    with phases("save"):
-        _write_model(run, outcome, _metrics(outcome, phases))
+    with phases("save", excluding=("verify",)):
+        _write_model(run, outcome, phases)
         _write_tensors(run, "scores.safetensors", outcome.scores, torch.float32)
         _write_tensors(run, "factors.safetensors", outcome.factors, dtype)
         run.write_text("plan.json", outcome.plan.to_json())
@@ -80,10 +83,10 @@ def write_outputs(run: RunFolder, outcome: Outcome, phases: Phases) -> Metrics:
     return metrics
 
 
-def _write_model(run: RunFolder, outcome: Outcome, metrics: Metrics) -> None:
+def _write_model(run: RunFolder, outcome: Outcome, phases: Phases) -> None:
     origin = outcome.loaded.origin
     card = model_card(
-        metrics,
+        _metrics(outcome, phases),
         outcome.plan,
         origin_name=origin.name,
         licence=origin.licence,
@@ -95,6 +98,8 @@ def _write_model(run: RunFolder, outcome: Outcome, metrics: Metrics) -> None:
         for file in origin.licence_files:
             shutil.copyfile(file, folder / file.name)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        with phases("verify"):
+            verify_saved(outcome.loaded.model, folder, generates=outcome.generates)
 
 
 def _write_tensors(

@@ -33,6 +33,7 @@ _PHASES = {
     "train": "Train",
     "evaluate": "Evaluate before and after",
     "save": "Save the model",
+    "verify": "Load it in a fresh process",
 }
 _TRAINED = {"factors": "factor training", "lora_on_factors": "lora of the factors"}
 _LEARNED = {

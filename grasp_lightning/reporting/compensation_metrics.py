@@ -46,6 +46,7 @@ class CompensationSeconds:
         train: Optimizer steps, and the validations between them.
         evaluate: Perplexity and validation loss, before and after.
         save: Writing the model.
+        verify: Loading the saved model in a fresh process.
         total: The whole command.
     """
 
@@ -53,6 +54,7 @@ class CompensationSeconds:
     train: float | None = None
     evaluate: float | None = None
     save: float | None = None
+    verify: float | None = None
     total: float | None = None
 
 
@@ -158,7 +160,7 @@ class CompensationMetrics:
         ``best_step`` (int), ``epochs`` (float), ``samples`` (name to int), ``trained_tokens``
         (int), ``data``, ``data_licence`` (strings), ``history.{steps,validation_steps}`` (lists of
         int), ``history.{loss,learning_rate,validation_loss}`` (lists of float),
-        ``seconds.{load,train,evaluate,save,total}`` (float), ``peak_memory_bytes`` (int),
+        ``seconds.{load,train,evaluate,save,verify,total}`` (float), ``peak_memory_bytes`` (int),
         ``versions`` (package name to version),
         ``evaluation.{settings,cost,peak_memory_bytes,corpora,tasks,mean_of_seven}`` as in the
         output of ``evaluate``, and ``throughput``, the output of ``benchmark``.

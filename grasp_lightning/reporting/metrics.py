@@ -63,6 +63,7 @@ class Seconds:
         cut_losses: Measuring each cut by itself.
         refit: Fitting what was cut once more.
         save: Writing the model.
+        verify: Loading the saved model in a fresh process.
         evaluate: Perplexity before and after.
         total: The whole command.
     """
@@ -76,6 +77,7 @@ class Seconds:
     cut_losses: float | None = None
     refit: float | None = None
     save: float | None = None
+    verify: float | None = None
     evaluate: float | None = None
     total: float | None = None
 
@@ -138,7 +140,7 @@ class Metrics:
         ``perplexity.{dense,compressed}`` (float), ``perplexity_tokens`` (int),
         ``loss_change.{predicted,measured}`` (float, nats per token),
         ``seconds.{load,sample,similarity,attribution,curvature,factorize,cut_losses,refit,save,
-        evaluate,total}`` (float),
+        verify,evaluate,total}`` (float),
         ``peak_memory_bytes`` (int), ``versions`` (package name to version),
         ``evaluation.{settings,cost,peak_memory_bytes,corpora,tasks,mean_of_seven}`` as in the
         output of ``evaluate``, and ``throughput``, the output of ``benchmark``.

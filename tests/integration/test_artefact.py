@@ -206,8 +206,8 @@ class CustomForCausalLM(transformers.LlamaForCausalLM):
 """
 
 
-def custom(scratch: Path, *, has_config: bool = True) -> PreTrainedModel:
-    """Return a model of a checkpoint with code of its own, for its config, too, or not."""
+def write_custom(scratch: Path, *, has_config: bool = True) -> None:
+    """Write a checkpoint with code of its own, for its config, too, or not."""
     tiny_model().save_pretrained(scratch)
     config, modeling = read_config(scratch), MODELING
     config["auto_map"] = {
@@ -223,6 +223,11 @@ def custom(scratch: Path, *, has_config: bool = True) -> PreTrainedModel:
         modeling = modeling.replace("CustomConfig", "LlamaConfig")
     (scratch / "modeling_custom.py").write_text(modeling)
     (scratch / "config.json").write_text(json.dumps(config))
+
+
+def custom(scratch: Path, *, has_config: bool = True) -> PreTrainedModel:
+    """Return the model of such a checkpoint."""
+    write_custom(scratch, has_config=has_config)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(scratch, trust_remote_code=True)
     return model
 

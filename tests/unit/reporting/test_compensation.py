@@ -71,6 +71,7 @@ KEYS = {
     "seconds.train",
     "seconds.evaluate",
     "seconds.save",
+    "seconds.verify",
     "seconds.total",
     "peak_memory_bytes",
     "versions",
