@@ -63,14 +63,15 @@ def save_model(
     error. A model whose layers were only dropped becomes a plain folder. Weight files of an
     earlier save in the folder are deleted. The model stays usable, and can be saved again.
 
-    A ``ModelError`` says that the model is quantized by another method, that a low-rank linear has
-    as many ranks as output features, or that the config would rebuild another model.
-
     Args:
         model: The model, in any dtype.
         folder: Where to write; created if absent.
         tokenizer: Saved beside the model.
         max_shard_size: Largest size of one weight file, in bytes or as text such as ``5GB``.
+
+    Raises:
+        ModelError: If the model is quantized by another method, a low-rank linear has as many ranks
+            as output features, or the config would rebuild another model.
     """
     path = Path(folder)
     _check_saveable(model)

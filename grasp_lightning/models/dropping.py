@@ -46,13 +46,13 @@ def drop_problem(view: DecoderView, layers: Iterable[int]) -> str | None:
         problem = f"its config cannot be shortened ({first_line(error)})"
     if problem is not None or len(set(_kinds(trial))) == len(set(kinds)):
         return problem
-    error = _error_with_cache(trial.model)
-    if error is None or _error_with_cache(rebuilt_empty(view.model)) is not None:
+    obstacle = _error_with_cache(trial.model)
+    if obstacle is None or _error_with_cache(rebuilt_empty(view.model)) is not None:
         return None
     lost = [i for i in layers if kinds[view.layer_indices.index(i)] not in _kinds(trial)]
     return (
         f"without layers {lost}, the last of their kind, {type(view.model).__name__} cannot "
-        f"generate with its cache ({error}); keep one of them"
+        f"generate with its cache ({obstacle}); keep one of them"
     )
 
 

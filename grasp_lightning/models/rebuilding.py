@@ -23,10 +23,11 @@ def rebuilt_empty(model: PreTrainedModel) -> PreTrainedModel:
     content.pop("quantization_config", None)
     config = type(model.config).from_dict(content)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        rebuilt = type(model)(config)
+        rebuilt: PreTrainedModel = type(model)(config)
     if has_replaced(model):
         GraspQuantizer(config_of(model)).preprocess_model(rebuilt)
-    return rebuilt.eval()
+    rebuilt.train(False)
+    return rebuilt
 
 
 def rebuild_problem(model: PreTrainedModel) -> str | None:

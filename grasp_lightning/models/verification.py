@@ -49,6 +49,9 @@ def can_generate(model: PreTrainedModel) -> bool:
 
     Returns:
         False if the result of compressing it cannot be asked to.
+
+    Raises:
+        OutOfMemoryError: If its device has too little memory.
     """
     if not model.can_generate():
         return False
@@ -71,16 +74,13 @@ def verify_saved(model: PreTrainedModel, folder: Path, *, generates: bool = True
     """Let a fresh process load a saved model, compare its tensors and logits, and generate.
 
     It computes on the CPU. Where memory is too short to hold the model once more, one warning says
-    that this was left out.
+    that this was left out. Another model, or one that does not load or generate, is a
+    ``ModelError``; a process that was killed or took too long is an ``OutputError``.
 
     Args:
         model: The model that was saved, whole, on any device.
         folder: Where it was saved.
         generates: What ``can_generate`` said of the model that it was made of.
-
-    Raises:
-        ModelError: If what is loaded is another model, or does not load or generate.
-        OutputError: If the process was killed, or took too long.
     """
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     copies = 1 if model.device.type == "cpu" else 2

@@ -56,7 +56,7 @@ def test_the_reason_names_the_layers_to_keep() -> None:
     ],
 )
 def test_layers_that_may_go_in_any_combination(
-    family: str, options: dict[str, object], droppable: tuple[int, ...]
+    family: str, options: dict[str, Any], droppable: tuple[int, ...]
 ) -> None:
     view = DecoderView(tiny_model(family, **options))
     assert droppable_layers(view, (1, 2, 3)) == droppable
