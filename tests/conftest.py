@@ -93,6 +93,31 @@ TINY_CONFIGS |= {
 }
 ALL_FAMILIES = tuple(TINY_CONFIGS)
 MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+_STATE_SPACE = {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8}
+_LINEAR_ATTENTION = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+# Of single tests: families that read weights of linears, and whose layers have caches of two kinds.
+TINY_CONFIGS |= {
+    "mamba": {"model_type": "mamba", **_STATE_SPACE, "time_step_rank": 12},
+    "mamba2": {
+        "model_type": "mamba2",
+        **_STATE_SPACE,
+        "head_dim": 8,
+        "num_heads": 8,
+        "n_groups": 2,
+        "chunk_size": 16,
+    },
+    "qwen3_5_text": {
+        "model_type": "qwen3_5_text",
+        **_GROUPED,
+        **_LINEAR_ATTENTION,
+        "head_dim": 16,
+    },
+}
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **overrides: object) -> PreTrainedModel:

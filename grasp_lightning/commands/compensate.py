@@ -27,6 +27,7 @@ from grasp_lightning.models.loading import LoadedModel, load_model, resolve_devi
 from grasp_lightning.models.model_settings import named_by
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import resolve_source
+from grasp_lightning.models.verification import can_generate
 from grasp_lightning.reporting.metrics import Change, CompensationMetrics
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.training import RunNotes, check_inputs
@@ -68,6 +69,7 @@ class _Inputs:
     teacher: Teacher | None
     device: torch.device
     bytes_needed: int
+    generates: bool
 
 
 def run_compensate(config: CompensateConfig) -> CompensateRun:
@@ -138,6 +140,7 @@ def _execute(
             perplexity=measured.perplexity,
             perplexity_tokens=inputs.held_out.num_targets,
             validation_loss=measured.validation_loss,
+            generates=inputs.generates,
         )
         return write_outputs(run, outcome, phases)
 
@@ -222,6 +225,7 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
         teacher = None
         if config.objective == "distill":
             teacher = _teacher(config, loaded)
+        generates = can_generate(loaded.model)
     trained = sum(linear.weight.numel() for linear in linears.values())  # at most
     needed = count_parameters(view.model) * loaded.model.dtype.itemsize
     return _Inputs(
@@ -232,6 +236,7 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
         teacher=teacher,
         device=device,
         bytes_needed=int(_SAFETY * (needed + _CHECKPOINT_BYTES * trained)),
+        generates=generates,
     )
 
 

@@ -149,6 +149,7 @@ def _execute(
             perplexity=perplexity,
             perplexity_tokens=inputs.held_out.num_targets,
             settings=to_dict(config),
+            generates=inputs.generates,
         )
         return write_outputs(run, outcome, phases)
 

@@ -18,6 +18,7 @@ from grasp_lightning.models.formats import FORMATS, Format
 from grasp_lightning.models.loading import LoadedModel, load_meta_model, load_model
 from grasp_lightning.models.lowrank import ranks_of, shapes_of
 from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.verification import can_generate
 from grasp_lightning.models.weight_files import weight_files
 from grasp_lightning.reporting.card import base_model_of, export_card
 from grasp_lightning.reporting.metrics import Pair
@@ -162,6 +163,7 @@ def _execute(source: Path, target: Format, run: RunFolder) -> ExportFacts:
     run.check_free_space(int(_SAFETY * size))
     loaded = load_model(settings)
     model = loaded.model
+    generates = can_generate(model)
     ranks, shapes, compressed = ranks_of(model), shapes_of(model), count_parameters(model)
     target.convert(model, partial(_track, target.doing))
     facts = ExportFacts(
@@ -171,14 +173,20 @@ def _execute(source: Path, target: Format, run: RunFolder) -> ExportFacts:
         dtype=str(model.dtype).removeprefix("torch."),
         shapes=shapes,
     )
-    _write_model(run, source, target, loaded, facts)
+    _write_model(run, source, target, loaded, facts, generates=generates)
     run.write_json(FACTS_NAME, facts.to_json())
     run.finish()
     return facts
 
 
 def _write_model(
-    run: RunFolder, source: Path, target: Format, loaded: LoadedModel, facts: ExportFacts
+    run: RunFolder,
+    source: Path,
+    target: Format,
+    loaded: LoadedModel,
+    facts: ExportFacts,
+    *,
+    generates: bool,
 ) -> None:
     origin, source_card = loaded.origin, read_card(source)
     card = export_card(
@@ -192,7 +200,7 @@ def _write_model(
         source_card=SOURCE_CARD_NAME if source_card else None,
     )
     texts = {SOURCE_CARD_NAME: source_card} if source_card else {}
-    write_model(run, loaded, card, texts, save=target.save)
+    write_model(run, loaded, card, texts, save=target.save, generates=generates)
 
 
 def _fingerprint(source: Path) -> str:

@@ -21,7 +21,8 @@ from grasp_lightning.methods.base import CompressionMethod
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
-from grasp_lightning.models.sharding import check_runs, process_mesh, shard
+from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard
+from grasp_lightning.models.verification import can_generate
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.progress import check_same_model
 from grasp_lightning.storage.recut import StoredScores
@@ -44,6 +45,7 @@ class Inputs:
         stored: Stored scores that are cut again; None where the run measures.
         hashes: Hashes of the model and of the windows, for the plan.
         bytes_needed: Disk space that the run takes at most.
+        generates: Whether the model generates with its cache.
     """
 
     loaded: LoadedModel
@@ -55,6 +57,7 @@ class Inputs:
     stored: StoredScores | None
     hashes: Mapping[str, str]
     bytes_needed: int
+    generates: bool
 
 
 def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None) -> Inputs:
@@ -107,6 +110,7 @@ def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None
             if stored is not None:
                 stored.check_windows(data.fingerprint)
             hashes |= data.fingerprint
+        generates = is_sharded(loaded.model) or can_generate(loaded.model)
     needed = (prediction.most + prediction.factors) * loaded.model.dtype.itemsize
     return Inputs(
         loaded=loaded,
@@ -118,6 +122,7 @@ def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None
         stored=stored,
         hashes=hashes,
         bytes_needed=int(_SAFETY * needed),
+        generates=generates,
     )
 
 

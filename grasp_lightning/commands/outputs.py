@@ -43,7 +43,7 @@ from grasp_lightning.reporting.metrics import (
 )
 from grasp_lightning.reporting.page import render_compensation_report, render_report
 from grasp_lightning.run_folder import RunFolder
-from grasp_lightning.storage.model_folder import read_card, write_model
+from grasp_lightning.storage.model_folder import VERIFY, read_card, write_model
 from grasp_lightning.training.compensation import CompensationModule
 
 M = TypeVar("M", bound=RunMetrics)
@@ -59,10 +59,12 @@ class RunOutcome(ABC, Generic[M]):
     Attributes:
         loaded: The new model, its tokenizer and its origin.
         perplexity_tokens: Number of predicted tokens behind each perplexity.
+        generates: Whether the model generated with its cache before.
     """
 
     loaded: LoadedModel
     perplexity_tokens: int
+    generates: bool = True
 
     @abstractmethod
     def metrics(self, phases: Phases) -> M:
@@ -256,13 +258,14 @@ def write_outputs(run: RunFolder, outcome: RunOutcome[M], phases: Phases) -> M:
     Args:
         run: The run folder.
         outcome: What was done.
-        phases: Times so far; saving is added.
+        phases: Times so far; saving and verifying are added.
 
     Returns:
         The metrics as written.
     """
-    with phases("save"):
-        write_model(run, outcome.loaded, outcome.card(outcome.metrics(phases)))
+    with phases("save", excluding=(VERIFY,)):
+        card = outcome.card(outcome.metrics(phases))
+        write_model(run, outcome.loaded, card, generates=outcome.generates, phases=phases)
         outcome.write_decisions(run)
     metrics = outcome.metrics(phases)
     run.write_text("report.html", outcome.report(metrics))

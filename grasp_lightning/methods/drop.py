@@ -32,6 +32,8 @@ class DropMethod(LayerwiseMethod):
         more_options: What the plan lists besides the choice of layers.
     """
 
+    deletes_layers = True
+
     def __init__(
         self,
         layers: LayerChoice,

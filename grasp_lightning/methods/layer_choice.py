@@ -1,5 +1,6 @@
 """Which decoder layers are redundant: the first part of every layer-wise method."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -7,11 +8,14 @@ import torch
 from torch import Tensor
 
 from grasp_lightning.config import LayerMetric, MethodConfig
-from grasp_lightning.errors import ConfigError, NumericsError
+from grasp_lightning.errors import ConfigError, ModelError, NumericsError
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.dropping import drop_problem
 from grasp_lightning.plan import OptionValue, SelectLayers
 from grasp_lightning.stats.base import Needs, Statistics, Step
+
+logger = logging.getLogger(__name__)
 
 SELECT = "select"
 SCORE_KEYS: dict[LayerMetric, str] = {
@@ -106,28 +110,79 @@ class LayerChoice:
         _check_metric(stats.layer_metric)
         return self._best(stats.layer_metric)
 
-    def decide(self, stats: Statistics) -> Decision:
+    def decide(self, stats: Statistics, dropped_from: DecoderView | None = None) -> Decision:
         """Return the choice as a decision.
+
+        Layers that must stay are a ``ModelError`` if they were set, and passed over otherwise.
 
         Args:
             stats: The metric of every layer; not read for explicit layers.
+            dropped_from: The model, if the chosen layers are going to be deleted.
 
         Returns:
             One ``SelectLayers``, and the metric, where one was measured, as a score to store.
         """
-        metric = stats.layer_metric
+        metric, layers = stats.layer_metric, self.chosen(stats)
+        if dropped_from is not None:
+            layers = self._droppable(dropped_from, layers, metric)
         return Decision(
-            operations=(SelectLayers(layers=self.chosen(stats)),),
+            operations=(SelectLayers(layers=layers),),
             scores={} if metric is None else {SCORE_KEYS[self.metric]: metric},
         )
+
+    def check_drop(self, view: DecoderView) -> None:
+        """Check that explicit layers may be deleted; else it is a ``ModelError``.
+
+        Args:
+            view: The model; its weights may be on the meta device.
+        """
+        if self.layers is not None:
+            self._droppable(view, self.layers, None)
+
+    def _droppable(
+        self, view: DecoderView, layers: tuple[int, ...], metric: Tensor | None
+    ) -> tuple[int, ...]:
+        """Return the best layers without which the model is still whole."""
+        problem = drop_problem(view, layers)
+        if problem is None:
+            return layers
+        if self.layers is not None or metric is None:
+            raise ModelError(f"method.layers={list(layers)} cannot be deleted: {problem}")
+        others = self._best_droppable(view, metric)
+        if others is None:
+            raise ModelError(
+                f"no {self.count} layers can be deleted ({problem}); lower method.num_layers, or "
+                "replace layers with a keep_ratio above 0"
+            )
+        logger.warning(
+            "layers %s are deleted, not %s, which score better: %s",
+            list(others),
+            list(layers),
+            problem,
+        )
+        return others
+
+    def _best_droppable(self, view: DecoderView, metric: Tensor) -> tuple[int, ...] | None:
+        if self.metric == "angular":
+            spans = (tuple(range(s, s + self.count)) for s in metric.argsort(stable=True).tolist())
+            return next((span for span in spans if drop_problem(view, span) is None), None)
+        found: list[int] = []
+        for index in _most_similar(metric):
+            if len(found) < self.count and drop_problem(view, [*found, index]) is None:
+                found.append(index)
+        return tuple(sorted(found)) if len(found) == self.count else None
 
     def _best(self, values: Tensor) -> tuple[int, ...]:
         if self.metric == "angular":
             start = int(values.argmin())
             return tuple(range(start, start + self.count))
-        # A stable sort gives ties to the lower index, whatever the number of threads.
-        order = torch.sort(values, descending=True, stable=True).indices[: self.count]
-        return tuple(sorted(order.tolist()))
+        return tuple(sorted(_most_similar(values)[: self.count]))
+
+
+def _most_similar(values: Tensor) -> list[int]:
+    # A stable sort gives ties to the lower index, whatever the number of threads.
+    order: list[int] = torch.sort(values, descending=True, stable=True).indices.tolist()
+    return order
 
 
 def configured_layers(config: MethodConfig) -> LayerChoice:

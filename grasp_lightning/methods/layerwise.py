@@ -17,7 +17,13 @@ class LayerwiseMethod(CompressionMethod):
         name: Name under which the plan and the model card know the method.
         reference: Publication that it follows.
         layers: How layers are chosen.
+
+    Attributes:
+        deletes_layers: The chosen layers are deleted, so that only those may be chosen without
+            which the model is still whole.
     """
+
+    deletes_layers = False
 
     def __init__(self, name: str, reference: str, layers: LayerChoice) -> None:
         self.name = name
@@ -49,7 +55,7 @@ class LayerwiseMethod(CompressionMethod):
             The decision of this step.
         """
         if step.name == SELECT:
-            return self._layers.decide(stats)
+            return self._layers.decide(stats, model if self.deletes_layers else None)
         return self._decide(step, model, stats)
 
     def predict(self, view: DecoderView) -> Prediction:
@@ -63,9 +69,12 @@ class LayerwiseMethod(CompressionMethod):
         """
         self._layers.check(view.num_layers)
         candidates = self._layers.layers or view.layer_indices
-        return predict_layers(
+        prediction = predict_layers(
             view, candidates, self._layers.count, lambda layers: self._outlook(view, layers)
         )
+        if self.deletes_layers:
+            self._layers.check_drop(view)
+        return prediction
 
     @abstractmethod
     def _step(self, model: DecoderView, plan: Plan, layers: Layers) -> Step | None:

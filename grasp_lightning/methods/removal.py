@@ -8,6 +8,7 @@ from grasp_lightning.config import RemovableChoice
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.methods.blocks import blocks
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.dropping import droppable_layers
 from grasp_lightning.models.linears import in_attention
 from grasp_lightning.models.lowrank import is_replaced
 from grasp_lightning.models.mlp import mlps
@@ -23,7 +24,8 @@ def removable_parts(
 ) -> tuple[Removable, ...]:
     """Return what may go as a whole.
 
-    If all layers of the model may be compressed, the first of them stays, so that one is left.
+    If all layers of the model may be compressed, the first of them stays, so that one is left; so
+    do layers without which the rest would not save, load or generate.
     Blocks are the linears of attention, and those of an MLP whose channels can be told apart, each
     as far as nothing in it is replaced already: no mixture of experts, no convolution.
 
@@ -50,6 +52,7 @@ def removable_parts(
                 "method.removable=layers_and_blocks for blocks alone, or none"
             )
         droppable = ()
+    droppable = droppable_layers(view, droppable)
     found: list[Removable] = []
     for index in layers:
         if index in droppable:

@@ -1,16 +1,13 @@
 """Saving a changed model as an ordinary Hugging Face folder."""
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import json
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp_lightning.errors import ModelError, OutputError
@@ -23,7 +20,7 @@ from grasp_lightning.models.lowrank import (
     config_of,
     has_replaced,
 )
-from grasp_lightning.models.numbering import numbered_settings
+from grasp_lightning.models.rebuilding import rebuild_problem
 from grasp_lightning.models.source import first_line
 
 _AUTO_CONFIG = "AutoConfig"
@@ -41,21 +38,14 @@ _AUTO_CLASSES = {
 # every other rule that transformers ties to its own classes stay in force.
 _REMOTE_CLASS = '''
 
-class Grasp{name}(transformers.{name}):
+class Grasp{name}({origin}):
     """``{name}``, with low-rank and narrowed linears registered; what it loads is a ``{name}``."""
 
-    from_pretrained = transformers.{name}.from_pretrained
-    _from_config = transformers.{name}._from_config
+    from_pretrained = {origin}.from_pretrained
 '''
+_REMOTE_MODEL = _REMOTE_CLASS + "    _from_config = {origin}._from_config\n"
 
-# Read before the model: some programs look at its quantization_config themselves, as lm-eval does.
-_REMOTE_CONFIG = '''
-
-class Grasp{name}(transformers.{name}):
-    """``{name}``, with low-rank and narrowed linears registered; what it loads is a ``{name}``."""
-
-    from_pretrained = transformers.{name}.from_pretrained
-'''
+_DYNAMIC_MODULES = "transformers_modules."  # where transformers imports the code of a checkpoint
 
 
 def save_model(
@@ -73,31 +63,32 @@ def save_model(
     error. A model whose layers were only dropped becomes a plain folder. Weight files of an
     earlier save in the folder are deleted. The model stays usable, and can be saved again.
 
-    A ``ModelError`` says that the model is quantized by another method, that a low-rank linear has
-    as many ranks as output features, or that the config would rebuild another model.
-
     Args:
         model: The model, in any dtype.
         folder: Where to write; created if absent.
         tokenizer: Saved beside the model.
         max_shard_size: Largest size of one weight file, in bytes or as text such as ``5GB``.
+
+    Raises:
+        ModelError: If the model is quantized by another method, a low-rank linear has as many ranks
+            as output features, or the config would rebuild another model.
     """
     path = Path(folder)
     _check_saveable(model)
     attach_quantizer(model)
-    _check_rebuild(model)
+    problem = rebuild_problem(model)
+    if problem is not None:
+        raise ModelError(problem)
     path.mkdir(parents=True, exist_ok=True)
     _delete_earlier_save(path)
-    classes = _remote_classes(model)
-    with _auto_map(model.config, classes):
-        # The keys of the model in memory: transformers' reverse conversions to an older layout may
-        # split or permute tensors, and know nothing of factors.
-        save_original_format = not has_replaced(model)
-        model.save_pretrained(
-            path, max_shard_size=max_shard_size, save_original_format=save_original_format
-        )
-    if classes:
-        (path / f"{REMOTE_MODULE}.py").write_text(_remote_module(classes), encoding="utf-8")
+    # The keys of the model in memory: transformers' reverse conversions to an older layout may
+    # split or permute tensors, and know nothing of factors.
+    save_original_format = not has_replaced(model)
+    model.save_pretrained(
+        path, max_shard_size=max_shard_size, save_original_format=save_original_format
+    )
+    if has_replaced(model):
+        _write_remote_code(model, path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
@@ -150,46 +141,6 @@ def _check_saveable(model: PreTrainedModel) -> None:
         raise ModelError(str(error)) from error
 
 
-def _check_rebuild(model: PreTrainedModel) -> None:
-    """Raise if the config builds another model: loading would leave tensors random or wrong."""
-    content = model.config.to_dict()
-    content.pop("quantization_config", None)
-    config = type(model.config).from_dict(content)  # as it will be read
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        rebuilt = type(model)(config)
-    if has_replaced(model):
-        quantizer = GraspQuantizer(model.config.quantization_config)
-        quantizer.preprocess_model(rebuilt)
-    problem = _mismatch("shape", _shapes(rebuilt), _shapes(model)) or _mismatch(
-        "value", *_common(numbered_settings(rebuilt), numbered_settings(model))
-    )
-    if problem is not None:
-        raise ModelError(
-            f"the config of {type(model).__name__} would rebuild another model: {problem}"
-        )
-
-
-def _mismatch(
-    kind: str, expected: Mapping[str, object], actual: Mapping[str, object]
-) -> str | None:
-    if expected == actual:
-        return None
-    key = min(key for key, _ in expected.items() ^ actual.items())
-    there, here = expected.get(key), actual.get(key)
-    return f"{key} has {kind} {there} there and {here} in the model to save"
-
-
-def _common(
-    first: Mapping[str, object], second: Mapping[str, object]
-) -> tuple[dict[str, object], dict[str, object]]:
-    keys = first.keys() & second.keys()
-    return {key: first[key] for key in keys}, {key: second[key] for key in keys}
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-
-
 def _delete_earlier_save(path: Path) -> None:
     """Delete weights that from_pretrained would prefer to, or mix with, the ones to be written."""
     stale = [path / "model.safetensors", path / "model.safetensors.index.json"]
@@ -197,37 +148,44 @@ def _delete_earlier_save(path: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _remote_classes(model: PreTrainedModel) -> dict[str, str]:
-    """Return auto class -> transformers class to offer as remote code; empty if none is needed."""
-    if not has_replaced(model) or not type(model).__module__.startswith("transformers."):
-        return {}  # a model with code of its own keeps its own auto_map
-    classes: dict[str, str] = {}
+def _write_remote_code(model: PreTrainedModel, path: Path) -> None:
+    """Write what opens a saved model on machines without the package, and name it in its config.
+
+    A checkpoint with code of its own keeps its model classes: reading its config registers ours.
+    """
+    config_class, is_custom = type(model.config), _is_remote(type(model))
+    if not (is_custom or type(model).__module__.startswith("transformers.")):
+        return  # a class of the caller's own program, which no folder can bring along
+    classes = {_AUTO_CONFIG: config_class} | ({} if is_custom else _model_classes(config_class))
+    code = [inspect.getsource(lowrank), "\n\nimport transformers  # noqa: E402\n"]
+    for auto, found in classes.items():
+        name, origin = found.__name__, f"transformers.{found.__name__}"
+        if _is_remote(found):
+            module = found.__module__.rpartition(".")[2]
+            code.append(f"from .{module} import {name}  # noqa: E402\n")
+            origin = name
+        form = _REMOTE_CLASS if auto == _AUTO_CONFIG else _REMOTE_MODEL
+        code.append(form.format(name=name, origin=origin))
+    (path / f"{REMOTE_MODULE}.py").write_text("".join(code), encoding="utf-8")
+    file = path / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    ours = {auto: f"{REMOTE_MODULE}.Grasp{found.__name__}" for auto, found in classes.items()}
+    content["auto_map"] = {**content.get("auto_map", {}), **ours}
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _model_classes(config_class: type[PreTrainedConfig]) -> dict[str, type]:
+    """Return auto class -> class of transformers that it opens for a family."""
+    classes: dict[str, type] = {}
     for auto, mapping in _AUTO_CLASSES.items():
-        if type(model.config) in mapping:
-            found: Any = mapping[type(model.config)]  # Any: a class, or a tuple of classes
-            classes[auto] = (found[0] if isinstance(found, tuple) else found).__name__
-    return {_AUTO_CONFIG: type(model.config).__name__, **classes}
+        if config_class in mapping:
+            found: Any = mapping[config_class]  # Any: a class, or a tuple of classes
+            classes[auto] = found[0] if isinstance(found, tuple) else found
+    return classes
 
 
-@contextmanager
-def _auto_map(config: PreTrainedConfig, classes: Mapping[str, str]) -> Iterator[None]:
-    """Name the remote classes in the config, only while it is written."""
-    if not classes:
-        yield
-        return
-    config.auto_map = {auto: f"{REMOTE_MODULE}.Grasp{name}" for auto, name in classes.items()}
-    try:
-        yield
-    finally:
-        del config.auto_map
-
-
-def _remote_module(classes: Mapping[str, str]) -> str:
-    parts = [inspect.getsource(lowrank), "\n\nimport transformers  # noqa: E402\n"]
-    for auto, name in classes.items():
-        form = _REMOTE_CONFIG if auto == _AUTO_CONFIG else _REMOTE_CLASS
-        parts.append(form.format(name=name))
-    return "".join(parts)
+def _is_remote(found: type) -> bool:
+    return found.__module__.startswith(_DYNAMIC_MODULES)
 
 
 def push_folder(folder: Path, repository: str) -> str:

@@ -44,6 +44,16 @@ def model_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def tensor_hashes(model: nn.Module) -> dict[str, str]:
+    """Return type, shape and sha256 of every tensor of a model's state dict, by name."""
+    hashes = {
+        name: hashlib.sha256(_bytes_of(tensor)).hexdigest()
+        for name, tensor in model.state_dict().items()
+    }
+    types = {name: f"{t.dtype} {tuple(t.shape)}" for name, t in model.state_dict().items()}
+    return {name: f"{types[name]} {digest}" for name, digest in hashes.items()}
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
     # numpy has no bfloat16, so the bytes are taken before the tensor leaves torch.
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

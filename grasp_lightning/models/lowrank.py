@@ -11,15 +11,20 @@ linear at random values.
 """
 
 import re
+import shutil
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -71,6 +76,20 @@ class LowRankLinear(nn.Module):
                 weight = factor.weight.detach()
                 del factor.weight
                 factor.register_buffer("weight", weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """Product of the factors, ``(out_features, in_features)``, made anew by each reading.
+
+        Some families read the weight of a linear, Mamba among them, to multiply by it themselves or
+        to initialise it.
+        """
+        return self.left.weight @ self.right.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of the left linear, ``(out_features,)``, or None."""
+        return self.left.bias
 
     @property
     def in_features(self) -> int:
@@ -233,7 +252,6 @@ class GraspQuantizer(HfQuantizer):
             low_rank = LowRankLinear(columns, rows, rank, **_options_of(linear))
             model.set_submodule(module, low_rank)
             self._modules[stored] = module
-            _skip_initialization(model.get_submodule(module.rpartition(".")[0]))
         for stored, (rows, columns) in self.quantization_config.shapes.items():
             module, linear = _linear_in_model(model, names, stored)
             dense = dense_shape(linear)
@@ -271,7 +289,7 @@ class GraspQuantizer(HfQuantizer):
         holder._weight_conversions = [entry for entry in used if id(entry) not in ours]
         # Names of the model that was saved; the loaded class may have another prefix.
         model.config.quantization_config = config_of(model)
-        _forget_remote_code(model)
+        _take_over_remote_code(model)
         # The factors are plain floating point, so .half() and .float() may stay allowed.
         holder.is_quantized = False
         return model
@@ -374,24 +392,56 @@ def _name_in_model(model: PreTrainedModel, names: AbstractSet[str], stored: str)
     )
 
 
-def _skip_initialization(parent: nn.Module) -> None:
-    """Keep a family from initialising the weight of a linear that is gone, as GPT-2 does.
+def _take_over_remote_code(model: PreTrainedModel) -> None:
+    """Drop our entries of ``auto_map``, and let ``save_pretrained`` write them and their file.
 
-    A module with tensors of its own is left as it is: they may need to be initialised.
+    It knows the files of custom model classes only, and what was loaded is of the family's own
+    class. A model that was loaded without its code, by the package, is saved without it.
     """
-    if not any(True for _ in (*parent.parameters(recurse=False), *parent.buffers(recurse=False))):
-        holder: Any = parent  # Any: transformers does not declare the attributes it sets
-        holder._is_hf_initialized = True
-
-
-def _forget_remote_code(model: PreTrainedModel) -> None:
-    """Drop our entries of ``auto_map``: ``save_pretrained`` would not copy the file they name."""
     auto_map = getattr(model.config, "auto_map", None) or {}
-    kept = {auto: ref for auto, ref in auto_map.items() if f"{REMOTE_MODULE}." not in ref}
-    if kept:
-        model.config.auto_map = kept
-    elif auto_map:
-        del model.config.auto_map
+    ours = {auto: ref for auto, ref in auto_map.items() if f"{REMOTE_MODULE}." in ref}
+    kept = {auto: ref for auto, ref in auto_map.items() if auto not in ours}
+    _set_auto_map(model.config, kept)
+    file = _code_file([ref.rpartition(".")[2] for ref in ours.values()])
+    if file is not None:
+        local = {auto: ref.rpartition("--")[2] for auto, ref in ours.items()}
+        holder: Any = model  # Any: a method of one model alone
+        holder.save_pretrained = partial(_save_with_code, model, local, file)
+
+
+def _code_file(names: Sequence[str]) -> str | None:
+    """Return the file of the remote code that defines some classes; None if none is loaded."""
+    copies = [module for name, module in sys.modules.items() if name.endswith(f".{REMOTE_MODULE}")]
+    fitting = [module for module in copies if all(hasattr(module, name) for name in names)]
+    return fitting[-1].__file__ if names and fitting else None
+
+
+def _save_with_code(
+    model: PreTrainedModel,
+    auto_map: Mapping[str, str],
+    file: str,
+    save_directory: str | Path,
+    *arguments: object,
+    **options: object,
+) -> None:
+    """Save a model, and beside it the code that opens it without the package."""
+    save: Any = type(model).save_pretrained  # Any: options are those of transformers
+    earlier = dict(getattr(model.config, "auto_map", None) or {})
+    needed = has_replaced(model)
+    _set_auto_map(model.config, {**earlier, **auto_map} if needed else earlier)
+    try:
+        save(model, save_directory, *arguments, **options)
+    finally:
+        _set_auto_map(model.config, earlier)
+    for path in (file, *get_relative_import_files(file)) if needed else ():
+        shutil.copyfile(path, Path(save_directory) / Path(path).name)
+
+
+def _set_auto_map(config: PreTrainedConfig, auto_map: Mapping[str, str]) -> None:
+    if auto_map:
+        config.auto_map = dict(auto_map)
+    elif hasattr(config, "auto_map"):
+        del config.auto_map
 
 
 # Only where absent: the package and the file inside a saved model may both be loaded.

@@ -43,6 +43,18 @@ def numbered_settings(model: nn.Module) -> dict[str, bool | int | float | str]:
         f"{name}.{key}": value
         for name, module in model.named_modules()
         if any(hasattr(module, number) for number in _NUMBER_NAMES)
+        for key, value in _plain(module).items()
+    }
+
+
+def unnumbered_settings(module: nn.Module) -> dict[str, bool | int | float | str]:
+    """Return the plain attributes of a module, without the number of the layer that it is in."""
+    return {key: value for key, value in _plain(module).items() if key not in _NUMBER_NAMES}
+
+
+def _plain(module: nn.Module) -> dict[str, bool | int | float | str]:
+    return {
+        key: value
         for key, value in vars(module).items()
         if isinstance(value, bool | int | float | str) and key not in _STATES
     }

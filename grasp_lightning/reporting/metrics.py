@@ -101,6 +101,7 @@ class Seconds:
         cut_losses: Measuring each cut by itself.
         refit: Fitting what was cut once more.
         save: Writing the model.
+        verify: Loading the saved model in a fresh process.
         evaluate: Perplexity before and after.
         total: The whole command.
     """
@@ -114,6 +115,7 @@ class Seconds:
     cut_losses: float | None = None
     refit: float | None = None
     save: float | None = None
+    verify: float | None = None
     evaluate: float | None = None
     total: float | None = None
 
@@ -127,6 +129,7 @@ class CompensationSeconds:
         train: Optimizer steps, and the validations between them.
         evaluate: Perplexity and validation loss, before and after.
         save: Writing the model.
+        verify: Loading the saved model in a fresh process.
         total: The whole command.
     """
 
@@ -134,6 +137,7 @@ class CompensationSeconds:
     train: float | None = None
     evaluate: float | None = None
     save: float | None = None
+    verify: float | None = None
     total: float | None = None
 
 

@@ -43,6 +43,7 @@ _PHASES = {
     "cut_losses": "Measure each cut by itself",
     "refit": "Fit what was cut once more",
     "save": "Save the model",
+    "verify": "Load it in a fresh process",
     "evaluate": "Evaluate before and after",
 }
 _TRAINING_PHASES = {
@@ -50,6 +51,7 @@ _TRAINING_PHASES = {
     "train": "Train",
     "evaluate": "Evaluate before and after",
     "save": "Save the model",
+    "verify": "Load it in a fresh process",
 }
 
 

@@ -1,13 +1,17 @@
 """The folder ``model`` of a run, written in one place for all commands."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
+from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.side_files import copy_side_files
+from grasp_lightning.models.verification import verify_saved
 from grasp_lightning.run_folder import RunFolder
 
+VERIFY = "verify"
 _CARD_NAME = "README.md"
 
 
@@ -18,8 +22,10 @@ def write_model(
     texts: Mapping[str, str] | None = None,
     *,
     save: Callable[..., None] = save_model,
+    generates: bool = True,
+    phases: Phases | None = None,
 ) -> None:
-    """Write the folder ``model`` of a run. All commands write here.
+    """Write the folder ``model`` of a run, and load it in a fresh process. All commands write here.
 
     Args:
         run: The run folder.
@@ -27,12 +33,16 @@ def write_model(
         card: Content of README.md.
         texts: More files by name.
         save: Writes the model, as ``save_model`` does.
+        generates: Whether the model generates with its cache.
+        phases: Takes the time of the verification.
     """
     with run.new_folder("model") as folder:
         save(loaded.model, folder, tokenizer=loaded.tokenizer)
         for name, text in {**(texts or {}), _CARD_NAME: card}.items():
             (folder / name).write_text(text, encoding="utf-8")
         copy_side_files(loaded.origin.side_files, folder)
+        with nullcontext() if phases is None else phases(VERIFY):
+            verify_saved(loaded.model, folder, generates=generates)
 
 
 def read_card(folder: Path | None) -> str | None:

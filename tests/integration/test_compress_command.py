@@ -808,3 +808,16 @@ def test_a_finished_run_without_its_metrics_is_explained(
     (tmp_path / "run" / "metrics.json").unlink()
     assert main(["compress", *settings]) == 2
     assert "has no readable metrics.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["compress", "plan"])
+def test_the_last_attention_of_a_hybrid_is_refused_before_anything_is_measured(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, run = save_tiny(tmp_path / "hybrid", "qwen3_5_text"), tmp_path / "run"
+    options = [f"--model.path={source}", "--method.name=drop", "--method.layers=[3]"]
+    output = [f"--output_dir={run}"] if command == "compress" else []
+    assert main([command, *options, *output]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: method.layers=[3] cannot be deleted: without layers [3], the ")
+    assert not run.exists()

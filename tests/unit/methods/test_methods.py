@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from grasp_lightning.config import METHOD_OPTIONS, MethodConfig
-from grasp_lightning.errors import ConfigError, NumericsError
+from grasp_lightning.config import METHOD_OPTIONS, LayerMetric, MethodConfig
+from grasp_lightning.errors import ConfigError, ModelError, NumericsError
 from grasp_lightning.linalg.ranks import rank_for_keep_ratio
 from grasp_lightning.methods import METHODS, build_method, resolve_method
 from grasp_lightning.methods.layer_choice import LayerChoice
@@ -176,3 +176,29 @@ def test_a_metric_that_is_not_finite_names_its_layer() -> None:
     stats = Statistics(layer_metric=torch.tensor([0.1, 0.2, float("nan")]))
     with pytest.raises(NumericsError, match="layer 2"):
         LayerChoice(num_layers=1).chosen(stats)
+
+
+@pytest.mark.parametrize(("metric", "chosen"), [("similarity", (1, 2)), ("angular", (0, 1))])
+def test_the_last_attention_of_a_hybrid_is_not_deleted_however_similar(
+    metric: LayerMetric, chosen: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    view = DecoderView(tiny_model("qwen3_5_text"))
+    config = MethodConfig(name="drop", num_layers=2, layer_metric=metric)
+    method = build_method(resolve_method(config), view)
+    step = method.next_step(view, Plan(method="drop"))
+    assert step is not None
+    values = SIMILARITY if metric == "similarity" else torch.tensor([0.2, 0.3, 0.1])
+    decision = method.decide(step, view, Statistics(layer_metric=values))
+    assert decision.operations == (SelectLayers(layers=chosen),)
+    assert f"layers {list(chosen)} are deleted, not " in caplog.text
+    assert "without layers [3], the last of their kind" in caplog.text
+
+
+def test_spans_that_all_hold_the_last_attention_are_an_error() -> None:
+    types = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+    view = DecoderView(tiny_model("qwen3_5_text", layer_types=types))
+    choice = LayerChoice(num_layers=3, metric="angular")
+    with pytest.raises(
+        ModelError, match=r"^no 3 layers can be deleted \(without layers \[1\].*low"
+    ):
+        choice.decide(Statistics(layer_metric=torch.tensor([0.1, 0.2])), view)

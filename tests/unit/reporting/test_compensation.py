@@ -70,6 +70,7 @@ KEYS = {
     "seconds.train",
     "seconds.evaluate",
     "seconds.save",
+    "seconds.verify",
     "seconds.total",
     "peak_memory_bytes",
     "versions",

@@ -40,6 +40,7 @@ KEYS = {
     "seconds.cut_losses",
     "seconds.refit",
     "seconds.save",
+    "seconds.verify",
     "seconds.evaluate",
     "seconds.total",
     "peak_memory_bytes",

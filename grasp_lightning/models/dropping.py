@@ -1,0 +1,122 @@
+"""Which decoder layers a model can do without, tried on the meta device before anything is done."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.numbering import unnumbered_settings
+from grasp_lightning.models.rebuilding import rebuild_problem, rebuilt_empty
+from grasp_lightning.models.source import first_line
+
+_CACHES = ("past_key_values", "cache_params", "state")  # what outputs of families call it
+# What the code of a family raises where it does not fit its own layers.
+_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
+
+_droppable: WeakKeyDictionary[DecoderView, dict[tuple[int, ...], tuple[int, ...]]] = (
+    WeakKeyDictionary()
+)
+
+
+def drop_problem(view: DecoderView, layers: Iterable[int]) -> str | None:
+    """Return why a model would not be whole without some of its decoder layers.
+
+    Its config must build what is left. Where a kind of layer is gone, such as the last attention
+    of a hybrid, two steps with a cache are tried on the meta device, too. A family that cannot be
+    run there is not judged.
+
+    Args:
+        view: The model; its weights may be on the meta device.
+        layers: Numbers of the layers in the original model.
+
+    Returns:
+        One line; None if there is no reason.
+    """
+    trial = DecoderView(rebuilt_empty(view.model))
+    kinds = _kinds(trial)
+    gone = [view.layer_indices.index(index) for index in layers]
+    try:
+        trial.drop(gone)
+        problem = rebuild_problem(trial.model)
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        problem = f"its config cannot be shortened ({first_line(error)})"
+    if problem is not None or len(set(_kinds(trial))) == len(set(kinds)):
+        return problem
+    obstacle = _error_with_cache(trial.model)
+    if obstacle is None or _error_with_cache(rebuilt_empty(view.model)) is not None:
+        return None
+    lost = [i for i in layers if kinds[view.layer_indices.index(i)] not in _kinds(trial)]
+    return (
+        f"without layers {lost}, the last of their kind, {type(view.model).__name__} cannot "
+        f"generate with its cache ({obstacle}); keep one of them"
+    )
+
+
+def droppable_layers(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
+    """Return the layers of which any may be dropped, alone or together.
+
+    Args:
+        view: The model; its weights may be on the meta device.
+        layers: Numbers of the layers to choose from, ascending.
+
+    Returns:
+        Those without which the model is still whole; of a kind that must not go, the last stays.
+    """
+    key = (*view.layer_indices, -1, *layers)
+    known = _droppable.setdefault(view, {})
+    if key not in known:
+        known[key] = _find_droppable(view, layers)
+    return known[key]
+
+
+def _find_droppable(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
+    if _are_alike(view):  # what can be said of one layer can be said of all
+        return tuple(layers) if layers and drop_problem(view, layers[:1]) is None else ()
+    found: list[int] = []
+    for index in layers:
+        if not any(drop_problem(view, trial) for trial in ([index], [*found, index])):
+            found.append(index)
+    return tuple(found)
+
+
+def _kinds(view: DecoderView) -> list[tuple[object, ...]]:
+    """Return what kind each decoder layer is of: its entry in the config, and its modules."""
+    config = view.model.config.get_text_config()
+    types = getattr(config, "layer_types", None) or [None] * len(view.layer_indices)
+    modules = (
+        ((name, type(module).__name__) for name, module in layer.named_modules())
+        for layer in _layers(view)
+    )
+    return [(kind, *parts) for kind, parts in zip(types, modules, strict=True)]
+
+
+def _are_alike(view: DecoderView) -> bool:
+    """Return whether all decoder layers are of one kind and differ in weights and numbers only."""
+    settings = [[unnumbered_settings(m) for m in layer.modules()] for layer in _layers(view)]
+    shapes = [[parameter.shape for parameter in layer.parameters()] for layer in _layers(view)]
+    alike = (_kinds(view), settings, shapes)
+    return all(entry == entries[0] for entries in alike for entry in entries)
+
+
+def _layers(view: DecoderView) -> list[nn.Module]:
+    return [view.layer(index) for index in view.layer_indices]
+
+
+def _error_with_cache(model: PreTrainedModel) -> str | None:
+    """Return the error of two steps with a cache; None if they run."""
+    tokens = torch.zeros((1, 4), dtype=torch.int64, device="meta")
+    # bfloat16: products of experts exist in no other type on the meta device.
+    run: Any = model.to(torch.bfloat16)  # type: ignore[arg-type]  # Any: outputs of every family
+    try:
+        with torch.no_grad():
+            outputs = run(input_ids=tokens, use_cache=True)
+            caches = {name: getattr(outputs, name, None) for name in _CACHES}
+            given = {name: cache for name, cache in caches.items() if cache is not None}
+            run(input_ids=tokens[:, :1], use_cache=True, **given)
+    except _ERRORS as error:
+        return first_line(error)
+    return None
