@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from grasp_lightning.errors import ConfigError, PlanError
@@ -14,6 +12,8 @@ from grasp_lightning.methods.layer_choice import SCORE_KEYS
 from grasp_lightning.methods.removal import read_price
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan
+from grasp_lightning.reading.tensors import read_tensors
+from grasp_lightning.reading.text import read_text
 from grasp_lightning.stats.base import Needs, Statistics, Step
 from grasp_lightning.stats.linear_time import NUM_TOKENS, linear_seconds
 from grasp_lightning.storage.moments import stored_moments
@@ -39,9 +39,9 @@ class StoredScores:
     def __init__(self, folder: str, num_tokens: int = NUM_TOKENS) -> None:
         self._folder, self._num_tokens = folder, num_tokens
         try:
-            self.plan = Plan.from_json((Path(folder) / "plan.json").read_text(encoding="utf-8"))
-            self._scores = load_file(Path(folder) / "scores.safetensors")
-        except (OSError, UnicodeDecodeError, PlanError, SafetensorError) as error:
+            self.plan = Plan.from_json(read_text(Path(folder) / "plan.json", PlanError))
+            self._scores = read_tensors(Path(folder) / "scores.safetensors")
+        except PlanError as error:
             raise ConfigError(
                 f"from_scores: {folder} is no finished run with scores: {error}"
             ) from error
