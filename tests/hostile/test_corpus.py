@@ -55,11 +55,17 @@ def words_of(command: str, given: Path, **changes: str) -> list[str]:
         "plan": [f"--model.path={given}", "--method.name=drop", "--method.num_layers=1"],
         "compensate": [
             *(f"--model.path={given} --output_dir=run --objective=text --train=lora").split(),
-            *("--lora.rank=2", "--text.source=file", "--text.path=../text.txt", *held_out),
+            *(
+                "--lora.rank=2",
+                "--optimizer.warmup_steps=0",
+                "--text.source=file",
+                "--text.path=../text.txt",
+                *held_out,
+            ),
             *("--text.num_samples=4", "--text.num_validation=0", "--text.seqlen=16"),
         ],
         "evaluate": [f"--model={given}", "--corpora=../text.txt", "--evaluation.seqlen=16"],
-        "benchmark": [f"--model={given}", "--prefill_lengths=[8]", "--rounds=1"],
+        "benchmark": [f"--model={given}", "--prefill_lengths=[8]", "--prompt_length=8"],
         "export": [f"--model={given}", "--output_dir=run"],
     }
     keys = {name.replace("__", "."): value for name, value in changes.items()}
@@ -212,7 +218,7 @@ def test_models_that_are_none(
     kind: str, damaged: Path, work: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     corpus.damaged_models()[kind](damaged)
-    commands = ["compress", "compensate", "evaluate", "benchmark", "export"]
+    commands = ["compress", "compensate", "evaluate", "benchmark"]
     number = list(corpus.damaged_models()).index(kind) % len(commands)
     tried = [commands[number]] + (["plan"] if kind.startswith("config") else [])
     for command in tried:
