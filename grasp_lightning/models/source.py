@@ -5,13 +5,13 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from grasp_lightning.config import ModelConfig
-from grasp_lightning.errors import ConfigError, DataError, ModelError
+from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.models import gguf
-from grasp_lightning.reading.text import parse_yaml
 
 _LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
@@ -255,8 +255,8 @@ def _card_licence(folder: Path) -> str | None:
         return None
     match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
     try:
-        fields = parse_yaml(match[1], "", is_strict=False) if match else None
-    except DataError:  # a card of others, of which this one line is asked
+        fields = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
         return None
     if not isinstance(fields, dict):
         return None
