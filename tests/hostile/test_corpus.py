@@ -218,8 +218,10 @@ def test_models_that_are_none(
     kind: str, damaged: Path, work: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     corpus.damaged_models()[kind](damaged)
-    commands = ["compress", "compensate", "evaluate", "benchmark"]
-    number = list(corpus.damaged_models()).index(kind) % len(commands)
-    tried = [commands[number]] + (["plan"] if kind.startswith("config") else [])
+    number = list(corpus.damaged_models()).index(kind)
+    # The first three load weights; benchmark does, too, but each time in a process of its own.
+    tried = [("compress", "compensate", "evaluate")[number % 3]]
+    if kind.startswith("config"):
+        tried.append(("plan", "benchmark", "export")[number % 3])
     for command in tried:
         refuse(words_of(command, damaged), work.parent, capfd)
