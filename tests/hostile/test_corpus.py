@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 
@@ -208,7 +207,7 @@ def test_runs_whose_scores_are_none(
 
 
 @pytest.fixture
-def damaged(sound: Path, tmp_path: Path) -> Iterator[Path]:
+def damaged(sound: Path, tmp_path: Path) -> Path:
     """A copy of the model, whose folder a test damages."""
     return shutil.copytree(sound, tmp_path / "damaged")
 

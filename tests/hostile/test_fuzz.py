@@ -45,22 +45,8 @@ TEXTS = st.one_of(
     st.text(max_size=30),
     st.text(alphabet="[]{},:&*!|>'\"#%@`~-.0123456789eEx_\n\t\0 ", max_size=40),
     st.sampled_from((*corpus.NAMES, corpus.DEEP, corpus.LONG_NUMBER, "0x" + "f" * 5000)),
-    st.sampled_from(
-        [
-            "1e999",
-            "-1",
-            ".nan",
-            "-.inf",
-            "null",
-            "1_000",
-            "10e10",
-            "[1,[2]]",
-            "{a:1}",
-            "true",
-            "2020-13-45",
-            "=",
-        ]
-    ),
+    st.sampled_from(("1e999", "-1", ".nan", "-.inf", "null", "1_000", "10e10", "[1,[2]]", "=")),
+    st.sampled_from(("{a:1}", "true", "2020-13-45", "<<", "!!int x", "&a [*a]", "--help")),
 )
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS),
