@@ -75,7 +75,7 @@ def test_no_number_is_infinite_or_absurd_and_no_text_ends_early(command: str) ->
     config = COMMANDS[command]
     for key, kind in keys(config):
         if holds(kind, int):
-            for number in (10**20, -(10**20), 10**4000):
+            for number in (10**20, -(10**20), 10**4000, 1 << 20_000):
                 refusal(config, key, kind, number)
         if holds(kind, float):
             for infinite in INFINITE:
