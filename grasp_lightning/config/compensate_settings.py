@@ -17,10 +17,7 @@ from grasp_lightning.errors import ConfigError
 
 
 def check_settings(config: CompensateConfig) -> None:
-    """Refuse numbers that are out of range, and keys that contradict others or have no effect.
-
-    A ``ConfigError`` names the key, what was expected, and what came.
-    """
+    """Refuse numbers that are out of range, and keys that contradict others or have no effect."""
     check_values(config)
     _refuse_ignored(config)
     _check_validation(config)

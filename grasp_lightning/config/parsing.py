@@ -28,6 +28,7 @@ _PARSER_OPTIONS = ("config", "help", "print_config")
 _BAD_VALUE = re.compile(r'Parser key "([^"]+)":')
 _MISSING = re.compile(r"arguments are required: ([\w.]+)")
 _GOT = re.compile(r"(?:Got value|Given value): (.*)$", re.MULTILINE)
+_MAX_LENGTH = 10_000  # of a word of the command line
 _NAMES = tuple[str, ...]
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
@@ -48,6 +49,7 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
     Raises:
         ConfigError: If a key or value is wrong: file or command line, key, and what is allowed.
     """
+    _refuse_long(argv)
     schema = dict(_leaves(config_type))
     argv = _with_lists(_with_flag_values(argv, schema), schema)
     files = _config_files(argv)
@@ -138,6 +140,16 @@ def to_dict(config: object) -> dict[str, Any]:  # Any: values of YAML
         return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
     return {key: plain(value) for key, value in dataclasses.asdict(_as_dataclass(config)).items()}
+
+
+def _refuse_long(argv: Sequence[str]) -> None:
+    """Refuse words that no one writes: the parser's reader of YAML, in C, recurses to its death."""
+    for word in argv:
+        if len(word) > _MAX_LENGTH:
+            raise ConfigError(
+                f"command line: {word[:20]!r}... has {len(word)} characters, expected at most "
+                f"{_MAX_LENGTH}; put long lists into a --config file"
+            )
 
 
 def _as_dataclass(config: Any) -> Any:  # noqa: ANN401  "is a dataclass" is no type

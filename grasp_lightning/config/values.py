@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.reading.text import one_line, user_path
 
+_MOST_BITS = 1024  # of a number that is shown
 _FINITE = "must be a finite number"
 _MOST = 2**31 - 1  # of a count whose key declares no other bound
 
@@ -99,7 +100,13 @@ def check_values(config: Any, prefix: str = "") -> None:  # noqa: ANN401  a data
                 if isinstance(value, tuple):
                     claim = claim.replace(_FINITE, "must hold finite numbers")
                     claim = claim.replace("must be", "must hold numbers of")
-                raise ConfigError(f"{key} {claim}, got {one_line(repr(part))}")
+                raise ConfigError(f"{key} {claim}, got {_shown(part)}")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # Python refuses to write it
+        return f"a number of {value.bit_length()} bits"
+    return one_line(repr(value))
 
 
 def _marks(kind: Any) -> Iterator[object]:  # noqa: ANN401  a type annotation

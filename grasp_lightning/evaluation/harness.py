@@ -82,7 +82,8 @@ class Harness:
     """Runs tasks of lm-eval on models in memory.
 
     A task whose folder exists below ``task_data`` takes its data from there; its prompts, metrics
-    and name stay those of the installed lm-eval. Other tasks take theirs from the hub.
+    and name stay those of the installed lm-eval. Other tasks take theirs from the hub. A name that
+    is unknown, or a number out of range, is a ``ConfigError``.
 
     Args:
         names: Tasks, tags or groups that will be run.
@@ -90,7 +91,6 @@ class Harness:
         settings: What results depend on.
 
     Raises:
-        ConfigError: If a name is unknown, or a number out of range.
         DataError: If ``task_data`` is no folder.
     """
 

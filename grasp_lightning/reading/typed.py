@@ -25,18 +25,7 @@ def as_type(
     raises: type[GraspError] = DataError,
     advice: str = "",
 ) -> T:
-    """Return parsed values as what a type says: a dataclass, with all that it holds.
-
-    Args:
-        kind: A dataclass, or a mapping or tuple of any.
-        content: Parsed JSON or YAML.
-        what: What messages call it.
-        raises: Class of the error.
-        advice: What to do, for the end of the message.
-
-    Returns:
-        The values; lists have become tuples where the type says so.
-    """
+    """Return parsed values as a dataclass, with all that it holds; see ``text`` for the rest."""
     try:
         value: T = _built(kind, content, "")
     except _Mismatch as error:

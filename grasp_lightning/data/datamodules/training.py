@@ -147,14 +147,13 @@ class TrainingData(L.LightningDataModule):
 class InstructionData(TrainingData):
     """Instructions with their answers, in the Alpaca template.
 
+    A number that is too small is a ``ConfigError``.
+
     Args:
         config: Section ``data`` of the configuration.
         tokenizer: Tokenizer of the model.
         training: Batch sizes, and how long to train.
         seed: Seed of the validation split and of the order.
-
-    Raises:
-        ConfigError: If a number is too small.
     """
 
     def __init__(

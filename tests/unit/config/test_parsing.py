@@ -143,6 +143,8 @@ def test_print_config_shows_yaml_and_ends(capsys: pytest.CaptureFixture[str]) ->
         ("calibration: {rows: 260}", "calibration.rows: expected text or a list of names or null"),
         ("overwrite: maybe", "overwrite: expected true or false, got 'maybe'"),
         ("model: [", "run.yaml: not valid YAML"),
+        ("seed: 1\nmethod:\n  layers: [1]\n  layers: [2]", "line 4: the key layers is given twice"),
+        ("seed: " + "[" * 100_000, "run.yaml: not valid YAML: nested more than 100 levels"),
         ("- a\n- b", "run.yaml: expected keys and values, got list"),
     ],
 )
@@ -173,6 +175,9 @@ def test_mistakes_in_a_file_name_file_and_key(tmp_path: Path, text: str, message
         (["--config=nowhere.yaml"], "--config nowhere.yaml: no such file"),
         (["--config"], "--config needs the path of a YAML file"),
         (["--model.path=a", "stray"], "stray"),
+        (["--model.path=a", "--method.layers=" + "[" * 100_000], "has 100016 characters"),
+        (["--model.path=a", "--method.layers=" + "[" * 9000], "method.layers: expected a list"),
+        (["--model.path=a", "--seed=" + "1" * 5000], "command line: seed: expected a whole"),
         ([], "model.path is not set"),
     ],
 )
