@@ -1,17 +1,18 @@
 """Scores singular components by |theta * dL/dtheta|, accumulated in the backward pass of a fit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from grasp_lightning.callbacks.calibration_checkpoint import GroupStore
 from grasp_lightning.callbacks.measurement import Measurement
 from grasp_lightning.config import Reduction, Score, Terms
-from grasp_lightning.methods.attribution import attribution_step
+from grasp_lightning.methods.attribution import attribution_step, stored_scores
 from grasp_lightning.methods.base import Track, untracked
 from grasp_lightning.methods.layer_choice import LayerChoice
-from grasp_lightning.stats.base import Scoring, Statistics, Step
+from grasp_lightning.stats.base import Needs, Scoring, Statistics, Step
 from grasp_lightning.stats.components import ComponentScores
 from grasp_lightning.stats.observer import LinearObserver
 from grasp_lightning.training.calibration import Batch, CalibrationModule
@@ -98,3 +99,35 @@ class SingularAttribution(Measurement):
         """Return the score of every component."""
         assert self._scores is not None
         return Statistics(component_scores=self._scores.mean(self._num_targets))
+
+
+def group_scores(
+    needs: Needs,
+    step_of: Callable[[Sequence[str]], Step],
+    measure: Callable[[Step, str], Statistics],
+    store: GroupStore | None,
+) -> dict[str, Tensor]:
+    """Return the scores of more layers than are decided on, one group after the other.
+
+    Args:
+        needs: What is asked for.
+        step_of: From the modules of a group to the step that scores them.
+        measure: Makes the pass of such a step; its second argument tells passes apart.
+        store: Where finished groups are kept; None keeps none.
+
+    Returns:
+        Scores and singular values, as they are stored.
+    """
+    found: dict[str, Tensor] = {}
+    for number, modules in enumerate(needs.more_groups):
+        kept = None if store is None else store.load(number)
+        if kept is None:
+            step = step_of(modules)
+            scores: Mapping[str, Tensor] = {name: basis.s for name, basis in step.bases.items()}
+            if step.needs.weight_gradients:
+                scores = measure(step, f"-group-{number}").component_scores
+            kept = stored_scores(step.bases, scores)
+            if store is not None:
+                store.save(number, kept)
+        found |= kept
+    return found

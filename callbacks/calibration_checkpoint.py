@@ -25,6 +25,16 @@ class PassStore(Protocol):
         """Save the state of this pass in one step, in place of an earlier one."""
 
 
+class GroupStore(Protocol):
+    """Keeps the scores of groups of layers."""
+
+    def load(self, number: int) -> Mapping[str, Tensor] | None:
+        """Return the scores of a group; None if it was not finished."""
+
+    def save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the complete scores of a group."""
+
+
 class StepStore(Protocol):
     """Keeps what is measured for the step that runs, in one pass or several."""
 
@@ -36,6 +46,10 @@ class StepStore(Protocol):
 
     def keep_moments(self, moments: Mapping[str, Moments], part: str) -> Mapping[str, Moments]:
         """Keep the complete moments of a pass, and return them as they are kept."""
+
+    @property
+    def scored_groups(self) -> GroupStore:
+        """What keeps the scores of groups of layers."""
 
 
 class CalibrationCheckpoint(L.Callback):

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.progress import track
 
 from grasp_lightning import processes
-from grasp_lightning.callbacks.attribution import SingularAttribution
+from grasp_lightning.callbacks.attribution import SingularAttribution, group_scores
 from grasp_lightning.callbacks.calibration_checkpoint import (
     CalibrationCheckpoint,
     PassStore,
@@ -30,12 +30,18 @@ from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConf
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.cut_losses import first_tokens
-from grasp_lightning.methods.attribution import ATTRIBUTION
+from grasp_lightning.methods.attribution import ATTRIBUTION, attribution_step
 from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
-from grasp_lightning.stats.base import MergedMoments, Moments, Removable, Statistics, Step
+from grasp_lightning.stats.base import (
+    MergedMoments,
+    Moments,
+    Removable,
+    Statistics,
+    Step,
+)
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
@@ -112,12 +118,18 @@ class TrainerMeasure:
                 moments=self._moments(view, step),
                 removal_losses=self._prices(view, step.needs.removables),
             )
-        measurement = (
-            SingularAttribution(step=step)
-            if step.needs.weight_gradients
-            else LayerSimilarity(step=step)
+        if step.needs.layer_metric is not None:
+            return self._pass(view, step, LayerSimilarity(step=step))
+        more = group_scores(
+            step.needs,
+            lambda modules: attribution_step(view, modules, step.needs.scoring, track=self._track),
+            lambda group, part: self._pass(view, group, SingularAttribution(step=group), part),
+            None if self._store is None else self._store.scored_groups,
         )
-        return self._pass(view, step, measurement)
+        if not step.needs.weight_gradients:
+            return Statistics(more_scores=more)
+        stats = self._pass(view, step, SingularAttribution(step=step))
+        return replace(stats, more_scores=more)
 
     def _prices(self, view: DecoderView, removables: Sequence[Removable]) -> dict[str, float]:
         """Price removals on the first windows, in which the sources of a mixture take turns."""

@@ -49,8 +49,8 @@ class KeepOptions:
     """How much stays.
 
     Attributes:
-        keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1); under a
-            global budget, of the parameters of all linears together.
+        keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1), where 0
+            deletes the layers; under a global budget, of the parameters of all linears together.
     """
 
     keep_ratio: float | None = None

@@ -144,7 +144,9 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
     method = config.method
     if (method.score is None and method.weighting is None) or method.keep_ratio == 0:
         return Scored(linears=(), lowest=None, num_layers=0)
-    positions = tuple(range(len(dense.layers))) if method.score_all_layers else layers
+    positions = layers
+    if method.score_all_layers:  # as many others at a time
+        positions = tuple(range(min(len(dense.layers), 2 * len(layers))))
     if method.schedule == "iterative":
         linears = max((b for i in positions for b in dense.layers[i].blocks), key=bases_bytes)
         num_layers = 1

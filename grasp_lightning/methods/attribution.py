@@ -69,6 +69,15 @@ def _empty_basis(weight: Tensor) -> SVD:
     return SVD(*(torch.empty(shape, dtype=dtype, device=weight.device) for shape in shapes))
 
 
+def stored_scores(bases: Mapping[str, SVD], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return scores and singular values as they are stored, float32, by names of their own."""
+    stored: dict[str, Tensor] = {}
+    for module, basis in bases.items():
+        stored[f"{module}.scores"] = scores[module].float().cpu()
+        stored[f"{module}.singular_values"] = basis.s.float().cpu()
+    return stored
+
+
 def keep_best_components(
     bases: Mapping[str, SVD], scores: Mapping[str, Tensor], ranks: Mapping[str, int]
 ) -> Decision:
@@ -85,14 +94,13 @@ def keep_best_components(
     """
     operations: list[FactorizeLinear] = []
     tensors: dict[str, Tensor] = {}
-    stored: dict[str, Tensor] = {}
     for module, basis in bases.items():
-        stored[f"{module}.scores"] = scores[module].float().cpu()
-        stored[f"{module}.singular_values"] = basis.s.float().cpu()
         if module not in ranks:
             continue
         components = top_components(scores[module], ranks[module])
         factors = balanced_factors(basis, components)
         tensors[f"{module}.left"], tensors[f"{module}.right"] = factors.left, factors.right
         operations.append(FactorizeLinear(module=module, rank=ranks[module], components=components))
-    return Decision(operations=tuple(operations), tensors=tensors, scores=stored)
+    return Decision(
+        operations=tuple(operations), tensors=tensors, scores=stored_scores(bases, scores)
+    )

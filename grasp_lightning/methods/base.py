@@ -17,15 +17,7 @@ Track = Callable[[Sequence[str], str], Iterable[str]]
 
 
 def untracked(items: Sequence[str], description: str) -> Iterable[str]:
-    """Return the items as they are: progress that shows nothing.
-
-    Args:
-        items: Names of what is worked on.
-        description: What is done with them.
-
-    Returns:
-        The items.
-    """
+    """Return the items as they are: progress that shows nothing."""
     del description
     return items
 

@@ -76,16 +76,7 @@ def waiting_ranks(
 def factorize_operations(
     view: DecoderView, layers: tuple[int, ...], rule: RankRule
 ) -> tuple[FactorizeLinear, ...]:
-    """Return what a rule does to the weights of some layers; no components are chosen.
-
-    Args:
-        view: The dense model; its weights may be on the meta device.
-        layers: Numbers of the layers.
-        rule: How many components each weight keeps.
-
-    Returns:
-        One operation for each weight that gets smaller.
-    """
+    """Return what a rule does to the weights of some layers; no components are chosen."""
     ranks = rule.ranks(weight_shapes(view, Plan(method="prediction"), layers))
     return tuple(FactorizeLinear(module=n, rank=k, components=None) for n, k in ranks.items())
 

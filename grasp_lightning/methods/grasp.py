@@ -65,7 +65,8 @@ class Grasp(LayerwiseMethod):
         rank_rule: How many components each weight keeps.
         schedule: ``one_shot``: all layers in one pass; ``iterative``: the last layer first, MLP
             before attention, each scored with what is above it replaced.
-        score_all_layers: Score all layers' components, beyond the chosen ones; one_shot only.
+        score_all_layers: Score the components of the other layers too, as many layers at a time as
+            are chosen; one_shot only.
         track: Shows the progress of factorisations.
     """
 
@@ -100,9 +101,14 @@ class Grasp(LayerwiseMethod):
             return None
         if self._schedule == "iterative":
             return self._block_step(model, layers, waiting)
-        scored = model.layer_indices if self._score_all_layers else layers
-        modules = [name for index in scored for name in model.linears(index)]
-        return attribution_step(model, modules, self._scoring, ranks=waiting, track=self._track)
+        modules = [name for index in layers for name in model.linears(index)]
+        step = attribution_step(model, modules, self._scoring, ranks=waiting, track=self._track)
+        if not self._score_all_layers:
+            return step
+        others = [index for index in model.layer_indices if index not in layers]
+        groups = (others[start:][: len(layers)] for start in range(0, len(others), len(layers)))
+        more = tuple(tuple(name for i in group for name in model.linears(i)) for group in groups)
+        return replace(step, needs=replace(step.needs, more_groups=more))
 
     def _block_step(self, model: DecoderView, layers: Layers, waiting: Mapping[str, int]) -> Step:
         """Return the step of the highest block that is not replaced yet."""
@@ -123,7 +129,8 @@ class Grasp(LayerwiseMethod):
         ranks = step.ranks
         if ranks is None:
             ranks = self._rule.ranks({name: _shape(basis) for name, basis in step.bases.items()})
-        return keep_best_components(step.bases, scores, ranks)
+        decision = keep_best_components(step.bases, scores, ranks)
+        return replace(decision, scores={**decision.scores, **stats.more_scores})
 
     def _outlook(self, view: DecoderView, layers: Layers) -> Outlook:
         return outlook_of(view, factorize_operations(view, layers, self._rule))

@@ -69,18 +69,7 @@ def channel_orders(
     moments: Mapping[str, Moments],
     track: Track,
 ) -> dict[str, Removal]:
-    """Return the order in which channels go, and what they cost; several processes share the work.
-
-    Args:
-        view: The dense model.
-        readers: Full names of the linears that read the channels.
-        metric: How large a change of a weight counts.
-        moments: What was measured, by module.
-        track: Shows the progress.
-
-    Returns:
-        Removal by reader, on the CPU.
-    """
+    """Return in which order channels go and what they cost, by reader; processes share the work."""
 
     def removal(name: str, weight: Tensor) -> Removal:
         found = metric.removal(weight, moments_beside(weight, moments.get(name)))

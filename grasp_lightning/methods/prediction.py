@@ -82,15 +82,7 @@ class Outlook(NamedTuple):
 
 
 def outlook_of(view: DecoderView, operations: tuple[Operation, ...]) -> Outlook:
-    """Return the outlook of operations that are known beforehand.
-
-    Args:
-        view: The dense model; its weights may be on the meta device.
-        operations: What is done.
-
-    Returns:
-        The outlook.
-    """
+    """Return the outlook of operations that are known beforehand."""
     linears = view.all_linears()
     cut = [(rank, linears[module]) for op in operations for module, rank in op.ranks.items()]
     factors = sum(factor_parameters(k, x.out_features, x.in_features) for k, x in cut)

@@ -123,15 +123,7 @@ class BudgetRanks(RankRule):
 
 
 def configured_rule(config: MethodConfig, view: DecoderView) -> RankRule:
-    """Return the rule that gives every weight the same ratio: the one set, or the one solved for.
-
-    Args:
-        config: Options as ``resolve_method`` returns them.
-        view: The dense model: a removed ratio is a share of its size.
-
-    Returns:
-        The rule.
-    """
+    """Return the rule that gives every weight one ratio, the one set or the one solved for."""
     if config.removed_ratio is not None:
         size = count_parameters(view.model)
         return BudgetRanks(removed_ratio=config.removed_ratio, num_parameters=size)

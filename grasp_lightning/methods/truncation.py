@@ -89,29 +89,13 @@ def truncated(
 
 
 def weights_of(view: DecoderView, modules: Iterable[str]) -> dict[str, Tensor]:
-    """Return the weights of some dense linears, ``(N, M)``, by full name.
-
-    Args:
-        view: The model.
-        modules: Full names of the linears.
-
-    Returns:
-        Weights without autograd history, in the order of the names.
-    """
+    """Return the weights of some dense linears, ``(N, M)``, by full name."""
     linears = view.all_linears()
     return {name: linears[name].weight.detach() for name in modules}
 
 
 def moments_beside(weight: Tensor, moments: Moments | None) -> Moments:
-    """Return what was measured of a linear, on the device of its weight.
-
-    Args:
-        weight: The weight.
-        moments: What was measured; None for nothing.
-
-    Returns:
-        The moments.
-    """
+    """Return what was measured of a linear, on the device of its weight."""
     values = {field.name: getattr(moments, field.name, None) for field in fields(Moments)}
     return Moments(**{k: None if v is None else v.to(weight.device) for k, v in values.items()})
 

@@ -62,6 +62,8 @@ class Needs:
         span: Number of contiguous layers that the metric compares across.
         weight_gradients: Modules whose weight gradients are scored, in model order.
         scoring: How they are scored.
+        more_groups: Modules of other layers that are scored as well, a group at a time, so that no
+            more than one group needs memory for its decompositions.
         moments: Modules whose inputs and output gradients are summed up, in model order.
         moment_kinds: What is summed up of them.
         fisher: Whose gradients moments are made of; scores of weight gradients take the text's.
@@ -72,6 +74,7 @@ class Needs:
     span: int = 1
     weight_gradients: tuple[str, ...] = ()
     scoring: Scoring = Scoring()
+    more_groups: tuple[tuple[str, ...], ...] = ()
     moments: tuple[str, ...] = ()
     moment_kinds: frozenset[MomentKind] = frozenset()
     fisher: FisherChoice = "empirical"
@@ -80,7 +83,8 @@ class Needs:
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
-        return self.layer_metric is None and not self.weight_gradients and not self.moment_kinds
+        asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
+        return not any(asked)
 
     @property
     def is_backward(self) -> bool:
@@ -161,6 +165,7 @@ class Statistics:
         layer_metric: Value of the asked metric for every start layer, float32, ``(L - span + 1,)``.
         component_scores: Score of every singular component, float32, ``(K,)`` per module, in nats
             per predicted token (squared reduction: nats squared per predicted token).
+        more_scores: Scores and singular values of ``Needs.more_groups``, as they are stored.
         moments: What was summed up of linears, by module.
         removal_losses: What the removal of a layer or block by itself costs, in nats per predicted
             token, by its name.
@@ -168,6 +173,7 @@ class Statistics:
 
     layer_metric: Tensor | None = None
     component_scores: Mapping[str, Tensor] = field(default_factory=dict)
+    more_scores: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Moments] = field(default_factory=dict)
     removal_losses: Mapping[str, float] = field(default_factory=dict)
 

@@ -16,12 +16,11 @@ from grasp_lightning.run_folder.names import CHECKPOINTS, SAMPLED_TEXT
 from grasp_lightning.stats.base import Moments
 from grasp_lightning.storage.moments import MomentFiles, stored_moments
 from grasp_lightning.storage.passes import PassFile, PassFiles
-from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
+from grasp_lightning.storage.tensor_files import MEASURE_AGAIN, TensorFile, save_tensors
 from grasp_lightning.storage.training import TRAINING_CHECKPOINT, RunNotes
 
 _PLAN = f"{CHECKPOINTS}/steps.json"
 _STEP = CHECKPOINTS + "/step-{number:06d}.safetensors"
-_REFIT = CHECKPOINTS + "/refit-{layer:06d}.safetensors"
 _END, _KEY = "end", "key"
 _DECIDE_AGAIN = "delete it to do the steps from there on again"
 _SCORE_PREFIX, _FACTOR_PREFIX = "scores:", "factors:"
@@ -37,8 +36,9 @@ def has_progress(run: RunFolder) -> bool:
         True if it has.
     """
     has_pass = bool(PassFile.found_in(run.path(CHECKPOINTS)) or stored_moments(run.root))
+    has_scores = any(run.path(CHECKPOINTS).glob("scores-*"))
     files = (_PLAN, TRAINING_CHECKPOINT, SAMPLED_TEXT)
-    return has_pass or any(run.path(name).exists() for name in files)
+    return has_pass or has_scores or any(run.path(name).exists() for name in files)
 
 
 def check_same_model(run: RunFolder, digest: str) -> None:
@@ -111,38 +111,45 @@ class RefitLayers:
         key: What tells this refit from all others of the run.
     """
 
+    _name = CHECKPOINTS + "/refit-{number:06d}.safetensors"
+    _advice = "delete it to refit that layer again"
+
     def __init__(self, run: RunFolder, key: str) -> None:
         self._run = run
         self._key = key
 
-    def load(self, layer: int) -> dict[str, Tensor] | None:
-        """Return the refitted tensors of a layer; all processes must call it.
+    def load(self, number: int) -> dict[str, Tensor] | None:
+        """Return the tensors of a part; all processes must call it.
 
         Args:
-            layer: Its number.
+            number: Which layer, or which group of them.
 
         Returns:
             The tensors on the CPU; None if it was not finished.
         """
         processes.barrier()  # rank 0 may be writing it
-        file = TensorFile(
-            self._run.path(_REFIT.format(layer=layer)),
-            _KEY,
-            advice="delete it to refit that layer again",
-        )
+        path = self._run.path(self._name.format(number=number))
+        file = TensorFile(path, _KEY, advice=self._advice)
         return file.read() if file and file.metadata()[_KEY] == self._key else None
 
-    def save(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the refitted tensors of a layer.
+    def save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a part.
 
         Args:
-            layer: Its number.
-            tensors: All that was fitted in it.
+            number: Which one.
+            tensors: All of them.
         """
         self._run.write_with(
-            _REFIT.format(layer=layer),
+            self._name.format(number=number),
             lambda path: save_tensors(path, tensors, {_KEY: self._key}),
         )
+
+
+class ScoredGroups(RefitLayers):
+    """The groups of layers whose components are scored."""
+
+    _name = CHECKPOINTS + "/scores-{number:06d}.safetensors"
+    _advice = MEASURE_AGAIN
 
 
 class RunProgress(RunNotes):
@@ -241,6 +248,11 @@ class RunProgress(RunNotes):
             The store.
         """
         return RefitLayers(self._run, step_key(self.plan.extended(tuple(operations))))
+
+    @property
+    def scored_groups(self) -> ScoredGroups:
+        """What keeps the scores of more layers than the step that follows the plan decides on."""
+        return ScoredGroups(self._run, self._step_key())
 
     def load_moments(self, part: str) -> Mapping[str, Moments] | None:
         """Return the moments of the step that follows the plan so far, if they were kept.
