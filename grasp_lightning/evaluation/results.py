@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from grasp_lightning.evaluation.cost import ModelCost
 from grasp_lightning.evaluation.paired import Estimate, mean_of, paired_difference
 from grasp_lightning.evaluation.task_results import TaskResult, TaskRun
+from grasp_lightning.reading.plain import to_plain
 
 PAPER_SEVEN = (
     "openbookqa",
@@ -74,14 +75,8 @@ class ModelEvaluation:
         ``tasks.<name>.seconds`` and ``tasks.<name>.results.<task>.{metrics.<metric>.{value,stderr},
         num_samples,num_fewshot,version,samples,documents}``.
         """
-        return {
-            "model": self.model,
-            "sha256": self.sha256,
-            "cost": None if self.cost is None else asdict(self.cost),
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "corpora": {name: asdict(result) for name, result in self.corpora.items()},
-            "tasks": {name: run.to_dict() for name, run in self.tasks.items()},
-        }
+        content: dict[str, Any] = to_plain(self)
+        return content
 
 
 def paper_mean(results: Mapping[str, TaskResult]) -> Estimate | None:

@@ -34,11 +34,6 @@ class TaskResult:
     samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
     documents: str = ""
 
-    def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
-        """Return plain values."""
-        metrics = {name: estimate._asdict() for name, estimate in self.metrics.items()}
-        return {**vars(self), "metrics": metrics}
-
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRun:
@@ -51,11 +46,6 @@ class TaskRun:
 
     results: Mapping[str, TaskResult]
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
-        """Return plain values."""
-        results = {name: result.to_dict() for name, result in self.results.items()}
-        return {"results": results, "seconds": self.seconds}
 
 
 def task_result(

@@ -9,7 +9,9 @@ T = TypeVar("T")
 
 
 def to_plain(value: Any) -> Any:  # noqa: ANN401  any value, and values of JSON
-    """Return a dataclass as a dict, and what it holds likewise; tuples become lists."""
+    """Return a dataclass or named tuple as a dict, and what it holds likewise, with lists."""
+    if hasattr(value, "_asdict"):
+        return to_plain(value._asdict())
     if is_dataclass(value):
         return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):

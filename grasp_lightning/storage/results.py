@@ -3,13 +3,12 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from grasp_lightning.errors import ConfigError, OutputError
 from grasp_lightning.evaluation.machine import Machine
-from grasp_lightning.evaluation.paired import Estimate
 from grasp_lightning.evaluation.results import (
     ModelEvaluation,
     paper_mean,
@@ -17,6 +16,7 @@ from grasp_lightning.evaluation.results import (
     task_difference,
 )
 from grasp_lightning.evaluation.task_results import TaskResult
+from grasp_lightning.reading.plain import to_plain
 from grasp_lightning.reading.text import read_json
 from grasp_lightning.reading.typed import as_type
 from grasp_lightning.run_folder import write_file
@@ -156,7 +156,7 @@ class EvaluationFile:
             "settings": self._settings,
             "machine": self._machine.to_dict(),
             "models": [evaluation.to_dict() for evaluation in evaluations],
-            "mean_of_seven": {e.model: _plain(paper_mean(e.task_results)) for e in evaluations},
+            "mean_of_seven": {e.model: to_plain(paper_mean(e.task_results)) for e in evaluations},
             "differences": {
                 "to": evaluations[0].model,
                 "models": {e.model: _differences(e, evaluations[0]) for e in evaluations[1:]},
@@ -180,16 +180,14 @@ def _differences(
     results, references = evaluation.task_results, reference.task_results
     return {
         **{task: _by_metric(result, references.get(task)) for task, result in results.items()},
-        "mean_of_seven": _plain(paper_mean_difference(results, references)),
+        "mean_of_seven": to_plain(paper_mean_difference(results, references)),
     }
 
 
-def _by_metric(result: TaskResult, reference: TaskResult | None) -> dict[str, Any]:  # Any: as above
-    return {metric: _plain(task_difference(result, reference, metric)) for metric in result.metrics}
-
-
-def _plain(estimate: Estimate | None) -> dict[str, float | None] | None:
-    return None if estimate is None else estimate._asdict()
+def _by_metric(result: TaskResult, reference: TaskResult | None) -> Any:  # noqa: ANN401  as above
+    return {
+        metric: to_plain(task_difference(result, reference, metric)) for metric in result.metrics
+    }
 
 
 def changed_setting(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:  # Any: JSON
@@ -228,23 +226,15 @@ def stored_section(evaluation: ModelEvaluation, settings: Settings) -> dict[str,
     Returns:
         Plain values.
     """
-    tasks = {
-        task: {
-            "metrics": {name: _plain(value) for name, value in result.metrics.items()},
-            "num_samples": result.num_samples,
-            "num_fewshot": result.num_fewshot,
-            "version": result.version,
-        }
-        for task, result in evaluation.task_results.items()
-    }
+    content = to_plain(evaluation)
+    results: dict[str, dict[str, Any]] = to_plain(evaluation.task_results)  # Any: JSON
+    for result in results.values():
+        del result["samples"], result["documents"]
     return {
         "settings": {part: dict(values) for part, values in settings.items()},
-        "sha256": evaluation.sha256,
-        "cost": None if evaluation.cost is None else asdict(evaluation.cost),
-        "peak_memory_bytes": evaluation.peak_memory_bytes,
-        "corpora": {name: asdict(result) for name, result in evaluation.corpora.items()},
-        "tasks": tasks,
-        "mean_of_seven": _plain(paper_mean(evaluation.task_results)),
+        **{key: content[key] for key in ("sha256", "cost", "peak_memory_bytes", "corpora")},
+        "tasks": results,
+        "mean_of_seven": to_plain(paper_mean(evaluation.task_results)),
     }
 
 

@@ -17,6 +17,7 @@ from grasp_lightning.evaluation.task_results import TaskRun
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations
+from grasp_lightning.reading.plain import to_plain
 from grasp_lightning.reading.typed import as_type
 from tests.conftest import byte_tokenizer, tiny_model
 from tests.unit.models.helpers import factorize_layers
@@ -87,7 +88,7 @@ def test_a_limit_takes_the_first_documents_and_batches_change_nothing(task_data:
 
 def test_a_run_survives_plain_values(task_data: Path) -> None:
     found = run(task_data, limit=2)
-    assert as_type(TaskRun, json.loads(json.dumps(found.to_dict())), "file") == found
+    assert as_type(TaskRun, json.loads(json.dumps(to_plain(found))), "file") == found
 
 
 @pytest.mark.parametrize(
