@@ -8,7 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar, dataclass_transform
 
 from grasp_lightning.errors import PlanError
 from grasp_lightning.plugins import load_method
@@ -25,7 +25,7 @@ Op = TypeVar("Op", bound="Operation")
 class Operation:
     """One change of a model, as data; ``models.operations`` has its behaviour.
 
-    A subclass is a frozen dataclass of plain values that ``operation`` registers.
+    ``operation`` makes a frozen dataclass of plain values of each subclass.
     """
 
     @property
@@ -63,27 +63,20 @@ class Replacement(Operation, ABC):
 OPERATIONS: Final[dict[str, type[Operation]]] = {}
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def operation(kind: str) -> Callable[[type[Op]], type[Op]]:
-    """Return a class decorator that lets plans hold an operation.
+    """Return a decorator for operations, which plan.json holds under a kind that is not taken."""
 
-    Args:
-        kind: Name of the operation in plan.json, such as ``drop_layers``.
-
-    Returns:
-        The decorator; it gives back the class as it is. A kind that is taken is a ``ValueError``.
-    """
-
-    def register(operation_type: type[Op]) -> type[Op]:
+    def register(fields: type[Op]) -> type[Op]:
         if kind in OPERATIONS:
             raise ValueError(f"{kind} is the kind of {OPERATIONS[kind]} already")
-        OPERATIONS[kind] = operation_type
-        return operation_type
+        OPERATIONS[kind] = made = dataclass(frozen=True, kw_only=True, slots=True)(fields)
+        return made
 
     return register
 
 
 @operation("select_layers")
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SelectLayers(Operation):
     """Mark decoder layers as redundant; changes nothing in the model.
 
@@ -95,7 +88,6 @@ class SelectLayers(Operation):
 
 
 @operation("factorize_linear")
-@dataclass(frozen=True, kw_only=True, slots=True)
 class FactorizeLinear(Replacement):
     """Replace one linear by two of lower rank.
 
@@ -128,7 +120,6 @@ class FactorizeLinear(Replacement):
 
 
 @operation("narrow_mlp")
-@dataclass(frozen=True, kw_only=True, slots=True)
 class NarrowMlp(Replacement):
     """Remove hidden channels of an MLP, between the linears that write them and the one that reads.
 
@@ -161,7 +152,6 @@ class NarrowMlp(Replacement):
 
 
 @operation("remove_block")
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RemoveBlock(Operation):
     """Remove an attention or MLP block: its linears get rank 0, and give their biases alone.
 
@@ -180,7 +170,6 @@ class RemoveBlock(Operation):
 
 
 @operation("drop_layers")
-@dataclass(frozen=True, kw_only=True, slots=True)
 class DropLayers(Operation):
     """Delete whole decoder layers.
 
@@ -305,7 +294,7 @@ _TOLD = ("the plan", PlanError, "expected the content of a plan.json")
 def _operation(entry: Mapping[str, Any], method: str) -> Operation:  # Any: parsed JSON
     name, error, advice = _TOLD
     kind = entry.get("kind")
-    if kind not in OPERATIONS:
+    if isinstance(kind, str) and kind not in OPERATIONS:
         load_method(method)
     if not isinstance(kind, str) or kind not in OPERATIONS:
         raise error(

@@ -17,17 +17,7 @@ def method_plugins() -> dict[str, EntryPoint]:
 
 
 def load_method(name: str) -> object | None:
-    """Import what the entry point of a method names, and with it the operations of its package.
-
-    Args:
-        name: Name of the method.
-
-    Returns:
-        The object; None if no package has a method of this name.
-
-    Raises:
-        ConfigError: If the package cannot be imported, or lacks the object.
-    """
+    """Import a method, and with it the operations of its package; None if no package has it."""
     entry = method_plugins().get(name)
     if entry is None:
         return None

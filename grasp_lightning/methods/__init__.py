@@ -26,17 +26,7 @@ METHODS: Final[Mapping[str, Registered]] = MappingProxyType(
 
 
 def named_method(name: str) -> Registered:
-    """Return a method of this package, or of another one that is installed.
-
-    Args:
-        name: Its ``method.name``.
-
-    Returns:
-        The method.
-
-    Raises:
-        ConfigError: If there is none of this name.
-    """
+    """Return a method of this package, or of another one that is installed."""
     method = METHODS.get(name) or load_method(name)
     if isinstance(method, Registered):
         return method

@@ -23,14 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def process_mesh(device: torch.device) -> DeviceMesh:
-    """Return all processes of the run in one row; all of them must ask at once.
-
-    Args:
-        device: Device that this process computes on.
-
-    Returns:
-        The mesh over which weights are split.
-    """
+    """Return all processes of the run in one row; all of them must ask at once."""
     return init_device_mesh(device.type, (processes.num_processes(),))
 
 
@@ -59,12 +52,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> Non
 
 
 def shard_like(new: nn.Module, old: nn.Module) -> None:
-    """Split a linear, or those of a module, over the processes that share the weight of another.
-
-    Args:
-        new: What takes the place of ``old``; changed in place.
-        old: A linear; if it is whole, nothing is split.
-    """
+    """Split a linear, or those of a module, as another linear is split that it stands in for."""
     mesh = mesh_of(old)
     if mesh is not None:
         groups = [("", new)] if isinstance(new, DenseModule) else _groups(new, "")
@@ -84,14 +72,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with all its parts; all processes must ask at once, in one order.
-
-    Args:
-        tensor: A weight, split or not.
-
-    Returns:
-        An ordinary tensor; the same one if it was not split.
-    """
+    """Return a tensor with all its parts; all processes must ask at once, in one order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -69,26 +69,12 @@ class ModelSize:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones counted once.
-
-    Args:
-        model: Any module, also on the meta device.
-
-    Returns:
-        Number of scalars.
-    """
+    """Return the number of parameters, tied ones counted once; the meta device will do."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_tied_parameters(model: nn.Module) -> int:
-    """Return the number of parameters that several modules share, each counted once.
-
-    Args:
-        model: Any module, also on the meta device.
-
-    Returns:
-        Number of scalars.
-    """
+    """Return the number of parameters that several modules share, each counted once."""
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     return sum(p.numel() for p in model.parameters() if uses[id(p)] > 1)
 
@@ -98,12 +84,6 @@ def count_decoder_linears(view: DecoderView) -> int:
 
     The factors of low-rank linears are linears too, and so are narrowed ones. Biases count;
     experts and routers do not.
-
-    Args:
-        view: The model.
-
-    Returns:
-        Number of scalars.
     """
     linears: list[nn.Module] = []
     for index in view.layer_indices:
@@ -114,14 +94,7 @@ def count_decoder_linears(view: DecoderView) -> int:
 
 
 def count_inputs(view: DecoderView) -> dict[str, int]:
-    """Return the number of inputs of every dense linear in decoder layers, by full name.
-
-    Args:
-        view: The model.
-
-    Returns:
-        Full name in the original model -> number of input features.
-    """
+    """Return the number of inputs of every dense linear in decoder layers, by original name."""
     return {
         name: dense_shape(module)[1]
         for index in view.layer_indices

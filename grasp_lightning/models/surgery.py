@@ -47,15 +47,8 @@ def replacements(
 ) -> dict[str, nn.Module]:
     """Return the modules that operations would put into a model, and leave it as it is.
 
-    Errors are those of ``apply_operations``.
-
-    Args:
-        view: The model.
-        operations: What would be done to its linears.
-        tensors: See ``apply_operations``.
-
-    Returns:
-        Module by the full name of the linear that it replaces; biases are those of the model.
+    They have the names of the linears that they replace, and share the biases of the model.
+    Arguments and errors are those of ``apply_operations``.
     """
     replaced = {name: view.module(name) for operation in operations for name in operation.linears}
     apply_operations(view, operations, tensors)
@@ -68,15 +61,7 @@ def replacements(
 
 @contextmanager
 def in_place_of_linears(view: DecoderView, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put modules into a model for the duration of a ``with`` block.
-
-    Args:
-        view: The model.
-        modules: Module by the full name of the linear that it stands in for.
-
-    Yields:
-        Nothing.
-    """
+    """Put modules, by the names of the linears that they stand in for, into a model for a while."""
     usual = {name: view.module(name) for name in modules}
     try:
         for name, module in modules.items():
@@ -92,13 +77,6 @@ def parameters_after(view: DecoderView, operations: Sequence[Operation]) -> int:
 
     Shapes alone decide, so a model on the meta device will do. Nothing is changed. A ``PlanError``
     says which operation does not fit.
-
-    Args:
-        view: The model.
-        operations: What would be done, in order.
-
-    Returns:
-        Number of parameters of the whole model.
     """
     new, dropped = _checked(view, operations)
     gone = {id(module) for index in dropped for module in view.layer(index).modules()}

@@ -11,11 +11,9 @@ from grasp_lightning.plan import OPERATIONS, Plan
 from grasp_lightning.plugins import load_method
 
 OPERATION = """
-from dataclasses import dataclass
 from grasp_lightning.plan import Operation, operation
 
 @operation("polish")
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Polish(Operation):
     layers: tuple[int, ...]
 

@@ -80,19 +80,7 @@ def applier_of(operation: Operation) -> Applier[Any]:  # Any: as above
 
 
 def dense_module(view: DecoderView, module: str, verb: str = "changes") -> DenseModule:
-    """Return a linear that a plan replaces.
-
-    Args:
-        view: The model.
-        module: Full name in the original model.
-        verb: What the plan does to it, for messages.
-
-    Returns:
-        The module.
-
-    Raises:
-        PlanError: If it is not there, no dense linear that can be replaced, or not floating point.
-    """
+    """Return a linear that a plan replaces; a ``PlanError`` says that it is none that can be."""
     try:
         linear = view.module(module)
     except ModelError as error:

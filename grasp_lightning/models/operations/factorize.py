@@ -67,14 +67,7 @@ class Factorize(Applier[FactorizeLinear]):
 
 
 def set_factors(view: DecoderView, module: str, left: Tensor, right: Tensor) -> None:
-    """Put factors in the place of a linear.
-
-    Args:
-        view: The model.
-        module: Full name of the linear in the original model.
-        left: Left factor, ``(N, r)``.
-        right: Right factor, ``(r, M)``.
-    """
+    """Put factors ``(N, r)`` and ``(r, M)`` in the place of a linear, with its bias."""
     old = dense_module(view, module)
     # On the meta device first: no memory for values that are replaced at once, no random numbers
     # drawn.

@@ -10,9 +10,11 @@ from grasp_lightning.methods.blocks import blocks
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule
 from grasp_lightning.models.lowrank import LowRankLinear, NarrowedLinear, narrowed_linears
+from grasp_lightning.models.operations import APPLIERS
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import apply_operations, parameters_after
 from grasp_lightning.plan import (
+    OPERATIONS,
     DropLayers,
     FactorizeLinear,
     NarrowMlp,
@@ -139,6 +141,10 @@ def test_selecting_layers_changes_nothing() -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not hasattr(view.model.config, "quantization_config")
+
+
+def test_every_operation_that_a_plan_can_hold_can_be_applied() -> None:
+    assert set(APPLIERS) == set(OPERATIONS.values())
 
 
 BAD: list[tuple[Sequence[Operation], str]] = [
