@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grasp_lightning import processes
+from grasp_lightning.errors import PlanError
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
 
@@ -128,7 +129,7 @@ def _added_up(files: list[TensorFile]) -> dict[str, Tensor] | None:
         state = file.read()
         file.check(state, _CONCATENATED, torch.int64, -1)
         if total and state.keys() != total.keys():
-            raise file.damaged("it holds other sums than the files beside it")
+            raise PlanError(file.damaged("it holds other sums than the files beside it"))
         for key, value in state.items():
             if key == _CONCATENATED:
                 total[key] = torch.cat([total[key], value]) if key in total else value

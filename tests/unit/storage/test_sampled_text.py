@@ -10,8 +10,9 @@ from grasp_lightning.errors import PlanError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.sampling import BATCH
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.run_folder.names import SAMPLED_TEXT
 from grasp_lightning.storage import sampled_text
-from grasp_lightning.storage.sampled_text import SAMPLED_TEXT, SampledText
+from grasp_lightning.storage.sampled_text import SampledText
 from tests.conftest import tiny_model
 
 BYTES = torch.arange(256)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from grasp_lightning.config import CalibrationConfig, MethodConfig, RefitChoice
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows
+from grasp_lightning.linalg.regression import pulled_regression
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.methods.blocks import blocks
@@ -228,11 +229,10 @@ def test_a_killed_refit_goes_on_after_its_last_layer_with_the_same_bytes(
     with pytest.raises(Killed):
         refitter(found)(*given, stopping)
     solved: list[int] = []
-    solve = refit.pulled_regression
 
-    def counting(*args: Tensor, **kwargs: float) -> Tensor:
+    def counting(*args: Tensor, pull: float, ridge: float) -> Tensor:
         solved.append(1)
-        return solve(*args, **kwargs)
+        return pulled_regression(*args, pull=pull, ridge=ridge)
 
     monkeypatch.setattr(refit, "pulled_regression", counting)
     resumed = refitter(found)(*given, store)
