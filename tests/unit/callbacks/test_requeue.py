@@ -176,7 +176,8 @@ def test_a_training_of_several_processes_is_not_put_back_after_another_signal(
         "grasp_lightning.processes.gather",
         lambda value: [value, value if isinstance(value, bool) else other],
     )
-    stop, saved = StopRequest(), []
+    saved: list[object] = []
+    stop = StopRequest()
     stop.signal_number = own
     checkpoint = TrainingCheckpoint(saved.append, every_seconds=1000, stop=stop)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
