@@ -7,6 +7,7 @@ so; until that file is written, the files of earlier starts count.
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -77,6 +78,8 @@ class PassFiles:
             The state, the same in all processes; None if nothing of this step was saved.
         """
         found = PassFile.found_in(self._path())
+        for file in found:  # one that the run did not write is refused
+            processes.on_first(partial(self._run.claim, self._name(file)))
         own = [file for file in found if self._tensors(file).metadata()["step"] == step]
         state = _added_up([self._tensors(file) for file in _counting(own)])
         self._start = max((file.start for file in found), default=-1) + 1
