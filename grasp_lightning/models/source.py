@@ -288,8 +288,8 @@ def _card_licence(folder: Path) -> str | None:
         return None
     match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
     try:
-        fields = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        fields = parse_yaml(match[1], "", is_strict=False) if match else None
+    except DataError:  # a card of others, of which this one line is asked
         return None
     if not isinstance(fields, dict):
         return None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grasp_lightning import processes
+from grasp_lightning.errors import PlanError
 from grasp_lightning.linalg.triangles import pack_triangle, triangle_size, unpack_triangle
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.run_folder.names import STATISTICS
@@ -65,7 +66,9 @@ class StoredMoments(Mapping[str, Moments]):
             size = num_outputs if kind == "gradient_gram" else num_inputs
             expected = (triangle_size(size) if kind in _GRAMS else size,)
             if file.shapes[name] != expected:
-                raise file.damaged(f"{name} must have shape {expected}, got {file.shapes[name]}")
+                raise PlanError(
+                    file.damaged(f"{name} must have shape {expected}, got {file.shapes[name]}")
+                )
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of all linears."""
@@ -94,9 +97,9 @@ def _keys(file: TensorFile, metadata: Mapping[str, str]) -> dict[str, dict[str, 
         kinds = {kind for names in keys.values() for kind in names}
         tensors = {name for names in keys.values() for name in names.values()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise file.damaged(f"it does not say what it holds ({error})") from error
+        raise PlanError(file.damaged(f"it does not say what it holds ({error})")) from error
     if not (kinds <= set(_KINDS) and tensors <= file.shapes.keys()):
-        raise file.damaged("it does not hold what it says")
+        raise PlanError(file.damaged("it does not hold what it says"))
     return keys
 
 

@@ -7,6 +7,7 @@ so; until that file is written, the files of earlier starts count.
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grasp_lightning import processes
+from grasp_lightning.errors import PlanError
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
 
@@ -76,6 +78,8 @@ class PassFiles:
             The state, the same in all processes; None if nothing of this step was saved.
         """
         found = PassFile.found_in(self._path())
+        for file in found:  # one that the run did not write is refused
+            processes.on_first(partial(self._run.claim, self._name(file)))
         own = [file for file in found if self._tensors(file).metadata()["step"] == step]
         state = _added_up([self._tensors(file) for file in _counting(own)])
         self._start = max((file.start for file in found), default=-1) + 1
@@ -128,7 +132,7 @@ def _added_up(files: list[TensorFile]) -> dict[str, Tensor] | None:
         state = file.read()
         file.check(state, _CONCATENATED, torch.int64, -1)
         if total and state.keys() != total.keys():
-            raise file.damaged("it holds other sums than the files beside it")
+            raise PlanError(file.damaged("it holds other sums than the files beside it"))
         for key, value in state.items():
             if key == _CONCATENATED:
                 total[key] = torch.cat([total[key], value]) if key in total else value

@@ -195,7 +195,9 @@ class RunProgress(RunNotes):
                 break
             told_end = file.metadata()[_END]
             if not (told_end.isdecimal() and end < int(told_end) <= len(stored.operations)):
-                raise file.damaged(f"it ends with operation {told_end} of {len(stored.operations)}")
+                raise PlanError(
+                    file.damaged(f"it ends with operation {told_end} of {len(stored.operations)}")
+                )
             end = int(told_end)
             self._take(file.read(ignoring=".measured"))
         self.plan = replace(stored, operations=stored.operations[:end])

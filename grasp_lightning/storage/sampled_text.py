@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp_lightning import processes
+from grasp_lightning.errors import PlanError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.sampling import Track, sample_text
 from grasp_lightning.run_folder import RunFolder
@@ -114,7 +115,7 @@ class SampledText:
                 ids = file.check(file.read(), _IDS, torch.int64, -1, length)
                 # The first token of a text is one of the starts.
                 if not torch.isin(ids[:, 1:], vocabulary).all():
-                    raise file.damaged("it holds tokens that the model was not let draw")
+                    raise PlanError(file.damaged("it holds tokens that the model was not let draw"))
                 found.append(ids)
         return max(found, key=len, default=None)
 

@@ -27,7 +27,7 @@ class TensorFile:
 
     Args:
         path: Where it is; it may be absent.
-        keys: What its metadata must say.
+        *keys: What its metadata must say.
         advice: What to do about a damaged one.
 
     Attributes:
@@ -45,7 +45,14 @@ class TensorFile:
         return self.path.exists() or self.path.is_symlink()
 
     def metadata(self) -> dict[str, str]:
-        """Return what the file says about itself, without reading a tensor."""
+        """Return what the file says about itself, without reading a tensor.
+
+        Returns:
+            The metadata.
+
+        Raises:
+            PlanError: If it is damaged.
+        """
         with open_tensors(self.path, PlanError, advice=self._advice) as content:
             metadata: dict[str, str] = content.metadata() or {}
             slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118  no dict
@@ -53,9 +60,9 @@ class TensorFile:
             kinds = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
         missing = [key for key in self._keys if key not in metadata]
         if missing:
-            raise self.damaged(f"it does not say its {missing[0]}")
+            raise PlanError(self.damaged(f"it does not say its {missing[0]}"))
         if metadata.get(_LAYOUT, _layout(kinds)) != _layout(kinds):
-            raise self.damaged("its tensors are not those that were saved in it")
+            raise PlanError(self.damaged("its tensors are not those that were saved in it"))
         return metadata
 
     def read(self, names: Iterable[str] | None = None, ignoring: str = "\0") -> dict[str, Tensor]:
@@ -67,6 +74,9 @@ class TensorFile:
 
         Returns:
             The tensors.
+
+        Raises:
+            PlanError: If it is damaged.
         """
         if names is None:
             tensors = read_tensors(self.path, PlanError, advice=self._advice)
@@ -75,12 +85,12 @@ class TensorFile:
                 tensors = {name: content.get_tensor(name) for name in names}
         for name, value in tensors.items():
             if not name.endswith(ignoring) and not torch.isfinite(value).all():
-                raise self.damaged(f"{name} has values that are not finite")
+                raise PlanError(self.damaged(f"{name} has values that are not finite"))
         return tensors
 
-    def damaged(self, reason: object) -> PlanError:
-        """Return the error for a file that is not what it should be."""
-        return PlanError(told(self.path, f"is damaged: {reason}", self._advice))
+    def damaged(self, reason: object) -> str:
+        """Return the line that says why the file is not what it should be."""
+        return told(self.path, f"is damaged: {reason}", self._advice)
 
     def check(
         self, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, *shape: int
@@ -95,14 +105,16 @@ class TensorFile:
         """
         found = tensors.get(name)
         if found is None:
-            raise self.damaged(f"it has no {name}")
+            raise PlanError(self.damaged(f"it has no {name}"))
         is_of_shape = len(shape) == found.ndim and all(
             size in (-1, own) for size, own in zip(shape, found.shape, strict=True)
         )
         if found.dtype != dtype or not is_of_shape:
-            raise self.damaged(
-                f"{name} must be {dtype} of shape {shape}, got {found.dtype} of shape "
-                f"{tuple(found.shape)}"
+            raise PlanError(
+                self.damaged(
+                    f"{name} must be {dtype} of shape {shape}, got {found.dtype} of shape "
+                    f"{tuple(found.shape)}"
+                )
             )
         return found
 

@@ -54,8 +54,8 @@ class RunNotes:
         if not path.exists():
             return {}
         notes = read_json(path, PlanError, advice=MEASURE_AGAIN)
-        values = notes.values() if isinstance(notes, dict) else [notes]
-        if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+        values = notes.values() if isinstance(notes, dict) else [None]
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             raise PlanError(told(path, "is damaged: it must hold numbers by name", MEASURE_AGAIN))
         return {key: float(value) for key, value in notes.items()}
 

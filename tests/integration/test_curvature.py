@@ -1,6 +1,7 @@
 """Methods that truncate in a measured metric, through the program: budget, passes, second cuts."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
+from tests.integration.killing import Kill, killed
 
 PRESETS = ("svd_llm", "asvd", "fwsvd")
 
@@ -152,6 +154,29 @@ def test_little_memory_takes_more_passes_to_the_same_plan(
     again = ["--from_scores", str(tmp_path / "run"), f"--output_dir={tmp_path / 'again'}"]
     assert main(["compress", *again]) == 0
     assert read(tmp_path / "again", "plan.json") == read(cut, "plan.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "place",
+    [
+        Kill("grasp_lightning.training.calibration", "CalibrationModule", "training_step", 4),
+        Kill("grasp_lightning.training.refit", "_Layer", "advance", 3),
+    ],
+    ids=lambda place: place.name,
+)
+def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(
+    place: Kill, settings: list[str], cut: Path, tmp_path: Path
+) -> None:
+    words = [*plus(0.2), "--calibration.batch_size=1", "--trainer.checkpoint_seconds=0"]
+    argv = ["compress", *settings, *words, f"--output_dir={tmp_path / 'run'}"]
+    assert killed(place, signal.SIGKILL, argv) == -signal.SIGKILL
+    is_in_refit = place.name == "advance"
+    assert len([*(tmp_path / "run" / "checkpoints").glob("refit-*")]) == 3 * is_in_refit
+    assert main(argv) == 0
+    for name in ("statistics.safetensors", "factors.safetensors", "scores.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (cut / name).read_bytes(), name
+    assert read(tmp_path / "run", "plan.json")["operations"] == read(cut, "plan.json")["operations"]
 
 
 def test_statistics_are_not_kept_where_that_is_not_wanted(

@@ -1,11 +1,15 @@
 """Another ratio from stored scores: the plan of a run that measures, without a pass."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
@@ -143,3 +147,99 @@ def test_a_run_does_not_take_the_place_of_its_own_scores(
     assert main(["compress", *argv, "--overwrite"]) == 2
     assert "is output_dir itself; name another output_dir" in capsys.readouterr().err
     assert (scored / "plan.json").read_bytes() == plan
+
+
+@pytest.fixture(scope="module")
+def with_statistics(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "statistics"
+    argv = [*settings, "--method.name=low_rank", "--method.preset=svd_llm"]
+    argv += ["--method.removed_ratio=0.2", f"--output_dir={folder}"]
+    assert main(["compress", *argv]) == 0
+    return folder
+
+
+def change_json(name: str, **changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **changes}))
+
+    return change
+
+
+def change_option(key: str, value: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "plan.json").read_text())
+        content["options"][key] = value
+        (folder / "plan.json").write_text(json.dumps(content))
+
+    return change
+
+
+def change_tensors(name: str, part: str, how: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        with safe_open(folder / name, framework="pt") as content:
+            metadata = content.metadata() or {}
+        metadata.pop("layout", None)  # as a file of an earlier version, or of a skilled hand
+        tensors = {
+            key: how(value) if part in key else value
+            for key, value in load_file(folder / name).items()
+        }
+        save_file(tensors, folder / name, metadata)
+
+    return change
+
+
+SCORES, STATISTICS = "scores.safetensors", "statistics.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (
+            "scores",
+            change_json("manifest.json", state="unfinished"),
+            "it is unfinished; let it",
+        ),
+        ("scores", change_json("plan.json", complete="yes"), "does not say that it is complete"),
+        ("scores", change_json("plan.json", complete=False), "does not say that it is complete"),
+        ("scores", change_json("plan.json", method="drop"), "says name drop, its config.yaml says"),
+        ("scores", change_option("reduction", "signed"), "says reduction signed, its config.yaml"),
+        ("scores", change_tensors(SCORES, ".scores", lambda t: t * torch.nan), "are not finite"),
+        (
+            "scores",
+            change_tensors(SCORES, ".scores", lambda t: t[1:].clone()),
+            "must be torch.",
+        ),
+        ("scores", change_tensors(SCORES, ".scores", lambda t: t.half()), "must be torch.float32"),
+        ("scores", lambda folder: (folder / SCORES).write_bytes(b""), "is damaged"),
+        (
+            "statistics",
+            change_json("plan.json", inputs={"model": "x"}),
+            "measured for another plan",
+        ),
+        ("statistics", change_option("input_damping", 0.5), "input_damping"),
+        ("statistics", change_tensors(STATISTICS, "", lambda t: t * torch.nan), "are not finite"),
+        ("statistics", change_tensors(STATISTICS, "", lambda t: t[1:].clone()), "must have shape"),
+        ("statistics", change_tensors(STATISTICS, "", lambda t: t.half()), "must be torch.float32"),
+        ("statistics", lambda folder: (folder / STATISTICS).write_bytes(b""), "is damaged"),
+    ],
+)
+def test_a_run_that_is_not_what_it_says_is_not_cut_again(  # noqa: PLR0917  fixtures
+    kind: str,
+    change: Callable[[Path], object],
+    message: str,
+    scored: Path,
+    with_statistics: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(scored if kind == "scores" else with_statistics, tmp_path / "run")
+    change(tmp_path / "run")
+    ratio = "--method.keep_ratio=0.2" if kind == "scores" else "--method.removed_ratio=0.1"
+    argv = [f"--from_scores={tmp_path / 'run'}", ratio, f"--output_dir={tmp_path / 'cut'}"]
+    capsys.readouterr()
+    assert main(["compress", *argv]) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in told
+    assert "name another run, or measure without from_scores" in told
+    assert not (tmp_path / "cut").exists()

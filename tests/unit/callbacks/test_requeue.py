@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import lightning as L
 import pytest
 from safetensors.torch import load_file
 
 from grasp_lightning.callbacks.requeue import requeue_job
 from grasp_lightning.callbacks.stop_request import StopRequest
+from grasp_lightning.callbacks.training_checkpoint import TrainingCheckpoint
 from grasp_lightning.cli import main
 from grasp_lightning.errors import Interrupted
 from tests.conftest import save_tiny
@@ -160,6 +162,29 @@ def test_the_end_of_another_rank_is_no_error_after_a_warning(
     numbers = []
     with pytest.raises(RuntimeError, match="closed"):
         end_of(work)
+
+
+@pytest.mark.usefixtures("job")
+@pytest.mark.parametrize(
+    ("own", "other", "counts"),
+    [(USR1, INT, INT), (INT, USR1, INT), (None, TERM, TERM), (USR1, None, USR1)],
+)
+def test_a_training_of_several_processes_is_not_put_back_after_another_signal(
+    own: int | None, other: int | None, counts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "grasp_lightning.processes.gather",
+        lambda value: [value, value if isinstance(value, bool) else other],
+    )
+    saved: list[object] = []
+    stop = StopRequest()
+    stop.signal_number = own
+    checkpoint = TrainingCheckpoint(saved.append, every_seconds=1000, stop=stop)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(Interrupted) as caught:
+        checkpoint.on_validation_end(trainer, L.LightningModule())
+    assert caught.value.signal_number == counts
+    assert len(saved) == 1
 
 
 @pytest.mark.parametrize(
