@@ -100,7 +100,7 @@ _LINEAR_ATTENTION = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-# Of single tests: families that read weights of linears, and whose layers have caches of two kinds.
+# Of single tests: families that read weights of linears, and a hybrid with two kinds of caches.
 TINY_CONFIGS |= {
     "mamba": {"model_type": "mamba", **_STATE_SPACE, "time_step_rank": 12},
     "mamba2": {
@@ -110,6 +110,12 @@ TINY_CONFIGS |= {
         "num_heads": 8,
         "n_groups": 2,
         "chunk_size": 16,
+    },
+    "xlstm": {
+        "model_type": "xlstm",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_heads": 4,
     },
     "qwen3_5_text": {
         "model_type": "qwen3_5_text",

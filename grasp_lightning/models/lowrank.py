@@ -252,6 +252,9 @@ class GraspQuantizer(HfQuantizer):
             low_rank = LowRankLinear(columns, rows, rank, **_options_of(linear))
             model.set_submodule(module, low_rank)
             self._modules[stored] = module
+            for factor in (low_rank.left, low_rank.right):
+                # They are loaded: rules of a family for its linears, by name, do not fit them.
+                factor._is_hf_initialized = True  # type: ignore[assignment]  # a mark, no module
         for stored, (rows, columns) in self.quantization_config.shapes.items():
             module, linear = _linear_in_model(model, names, stored)
             dense = dense_shape(linear)

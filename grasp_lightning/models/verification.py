@@ -51,7 +51,7 @@ def can_generate(model: PreTrainedModel) -> bool:
         False if the result of compressing it cannot be asked to.
 
     Raises:
-        OutOfMemoryError: If its device has too little memory.
+        torch.OutOfMemoryError: If its device has too little memory.
     """
     if not model.can_generate():
         return False

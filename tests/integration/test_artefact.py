@@ -527,6 +527,16 @@ def test_a_model_saved_without_its_head_loads_with_one(family: str, tmp_path: Pa
     )
 
 
+def test_factors_are_not_initialised_as_their_family_does_with_linears_of_that_name(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model("xlstm")
+    factorize_one(model, "backbone.blocks.1.mlstm_layer.igate_preact", 2)
+    ids = torch.arange(8)[None]
+    expected = model(ids, use_cache=False).logits
+    assert torch.equal(reopened(model, tmp_path)(ids, use_cache=False).logits, expected)
+
+
 def test_a_loaded_model_may_change_dtype_and_train(tmp_path: Path) -> None:
     model = reopened(low_rank(tiny_model()), tmp_path)
     assert model.half().dtype == torch.float16
