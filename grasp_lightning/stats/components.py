@@ -102,8 +102,8 @@ class ComponentScores:
         for name, values in scores.items():
             if not values.isfinite().all():
                 raise NumericsError(
-                    f"the gradient of {name} is NaN or infinite; try model.dtype float32 "
-                    "or trainer.precision 32-true"
+                    f"the gradient of {name} is NaN or infinite; check the checkpoint, or "
+                    "compute in float32 (model.dtype, trainer.precision) if it is not"
                 )
         return {name: values.float().cpu() for name, values in scores.items()}
 

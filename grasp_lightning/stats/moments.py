@@ -131,7 +131,8 @@ class MomentSums:
             if not value.isfinite().all():
                 raise NumericsError(
                     f"the {key.partition(':')[2]} of {key.partition(':')[0]} is NaN or infinite; "
-                    "try model.dtype float32 or trainer.precision 32-true"
+                    "check the checkpoint, or compute in float32 (model.dtype, trainer.precision) "
+                    "if it is not"
                 )
             value.div_(num_tokens)
         return {name: moments_of(name, self.sums, self._sources) for name in self._shapes}
