@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma4TextConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from grasp_lightning.config import MethodConfig
 from grasp_lightning.errors import ModelError
@@ -11,8 +11,15 @@ from grasp_lightning.training.hidden_cache import check_independent, pass_on_hid
 from tests.conftest import FAMILIES, tiny_model
 
 
-def gemma4(**options: int) -> PreTrainedModel:
+def built(family: str, **options: object) -> PreTrainedModel:
     torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.eval()
+    return model
+
+
+def gemma4(**options: int) -> PreTrainedModel:
     sizes = {
         "vocab_size": 260,
         "vocab_size_per_layer_input": 260,
@@ -20,21 +27,16 @@ def gemma4(**options: int) -> PreTrainedModel:
         "intermediate_size": 48,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "num_hidden_layers": 4,
         "head_dim": 8,
         "sliding_window": 8,
     }
     kinds = ["sliding_attention", "full_attention"] * 2
-    config = Gemma4TextConfig(**sizes, **options, num_hidden_layers=4, layer_types=kinds)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model.eval()
+    return built("gemma4_text", **sizes, **options, layer_types=kinds)
 
 
 def mamba() -> PreTrainedModel:
-    options = {"vocab_size": 260, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("mamba", **options)
-    )
-    return model.eval()
+    return built("mamba", vocab_size=260, hidden_size=16, num_hidden_layers=2, state_size=4)
 
 
 def test_linears_that_are_not_called_stay_dense(caplog: pytest.LogCaptureFixture) -> None:
