@@ -26,11 +26,10 @@ def hidden_input(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tens
         kwargs: Keyword arguments of the call.
 
     Returns:
-        The hidden states, ``(B, T, D)``.
+        The hidden states, ``(B, T, D)``; those of other dimensions are a ``ModelError``.
 
     Raises:
         TypeError: If the layer was called in a way that no supported family uses.
-        ModelError: If the hidden states have other dimensions.
     """
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
@@ -46,11 +45,10 @@ def hidden_output(output: object) -> Tensor:
         output: What the layer returned.
 
     Returns:
-        The hidden states, ``(B, T, D)``.
+        The hidden states, ``(B, T, D)``; those of other dimensions are a ``ModelError``.
 
     Raises:
         TypeError: If there are none.
-        ModelError: If the hidden states have other dimensions.
     """
     hidden = output[0] if isinstance(output, tuple) else output
     if not isinstance(hidden, Tensor):
@@ -75,6 +73,9 @@ def leave_uncalled(view: DecoderView) -> None:
 
     Args:
         view: The model; what is left is no longer among its linears.
+
+    Raises:
+        ModelError: If the model calls none of its linears.
     """
     calls: Counter[str] = Counter()
 

@@ -22,8 +22,10 @@ def test_infinity_counts_as_not_finite() -> None:
         (torch.float32, "the checkpoint is damaged; fetch it again", "check the checkpoint"),
         (
             torch.bfloat16,
-            "the checkpoint is damaged, or torch.bfloat16 is too narrow for it; try "
-            "model.dtype=float32",
+            (
+                "the checkpoint is damaged, or torch.bfloat16 is too narrow for it; try "
+                "model.dtype=float32"
+            ),
             "check the checkpoint, or try model.dtype float32",
         ),
     ],

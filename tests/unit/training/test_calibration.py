@@ -53,9 +53,8 @@ def test_a_nan_in_the_model_is_named_by_layer() -> None:
 def test_a_linear_that_is_not_called_ends_the_pass_after_its_first_batch() -> None:
     view = DecoderView(tiny_model())
     layer = view.layer(1)
-    layer.get_submodule("mlp").forward = lambda x: (
-        x
-    )  # the linears of the MLP are there, and not called
+    # Its linears are there, and not called.
+    layer.get_submodule("mlp").forward = lambda x: x
     batches: list[int] = []
     layer.register_forward_hook(lambda *_: batches.append(1))
     step = attribution_step(view, list(view.linears(1)), Scoring())
