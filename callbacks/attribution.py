@@ -80,6 +80,11 @@ class SingularAttribution(Measurement):
         """Count the predicted tokens."""
         self._num_targets += int(batch["targets"][:, 1:].sum())
 
+    def check_seen(self) -> None:
+        """Refuse a linear that the model does not call."""
+        assert self._scores is not None
+        self._scores.check_seen()
+
     def release(self) -> None:
         """Let go of the bases."""
         self._scores = self._given = None

@@ -68,6 +68,8 @@ class TrainerMeasure:
         stop: Tells whether the run shall end at the next batch.
         max_bytes: Memory that the moments of one pass may take; more are measured in several.
         priced_windows: Number of windows on which removals are priced.
+        caches: Keep what enters layers for later passes, see ``HiddenCache``; not for models whose
+            layers hand on more than hidden states.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class TrainerMeasure:
         stop: StopRequest | None = None,
         max_bytes: float = math.inf,
         priced_windows: int = 1,
+        caches: bool = True,
     ) -> None:
         self._data = data
         self._config = config or TrainerConfig()
@@ -92,6 +95,7 @@ class TrainerMeasure:
         self._priced_windows = priced_windows
         self._passes = 0
         self._cache: HiddenCache | None = None
+        self._caches = caches
 
     def __call__(self, view: DecoderView, step: Step) -> Statistics:
         """Run one pass over the windows that are not counted yet.
@@ -208,7 +212,7 @@ class TrainerMeasure:
         self, module: CalibrationModule, step: Step, data: CalibrationData
     ) -> Iterator[None]:
         """Start a pass where the model has not changed since an earlier one."""
-        if not step.layers:
+        if not (step.layers and self._caches):
             yield
             return
         module.cache = self._cache = self._cache or HiddenCache(module.view)

@@ -28,6 +28,7 @@ class Measurement(L.Callback):
         self.windows: list[int] = []
         self._step: Step | None = None
         self._done = False
+        self._was_checked = False
         self._hooks = ExitStack()
         self._earlier: Mapping[str, Tensor] | None = None
 
@@ -58,6 +59,9 @@ class Measurement(L.Callback):
     @abstractmethod
     def release(self) -> None:
         """Let go of what was needed to measure: a Trainer may live on."""
+
+    def check_seen(self) -> None:
+        """Refuse a linear that was not called in the first batch; by default, nothing is asked."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the sums so far, and which windows are in them.
@@ -151,6 +155,9 @@ class Measurement(L.Callback):
         del trainer, pl_module, outputs, batch_idx, dataloader_idx
         if self._step is not None and not self._done:
             self.windows += batch["index"].tolist()
+            if not self._was_checked:
+                self._was_checked = True
+                self.check_seen()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the hooks off and leave the statistics on the module."""

@@ -57,6 +57,11 @@ class LinearMoments(Measurement):
         self._is_padding = num_tokens == 0
         self._num_tokens += num_tokens
 
+    def check_seen(self) -> None:
+        """Refuse a linear that the model does not call."""
+        assert self._sums is not None
+        self._sums.check_seen()
+
     def release(self) -> None:
         """Let go of the sums."""
         self._sums = self._given = None

@@ -25,7 +25,7 @@ from grasp_lightning.evaluation.workload import Workload
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.device import resolve_device
 from grasp_lightning.models.loading import load_meta_model, load_model
-from grasp_lightning.models.model_settings import model_settings, named_by
+from grasp_lightning.models.model_settings import all_settings, named_by
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.reporting.throughput import write_throughput_plot
 from grasp_lightning.run_folder import write_file
@@ -161,9 +161,7 @@ def _variants(config: BenchmarkConfig) -> tuple[_Variant, ...]:
             f"as a control"
         )
     keys = ("model", *("against" for _ in config.against))
-    settings = [model_settings(config, path, key) for path, key in zip(paths, keys, strict=True)]
-    if config.revision is not None and all(one.revision is None for one in settings):
-        raise ConfigError("revision has no effect: no model comes from the hub; leave it out")
+    settings = all_settings(config, paths, keys)
     first, *others = (
         _Variant(name=name, key=key, settings=one)
         for name, key, one in zip(variant_names(paths), keys, settings, strict=True)

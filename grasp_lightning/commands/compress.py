@@ -36,6 +36,7 @@ from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.storage.progress import RunProgress
 from grasp_lightning.training.finish import CUT_LOSSES, REFIT, FinishDecision
+from grasp_lightning.training.hidden_cache import pass_on_hidden_states_only
 
 _PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
 _MEMORY_KEYS = "calibration.batch_size, calibration.seqlen or evaluation.batch_size"
@@ -199,6 +200,7 @@ def _measure(
         stop=stop,
         max_bytes=config.statistics.max_memory * 1e9,
         priced_windows=config.statistics.priced_windows,
+        caches=config.method.schedule == "iterative" and pass_on_hidden_states_only(inputs.view),
     )
 
 

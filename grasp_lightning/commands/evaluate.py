@@ -31,7 +31,7 @@ from grasp_lightning.models.loading import (
     model_hash,
     resolve_device,
 )
-from grasp_lightning.models.model_settings import model_settings, named_by
+from grasp_lightning.models.model_settings import all_settings, named_by
 from grasp_lightning.storage.amend import amend_run
 from grasp_lightning.storage.results import (
     EvaluationFile,
@@ -101,9 +101,7 @@ def _check(config: EvaluateConfig) -> list[ModelConfig]:
         raise ConfigError("evaluate runs in one process; start it without torchrun")
     check_values(config)
     _check_names(config)
-    models = [model_settings(config, model, "model") for model in config.model]
-    if config.revision is not None and all(model.revision is None for model in models):
-        raise ConfigError("revision has no effect: no model comes from the hub; leave it out")
+    models = all_settings(config, config.model, ["model"] * len(config.model))
     for model in models:
         with named_by("model"):
             view = DecoderView(load_meta_model(model))

@@ -18,7 +18,7 @@ from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods import build_method, predict
 from grasp_lightning.methods.base import CompressionMethod
-from grasp_lightning.models.calls import check_length, check_vocabulary
+from grasp_lightning.models.calls import check_length, check_vocabulary, leave_uncalled
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
 from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard
@@ -27,6 +27,7 @@ from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.progress import check_same_model
 from grasp_lightning.storage.recut import StoredScores
 from grasp_lightning.storage.sampled_text import SAMPLE, SampledText
+from grasp_lightning.training.hidden_cache import check_independent
 
 _SAFETY = 1.1  # tokenizer, report and logs, beside weights and factors
 
@@ -84,6 +85,8 @@ def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None
     with phases("load", excluding=(SAMPLE,)):
         loaded, digest = _load(config)
         view = DecoderView(loaded.model)
+        leave_uncalled(view)
+        check_independent(view, config.method)
         prediction = predict(view, config.method)
         method = build_method(config.method, view, track)
         text = SampledText(

@@ -13,7 +13,7 @@ class HubCorpus:
 
     Attributes:
         repository: Name of the data set.
-        revision: Commit, or a ref that the hub keeps.
+        revision: Commit; of ``ptb`` a branch, since only that is known to be readable.
         column: Column that holds the text.
         is_joined: All rows are one document; else each row is one.
         splits: Parts that can be asked for.

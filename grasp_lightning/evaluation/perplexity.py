@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from grasp_lightning.errors import NumericsError
 from grasp_lightning.models.calls import find_non_finite
 from grasp_lightning.models.decoder import DecoderView, frozen
+from grasp_lightning.models.integrity import nan_advice
 from grasp_lightning.models.next_token import forward_inputs, next_token_losses
 
 
@@ -77,7 +78,7 @@ def evaluate_perplexity(view: DecoderView, batches: Iterable[Mapping[str, Tensor
             if where is not None:
                 raise NumericsError(
                     f"the loss on the evaluation text is NaN or infinite, first in {where}; "
-                    "check the checkpoint, or try model.dtype float32"
+                    f"{nan_advice(model.dtype)}"
                 )
             metric.update(losses)
     value = float(metric.compute())

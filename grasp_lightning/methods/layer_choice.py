@@ -198,5 +198,6 @@ def _check_metric(values: Tensor) -> None:
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise NumericsError(
-            f"hidden states at layer {bad[0]} are NaN or infinite; try model.dtype float32"
+            f"hidden states at layer {bad[0]} are NaN or infinite; check the checkpoint, or "
+            "set model.dtype to float32 if it is not"
         )

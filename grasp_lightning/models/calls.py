@@ -1,6 +1,8 @@
 """How decoder layers are called: what goes in, what comes out, and where it stops being finite."""
 
-from collections.abc import Mapping
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -11,6 +13,10 @@ from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded
 
+logger = logging.getLogger(__name__)
+
+_NUM_DIMENSIONS = 3  # of hidden states
+
 
 def hidden_input(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
     """Return the hidden states that a decoder layer was called with.
@@ -20,7 +26,7 @@ def hidden_input(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tens
         kwargs: Keyword arguments of the call.
 
     Returns:
-        The hidden states, ``(B, T, D)``.
+        The hidden states, ``(B, T, D)``; those of other dimensions are a ``ModelError``.
 
     Raises:
         TypeError: If the layer was called in a way that no supported family uses.
@@ -28,6 +34,7 @@ def hidden_input(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tens
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
         raise TypeError(f"expected hidden states as first argument, got {type(hidden).__name__}")
+    _check_dimensions(hidden)
     return hidden
 
 
@@ -38,7 +45,7 @@ def hidden_output(output: object) -> Tensor:
         output: What the layer returned.
 
     Returns:
-        The hidden states, ``(B, T, D)``.
+        The hidden states, ``(B, T, D)``; those of other dimensions are a ``ModelError``.
 
     Raises:
         TypeError: If there are none.
@@ -46,7 +53,63 @@ def hidden_output(output: object) -> Tensor:
     hidden = output[0] if isinstance(output, tuple) else output
     if not isinstance(hidden, Tensor):
         raise TypeError(f"expected hidden states as layer output, got {type(hidden).__name__}")
+    _check_dimensions(hidden)
     return hidden
+
+
+def _check_dimensions(hidden: Tensor) -> None:
+    if hidden.ndim != _NUM_DIMENSIONS:
+        raise ModelError(
+            f"the decoder layers pass on hidden states of shape {tuple(hidden.shape)}, expected "
+            f"(windows, tokens, features): this family is not supported"
+        )
+
+
+def leave_uncalled(view: DecoderView) -> None:
+    """Leave linears dense that the model does not call, by one short pass, and name them.
+
+    Mamba multiplies by the weight of one of its linears itself. Nothing can be measured of such a
+    linear, and as factors it would save no time. All processes that share a model must do so.
+
+    Args:
+        view: The model; what is left is no longer among its linears.
+
+    Raises:
+        ModelError: If the model calls none of its linears.
+    """
+    calls: Counter[str] = Counter()
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda *_: calls.update([name])
+
+    def look(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        del module
+        hidden_input(args, kwargs)
+
+    names = [name for index in view.layer_indices for name in view.dense_modules(index)]
+    with ExitStack() as stack, torch.no_grad():
+        for index in view.layer_indices:
+            handle = view.layer(index).register_forward_pre_hook(look, with_kwargs=True)
+            stack.callback(handle.remove)
+        for name in names:
+            stack.callback(view.module(name).register_forward_hook(count(name)).remove)
+        ids = torch.zeros((1, 2), dtype=torch.int64, device=view.model.device)
+        view.model.base_model(input_ids=ids, use_cache=False)
+    left = [name for name in names if calls[name] != 1]
+    if left:
+        view.leave_out(left)
+        kinds = sorted(
+            {name.removeprefix(f"{view.layers_name}.").partition(".")[2] for name in left}
+        )
+        logger.warning(
+            "%s does not call %s once per pass: these linears stay as they are",
+            type(view.model).__name__,
+            ", ".join(kinds),
+        )
+    if len(left) == len(names) > 0:
+        raise ModelError(
+            f"{type(view.model).__name__} calls none of its linears, so none can be measured"
+        )
 
 
 def check_length(view: DecoderView, length: int, key: str) -> None:

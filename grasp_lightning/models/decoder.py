@@ -63,6 +63,7 @@ class DecoderView:
         self.num_layers = len(layers)
         self.layer_indices = tuple(range(self.num_layers))
         self._has_warned = False
+        self._left_out: frozenset[str] = frozenset()
 
     def layer(self, index: int) -> nn.Module:
         """Return one decoder layer; a ``ModelError`` says that it is not, or no longer, there.
@@ -109,7 +110,16 @@ class DecoderView:
         Returns:
             Full name in the original model -> module.
         """
-        return dict(dense_modules(self.layer(index), self._layer_name(index)))
+        found = dense_modules(self.layer(index), self._layer_name(index))
+        return {name: module for name, module in found if name not in self._left_out}
+
+    def leave_out(self, modules: Iterable[str]) -> None:
+        """Count some linears no longer among those that can be replaced.
+
+        Args:
+            modules: Full names in the original model.
+        """
+        self._left_out |= frozenset(modules)
 
     def skipped(self, index: int) -> tuple[str, ...]:
         """Return what is left out of a decoder layer's linears: parts of a mixture of experts.

@@ -23,9 +23,23 @@ def check_finite(model: nn.Module) -> None:
             bad = finite.numel() - int(finite.sum())
             raise NumericsError(
                 f"weight {name} holds NaN or infinity ({bad} of {finite.numel()} values): the "
-                f"checkpoint is damaged, or {parameter.dtype} is too narrow for it; "
-                f"try model.dtype=float32"
+                f"checkpoint is damaged{_or_narrow(parameter.dtype)}"
             )
+
+
+def nan_advice(dtype: torch.dtype, first: str = "check the checkpoint") -> str:
+    """Return what to do where a model computes NaN or infinity: a wider type, if there is one."""
+    return first if _is_wide(dtype) else f"{first}, or try model.dtype float32"
+
+
+def _or_narrow(dtype: torch.dtype) -> str:
+    if _is_wide(dtype):
+        return "; fetch it again"
+    return f", or {dtype} is too narrow for it; try model.dtype=float32"
+
+
+def _is_wide(dtype: torch.dtype) -> bool:
+    return dtype.itemsize >= torch.float32.itemsize
 
 
 def model_hash(model: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """How commands that take several models load each of them, and name them in messages."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -32,17 +32,29 @@ class SharedModelKeys(Protocol):
         """Run model code that comes with the checkpoints."""
 
 
-def model_settings(keys: SharedModelKeys, path: str, key: str) -> ModelConfig:
-    """Return how one of several models is loaded; a revision is for those from the hub.
+def all_settings(
+    keys: SharedModelKeys, paths: Sequence[str], names: Sequence[str]
+) -> list[ModelConfig]:
+    """Return how several models are loaded; a revision is for those from the hub.
 
     Args:
         keys: Configuration of the command.
-        path: The model, as the user named it.
-        key: Key under which it was named, for messages.
+        paths: The models, as the user named them.
+        names: Key under which each was named, for messages.
 
     Returns:
-        The configuration.
+        Their configurations, in this order.
+
+    Raises:
+        ConfigError: If a revision is set, and no model comes from the hub.
     """
+    settings = [_settings(keys, path, key) for path, key in zip(paths, names, strict=True)]
+    if keys.revision is not None and all(one.revision is None for one in settings):
+        raise ConfigError("revision has no effect: no model comes from the hub; leave it out")
+    return settings
+
+
+def _settings(keys: SharedModelKeys, path: str, key: str) -> ModelConfig:
     with named_by(key):
         is_hub = resolve_source(ModelConfig(path=path)).is_hub
     return ModelConfig(

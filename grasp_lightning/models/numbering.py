@@ -93,3 +93,10 @@ def shorten_config(config: PreTrainedConfig, positions: AbstractSet[int]) -> Non
         elif per_layer and len(value) == num_layers:
             setattr(config, key, type(value)(value[position] for position in kept))
     config.num_hidden_layers = len(kept)
+    # What single layers have in place of the common values, as in Gemma 4.
+    own = config.to_dict().get("per_layer_config")
+    if own is not None:
+        values = {int(number): value for number, value in own.items()}
+        config.per_layer_config = {
+            new: values[position] for new, position in enumerate(kept) if position in values
+        }

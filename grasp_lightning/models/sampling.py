@@ -11,6 +11,7 @@ from grasp_lightning import processes
 from grasp_lightning.errors import NumericsError
 from grasp_lightning.models.calls import check_vocabulary, locate_non_finite
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.integrity import nan_advice
 from grasp_lightning.models.sharding import is_sharded
 
 BATCH = 16
@@ -110,5 +111,5 @@ def _refuse_non_finite(view: DecoderView, ids: Tensor) -> NoReturn:
     where = locate_non_finite(view, {"input_ids": ids.to(view.model.device)})
     raise NumericsError(
         f"the model gives NaN or infinity, first in {where}, so that no text can be drawn from it; "
-        "check the checkpoint, or try model.dtype float32"
+        f"{nan_advice(view.model.dtype)}"
     )

@@ -26,7 +26,7 @@ _LEFT_OUT = (
     "*.onnx",
     "*.onnx_data",
     "*.gguf",
-    "*.ot",
+    "rust_model.*",
     "*.npz",
     "*.pkl",
     "*.tflite",

@@ -10,11 +10,11 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 
 from grasp_lightning.config import ModelConfig
-from grasp_lightning.errors import ConfigError, ModelError
+from grasp_lightning.errors import ConfigError, DataError, ModelError
 from grasp_lightning.models import gguf
 from grasp_lightning.models.side_files import is_licence, side_files
 from grasp_lightning.models.weight_files import weight_files
-from grasp_lightning.reading.text import user_path
+from grasp_lightning.reading.text import parse_yaml, user_path
 
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*(?:\n|\Z)", re.DOTALL)
 _MAX_QUOTED = 300  # characters of a foreign error message

@@ -81,6 +81,10 @@ class ComponentScores:
         """
         self.sums = {name: state[name].to(value) for name, value in self.sums.items()}
 
+    def check_seen(self) -> None:
+        """Refuse a linear that was called less often than others: a ``ModelError`` names it."""
+        check_seen(self._num_windows, "its components cannot be scored")
+
     def mean(self, num_targets: int) -> dict[str, Tensor]:
         """Return the scores of all components, divided once by the number of predicted tokens.
 
@@ -93,13 +97,13 @@ class ComponentScores:
         Raises:
             NumericsError: If a score is NaN or infinite, naming the module.
         """
-        check_seen(self._num_windows, "its components cannot be scored")
+        self.check_seen()
         scores = {name: self._reduced(name) / num_targets for name in self.sums}
         for name, values in scores.items():
             if not values.isfinite().all():
                 raise NumericsError(
-                    f"the gradient of {name} is NaN or infinite; try model.dtype float32 "
-                    "or trainer.precision 32-true"
+                    f"the gradient of {name} is NaN or infinite; check the checkpoint, or "
+                    "compute in float32 (model.dtype, trainer.precision) if it is not"
                 )
         return {name: values.float().cpu() for name, values in scores.items()}
 

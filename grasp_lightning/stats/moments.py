@@ -110,6 +110,10 @@ class MomentSums:
             stored = state[key].to(value)
             value.copy_(unpack_triangle(stored) if value.ndim > 1 else stored)
 
+    def check_seen(self) -> None:
+        """Refuse a linear that was called less often than others: a ``ModelError`` names it."""
+        check_seen(self._num_windows, "it cannot be measured")
+
     def mean(self, num_tokens: int) -> dict[str, Moments]:
         """Return the moments of all linears, divided once by the number of tokens, in place.
 
@@ -122,12 +126,13 @@ class MomentSums:
         Raises:
             NumericsError: If a sum is NaN or infinite, naming the module.
         """
-        check_seen(self._num_windows, "it cannot be measured")
+        self.check_seen()
         for key, value in self.sums.items():
             if not value.isfinite().all():
                 raise NumericsError(
                     f"the {key.partition(':')[2]} of {key.partition(':')[0]} is NaN or infinite; "
-                    "try model.dtype float32 or trainer.precision 32-true"
+                    "check the checkpoint, or compute in float32 (model.dtype, trainer.precision) "
+                    "if it is not"
                 )
             value.div_(num_tokens)
         return {name: moments_of(name, self.sums, self._sources) for name in self._shapes}

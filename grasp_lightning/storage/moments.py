@@ -59,7 +59,8 @@ class StoredMoments(Mapping[str, Moments]):
     def check(self, module: str, num_outputs: int, num_inputs: int) -> None:
         """Check that what is stored of a linear is of its shape, without reading it.
 
-        A ``PlanError`` names the file.
+        Raises:
+            PlanError: If it is of another one, naming the file.
         """
         file, names = self._places[module]
         for kind, name in names.items():

@@ -95,13 +95,16 @@ class TensorFile:
     def check(
         self, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, *shape: int
     ) -> Tensor:
-        """Return one of the tensors; a ``PlanError`` says that it is not what it should be.
+        """Return one of the tensors, after a check that it is what it should be.
 
         Args:
             tensors: What ``read`` gave.
             name: Which one.
             dtype: Its type.
             *shape: Its shape; -1 for any size.
+
+        Raises:
+            PlanError: If it is not.
         """
         found = tensors.get(name)
         if found is None:

@@ -12,6 +12,7 @@ from grasp_lightning.errors import NumericsError
 from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
 from grasp_lightning.models.calls import find_non_finite
 from grasp_lightning.models.decoder import DecoderView, frozen
+from grasp_lightning.models.integrity import nan_advice
 from grasp_lightning.models.next_token import fisher_losses, forward_inputs, next_token_losses
 from grasp_lightning.plan import Plan
 from grasp_lightning.stats.base import Statistics, Step
@@ -124,7 +125,7 @@ class CalibrationModule(L.LightningModule):
         if where is not None:
             raise NumericsError(
                 f"the calibration loss is NaN or infinite in batch {batch_idx}, first in {where}; "
-                "check the checkpoint, or try model.dtype float32"
+                f"{nan_advice(self.model.dtype)}"
             )
         if len(losses) > 0:  # padding has no target
             self.log("calibration_loss", losses.detach().mean(), batch_size=len(batch["index"]))

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grasp_lightning.models.calls import hidden_input
+from grasp_lightning.config import MethodConfig
+from grasp_lightning.errors import ModelError
+from grasp_lightning.models.calls import hidden_input, hidden_output
 from grasp_lightning.models.decoder import DecoderView
 
+_TOLERANCE = 1e-2  # of two runs of one layer on the same numbers, in any dtype
 DEFAULT_LIMIT = 2 * 1024**3  # bytes
 
 
@@ -176,6 +180,82 @@ def with_hidden(
     if args:
         return (hidden, *args[1:]), dict(kwargs)
     return args, {**kwargs, "hidden_states": hidden}
+
+
+def check_independent(view: DecoderView, method: MethodConfig) -> None:
+    """Refuse what runs decoder layers one by one, if the model's layers need more of each other.
+
+    Args:
+        view: The model.
+        method: What the user set.
+
+    Raises:
+        ModelError: If layers hand on more than hidden states, such as keys and values.
+    """
+    keys = [key for key in ("refit", "removable") if getattr(method, key) not in {None, "none"}]
+    if keys and not pass_on_hidden_states_only(view):
+        raise ModelError(
+            f"decoder layers of {type(view.model).__name__} hand on more than hidden states, such "
+            f"as keys and values, so they cannot be run one by one: set "
+            f"{' and '.join(f'method.{key}: none' for key in keys)}"
+        )
+
+
+@torch.no_grad()
+def pass_on_hidden_states_only(view: DecoderView) -> bool:
+    """Return whether each decoder layer gives the same where the others only hand their input on.
+
+    It does not where a layer reads keys and values that an earlier one has computed. Two tokens are
+    run through every layer alone. All processes that share a model must ask.
+
+    Args:
+        view: The model.
+
+    Returns:
+        True if layers may be run one by one.
+    """
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=view.model.device)
+    seen: dict[int, tuple[Tensor, Tensor, int]] = {}
+
+    def note(index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: object) -> None:  # noqa: ANN401  of every family
+            length = len(output) if isinstance(output, tuple) else 0
+            seen[index] = (hidden_input(args, kwargs), hidden_output(output), length)
+
+        return hook
+
+    with ExitStack() as stack:
+        for index in view.layer_indices:
+            handle = view.layer(index).register_forward_hook(note(index), with_kwargs=True)
+            stack.callback(handle.remove)
+        view.model.base_model(input_ids=ids, use_cache=False)
+    return all(_runs_alone(view, index, ids, seen) for index in view.layer_indices)
+
+
+def _runs_alone(
+    view: DecoderView, index: int, ids: Tensor, seen: Mapping[int, tuple[Tensor, Tensor, int]]
+) -> bool:
+    entering, expected, _ = seen[index]
+    found: list[Tensor] = []
+    layer = view.layer(index)
+    with ExitStack() as stack:
+        for other in view.layer_indices:
+            if other != index:
+                stack.enter_context(handing_through(view.layer(other), seen[other][2]))
+        handles = (
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: with_hidden(entering, args, kwargs), with_kwargs=True
+            ),
+            layer.register_forward_hook(lambda *call: found.append(hidden_output(call[-1]))),
+        )
+        for handle in handles:
+            stack.callback(handle.remove)
+        try:
+            view.model.base_model(input_ids=ids, use_cache=False)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+            return False  # what another layer would have handed on is missing
+    close = _TOLERANCE * float(expected.abs().max())
+    return torch.allclose(found[0], expected, rtol=_TOLERANCE, atol=close)
 
 
 @contextmanager

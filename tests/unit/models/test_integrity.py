@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from grasp_lightning.errors import NumericsError
-from grasp_lightning.models.integrity import check_finite, model_hash
+from grasp_lightning.models.integrity import check_finite, model_hash, nan_advice
 from tests.conftest import tiny_model
 
 
@@ -14,6 +14,32 @@ def test_infinity_counts_as_not_finite() -> None:
 
     with pytest.raises(NumericsError, match=r"model\.norm\.weight .* \(2 of 32 values\)"):
         check_finite(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight", "output"),
+    [
+        (torch.float32, "the checkpoint is damaged; fetch it again", "check the checkpoint"),
+        (
+            torch.bfloat16,
+            (
+                "the checkpoint is damaged, or torch.bfloat16 is too narrow for it; try "
+                "model.dtype=float32"
+            ),
+            "check the checkpoint, or try model.dtype float32",
+        ),
+    ],
+)
+def test_a_wider_type_is_advised_only_where_there_is_one(
+    dtype: torch.dtype, weight: str, output: str
+) -> None:
+    model = torch.nn.Linear(1, 1, bias=False, dtype=dtype)
+    torch.nn.init.constant_(model.weight, torch.nan)
+
+    with pytest.raises(NumericsError) as raised:
+        check_finite(model)
+    assert str(raised.value).endswith(f": {weight}")
+    assert nan_advice(dtype) == output
 
 
 def test_equal_weights_have_equal_hashes_and_one_changed_bit_does_not() -> None:

@@ -8,7 +8,7 @@ import torch
 from grasp_lightning.callbacks.measure import TrainerMeasure
 from grasp_lightning.config import CalibrationConfig, FisherChoice, Reduction, Terms
 from grasp_lightning.data.datamodules import CalibrationData
-from grasp_lightning.errors import NumericsError
+from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.methods.attribution import attribution_step
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.stats.base import MomentKind, Moments, Needs, Scoring, Step
@@ -48,6 +48,20 @@ def test_a_nan_in_the_model_is_named_by_layer() -> None:
     with pytest.raises(NumericsError, match="first in the output of decoder layer 2"):
         trainer.fit(module, datamodule=data())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_linear_that_is_not_called_ends_the_pass_after_its_first_batch() -> None:
+    view = DecoderView(tiny_model())
+    layer = view.layer(1)
+    # Its linears are there, and not called.
+    layer.get_submodule("mlp").forward = lambda x: x
+    batches: list[int] = []
+    layer.register_forward_hook(lambda *_: batches.append(1))
+    step = attribution_step(view, list(view.linears(1)), Scoring())
+
+    with pytest.raises(ModelError, match=r"mlp\.gate_proj was seen in 0 of \d windows"):
+        TrainerMeasure(data(), progress=False)(view, step)
+    assert len(batches) == 1
 
 
 def test_measuring_twice_gives_the_same_bits() -> None:
