@@ -161,7 +161,7 @@ def test_little_memory_takes_more_passes_to_the_same_plan(
     "place",
     [
         Kill("grasp_lightning.training.calibration", "CalibrationModule", "training_step", 4),
-        Kill("grasp_lightning.training.refit", "_Layer", "advance", 3),
+        Kill("grasp_lightning.training.layer_refit", "LayerRefit", "advance", 3),
     ],
     ids=lambda place: place.name,
 )

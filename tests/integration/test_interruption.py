@@ -24,9 +24,10 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("name", ["grasp_lightning.models", "torch", "transformers", "yaml"])
+@pytest.mark.parametrize("name", ["torch", "transformers", "yaml"])
 def test_ctrl_c_during_imports_is_one_line(name: str, tmp_path: Path) -> None:
-    words = [name, str(ROOT / "cli.py"), "compress", "--output_dir", str(tmp_path / "run")]
+    words = [name, str(ROOT / "cli.py"), "compress", "--model.path=nowhere"]
+    words.append(f"--output_dir={tmp_path / 'run'}")
     done = subprocess.run(
         [sys.executable, "-c", IMPORTING, *words],
         cwd=ROOT,
