@@ -1,4 +1,7 @@
-"""Symmetric matrices stored as their lower triangle: half the bytes."""
+"""Symmetric matrices stored as their lower triangle: half the bytes.
+
+Packing does not read above the diagonal, and unpacking gives a matrix symmetric to the bit.
+"""
 
 import math
 
