@@ -1,1 +1,1 @@
-"""Mathematics of the compression on plain tensors: no module, no file, no state."""
+"""The mathematics of compression on plain tensors: no modules, no files, no state."""

@@ -1,16 +1,16 @@
-"""Ranks of all matrices, and channels of all MLPs, from one budget, by predicted loss.
+"""Ranks of all matrices, and channels of all MLPs, for one budget, by predicted loss.
 
 Legend: a size is a number of parameters. A matrix of ``m`` outputs and ``n`` inputs has the size
 ``m n`` dense and ``k (m + n)`` as factors of rank ``k``. At rank ``k`` it loses the *tail*, the sum
 of its squared singular values after the first ``k``; dense it loses nothing. An MLP with ``k`` of
-its channels has the size ``k c``, and loses the sum of the losses of the others. What is said of
-matrices below holds for MLPs as well, with channels for ranks.
+its channels has the size ``k c``, and loses the sum of the losses of the others. Everything below
+about matrices and ranks also holds for MLPs and channels.
 
-For a multiplier ``lambda`` the total ``loss + lambda size`` is a sum over matrices, so each picks
-its own option, and a group is removed where that is no dearer than its content. What comes out is
-optimal for its own size: an allocation of no larger size has a smaller loss. Sizes grow as
-``lambda`` falls, in steps, so a budget is met in two moves: the largest step within it, found by
-bisection, and then a greedy fill of what the step leaves over.
+For a multiplier ``lambda`` the total ``loss + lambda size`` is a sum over matrices, so each takes
+its own best option, and a group is removed if that costs no more than keeping it. The result is
+optimal for its own size: no allocation of that size or less has a smaller loss. Sizes grow in
+steps as ``lambda`` falls, so a budget takes two moves: bisection finds the largest step within it,
+and a greedy fill spends the rest.
 
 Source: Everett, "Generalized Lagrange multiplier method for solving problems of optimum allocation
 of resources", Operations Research 11 (1963); as for bits in Shoham and Gersho, "Efficient bit
@@ -19,7 +19,7 @@ allocation for an arbitrary set of quantizers", IEEE Trans. ASSP 36 (1988).
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from grasp_lightning.linalg.choices import (
@@ -38,17 +38,16 @@ _SMALLEST_MULTIPLIER = 1e-300
 
 
 class Allocation(NamedTuple):
-    """What becomes of every matrix and group.
+    """The chosen option of every matrix and group.
 
     Attributes:
         ranks: Rank of every factorised matrix by its name, sorted by name.
         channels: Number of channels of every narrowed MLP by its name, sorted by name.
-        dense: Names of the matrices and MLPs that stay as they are, sorted.
-        removed: Names of the removed groups, sorted; without the groups inside them.
-        size: Total size of what is kept.
-        loss: Total predicted loss.
-        multiplier: ``lambda``, loss per unit of size at which the budget is met.
-        loss_bound: No allocation of the same budget has a smaller loss than this one.
+        dense: Names of the matrices and MLPs that stay dense, sorted.
+        removed: Names of the removed groups, sorted, without nested groups.
+        size: Total size of the kept parts.
+        multiplier: ``lambda``, the loss per unit of size at the budget.
+        loss_bound: Lower bound on the loss of every allocation within the budget.
     """
 
     ranks: dict[str, int]
@@ -62,21 +61,21 @@ class Allocation(NamedTuple):
 
 
 def allocate(choices: Sequence[Choice], budget: float) -> Allocation:
-    """Return the allocation of the smallest loss that a Lagrangian search finds for a budget.
+    """Return the allocation with the smallest loss that a Lagrangian search finds for a budget.
 
-    It never exceeds the budget. What it leaves unspent is too little for the next rank of any kept
-    matrix that would lower its loss by it. The loss exceeds the smallest possible by at most
-    ``loss - loss_bound``, and a larger budget never has a larger loss. Equal choices are told apart
-    by their names, so that the order of ``choices`` has no influence.
+    It stays within the budget, and the remainder is too small for the next rank that would lower
+    the loss of any kept matrix. The loss exceeds the optimum by at most ``loss - loss_bound``, and
+    a larger budget never has a larger loss. Ties go by name, so the order of ``choices`` does not
+    matter.
 
-    Losses add up: that removing two groups may cost more than the sum of both is not seen.
+    Losses add up: interactions between two removed groups are ignored.
 
     Args:
         choices: Matrices, MLPs and groups.
-        budget: Largest total size of what is kept. More than everything dense is no error.
+        budget: Largest total size to keep. More than everything dense is no error.
 
     Returns:
-        The allocation, with a multiplier of 0 if the budget holds the smallest loss there is.
+        The allocation, with a multiplier of 0 if the smallest possible loss fits the budget.
 
     Raises:
         ValueError: If the budget is below the smallest allocation or NaN, two names are equal, or a
@@ -95,32 +94,22 @@ def allocate(choices: Sequence[Choice], budget: float) -> Allocation:
     bound = within.loss + within.multiplier * (within.size - budget)
     filled = [_filled(tree, flags, budget) for flags in _between(within.flags, over.flags)]
     best = min((s for s in filled if s is not None), key=lambda s: (s.loss, s.size))
-    # Rounding may leave the bound a last bit above the loss of an optimum.
+    # Rounding may put the bound a last bit above the optimal loss.
     return best._replace(multiplier=within.multiplier).allocation(min(bound, best.loss))
 
 
 def smallest_size(choices: Sequence[Choice]) -> float:
-    """Return the smallest total size that some choices allow.
-
-    Args:
-        choices: Matrices, MLPs and groups. What ``allocate`` refuses is a ``ValueError``.
-
-    Returns:
-        The smallest budget that ``allocate`` takes.
-    """
+    """Return the smallest budget that ``allocate`` accepts."""
     return solve(prepared(choices), math.inf).size
 
 
 class Solution(NamedTuple):
-    """Best options for one multiplier.
+    """The best options for one multiplier.
 
     Attributes:
         options: Kept matrices with the index of their option.
-        removed: Names of the removed groups, without those inside them.
+        removed: Names of the removed groups, without nested groups.
         flags: For the name of every removable group, whether it is worth removing by itself.
-        size: Total size.
-        loss: Total loss.
-        multiplier: ``lambda``.
     """
 
     options: list[tuple[Curve, int]]
@@ -131,14 +120,7 @@ class Solution(NamedTuple):
     multiplier: float
 
     def allocation(self, loss_bound: float) -> Allocation:
-        """Return what becomes of every matrix and group.
-
-        Args:
-            loss_bound: No allocation of the same budget has a smaller loss.
-
-        Returns:
-            The allocation.
-        """
+        """Return the allocation of these options, given a lower bound on the loss."""
         options = sorted(self.options, key=lambda pair: pair[0].name)
         cut = [(c, c.ranks[option]) for c, option in options if option < len(c.ranks)]
         return Allocation(
@@ -154,9 +136,9 @@ class Solution(NamedTuple):
 
 
 def solve(group: Group, multiplier: float, removals: Mapping[str, bool] | None = None) -> Solution:
-    """Return the minimum of ``loss + multiplier size``, of equals the smallest.
+    """Return the minimum of ``loss + multiplier size``; ties take the smaller size.
 
-    ``removals`` decides for every group, if it is given, instead of its loss.
+    ``removals``, if given, decides for every group instead of its loss.
     """
     options: list[tuple[Curve, int]] = []
     removed: list[str] = []
@@ -200,10 +182,10 @@ def _kept_or_removed(
 
 
 def _bracket(solve: Callable[[float], Solution], budget: float) -> tuple[Solution | None, Solution]:
-    """Return two solutions that follow each other, the first above and the second within a budget.
+    """Return two consecutive solutions, the first above and the second within a budget.
 
-    Multipliers are bisected by their logarithms, until two within a factor of two are found, and
-    then by themselves to the last bit. None is above if the budget holds the smallest loss.
+    Multipliers are bisected on a log scale until two are within a factor of two, then linearly to
+    the last bit. The first is None if the smallest possible loss fits the budget.
     """
     within = solve(0.0)
     if within.size <= budget:
@@ -223,21 +205,18 @@ def _bracket(solve: Callable[[float], Solution], budget: float) -> tuple[Solutio
             over, low = solution, middle
 
 
-def _between(within: dict[str, bool], over: dict[str, bool]) -> Iterator[dict[str, bool]]:
-    """Yield the removals within the budget, and then with one group after the other restored.
+def _between(within: dict[str, bool], over: dict[str, bool]) -> list[dict[str, bool]]:
+    """Return the removals within the budget, then with one group after the other restored.
 
-    At one multiplier more than one group changes sides only where groups are equal.
+    Several groups change sides at one multiplier only if they are equal.
     """
-    removals = dict(within)
-    yield dict(removals)
-    for name in sorted(within):
-        if removals[name] != over[name]:
-            removals[name] = over[name]
-            yield dict(removals)
+    changed = [name for name in sorted(within) if within[name] != over[name]]
+    restored = (changed[:count] for count in range(len(changed) + 1))
+    return [within | {name: over[name] for name in names} for names in restored]
 
 
 def _filled(tree: Group, removals: Mapping[str, bool], budget: float) -> Solution | None:
-    """Return the best ranks within a budget for given removals, or None if there are none."""
+    """Return the best ranks within a budget for given removals; None if there are none."""
 
     def solution(multiplier: float) -> Solution:
         return solve(tree, multiplier, removals)
@@ -248,12 +227,12 @@ def _filled(tree: Group, removals: Mapping[str, bool], budget: float) -> Solutio
 
 
 def _fill(solution: Solution, budget: float) -> Solution:
-    """Return a solution with larger options, those that save most per size first.
+    """Return a solution with larger options, taking the largest savings per size first.
 
-    An option that does not fit is dropped for good: smaller options of its matrix that are taken
-    meanwhile cost what they make it cheaper. Where a larger budget takes an option that is too
-    large for a smaller one, it saves no less than the smaller one does by all that it takes
-    instead, as that has a lower rate and together a smaller size.
+    An option that does not fit is dropped for good: a smaller option of its matrix that is taken
+    meanwhile spends as much of the budget as it makes the dropped one cheaper. If a larger budget
+    takes an option that does not fit a smaller one, it saves at least as much as everything that
+    the smaller one takes instead, which has a lower rate and a smaller total size.
     """
     curves = [curve for curve, _ in solution.options]
     options = [option for _, option in solution.options]
@@ -275,14 +254,7 @@ def _fill(solution: Solution, budget: float) -> Solution:
             options[j] = option
             spare -= added
             offer(j)
-    return _with_options(solution, options)
-
-
-def _with_options(solution: Solution, options: Sequence[int]) -> Solution:
-    """Return a solution with other options of the kept matrices."""
-    size, loss = [solution.size], [solution.loss]
-    for (curve, old), new in zip(solution.options, options, strict=True):
-        size.append(curve.sizes[new] - curve.sizes[old])
-        loss.append(curve.losses[new] - curve.losses[old])
-    pairs = [(curve, new) for (curve, _), new in zip(solution.options, options, strict=True)]
-    return solution._replace(options=pairs, size=math.fsum(size), loss=math.fsum(loss))
+    moves = [(curve, old, new) for (curve, old), new in zip(solution.options, options, strict=True)]
+    size = math.fsum([solution.size, *(c.sizes[new] - c.sizes[old] for c, old, new in moves)])
+    loss = math.fsum([solution.loss, *(c.losses[new] - c.losses[old] for c, old, new in moves)])
+    return solution._replace(options=[(c, new) for c, _, new in moves], size=size, loss=loss)

@@ -1,4 +1,4 @@
-"""What matrices, MLPs and layers may become, with the size and the predicted loss of every option.
+"""The options of matrices, MLPs and layers, with their sizes and predicted losses.
 
 See ``linalg.allocation`` for the legend, and for the search among the options.
 """
@@ -7,7 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple, Union
 
 import torch
@@ -18,14 +18,14 @@ from grasp_lightning.linalg.ranks import largest_useful_rank
 
 @dataclass(frozen=True, eq=False)
 class MatrixChoice:
-    """One matrix, and what it may become: factors of some rank, or dense as it is.
+    """One matrix, and its options: factors of some rank, or dense.
 
     Attributes:
-        name: Unique among all matrices and groups of an allocation.
+        name: Unique among all choices of an allocation.
         shape: Outputs and inputs ``(m, n)``.
-        squared_singular_values: Loss that the removal of each component is predicted to cost,
-            descending, not negative, ``(K,)``, any float dtype. Losses of all matrices and groups
-            need one unit. Components after the last cost nothing.
+        squared_singular_values: Predicted loss of dropping each component, descending, not
+            negative, ``(K,)``, any float dtype, in one unit for all choices. Components after the
+            last cost nothing.
         min_rank: Smallest rank allowed, at least 1; rounded up to ``multiple_of``.
         max_rank: Largest rank allowed; None allows every rank with fewer parameters than dense.
         multiple_of: Ranks are multiples of this number.
@@ -41,13 +41,13 @@ class MatrixChoice:
 
 @dataclass(frozen=True, eq=False)
 class ChannelChoice:
-    """One MLP, and what it may become: one with fewer hidden channels, or dense as it is.
+    """One MLP, and its options: fewer hidden channels, or dense.
 
     Attributes:
-        name: Unique among all matrices, MLPs and groups of an allocation.
-        channel_size: Size of one channel ``c``, positive, e.g. the parameters that belong to it.
-        losses: Loss that the removal of each channel is predicted to cost beside those after it,
-            descending, not negative, one per channel, any float dtype.
+        name: Unique among all choices of an allocation.
+        channel_size: Size ``c`` of one channel, positive.
+        losses: Predicted additional loss of removing each channel after all later ones, descending,
+            not negative, one per channel, any float dtype.
         min_channels: Smallest number allowed, at least 1; rounded up to ``multiple_of``.
         multiple_of: Numbers of channels are multiples of this number.
     """
@@ -61,15 +61,14 @@ class ChannelChoice:
 
 @dataclass(frozen=True, eq=False)
 class GroupChoice:
-    """Matrices that stand or fall together, as those of a decoder layer or of a block in it.
+    """Matrices that are kept or removed together, as those of a decoder layer or a block in it.
 
     Attributes:
-        name: Unique among all matrices and groups of an allocation.
-        children: Matrices, MLPs and groups in it.
-        removal_loss: Loss of removing all of it, measured, in the unit of the matrices' losses;
-            may be negative. None where it must stay.
-        own_size: Size of what goes with it besides its children, e.g. of its norms.
-        removed_size: Size that is left of it when it is removed, e.g. of biases; not negative.
+        name: Unique among all choices of an allocation.
+        removal_loss: Measured loss of removing the whole group, in the unit of all losses; may
+            be negative. None if the group must stay.
+        own_size: Size that is removed besides the children, e.g. of norms.
+        removed_size: Size that stays after the removal, e.g. of biases; not negative.
     """
 
     name: str
@@ -85,20 +84,15 @@ Choice = MatrixChoice | ChannelChoice | GroupChoice
 class Curve:
     """Options of one matrix or MLP, and the lower convex hull of their losses over their sizes.
 
-    Options are in ascending order of size, the last of them dense. Tails of descending values are
-    convex, so the hull runs along the ranks up to some rank, and from there straight to dense.
-
-    Args:
-        choice: The matrix or MLP.
+    Options ascend by size, and the last one is dense. Tails of descending values are convex, so the
+    hull runs along the ranks up to some rank, and from there straight to dense.
 
     Attributes:
-        choice: The matrix or MLP.
-        name: Of the matrix or MLP.
         ranks: Rank, or number of channels, of every option but dense.
         sizes: Size of every option.
         losses: Loss of every option; 0 for dense.
         hull: Options on the hull.
-        slopes: Negated loss that is saved per size between neighbours on the hull, ascending.
+        slopes: Change of the loss per size between neighbours on the hull, ascending up to 0.
     """
 
     def __init__(self, choice: MatrixChoice | ChannelChoice) -> None:
@@ -128,7 +122,7 @@ class Curve:
         return saved / (self.sizes[end] - self.sizes[start])
 
     def at(self, multiplier: float) -> int:
-        """Return the option that minimises ``loss + multiplier size``, of equals the smaller."""
+        """Return the option that minimises ``loss + multiplier size``; ties take the smaller."""
         return self.hull[bisect_left(self.slopes, -multiplier)]
 
     def larger(self, option: int) -> Iterator[int]:
@@ -145,16 +139,13 @@ class Curve:
             return [0], []
         last = min(range(dense), key=lambda option: self.saved_per_size(option, dense))
         hull = [*range(last + 1), dense]
-        slopes: list[float] = []
-        for start, end in pairwise(hull):
-            # Rounding of the tails may leave neighbouring slopes out of order by a last bit.
-            slope = -self.saved_per_size(start, end)
-            slopes.append(max(slope, slopes[-1]) if slopes else slope)
-        return hull, slopes
+        slopes = (-self.saved_per_size(start, end) for start, end in pairwise(hull))
+        # Rounding of the tails may leave neighbouring slopes out of order by a last bit.
+        return hull, list(accumulate(slopes, max))
 
 
 class Group(NamedTuple):
-    """A group with the curves of its matrices, everything in the order of the names."""
+    """A group with the curves of its matrices, sorted by name."""
 
     choice: GroupChoice
     children: "tuple[Curve | Group, ...]"

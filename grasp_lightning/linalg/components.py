@@ -9,8 +9,8 @@ to run in factored form. Flipping the sign of a pair ``(u_k, v_k)`` changes no s
 
 ``G = Y^T X`` sums over ``T`` tokens, ``X`` ``(T, M)`` the inputs of the linear and ``Y`` ``(T, N)``
 the gradients of its outputs. With ``A = X V`` and ``B = Y U``, both ``(T, K)``, the same numbers
-are ``dL/ds_k = sum_t A_tk B_tk``, ``P = Y^T A`` and ``Q = X^T B``: where tokens are few, that takes
-fewer operations than forming ``G``.
+are ``dL/ds_k = sum_t A_tk B_tk``, ``P = Y^T A`` and ``Q = X^T B``: for few tokens this takes fewer
+operations than forming ``G``.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -25,7 +25,7 @@ GradientScore = Literal["taylor", "gradient"]
 
 
 class TokenGradient(NamedTuple):
-    """Gradient of a weight as what it sums over tokens, ``G = grad_output^T x``.
+    """Gradient of a weight as a sum over tokens, ``G = grad_output^T x``.
 
     Attributes:
         x: Inputs of the linear, ``(T, M)``, any float dtype.
@@ -36,34 +36,21 @@ class TokenGradient(NamedTuple):
     grad_output: Tensor
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return the gradient as a matrix.
-
-        Args:
-            dtype: Dtype to compute in.
-
-        Returns:
-            ``G``, ``(N, M)``, in that dtype.
-        """
+        """Return the gradient as a matrix ``G``, ``(N, M)``, computed in a dtype."""
         with torch.autocast(self.x.device.type, enabled=False):
             return self.grad_output.detach().to(dtype).mT @ self.x.detach().to(dtype)
 
 
 def sigma_gradients(svd: SVD, weight_grad: Tensor | TokenGradient) -> Tensor:
-    """Return the gradients of the singular values alone, ``u_k^T G v_k``.
+    """Return the signed gradients of the singular values alone, ``u_k^T G v_k``.
 
     Args:
         svd: Decomposition of the weight.
-        weight_grad: ``G``, the loss gradient of the dense weight, ``(N, M)``, any float dtype, or
-            the tokens it sums over.
+        weight_grad: As in ``window_scores``.
 
     Returns:
-        ``dL/ds``, signed, ``(K,)``, in the wider dtype of both, float32 or better.
-
-    Raises:
-        ValueError: If ``weight_grad`` has not the shape of the weight.
+        ``dL/ds``, ``(K,)``, in the wider dtype of both, float32 or better.
     """
-    if problem := _shape_problem(svd, weight_grad):
-        raise ValueError(problem)
     return _projections(svd, weight_grad, terms="sigma").s_grad
 
 
@@ -88,27 +75,24 @@ def window_scores(
 
     Args:
         svd: Decomposition of the weight.
-        weight_grad: ``G``, the loss gradient of the dense weight over one window (or the sum of
-            it over windows), ``(N, M)``, any float dtype, or the tokens it sums over.
+        weight_grad: ``G``, the loss gradient of the dense weight over one window (or the sum over
+            windows), ``(N, M)``, any float dtype, or its tokens.
         terms: ``full`` scores u, s and v of a component, ``sigma`` its singular value alone.
         score: ``taylor`` takes ``theta dL/dtheta`` of each parameter, ``gradient`` ``dL/dtheta``.
         squared: Square every addend instead of taking its modulus.
 
     Returns:
         Scores, not negative, ``(K,)``, float32 or better: in the unit of the loss for ``taylor``
-        without ``squared``. NaN and infinity in ``weight_grad`` carry through.
+        without ``squared``. NaN and infinity in ``weight_grad`` propagate.
 
     Raises:
-        ValueError: If ``terms`` or ``score`` is unknown, or ``weight_grad`` has not the shape of
-            the weight.
+        ValueError: If ``terms`` or ``score`` is unknown.
     """
-    # Unchecked, an unknown word would silently score something else than what was asked for.
+    # Unchecked, an unknown word would silently compute another score.
     if terms not in get_args(ScoredTerms):
         raise ValueError(f"terms must be one of {get_args(ScoredTerms)}, got {terms!r}")
     if score not in get_args(GradientScore):
         raise ValueError(f"score must be one of {get_args(GradientScore)}, got {score!r}")
-    if problem := _shape_problem(svd, weight_grad):
-        raise ValueError(problem)
     svd, s_grad, left, right = _projections(svd, weight_grad, terms)
     is_taylor = score == "taylor"
     scores = _modulus(svd.s * s_grad if is_taylor else s_grad, squared)
@@ -120,100 +104,70 @@ def window_scores(
     return scores + _modulus(svd.s, squared) * (u_sum + v_sum)
 
 
-def _shape_problem(svd: SVD, weight_grad: Tensor | TokenGradient) -> str | None:
-    expected = (svd.u.shape[0], svd.vh.shape[1])
+def _check_shape(svd: SVD, weight_grad: Tensor | TokenGradient) -> None:
+    rows, columns = svd.u.shape[0], svd.vh.shape[1]
     if isinstance(weight_grad, TokenGradient):
         x, grad_output = (tuple(tensor.shape) for tensor in weight_grad)
         num_tokens = x[0] if x else 0
-        if (grad_output, x) == ((num_tokens, expected[0]), (num_tokens, expected[1])):
-            return None
-        return (
-            f"x and grad_output must be (tokens, {expected[1]}) and (tokens, {expected[0]}), as "
-            f"the weight is {expected}, got {x} and {grad_output}"
+        if (grad_output, x) != ((num_tokens, rows), (num_tokens, columns)):
+            raise ValueError(
+                f"x and grad_output must be (tokens, {columns}) and (tokens, {rows}), as the "
+                f"weight is {(rows, columns)}, got {x} and {grad_output}"
+            )
+    elif tuple(weight_grad.shape) != (rows, columns):
+        raise ValueError(
+            f"weight_grad must have the shape of the weight, {(rows, columns)}, got "
+            f"{tuple(weight_grad.shape)}"
         )
-    got = tuple(weight_grad.shape)
-    if expected == got:
-        return None
-    return f"weight_grad must have the shape of the weight, {expected}, got {got}"
-
-
-def _in_one_dtype(svd: SVD, weight_grad: Tensor) -> tuple[SVD, Tensor]:
-    dtype = _common_dtype(svd, weight_grad)
-    u, s, vh = (tensor.detach().to(dtype) for tensor in svd)
-    return SVD(u, s, vh), weight_grad.detach().to(dtype)
-
-
-def _common_dtype(svd: SVD, *others: Tensor) -> torch.dtype:
-    dtype = torch.promote_types(svd.s.dtype, torch.float32)
-    for tensor in others:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 class _Projections(NamedTuple):
     """A decomposition and a gradient on it, in one dtype.
 
     Attributes:
-        svd: The decomposition.
         s_grad: ``dL/ds``, ``(K,)``.
-        left: ``P``, ``(N, K)``; None where only the singular values are scored.
-        right: ``Q^T``, ``(K, M)``, laid out like ``vh``; None where ``left`` is.
+        left: ``P``, ``(N, K)``; None if only the singular values are scored.
+        right: ``Q^T``, ``(K, M)``, laid out like ``vh``; None if ``left`` is.
     """
 
     svd: SVD
     s_grad: Tensor
-    left: Tensor | None
-    right: Tensor | None
+    left: Tensor | None = None
+    right: Tensor | None = None
 
 
 def _projections(svd: SVD, weight_grad: Tensor | TokenGradient, terms: ScoredTerms) -> _Projections:
-    if isinstance(weight_grad, TokenGradient):
-        dtype = _common_dtype(svd, *weight_grad)
-        if _tokens_are_cheaper(svd, len(weight_grad.x), terms):
-            return _token_projections(svd, weight_grad, dtype, terms)
+    _check_shape(svd, weight_grad)
+    parts = weight_grad if isinstance(weight_grad, TokenGradient) else (weight_grad,)
+    dtype = torch.float32
+    for part in (svd.s, *parts):
+        dtype = torch.promote_types(dtype, part.dtype)
+    is_sigma = terms == "sigma"
+    if isinstance(weight_grad, TokenGradient) and not _is_cheaper(weight_grad, svd, terms):
         weight_grad = weight_grad.dense(dtype)
-    svd, weight_grad = _in_one_dtype(svd, weight_grad)
-    left = _left_product(svd, weight_grad)
-    s_grad = (svd.u * left).sum(dim=0)
-    if terms == "sigma":
-        return _Projections(svd, s_grad, None, None)
-    return _Projections(svd, s_grad, left, _right_product(svd, weight_grad))
+    svd = SVD(*(part.detach().to(dtype) for part in svd))
+    # Hooks may call from inside a mixed-precision step, where autocast would round the products.
+    with torch.autocast(svd.s.device.type, enabled=False):
+        if isinstance(weight_grad, TokenGradient):
+            x, grad_output = (part.detach().to(dtype) for part in weight_grad)
+            a, b = x @ svd.vh.mT, grad_output @ svd.u
+            s_grad = (a * b).sum(dim=0)
+            sides = () if is_sigma else (grad_output.mT @ a, b.mT @ x)
+        else:
+            grad = weight_grad.detach().to(dtype)
+            left = grad @ svd.vh.mT
+            s_grad = (svd.u * left).sum(dim=0)
+            sides = () if is_sigma else (left, svd.u.mT @ grad)
+    return _Projections(svd, s_grad, *sides)
 
 
-def _tokens_are_cheaper(svd: SVD, num_tokens: int, terms: ScoredTerms) -> bool:
-    """Tell which way takes fewer multiplications."""
-    rows, num_components, columns = svd.u.shape[0], *svd.vh.shape
+def _is_cheaper(tokens: TokenGradient, svd: SVD, terms: ScoredTerms) -> bool:
+    """Return whether the sums over tokens take fewer multiplications than ``G``."""
+    num_tokens, rows, num_components, columns = len(tokens.x), svd.u.shape[0], *svd.vh.shape
     num_products = 1 if terms == "sigma" else 2
     per_token = num_products * num_components * (rows + columns)
     formed = num_tokens * rows * columns + num_products * rows * columns * num_components
     return num_tokens * per_token < formed
-
-
-def _token_projections(
-    svd: SVD, tokens: TokenGradient, dtype: torch.dtype, terms: ScoredTerms
-) -> _Projections:
-    svd = SVD(*(tensor.detach().to(dtype) for tensor in svd))
-    x, grad_output = (tensor.detach().to(dtype) for tensor in tokens)
-    with torch.autocast(x.device.type, enabled=False):
-        inputs = x @ svd.vh.mT  # A, (T, K)
-        outputs = grad_output @ svd.u  # B, (T, K)
-        s_grad = (inputs * outputs).sum(dim=0)
-        if terms == "sigma":
-            return _Projections(svd, s_grad, None, None)
-        return _Projections(svd, s_grad, grad_output.mT @ inputs, outputs.mT @ x)
-
-
-# Hooks may call from inside a mixed-precision step, where autocast would round both products.
-def _left_product(svd: SVD, weight_grad: Tensor) -> Tensor:
-    """Return ``P = G V``, ``(N, K)``."""
-    with torch.autocast(weight_grad.device.type, enabled=False):
-        return weight_grad @ svd.vh.mT
-
-
-def _right_product(svd: SVD, weight_grad: Tensor) -> Tensor:
-    """Return ``Q^T = U^T G``, ``(K, M)``: laid out like ``vh``."""
-    with torch.autocast(weight_grad.device.type, enabled=False):
-        return svd.u.mT @ weight_grad
 
 
 def _modulus(values: Tensor, squared: bool) -> Tensor:

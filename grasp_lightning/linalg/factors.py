@@ -29,12 +29,7 @@ class SVD(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Two matrices whose product ``left @ right`` replaces a weight.
-
-    Attributes:
-        left: From the inner dimension to the outputs, ``(N, r)``.
-        right: From the inputs to the inner dimension, ``(r, M)``.
-    """
+    """Two matrices, ``(N, r)`` and ``(r, M)``, whose product ``left @ right`` replaces a weight."""
 
     left: Tensor
     right: Tensor
@@ -51,8 +46,7 @@ def factorize(weight: Tensor) -> SVD:
         ``weight`` is, float32 otherwise. The sign of a pair ``(u_k, v_k)`` is arbitrary.
 
     Raises:
-        ValueError: If ``weight`` is no matrix, is empty, has no float dtype, or has entries that
-            are NaN or infinite.
+        ValueError: If ``weight`` is not a finite, non-empty float matrix.
     """
     if weight.ndim != _MATRIX_NDIM or weight.numel() == 0:
         raise ValueError(
@@ -71,8 +65,8 @@ def factorize(weight: Tensor) -> SVD:
 def balanced_factors(svd: SVD, components: Sequence[int]) -> Factors:
     """Return factors of the chosen singular components, each singular value split evenly.
 
-    ``left = U_c sqrt(s_c)`` and ``right = sqrt(s_c) V_c^T``: both sides have columns and rows of
-    one norm, which keeps low-precision copies and later training of the two well scaled.
+    ``left = U_c sqrt(s_c)`` and ``right = sqrt(s_c) V_c^T``: the columns of one and the rows of the
+    other have equal norms, which suits low-precision copies and further training.
 
     Args:
         svd: Decomposition with ``K`` components.
@@ -80,12 +74,8 @@ def balanced_factors(svd: SVD, components: Sequence[int]) -> Factors:
 
     Returns:
         Contiguous factors in the dtype of ``svd``, sharing no memory with it.
-
-    Raises:
-        ValueError: If ``components`` is empty, out of range, or not strictly ascending.
     """
-    if problem := _components_problem(components, svd.s.numel()):
-        raise ValueError(problem)
+    _check_components(components, svd.s.numel())
     index = torch.tensor(components, device=svd.s.device)
     root = svd.s[index].sqrt()
     left = svd.u[:, index] * root  # (N, r)
@@ -105,19 +95,18 @@ def _check_finite(weight: Tensor) -> None:
     )
 
 
-def _components_problem(components: Sequence[int], num_components: int) -> str | None:
+def _check_components(components: Sequence[int], num_components: int) -> None:
     if len(components) == 0:
-        return "components must name at least one singular component, got none"
+        raise ValueError("components must name at least one singular component, got none")
     for component in components:
         if not 0 <= component < num_components:
-            return (
+            raise ValueError(
                 f"components must lie in [0, {num_components}), as the weight has "
                 f"{num_components} singular components, got {component}"
             )
     for lower, upper in pairwise(components):
         if lower >= upper:
-            return (
+            raise ValueError(
                 f"components must be strictly ascending, got {lower} before {upper}; "
                 f"sort them and remove duplicates"
             )
-    return None

@@ -1,4 +1,4 @@
-"""How many singular components are kept, and which.
+"""How many singular components to keep, and which.
 
 Legend: a linear of ``m`` outputs and ``n`` inputs has ``m n`` parameters; two factors of rank ``k``
 have ``k (m + n)``; the weight has ``K = min(m, n)`` singular components.
@@ -17,16 +17,9 @@ _BISECTIONS = 60  # to the last bit of a ratio in [0, 1]
 def rank_for_keep_ratio(keep_ratio: float, out_features: int, in_features: int) -> int:
     """Return the largest rank whose factors stay within a share of the dense parameters.
 
-    The rank is ``max(1, floor(keep_ratio m n / (m + n)))``, computed on the decimal number that
+    The rank is ``max(1, floor(keep_ratio m n / (m + n)))``, computed from the decimal number that
     ``keep_ratio`` prints as: in floating point 0.7 * 45 * 90 / 135 = 21 falls just short of 21.
-
-    Args:
-        keep_ratio: Share of the matrix's parameters that its factors keep, in ``(0, 1]``.
-        out_features: Outputs of the linear.
-        in_features: Inputs of the linear.
-
-    Returns:
-        Rank in ``[1, K]``. It exceeds the budget only where the budget is below rank one.
+    It exceeds the budget only if the budget is below rank one.
 
     Raises:
         ValueError: If ``keep_ratio`` is outside ``(0, 1]``, or a size is below one.
@@ -39,19 +32,7 @@ def rank_for_keep_ratio(keep_ratio: float, out_features: int, in_features: int) 
 
 
 def factor_parameters(rank: int, out_features: int, in_features: int) -> int:
-    """Return the number of parameters of both factors, without a bias.
-
-    Args:
-        rank: Inner dimension of the factors.
-        out_features: Outputs of the linear.
-        in_features: Inputs of the linear.
-
-    Returns:
-        ``rank (m + n)``.
-
-    Raises:
-        ValueError: If the rank or a size is below one.
-    """
+    """Return the number of parameters of both factors without a bias, ``rank (m + n)``."""
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     _check_sizes(out_features, in_features)
@@ -59,29 +40,12 @@ def factor_parameters(rank: int, out_features: int, in_features: int) -> int:
 
 
 def stays_dense(rank: int, out_features: int, in_features: int) -> bool:
-    """Tell whether factors of this rank would save nothing: ``k >= m n / (m + n)``.
-
-    Args:
-        rank: Inner dimension of the factors.
-        out_features: Outputs of the linear.
-        in_features: Inputs of the linear.
-
-    Returns:
-        True where the factors have at least as many parameters as the dense weight.
-    """
+    """Return whether factors of this rank save nothing: ``k >= m n / (m + n)``."""
     return factor_parameters(rank, out_features, in_features) >= out_features * in_features
 
 
 def largest_useful_rank(out_features: int, in_features: int) -> int:
-    """Return the largest rank whose factors save parameters, ``ceil(m n / (m + n)) - 1``.
-
-    Args:
-        out_features: Outputs of the linear.
-        in_features: Inputs of the linear.
-
-    Returns:
-        The rank; 0 where even rank 1 saves nothing. A size below one is a ``ValueError``.
-    """
+    """Return the largest rank that saves parameters, ``ceil(m n / (m + n)) - 1``; may be 0."""
     _check_sizes(out_features, in_features)
     return (out_features * in_features - 1) // (out_features + in_features)
 
@@ -89,13 +53,13 @@ def largest_useful_rank(out_features: int, in_features: int) -> int:
 def ranks_for_budget(shapes: Sequence[tuple[int, int]], kept: int) -> list[int]:
     """Return the ranks of one common keep ratio that spends a number of parameters.
 
-    The ratio is the largest whose floored ranks stay within the budget. What flooring leaves over
-    is given back one rank at a time, to the weights that it cut short most, so that less than one
-    unit ``m + n`` of the smallest weight below its largest useful rank is left.
+    The ratio is the largest whose floored ranks stay within the budget. The remainder is spent one
+    rank at a time, on the weights that flooring cut most, until less than one unit ``m + n`` of the
+    smallest weight below its largest useful rank is left.
 
     Args:
         shapes: Outputs and inputs ``(m, n)`` of every weight.
-        kept: Number of parameters that the factors may have together.
+        kept: Number of parameters that all factors may have together.
 
     Returns:
         Rank of every weight: at least 1, and at most its largest useful rank if that is not 0.
@@ -139,15 +103,13 @@ def _cost(ranks: Sequence[int], costs: Sequence[int]) -> int:
 
 
 def top_components(scores: Tensor, rank: int) -> tuple[int, ...]:
-    """Return the indices of the components with the largest scores.
+    """Return the indices of the components with the largest scores, ascending.
+
+    Ties keep the lower index, which has the larger singular value.
 
     Args:
         scores: One finite score per singular component, ``(K,)``.
         rank: Number of components to keep, in ``[1, K]``.
-
-    Returns:
-        ``rank`` indices, ascending; of equal scores the lower index, which has the larger
-        singular value, is kept.
 
     Raises:
         ValueError: If ``scores`` is not one-dimensional or not finite, or ``rank`` is out of range.

@@ -1,9 +1,9 @@
 """Weights that map given inputs to given outputs, by least squares.
 
-Legend: ``X`` inputs ``(M, T)`` and ``Y`` wanted outputs ``(N, T)`` of ``T`` tokens in columns,
-known by their sums alone: ``cross = Y X^T`` ``(N, M)`` and ``gram = X X^T`` ``(M, M)``; ``W'`` the
-fitted weight ``(N, M)``. Where the inputs are those of a compressed model, and the outputs those of
-the dense one, the fit also makes good what was lost before this linear.
+Legend: ``X`` inputs ``(M, T)`` and ``Y`` target outputs ``(N, T)`` of ``T`` tokens in columns,
+known only by their sums ``cross = Y X^T`` ``(N, M)`` and ``gram = X X^T`` ``(M, M)``; ``W'`` the
+fitted weight ``(N, M)``. With inputs of a compressed model and outputs of the dense one, the fit
+also compensates for losses before this linear.
 """
 
 import torch
@@ -15,19 +15,19 @@ from grasp_lightning.linalg.weightings import damped_cholesky
 def pulled_regression(
     cross: Tensor, gram: Tensor, prior: Tensor, *, pull: float, ridge: float
 ) -> Tensor:
-    """Return the weight that maps inputs to outputs best, pulled to one that is there already.
+    """Return the weight that maps inputs to outputs best, pulled to a prior weight.
 
     It minimises ``|Y - W' X|^2 + pull |(W' - prior) X|^2 + rho |W' - prior|^2`` with ``rho`` the
-    ridge times the mean of the diagonal of ``gram``. A pull of 1 goes half the way from the prior
-    to the least-squares solution, in all directions; the ridge keeps the prior in those that the
+    ridge times the mean diagonal of ``gram``. A pull of 1 goes halfway from the prior to the
+    least-squares solution in all directions; the ridge keeps the prior in directions that the
     inputs hardly have.
 
     Args:
         cross: ``Y X^T``, summed over tokens, ``(N, M)``, any float dtype.
         gram: ``X X^T``, summed over the same tokens, ``(M, M)``.
-        prior: Weight that is pulled to, ``(N, M)``.
+        prior: ``(N, M)``.
         pull: Cost of a squared difference of outputs from those of the prior, not negative.
-        ridge: Share of the mean of the diagonal of ``gram``, not negative.
+        ridge: Share of the mean diagonal of ``gram``, not negative.
 
     Returns:
         ``W'``, ``(N, M)``, float64 if ``prior`` is, float32 otherwise.
@@ -35,25 +35,18 @@ def pulled_regression(
     Raises:
         ValueError: If the shapes do not fit, or ``gram`` is not symmetric positive semidefinite.
     """
-    if problem := _sums_problem(cross, gram):
-        raise ValueError(problem)
+    if cross.ndim != 2 or tuple(gram.shape) != 2 * (cross.shape[1],):  # noqa: PLR2004
+        raise ValueError(
+            f"cross must be (outputs, inputs) and gram (inputs, inputs), got {tuple(cross.shape)} "
+            f"and {tuple(gram.shape)}"
+        )
     if prior.shape != cross.shape:
         raise ValueError(
             f"prior must have the shape of cross, {tuple(cross.shape)}, got {tuple(prior.shape)}"
         )
     start, sums = prior.detach().double(), gram.detach().double()
     root = damped_cholesky(sums, ridge / (1 + pull)).root
-    # What is left to explain after the prior: the pull and the ridge cost nothing at a change of 0.
+    # Fit the change of the prior: pull and ridge cost nothing at a change of 0.
     rest = (cross.detach().double() - start @ sums) / (1 + pull)
     change = torch.cholesky_solve(rest.mT, root).mT
     return (start + change).to(torch.promote_types(prior.dtype, torch.float32)).contiguous()
-
-
-def _sums_problem(cross: Tensor, gram: Tensor) -> str | None:
-    num_inputs = cross.shape[-1] if cross.ndim > 0 else 0
-    if cross.ndim == gram.ndim and tuple(gram.shape) == (num_inputs, num_inputs):
-        return None
-    return (
-        f"cross must be (outputs, inputs) and gram (inputs, inputs), got {tuple(cross.shape)} and "
-        f"{tuple(gram.shape)}"
-    )

@@ -1,4 +1,7 @@
-"""Symmetric matrices stored as their lower triangle: half the bytes."""
+"""Symmetric matrices stored as their lower triangle: half the bytes.
+
+Packing does not read above the diagonal, and unpacking gives a matrix symmetric to the bit.
+"""
 
 import math
 
@@ -6,26 +9,12 @@ from torch import Tensor
 
 
 def triangle_size(size: int) -> int:
-    """Return the number of entries of a lower triangle, the diagonal included.
-
-    Args:
-        size: Rows of the matrix.
-
-    Returns:
-        ``size (size + 1) / 2``.
-    """
+    """Return the number of entries on and below the diagonal, ``size (size + 1) / 2``."""
     return size * (size + 1) // 2
 
 
 def pack_triangle(matrix: Tensor) -> Tensor:
-    """Return the lower triangle of a matrix, row by row.
-
-    Args:
-        matrix: ``(M, M)``; what is above its diagonal is not read.
-
-    Returns:
-        ``(M (M + 1) / 2,)``.
-    """
+    """Return the lower triangle of a matrix ``(M, M)``, row by row, ``(M (M + 1) / 2,)``."""
     size = len(matrix)
     packed = matrix.new_empty(triangle_size(size))
     # Row by row: an index of the whole triangle would take four times the bytes of the matrix.
@@ -36,17 +25,7 @@ def pack_triangle(matrix: Tensor) -> Tensor:
 
 
 def unpack_triangle(packed: Tensor) -> Tensor:
-    """Return the symmetric matrix that ``pack_triangle`` took apart.
-
-    Args:
-        packed: Lower triangle, row by row, ``(M (M + 1) / 2,)``.
-
-    Returns:
-        ``(M, M)``, symmetric to the bit.
-
-    Raises:
-        ValueError: If no matrix has so many entries in its triangle.
-    """
+    """Return the symmetric matrix ``(M, M)`` of a packed triangle ``(M (M + 1) / 2,)``."""
     size = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
     if packed.ndim != 1 or triangle_size(size) != packed.numel():
         raise ValueError(f"{tuple(packed.shape)} is the shape of no packed triangle")

@@ -4,11 +4,13 @@ Legend: ``W`` weight ``(N, M)``, with ``N`` outputs and ``M`` inputs; ``A`` outp
 with root ``L``, ``A = L L^T``; ``C`` input metric ``(M, M)`` with root ``R``, ``C = R R^T``;
 ``P diag(s) Q^T`` thin singular value decomposition of ``L^T W R``, with ``K = min(N, M)``
 components. Roots are lower triangular; the root of a diagonal metric is the vector of its entries.
+Where a root is a parameter, ``left`` is ``L``, ``(N, N)`` or ``(N,)``, ``right`` is ``R``,
+``(M, M)`` or ``(M,)``, and None is the identity.
 
 A change ``D`` of the weight costs ``tr(A D C D^T) = |L^T D R|^2``. With ``C`` the sum of ``x x^T``
-over the inputs of a linear and no ``A``, that is the squared error of its outputs; with ``A`` the
-sum of ``g g^T`` over the gradients of the outputs besides, it is a Kronecker-factored estimate of
-the curvature of the loss.
+over the inputs of a linear and no ``A``, that is the squared error of its outputs; with ``A`` also
+the sum of ``g g^T`` over the gradients of the outputs, it is a Kronecker-factored estimate of the
+curvature of the loss.
 """
 
 import logging
@@ -21,10 +23,10 @@ from torch import Tensor
 from grasp_lightning.linalg.factors import SVD, factorize
 
 _MATRIX_NDIM = 2
-_ASYMMETRY = 1e-5  # of the largest entry: what float32 sums of two orders may differ by
-_FIRST_DAMPING = 1e-10  # tried after a damping of zero has failed
+_ASYMMETRY = 1e-5  # of the largest entry: float32 sums depend on their order
+_FIRST_DAMPING = 1e-10  # if a damping of zero fails
 _ATTEMPTS = 7
-_FLOOR = 1e-6  # of ASVD, which keeps the scale of an input that is never active from zero
+_FLOOR = 1e-6  # of ASVD: an input that is never active has a scale above zero
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class DampedRoot(NamedTuple):
 
     Attributes:
         root: Lower triangular ``(M, M)``, or ``(M,)`` for a diagonal metric, float64.
-        jitter: What was added to every entry of the diagonal, in the unit of the metric.
+        jitter: The amount added to every diagonal entry, in the unit of the metric.
     """
 
     root: Tensor
@@ -42,34 +44,21 @@ class DampedRoot(NamedTuple):
 
 
 def damped_root(gram: Tensor, damping: float) -> Tensor:
-    """Return the lower triangular root of a metric with a little of the identity added.
-
-    ``gram + damping mean(diag(gram)) I = R R^T``. See ``damped_cholesky`` for the details.
-
-    Args:
-        gram: Symmetric positive semidefinite matrix ``(M, M)``, or the diagonal of one ``(M,)``.
-        damping: Share of the mean of the diagonal that is added to it, not negative.
-
-    Returns:
-        ``R``, float64, ``(M, M)`` or ``(M,)`` like ``gram``, without zeros on its diagonal.
-    """
+    """Return the root of ``damped_cholesky`` alone, without zeros on its diagonal."""
     return damped_cholesky(gram, damping).root
 
 
 def damped_cholesky(gram: Tensor, damping: float) -> DampedRoot:
-    """Return the root of a damped metric together with what was added to the metric.
+    """Return ``R`` with ``R R^T = gram + damping mean(diag(gram)) I``, and the added amount.
 
-    The metric may have any rank. One of zeros, as of a linear that saw no token, counts as having
-    a mean of 1 on its diagonal, so its root is ``sqrt(damping) I``. Where rounding leaves the
-    damped metric indefinite, the damping is raised tenfold, up to six times, with a warning.
+    The metric may have any rank. A metric of zeros, as of a linear that saw no token, counts as
+    having a mean diagonal of 1, so its root is ``sqrt(damping) I``. If rounding leaves the damped
+    metric indefinite, the damping is raised tenfold, up to six times, with a warning.
 
     Args:
         gram: Symmetric positive semidefinite matrix ``(M, M)``, or the diagonal of one ``(M,)``,
             any float dtype. Of a matrix the lower triangle is read.
-        damping: Share of the mean of the diagonal that is added to it, not negative.
-
-    Returns:
-        The root in float64, and the absolute amount on the diagonal.
+        damping: Share of the mean diagonal that is added to the diagonal, not negative.
 
     Raises:
         ValueError: If ``gram`` is not square, finite and symmetric, is indefinite, or ``damping``
@@ -114,7 +103,7 @@ def weighted_svd(
     From ``L^T W R = P diag(s) Q^T`` follows ``W = sum_k s_k u_k v_k^T`` with ``U = L^-T P`` and
     ``V^T = Q^T R^-1``. By Eckart and Young, the ``r`` leading components minimise
     ``|L^T (W - W') R|^2`` over all ``W'`` of rank ``r``, and the minimum is the sum of the dropped
-    ``s_k^2``. Every set of components, leading or not, has an error of its dropped ``s_k^2``.
+    ``s_k^2``. Every set of components, leading or not, has the error of its dropped ``s_k^2``.
 
     ``U`` and ``V`` are not orthonormal: ``U^T A U = V^T C V = I`` instead.
 
@@ -124,39 +113,25 @@ def weighted_svd(
 
     Args:
         weight: ``W``, outputs first, ``(N, M)``, any float dtype.
-        left: ``L``, lower triangular ``(N, N)``, or ``(N,)`` for a diagonal metric; None for the
-            identity.
-        right: ``R``, lower triangular ``(M, M)``, or ``(M,)`` for a diagonal metric; None for the
-            identity.
-        dtype: Of the computation, float64 or float32. Without roots, ``factorize`` chooses.
+        dtype: Dtype of the computation, float64 or float32. Without roots, ``factorize`` chooses.
 
     Returns:
         Contiguous tensors: float64 if ``weight`` is, float32 otherwise. The singular values are in
-        the unit of ``|L^T W R|``. Without roots equal to ``factorize(weight)``. A weight that is no
-        finite float matrix, and a root that has not the size of its side, is not lower triangular,
-        has zeros on its diagonal or is not finite, is a ``ValueError``.
+        the unit of ``|L^T W R|``. Without roots it equals ``factorize(weight)``. A weight that is
+        not a finite float matrix, and an invalid root (see ``check_root``), are a ``ValueError``.
     """
     if left is None and right is None:
         return factorize(weight)
     if weight.ndim != _MATRIX_NDIM or not weight.is_floating_point():
         return factorize(weight)  # refuses it
     left, right = to_dtype(left, dtype), to_dtype(right, dtype)
-    svd = unweight(factorize(_weighted(weight, left, right, dtype)), left, right)
+    svd = _unweight(factorize(_weighted(weight, left, right, dtype)), left, right)
     returned = torch.promote_types(weight.dtype, torch.float32)
     return SVD(*(tensor.to(returned) for tensor in svd))
 
 
 def weighted_singular_values(weight: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """Return the singular values of ``weighted_svd`` alone, which takes about a third of the time.
-
-    Args:
-        weight: ``W``, outputs first, ``(N, M)``, finite, any float dtype.
-        left: As in ``weighted_svd``.
-        right: As in ``weighted_svd``.
-
-    Returns:
-        ``(K,)``, descending, float64. A root that does not fit is a ``ValueError``.
-    """
+    """Return the singular values of ``weighted_svd``, ``(K,)``, float64, in a third of the time."""
     left, right = to_dtype(left, torch.float64), to_dtype(right, torch.float64)
     values: Tensor = torch.linalg.svdvals(_weighted(weight, left, right, torch.float64))
     return values
@@ -167,8 +142,7 @@ def _weighted(
 ) -> Tensor:
     """Return ``L^T W R``, ``(N, M)``."""
     for name, root, size in zip(("left", "right"), (left, right), weight.shape, strict=True):
-        if problem := root_problem(name, root, size):
-            raise ValueError(problem)
+        check_root(name, root, size)
     weighted = weight.detach().to(dtype)
     if right is not None:
         weighted = weighted * right if right.ndim == 1 else weighted @ right
@@ -176,56 +150,29 @@ def _weighted(
 
 
 def left_weighted(weight: Tensor, left: Tensor | None) -> Tensor:
-    """Return ``L^T W``.
-
-    Args:
-        weight: ``W``, ``(N, M)``.
-        left: ``L``, ``(N, N)``, ``(N,)`` or None, in the dtype of ``weight``.
-
-    Returns:
-        ``(N, M)``; ``weight`` itself without a root.
-    """
+    """Return ``L^T W``, ``(N, M)``, in the dtype of both."""
     if left is None:
         return weight
     return left[:, None] * weight if left.ndim == 1 else left.mT @ weight
 
 
-def unweight(svd: SVD, left: Tensor | None, right: Tensor | None) -> SVD:
-    """Return the components of ``W`` that belong to those of ``L^T W R``.
-
-    Args:
-        svd: ``P``, ``s`` and ``Q^T``.
-        left: ``L``, ``(N, N)``, ``(N,)`` or None, in the dtype of ``svd``.
-        right: ``R``, ``(M, M)``, ``(M,)`` or None, in the dtype of ``svd``.
-
-    Returns:
-        Contiguous ``U = L^-T P``, ``s`` and ``V^T = Q^T R^-1``.
-    """
+def _unweight(svd: SVD, left: Tensor | None, right: Tensor | None) -> SVD:
+    """Return the components of ``W`` from those of ``L^T W R``: ``L^-T P``, ``s``, ``Q^T R^-1``."""
     u, s, vh = svd
+    solve = torch.linalg.solve_triangular
     if left is not None:
-        is_vector = left.ndim == 1
-        u = (
-            u / left[:, None]
-            if is_vector
-            else torch.linalg.solve_triangular(left.mT, u, upper=True)
-        )
+        u = u / left[:, None] if left.ndim == 1 else solve(left.mT, u, upper=True)
     if right is not None:
-        vh = vh / right if right.ndim == 1 else _solve_right(vh, right)
+        vh = vh / right if right.ndim == 1 else solve(right, vh, upper=False, left=False)
     return SVD(u.contiguous(), s, vh.contiguous())
 
 
 def even_norms(svd: SVD) -> SVD:
-    """Return the same components with both vectors of each scaled to one norm.
+    """Return equal components with both vectors of each scaled to one norm.
 
     ``u_k`` and ``v_k`` of a weighted decomposition have norms in the inverse units of the roots,
-    which may be many orders apart. ``balanced_factors`` of the result are balanced again.
-
-    Args:
-        svd: Components, whose vectors need not be of norm 1.
-
-    Returns:
-        Equal ``s`` and equal products ``u_k v_k^T``. A component with a vector of zeros stays as it
-        is.
+    which may be many orders apart. Afterwards ``balanced_factors`` gives balanced factors again.
+    ``s`` and the products ``u_k v_k^T`` stay equal, and so do components with a vector of zeros.
     """
     ratio = (svd.vh.norm(dim=1) / svd.u.norm(dim=0)).sqrt()
     ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
@@ -259,42 +206,26 @@ def activation_scales(mean_modulus: Tensor, alpha: float = 0.5) -> Tensor:
     return values**alpha + _FLOOR
 
 
-def root_problem(name: str, root: Tensor | None, size: int) -> str | None:
-    """Return why a tensor is no root of a metric.
-
-    Args:
-        name: What messages call it.
-        root: ``(size, size)``, ``(size,)`` or None.
-        size: Rows or columns of the weight on that side.
-
-    Returns:
-        None for a root; the text of an error for another shape, a matrix that is not lower
-        triangular, zeros on the diagonal, and entries that are not finite.
-    """
+def check_root(name: str, root: Tensor | None, size: int) -> None:
+    """Refuse a root that is not of this size, finite, lower triangular and invertible."""
     if root is None:
-        return None
+        return
     if tuple(root.shape) not in {(size,), (size, size)}:
-        return f"{name} must have shape ({size}, {size}) or ({size},), got {tuple(root.shape)}"
+        expected = f"({size}, {size}) or ({size},)"
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(root.shape)}")
     if not root.isfinite().all():
-        return f"{name} has entries that are not finite"
+        raise ValueError(f"{name} has entries that are not finite")
     is_matrix = root.ndim == _MATRIX_NDIM
     if is_matrix and root.triu(1).any():
-        return f"{name} must be lower triangular, as damped_root returns it"
+        raise ValueError(f"{name} must be lower triangular, as damped_root returns it")
     if not (root.diagonal() if is_matrix else root).all():
-        return f"{name} has zeros on its diagonal, so it has no inverse; raise the damping"
-    return None
+        raise ValueError(
+            f"{name} has zeros on its diagonal, so it has no inverse; raise the damping"
+        )
 
 
 def to_dtype(root: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return a root in another dtype.
-
-    Args:
-        root: Any root, or None.
-        dtype: Dtype to convert to.
-
-    Returns:
-        The converted root without autograd history, or None.
-    """
+    """Return a root in another dtype, without autograd history."""
     return None if root is None else root.detach().to(dtype)
 
 
@@ -326,9 +257,3 @@ def _root(damped: Tensor) -> Tensor | None:
         return damped.sqrt() if (damped > 0).all() else None
     root, info = torch.linalg.cholesky_ex(damped)
     return None if info.item() else root
-
-
-def _solve_right(rows: Tensor, right: Tensor) -> Tensor:
-    """Return ``rows R^-1``."""
-    solution: Tensor = torch.linalg.solve_triangular(right, rows, upper=False, left=False)
-    return solution

@@ -1,4 +1,4 @@
-"""The one list of compression methods: a new method is one file and one entry here."""
+"""All compression methods: a new method is one file and one entry here."""
 
 import difflib
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ METHODS: Final[Mapping[str, Registered]] = MappingProxyType(
 
 
 def named_method(name: str) -> Registered:
-    """Return a method of this package, or of another one that is installed."""
+    """Return a method of this package or of an installed plugin."""
     method = METHODS.get(name) or load_method(name)
     if isinstance(method, Registered):
         return method
@@ -42,16 +42,9 @@ def named_method(name: str) -> Registered:
 
 
 def resolve_method(config: MethodConfig) -> MethodConfig:
-    """Return the options with preset and defaults filled in, after checking them.
+    """Fill in the preset and the defaults; in the result None means "has no effect here".
 
-    A value out of range, keys that contradict each other, and a key that would have no effect are
-    a ``ConfigError``.
-
-    Args:
-        config: What the user set; None means unset.
-
-    Returns:
-        Options in which None means "has no effect here".
+    A value out of range, contradicting keys, and a key without effect are a ``ConfigError``.
     """
     method = named_method(config.name)
     options = METHOD_OPTIONS.get(config.name, method.options)
@@ -63,15 +56,9 @@ def resolve_method(config: MethodConfig) -> MethodConfig:
 def build_method(
     config: MethodConfig, view: DecoderView, track: Track = untracked
 ) -> CompressionMethod:
-    """Return the method that a configuration names.
+    """Return the method that a resolved configuration names.
 
-    Args:
-        config: Options as ``resolve_method`` returns them.
-        view: The dense model: a budget is a share of its size.
-        track: Shows the progress of long computations.
-
-    Returns:
-        The method. A budget that is out of reach is a ``ConfigError``.
+    A budget is a share of the dense model ``view``; one that is out of reach is a ``ConfigError``.
     """
     return named_method(config.name).build(config, view, track)
 
@@ -79,13 +66,7 @@ def build_method(
 def predict(view: DecoderView, config: MethodConfig) -> Prediction:
     """Return the sizes before and after compression, from shapes alone.
 
-    More layers than the model has, and a budget out of reach, are a ``ConfigError``.
-
-    Args:
-        view: The model; its weights may be on the meta device.
-        config: Options as ``resolve_method`` returns them.
-
-    Returns:
-        The prediction.
+    Weights may be on the meta device. More layers than the model has, or a budget out of reach, are
+    a ``ConfigError``.
     """
     return build_method(config, view).predict(view)

@@ -1,4 +1,4 @@
-"""Scores of singular components from loss gradients, and factors of those that score best."""
+"""Gradient scores of singular components, and the factors of the best ones."""
 
 from collections.abc import Iterable, Mapping
 
@@ -29,27 +29,20 @@ def attribution_step(
 
     Args:
         model: The model.
-        modules: Full names of the linears, as in the original model.
-        scoring: How components are scored; ``magnitude`` asks for no pass over the data.
-        ranks: Ranks that the weights are cut to; None leaves them to the decision.
+        modules: Full names of the linears in the original model.
+        scoring: How components are scored; ``magnitude`` needs no pass over the data.
+        ranks: Ranks to cut the weights to; None leaves them to the decision.
         track: Shows the progress of the factorisation.
-
-    Returns:
-        The step, with the decomposition of every weight.
     """
     linears = model.all_linears()
     bases = _factorized({name: linears[name].weight.detach() for name in modules}, track)
     measured = () if scoring.score == "magnitude" else tuple(bases)
-    return Step(
-        name=ATTRIBUTION,
-        needs=Needs(weight_gradients=measured, scoring=scoring),
-        bases=bases,
-        ranks=ranks,
-    )
+    needs = Needs(weight_gradients=measured, scoring=scoring)
+    return Step(name=ATTRIBUTION, needs=needs, bases=bases, ranks=ranks)
 
 
 def _factorized(weights: Mapping[str, Tensor], track: Track) -> dict[str, SVD]:
-    """Return the decomposition of every weight; several processes share the work."""
+    """Factorize every weight; the processes share the work."""
     number = processes.num_processes()
     own = {name: factorize(weight) for name, weight in own_weights(weights, track, "factorize")}
     if number == 1:
@@ -70,7 +63,7 @@ def _empty_basis(weight: Tensor) -> SVD:
 
 
 def stored_scores(bases: Mapping[str, SVD], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return scores and singular values as they are stored, float32, by names of their own."""
+    """Return scores and singular values by their storage names, float32 on the CPU."""
     stored: dict[str, Tensor] = {}
     for module, basis in bases.items():
         stored[f"{module}.scores"] = scores[module].float().cpu()
@@ -81,16 +74,12 @@ def stored_scores(bases: Mapping[str, SVD], scores: Mapping[str, Tensor]) -> dic
 def keep_best_components(
     bases: Mapping[str, SVD], scores: Mapping[str, Tensor], ranks: Mapping[str, int]
 ) -> Decision:
-    """Return the factorisation that keeps the best-scored components of each matrix.
+    """Factorise each matrix and keep its best-scored components; store the scores of all matrices.
 
     Args:
         bases: Decomposition of every weight, by module.
-        scores: Score of every component, ``(K,)`` per module, larger is kept first.
-        ranks: Number of components to keep, by module; a module that is missing stays dense.
-
-    Returns:
-        One ``FactorizeLinear`` per rank with its factors; scores and singular values of all
-        modules.
+        scores: Score of every component, ``(K,)`` per module; the largest are kept.
+        ranks: Number of components to keep, by module; a missing module stays dense.
     """
     operations: list[FactorizeLinear] = []
     tensors: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What a compression method is: a pure function of model, plan so far, and statistics."""
+"""The interface of a method: a pure function of the model, the plan so far, and statistics."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,20 +17,20 @@ Track = Callable[[Sequence[str], str], Iterable[str]]
 
 
 def untracked(items: Sequence[str], description: str) -> Iterable[str]:
-    """Return the items as they are: progress that shows nothing."""
+    """Return the items unchanged and show no progress."""
     del description
     return items
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """What a method decided in one step.
+    """The outcome of one step.
 
     Attributes:
-        operations: What to do to the model, in order.
+        operations: Changes to the model, in order.
         tensors: Factors for the operations, as ``<module>.left`` and ``<module>.right``.
-        scores: What the decision was made from, to be stored for re-cutting and reports.
-        refit: How the tensors are fitted once more before the operations are applied.
+        scores: The basis of the decision, stored for re-cutting and reports.
+        refit: How the tensors are refitted before the operations are applied.
     """
 
     operations: tuple[Operation, ...]
@@ -40,7 +40,7 @@ class Decision:
 
 
 class CompressionMethod(ABC):
-    """A method returns operations as data and has no state: a run goes on from its plan."""
+    """A method returns operations as data and keeps no state, so a run resumes from its plan."""
 
     name: str
     reference: str
@@ -52,53 +52,32 @@ class CompressionMethod(ABC):
 
     @abstractmethod
     def next_step(self, model: DecoderView, plan: Plan) -> Step | None:
-        """Return what to measure and decide next, or None if nothing is left to do.
+        """Return what to measure and decide next, or None when the plan is complete.
 
-        Args:
-            model: The model with all operations of the plan applied.
-            plan: Decisions so far.
-
-        Returns:
-            The next step, or None.
+        All operations of the plan are applied to the model already.
         """
 
     @abstractmethod
     def decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
-        """Return the operations that follow from a measurement; must not change the model.
-
-        Args:
-            step: What ``next_step`` asked for.
-            model: The model, as it was measured.
-            stats: What was measured.
-
-        Returns:
-            The operations, their tensors, and the scores behind them.
-        """
+        """Return the operations that follow from a measurement of the model; must not change it."""
 
     @abstractmethod
     def predict(self, view: DecoderView) -> Prediction:
-        """Return what the method would remove.
-
-        Args:
-            view: The dense model; its weights may be on the meta device.
-
-        Returns:
-            Sizes before and after, from shapes alone.
-        """
+        """Return sizes before and after, from shapes alone; weights may be on the meta device."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Registered:
-    """A method as configurations name it.
+    """A method that configurations name.
 
     Attributes:
         name: Its ``method.name``.
-        options: The keys that it reads; those of methods of this package are in ``METHOD_OPTIONS``.
-        ignores: Why it has no use for the keys of other methods, for the message.
-        remedy: What to do instead of leaving such a key unset; None if nothing else helps.
-        resolve: From what the user set to complete options, in which None means "no effect here";
-            what is out of range or contradicts itself is a ``ConfigError``.
-        build: From complete options, the dense model and the display of progress to the method.
+        options: The keys it reads. Methods of this package list theirs in ``METHOD_OPTIONS``.
+        ignores: Why the keys of other methods have no effect here, for error messages.
+        remedy: An alternative to leaving such a key unset; None if there is none.
+        resolve: Completes what the user set; in the result None means "no effect here". Values out
+            of range or in contradiction are a ``ConfigError``.
+        build: Makes the method from complete options, the dense model and the progress display.
     """
 
     name: str

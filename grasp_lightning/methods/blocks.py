@@ -1,4 +1,4 @@
-"""Attention and MLP blocks in decoder layers, and weights of layers that are half replaced."""
+"""Attention and MLP blocks of decoder layers, and weights of partly replaced layers."""
 
 from grasp_lightning.errors import ModelError
 from grasp_lightning.methods.rank_rules import RankRule, Shapes
@@ -9,16 +9,10 @@ from grasp_lightning.plan import FactorizeLinear, Plan
 
 
 def blocks(view: DecoderView, index: int) -> tuple[tuple[str, ...], ...]:
-    """Return the names of the dense linears of one layer, MLP block first, attention block second.
+    """Return the names of a layer's dense linears in two groups, MLP first, then attention.
 
-    What is not in attention, see ``models.linears.in_attention``, counts as MLP.
-
-    Args:
-        view: The model.
-        index: The layer's number in the original model.
-
-    Returns:
-        Two groups of full names; a group may be empty.
+    Everything outside attention (see ``models.linears.in_attention``) counts as MLP. A group may
+    be empty.
     """
     prefix = f"{view.layers_name}.{index}."
     names = tuple(view.linears(index))
@@ -27,16 +21,10 @@ def blocks(view: DecoderView, index: int) -> tuple[tuple[str, ...], ...]:
 
 
 def weight_shapes(view: DecoderView, plan: Plan, layers: tuple[int, ...]) -> Shapes:
-    """Return the shapes of all weights of some layers, those that are replaced already included.
+    """Return ``(N, M)`` of all weights of some layers, including those already replaced.
 
-    Args:
-        view: The model, with all operations of the plan applied.
-        plan: Decisions so far.
-        layers: Numbers of the layers in the original model.
-
-    Returns:
-        ``(N, M)`` by full name, sorted by layer and name. A plan that the model does not have is a
-        ``TypeError``.
+    Keys are full names, sorted by layer and name. All operations of the plan must be applied to
+    the model; a replaced weight that the model lacks is a ``TypeError``.
     """
     shapes: dict[str, tuple[int, int]] = {}
     for index in layers:
@@ -50,16 +38,9 @@ def weight_shapes(view: DecoderView, plan: Plan, layers: tuple[int, ...]) -> Sha
 def waiting_ranks(
     view: DecoderView, plan: Plan, layers: tuple[int, ...], rule: RankRule
 ) -> dict[str, int]:
-    """Return the ranks of the weights that are still to be replaced.
+    """Return the rank of every weight that is still to be replaced, by full name.
 
-    Args:
-        view: The model, with all operations of the plan applied.
-        plan: Decisions so far.
-        layers: Numbers of the layers in the original model.
-        rule: How many components each weight keeps.
-
-    Returns:
-        Rank by full name.
+    All operations of the plan must be applied to the model.
 
     Raises:
         ModelError: If no weight of the layers gets smaller.
@@ -76,7 +57,7 @@ def waiting_ranks(
 def factorize_operations(
     view: DecoderView, layers: tuple[int, ...], rule: RankRule
 ) -> tuple[FactorizeLinear, ...]:
-    """Return what a rule does to the weights of some layers; no components are chosen."""
+    """Apply a rule to the weights of some layers, without choosing components."""
     ranks = rule.ranks(weight_shapes(view, Plan(method="prediction"), layers))
     return tuple(FactorizeLinear(module=n, rank=k, components=None) for n, k in ranks.items())
 

@@ -1,14 +1,14 @@
-"""Truncation under one budget: ranks, channels, and what goes as a whole follow from the data."""
+"""Truncation under one budget: the data decides on ranks, channels and removed parts."""
 
 from dataclasses import replace
 
 from grasp_lightning.linalg.ranks import factor_parameters, ranks_for_budget
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks
-from grasp_lightning.methods.narrowing import channel_orders, narrow_operations, narrowing
+from grasp_lightning.methods.narrowing import channel_orders, narrowing
 from grasp_lightning.methods.prediction import Layers, Outlook, Prediction
 from grasp_lightning.methods.removal import removal_operations, stored_prices
-from grasp_lightning.methods.truncation import MetricMethod, component_losses, truncated
+from grasp_lightning.methods.truncation import Measured, MetricMethod, component_losses, truncated
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation, Plan
@@ -16,7 +16,7 @@ from grasp_lightning.stats.base import Statistics, Step
 
 
 class BudgetedTruncation(MetricMethod[GlobalRanks]):
-    """Spends one budget on the components and channels whose loss is largest in a metric."""
+    """Spends one budget on the components and channels with the largest loss in a metric."""
 
     def _step(self, model: DecoderView, plan: Plan, layers: Layers) -> Step | None:
         if plan.ranks or plan.channels or plan.removed_blocks or plan.dropped_layers:
@@ -28,18 +28,17 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
     def _decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
         layers = {model.layer_of(module) for module in step.needs.moments}
         chosen = tuple(index for index in model.layer_indices if index in layers)
-        # Without moments of a layer, what may go would be other parts than those that were priced.
+        # Without moments of a layer, the removable parts would differ from the priced ones.
         budgeted = replace(self._rule.budgeted(model, chosen), removables=step.needs.removables)
-        measured = (self._metric, stats.moments, self._track)
-        losses = component_losses(model, tuple(budgeted.shapes), *measured)
-        orders = channel_orders(model, tuple(budgeted.mlps), *measured)
+        measured = Measured(model, self._metric, stats.moments, self._track)
+        losses = component_losses(measured, budgeted.shapes)
+        orders = channel_orders(measured, budgeted.mlps)
         losses |= {name: removal.losses.flip(0) for name, removal in orders.items()}
         allocation = self._rule.allocation(budgeted, losses, stats.removal_losses)
         ranks = {n: allocation.ranks[n] for n in budgeted.shapes if n in allocation.ranks}
         channels = {n: allocation.channels[n] for n in budgeted.mlps if n in allocation.channels}
-        cut = truncated(model, ranks, *measured)
-        narrow = narrow_operations(orders, budgeted.mlps, channels)
-        narrowed = narrowing(model, narrow, *measured)
+        cut = truncated(measured, ranks)
+        narrowed = narrowing(measured, budgeted.mlps, orders, channels)
         removed = removal_operations(budgeted.removables, allocation.removed)
         scores = {f"{name}.scores": value.float() for name, value in losses.items()}
         return Decision(
@@ -50,14 +49,7 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
         )
 
     def predict(self, view: DecoderView) -> Prediction:
-        """Return the size that the budget leaves; ranks and widths follow from the data.
-
-        Args:
-            view: The dense model; its weights may be on the meta device.
-
-        Returns:
-            Sizes before and after. A budget out of reach is a ``ConfigError``.
-        """
+        """Return the size that the budget allows; the data decides on ranks and widths."""
         return replace(
             super().predict(view),
             ranks={},
@@ -67,7 +59,7 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
         )
 
     def _outlook(self, view: DecoderView, layers: Layers) -> Outlook:
-        """Return one keep ratio for all, which takes about as much memory."""
+        """Return a uniform keep ratio, which takes about as much memory."""
         budgeted = self._rule.budgeted(view, layers)
         kept = self._rule.budget(budgeted)
         size = count_parameters(view.model) - budgeted.size + kept
@@ -75,7 +67,7 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
 
 
 def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
-    """Return operations that keep the same share of every matrix and of every MLP."""
+    """Return operations that keep the same share of every matrix and MLP."""
     shapes = budgeted.shapes
     size = sum(rows * columns for rows, columns in shapes.values())
     least = sum(factor_parameters(1, *shape) for shape in shapes.values())

@@ -1,4 +1,4 @@
-"""Work on many weights, dealt out to the processes of a run."""
+"""Work on many weights, split over the processes of a run."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
@@ -13,21 +13,17 @@ T = TypeVar("T")
 
 
 def dealt(
-    weights: Mapping[str, Tensor],
-    work: Callable[[str, Tensor], T],
-    track: Track,
-    description: str,
+    weights: Mapping[str, Tensor], work: Callable[[str, Tensor], T], track: Track, description: str
 ) -> Iterator[tuple[str, T]]:
-    """Yield what some work gives for every weight; several processes share it.
+    """Apply a function to every weight; the processes share the work and all get all results.
+
+    The weights are the same in all processes, and the results come in their order.
 
     Args:
-        weights: All weights, the same in all processes.
-        work: From the name of a weight and the whole weight to a result, which is pickled.
+        weights: Possibly sharded weights, by name.
+        work: Takes the name and the whole weight; its result is pickled.
         track: Shows the progress.
-        description: What is done.
-
-    Yields:
-        Name and result, in the order of the weights, in all processes.
+        description: The label of the progress.
     """
     own = {name: work(name, weight) for name, weight in own_weights(weights, track, description)}
     for position, name in enumerate(weights):
@@ -37,18 +33,10 @@ def dealt(
 def own_weights(
     weights: Mapping[str, Tensor], track: Track, description: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights that this process works on: every n-th of them, for n processes.
+    """Yield name and whole weight ``(N, M)`` of every n-th weight, for n processes.
 
-    A sharded weight is brought together by all, one after the other, and kept by its owner: so they
-    work at the same time, and none holds two weights.
-
-    Args:
-        weights: All weights, the same in all processes.
-        track: Shows the progress.
-        description: What is done.
-
-    Yields:
-        Name and whole weight, ``(N, M)``.
+    All processes gather the sharded weights one by one, and the owner of each keeps it: they
+    compute at the same time, and none holds two weights.
     """
     names, number = list(weights), processes.num_processes()
     for turn, _ in enumerate(track(names[::number], description)):

@@ -1,7 +1,6 @@
-"""Deleting redundant layers: the control that every replacement must beat."""
+"""Layer deletion: the baseline that every replacement must beat."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Final
 
 from grasp_lightning.config import MethodConfig
@@ -17,7 +16,6 @@ from grasp_lightning.plan import DropLayers, OptionValue, Plan
 from grasp_lightning.stats.base import Statistics, Step
 
 DROP = "drop"
-_NO_OPTIONS: Final[Mapping[str, OptionValue]] = MappingProxyType({})
 
 
 class DropMethod(LayerwiseMethod):
@@ -27,9 +25,9 @@ class DropMethod(LayerwiseMethod):
 
     Args:
         layers: How layers are chosen.
-        name: Name under which the plan and the model card know the method.
-        reference: Publication that it follows.
-        more_options: What the plan lists besides the choice of layers.
+        name: Method name in the plan and the model card.
+        reference: Its publication.
+        more_options: More options for the plan.
     """
 
     deletes_layers = True
@@ -39,10 +37,10 @@ class DropMethod(LayerwiseMethod):
         layers: LayerChoice,
         name: str = DROP,
         reference: str = "https://arxiv.org/abs/2403.03853",
-        more_options: Mapping[str, OptionValue] = _NO_OPTIONS,
+        more_options: Mapping[str, OptionValue] | None = None,
     ) -> None:
         super().__init__(name, reference, layers)
-        self._more_options = more_options
+        self._more_options = more_options or {}
 
     @property
     def options(self) -> Mapping[str, OptionValue]:

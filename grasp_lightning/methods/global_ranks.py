@@ -3,8 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -21,18 +19,16 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan
 from grasp_lightning.stats.base import Removable
 
-_NO_PRICES: Final[Mapping[str, float]] = MappingProxyType({})
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budgeted:
-    """What shares a budget.
+    """Everything that shares a budget.
 
     Attributes:
         shapes: ``(N, M)`` of every matrix that may be cut, by module.
-        mlps: Every MLP that may lose channels, by the name of its reader; its linears are not among
-            the matrices.
-        removables: Layers, each followed by its blocks, that may go as a whole.
+        mlps: Every MLP that may lose channels, by the name of its reader. Its linears are not in
+            ``shapes``.
+        removables: Layers, each followed by its blocks, that may be removed as a whole.
     """
 
     shapes: Shapes
@@ -46,34 +42,20 @@ class Budgeted:
 
     @property
     def linear_size(self) -> int:
-        """Number of parameters of all its linears."""
+        """Number of parameters of all linears."""
         return sum(map(self._size_of, self.modules))
 
     @property
     def size(self) -> int:
-        """Number of parameters of all of it, also of what is in a layer beside its linears."""
+        """Number of parameters, including those of layers outside the linears."""
         return self.linear_size + sum(map(self.own_size, self.removables))
 
     def own_size(self, removable: Removable) -> int:
-        """Return the number of parameters that go with a layer or block beside its linears.
-
-        Args:
-            removable: The layer or block.
-
-        Returns:
-            That of norms, biases and experts; 0 of a block.
-        """
+        """Return the size of norms, biases and experts that a layer removes; 0 for a block."""
         return max(removable.parameters - self._inside(removable), 0)
 
     def left_size(self, removable: Removable) -> int:
-        """Return the number of parameters that stay of the linears in a layer or block that goes.
-
-        Args:
-            removable: The layer or block.
-
-        Returns:
-            That of biases that belong to channels, of a block; 0 of a layer.
-        """
+        """Return the size of channel biases that a removed block keeps; 0 for a layer."""
         return max(self._inside(removable) - removable.parameters, 0)
 
     def _inside(self, removable: Removable) -> int:
@@ -87,19 +69,19 @@ class Budgeted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GlobalRanks:
-    """Ranks and channels of the smallest predicted loss under one budget: some stay dense.
+    """Ranks and channels with the smallest predicted loss under one budget; some stay dense.
 
-    All losses must have one unit, which ``kfac`` gives. With one Lagrange multiplier for all, each
-    matrix takes the rank, and each MLP the number of channels, that minimises its loss plus the
-    multiplier times its size.
+    All losses need one unit, as with ``kfac``. Given one Lagrange multiplier, each matrix takes
+    the rank, and each MLP the number of channels, that minimises its loss plus the multiplier
+    times its size.
 
     Attributes:
-        removed_ratio: Share of all the model's parameters that goes; None if ``keep_ratio`` is set.
-        keep_ratio: Share of the parameters of the chosen layers' linears that stays.
+        removed_ratio: Share of the whole model to remove; None if ``keep_ratio`` is set.
+        keep_ratio: Share to keep of the linears of the chosen layers.
         num_parameters: Parameters of the whole dense model.
         multiple_of: Ranks and numbers of channels are multiples of this number.
         mlp: Whether MLPs lose channels, or their matrices become factors like all others.
-        removable: What may go as a whole.
+        removable: What may be removed as a whole.
     """
 
     removed_ratio: float | None = None
@@ -111,13 +93,10 @@ class GlobalRanks:
 
     @property
     def options(self) -> Mapping[str, OptionValue]:
-        """The options that the decisions depend on, for the plan."""
+        """The options that decisions depend on, for the plan."""
         key = "keep_ratio" if self.removed_ratio is None else "removed_ratio"
-        options: dict[str, OptionValue] = {
-            key: getattr(self, key),
-            "ranks": "global",
-            "mlp": self.mlp,
-        }
+        options: dict[str, OptionValue] = {key: getattr(self, key)}
+        options |= {"ranks": "global", "mlp": self.mlp}
         if self.multiple_of != 1:
             options["multiple_of"] = self.multiple_of
         if self.removable != "none":
@@ -125,14 +104,11 @@ class GlobalRanks:
         return options
 
     def budgeted(self, view: DecoderView, layers: tuple[int, ...]) -> Budgeted:
-        """Return what shares the budget, with every linear in one place.
+        """Return what shares the budget: MLPs with removable channels, and all other linears.
 
         Args:
             view: The dense model; its weights may be on the meta device.
             layers: Numbers of the layers that may be compressed, ascending.
-
-        Returns:
-            Their MLPs, as far as channels can go, and the linears that are in none of these.
         """
         shapes = weight_shapes(view, Plan(method="budget"), layers)
         mlps = narrowable_mlps(view, layers) if self.mlp == "channels" else {}
@@ -147,32 +123,21 @@ class GlobalRanks:
         self,
         budgeted: Budgeted,
         losses: Mapping[str, Tensor],
-        prices: Mapping[str, float] = _NO_PRICES,
+        prices: Mapping[str, float] | None = None,
     ) -> Allocation:
-        """Return the rank of every matrix, and the channels of every MLP, that gets smaller.
+        """Return the ranks and channels of everything that gets smaller, and what is removed.
 
         Args:
             budgeted: What shares the budget.
             losses: Predicted loss of dropping each component of a matrix, ``(K,)`` by module, and
-                of each channel of an MLP, ``(I,)`` by reader; descending.
+                each channel of an MLP, ``(I,)`` by reader; descending.
             prices: Measured loss of removing each layer and block, by its name.
-
-        Returns:
-            Ranks by module, channels by reader, and names of the layers and blocks that go.
         """
-        choices = self._grouped(self._choices(budgeted, losses), budgeted, prices)
+        choices = self._grouped(self._choices(budgeted, losses), budgeted, prices or {})
         return allocate(choices, self._budget(budgeted, smallest_size(choices)))
 
     def budget(self, budgeted: Budgeted) -> int:
-        """Return how many parameters the matrices and MLPs may keep.
-
-        Args:
-            budgeted: What shares the budget.
-
-        Returns:
-            Number of parameters. One that is out of reach is a ``ConfigError`` that names the
-            feasible range.
-        """
+        """Return how many parameters stay; a budget out of reach is a ``ConfigError``."""
         losses = dict.fromkeys(budgeted.shapes, torch.zeros(1))
         losses |= {name: torch.zeros(mlp.num_channels) for name, mlp in budgeted.mlps.items()}
         free = dict.fromkeys((part.name for part in budgeted.removables), 0.0)
@@ -185,7 +150,7 @@ class GlobalRanks:
         budgeted: Budgeted,
         prices: Mapping[str, float],
     ) -> list[Choice]:
-        """Return the choices, those of a layer or block that may go in a group."""
+        """Return the choices, with those of each removable layer or block in a group."""
         left: dict[str, Choice] = {choice.name: choice for choice in choices}
         # Blocks first, so that the group of a layer holds theirs.
         for part in sorted(budgeted.removables, key=lambda part: not part.is_block):
@@ -216,7 +181,7 @@ class GlobalRanks:
 
     def _budget(self, budgeted: Budgeted, least: float) -> int:
         linears, dense = budgeted.linear_size, budgeted.size
-        # Rounded inwards, so that the ends can be asked for.
+        # Rounded inwards, so that both ends can be requested.
         if self.removed_ratio is None:
             key, keep_ratio = f"keep_ratio {self.keep_ratio}", self.keep_ratio or 0.0
             kept = dense - linears + round(keep_ratio * linears)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Final
 
 from torch import Tensor
@@ -15,7 +14,6 @@ from grasp_lightning.config import (
     Schedule,
 )
 from grasp_lightning.errors import ConfigError
-from grasp_lightning.linalg.factors import SVD
 from grasp_lightning.methods.attribution import attribution_step, keep_best_components
 from grasp_lightning.methods.base import CompressionMethod, Decision, Registered, Track, untracked
 from grasp_lightning.methods.blocks import blocks, factorize_operations, waiting_ranks
@@ -45,17 +43,15 @@ _REFERENCE: Final = "https://arxiv.org/abs/2501.00339"
 _PAPER: Final = GraspOptions(
     preset="paper", terms="full", reduction="absolute", score="taylor", schedule="one_shot"
 )
-# What the public code computes (LyoAI/GRASP), with labels shifted once.
+# The public code (LyoAI/GRASP), with labels shifted once.
 _RELEASED: Final = GraspOptions(
     preset="released", terms="sigma", reduction="signed", score="taylor", schedule="iterative"
 )
-PRESETS: Final[Mapping[PresetName, GraspOptions]] = MappingProxyType(
-    {"paper": _PAPER, "released": _RELEASED}
-)
+PRESETS: Final[Mapping[PresetName, GraspOptions]] = {"paper": _PAPER, "released": _RELEASED}
 
 
 class Grasp(LayerwiseMethod):
-    """Score the components of plain decompositions by loss gradients, keep the best of each matrix.
+    """Score singular components by loss gradients and keep the best of each matrix.
 
     Source: Liu et al., "GRASP", arXiv:2501.00339, Algorithm 1.
 
@@ -63,10 +59,10 @@ class Grasp(LayerwiseMethod):
         layers: How redundant layers are chosen.
         scoring: How components are scored; the defaults are the paper's Eq. 6.
         rank_rule: How many components each weight keeps.
-        schedule: ``one_shot``: all layers in one pass; ``iterative``: the last layer first, MLP
-            before attention, each scored with what is above it replaced.
-        score_all_layers: Score the components of the other layers too, as many layers at a time as
-            are chosen; one_shot only.
+        schedule: ``one_shot``: all layers in one pass; ``iterative``: from the last layer down, MLP
+            before attention, each scored with everything above it replaced.
+        score_all_layers: Also score the other layers, in groups as large as the chosen one;
+            ``one_shot`` only.
         track: Shows the progress of factorisations.
     """
 
@@ -128,16 +124,13 @@ class Grasp(LayerwiseMethod):
             scores = {name: basis.s for name, basis in step.bases.items()}
         ranks = step.ranks
         if ranks is None:
-            ranks = self._rule.ranks({name: _shape(basis) for name, basis in step.bases.items()})
+            shapes = {n: (len(basis.u), basis.vh.shape[1]) for n, basis in step.bases.items()}
+            ranks = self._rule.ranks(shapes)
         decision = keep_best_components(step.bases, scores, ranks)
         return replace(decision, scores={**decision.scores, **stats.more_scores})
 
     def _outlook(self, view: DecoderView, layers: Layers) -> Outlook:
         return outlook_of(view, factorize_operations(view, layers, self._rule))
-
-
-def _shape(basis: SVD) -> tuple[int, int]:
-    return basis.u.shape[0], basis.vh.shape[1]
 
 
 def _resolved(config: MethodConfig) -> MethodConfig:
@@ -175,7 +168,7 @@ def _check_amount(config: MethodConfig) -> None:
 
 
 def _with_keep_ratio(config: MethodConfig) -> MethodConfig:
-    """Fill in the default, unless the ratio is solved from the removed ratio."""
+    """Fill in the default, unless ``removed_ratio`` determines the ratio."""
     if config.removed_ratio is not None and config.keep_ratio is None:
         return config
     keep_ratio = DEFAULT_KEEP_RATIO if config.keep_ratio is None else config.keep_ratio

@@ -1,18 +1,19 @@
-"""Our own method: one parameter budget, spent where the loss curves least.
+"""GRASP plus: one parameter budget, spent where the loss curves least.
 
-A change D of a weight costs ``tr(A D C D^T) / 2`` nats per token, with C the mean of x x^T over the
-inputs of the linear, and A that of g g^T over gradients by its outputs: by default random ones,
-with the covariance that labels drawn from the model's predictions give (``metric.fisher``). The
-decomposition in this metric gives components whose losses are comparable across all matrices of
-the model. MLPs lose hidden channels, priced in the same metric with the others refitted. One
-Lagrange multiplier decides what stays dense, and at which rank or width the rest goes; at last,
-what writes into the residual stream is fitted to what the stream lacks. There is no choice of
-layers beforehand, and no score beside the singular value.
+A change ``D`` of a weight costs ``tr(A D C D^T) / 2`` nats per token. ``C`` is the mean of
+``x x^T`` over the inputs of the linear, and ``A`` that of ``g g^T`` over the gradients of its
+outputs. By default these gradients are random, with the covariance that labels drawn from the
+model's predictions give (``metric.fisher``). The singular components in this metric have losses
+that are comparable across all matrices of the model. MLPs lose hidden channels, priced in the same
+metric with the other channels refitted. One Lagrange multiplier decides what stays dense, and the
+rank or width of the rest. Finally, the linears that write into the residual stream are refitted to
+what the stream lacks. There is no separate choice of layers, and no score beside the singular
+value.
 
-It takes from GRASP (arXiv:2501.00339) that loss gradients on little text decide; from SVD-LLM
-(arXiv:2403.07378) the Gram matrix of inputs as a metric; from K-FAC (arXiv:1503.05671) the
-curvature as a product of two Gram matrices; from the optimal brain surgeon (1993) and ZipLM
-(arXiv:2302.04089) the removal of channels; from Shoham and Gersho (1988) the allocation.
+Sources: loss gradients on little text, GRASP (arXiv:2501.00339); the Gram matrix of inputs as a
+metric, SVD-LLM (arXiv:2403.07378); curvature as a product of two Gram matrices, K-FAC
+(arXiv:1503.05671); removal of channels, the optimal brain surgeon (1993) and ZipLM
+(arXiv:2302.04089); allocation, Shoham and Gersho (1988).
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Which decoder layers are redundant: the first part of every layer-wise method."""
+"""The choice of redundant decoder layers, the first step of every layer-wise method."""
 
 import logging
 from collections.abc import Mapping
@@ -32,9 +32,7 @@ class LayerChoice:
     arXiv:2403.17887, the block of contiguous layers with the smallest angular distance.
 
     Attributes:
-        layers: Explicit layer indices, ascending; None to choose by metric.
-        num_layers: Number of layers to choose.
-        metric: Metric to choose by.
+        layers: Explicit layer numbers, ascending; None to choose by metric.
     """
 
     layers: tuple[int, ...] | None = None
@@ -50,18 +48,11 @@ class LayerChoice:
 
     @property
     def count(self) -> int:
-        """Number of layers that will be chosen."""
+        """Number of layers to choose."""
         return len(self.layers) if self.layers is not None else int(self.num_layers or 0)
 
     def check(self, num_layers: int) -> None:
-        """Check the choice against a model.
-
-        Args:
-            num_layers: Number of decoder layers of the model.
-
-        Raises:
-            ConfigError: If the model has too few layers.
-        """
+        """Refuse layers, or a number of them, that the model does not have: a ``ConfigError``."""
         if self.layers is not None:
             outside = [index for index in self.layers if index >= num_layers]
             if outside:
@@ -75,14 +66,7 @@ class LayerChoice:
             )
 
     def step(self, model: DecoderView) -> Step:
-        """Return the step that chooses the layers; explicit ones need no measurement.
-
-        Args:
-            model: The model.
-
-        Returns:
-            The step, named ``select``.
-        """
+        """Return the step that chooses the layers; explicit ones need no measurement."""
         self.check(model.num_layers)
         if self.layers is not None:
             return Step(name=SELECT)
@@ -90,15 +74,9 @@ class LayerChoice:
         return Step(name=SELECT, needs=Needs(layer_metric=self.metric, span=span))
 
     def chosen(self, stats: Statistics) -> tuple[int, ...]:
-        """Return the indices of the chosen layers, ascending.
+        """Return the chosen layers, ascending, by their numbers in the original model.
 
         A metric that is not finite is a ``NumericsError`` that names the layer.
-
-        Args:
-            stats: The metric of every layer; not read for explicit layers.
-
-        Returns:
-            Indices as in the original model.
 
         Raises:
             ValueError: If the metric is needed and was not measured.
@@ -111,16 +89,13 @@ class LayerChoice:
         return self._best(stats.layer_metric)
 
     def decide(self, stats: Statistics, dropped_from: DecoderView | None = None) -> Decision:
-        """Return the choice as a decision.
+        """Return the choice as one ``SelectLayers``, with the measured metric as a stored score.
 
-        Layers that must stay are a ``ModelError`` if they were set, and passed over otherwise.
+        Layers that must stay are a ``ModelError`` if they are explicit, and skipped otherwise.
 
         Args:
             stats: The metric of every layer; not read for explicit layers.
-            dropped_from: The model, if the chosen layers are going to be deleted.
-
-        Returns:
-            One ``SelectLayers``, and the metric, where one was measured, as a score to store.
+            dropped_from: The model, if the chosen layers are to be deleted.
         """
         metric, layers = stats.layer_metric, self.chosen(stats)
         if dropped_from is not None:
@@ -131,18 +106,14 @@ class LayerChoice:
         )
 
     def check_drop(self, view: DecoderView) -> None:
-        """Check that explicit layers may be deleted; else it is a ``ModelError``.
-
-        Args:
-            view: The model; its weights may be on the meta device.
-        """
+        """Refuse explicit layers that cannot be deleted, with a ``ModelError``."""
         if self.layers is not None:
             self._droppable(view, self.layers, None)
 
     def _droppable(
         self, view: DecoderView, layers: tuple[int, ...], metric: Tensor | None
     ) -> tuple[int, ...]:
-        """Return the best layers without which the model is still whole."""
+        """Return the best layers that can be deleted without breaking the model."""
         problem = drop_problem(view, layers)
         if problem is None:
             return layers
@@ -154,12 +125,8 @@ class LayerChoice:
                 f"no {self.count} layers can be deleted ({problem}); lower method.num_layers, or "
                 "replace layers with a keep_ratio above 0"
             )
-        logger.warning(
-            "layers %s are deleted, not %s, which score better: %s",
-            list(others),
-            list(layers),
-            problem,
-        )
+        message = "layers %s are deleted, not %s, which score better: %s"
+        logger.warning(message, list(others), list(layers), problem)
         return others
 
     def _best_droppable(self, view: DecoderView, metric: Tensor) -> tuple[int, ...] | None:
@@ -186,12 +153,9 @@ def _most_similar(values: Tensor) -> list[int]:
 
 
 def configured_layers(config: MethodConfig) -> LayerChoice:
-    """Return how complete options choose layers."""
-    return LayerChoice(
-        layers=config.layers,
-        num_layers=config.num_layers,
-        metric=config.layer_metric or "similarity",
-    )
+    """Return the choice of layers in complete options."""
+    metric = config.layer_metric or "similarity"
+    return LayerChoice(layers=config.layers, num_layers=config.num_layers, metric=metric)
 
 
 def _check_metric(values: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Methods that choose decoder layers first, and then work on them."""
+"""Methods that first choose decoder layers and then work on them."""
 
 from abc import abstractmethod
 
@@ -11,16 +11,16 @@ from grasp_lightning.stats.base import Statistics, Step
 
 
 class LayerwiseMethod(CompressionMethod):
-    """Chooses layers in its first step; what follows, a subclass says.
+    """Chooses layers in its first step; subclasses define the following steps.
 
     Args:
-        name: Name under which the plan and the model card know the method.
-        reference: Publication that it follows.
+        name: Method name in the plan and the model card.
+        reference: Its publication.
         layers: How layers are chosen.
 
     Attributes:
-        deletes_layers: The chosen layers are deleted, so that only those may be chosen without
-            which the model is still whole.
+        deletes_layers: The chosen layers are deleted, so only layers that the model works without
+            may be chosen.
     """
 
     deletes_layers = False
@@ -31,41 +31,20 @@ class LayerwiseMethod(CompressionMethod):
         self._layers = layers
 
     def next_step(self, model: DecoderView, plan: Plan) -> Step | None:
-        """Return the choice of layers, then what is done to them.
-
-        Args:
-            model: The model with all operations of the plan applied.
-            plan: Decisions so far.
-
-        Returns:
-            The next step, or None if nothing is left to do.
-        """
+        """Return the choice of layers, then the steps of the subclass."""
         layers = plan.selected_layers
         return self._layers.step(model) if layers is None else self._step(model, plan, layers)
 
     def decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
-        """Return the chosen layers, or what is done to them.
-
-        Args:
-            step: What ``next_step`` asked for.
-            model: The model, as it was measured.
-            stats: What was measured.
-
-        Returns:
-            The decision of this step.
-        """
+        """Return the chosen layers, or the decision of the subclass."""
         if step.name == SELECT:
             return self._layers.decide(stats, model if self.deletes_layers else None)
         return self._decide(step, model, stats)
 
     def predict(self, view: DecoderView) -> Prediction:
-        """Return what would be removed, of the smallest and of the largest layers.
+        """Return the sizes for the smallest and for the largest layers.
 
-        Args:
-            view: The dense model; its weights may be on the meta device.
-
-        Returns:
-            Sizes before and after. More layers than there are, are a ``ConfigError``.
+        More layers than the model has are a ``ConfigError``.
         """
         self._layers.check(view.num_layers)
         candidates = self._layers.layers or view.layer_indices
@@ -78,11 +57,11 @@ class LayerwiseMethod(CompressionMethod):
 
     @abstractmethod
     def _step(self, model: DecoderView, plan: Plan, layers: Layers) -> Step | None:
-        """Return the next step on the chosen layers, or None if nothing is left to do."""
+        """Return the next step on the chosen layers, or None when the plan is complete."""
 
     @abstractmethod
     def _decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
-        """Return what is done to the chosen layers."""
+        """Return the operations on the chosen layers."""
 
     @abstractmethod
     def _outlook(self, view: DecoderView, layers: Layers) -> Outlook:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, Final
 
 from grasp_lightning.config import (
@@ -45,33 +44,25 @@ PLAIN: Final = LowRankOptions(
     gradient_damping=GRADIENT_DAMPING,
     input_damping=INPUT_DAMPING,
 )
-_PRESETS: Final[Mapping[PresetName, LowRankOptions]] = MappingProxyType(
-    {
-        "svd_llm": replace(PLAIN, weighting="input_gram"),
-        "asvd": replace(PLAIN, weighting="scale_columns"),
-        "fwsvd": replace(PLAIN, weighting="fisher_rows"),
-    }
-)
-_REFERENCES: Final[Mapping[Weighting, str]] = MappingProxyType(
-    {
-        "none": "https://doi.org/10.1007/BF02288367",
-        "fisher_rows": "https://arxiv.org/abs/2207.00112",
-        "scale_columns": "https://arxiv.org/abs/2312.05821",
-        "input_gram": "https://arxiv.org/abs/2403.07378",
-        "kfac": "https://arxiv.org/abs/1503.05671",
-    }
-)
+_PRESETS: Final[Mapping[PresetName, LowRankOptions]] = {
+    "svd_llm": replace(PLAIN, weighting="input_gram"),
+    "asvd": replace(PLAIN, weighting="scale_columns"),
+    "fwsvd": replace(PLAIN, weighting="fisher_rows"),
+}
+_REFERENCES: Final[Mapping[Weighting, str]] = {
+    "none": "https://doi.org/10.1007/BF02288367",
+    "fisher_rows": "https://arxiv.org/abs/2207.00112",
+    "scale_columns": "https://arxiv.org/abs/2312.05821",
+    "input_gram": "https://arxiv.org/abs/2403.07378",
+    "kfac": "https://arxiv.org/abs/1503.05671",
+}
 _LARGEST_DAMPING: Final = 100
 
 
 def check_amount(config: MethodConfig) -> MethodConfig:
-    """Return options with checked layers and ratios, all layers by default.
+    """Check layers and ratios, and return options with one of ``removed_ratio`` and ``keep_ratio``.
 
-    Args:
-        config: What the user set.
-
-    Returns:
-        The options, with one of ``removed_ratio`` and ``keep_ratio``.
+    All layers are compressed by default.
 
     Raises:
         ConfigError: If a ratio is out of range, or both are set.
@@ -98,14 +89,7 @@ def check_amount(config: MethodConfig) -> MethodConfig:
 
 
 def with_parts(config: MethodConfig, defaults: LowRankOptions) -> MethodConfig:
-    """Return options with parts filled in, after checking that each of them has an effect.
-
-    Args:
-        config: What the user set.
-        defaults: The parts of the method or preset.
-
-    Returns:
-        The options. Parts that do not fit together are refused as well.
+    """Fill in the parts of a method or preset; refuse parts that do not fit together.
 
     Raises:
         ConfigError: If a part is out of range or without effect.
@@ -125,8 +109,8 @@ def with_parts(config: MethodConfig, defaults: LowRankOptions) -> MethodConfig:
         refuse_ignored(config, keys_of(BudgetOptions), "method.ranks is uniform")
     else:
         _check_budget(config, metric)
-        mlp = defaults.mlp if metric.orders_channels else "factors"
-        defaults = replace(defaults, mlp=mlp)
+        if not metric.orders_channels:
+            defaults = replace(defaults, mlp="factors")
     return filled(config, defaults, unused)
 
 
@@ -145,16 +129,7 @@ def _check_budget(config: MethodConfig, metric: Metric) -> None:
 
 
 def truncation(config: MethodConfig, view: DecoderView, track: Track) -> CompressionMethod:
-    """Return the method of complete options.
-
-    Args:
-        config: Options as ``resolve_method`` returns them.
-        view: The dense model: a budget is a share of its size.
-        track: Shows the progress of factorisations.
-
-    Returns:
-        The method, on all layers unless some are named.
-    """
+    """Return the method of resolved options; without named layers it compresses all of them."""
     if named_layers(config) is None:
         config = replace(config, layers=view.layer_indices)
     metric = Metric(**given(config, MetricOptions))

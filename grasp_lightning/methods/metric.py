@@ -30,17 +30,17 @@ _KINDS: dict[Weighting, frozenset[MomentKind]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """How large a change of a weight counts.
+    """How much a change of a weight counts.
 
     ``none`` counts every entry alike. ``fisher_rows`` (FWSVD, arXiv:2207.00112) weights every input
     by its Fisher information: the inputs are the rows of that paper's weights. ``scale_columns``
     (ASVD, arXiv:2312.05821) weights every input by the root of its mean modulus. ``input_gram``
     (SVD-LLM, arXiv:2403.07378) counts the squared error of the outputs. ``kfac`` counts half the
     change's curvature of the loss, in nats per token, with the Kronecker-factored approximation
-    of Martens and Grosse (arXiv:1503.05671): it alone is comparable across matrices.
+    of Martens and Grosse (arXiv:1503.05671); only its losses are comparable across matrices.
 
     Attributes:
-        weighting: Which of them.
+        weighting: One of the above.
         fisher: Whose gradients measure the curvature, for ``kfac``.
         gradient_damping: Share of its mean diagonal that is added to the Gram matrix of gradients.
         input_damping: The same for the Gram matrix of inputs.
@@ -64,27 +64,15 @@ class Metric:
 
     @property
     def moment_kinds(self) -> frozenset[MomentKind]:
-        """What must be measured of a linear."""
+        """The moments to measure for each linear."""
         return _KINDS[self.weighting]
 
     def decompose(self, weight: Tensor, moments: Moments) -> SVD:
-        """Return the decomposition whose truncations are optimal in this metric.
-
-        Args:
-            weight: Weight of a linear, ``(N, M)``.
-            moments: What was measured of it.
-
-        Returns:
-            The decomposition; its vectors are not orthonormal.
-        """
+        """Decompose a weight ``(N, M)`` for optimal truncation; its vectors are not orthonormal."""
         return weighted_svd(weight, *self._roots(moments))
 
     def losses(self, weight: Tensor, moments: Moments) -> Tensor:
-        """Return what dropping each component costs in this metric.
-
-        Args:
-            weight: Weight of a linear, ``(N, M)``.
-            moments: What was measured of it.
+        """Return the loss of dropping each component of a weight ``(N, M)``.
 
         Returns:
             ``(K,)``, descending, float64: predicted nats per token for ``kfac``, else the squared
@@ -93,53 +81,31 @@ class Metric:
         return self.of_singular_values(weighted_singular_values(weight, *self._roots(moments)))
 
     def of_singular_values(self, values: Tensor) -> Tensor:
-        """Return the cost of dropping components with these singular values.
-
-        Args:
-            values: Singular values in this metric, ``(K,)``.
-
-        Returns:
-            ``(K,)``, float64.
-        """
+        """Return the loss of components with these singular values ``(K,)``, in float64."""
         squares = values.double().square()
         # The loss is quadratic around the dense weight: half its second derivative.
         return squares / 2 if self.weighting == "kfac" else squares
 
     @property
     def orders_channels(self) -> bool:
-        """True if channels of an MLP can be removed in this metric."""
+        """True if this metric can order the channels of an MLP for removal."""
         return self.weighting in ("kfac", "input_gram")
 
     def removal(self, weight: Tensor, moments: Moments) -> Removal:
-        """Return in which order the inputs of a linear go if they are removed one by one.
+        """Return the greedy order in which inputs of a weight ``(N, M)`` are removed.
 
-        Args:
-            weight: Weight of a linear, ``(N, M)``.
-            moments: What was measured of it.
-
-        Returns:
-            The order; losses are predicted nats per token for ``kfac``, else squared errors of the
-            outputs.
+        Losses are predicted nats per token for ``kfac``, else squared errors of the outputs.
         """
         gram = _measured(moments.input_gram)
         order, losses = removal_order(weight, gram, self._left_root(moments), self.input_damping)
         return Removal(order, losses / 2 if self.weighting == "kfac" else losses)
 
     def narrowed(self, weight: Tensor, moments: Moments, kept: Sequence[int]) -> Tensor:
-        """Return the weight on some of its inputs that stands in for the whole one.
-
-        Args:
-            weight: Weight of a linear, ``(N, M)``.
-            moments: What was measured of it.
-            kept: Inputs that stay, ascending.
-
-        Returns:
-            ``(N, len(kept))``.
-        """
+        """Refit a weight ``(N, M)`` to the kept inputs, ascending: ``(N, len(kept))``."""
         return narrowed_weight(weight, _measured(moments.input_gram), kept, self.input_damping)
 
     def _roots(self, moments: Moments) -> tuple[Tensor | None, Tensor | None]:
-        """Return the roots of the metrics of outputs and of inputs."""
+        """Return the roots of the output metric and the input metric."""
         if self.weighting == "none":
             return None, None
         if self.weighting == "fisher_rows":
@@ -156,5 +122,5 @@ class Metric:
 
 
 def _measured(moment: Tensor | None) -> Tensor:
-    assert moment is not None  # the step has asked for it
+    assert moment is not None  # the step requested it
     return moment

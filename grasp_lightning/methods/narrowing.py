@@ -1,15 +1,13 @@
-"""MLPs with fewer hidden channels: what each channel costs, and the removal of those that go."""
+"""MLPs with fewer hidden channels: the loss of each channel, and the removal of the cheapest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from grasp_lightning.linalg.channels import Removal
-from grasp_lightning.methods.base import Decision, Track
-from grasp_lightning.methods.dealing import dealt
-from grasp_lightning.methods.metric import Metric
-from grasp_lightning.methods.truncation import moments_beside, weights_of
+from grasp_lightning.methods.base import Decision
+from grasp_lightning.methods.truncation import Measured
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.mlp import mlps
 from grasp_lightning.plan import NarrowMlp
@@ -23,8 +21,8 @@ class Narrowable:
     Attributes:
         reader: Full name of the linear that reads the channels.
         writers: Full names of the linears that write them, in module order.
-        num_channels: How many there are.
-        channel_size: Parameters that belong to one, biases of its writers included.
+        num_channels: Number of hidden channels.
+        channel_size: Parameters per channel, including biases of the writers.
     """
 
     reader: str
@@ -34,14 +32,9 @@ class Narrowable:
 
 
 def narrowable_mlps(view: DecoderView, layers: Sequence[int]) -> dict[str, Narrowable]:
-    """Return the MLPs of some layers whose channels can be removed.
+    """Return the MLPs of some layers whose channels can be removed, by reader, in model order.
 
-    Args:
-        view: The dense model; its weights may be on the meta device.
-        layers: Numbers of the layers in the original model.
-
-    Returns:
-        MLP by the full name of its reader, in model order; none of a mixture of experts.
+    A mixture of experts has none. The weights of the model may be on the meta device.
     """
     found: dict[str, Narrowable] = {}
     for index in layers:
@@ -62,69 +55,31 @@ def narrowable_mlps(view: DecoderView, layers: Sequence[int]) -> dict[str, Narro
     return found
 
 
-def channel_orders(
-    view: DecoderView,
-    readers: Sequence[str],
-    metric: Metric,
-    moments: Mapping[str, Moments],
-    track: Track,
-) -> dict[str, Removal]:
-    """Return in which order channels go and what they cost, by reader; processes share the work."""
+def channel_orders(measured: Measured, readers: Iterable[str]) -> dict[str, Removal]:
+    """Return the order and the losses of channel removal, by reader."""
 
-    def removal(name: str, weight: Tensor) -> Removal:
-        found = metric.removal(weight, moments_beside(weight, moments.get(name)))
-        return Removal(*(part.cpu() for part in found))
+    def removal(_: str, weight: Tensor, moments: Moments) -> Removal:
+        return Removal(*(part.cpu() for part in measured.metric.removal(weight, moments)))
 
-    return dict(dealt(weights_of(view, readers), removal, track, "order channels"))
-
-
-def narrow_operations(
-    found: Mapping[str, Removal], narrowable: Mapping[str, Narrowable], channels: Mapping[str, int]
-) -> tuple[NarrowMlp, ...]:
-    """Return the removal of the channels that go first.
-
-    Args:
-        found: In which order channels go, by reader.
-        narrowable: The MLPs, by reader.
-        channels: Number of channels that stay, by reader; an MLP that is missing stays dense.
-
-    Returns:
-        One operation per number, in their order.
-    """
-    return tuple(
-        NarrowMlp(
-            reader=name,
-            writers=narrowable[name].writers,
-            channels=tuple(sorted(found[name].order[-count:].tolist())),
-        )
-        for name, count in channels.items()
-    )
+    return dict(measured.each(readers, removal, "order channels"))
 
 
 def narrowing(
-    view: DecoderView,
-    operations: tuple[NarrowMlp, ...],
-    metric: Metric,
-    moments: Mapping[str, Moments],
-    track: Track,
+    measured: Measured,
+    narrowable: Mapping[str, Narrowable],
+    orders: Mapping[str, Removal],
+    channels: Mapping[str, int],
 ) -> Decision:
-    """Return the removal of channels with refitted readers; several processes share the work.
+    """Keep the last ``channels`` of each order, by reader, and refit the readers to them."""
+    kept = {n: tuple(sorted(orders[n].order[-count:].tolist())) for n, count in channels.items()}
 
-    Args:
-        view: The dense model.
-        operations: Which channels stay.
-        metric: How large a change of a weight counts.
-        moments: What was measured, by module.
-        track: Shows the progress.
+    def refitted(name: str, weight: Tensor, moments: Moments) -> Tensor:
+        return measured.metric.narrowed(weight, moments, kept[name]).cpu()
 
-    Returns:
-        The operations, with the weight of each reader on what stays.
-    """
-    kept = {operation.reader: operation.channels for operation in operations}
-
-    def narrowed(name: str, weight: Tensor) -> Tensor:
-        return metric.narrowed(weight, moments_beside(weight, moments.get(name)), kept[name]).cpu()
-
-    narrow = dealt(weights_of(view, kept), narrowed, track, "narrow")
-    tensors = {f"{name}.weight": weight for name, weight in narrow}
-    return Decision(operations=operations, tensors=tensors)
+    return Decision(
+        operations=tuple(
+            NarrowMlp(reader=name, writers=narrowable[name].writers, channels=kept[name])
+            for name in kept
+        ),
+        tensors={f"{n}.weight": weight for n, weight in measured.each(kept, refitted, "narrow")},
+    )

@@ -1,4 +1,4 @@
-"""From what the user set to complete options: presets, defaults, and keys without effect."""
+"""Completion of user options: presets, defaults, and keys without effect."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
@@ -11,18 +11,18 @@ T = TypeVar("T")
 
 
 def keys_of(options: type[Any]) -> tuple[str, ...]:  # Any: a dataclass has no type of its own
-    """Return the keys of one of the classes of options."""
+    """Return the keys of an options class."""
     return tuple(field.name for field in fields(options))
 
 
 def given(config: MethodConfig, options: type[Any]) -> dict[str, Any]:  # Any: values of all types
-    """Return the keys of a class of options that are set, as arguments."""
+    """Return the keys of an options class that are set, as arguments."""
     values = {key: getattr(config, key) for key in keys_of(options)}
     return {key: value for key, value in values.items() if value is not None}
 
 
 def filled(config: MethodConfig, defaults: object, unused: Collection[str] = ()) -> MethodConfig:
-    """Return options with defaults for the keys that are not set, but for those without effect."""
+    """Return options with defaults for unset keys, except for the unused ones."""
     wanted = {key: value for key, value in vars(defaults).items() if key not in unused}
     return replace(config, **{k: v for k, v in wanted.items() if getattr(config, k) is None})
 
@@ -30,13 +30,13 @@ def filled(config: MethodConfig, defaults: object, unused: Collection[str] = ())
 def refuse_ignored(
     config: MethodConfig, keys: Collection[str], reason: str, remedy: str | None = None
 ) -> None:
-    """Refuse keys without effect.
+    """Refuse keys that would have no effect.
 
     Args:
-        config: What the user set.
-        keys: The keys.
-        reason: Why they have none.
-        remedy: What to do instead of leaving them unset.
+        config: The user's options.
+        keys: Keys without effect.
+        reason: Why they have no effect.
+        remedy: An alternative to leaving them unset.
 
     Raises:
         ConfigError: If one of them is set.
@@ -48,18 +48,10 @@ def refuse_ignored(
 
 
 def chosen_preset(config: MethodConfig, known: Mapping[PresetName, T], default: T) -> T:
-    """Return the options that a preset stands for.
-
-    Args:
-        config: What the user set.
-        known: The presets of the method.
-        default: What holds without one.
-
-    Returns:
-        The options.
+    """Return the known options of the configured preset, or the default without one.
 
     Raises:
-        ConfigError: If the preset is one of another method.
+        ConfigError: If the preset belongs to another method.
     """
     if config.preset is None:
         return default
@@ -72,7 +64,7 @@ def chosen_preset(config: MethodConfig, known: Mapping[PresetName, T], default: 
 
 
 def check_share(ratio: float | None) -> None:
-    """Refuse a ``removed_ratio`` that is no share of a model."""
+    """Refuse a ``removed_ratio`` outside (0, 1)."""
     if ratio is not None and not 0 < ratio < 1:
         raise ConfigError(
             f"method.removed_ratio must be above 0 and below 1, got {ratio}: it is the share of "
@@ -81,7 +73,7 @@ def check_share(ratio: float | None) -> None:
 
 
 def named_layers(config: MethodConfig) -> str | None:
-    """Return the key that says which layers, or how many; None if none does."""
+    """Return the key that sets the layers or their number; None if neither is set."""
     if config.layers is not None:
         return "method.layers"
     return None if config.num_layers is None else "method.num_layers"
@@ -90,14 +82,8 @@ def named_layers(config: MethodConfig) -> str | None:
 def resolve_layers(config: MethodConfig) -> MethodConfig:
     """Return options with sorted layers, or with the metric that finds them.
 
-    Args:
-        config: What the user set.
-
-    Returns:
-        The options.
-
     Raises:
-        ConfigError: If it is not clear which layers, or how many.
+        ConfigError: If the layers or their number are missing, ambiguous or out of range.
     """
     if config.removed_ratio is not None and named_layers(config) is None:
         return replace(config, layer_metric=config.layer_metric or "similarity")

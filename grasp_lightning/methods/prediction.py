@@ -1,4 +1,4 @@
-"""What a method would remove, from shapes alone."""
+"""Predicted sizes of a compressed model, from shapes alone."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,15 +23,15 @@ class Prediction:
         dense: Parameters of the model, tied ones counted once.
         most: Parameters after compression, if the smallest layers are chosen.
         least: Parameters after compression, if the largest layers are chosen.
-        num_layers: Number of layers that are replaced or deleted.
-        ranks: Rank by linear, inside one of the layers; empty if layers are deleted.
+        num_layers: Number of replaced or deleted layers.
+        ranks: Rank by linear inside one of the layers; empty if layers are deleted.
         factors: Parameters of the factors alone.
-        layers: The layers that were assumed for ``most``.
-        operations: What is done to them.
-        is_budget: Ranks follow from the data, under one budget for all linears of the layers.
+        layers: The layers assumed for ``most``.
+        operations: The operations on them.
+        is_budget: The data decides on ranks, under one budget for all linears of the layers.
         widths: Kept and original number of channels of every narrowed MLP, by its name; empty for a
             budget.
-        is_removable: Layers or blocks may go as a whole.
+        is_removable: Layers or blocks may be removed as a whole.
     """
 
     dense: int
@@ -71,8 +71,8 @@ class Outlook(NamedTuple):
     """What a method would do to some layers.
 
     Attributes:
-        operations: What is done; of a budget, operations of about its size.
-        size: Parameters of the whole model after it.
+        operations: The operations; for a budget, operations of about its size.
+        size: Parameters of the whole model after them.
         factors: Parameters of the factors alone.
     """
 
@@ -82,7 +82,7 @@ class Outlook(NamedTuple):
 
 
 def outlook_of(view: DecoderView, operations: tuple[Operation, ...]) -> Outlook:
-    """Return the outlook of operations that are known beforehand."""
+    """Return the outlook of operations that are known in advance."""
     linears = view.all_linears()
     cut = [(rank, linears[module]) for op in operations for module, rank in op.ranks.items()]
     factors = sum(factor_parameters(k, x.out_features, x.in_features) for k, x in cut)
@@ -92,16 +92,9 @@ def outlook_of(view: DecoderView, operations: tuple[Operation, ...]) -> Outlook:
 def predict_layers(
     view: DecoderView, candidates: Layers, count: int, outlook: Callable[[Layers], Outlook]
 ) -> Prediction:
-    """Return what would be removed if some of a model's layers were chosen.
+    """Predict the sizes if ``count`` of the candidate layers were chosen.
 
-    Args:
-        view: The dense model; its weights may be on the meta device.
-        candidates: Layers that may be chosen.
-        count: How many of them are.
-        outlook: What is done to chosen layers.
-
-    Returns:
-        The prediction.
+    The model is dense, and its weights may be on the meta device.
     """
     by_size = sorted(candidates, key=lambda index: count_parameters(view.layer(index)))
     choices = [tuple(sorted(layers)) for layers in (by_size[:count], by_size[-count:])]
@@ -126,15 +119,7 @@ def predict_layers(
 def narrowed_widths(
     view: DecoderView, operations: Iterable[Operation]
 ) -> dict[str, tuple[int, int]]:
-    """Return how wide operations leave the MLPs that they narrow.
-
-    Args:
-        view: The model before.
-        operations: What is done.
-
-    Returns:
-        Name of the MLP in the original model -> number of kept and of original channels.
-    """
+    """Return kept and original number of channels of every narrowed MLP, by its original name."""
     narrowed = [op for op in operations if isinstance(op, NarrowMlp)]
     readers = {op: view.dense_modules(view.layer_of(op.reader) or 0) for op in narrowed}
     return {

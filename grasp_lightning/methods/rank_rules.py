@@ -1,4 +1,4 @@
-"""How many components each weight keeps: the rank rule of low-rank methods."""
+"""Rank rules of low-rank methods: how many components each weight keeps."""
 
 import math
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ from grasp_lightning.plan import OptionValue
 Shapes = Mapping[str, tuple[int, int]]
 """Output and input features ``(N, M)`` of every weight that may be cut, by module."""
 
-_TOLERANCE = 1e-3  # share of the model by which a removed ratio may be missed
+_TOLERANCE = 1e-3  # of a removed ratio, as a share of the model
 
 
 class RankRule(ABC):
@@ -34,23 +34,12 @@ class RankRule(ABC):
 
     @abstractmethod
     def ranks(self, shapes: Shapes) -> dict[str, int]:
-        """Return the rank of every weight that gets smaller.
-
-        Args:
-            shapes: All weights of all chosen layers.
-
-        Returns:
-            Rank by module, in the order of ``shapes``.
-        """
+        """Return the rank of every weight that gets smaller, in the order of ``shapes``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UniformRanks(RankRule):
-    """Every weight keeps the same share of its parameters: the paper's rule.
-
-    Attributes:
-        keep_ratio: The share, in (0, 1).
-    """
+    """Every weight keeps the same share of its parameters, in (0, 1): the paper's rule."""
 
     keep_ratio: float
 
@@ -60,26 +49,19 @@ class UniformRanks(RankRule):
         return {"keep_ratio": self.keep_ratio}
 
     def ranks(self, shapes: Shapes) -> dict[str, int]:
-        """Return the largest rank of every weight within the ratio, at least 1.
-
-        Args:
-            shapes: The weights.
-
-        Returns:
-            Rank by module; dense where factors would not be smaller.
-        """
+        """Return the largest rank within the ratio, at least 1, for weights that get smaller."""
         ranks = {name: rank_for_keep_ratio(self.keep_ratio, *shapes[name]) for name in shapes}
         return {name: rank for name, rank in ranks.items() if not stays_dense(rank, *shapes[name])}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BudgetRanks(RankRule):
-    """One keep ratio for all weights, solved so that a number of parameters goes.
+    """One keep ratio for all weights, solved so that a number of parameters is removed.
 
-    What rounding leaves over goes back as rank, so that less than one rank unit is missing.
+    Parameters left over by rounding are spent on ranks until less than one rank unit is missing.
 
     Attributes:
-        removed_ratio: Share of all the model's parameters that goes.
+        removed_ratio: Share of the whole model to remove.
         num_parameters: Parameters of the whole dense model.
     """
 
@@ -88,18 +70,11 @@ class BudgetRanks(RankRule):
 
     @property
     def options(self) -> Mapping[str, OptionValue]:
-        """The share of the model that goes."""
+        """The removed share of the model."""
         return {"removed_ratio": self.removed_ratio}
 
     def ranks(self, shapes: Shapes) -> dict[str, int]:
-        """Return ranks that spend what may stay of the weights, and not more.
-
-        Args:
-            shapes: All weights of all chosen layers.
-
-        Returns:
-            Rank by module; dense where factors cannot be smaller.
-        """
+        """Return ranks that spend the budget and no more; weights that cannot shrink stay dense."""
         shapes = {name: shape for name, shape in shapes.items() if not stays_dense(1, *shape)}
         dense = sum(rows * columns for rows, columns in shapes.values())
         kept = dense - round(self.removed_ratio * self.num_parameters)
@@ -112,7 +87,7 @@ class BudgetRanks(RankRule):
         unit = max((sum(shape) for shape in shapes), default=0)
         if least <= kept <= most + max(_TOLERANCE * self.num_parameters, unit):
             return
-        # Rounded inwards, so that both ends can be asked for.
+        # Rounded inwards, so that both ends can be requested.
         smallest, largest = ((dense - size) / self.num_parameters for size in (most, least))
         advice = "; choose more layers" if kept < least else ""
         raise ConfigError(
@@ -123,7 +98,7 @@ class BudgetRanks(RankRule):
 
 
 def configured_rule(config: MethodConfig, view: DecoderView) -> RankRule:
-    """Return the rule that gives every weight one ratio, the one set or the one solved for."""
+    """Return the rule that applies one ratio to every weight, either set or solved for."""
     if config.removed_ratio is not None:
         size = count_parameters(view.model)
         return BudgetRanks(removed_ratio=config.removed_ratio, num_parameters=size)

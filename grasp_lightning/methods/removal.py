@@ -1,4 +1,4 @@
-"""Decoder layers, and attention and MLP blocks, that may go as a whole at a measured price."""
+"""Decoder layers, and attention and MLP blocks, that can be removed at a measured price."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -22,23 +22,16 @@ _KEY = "{name}.removal"
 def removable_parts(
     view: DecoderView, layers: Sequence[int], choice: RemovableChoice
 ) -> tuple[Removable, ...]:
-    """Return what may go as a whole.
+    """Return every layer that may be removed as a whole, each followed by its blocks.
 
-    If all layers of the model may be compressed, the first of them stays, so that one is left; so
-    do layers without which the rest would not save, load or generate.
-    Blocks are the linears of attention, and those of an MLP whose channels can be told apart, each
-    as far as nothing in it is replaced already: no mixture of experts, no convolution.
-
-    Args:
-        view: The dense model; its weights may be on the meta device.
-        layers: Numbers of the layers that may be compressed, ascending.
-        choice: What is asked for.
-
-    Returns:
-        Every layer, followed by its blocks; no layers where they compute with their numbers.
+    If all layers of the model may be compressed, the first one stays, so that one is left. Layers
+    that the model needs to save, load or generate stay as well, and so do all layers of a model
+    whose layers compute with their numbers. Blocks are the linears of attention, and those of an
+    MLP with separable channels, if nothing in them is replaced yet: no mixture of experts, no
+    convolution. The weights may be on the meta device.
 
     Raises:
-        ConfigError: If layers alone are asked for, and none of this model can be dropped.
+        ConfigError: If only layers are requested, and none of this model can be dropped.
     """
     if choice == "none":
         return ()
@@ -86,14 +79,9 @@ def _blocks(view: DecoderView, index: int) -> Iterator[Removable]:
 def removal_operations(
     removable: Iterable[Removable], names: Iterable[str]
 ) -> tuple[RemoveBlock | DropLayers, ...]:
-    """Return the removal of some layers and blocks.
+    """Remove the named parts: one operation per block, and one at the end for all layers.
 
-    Args:
-        removable: What may go.
-        names: Names of what goes; no block is in a layer that goes.
-
-    Returns:
-        One operation for each block, and one at the end for all layers.
+    No named block may be in a named layer.
     """
     by_name, gone = {part.name: part for part in removable}, set(names)
     removed = [part for name, part in by_name.items() if name in gone]
@@ -103,11 +91,11 @@ def removal_operations(
 
 
 def stored_prices(losses: Mapping[str, float]) -> dict[str, Tensor]:
-    """Return measured prices as they are stored among the scores."""
+    """Return the measured prices by their storage names."""
     return {_KEY.format(name=name): tensor([loss]) for name, loss in losses.items()}
 
 
 def read_price(name: str, scores: Mapping[str, Tensor]) -> float | None:
-    """Return the stored price of a layer or block; None where there is none."""
+    """Return the stored price of a layer or block; None if it has none."""
     price = scores.get(_KEY.format(name=name))
     return None if price is None else float(price)

@@ -1,7 +1,7 @@
 """Truncation of weights in a measured metric."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -22,57 +22,47 @@ from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
 from grasp_lightning.stats.base import Moments, Needs, Removable, Statistics, Step
 
 CURVATURE = "curvature"
+T = TypeVar("T")
 
 
-def component_losses(
-    view: DecoderView,
-    modules: Sequence[str],
-    metric: Metric,
-    moments: Mapping[str, Moments],
-    track: Track,
-) -> dict[str, Tensor]:
-    """Return what dropping each component of some weights costs; several processes share the work.
+@dataclass(frozen=True)
+class Measured:
+    """Dense weights with their moments, and the metric that judges changes of them."""
 
-    Args:
-        view: The dense model.
-        modules: Full names of the linears.
-        metric: How weights are truncated.
-        moments: What was measured, by module.
-        track: Shows the progress.
+    view: DecoderView
+    metric: Metric
+    moments: Mapping[str, Moments]
+    track: Track
 
-    Returns:
-        ``(K,)`` by module, descending, float64, on the CPU.
-    """
+    def each(
+        self, modules: Iterable[str], work: Callable[[str, Tensor, Moments], T], description: str
+    ) -> Iterator[tuple[str, T]]:
+        """Apply a function to some weights and their moments; the processes share the work."""
 
-    def losses(name: str, weight: Tensor) -> Tensor:
-        return metric.losses(weight, moments_beside(weight, moments.get(name))).cpu()
+        def on_device(name: str, weight: Tensor) -> T:
+            moments = self.moments.get(name)
+            found = {field.name: getattr(moments, field.name, None) for field in fields(Moments)}
+            moved = {k: None if v is None else v.to(weight.device) for k, v in found.items()}
+            return work(name, weight, Moments(**moved))
 
-    return dict(dealt(weights_of(view, modules), losses, track, "predict losses"))
+        return dealt(weights_of(self.view, modules), on_device, self.track, description)
 
 
-def truncated(
-    view: DecoderView,
-    ranks: Mapping[str, int],
-    metric: Metric,
-    moments: Mapping[str, Moments],
-    track: Track,
-) -> Decision:
-    """Return the best factors of some weights in a metric; several processes share the work.
+def component_losses(measured: Measured, modules: Iterable[str]) -> dict[str, Tensor]:
+    """Return the loss of each component of some weights, ``(K,)``, descending, float64."""
 
-    Args:
-        view: The dense model.
-        ranks: Rank by module.
-        metric: How weights are truncated.
-        moments: What was measured, by module.
-        track: Shows the progress.
+    def losses(_: str, weight: Tensor, moments: Moments) -> Tensor:
+        return measured.metric.losses(weight, moments).cpu()
 
-    Returns:
-        One ``FactorizeLinear`` per rank with its factors, and as scores what dropping each
-        component costs.
-    """
+    return dict(measured.each(modules, losses, "predict losses"))
 
-    def factors_of(name: str, weight: Tensor) -> tuple[Tensor, ...]:
-        basis = metric.decompose(weight, moments_beside(weight, moments.get(name)))
+
+def truncated(measured: Measured, ranks: Mapping[str, int]) -> Decision:
+    """Return the optimal factors of some weights; the scores are losses of their components."""
+    metric = measured.metric
+
+    def factors_of(name: str, weight: Tensor, moments: Moments) -> tuple[Tensor, ...]:
+        basis = metric.decompose(weight, moments)
         factors = balanced_factors(even_norms(basis), range(ranks[name]))
         scores = metric.of_singular_values(basis.s)
         return tuple(part.cpu() for part in (*factors, basis.s, scores))
@@ -80,7 +70,7 @@ def truncated(
     operations: list[FactorizeLinear] = []
     tensors: dict[str, Tensor] = {}
     stored: dict[str, Tensor] = {}
-    for name, found in dealt(weights_of(view, ranks), factors_of, track, "factorize"):
+    for name, found in measured.each(ranks, factors_of, "factorize"):
         left, right, values, scores = found
         tensors |= {f"{name}.left": left, f"{name}.right": right}
         stored |= {f"{name}.singular_values": values.float(), f"{name}.scores": scores.float()}
@@ -94,12 +84,6 @@ def weights_of(view: DecoderView, modules: Iterable[str]) -> dict[str, Tensor]:
     return {name: linears[name].weight.detach() for name in modules}
 
 
-def moments_beside(weight: Tensor, moments: Moments | None) -> Moments:
-    """Return what was measured of a linear, on the device of its weight."""
-    values = {field.name: getattr(moments, field.name, None) for field in fields(Moments)}
-    return Moments(**{k: None if v is None else v.to(weight.device) for k, v in values.items()})
-
-
 class _Rule(Protocol):
     @property
     def options(self) -> Mapping[str, OptionValue]: ...
@@ -109,15 +93,15 @@ R = TypeVar("R", bound=_Rule)
 
 
 class MetricMethod(LayerwiseMethod, Generic[R]):
-    """Truncates weights in a measured metric, the largest components first.
+    """Truncates weights in a measured metric, keeping the largest components.
 
     Args:
-        name: Name under which the plan and the model card know the method.
-        reference: Publication that the metric follows.
+        name: Method name in the plan and the model card.
+        reference: Publication of the metric.
         layers: How layers are chosen.
-        metric: How large a change of a weight counts.
+        metric: How much a change of a weight counts.
         rule: How much each weight keeps.
-        refit: How what was cut is fitted once more.
+        refit: How the cut weights are refitted.
         track: Shows the progress of factorisations.
     """
 
@@ -151,7 +135,7 @@ class MetricMethod(LayerwiseMethod, Generic[R]):
         ranks: Mapping[str, int] | None = None,
         removables: tuple[Removable, ...] = (),
     ) -> Step:
-        """Return the step that measures what the metric needs of some linears."""
+        """Return the step that measures what the metric needs for some linears."""
         needs = Needs(
             moments=tuple(name for name in model.all_linears() if name in modules),
             moment_kinds=self._metric.moment_kinds,
@@ -162,7 +146,7 @@ class MetricMethod(LayerwiseMethod, Generic[R]):
 
 
 class Truncation(MetricMethod[RankRule]):
-    """Truncates weights to ranks that their shapes tell."""
+    """Truncates weights to ranks that depend on their shapes only."""
 
     def _step(self, model: DecoderView, plan: Plan, layers: Layers) -> Step | None:
         waiting = waiting_ranks(model, plan, layers, self._rule)
@@ -170,8 +154,8 @@ class Truncation(MetricMethod[RankRule]):
 
     def _decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
         assert step.ranks is not None  # _step has set them
-        cut = truncated(model, step.ranks, self._metric, stats.moments, self._track)
-        return replace(cut, refit=self._refit)
+        measured = Measured(model, self._metric, stats.moments, self._track)
+        return replace(truncated(measured, step.ranks), refit=self._refit)
 
     def _outlook(self, view: DecoderView, layers: Layers) -> Outlook:
         return outlook_of(view, factorize_operations(view, layers, self._rule))
