@@ -15,7 +15,7 @@ from grasp_lightning.data.windows import TokenWindows, pack_windows
 from grasp_lightning.errors import DataError
 
 CANDIDATE_FACTOR = 4
-"""Calibration stops reading documents at this many times the windows it needs."""
+"""Calibration reads documents until it has this many times the windows it needs."""
 
 
 def calibration_windows(
@@ -27,26 +27,22 @@ def calibration_windows(
     *,
     sample: Sampler | None = None,
 ) -> TokenWindows:
-    """Draw the windows that scores are measured on, or that a model is trained on.
+    """Draw the ``num_samples`` windows for calibration or training.
 
     The seed shuffles the documents. They are read until there are ``CANDIDATE_FACTOR`` times as
-    many windows as needed (a shard of C4 has hundreds of times as many), or all are read, and a
-    second draw takes ``num_samples`` of these: of one document, every window can be drawn. Of
-    several sources each gives what it would give alone, and their windows are interleaved. An
-    option out of range or without effect is a ``ConfigError``, a corpus that cannot be read or has
-    too little text a ``DataError``.
+    many windows as needed (a shard of C4 has hundreds of times as many); a second draw selects from
+    these, so every window of a document can be drawn. With several sources, each contributes the
+    windows it would give alone, and these are interleaved. An option that is out of range or
+    without effect is a ``ConfigError``, a corpus that is unreadable or too short a ``DataError``.
 
     Args:
-        config: Section ``calibration`` of the configuration.
-        tokenizer: Tokenizer of the model.
-        seed: Seed of all draws.
+        seed: Seed for all draws.
         part: Name of the section, for messages.
-        asked: How the section asks for so many windows; None: by its ``num_samples``.
+        asked: How the section asks for this many windows; None: by its ``num_samples``.
         sample: Writes text with the model, for ``source: self``.
 
     Returns:
-        ``num_samples`` full windows, those of each source in the order in which they stand in the
-        shuffled corpus.
+        Full windows; those of each source keep the order of its shuffled corpus.
     """
     check_values(config, f"{part}.")
     sources = mixture_parts(config, part)
@@ -69,17 +65,9 @@ def calibration_windows(
 def evaluation_windows(
     config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
 ) -> TokenWindows:
-    """Cut the held-out text into windows, from its start.
+    """Cut the held-out text into windows from its start, ``num_samples`` at most.
 
-    An option out of range or without effect is a ``ConfigError``, a corpus that cannot be read or
-    has too little text a ``DataError``.
-
-    Args:
-        config: Section ``evaluation`` of the configuration.
-        tokenizer: Tokenizer of the model.
-
-    Returns:
-        The first ``num_samples`` windows, or all.
+    Errors are those of ``calibration_windows``.
     """
     check_values(config, "evaluation.")
     documents = read_documents(config, "evaluation")

@@ -1,4 +1,4 @@
-"""Where text comes from: the embedded corpus, the hub, or a local file."""
+"""Sources of text: the embedded corpus, the hub, or a local file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,14 @@ from grasp_lightning.data.rows import ALL_ROWS, RowRange
 from grasp_lightning.errors import ConfigError, DataError
 
 Part = Literal["calibration", "evaluation", "text"]
-"""What the text is for; also the section of the configuration that asks for it."""
+"""Purpose of the text, and name of the section of the configuration."""
 
 SOURCES = ("pydoc", *HUB_CORPORA, "file")
 _DEFAULT_FIELD = "text"
 
 
 class Corpus(Protocol):
-    """What names one text: section ``evaluation``, or a part of section ``calibration``."""
+    """Names one text: section ``evaluation``, or a part of section ``calibration``."""
 
     @property
     def source(self) -> str:
@@ -35,35 +35,23 @@ class Corpus(Protocol):
 
     @property
     def field(self) -> str:
-        """Column that holds the text of .jsonl and .parquet files."""
+        """Column of the text in .jsonl and .parquet files."""
 
     @property
     def rows(self) -> str | None:
-        """Rows of a .jsonl or .parquet file, as ``RowRange.parse`` takes them; None for all."""
+        """Rows of a .jsonl or .parquet file, see ``RowRange.parse``; None for all."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Text in pieces that do not continue each other.
-
-    Attributes:
-        texts: The documents, at least one with text.
-        name: What messages call the corpus.
-    """
+    """Unconnected texts, at least one of them not blank, and the corpus's name in messages."""
 
     texts: tuple[str, ...]
     name: str
 
 
 def source_licence(source: str) -> str | None:
-    """Return the conditions of use of a named corpus, as its publishers state them.
-
-    Args:
-        source: Any name that ``calibration.source`` takes.
-
-    Returns:
-        The licence; None for a local file, and for text that the model itself wrote.
-    """
+    """Return the terms of use of a named corpus; None for local files and text of the model."""
     if source == "pydoc":
         return "PSF License Agreement, version 2"
     if source in HUB_INSTRUCTIONS:
@@ -72,18 +60,14 @@ def source_licence(source: str) -> str | None:
 
 
 def read_documents(corpus: Corpus, part: Part) -> Documents:
-    """Read the text that a section of the configuration asks for.
+    """Read the text that a section of the configuration names, in the order of the source.
 
     Args:
-        corpus: The section.
-        part: Which section it is; chooses the default split and names the keys in messages.
-
-    Returns:
-        The documents, in the order of the source.
+        part: The section; chooses the default split and names the keys in messages.
 
     Raises:
         ConfigError: If the source or the split is unknown, or a key has no effect.
-        DataError: If the corpus cannot be read, or has no text.
+        DataError: If the corpus is unreadable or has no text.
     """
     if corpus.source not in SOURCES:
         raise ConfigError(
@@ -112,7 +96,7 @@ def _file_documents(corpus: Corpus, part: Part) -> Documents:
             f"let {part}.path name the file of that split"
         )
     path = Path(corpus.path).expanduser()
-    rows = ALL_ROWS if corpus.rows is None else RowRange.parse(corpus.rows, f"{part}.rows")
+    rows = RowRange.parse(corpus.rows, f"{part}.rows")
     if path.suffix.lower() == ".txt":
         _refuse_field(corpus, part, "a .txt file has no columns")
         if rows != ALL_ROWS:

@@ -1,4 +1,4 @@
-"""Samples to train on, for a Lightning Trainer."""
+"""Training samples for a Lightning Trainer."""
 
 import logging
 from abc import abstractmethod
@@ -37,12 +37,12 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingSamples(NamedTuple):
-    """What a model is trained and validated on.
+    """Samples for training and validation.
 
     Attributes:
         train: At least one sample.
-        validation: Other samples; may be none.
-        counts: What became of the samples of the source, for reports.
+        validation: May be empty.
+        counts: What happened to the samples of the source, for reports.
     """
 
     train: TokenSamples
@@ -51,15 +51,14 @@ class TrainingSamples(NamedTuple):
 
 
 class TrainingData(L.LightningDataModule):
-    """Samples to train on, dealt out to optimizer steps, and others to validate on.
+    """Training samples grouped into optimizer steps, and validation samples.
 
-    A Trainer sees one epoch that holds all steps of all epochs (``max_epochs=1``), each a list of
-    micro-batches. Text is read when it is first needed.
+    A Trainer sees one epoch (``max_epochs=1``) that contains the steps of all epochs, each a list
+    of micro-batches. Text is read on first use.
 
     Args:
-        tokenizer: Tokenizer of the model.
         training: Batch sizes, and how long to train.
-        seed: Seed of the validation split and of the order.
+        seed: Seed for the validation split and the sample order.
     """
 
     def __init__(
@@ -73,12 +72,12 @@ class TrainingData(L.LightningDataModule):
     @property
     @abstractmethod
     def order(self) -> BatchOrder:
-        """How samples meet in a batch."""
+        """How samples are grouped into batches."""
 
     @property
     @abstractmethod
     def row_length(self) -> int:
-        """Most tokens of a row."""
+        """Maximum tokens per row."""
 
     @cached_property
     @abstractmethod
@@ -87,7 +86,7 @@ class TrainingData(L.LightningDataModule):
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the samples: their hashes, and the seed."""
+        """Identifies the samples by their hashes and the seed."""
         return {
             "train": self.samples.train.sha256,
             "validation": self.samples.validation.sha256,
@@ -95,39 +94,24 @@ class TrainingData(L.LightningDataModule):
         }
 
     def steps(self) -> TrainingSteps:
-        """Return all optimizer steps, from the first one on.
-
-        Returns:
-            A new sequence of steps.
-        """
+        """Return a new sequence of all optimizer steps."""
         options = StepOptions.of(
             self.training, order=self.order, row_length=self.row_length, seed=self.seed
         )
         return TrainingSteps(self.samples.train, options)
 
     def setup(self, stage: str) -> None:  # noqa: ARG002  # Lightning passes it by name
-        """Read the samples, so that what cannot be read fails before the first step.
-
-        Args:
-            stage: What the Trainer is about to do; the data is the same for all.
-        """
+        """Read the samples, so that unreadable text fails before the first step."""
         _ = self.samples
 
     def train_dataloader(self) -> TrainingSteps:
-        """Return all optimizer steps.
-
-        Returns:
-            A loader whose position is saved with a checkpoint.
-        """
+        """Return all optimizer steps, as a loader whose position is saved in checkpoints."""
         return self.steps()
 
     def val_dataloader(self) -> DataLoader[MicroBatch] | list[object]:
-        """Return the validation samples in micro-batches, always in the same order.
+        """Return the validation samples in micro-batches of fixed order, or an empty list.
 
-        Several processes share them; each gets as many micro-batches.
-
-        Returns:
-            A loader; no loaders if there are no samples.
+        Processes share the samples, and each gets the same number of micro-batches.
         """
         validation = self.samples.validation
         if len(validation) == 0:
@@ -145,15 +129,9 @@ class TrainingData(L.LightningDataModule):
 
 
 class InstructionData(TrainingData):
-    """Instructions with their answers, in the Alpaca template.
+    """Instructions and answers in the Alpaca template, from section ``data``.
 
     A number that is too small is a ``ConfigError``.
-
-    Args:
-        config: Section ``data`` of the configuration.
-        tokenizer: Tokenizer of the model.
-        training: Batch sizes, and how long to train.
-        seed: Seed of the validation split and of the order.
     """
 
     def __init__(
@@ -169,12 +147,12 @@ class InstructionData(TrainingData):
 
     @property
     def order(self) -> BatchOrder:
-        """How samples meet in a batch."""
+        """How samples are grouped into batches."""
         return self.config.order
 
     @property
     def row_length(self) -> int:
-        """Most tokens of a row."""
+        """Maximum tokens per row."""
         return self.config.max_length
 
     @cached_property
@@ -208,17 +186,7 @@ class InstructionData(TrainingData):
 
 
 class TextData(TrainingData):
-    """Windows of plain text.
-
-    Args:
-        config: Section ``text`` of the configuration.
-        tokenizer: Tokenizer of the model.
-        training: Batch sizes, and how long to train.
-        seed: Seed of the choice of windows and of their order.
-
-    Raises:
-        ConfigError: If a number is too small.
-    """
+    """Windows of plain text, from section ``text``; too small a number is a ``ConfigError``."""
 
     def __init__(
         self,
@@ -237,17 +205,17 @@ class TextData(TrainingData):
 
     @property
     def order(self) -> BatchOrder:
-        """How windows meet in a batch; all are equally long."""
+        """Windows all have the same length, so there is nothing to group."""
         return "shuffled"
 
     @property
     def row_length(self) -> int:
-        """Tokens of a window."""
+        """Tokens per window."""
         return self.config.seqlen
 
     @cached_property
     def samples(self) -> TrainingSamples:
-        """The windows, read on first access; too short a text is a ``DataError``."""
+        """The windows, read on first access; a text that is too short is a ``DataError``."""
         config = self.config
         windows = calibration_windows(
             CalibrationConfig(
