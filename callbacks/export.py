@@ -11,14 +11,13 @@ from grasp_lightning.training.compensation import merge_adapters
 
 
 class ExportMergedModel(L.Callback):
-    """Leaves a model without adapters after a fit, with as many parameters as before it.
+    """Merges adapters after a fit, so that the model has as many parameters as before it.
 
     An adapter on a dense linear is added to its weight; adapters on the factors of a low-rank
-    linear are added to these factors, so that it stays low-rank.
+    linear are added to the factors, so it stays low-rank.
 
     Args:
-        folder: Where the merged model is written as a Hugging Face folder; None only merges.
-        tokenizer: Saved beside the model.
+        folder: Hugging Face folder for the merged model; None only merges.
     """
 
     def __init__(
@@ -29,10 +28,6 @@ class ExportMergedModel(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge and write.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: A ``CompensationModule``.
 
         Raises:
             RuntimeError: If nothing was made trainable.

@@ -12,9 +12,9 @@ from grasp_lightning.data.instruction_files import (
     read_instructions,
 )
 from grasp_lightning.data.instructions import alpaca_prompt
-from grasp_lightning.data.mixture import INSTRUCTIONS, MixturePart
+from grasp_lightning.data.mixture import INSTRUCTIONS
 from grasp_lightning.data.rows import ALL_ROWS, RowRange
-from grasp_lightning.data.sources import Documents, Part, read_documents
+from grasp_lightning.data.sources import Documents, MixturePart, Part, read_documents
 from grasp_lightning.errors import DataError
 
 # Some templates insert the date, but the text must not change from day to day. This date is the
@@ -62,10 +62,7 @@ def chat_text(sample: InstructionSample, tokenizer: PreTrainedTokenizerBase) -> 
     try:
         template = tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(
-            [
-                {"role": "user", "content": request},
-                {"role": "assistant", "content": sample.output},
-            ],
+            [{"role": "user", "content": request}, {"role": "assistant", "content": sample.output}],
             chat_template=_FIXED_DAY + template if "strftime_now" in template else template,
             tokenize=False,
         )

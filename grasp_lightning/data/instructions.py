@@ -162,7 +162,7 @@ def tokenize_instructions(
         )
     prefix = _prefix(tokenizer, add_bos)
     suffix = [tokenizer.eos_token_id] if add_eos else []
-    counts: Counter[str] = Counter()
+    counts = Counter(cut=0, cut_prompts=0, no_answer=0)
     ids, targets = [], []
     samples = [sample for sample in instructions.samples if sample.output.strip()]
     for num_prompt, tokens in _tokenized(samples, tokenizer, prefix):
@@ -174,14 +174,9 @@ def tokenize_instructions(
         ids.append(torch.tensor([*tokens, *suffix][:max_length]))
         targets.append(torch.ones(len(ids[-1]), dtype=torch.bool))
         targets[-1][: 1 if train_on_inputs else max(num_prompt, 1)] = False
-    result = SampleCounts(
-        read=len(instructions),
-        empty=len(instructions) - len(samples),
-        cut=counts["cut"],
-        cut_prompts=counts["cut_prompts"],
-        no_answer=counts["no_answer"],
-    )
-    if len(instructions) > 0 and result.kept == 0:
+    num_read = len(instructions)
+    result = SampleCounts(read=num_read, empty=num_read - len(samples), **counts)
+    if num_read > 0 and result.kept == 0:
         raise DataError(
             f"{instructions.name} has no sample with an answer within max_length {max_length}: "
             f"{result}; raise max_length"

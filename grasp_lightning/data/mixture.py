@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
@@ -11,7 +10,7 @@ from grasp_lightning.config import CalibrationConfig
 from grasp_lightning.data.hub import HUB_CORPORA
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.rows import RowRange
-from grasp_lightning.data.sources import SOURCES, Part
+from grasp_lightning.data.sources import DEFAULT_FIELD, SOURCES, MixturePart, Part
 from grasp_lightning.errors import ConfigError
 
 INSTRUCTIONS = "instructions"
@@ -21,24 +20,6 @@ CALIBRATION_SOURCES = (*SOURCES, INSTRUCTIONS, *HUB_INSTRUCTIONS, SELF)
 
 _WITH_FILE = ("file", INSTRUCTIONS)
 _WITH_SPLITS = ("pydoc", *HUB_CORPORA)
-_DEFAULT_FIELD = "text"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixturePart:
-    """One source of calibration text, with the keys that apply to it: a ``Corpus``.
-
-    Attributes:
-        source: One of ``CALIBRATION_SOURCES``.
-        num_samples: Number of its windows, at least 1.
-    """
-
-    source: str
-    num_samples: int
-    path: str | None = None
-    rows: str | None = None
-    split: str | None = None
-    field: str = _DEFAULT_FIELD
 
 
 def mixture_parts(config: CalibrationConfig, part: Part) -> tuple[MixturePart, ...]:
@@ -78,7 +59,7 @@ def mixture_parts(config: CalibrationConfig, part: Part) -> tuple[MixturePart, .
             path=path,
             rows=range_,
             split=config.split if source in _WITH_SPLITS else None,
-            field=config.field if _has_columns(source, path) else _DEFAULT_FIELD,
+            field=config.field if _has_columns(source, path) else DEFAULT_FIELD,
         )
         for source, count, path, range_ in zip(sources, counts, paths, rows, strict=True)
     )
@@ -203,7 +184,7 @@ def _refuse_unread(config: CalibrationConfig, parts: Sequence[MixturePart], part
         raise ConfigError(
             f"{part}.split {config.split!r} has no effect with {part}.source {sources}; remove it"
         )
-    if config.field != _DEFAULT_FIELD and all(one.field == _DEFAULT_FIELD for one in parts):
+    if config.field != DEFAULT_FIELD and all(one.field == DEFAULT_FIELD for one in parts):
         raise ConfigError(
             f"{part}.field {config.field!r} has no effect with {part}.source {sources}: no .jsonl "
             "or .parquet file of source file is read; remove it"

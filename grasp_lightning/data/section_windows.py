@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerBase
 from grasp_lightning.config import CalibrationConfig, EvaluationConfig
 from grasp_lightning.config.values import check_values
 from grasp_lightning.data.chat import calibration_documents
-from grasp_lightning.data.mixture import SELF, MixturePart, interleaved, mixture_parts
+from grasp_lightning.data.mixture import SELF, interleaved, mixture_parts
 from grasp_lightning.data.self_text import Sampler, self_text
-from grasp_lightning.data.sources import Documents, Part, read_documents
+from grasp_lightning.data.sources import MixturePart, Part, read_documents
 from grasp_lightning.data.windows import TokenWindows, pack_windows
 from grasp_lightning.errors import DataError
 
@@ -52,13 +52,8 @@ def calibration_windows(
             asked = f"num_samples is {config.num_samples}, {source.num_samples} of {source.source}"
         if source.source == SELF:
             drawn.append(_written(source, config, tokenizer, seed, sample))
-            continue
-        documents = calibration_documents(source, tokenizer, part)
-        drawn.append(
-            _drawn(
-                documents, source.num_samples, config, tokenizer, seed=seed, part=part, asked=asked
-            )
-        )
+        else:
+            drawn.append(_drawn(source, config, tokenizer, seed, part=part, asked=asked))
     return _joined(drawn).select(interleaved([len(windows) for windows in drawn]))
 
 
@@ -86,16 +81,15 @@ def evaluation_windows(
 
 
 def _drawn(
-    documents: Documents,
-    num_samples: int,
+    source: MixturePart,
     config: CalibrationConfig,
     tokenizer: PreTrainedTokenizerBase,
-    *,
     seed: int,
+    *,
     part: Part,
     asked: str | None,
 ) -> TokenWindows:
-    """Draw windows from one corpus."""
+    documents = calibration_documents(source, tokenizer, part)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents.texts), generator=generator).tolist()
     windows = pack_windows(
@@ -103,10 +97,10 @@ def _drawn(
         tokenizer,
         seqlen=config.seqlen,
         add_bos=config.add_bos,
-        enough=CANDIDATE_FACTOR * num_samples,
+        enough=CANDIDATE_FACTOR * source.num_samples,
     )
-    _require_windows(windows, num_samples, documents.name, part, asked)
-    chosen = torch.randperm(len(windows), generator=generator)[:num_samples]
+    _require_windows(windows, source.num_samples, documents.name, part, asked)
+    chosen = torch.randperm(len(windows), generator=generator)[: source.num_samples]
     return _with_targets(windows.select(chosen.sort().values), documents.name)
 
 
@@ -117,7 +111,6 @@ def _written(
     seed: int,
     sample: Sampler | None,
 ) -> TokenWindows:
-    """Let the model write windows."""
     if sample is None:
         raise ValueError("source self needs sample, which writes text with the model")
     ids = self_text(
@@ -152,10 +145,9 @@ def _require_windows(
         return
     length = windows.input_ids.shape[1]
     needed = "at least 1 is needed" if num_samples is None else f"num_samples is {num_samples}"
-    needed = asked or needed
     raise DataError(
-        f"{part}: {needed}, but {corpus} gives {len(windows)} windows of {length} tokens; lower "
-        f"{part}.num_samples or {part}.seqlen, or use a longer corpus"
+        f"{part}: {asked or needed}, but {corpus} gives {len(windows)} windows of {length} tokens; "
+        f"lower {part}.num_samples or {part}.seqlen, or use a longer corpus"
     )
 
 

@@ -52,9 +52,5 @@ def self_text(
     special = set(tokenizer.all_special_ids)
     starts = bos_prefix(tokenizer, add_bos) or [id_ for id_ in known if id_ not in special]
     return sample(
-        num_windows,
-        seqlen,
-        starts=torch.tensor(starts),
-        vocabulary=torch.tensor(known),
-        seed=seed,
+        num_windows, seqlen, starts=torch.tensor(starts), vocabulary=torch.tensor(known), seed=seed
     )

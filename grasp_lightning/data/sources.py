@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
+from grasp_lightning.config import EvaluationConfig
 from grasp_lightning.data.files import read_file
 from grasp_lightning.data.hub import HUB_CORPORA, hub_documents
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
@@ -15,31 +16,28 @@ Part = Literal["calibration", "evaluation", "text"]
 """Purpose of the text, and name of the section of the configuration."""
 
 SOURCES = ("pydoc", *HUB_CORPORA, "file")
-_DEFAULT_FIELD = "text"
+DEFAULT_FIELD = "text"
 
 
-class Corpus(Protocol):
-    """Names one text: section ``evaluation``, or a part of section ``calibration``."""
+@dataclass(frozen=True, kw_only=True)
+class MixturePart:
+    """One source of calibration text, with the keys that apply to it.
 
-    @property
-    def source(self) -> str:
-        """Name of the corpus, one of ``SOURCES``."""
+    Attributes:
+        num_samples: Number of its windows, at least 1.
+        rows: Rows of its file, see ``RowRange.parse``; None for all.
+        split: Part of the corpus; None for the default.
+    """
 
-    @property
-    def path(self) -> str | None:
-        """File of ``source: file``."""
+    source: str
+    num_samples: int
+    path: str | None = None
+    rows: str | None = None
+    split: str | None = None
+    field: str = DEFAULT_FIELD
 
-    @property
-    def split(self) -> str | None:
-        """Part of the corpus; None for the default."""
 
-    @property
-    def field(self) -> str:
-        """Column of the text in .jsonl and .parquet files."""
-
-    @property
-    def rows(self) -> str | None:
-        """Rows of a .jsonl or .parquet file, see ``RowRange.parse``; None for all."""
+Corpus = EvaluationConfig | MixturePart
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def _refuse_file_keys(corpus: Corpus, part: Part) -> None:
 
 
 def _refuse_field(corpus: Corpus, part: Part, reason: str) -> None:
-    if corpus.field != _DEFAULT_FIELD:
+    if corpus.field != DEFAULT_FIELD:
         raise ConfigError(f"{part}.field {corpus.field!r} has no effect: {reason}; remove it")
 
 

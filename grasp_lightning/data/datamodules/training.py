@@ -161,10 +161,7 @@ class InstructionData(TrainingData):
         config = self.config
         read = read_instructions(config.source, config.path, "data")
         split = split_instructions(
-            read,
-            num_validation=config.num_validation,
-            num_train=config.num_train,
-            seed=self.seed,
+            read, num_validation=config.num_validation, num_train=config.num_train, seed=self.seed
         )
         train, validation = self._tokens(split.train), self._tokens(split.validation)
         if train.counts.kept < train.counts.read:
