@@ -50,11 +50,7 @@ class BestWeights(L.Callback):
 
 
 class StopWithoutProgress(EarlyStopping):
-    """Stops training when the validation loss no longer falls, also right after a resume.
-
-    Args:
-        patience: Number of validations without a lower loss.
-    """
+    """Stops after ``patience`` validations without a lower loss, even right after a resume."""
 
     def __init__(self, patience: int) -> None:
         super().__init__(VALIDATION_LOSS, patience=patience, mode="min")

@@ -59,11 +59,7 @@ class CalibrationCheckpoint(L.Callback):
 
     A checkpoint holds sums over windows and the indices of these windows, never the model: from
     kilobytes to, for Gram matrices, the size of the model. Saving takes at most a twentieth of the
-    time: if it is slow, it happens less often.
-
-    Args:
-        measurement: The callback that measures; it must precede this one in the Trainer.
-        stop: Tells whether the run should end.
+    time: if it is slow, it happens less often. The measurement must precede this callback.
     """
 
     def __init__(

@@ -27,11 +27,7 @@ class ExportMergedModel(L.Callback):
         self._tokenizer = tokenizer
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge and write.
-
-        Raises:
-            RuntimeError: If nothing was made trainable.
-        """
+        """Merge and write; if nothing was made trainable, this is a RuntimeError."""
         module = compensation_module(pl_module)
         if module.trained is None:
             raise RuntimeError("nothing was trained: put TrainableParameters among the callbacks")

@@ -56,7 +56,6 @@ class TrainerMeasure:
     Args:
         log_dir: Folder for the CSV log of the calibration loss; None writes none.
         store: Keeps measurements for a later start; None keeps none.
-        stop: Tells whether the run should end at the next batch.
         max_bytes: Memory limit for the moments of one pass; more are measured in several passes.
         priced_windows: Number of windows on which removals are priced.
         caches: Keep the inputs of layers for later passes, see ``HiddenCache``; not for models
@@ -89,13 +88,7 @@ class TrainerMeasure:
         self._caches = caches
 
     def __call__(self, view: DecoderView, step: Step) -> Statistics:
-        """Run one pass over the windows that are not counted yet.
-
-        A step that needs nothing gives empty statistics, without a pass.
-
-        Raises:
-            ValueError: If the strategy is fsdp, but the model is whole in every process.
-        """
+        """Measure a step on all windows; a step that needs nothing gets empty statistics."""
         if step.needs.is_empty:
             return Statistics()
         check_trainer(self._config, view.model.device)
@@ -254,11 +247,7 @@ class TrainerMeasure:
 
 
 def placement(config: TrainerConfig, device: torch.device) -> dict[str, Any]:
-    """Return ``devices``, ``num_nodes``, ``strategy`` and ``plugins`` for a Trainer.
-
-    Args:
-        device: Device of the model in this process.
-    """
+    """Return the Trainer arguments ``devices``, ``num_nodes``, ``strategy`` and ``plugins``."""
     # The environment was read when the processes joined. Lightning's own plugin for SLURM would
     # requeue from a signal handler, in the middle of a batch.
     plugins = [LightningEnvironment()]
@@ -280,12 +269,7 @@ def check_trainer(
     strategies: Sequence[Strategy] = CALIBRATION_STRATEGIES,
     stage: str = "calibration",
 ) -> None:
-    """Refuse Trainer settings that no pass can follow.
-
-    Args:
-        device: Device of the model.
-        strategies: Strategies that the stage supports.
-        stage: Name of the stage, for the message.
+    """Refuse Trainer settings that no pass of a stage can follow.
 
     Raises:
         ConfigError: If the number of processes or the device differs from the settings, or the

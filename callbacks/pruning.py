@@ -32,11 +32,7 @@ class ReplaceRedundantLayers(L.Callback):
         self._keep_ratio = keep_ratio
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Decide and replace.
-
-        Raises:
-            ConfigError: If the layers were not scored in this fit.
-        """
+        """Decide and replace; if no layer was scored in this fit, this is a ``ConfigError``."""
         module = calibration_module(pl_module)
         choice, scoring = module.layer_choice, _scoring(module)
         if choice is None or scoring is None:

@@ -94,11 +94,7 @@ class StopRequest:
         return number
 
     def check(self) -> None:
-        """End the run here if a signal came.
-
-        Raises:
-            Interrupted: If one did.
-        """
+        """Raise ``Interrupted`` if a signal came."""
         if self.signal_number is not None:
             self._ends = True
             raise Interrupted(self.signal_number)

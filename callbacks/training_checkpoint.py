@@ -22,7 +22,6 @@ class TrainingCheckpoint(L.Callback):
 
     Args:
         store: Lets a function write the checkpoint to a path, in place of an earlier one.
-        stop: Tells whether the run should end.
     """
 
     def __init__(

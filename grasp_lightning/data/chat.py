@@ -30,13 +30,7 @@ _FIXED_DAY = (
 def calibration_documents(
     corpus: MixturePart, tokenizer: PreTrainedTokenizerBase, part: Part
 ) -> Documents:
-    """Read one source of calibration text other than the model itself, in its order.
-
-    Samples without an answer are skipped.
-
-    Raises:
-        DataError: If no sample has an answer.
-    """
+    """Read one source of calibration text, in order, without samples that lack an answer."""
     if corpus.source not in (INSTRUCTIONS, *HUB_INSTRUCTIONS):
         return read_documents(corpus, part)
     instructions = _instructions(corpus, part)

@@ -99,18 +99,8 @@ def hub_documents(source: str, split: str) -> tuple[str, ...]:
     return (join_rows(rows),) if corpus.is_joined else tuple(rows)
 
 
-def load_from_hub(repository: str, label: str, advice: str, **options: Any) -> Any:  # noqa: ANN401  datasets is untyped
-    """Return a data set from the hub or its local cache.
-
-    Args:
-        repository: Name of the data set.
-        label: What messages call it.
-        advice: What to use without internet, for messages.
-        options: Arguments of ``datasets.load_dataset``.
-
-    Raises:
-        DataError: If neither has the data set.
-    """
+def load_from_hub(repository: str, label: str, advice: str, **options: Any) -> Any:  # noqa: ANN401  untyped
+    """Load a data set from the hub or its cache; ``label`` and ``advice`` go into messages."""
     import datasets  # noqa: PLC0415  # slow to import, so loaded on use
 
     try:

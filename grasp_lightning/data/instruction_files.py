@@ -35,12 +35,7 @@ class Instructions:
 
 @dataclass(frozen=True, kw_only=True)
 class HubInstructions:
-    """Instruction samples on the hub, in the columns of ``InstructionSample``.
-
-    Attributes:
-        revision: Commit.
-        licence: Terms of use, as stated by the publishers of Stanford Alpaca.
-    """
+    """Instruction samples on the hub, in the columns of ``InstructionSample``."""
 
     repository: str
     revision: str

@@ -80,15 +80,9 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def interleaved(counts: Sequence[int]) -> list[int]:
-    """Return an order of the windows of several sources in which every prefix is a fair mixture.
+    """Return indices that interleave concatenated sources: every prefix is a fair mixture.
 
-    The windows of each source are spread evenly and keep their order.
-
-    Args:
-        counts: Number of windows per source; the sources are concatenated.
-
-    Returns:
-        Indices of all windows.
+    The windows of each source, ``counts`` of them, are spread evenly and keep their order.
     """
     places = [
         ((2 * position + 1) / count, index)

@@ -15,11 +15,7 @@ from grasp_lightning.reading.text import (
 
 
 def check_data_file(path: Path, suffixes: Sequence[str], expected: str) -> None:
-    """Refuse a path that is not a file with one of the suffixes; ``expected`` describes them.
-
-    Raises:
-        DataError: Describing what was found.
-    """
+    """Refuse a path that is not a file with one of the suffixes, which ``expected`` describes."""
     if path.is_dir():
         raise DataError(f"{path} is a folder; expected {expected}")
     if path.suffix.lower() not in suffixes:
@@ -55,15 +51,7 @@ def read_records(
 
 
 def text_of(record: object, field: str, place: str, expected: str) -> str:
-    """Return the text in a field of a record.
-
-    Args:
-        place: Location of the record, for messages.
-        expected: Fields of a valid record, for messages.
-
-    Raises:
-        DataError: If the field holds no text.
-    """
+    """Return the text of a field; ``place`` and ``expected`` describe the record in messages."""
     if not isinstance(record, Mapping):
         raise DataError(f"{place} is no JSON object; expected one with {expected}")
     if field not in record:

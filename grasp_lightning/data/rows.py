@@ -23,11 +23,7 @@ class RowRange(NamedTuple):
 
     @classmethod
     def parse(cls, text: str | None, key: str) -> Self:
-        """Return the range of a text: ``0-259``, or ``260-`` for all from 260 on; None for all.
-
-        Raises:
-            ConfigError: If it is no range; the message names the key.
-        """
+        """Return the range of ``0-259``, or of ``260-`` for all from 260 on; None: all rows."""
         if text is None:
             return cls(0, None)
         found = _RANGE.fullmatch(text)
@@ -50,16 +46,7 @@ class RowRange(NamedTuple):
         return starts_before_end and (self.last is None or other.first <= self.last)
 
     def cut(self, rows: Sequence[T], name: str, key: str) -> tuple[T, ...]:
-        """Return the rows of the range, at least one.
-
-        Args:
-            rows: All rows of a file.
-            name: The file, for messages.
-            key: Key of the configuration, for messages.
-
-        Raises:
-            DataError: If the file has too few rows.
-        """
+        """Return the rows of the range, at least one; ``name`` and ``key`` are for messages."""
         highest = self.first if self.last is None else self.last
         if highest >= len(rows):
             raise DataError(

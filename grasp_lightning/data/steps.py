@@ -25,13 +25,11 @@ class StepBatch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """How samples are grouped into optimizer steps.
+    """How samples are grouped into optimizer steps; see ``epoch_batches``.
 
     Attributes:
         batch_size: Rows per step.
         micro_batch_size: Rows per forward pass.
-        row_length: Maximum tokens per row.
-        epochs: Number of passes over the samples.
         max_steps: Maximum number of steps; None means no limit beyond ``epochs``.
     """
 

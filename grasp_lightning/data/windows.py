@@ -99,7 +99,7 @@ def own_micro_batches(windows: TokenWindows, batch_size: int) -> list[dict[str, 
     batches = []
     for indices, counts in processes.own_batches(range(len(windows)), batch_size):
         part = windows.select(indices)
-        positions = torch.arange(part.input_ids.shape[1]).expand_as(part.input_ids)
+        positions = torch.arange(part.input_ids.shape[1])
         batches.append(
             {
                 "input_ids": part.input_ids,
@@ -112,11 +112,7 @@ def own_micro_batches(windows: TokenWindows, batch_size: int) -> list[dict[str, 
 
 
 def batches(windows: TokenWindows, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Yield all windows in order, as ``TokenWindows.batch`` gives them.
-
-    Raises:
-        ValueError: If the batch size is below 1.
-    """
+    """Yield all windows in order, as ``TokenWindows.batch`` gives them."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     for start in range(0, len(windows), batch_size):
@@ -124,11 +120,7 @@ def batches(windows: TokenWindows, batch_size: int) -> Iterator[dict[str, Tensor
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase, add_bos: bool) -> list[int]:
-    """Return the beginning-of-sequence token as a list, which is empty without ``add_bos``.
-
-    Raises:
-        ConfigError: If the tokenizer has no such token.
-    """
+    """Return the beginning-of-sequence token as a list, which is empty without ``add_bos``."""
     if not add_bos:
         return []
     if tokenizer.bos_token_id is None:

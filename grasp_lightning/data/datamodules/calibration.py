@@ -1,6 +1,7 @@
 """Calibration windows for a Lightning Trainer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import lightning as L
 from torch import Tensor
@@ -13,8 +14,6 @@ from grasp_lightning.config.values import check_values
 from grasp_lightning.data.section_windows import calibration_windows
 from grasp_lightning.data.self_text import Sampler
 from grasp_lightning.data.windows import TokenWindows
-
-WindowBatch = dict[str, Tensor]
 
 
 class CalibrationData(L.LightningDataModule):
@@ -85,24 +84,24 @@ class CalibrationData(L.LightningDataModule):
         """Build the windows, so that an unreadable corpus fails before the first batch."""
         self._windows = self.windows
 
-    def train_dataloader(self) -> DataLoader[WindowBatch]:
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the batches, in order and not shuffled."""
         # One item is one batch: Lightning replaces samplers, and would change which windows meet.
-        return DataLoader(_WindowBatches(self.windows, self.batches), batch_size=None)
+        windows = self.windows
+        builders = [partial(windows.batch, b) if b else windows.padding for b in self.batches]
+        return DataLoader(LazyBatches(builders), batch_size=None)
 
     predict_dataloader = train_dataloader
 
 
-class _WindowBatches(Dataset[WindowBatch]):
-    """One batch of windows per item."""
+class LazyBatches(Dataset[dict[str, Tensor]]):
+    """Builds each batch when a loader needs it."""
 
-    def __init__(self, windows: TokenWindows, rows: list[list[int]]) -> None:
-        self._windows = windows
-        self._rows = rows
+    def __init__(self, builders: Sequence[Callable[[], dict[str, Tensor]]]) -> None:
+        self._builders = builders
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._builders)
 
-    def __getitem__(self, index: int) -> WindowBatch:
-        rows = self._rows[index]
-        return self._windows.batch(rows) if rows else self._windows.padding()
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self._builders[index]()

@@ -4,12 +4,12 @@ import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning import processes
@@ -21,7 +21,8 @@ from grasp_lightning.config import (
     TrainingConfig,
 )
 from grasp_lightning.config.values import check_values
-from grasp_lightning.data.batching import MicroBatch, Rows, TokenSamples, collate, epoch_batches
+from grasp_lightning.data.batching import MicroBatch, TokenSamples, collate, epoch_batches
+from grasp_lightning.data.datamodules.calibration import LazyBatches
 from grasp_lightning.data.instruction_files import Instructions, read_instructions
 from grasp_lightning.data.instructions import (
     TokenizedInstructions,
@@ -37,13 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingSamples(NamedTuple):
-    """Samples for training and validation.
-
-    Attributes:
-        train: At least one sample.
-        validation: May be empty.
-        counts: What happened to the samples of the source, for reports.
-    """
+    """Training samples (at least one), validation samples, and counts of all for reports."""
 
     train: TokenSamples
     validation: TokenSamples
@@ -124,8 +119,9 @@ class TrainingData(L.LightningDataModule):
             seed=0,
             epoch=0,
         )
-        own = [(batch[0], counts) for batch, counts in processes.own_batches(rows, 1)]
-        return DataLoader(_MicroBatches(validation, own), batch_size=None)
+        own = processes.own_batches(rows, 1)
+        builders = [partial(collate, validation, part[0], counts=counts) for part, counts in own]
+        return DataLoader(LazyBatches(builders), batch_size=None)
 
 
 class InstructionData(TrainingData):
@@ -242,18 +238,3 @@ class TextData(TrainingData):
 
 def _as_samples(windows: TokenWindows) -> TokenSamples:
     return TokenSamples.from_rows([*windows.input_ids], [*windows.targets])
-
-
-class _MicroBatches(Dataset[MicroBatch]):
-    """One micro-batch per item."""
-
-    def __init__(self, samples: TokenSamples, batches: list[tuple[Rows, bool]]) -> None:
-        self._samples = samples
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> MicroBatch:
-        rows, counts = self._batches[index]
-        return collate(self._samples, rows, counts=counts)
