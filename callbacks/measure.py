@@ -188,7 +188,7 @@ class TrainerMeasure:
     def _cached(
         self, module: CalibrationModule, step: Step, data: CalibrationData
     ) -> Iterator[None]:
-        """Start a pass at the layer where the model has changed since an earlier one."""
+        """Skip the first layers of a pass if they have not changed since an earlier one."""
         if not (step.layers and self._caches):
             yield
             return

@@ -38,7 +38,7 @@ class MeasureInFit(L.Callback):
         timed: Returns a block whose time counts as evaluation.
 
     Attributes:
-        before: Perplexity, and validation loss; None without validation samples.
+        before: Perplexity, and validation loss (None without validation samples).
         after: The same after training.
     """
 

@@ -60,7 +60,7 @@ def calibration_windows(
 def evaluation_windows(
     config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
 ) -> TokenWindows:
-    """Cut the held-out text into windows from its start, ``num_samples`` at most.
+    """Return the first ``num_samples`` windows of the held-out text; None takes all.
 
     Errors are those of ``calibration_windows``.
     """
