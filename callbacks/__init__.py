@@ -1,6 +1,6 @@
 """Lightning callbacks that measure, compress and train: glue between library and Trainer.
 
-The package is ``grasp_lightning.callbacks``. Its folder lies at the top of a checkout, where
+The package is ``grasp_lightning.callbacks``. In a checkout its folder is at the top, where
 ``import callbacks`` gives the same modules.
 """
 

@@ -24,18 +24,18 @@ class SingularAttribution(Measurement):
     """Scores the singular components of the linears of redundant layers.
 
     The model runs dense: the gradients of U, s and V follow from the input and the output gradient
-    of each linear. After ``LayerSimilarity`` it works in the second epoch, on the layers chosen
-    there; with explicit ``layers`` in the first.
+    of each linear. After ``LayerSimilarity`` it runs in the second epoch, on the chosen layers;
+    with explicit ``layers`` it runs in the first.
 
     Source: Liu et al., "GRASP", arXiv:2501.00339, Eq. 6.
 
     Args:
-        layers: Indices of decoder layers; None takes those that ``LayerSimilarity`` has chosen.
+        layers: Indices of decoder layers; None takes those that ``LayerSimilarity`` chooses.
         terms: Score all of u, s and v, or s alone.
         reduction: How per-window scores are combined.
         score: Score theta * dL/dtheta, or dL/dtheta alone.
-        track: Shows the progress of the factorisation.
-        step: Measure what this step of a method asks for instead.
+        track: Shows the progress of the factorization.
+        step: A method's step to measure instead.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class SingularAttribution(Measurement):
         self._scoring = Scoring(terms=terms, reduction=reduction, score=score)
         self._track = track
         self._given = step
-        self._scores: ComponentScores | None = None
+        self._scores: ComponentScores  # set while hooks are attached
         self._num_targets = 0
 
     def next_step(self, module: CalibrationModule) -> Step | None:
-        """Return the step that scores the layers, as soon as it is known which."""
+        """Return the step that scores the layers, once they are known."""
         if self._given is not None:
             return self._given
         if self._layers is not None:
@@ -82,27 +82,24 @@ class SingularAttribution(Measurement):
 
     def check_seen(self) -> None:
         """Refuse a linear that the model does not call."""
-        assert self._scores is not None
         self._scores.check_seen()
 
     def release(self) -> None:
-        """Let go of the bases."""
-        self._scores = self._given = None
+        """Release the bases."""
+        del self._scores
+        self._given = None
 
     def sums(self) -> dict[str, Tensor]:
         """Return the sums of every module, and the number of predicted tokens."""
-        assert self._scores is not None
         return {**self._scores.state(), _NUM_TARGETS: torch.tensor(self._num_targets)}
 
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Go on from sums over some windows."""
-        assert self._scores is not None
+        """Continue from sums over earlier windows."""
         self._scores.load_state(sums)
         self._num_targets = int(sums[_NUM_TARGETS])
 
     def statistics(self) -> Statistics:
         """Return the score of every component."""
-        assert self._scores is not None
         return Statistics(component_scores=self._scores.mean(self._num_targets))
 
 
@@ -112,16 +109,12 @@ def group_scores(
     measure: Callable[[Step, str], Statistics],
     store: GroupStore | None,
 ) -> dict[str, Tensor]:
-    """Return the scores of more layers than are decided on, one group after the other.
+    """Return scores and singular values, as stored, for layers beyond those to be decided on.
 
     Args:
-        needs: What is asked for.
-        step_of: From the modules of a group to the step that scores them.
-        measure: Makes the pass of such a step; its second argument tells passes apart.
-        store: Where finished groups are kept; None keeps none.
-
-    Returns:
-        Scores and singular values, as they are stored.
+        step_of: Maps the modules of a group to the step that scores them.
+        measure: Runs the pass of such a step; its second argument tells passes apart.
+        store: Keeps finished groups; None keeps none.
     """
     found: dict[str, Tensor] = {}
     for number, modules in enumerate(needs.more_groups):

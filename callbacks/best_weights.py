@@ -1,4 +1,6 @@
-"""Which weights a compensation keeps, and when it ends early."""
+"""Which weights a compensation keeps, and when it stops early."""
+
+# ruff: noqa: ARG002  # Lightning defines the signatures of hooks
 
 import math
 from typing import Any
@@ -12,13 +14,10 @@ from grasp_lightning.training.compensation import VALIDATION_LOSS
 
 
 class BestWeights(L.Callback):
-    """Keeps the trained parameters of the lowest validation loss, and takes them in the end.
-
-    Args:
-        store: Where they are kept meanwhile.
+    """Keeps the trained parameters with the lowest validation loss, and restores them at the end.
 
     Attributes:
-        step: Optimizer steps that led to them; None before the first validation.
+        step: The number of optimizer steps behind them; None before the first validation.
     """
 
     def __init__(self, store: PassStore) -> None:
@@ -36,8 +35,7 @@ class BestWeights(L.Callback):
             self._store.save(compensation_module(pl_module).trained_state())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the best parameters, before adapters are merged."""
-        del trainer
+        """Restore the best parameters before adapters are merged."""
         best = self._store.load() if self.step is not None else None
         if best is not None:
             compensation_module(pl_module).load_trained_state(best)
@@ -47,26 +45,17 @@ class BestWeights(L.Callback):
         return {"loss": self._loss, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: Lightning's own type
-        """Go on from an earlier start.
-
-        Args:
-            state_dict: What ``state_dict`` gave.
-        """
+        """Continue from an earlier start."""
         self._loss, self.step = state_dict["loss"], state_dict["step"]
 
 
 class StopWithoutProgress(EarlyStopping):
-    """Ends a training whose validation loss no longer falls, also one that goes on just then.
-
-    Args:
-        patience: Validations without a lower loss after which it ends.
-    """
+    """Stops after ``patience`` validations without a lower loss, even right after a resume."""
 
     def __init__(self, patience: int) -> None:
         super().__init__(VALIDATION_LOSS, patience=patience, mode="min")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End at once if the checkpoint was saved when patience was at its end."""
-        del pl_module
+        """Stop at once if the checkpoint was saved when patience had run out."""
         if self.wait_count >= self.patience:
             trainer.should_stop = True

@@ -1,4 +1,6 @@
-"""Saves a running calibration pass, so that a killed or interrupted run goes on where it was."""
+"""Saves a running calibration pass, so that a killed or interrupted run resumes from there."""
+
+# ruff: noqa: ARG002  # Lightning defines the signatures of hooks
 
 import time
 from collections.abc import Mapping
@@ -16,13 +18,13 @@ _MOST_SAVING = 0.05  # share of the time
 
 
 class PassStore(Protocol):
-    """Keeps the state of the pass that runs, and no other."""
+    """Keeps the state of the current pass only."""
 
     def load(self) -> dict[str, Tensor] | None:
-        """Return the state that was saved for this pass, or None."""
+        """Return the saved state of this pass, or None."""
 
     def save(self, state: Mapping[str, Tensor]) -> None:
-        """Save the state of this pass in one step, in place of an earlier one."""
+        """Replace the saved state of this pass atomically."""
 
 
 class GroupStore(Protocol):
@@ -36,43 +38,32 @@ class GroupStore(Protocol):
 
 
 class StepStore(Protocol):
-    """Keeps what is measured for the step that runs, in one pass or several."""
+    """Keeps the measurements of the current step, made in one or more passes."""
 
     def pass_store(self, part: str) -> PassStore:
-        """Return what keeps the state of one of the passes."""
+        """Return the store for the state of one pass."""
 
     def load_moments(self, part: str) -> Mapping[str, Moments] | None:
-        """Return the moments that were kept of a pass, or None."""
+        """Return the stored moments of a pass, or None."""
 
     def keep_moments(self, moments: Mapping[str, Moments], part: str) -> Mapping[str, Moments]:
-        """Keep the complete moments of a pass, and return them as they are kept."""
+        """Keep the complete moments of a pass, and return them as stored."""
 
     @property
     def scored_groups(self) -> GroupStore:
-        """What keeps the scores of groups of layers."""
+        """The store for the scores of groups of layers."""
 
 
 class CalibrationCheckpoint(L.Callback):
-    """Saves a measurement's sums at batch boundaries, every so often and before an interruption.
+    """Saves a measurement's sums at batch boundaries, at intervals and before an interruption.
 
-    A checkpoint has sums over windows and the indices of these windows, never the model: kilobytes
-    to megabytes, and of Gram matrices as much as the model. Where saving takes long it is done less
-    often, so that it takes a twentieth of the time at most.
-
-    Args:
-        measurement: The callback that measures; it must stand before this one in the Trainer.
-        store: Where its state is kept.
-        every_seconds: Seconds between saves.
-        stop: Tells whether the run shall end.
+    A checkpoint holds sums over windows and the indices of these windows, never the model: from
+    kilobytes to, for Gram matrices, the size of the model. Saving takes at most a twentieth of the
+    time: if it is slow, it happens less often. The measurement must precede this callback.
     """
 
     def __init__(
-        self,
-        measurement: Measurement,
-        store: PassStore,
-        *,
-        every_seconds: float,
-        stop: StopRequest,
+        self, measurement: Measurement, store: PassStore, *, every_seconds: float, stop: StopRequest
     ) -> None:
         self._measurement = measurement
         self._store = store
@@ -83,18 +74,12 @@ class CalibrationCheckpoint(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals back from the Trainer."""
-        del trainer, pl_module
         self._stop.take_over()
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        *args: object,
-        **kwargs: object,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object, **kwargs: object
     ) -> None:
-        """Save, if it is time or the run shall end."""
-        del trainer, args, kwargs
+        """Save, if it is time or the run should end."""
         number = self._stop.agreed() if is_sharded(pl_module) else self._stop.signal_number
         start = time.monotonic()
         wait = max(self._every_seconds, self._saving_seconds / _MOST_SAVING)

@@ -1,4 +1,4 @@
-"""Warnings of Lightning on what is meant to be so here."""
+"""Lightning's warnings about things that are intended here."""
 
 import warnings
 from collections.abc import Iterator
@@ -19,11 +19,7 @@ _MESSAGES = (
 
 @contextmanager
 def expected_warnings() -> Iterator[None]:
-    """Silence them while a Trainer is made and runs.
-
-    Yields:
-        Nothing.
-    """
+    """Silence them while a Trainer is made and runs."""
     with warnings.catch_warnings():
         for message in _MESSAGES:
             warnings.filterwarnings("ignore", message=message)

@@ -11,14 +11,13 @@ from grasp_lightning.training.compensation import merge_adapters
 
 
 class ExportMergedModel(L.Callback):
-    """Leaves a model without adapters after a fit, with as many parameters as before it.
+    """Merges adapters after a fit, so that the model has as many parameters as before it.
 
     An adapter on a dense linear is added to its weight; adapters on the factors of a low-rank
-    linear are added to these factors, so that it stays low-rank.
+    linear are added to the factors, so it stays low-rank.
 
     Args:
-        folder: Where the merged model is written as a Hugging Face folder; None only merges.
-        tokenizer: Saved beside the model.
+        folder: Hugging Face folder for the merged model; None only merges.
     """
 
     def __init__(
@@ -28,15 +27,7 @@ class ExportMergedModel(L.Callback):
         self._tokenizer = tokenizer
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge and write.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: A ``CompensationModule``.
-
-        Raises:
-            RuntimeError: If nothing was made trainable.
-        """
+        """Merge and write; if nothing was made trainable, this is a RuntimeError."""
         module = compensation_module(pl_module)
         if module.trained is None:
             raise RuntimeError("nothing was trained: put TrainableParameters among the callbacks")

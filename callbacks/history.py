@@ -1,5 +1,7 @@
 """Keeps the losses of a compensation across interruptions, for its report."""
 
+# ruff: noqa: ARG002  # Lightning defines the signatures of hooks
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +12,7 @@ from grasp_lightning.training.compensation import VALIDATION_LOSS
 
 
 class TrainingHistory(L.Callback):
-    """Losses by optimizer step; a checkpoint holds them, so a training that goes on has them all.
+    """Losses by optimizer step; checkpoints hold them, so they survive a resume.
 
     Attributes:
         steps: Loss and learning rate of every step so far.
@@ -28,14 +30,12 @@ class TrainingHistory(L.Callback):
         outputs: Tensor | Mapping[str, Any] | None,  # Any: Lightning's own type
         *args: object,
     ) -> None:
-        """Note what a step returned."""
-        del trainer, pl_module, args
+        """Record the result of a step."""
         assert isinstance(outputs, Mapping)  # a CompensationModule returns both
         self.steps.append((float(outputs["loss"]), float(outputs["learning_rate"])))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the validation loss."""
-        del pl_module
+        """Record the validation loss."""
         if trainer.sanity_checking:
             return
         self.validations.append(
@@ -47,10 +47,6 @@ class TrainingHistory(L.Callback):
         return {"steps": self.steps, "validations": self.validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: Lightning's own type
-        """Go on from the losses of an earlier start.
-
-        Args:
-            state_dict: What ``state_dict`` gave.
-        """
+        """Continue from the losses of an earlier start."""
         self.steps = list(state_dict["steps"])
         self.validations = list(state_dict["validations"])

@@ -35,13 +35,7 @@ from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
-from grasp_lightning.stats.base import (
-    MergedMoments,
-    Moments,
-    Removable,
-    Statistics,
-    Step,
-)
+from grasp_lightning.stats.base import MergedMoments, Moments, Removable, Statistics, Step
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
@@ -57,19 +51,15 @@ _DESCRIPTIONS = {
 
 
 class TrainerMeasure:
-    """Measures what steps need: ``fit`` of a Trainer where backward is needed, else ``predict``.
+    """Measures steps: ``fit`` of a Trainer if a step needs gradients, otherwise ``predict``.
 
     Args:
-        data: The calibration windows.
-        config: Accelerator, devices, strategy, precision, and how often a pass is saved.
         log_dir: Folder for the CSV log of the calibration loss; None writes none.
-        progress: Show progress bars.
-        store: Where what is measured is kept for a later start; None keeps none.
-        stop: Tells whether the run shall end at the next batch.
-        max_bytes: Memory that the moments of one pass may take; more are measured in several.
+        store: Keeps measurements for a later start; None keeps none.
+        max_bytes: Memory limit for the moments of one pass; more are measured in several passes.
         priced_windows: Number of windows on which removals are priced.
-        caches: Keep what enters layers for later passes, see ``HiddenCache``; not for models whose
-            layers hand on more than hidden states.
+        caches: Keep the inputs of layers for later passes, see ``HiddenCache``; not for models
+            whose layers pass on more than hidden states.
     """
 
     def __init__(
@@ -98,18 +88,7 @@ class TrainerMeasure:
         self._caches = caches
 
     def __call__(self, view: DecoderView, step: Step) -> Statistics:
-        """Run one pass over the windows that are not counted yet.
-
-        Args:
-            view: The model.
-            step: What to measure.
-
-        Returns:
-            The statistics; empty ones, without a pass, if the step needs nothing.
-
-        Raises:
-            ValueError: If the strategy is fsdp, but the model is whole in every process.
-        """
+        """Measure a step on all windows; a step that needs nothing gets empty statistics."""
         if step.needs.is_empty:
             return Statistics()
         check_trainer(self._config, view.model.device)
@@ -148,7 +127,7 @@ class TrainerMeasure:
         return track(items, description=description) if self._progress else items
 
     def _moments(self, view: DecoderView, step: Step) -> Mapping[str, Moments]:
-        """Measure moments, in as many passes as their memory asks for."""
+        """Measure moments, in as many passes as their memory requires."""
         sources = shared_inputs(view, step.needs.moments)
         groups = layer_groups(view, step.needs, self._max_bytes, sources)
         found: list[Mapping[str, Moments]] = []
@@ -195,14 +174,12 @@ class TrainerMeasure:
             measurement.finish(module)
             return
         device = module.view.model.device
-        description = _DESCRIPTIONS.get(step.name, step.name)
         with expected_warnings():
+            trainer = self._trainer(module, measurement, step, store)
             if step.needs.is_backward:
-                trainer = self._trainer(module, measurement, description, store, self._logger())
                 with self._cached(module, step, rest):
                     trainer.fit(module, datamodule=rest)
             else:
-                trainer = self._trainer(module, measurement, description, store)
                 trainer.predict(module, datamodule=rest, return_predictions=False)
         # A Trainer leaves its module on the CPU.
         module.view.model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a narrow type
@@ -211,7 +188,7 @@ class TrainerMeasure:
     def _cached(
         self, module: CalibrationModule, step: Step, data: CalibrationData
     ) -> Iterator[None]:
-        """Start a pass where the model has not changed since an earlier one."""
+        """Skip the first layers of a pass if they have not changed since an earlier one."""
         if not (step.layers and self._caches):
             yield
             return
@@ -229,28 +206,25 @@ class TrainerMeasure:
             with self._cache.starting_from(start):
                 yield
 
-    def _logger(self) -> CSVLogger | bool:
-        if self._log_dir is None:
-            return False
-        self._passes += 1
-        return CSVLogger(self._log_dir, name="", version=f"pass_{self._passes}")
-
     def _trainer(
         self,
         module: CalibrationModule,
         measurement: Measurement,
-        description: str,
+        step: Step,
         store: PassStore | None,
-        logger: CSVLogger | bool = False,
     ) -> L.Trainer:
         callbacks: list[L.Callback] = [measurement]
         if self._progress:
-            callbacks.append(StepProgressBar(description))
+            callbacks.append(StepProgressBar(_DESCRIPTIONS.get(step.name, step.name)))
         if store is not None:
             seconds = self._config.checkpoint_seconds
             callbacks.append(
                 CalibrationCheckpoint(measurement, store, every_seconds=seconds, stop=self._stop)
             )
+        logger: CSVLogger | bool = False
+        if step.needs.is_backward and self._log_dir is not None:
+            self._passes += 1
+            logger = CSVLogger(self._log_dir, name="", version=f"pass_{self._passes}")
         device, mesh = module.view.model.device, mesh_of(module.view.model)
         where = placement(self._config, device)
         if mesh is not None:
@@ -273,41 +247,19 @@ class TrainerMeasure:
 
 
 def placement(config: TrainerConfig, device: torch.device) -> dict[str, Any]:
-    """Return the arguments of a Trainer that say where it runs, alone or in a group.
-
-    Args:
-        config: The settings.
-        device: Device that holds the model of this process.
-
-    Returns:
-        ``devices``, ``num_nodes``, ``strategy`` and ``plugins``.
-    """
-    arguments: dict[str, Any] = {
-        # The environment was read when the processes were joined. Lightning's own reading of that
-        # of SLURM would requeue from a signal handler, in the middle of a batch.
-        "plugins": [LightningEnvironment()],
-        "devices": 1 if device.type == "cpu" else [device.index or 0],
-        "num_nodes": 1,
-        "strategy": "auto",
-    }
+    """Return the Trainer arguments ``devices``, ``num_nodes``, ``strategy`` and ``plugins``."""
+    # The environment was read when the processes joined. Lightning's own plugin for SLURM would
+    # requeue from a signal handler, in the middle of a batch.
+    plugins = [LightningEnvironment()]
     if processes.num_processes() > 1:
-        arguments |= {
-            "devices": config.devices,
-            "num_nodes": config.num_nodes,
-            "strategy": CalibrationDDP(),
-        }
-    return arguments
+        group = {"devices": config.devices, "num_nodes": config.num_nodes}
+        return {**group, "strategy": CalibrationDDP(), "plugins": plugins}
+    devices = 1 if device.type == "cpu" else [device.index or 0]
+    return {"devices": devices, "num_nodes": 1, "strategy": "auto", "plugins": plugins}
 
 
 def is_split(config: TrainerConfig) -> bool:
-    """Return whether the processes of a run shall share the weights of one model.
-
-    Args:
-        config: The settings.
-
-    Returns:
-        True with strategy fsdp, unless there is one process only.
-    """
+    """Return whether several processes share the weights of one model (strategy fsdp)."""
     return config.strategy == "fsdp" and processes.num_processes() > 1
 
 
@@ -317,17 +269,11 @@ def check_trainer(
     strategies: Sequence[Strategy] = CALIBRATION_STRATEGIES,
     stage: str = "calibration",
 ) -> None:
-    """Refuse Trainer settings that no pass can follow.
-
-    Args:
-        config: The settings.
-        device: Device that holds the model.
-        strategies: Strategies that the stage supports.
-        stage: Name of the stage, for the message.
+    """Refuse Trainer settings that no pass of a stage can follow.
 
     Raises:
-        ConfigError: If another number of processes is asked for than there are, another device
-            than the model's, or a strategy of another stage.
+        ConfigError: If the number of processes or the device differs from the settings, or the
+            stage does not support the strategy.
     """
     if config.strategy not in strategies:
         raise ConfigError(

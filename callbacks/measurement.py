@@ -1,4 +1,6 @@
-"""What measuring callbacks share: hooks on when an epoch starts, statistics left at its end."""
+"""The base of measuring callbacks: hooks from the start of an epoch, statistics at its end."""
+
+# ruff: noqa: ARG002  # Lightning defines the signatures of hooks
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ WINDOWS = "windows"
 class Measurement(L.Callback):
     """Measures one step in one epoch of a fit, or in a predict.
 
-    The result is appended to ``CalibrationModule.measured``, where later callbacks find it.
+    The result is appended to ``CalibrationModule.measured``, for later callbacks.
 
     Attributes:
         windows: Index of every window that was counted, in order.
@@ -34,15 +36,15 @@ class Measurement(L.Callback):
 
     @abstractmethod
     def next_step(self, module: CalibrationModule) -> Step | None:
-        """Return the step to measure in the epoch that starts, or None if it is not yet known."""
+        """Return the step to measure in the coming epoch, or None if it is not known yet."""
 
     @abstractmethod
     def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
-        """Return the hooks that measure a step, to be held while the epoch runs."""
+        """Return the hooks that measure a step, to be held during the epoch."""
 
     @abstractmethod
     def start_batch(self, batch: Batch) -> None:
-        """Take what the hooks cannot see: masks and targets."""
+        """Read what the hooks cannot see: masks and targets."""
 
     @abstractmethod
     def statistics(self) -> Statistics:
@@ -54,30 +56,23 @@ class Measurement(L.Callback):
 
     @abstractmethod
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Go on from sums over some windows."""
+        """Continue from sums over earlier windows."""
 
     @abstractmethod
     def release(self) -> None:
-        """Let go of what was needed to measure: a Trainer may live on."""
+        """Release the memory of the measurement: a Trainer may live on."""
 
     def check_seen(self) -> None:
-        """Refuse a linear that was not called in the first batch; by default, nothing is asked."""
+        """Refuse a linear that was not called in the first batch; the default checks nothing."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return the sums so far, and which windows are in them.
-
-        Returns:
-            Tensors that ``go_on_from`` takes.
-        """
+        """Return the sums so far, and the windows in them."""
         return {**self.sums(), WINDOWS: torch.tensor(self.windows, dtype=torch.int64)}
 
     def go_on_from(self, state: Mapping[str, Tensor]) -> None:
-        """Start the coming epoch with the sums of an earlier, interrupted one.
+        """Start the coming epoch with the ``state`` of an earlier, interrupted one.
 
-        Of several processes only the first does so, since sums are added up in the end.
-
-        Args:
-            state: What ``state`` gave then.
+        With several processes only the first does so, since sums are added up at the end.
         """
         if not processes.is_first():
             return
@@ -85,11 +80,7 @@ class Measurement(L.Callback):
         self.windows = state[WINDOWS].tolist()
 
     def start(self, module: CalibrationModule) -> None:
-        """Put the hooks on, if it is known what to measure.
-
-        Args:
-            module: The module that runs.
-        """
+        """Attach the hooks, if the step is known."""
         if self._done:
             return
         self._step = self.next_step(module)
@@ -99,11 +90,7 @@ class Measurement(L.Callback):
                 self.load_sums(self._earlier)
 
     def finish(self, module: CalibrationModule) -> None:
-        """Take the hooks off, and leave the statistics on the module.
-
-        Args:
-            module: The module that ran.
-        """
+        """Remove the hooks, and leave the statistics on the module."""
         if self._done or self._step is None:
             return
         self._hooks.close()
@@ -115,15 +102,13 @@ class Measurement(L.Callback):
         self.release()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Be ready for another fit."""
-        del trainer, pl_module
+        """Prepare for another fit."""
         self._step, self._done = None, False
         if self._earlier is None:
             self.windows = []
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the hooks on."""
-        del trainer
+        """Attach the hooks."""
         self.start(calibration_module(pl_module))
 
     def on_train_batch_start(
@@ -134,25 +119,23 @@ class Measurement(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Tell the hooks what batch comes."""
-        del trainer, pl_module, batch_idx, dataloader_idx
+        """Announce the batch to the hooks."""
         if self._step is None or self._done:
             return
         if len(batch["index"]) == 0:  # padding runs, and counts nothing: it has no target either
             batch = {**batch, "mask": torch.zeros_like(batch["mask"])}
         self.start_batch(batch)
 
-    def on_train_batch_end(  # noqa: PLR0917  Lightning's signature
+    def on_train_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: object,
         batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        *args: object,
+        **kwargs: object,
     ) -> None:
-        """Note which windows were counted."""
-        del trainer, pl_module, outputs, batch_idx, dataloader_idx
+        """Record which windows were counted."""
         if self._step is not None and not self._done:
             self.windows += batch["index"].tolist()
             if not self._was_checked:
@@ -160,8 +143,7 @@ class Measurement(L.Callback):
                 self.check_seen()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the hooks off and leave the statistics on the module."""
-        del trainer
+        """Remove the hooks, and leave the statistics on the module."""
         self.finish(calibration_module(pl_module))
 
     # A pass without gradients is a predict.
@@ -173,23 +155,12 @@ class Measurement(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Take the hooks off when a run ends early."""
-        del trainer, pl_module, exception
+        """Remove the hooks when a run ends early."""
         self._hooks.close()
 
 
 def calibration_module(module: L.LightningModule) -> CalibrationModule:
-    """Return the module as a ``CalibrationModule``.
-
-    Args:
-        module: What a Trainer runs.
-
-    Returns:
-        The same object.
-
-    Raises:
-        TypeError: If it is another LightningModule.
-    """
+    """Return the module as a ``CalibrationModule``; another one is a TypeError."""
     if not isinstance(module, CalibrationModule):
         raise TypeError(f"this callback works on a CalibrationModule, got {type(module).__name__}")
     return module

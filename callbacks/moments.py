@@ -16,23 +16,22 @@ _NUM_TOKENS = "num_tokens"
 
 
 class LinearMoments(Measurement):
-    """Measures Gram matrices of inputs and output gradients, as a step of a method asks for.
+    """Measures Gram matrices of inputs and output gradients, as a step of a method requires.
 
     Args:
-        step: What is measured.
-        sources: Module -> the module whose input stands for its own, as ``shared_inputs`` finds.
+        sources: Module -> the module whose input stands for its own, from ``shared_inputs``.
     """
 
     def __init__(self, step: Step, sources: Mapping[str, str]) -> None:
         super().__init__()
         self._given: Step | None = step
         self._sources = sources
-        self._sums: MomentSums | None = None
+        self._sums: MomentSums  # set while hooks are attached
         self._num_tokens = 0
         self._is_padding = False
 
     def next_step(self, module: CalibrationModule) -> Step | None:
-        """Return the step."""
+        """Return the given step."""
         del module
         return self._given
 
@@ -47,37 +46,33 @@ class LinearMoments(Measurement):
         return observer(view, needs.moments, self._add).attached()
 
     def _add(self, module: str, x: Tensor, grad_output: Tensor | None = None) -> None:
-        assert self._sums is not None
         if not self._is_padding:
             self._sums.add(module, x, grad_output)
 
     def start_batch(self, batch: Batch) -> None:
-        """Count the tokens; a batch without one is padding, which other processes wait for."""
+        """Count the tokens; a batch without any is padding, which other processes wait for."""
         num_tokens = int(batch["mask"].sum())
         self._is_padding = num_tokens == 0
         self._num_tokens += num_tokens
 
     def check_seen(self) -> None:
         """Refuse a linear that the model does not call."""
-        assert self._sums is not None
         self._sums.check_seen()
 
     def release(self) -> None:
-        """Let go of the sums."""
-        self._sums = self._given = None
+        """Release the sums."""
+        del self._sums
+        self._given = None
 
     def sums(self) -> dict[str, Tensor]:
         """Return the sums of all linears, and the number of tokens."""
-        assert self._sums is not None
         return {**self._sums.state(), _NUM_TOKENS: torch.tensor(self._num_tokens)}
 
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Go on from sums over some windows."""
-        assert self._sums is not None
+        """Continue from sums over earlier windows."""
         self._sums.load_state(sums)
         self._num_tokens = int(sums[_NUM_TOKENS])
 
     def statistics(self) -> Statistics:
         """Return the moments of every linear."""
-        assert self._sums is not None
         return Statistics(moments=self._sums.mean(self._num_tokens))

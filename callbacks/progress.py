@@ -5,11 +5,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 
 class StepProgressBar(RichProgressBar):
-    """A rich progress bar that names the current step instead of an epoch.
-
-    Args:
-        description: What the pass measures, for the user.
-    """
+    """A rich progress bar with a description of the pass instead of the epoch."""
 
     def __init__(self, description: str) -> None:
         super().__init__()
@@ -22,7 +18,7 @@ class StepProgressBar(RichProgressBar):
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what stands beside the bar: losses and speed, without the logger's version."""
+        """Return what the bar shows: losses and speed, without the logger's version."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics

@@ -1,4 +1,4 @@
-"""Replaces redundant layers at the end of a calibration fit composed by hand."""
+"""Replaces redundant layers after a calibration fit with hand-picked callbacks."""
 
 import lightning as L
 
@@ -18,14 +18,12 @@ from grasp_lightning.training.calibration import CalibrationModule
 class ReplaceRedundantLayers(L.Callback):
     """Turns measured scores into a plan and applies it, after the fit.
 
-    The structure of a module never changes inside a running fit. The plan is left on the module
-    (``plan``), and the model in the module is the compressed one.
+    The structure of a module never changes during a fit. Afterwards the module holds the plan
+    (``plan``) and the compressed model.
 
     Args:
-        keep_ratio: Share of each matrix's parameters that its factors keep, in (0, 1).
-
-    Raises:
-        ConfigError: If the ratio is outside (0, 1).
+        keep_ratio: Share of each matrix's parameters that its factors keep; a ratio outside (0, 1)
+            is a ``ConfigError``.
     """
 
     def __init__(self, keep_ratio: float = 0.1) -> None:
@@ -34,15 +32,7 @@ class ReplaceRedundantLayers(L.Callback):
         self._keep_ratio = keep_ratio
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Decide and replace.
-
-        Args:
-            trainer: The Trainer; its data module gives the hash of the windows.
-            pl_module: A ``CalibrationModule`` with measured steps.
-
-        Raises:
-            ConfigError: If the layers were not scored in this fit.
-        """
+        """Decide and replace; if no layer was scored in this fit, this is a ``ConfigError``."""
         module = calibration_module(pl_module)
         choice, scoring = module.layer_choice, _scoring(module)
         if choice is None or scoring is None:

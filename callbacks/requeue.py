@@ -1,4 +1,4 @@
-"""A job of SLURM that has to end goes back into its queue, once what is done was saved."""
+"""Puts a SLURM job that has to end back into the queue, after its work was saved."""
 
 import logging
 import os
@@ -13,36 +13,32 @@ _JOB = "SLURM_JOB_ID"
 
 
 def is_slurm_job() -> bool:
-    """Return whether this process runs inside a job of SLURM."""
+    """Return whether this process runs inside a SLURM job."""
     return _JOB in os.environ
 
 
 def job_name() -> str:
-    """Return the number of this process's job of SLURM, empty outside of one.
-
-    Returns:
-        Of an array's task, that of the array and its own.
-    """
+    """Return the SLURM job id of this process, ARRAY_TASK for an array, empty outside of a job."""
     # The number of an array's last task is that of the whole array, too.
     array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
     return os.environ.get(_JOB, "") if array is None else f"{array}_{task}"
 
 
 def is_requeued() -> bool:
-    """Return whether SLURM has started the job of this process before, and put it back since."""
+    """Return whether SLURM has already started and requeued the job of this process."""
     return is_slurm_job() and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def requeue_job() -> str | None:
     """Put the job of this process back into the queue; rank 0 does it for all ranks.
 
-    SLURM then sends SIGTERM to every process of the job, to this one and to ``scontrol`` too, and
+    SLURM then sends SIGTERM to every process of the job, including this one and ``scontrol``, and
     SIGKILL after a while (``KillWait``, 30 seconds by default), in which other ranks may still
-    save. So SIGTERM and the signal itself are ignored from here on: call it last, in a process that
-    is about to end.
+    save. Therefore SIGTERM and the signal itself are ignored from here on: call it last, in a
+    process that is about to end.
 
     Returns:
-        Why the job was not put back, in one line; None if it was, or if this is another rank.
+        Why the job was not requeued, in one line; None if it was, or on another rank.
     """
     for number in (signal.SIGTERM, REQUEUE_SIGNAL):
         signal.signal(number, signal.SIG_IGN)  # unlike a handler, scontrol inherits that

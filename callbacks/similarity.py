@@ -16,17 +16,14 @@ from grasp_lightning.training.calibration import Batch, CalibrationModule
 class LayerSimilarity(Measurement):
     """Measures a metric of every decoder layer in the first epoch, and chooses redundant layers.
 
-    The choice is left on the module (``layer_choice``), where the next epoch's
-    ``SingularAttribution`` and, at fit end, ``ReplaceRedundantLayers`` read it.
+    The module keeps the choice (``layer_choice``) for ``SingularAttribution`` in the next epoch and
+    ``ReplaceRedundantLayers`` at the end of the fit.
 
     Args:
         num_layers: Number of layers to choose.
         metric: ``similarity``: mean cosine of input and output, highest first; ``angular``: the
             block of ``num_layers`` contiguous layers with the smallest angular distance.
-        step: Measure what this step of a method asks for instead.
-
-    Raises:
-        ValueError: If neither or both of ``num_layers`` and ``step`` are given.
+        step: A method's step to measure instead of ``num_layers``.
     """
 
     def __init__(
@@ -41,7 +38,7 @@ class LayerSimilarity(Measurement):
             raise ValueError("give either num_layers or a step")
         self._choice = LayerChoice(num_layers=num_layers, metric=metric)
         self._given = step
-        self._collector: LayerMetricCollector | None = None
+        self._collector: LayerMetricCollector  # set while hooks are attached
 
     def next_step(self, module: CalibrationModule) -> Step:
         """Return the step that measures the metric."""
@@ -51,18 +48,7 @@ class LayerSimilarity(Measurement):
         return self._choice.step(module.view)
 
     def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
-        """Return the hooks on all decoder layers.
-
-        Args:
-            module: The module that runs.
-            step: A step that asks for a layer metric.
-
-        Returns:
-            The hooks, to be held while the epoch runs.
-
-        Raises:
-            ValueError: If the step asks for no layer metric.
-        """
+        """Return the hooks on all decoder layers; a step without a layer metric is a ValueError."""
         if step.needs.layer_metric is None:
             raise ValueError(f"step {step.name!r} asks for no layer metric")
         self._collector = LayerMetricCollector(
@@ -71,25 +57,21 @@ class LayerSimilarity(Measurement):
         return self._collector.attached()
 
     def start_batch(self, batch: Batch) -> None:
-        """Take which tokens are real."""
-        assert self._collector is not None
+        """Read which tokens are real."""
         self._collector.start_batch(batch["mask"])
 
     def release(self) -> None:
-        """Let go of the hidden states."""
-        self._collector = None
+        """Release the hidden states."""
+        del self._collector
 
     def sums(self) -> dict[str, Tensor]:
         """Return the summed metric and the number of tokens."""
-        assert self._collector is not None
         return self._collector.state()
 
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Go on from sums over some windows."""
-        assert self._collector is not None
+        """Continue from sums over earlier windows."""
         self._collector.load_state(sums)
 
     def statistics(self) -> Statistics:
         """Return the metric of every start layer."""
-        assert self._collector is not None
         return Statistics(layer_metric=self._collector.mean())

@@ -1,4 +1,4 @@
-"""What a fit does for a model that is split over processes, and is whole in none of them."""
+"""Fit callbacks for a model that is split over processes and whole in none."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -17,40 +17,28 @@ from grasp_lightning.errors import NumericsError
 
 
 class Notes(Protocol):
-    """Numbers that outlast an interruption."""
+    """Numbers that survive an interruption."""
 
     def note(self, key: str, value: float) -> None:
-        """Keep a number.
-
-        Args:
-            key: What it is.
-            value: The number.
-        """
+        """Keep a number."""
 
     def noted(self, key: str) -> float | None:
-        """Return a number that was kept.
-
-        Args:
-            key: What it is.
-
-        Returns:
-            The number, None if it was not kept.
-        """
+        """Return a number, None if it was not kept."""
 
 
 class MeasureInFit(L.Callback):
     """Measures perplexity and validation loss before and after training, inside the fit.
 
-    A model that is split over processes is ready to run there, and nowhere else. It must come after
-    the callback that chooses the weights that are kept.
+    A split model can run only there. This callback must follow the one that chooses the weights to
+    keep.
 
     Args:
-        held_out: Windows to measure perplexity on, as many batches in every process.
+        held_out: Windows for the perplexity; the same number of batches in every process.
         notes: Keeps what was measured before training.
-        timed: Gives a block whose time counts as evaluation.
+        timed: Returns a block whose time counts as evaluation.
 
     Attributes:
-        before: Perplexity and validation loss; the latter None if no samples are set aside.
+        before: Perplexity, and validation loss (None without validation samples).
         after: The same after training.
     """
 
@@ -67,7 +55,7 @@ class MeasureInFit(L.Callback):
         self.after: tuple[float, float | None] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure, if no earlier start has."""
+        """Measure, unless an earlier start has."""
         perplexity = self._notes.noted("perplexity_before")
         if perplexity is not None:
             self.before = perplexity, self._notes.noted("loss_before")
@@ -98,17 +86,17 @@ class MeasureInFit(L.Callback):
 
 
 class GatherTrained(L.Callback):
-    """Leaves what was trained, whole and in float32 or finer, in the memory of rank 0.
+    """Gathers the trained parameters, in float32 or finer, in the memory of rank 0.
 
     Attributes:
-        state: Name of a parameter in the model -> values; empty in other processes.
+        state: Parameter name in the model -> values; empty in other processes.
     """
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gather one parameter after another."""
+        """Gather one parameter at a time."""
         del trainer
         module = compensation_module(pl_module)
         for name, value in module.iterate_trained():
@@ -121,7 +109,7 @@ def _mean_loss(
     pl_module: L.LightningModule,
     batches: Iterable[MicroBatch | object],  # as a loader of no certain type gives them
 ) -> float:
-    """Return the mean cross-entropy, by forward passes of the strategy."""
+    """Return the mean cross-entropy, from forward passes of the strategy."""
     module = compensation_module(pl_module)
     was_training = module.model.training
     module.model.train(False)

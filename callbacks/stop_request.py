@@ -14,17 +14,16 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class StopRequest:
-    """Remembers SIGINT and SIGTERM, in a SLURM job SIGUSR1 too, until the next safe moment.
+    """Remembers SIGINT, SIGTERM and, in a SLURM job, SIGUSR1 until the next safe moment.
 
-    SIGUSR1 asks for an end after which the job is put back into the queue (``requeue_job``). Of
-    several signals the last one counts, but SIGUSR1 never counts after another one: a job that was
-    cancelled must not come back.
+    SIGUSR1 asks for an end after which the job is requeued (``requeue_job``). The last of several
+    signals counts, but SIGUSR1 never overrides another one: a cancelled job must not come back.
 
-    SLURM sends SIGTERM up to three times within milliseconds, so that no repetition of a signal
-    cuts what the first one has begun, except for a second Ctrl-C.
+    SLURM sends SIGTERM up to three times within milliseconds, so a repeated signal does not
+    interrupt what the first one started, except for a second Ctrl-C.
 
     Attributes:
-        signal_number: The signal that counts, None if none came.
+        signal_number: The signal that counts, or None.
     """
 
     def __init__(self) -> None:
@@ -34,14 +33,11 @@ class StopRequest:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle the signals for the duration of a ``with`` block, in the main thread only.
+        """Handle the signals during a ``with`` block, in the main thread only.
 
         Outside of ``deferred`` a signal raises ``Interrupted`` at once; inside, a second Ctrl-C
-        does. When SIGUSR1 has ended the block, the signals stay handled, so that none can end the
+        does. When SIGUSR1 has ended the block, the handlers stay, so that no signal can end the
         process before ``requeue_job`` is called.
-
-        Yields:
-            Nothing.
         """
         earlier = self.take_over()
         try:
@@ -52,13 +48,10 @@ class StopRequest:
                     signal.signal(number, handler)
 
     def take_over(self) -> dict[signal.Signals, Handler]:
-        """Handle the signals from now on, in the main thread only.
+        """Handle the signals from now on, and return the previous handlers; main thread only.
 
-        A Trainer that starts puts a handler of its own around the one it finds, and ends in the
-        middle of a validation by it.
-
-        Returns:
-            The handlers before; none outside of the main thread.
+        A Trainer wraps the handler that it finds in its own, which would end a run in the middle
+        of a validation.
         """
         if threading.current_thread() is not threading.main_thread():
             return {}
@@ -69,14 +62,11 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Keep a signal until ``check`` is called, for the duration of a ``with`` block.
-
-        Yields:
-            Nothing.
+        """Defer signals until ``check`` is called, during a ``with`` block.
 
         Raises:
-            Interrupted: If a signal came, also where a process that got it too has ended already.
-            RuntimeError: Any other one of the block.
+            Interrupted: If a signal came, also if a process that got it too has already ended.
+            RuntimeError: Any other one from the block.
         """
         self._is_deferred = True
         try:
@@ -92,12 +82,9 @@ class StopRequest:
         self.check()
 
     def agreed(self) -> int | None:
-        """Return the signal that counts for all processes; all of them must ask at once.
+        """Return the same signal in all processes, or None; all of them must call it together.
 
-        A process that ended alone would leave those waiting that need its part of a model.
-
-        Returns:
-            The same signal in all processes, None if none came to any of them.
+        If one process ended alone, others would wait for its part of a model.
         """
         told = [number for number in processes.gather(self.signal_number) if number is not None]
         ends = [number for number in told if number != REQUEUE_SIGNAL]
@@ -107,11 +94,7 @@ class StopRequest:
         return number
 
     def check(self) -> None:
-        """End the run here if a signal came.
-
-        Raises:
-            Interrupted: If one did.
-        """
+        """Raise ``Interrupted`` if a signal came."""
         if self.signal_number is not None:
             self._ends = True
             raise Interrupted(self.signal_number)

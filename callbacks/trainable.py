@@ -1,4 +1,6 @@
-"""Decides what of a model may change in a compensation, before the optimizer is made."""
+"""Chooses the trainable parameters of a compensation, before the optimizer is made."""
+
+# ruff: noqa: ARG002  # Lightning defines the signatures of hooks
 
 from typing import Any
 
@@ -10,18 +12,17 @@ from grasp_lightning.training.compensation import CompensationModule, make_train
 
 
 class TrainableParameters(L.Callback):
-    """Freezes the model, and makes trainable what a mode of training changes.
+    """Freezes the model, except for what the mode of training changes.
 
-    What is trained is left on the module (``trained``). A model that has no low-rank linears where
-    factors are to be trained, or a target that matches no linear, ends the fit with an error of one
-    line.
+    The module keeps what is trained (``trained``). Training factors of a model without low-rank
+    linears, or a target that matches no linear, is an error.
 
     Args:
-        train: ``lora``: adapters on all linears; ``factors``: the factors of low-rank linears,
-            and narrowed linears, themselves; ``lora_on_factors``: adapters on these alone.
+        train: ``lora``: adapters on all linears; ``factors``: the factors of low-rank linears and
+            the narrowed linears; ``lora_on_factors``: adapters on these alone.
         lora: Rank, scale, dropout and targets of adapters.
-        gradient_checkpointing: Compute activations again in the backward pass to save memory.
-        seed: Seed of the adapters' first values.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        seed: Seed for the initial adapters.
     """
 
     def __init__(
@@ -38,14 +39,7 @@ class TrainableParameters(L.Callback):
         self._seed = seed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Decide, when a fit is set up; the optimizer comes after it.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: A ``CompensationModule``.
-            stage: What the Trainer is about to do.
-        """
-        del trainer
+        """Make parameters trainable when a fit is set up, before the optimizer exists."""
         module = compensation_module(pl_module)
         if stage != "fit" or (module.trained is not None and module.is_trainable):
             return
@@ -57,8 +51,7 @@ class TrainableParameters(L.Callback):
             model.activation_checkpointing_enable({"use_reentrant": False})
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave a model that keeps its activations again."""
-        del trainer
+        """Turn gradient checkpointing off again."""
         if self._gradient_checkpointing:
             model: Any = compensation_module(pl_module).model  # Any: untyped in transformers
             model.activation_checkpointing_disable()
@@ -66,17 +59,7 @@ class TrainableParameters(L.Callback):
 
 
 def compensation_module(module: L.LightningModule) -> CompensationModule:
-    """Return the module as a ``CompensationModule``.
-
-    Args:
-        module: What a Trainer runs.
-
-    Returns:
-        The same object.
-
-    Raises:
-        TypeError: If it is another LightningModule.
-    """
+    """Return the module as a ``CompensationModule``; another one is a TypeError."""
     if not isinstance(module, CompensationModule):
         raise TypeError(f"this callback works on a CompensationModule, got {type(module).__name__}")
     return module

@@ -1,4 +1,6 @@
-"""Saves a running compensation, so that a killed or interrupted one goes on where it was."""
+"""Saves a running compensation, so that a killed or interrupted one resumes from there."""
+
+# ruff: noqa: ARG002  # Lightning defines the signatures of hooks
 
 import time
 from collections.abc import Callable
@@ -12,15 +14,14 @@ from grasp_lightning.callbacks.stop_request import StopRequest
 
 
 class TrainingCheckpoint(L.Callback):
-    """Saves a Trainer's checkpoint after steps, every so often and before an interruption.
+    """Saves a Trainer's checkpoint after steps, at intervals and before an interruption.
 
-    It must be the last callback: what others note of a step is in the checkpoint then. A step that
-    is followed by a validation is saved after it, so that no validation is left out or done twice.
+    It must be the last callback, so that the checkpoint includes what the others recorded. If a
+    validation follows a step, the checkpoint is saved after it, so no validation is skipped or
+    repeated.
 
     Args:
         store: Lets a function write the checkpoint to a path, in place of an earlier one.
-        every_seconds: Seconds between saves.
-        stop: Tells whether the run shall end.
     """
 
     def __init__(
@@ -37,7 +38,6 @@ class TrainingCheckpoint(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals back from the Trainer."""
-        del trainer, pl_module
         self._stop.take_over()
 
     def on_train_batch_end(
@@ -48,16 +48,14 @@ class TrainingCheckpoint(L.Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Save, if it is time or the run shall end, and no validation comes first."""
-        del pl_module, outputs, batch
+        """Save, if it is time or the run should end, unless a validation comes first."""
         interval = trainer.val_check_batch
         validates = trainer.enable_validation and any(trainer.num_val_batches)
         if not (validates and interval and (batch_idx + 1) % interval == 0):
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, if it is time or the run shall end."""
-        del pl_module
+        """Save, if it is time or the run should end."""
         if not trainer.sanity_checking:
             self._save(trainer)
 

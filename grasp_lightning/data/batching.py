@@ -1,6 +1,6 @@
 """Token samples of unequal length, and the batches of an epoch: padded, grouped or packed.
 
-Legend: N samples of n tokens in all, B rows of T tokens in a batch.
+Legend: N samples with n tokens in total, B rows of T tokens in a batch.
 """
 
 import hashlib
@@ -15,23 +15,23 @@ from torch import Tensor
 from grasp_lightning.config import BatchOrder
 
 Rows = list[list[int]]
-"""The rows of one batch: the indices of the samples that stand in each, one after another."""
+"""The rows of one batch: the indices of the samples in each, in order."""
 
 MicroBatch = dict[str, Tensor]
 """``input_ids``, ``mask``, ``targets`` and ``position_ids``, each ``(B, T)``; see ``collate``."""
 
-_GROUP_BATCHES = 50  # samples of so many batches are sorted by length together
-_IGNORED_ID = 0  # fills up rows: masked, and after all real tokens, so any id will do
+_GROUP_BATCHES = 50  # batches whose samples are sorted by length together
+_IGNORED_ID = 0  # padding: masked, and after all real tokens, so any id works
 
 
 @dataclass(frozen=True, eq=False)
 class TokenSamples:
-    """Samples of unequal length, stored one after another.
+    """Samples of unequal length, stored back to back.
 
     Attributes:
         input_ids: Token ids, ``(n,)`` int64.
-        targets: True where a token is predicted from the ones before it in its sample, ``(n,)``.
-        lengths: Tokens of each sample, at least 1, ``(N,)`` int64.
+        targets: True where a token is predicted from the preceding tokens of its sample, ``(n,)``.
+        lengths: Number of tokens in each sample, at least 1, ``(N,)`` int64.
     """
 
     input_ids: Tensor
@@ -55,15 +55,7 @@ class TokenSamples:
 
     @classmethod
     def from_rows(cls, input_ids: Sequence[Tensor], targets: Sequence[Tensor]) -> Self:
-        """Return samples that are given one by one.
-
-        Args:
-            input_ids: Token ids of each sample, ``(T,)`` int64.
-            targets: True where a token is predicted, ``(T,)`` each.
-
-        Returns:
-            The samples, in their order.
-        """
+        """Return samples from separate ids (int64) and targets (bool), each ``(T,)``."""
         return cls(
             torch.cat([torch.empty(0, dtype=torch.int64), *input_ids]),
             torch.cat([torch.empty(0, dtype=torch.bool), *targets]),
@@ -82,7 +74,6 @@ class TokenSamples:
         return before[self.starts + self.lengths] - before[self.starts]
 
     def __len__(self) -> int:
-        """Return the number of samples."""
         return len(self.lengths)
 
     @property
@@ -113,27 +104,20 @@ def epoch_batches(
     seed: int,
     epoch: int,
 ) -> list[Rows]:
-    """Deal all samples out to the batches of one epoch.
+    """Return the batches of one epoch; together they contain every sample once.
 
-    Equal arguments give equal batches, so that a run that ended inside an epoch goes on at any of
-    them. Every sample is in one batch. The number of batches is the same in all epochs.
+    Equal arguments give equal batches, so a run can resume anywhere inside an epoch. The number of
+    batches is the same in all epochs.
 
-    - ``shuffled``: a sample per row, in random order.
-    - ``length_grouped``: a sample per row, next to samples of about its length, which leaves less
-      padding. The batches are in random order, but one with the longest sample is the first: too
-      little memory shows at once.
-    - ``packed``: as many samples per row as fit into ``row_length``.
+    - ``shuffled``: one sample per row, in random order.
+    - ``length_grouped``: one sample per row, batched with samples of similar length to reduce
+      padding. The batch order is random, except that a batch with the longest sample comes first:
+      if memory is too small, the run fails at once.
+    - ``packed``: as many samples per row as fit into ``row_length`` tokens.
 
     Args:
-        samples: The samples.
         batch_size: Rows per batch, at least 1; the last batch may have fewer.
-        order: How samples meet.
-        row_length: Most tokens of a row; no sample may be longer.
-        seed: Seed of the run.
-        epoch: Number of the epoch.
-
-    Returns:
-        The batches, in order.
+        row_length: Maximum tokens per row; no sample may be longer.
 
     Raises:
         ValueError: If the batch size is below 1, or a sample is longer than a row.
@@ -157,16 +141,14 @@ def epoch_batches(
 def collate(samples: TokenSamples, rows: Rows, *, counts: bool = True) -> dict[str, Tensor]:
     """Return one batch in the form that models and losses take.
 
-    The first token of a sample is no target, nor is padding, which follows all real tokens.
-
     Args:
-        samples: The samples.
-        rows: Indices of the samples in each row, at least one row.
-        counts: False leaves all targets out, for a batch that only keeps other processes company.
+        rows: Indices of the samples in each row; at least one row.
+        counts: False clears all targets, for a batch that only keeps processes in step.
 
     Returns:
-        ``input_ids``, ``mask`` (real tokens), ``targets`` and ``position_ids`` (which start at 0
-        with every sample, and are 0 in padding), each ``(B, T)`` with T the longest row.
+        ``input_ids``, ``mask`` (real tokens, which precede the padding), ``targets`` and
+        ``position_ids`` (restart at 0 with every sample, and 0 in padding), each ``(B, T)``, where
+        T is the longest row.
     """
     length = max(sum(int(samples.lengths[index]) for index in row) for row in rows)
     shape = (len(rows), length)
@@ -218,17 +200,15 @@ def _length_grouped(
 def _packed(shuffled: list[int], lengths: list[int], row_length: int) -> list[list[int]]:
     """Put every sample, longest first, into the fullest row that has room for it."""
     rows: list[list[int]] = []
-    # Rows by the room that is left in them.
-    open_rows: list[list[list[int]]] = [[] for _ in range(row_length + 1)]
+    open_rows: list[list[list[int]]] = [[] for _ in range(row_length + 1)]  # by remaining room
     for index in sorted(shuffled, key=lambda index: -lengths[index]):
         size = lengths[index]
-        room = next((room for room in range(size, row_length) if open_rows[room]), None)
-        if room is None:
-            room = row_length
-            rows.append([])
-            row = rows[-1]
-        else:
+        room = next((room for room in range(size, row_length) if open_rows[room]), row_length)
+        if room < row_length:
             row = open_rows[room].pop()
+        else:
+            row = []
+            rows.append(row)
         row.append(index)
         open_rows[room - size].append(row)
     return rows

@@ -1,7 +1,6 @@
-"""Instruction samples as documents: what a chat model reads of a request and its answer."""
+"""Instruction samples as calibration documents, in the chat format of the model."""
 
 from datetime import datetime
-from typing import NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -13,14 +12,13 @@ from grasp_lightning.data.instruction_files import (
     read_instructions,
 )
 from grasp_lightning.data.instructions import alpaca_prompt
-from grasp_lightning.data.mixture import INSTRUCTIONS, MixturePart
+from grasp_lightning.data.mixture import INSTRUCTIONS
 from grasp_lightning.data.rows import ALL_ROWS, RowRange
-from grasp_lightning.data.sources import Documents, Part, read_documents
+from grasp_lightning.data.sources import Documents, MixturePart, Part, read_documents
 from grasp_lightning.errors import DataError
 
-# Some templates write the day; the text must be the same on every day. This is the one that the
-# templates of Llama 3 write where they are given none. A macro, since values that are handed to a
-# template cannot be functions.
+# Some templates insert the date, but the text must not change from day to day. This date is the
+# default of Llama 3's templates. A macro, because template arguments cannot be functions.
 _TODAY = datetime(2024, 7, 26)
 _FIXED_DAY = (
     "{%- macro strftime_now(format) -%}{{ format"
@@ -29,35 +27,10 @@ _FIXED_DAY = (
 )
 
 
-class Message(NamedTuple):
-    """One turn of a conversation.
-
-    Attributes:
-        role: ``user`` or ``assistant``.
-        content: What is said.
-    """
-
-    role: str
-    content: str
-
-
 def calibration_documents(
     corpus: MixturePart, tokenizer: PreTrainedTokenizerBase, part: Part
 ) -> Documents:
-    """Read one source of the calibration text.
-
-    Args:
-        corpus: Any source but the model itself.
-        tokenizer: Tokenizer of the model; its chat template puts instruction samples into words.
-        part: Section of the configuration, for messages.
-
-    Returns:
-        The documents, in the order of the source; instruction samples without an answer are left
-        out.
-
-    Raises:
-        DataError: If the source cannot be read, or has no text.
-    """
+    """Read one source of calibration text, in order, without samples that lack an answer."""
     if corpus.source not in (INSTRUCTIONS, *HUB_INSTRUCTIONS):
         return read_documents(corpus, part)
     instructions = _instructions(corpus, part)
@@ -69,14 +42,10 @@ def calibration_documents(
 
 
 def chat_text(sample: InstructionSample, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a sample as the text of a conversation of two turns.
+    """Return a sample as a conversation of two turns, in the tokenizer's chat template.
 
-    Args:
-        sample: The sample; its input, where it has one, follows the instruction after a blank line.
-        tokenizer: Its chat template is used; the Alpaca template where it has none.
-
-    Returns:
-        Request and answer; special tokens are written out, and the tokenizer knows them.
+    The input, if any, follows the instruction after a blank line. A tokenizer without a chat
+    template gets the Alpaca template. Special tokens appear as text, which the tokenizer parses.
 
     Raises:
         DataError: If the chat template refuses the conversation.
@@ -84,11 +53,10 @@ def chat_text(sample: InstructionSample, tokenizer: PreTrainedTokenizerBase) -> 
     if not tokenizer.chat_template:
         return alpaca_prompt(sample) + sample.output
     request = "\n\n".join(text for text in (sample.instruction, sample.input) if text)
-    turns = (Message("user", request), Message("assistant", sample.output))
     try:
         template = tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(
-            [turn._asdict() for turn in turns],
+            [{"role": "user", "content": request}, {"role": "assistant", "content": sample.output}],
             chat_template=_FIXED_DAY + template if "strftime_now" in template else template,
             tokenize=False,
         )
@@ -107,7 +75,7 @@ def _instructions(corpus: MixturePart, part: Part) -> Instructions:
         "file" if is_file else corpus.source, corpus.path, part, file_source=INSTRUCTIONS
     )
     key = f"{part}.rows"
-    rows = ALL_ROWS if corpus.rows is None else RowRange.parse(corpus.rows, key)
+    rows = RowRange.parse(corpus.rows, key)
     if rows == ALL_ROWS:
         return instructions
     samples = rows.cut(instructions.samples, instructions.name, key)

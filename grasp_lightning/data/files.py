@@ -12,21 +12,17 @@ _EXPECTED = f"a file: {', '.join(_SUFFIXES)}"
 
 
 def read_file(path: Path, field: str) -> tuple[str, ...]:
-    """Return the documents of a file, in its order.
+    """Return the documents of a file, in order; at least one of them has text.
 
-    A .txt file is one document: its rows, joined with two line feeds, which is how the rows of
-    WikiText are joined wherever its perplexity is reported. A .jsonl file has one document per
-    line, a .parquet file one per row. What cannot be read is a ``DataError``.
+    A .txt file is one document: its lines, joined with two line feeds, the convention behind
+    published WikiText perplexities. A .jsonl file has one document per line, a .parquet file one
+    per row. An unreadable file is a ``DataError``.
 
     Args:
-        path: The file; its suffix tells the format.
-        field: Key (.jsonl) or column (.parquet) that holds the text; .txt has none.
-
-    Returns:
-        The documents; at least one of them has text.
+        field: Key (.jsonl) or column (.parquet) of the text; .txt has none.
 
     Raises:
-        DataError: If none has text.
+        DataError: If no document has text.
     """
     check_data_file(path, _SUFFIXES, _EXPECTED)
     documents = tuple(_documents(path, field))
@@ -36,14 +32,7 @@ def read_file(path: Path, field: str) -> tuple[str, ...]:
 
 
 def join_rows(rows: Sequence[str]) -> str:
-    """Return the rows of one corpus as one document, two line feeds between them.
-
-    Args:
-        rows: The rows, each with the line feed that it may end in.
-
-    Returns:
-        The document.
-    """
+    """Return rows, which keep their own line feeds, as one document with two more between them."""
     return "\n\n".join(rows)
 
 

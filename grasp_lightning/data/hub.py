@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from grasp_lightning.data.files import join_rows
 from grasp_lightning.errors import DataError
@@ -9,20 +10,16 @@ from grasp_lightning.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class HubCorpus:
-    """Where a corpus lies on the hub, and how its rows become documents.
+    """A corpus on the hub, and how its rows become documents.
 
     Attributes:
-        repository: Name of the data set.
-        revision: Commit; of ``ptb`` a branch, since only that is known to be readable.
-        column: Column that holds the text.
-        is_joined: All rows are one document; else each row is one.
-        splits: Parts that can be asked for.
-        calibration_split: Part to calibrate on.
-        evaluation_split: Held-out part.
-        licence: Conditions of use, as its publishers state them.
+        revision: Commit; for ``ptb`` a branch, the only revision known to be readable.
+        column: Column of the text.
+        is_joined: All rows form one document; otherwise each row is one.
+        licence: Terms of use, as stated by the publishers.
         config: Configuration of the data set.
-        files: File of each split inside the repository, for data sets of which one file is
-            enough; None loads the whole split.
+        files: The file of each split inside the repository, if one file is enough; None loads the
+            whole split.
     """
 
     repository: str
@@ -85,37 +82,33 @@ HUB_CORPORA: dict[str, HubCorpus] = {
 
 
 def hub_documents(source: str, split: str) -> tuple[str, ...]:
-    """Return the documents of one part of a corpus, from the hub or its local cache.
+    """Return the documents of one split of a corpus, in the order of the data set."""
+    corpus = HUB_CORPORA[source]
+    dataset = load_from_hub(
+        corpus.repository,
+        f"{source} ({corpus.repository})",
+        "source: file with a local path, or source: pydoc",
+        name=corpus.config,
+        data_files=None if corpus.files is None else {split: corpus.files[split]},
+        split=split,
+        revision=corpus.revision,
+        # The check expects the sizes of all splits and shards, but only one file is loaded.
+        verification_mode=None if corpus.files is None else "no_checks",
+    )
+    rows: list[str] = dataset[corpus.column][:]
+    return (join_rows(rows),) if corpus.is_joined else tuple(rows)
 
-    Args:
-        source: Key of ``HUB_CORPORA``.
-        split: One of the corpus' splits.
 
-    Returns:
-        The documents, in the order of the data set.
-
-    Raises:
-        DataError: If the data set can be reached neither on the hub nor in the cache.
-    """
+def load_from_hub(repository: str, label: str, advice: str, **options: Any) -> Any:  # noqa: ANN401  untyped
+    """Load a data set from the hub or its cache; ``label`` and ``advice`` go into messages."""
     import datasets  # noqa: PLC0415  # slow to import, so loaded on use
 
-    corpus = HUB_CORPORA[source]
     try:
-        dataset = datasets.load_dataset(
-            corpus.repository,
-            corpus.config,
-            data_files=None if corpus.files is None else {split: corpus.files[split]},
-            split=split,
-            revision=corpus.revision,
-            # The check compares with the sizes of all splits and shards, and we ask for one file.
-            verification_mode=None if corpus.files is None else "no_checks",
-        )
+        return datasets.load_dataset(repository, **options)
     # ValueError: what the library raises offline for a data set that is not in its cache.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{source} ({corpus.repository}) cannot be loaded from the Hugging Face hub: {reason}; "
-            "without internet, use source: file with a local path, or source: pydoc"
+            f"{label} cannot be loaded from the Hugging Face hub: {reason}; "
+            f"without internet, use {advice}"
         ) from error
-    rows: list[str] = dataset[corpus.column][:]
-    return (join_rows(rows),) if corpus.is_joined else tuple(rows)

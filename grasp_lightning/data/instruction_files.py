@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from grasp_lightning.data.hub import load_from_hub
 from grasp_lightning.data.records import check_data_file, read_records, text_of
 from grasp_lightning.errors import ConfigError, DataError
 
@@ -13,9 +14,7 @@ class InstructionSample:
     """One task and its answer.
 
     Attributes:
-        instruction: What is asked.
-        input: What the instruction is about; empty where it needs nothing more.
-        output: The answer.
+        input: What the instruction is about; may be empty.
     """
 
     instruction: str
@@ -25,31 +24,18 @@ class InstructionSample:
 
 @dataclass(frozen=True)
 class Instructions:
-    """Samples of one source.
-
-    Attributes:
-        samples: The samples, in the order of the source.
-        name: What messages call the source.
-    """
+    """Samples of one source, in order, and the source's name in messages."""
 
     samples: tuple[InstructionSample, ...]
     name: str
 
     def __len__(self) -> int:
-        """Return the number of samples."""
         return len(self.samples)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubInstructions:
-    """Where instruction samples lie on the hub.
-
-    Attributes:
-        repository: Name of the data set, with the columns of ``InstructionSample``.
-        revision: Commit.
-        split: Part of the data set.
-        licence: Conditions of use, as the publishers of Stanford Alpaca state them.
-    """
+    """Instruction samples on the hub, in the columns of ``InstructionSample``."""
 
     repository: str
     revision: str
@@ -76,21 +62,18 @@ _SUFFIXES = ".jsonl, .json or .parquet"
 def read_instructions(
     source: str, path: str | None, section: str, file_source: str = "file"
 ) -> Instructions:
-    """Read the samples that a section of the configuration asks for.
+    """Read the samples that a section of the configuration names; there is at least one.
 
-    A sample without ``input``, or with null there, has none; other fields than those of
-    ``InstructionSample`` are ignored. A source that cannot be read, has no sample, or has one
-    without instruction or output, is a ``DataError`` that names file and line.
+    A sample may lack ``input``, or have null there; fields that ``InstructionSample`` lacks are
+    ignored. A source that is unreadable or empty, or a sample without instruction or output, is a
+    ``DataError`` that names file and line.
 
     Args:
         source: Name of a hub data set, or ``file``.
-        path: A .jsonl file (an object per line), .json file (a list of objects) or .parquet file
-            for ``source: file``.
-        section: Section of the configuration that holds these keys, for messages.
-        file_source: What the section calls a local file.
-
-    Returns:
-        At least one sample.
+        path: For ``source: file``: a .jsonl file (one object per line), a .json file (a list of
+            objects) or a .parquet file.
+        section: Section of the configuration, for messages.
+        file_source: The section's name for a local file, for messages.
 
     Raises:
         ConfigError: If the source is unknown, or ``path`` is missing or without effect.
@@ -106,33 +89,18 @@ def read_instructions(
                 f"{section}.path {path!r} has no effect with {section}.source {source}; remove it, "
                 f"or set {section}.source to file"
             )
-        return _from_hub(source, section, file_source)
+        hub = HUB_INSTRUCTIONS[source]
+        name = f"{source} ({hub.repository})"
+        advice = f"{section}.source: {file_source} with {section}.path: a {_SUFFIXES} file"
+        rows = load_from_hub(hub.repository, name, advice, split=hub.split, revision=hub.revision)
+        return _instructions(
+            ((f"{name}, row {number}", record) for number, record in enumerate(rows)), name
+        )
     if not path:
         raise ConfigError(f"{section}.source file needs {section}.path: a {_SUFFIXES} file")
-    return _from_file(Path(path).expanduser())
-
-
-def _from_hub(source: str, section: str, file_source: str) -> Instructions:
-    import datasets  # noqa: PLC0415  # slow to import, so loaded on use
-
-    hub = HUB_INSTRUCTIONS[source]
-    name = f"{source} ({hub.repository})"
-    try:
-        rows = datasets.load_dataset(hub.repository, split=hub.split, revision=hub.revision)
-    # ValueError: what the library raises offline for a data set that is not in its cache.
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(
-            f"{name} cannot be loaded from the Hugging Face hub: {reason}; without internet, use "
-            f"{section}.source: {file_source} with {section}.path: a {_SUFFIXES} file"
-        ) from error
-    records = ((f"{name}, row {number}", record) for number, record in enumerate(rows))
-    return _instructions(records, name)
-
-
-def _from_file(path: Path) -> Instructions:
-    check_data_file(path, (".jsonl", ".json", ".parquet"), f"a {_SUFFIXES} file")
-    return _instructions(read_records(path, _REQUIRED, _OPTIONAL), str(path))
+    file = Path(path).expanduser()
+    check_data_file(file, (".jsonl", ".json", ".parquet"), f"a {_SUFFIXES} file")
+    return _instructions(read_records(file, _REQUIRED, _OPTIONAL), str(file))
 
 
 def _instructions(records: Iterable[tuple[str, object]], name: str) -> Instructions:

@@ -1,4 +1,4 @@
-"""Instruction samples as tokens: the Alpaca template, what is learned of it, and what is cut."""
+"""Instruction samples as tokens: the Alpaca template, training targets, and truncation."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning.data.batching import TokenSamples
 from grasp_lightning.data.instruction_files import Instructions, InstructionSample
+from grasp_lightning.data.windows import MIN_TOKENS, bos_prefix
 from grasp_lightning.errors import ConfigError, DataError
 
-# Source: the template "alpaca" of Alpaca-LoRA, which the published procedure trains with. It is
-# that of Taori et al., "Stanford Alpaca", with a line feed after the last colon.
+# Source: the template "alpaca" of Alpaca-LoRA, which the published procedure uses: that of
+# Taori et al., "Stanford Alpaca", plus a line feed after the last colon.
 _PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
@@ -25,30 +26,17 @@ _PROMPT_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
-_MIN_TOKENS = 2  # one to predict, and one before it
 _CHUNK = 1000  # samples per call of the tokenizer: Python's lists of ids are large
 
 
 def alpaca_prompt(sample: InstructionSample) -> str:
-    """Return what the model is given of a sample: all but the answer, which follows directly.
-
-    Args:
-        sample: The sample; its input, where it has one, gets a section of its own.
-
-    Returns:
-        The prompt, in the words of the Alpaca template.
-    """
+    """Return the Alpaca prompt of a sample; the answer follows it directly."""
     template = _PROMPT_WITH_INPUT if sample.input else _PROMPT_WITHOUT_INPUT
     return template.format(instruction=sample.instruction, input=sample.input)
 
 
 class Split(NamedTuple):
-    """Samples to train on, and others to validate on.
-
-    Attributes:
-        train: At least one sample.
-        validation: Samples that are not in ``train``; may be none.
-    """
+    """Training samples (at least one), and other samples for validation (may be empty)."""
 
     train: Instructions
     validation: Instructions
@@ -64,21 +52,19 @@ def split_instructions(
 ) -> Split:
     """Set samples aside for validation.
 
-    The seed alone chooses them: they do not depend on the number of samples to train on, nor on
-    tokenizer or maximal length.
+    The seed alone chooses them: they do not depend on the number of training samples, the
+    tokenizer or the maximum length.
 
     Args:
-        instructions: All samples.
-        num_validation: Number of samples to validate on, at least 0.
-        seed: Seed of the draw.
-        num_train: Number of samples to train on, at least 1; None takes all others.
-        section: Section of the configuration that holds these numbers, for messages.
+        num_validation: Number of validation samples, at least 0.
+        num_train: Number of training samples, at least 1; None takes all others.
+        section: Section of the configuration, for messages.
 
     Returns:
         Both parts, each in the order of the source.
 
     Raises:
-        ConfigError: If a number is too small, or more samples are asked for than there are.
+        ConfigError: If a number is too small, or the source has too few samples.
     """
     if num_validation < 0:
         raise ConfigError(f"{section}.num_validation must be at least 0, got {num_validation}")
@@ -104,14 +90,14 @@ def split_instructions(
 
 @dataclass(frozen=True, kw_only=True)
 class SampleCounts:
-    """What became of the samples.
+    """What happened to the samples.
 
     Attributes:
         read: Samples of the source.
-        empty: Left out because their output is blank.
-        cut: Others that are longer than the maximal length and lost their end.
-        cut_prompts: Those of ``cut`` that lost a part of the prompt.
-        no_answer: Left out because nothing of the answer remained after the cut.
+        empty: Skipped because their output is blank.
+        cut: Other samples above the maximum length, which lost their end.
+        cut_prompts: Those of ``cut`` that lost part of the prompt.
+        no_answer: Skipped because the cut left nothing of the answer.
     """
 
     read: int
@@ -122,11 +108,10 @@ class SampleCounts:
 
     @property
     def kept(self) -> int:
-        """Samples that are trained on."""
+        """Number of training samples."""
         return self.read - self.empty - self.no_answer
 
     def __str__(self) -> str:
-        """Return the counts in one line."""
         return (
             f"{self.kept} of {self.read} samples; {self.cut} too long and cut, {self.cut_prompts} "
             f"of them inside the prompt; left out: {self.no_answer} whose answer was cut off, "
@@ -135,12 +120,7 @@ class SampleCounts:
 
 
 class TokenizedInstructions(NamedTuple):
-    """Samples as tokens.
-
-    Attributes:
-        tokens: The samples that are left.
-        counts: What became of all of them.
-    """
+    """The tokens of the remaining samples, and the counts of all."""
 
     tokens: TokenSamples
     counts: SampleCounts
@@ -155,38 +135,34 @@ def tokenize_instructions(
     add_eos: bool = False,
     add_bos: bool | None = None,
 ) -> TokenizedInstructions:
-    """Tokenise prompt and answer of every sample as one text, and cut it at the maximal length.
+    """Tokenize prompt and answer of every sample as one text, and cut it at the maximum length.
 
-    A token belongs to the answer if it holds any of its characters. A sample whose output is blank,
-    or of whose answer nothing remains after the cut, is left out and counted.
+    A token belongs to the answer if it contains any of its characters. A sample is skipped and
+    counted if its output is blank or the cut leaves nothing of its answer.
 
     Args:
-        instructions: The samples; none give no tokens.
-        tokenizer: Tokenizer of the model.
-        max_length: Most tokens of a sample, special tokens included, at least 2.
-        train_on_inputs: Predict all tokens but the first; else those of the answer only.
-        add_eos: End every sample that is not cut with the end-of-sequence token, which is then
-            predicted, too. One that has no room left for it counts as cut.
-        add_bos: Start every sample with the beginning-of-sequence token; None does so if the
-            tokenizer does it itself.
-
-    Returns:
-        The samples that are left, in their order, and the counts.
+        instructions: The samples; may be empty.
+        max_length: Maximum tokens per sample, special tokens included, at least 2.
+        train_on_inputs: Predict all tokens but the first; otherwise only the answer.
+        add_eos: End every uncut sample with the end-of-sequence token, as a target. A sample
+            without room for it counts as cut.
+        add_bos: Start every sample with the beginning-of-sequence token; None follows the
+            tokenizer's default.
 
     Raises:
-        ConfigError: If a special token is asked for that the tokenizer does not have.
-        DataError: If no sample is left.
+        ConfigError: If the tokenizer lacks a requested special token.
+        DataError: If no sample remains.
         ValueError: If ``max_length`` is below 2.
     """
-    if max_length < _MIN_TOKENS:
-        raise ValueError(f"max_length must be at least {_MIN_TOKENS}, got {max_length}")
+    if max_length < MIN_TOKENS:
+        raise ValueError(f"max_length must be at least {MIN_TOKENS}, got {max_length}")
     if add_eos and tokenizer.eos_token_id is None:
         raise ConfigError(
             "add_eos is set, but the tokenizer has no end-of-sequence token; set add_eos: false"
         )
     prefix = _prefix(tokenizer, add_bos)
     suffix = [tokenizer.eos_token_id] if add_eos else []
-    counts: Counter[str] = Counter()
+    counts = Counter(cut=0, cut_prompts=0, no_answer=0)
     ids, targets = [], []
     samples = [sample for sample in instructions.samples if sample.output.strip()]
     for num_prompt, tokens in _tokenized(samples, tokenizer, prefix):
@@ -198,14 +174,9 @@ def tokenize_instructions(
         ids.append(torch.tensor([*tokens, *suffix][:max_length]))
         targets.append(torch.ones(len(ids[-1]), dtype=torch.bool))
         targets[-1][: 1 if train_on_inputs else max(num_prompt, 1)] = False
-    result = SampleCounts(
-        read=len(instructions),
-        empty=len(instructions) - len(samples),
-        cut=counts["cut"],
-        cut_prompts=counts["cut_prompts"],
-        no_answer=counts["no_answer"],
-    )
-    if len(instructions) > 0 and result.kept == 0:
+    num_read = len(instructions)
+    result = SampleCounts(read=num_read, empty=num_read - len(samples), **counts)
+    if num_read > 0 and result.kept == 0:
         raise DataError(
             f"{instructions.name} has no sample with an answer within max_length {max_length}: "
             f"{result}; raise max_length"
@@ -217,20 +188,13 @@ def _prefix(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> list[in
     bos = tokenizer.bos_token_id
     if add_bos is None:
         add_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    if not add_bos:
-        return []
-    if bos is None:
-        raise ConfigError(
-            "add_bos is set, but the tokenizer has no beginning-of-sequence token; "
-            "set add_bos: false"
-        )
-    return [bos]
+    return bos_prefix(tokenizer, add_bos)
 
 
 def _tokenized(
     samples: Sequence[InstructionSample], tokenizer: PreTrainedTokenizerBase, prefix: list[int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield of every sample the number of tokens before its answer, and all its tokens."""
+    """Yield, for every sample, the number of tokens before its answer, and all its tokens."""
     for start in range(0, len(samples), _CHUNK):
         part = samples[start : start + _CHUNK]
         prompts = [alpaca_prompt(sample) for sample in part]

@@ -1,8 +1,7 @@
-"""Several sources of calibration text: which keys each one gets, its share, and their order."""
+"""Several sources of calibration text: the keys and the share of each, and how they interleave."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 from grasp_lightning.config import CalibrationConfig
 from grasp_lightning.data.hub import HUB_CORPORA
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
-from grasp_lightning.data.rows import ALL_ROWS, RowRange
-from grasp_lightning.data.sources import SOURCES, Part
+from grasp_lightning.data.rows import RowRange
+from grasp_lightning.data.sources import DEFAULT_FIELD, SOURCES, MixturePart, Part
 from grasp_lightning.errors import ConfigError
 
 INSTRUCTIONS = "instructions"
@@ -21,44 +20,19 @@ CALIBRATION_SOURCES = (*SOURCES, INSTRUCTIONS, *HUB_INSTRUCTIONS, SELF)
 
 _WITH_FILE = ("file", INSTRUCTIONS)
 _WITH_SPLITS = ("pydoc", *HUB_CORPORA)
-_DEFAULT_FIELD = "text"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixturePart:
-    """One source of the calibration text, with the keys that concern it: a ``Corpus``.
-
-    Attributes:
-        source: One of ``CALIBRATION_SOURCES``.
-        num_samples: Number of its windows, at least 1.
-        path: Its file.
-        rows: Rows of the file that are read, None for all.
-        split: Part of the corpus, None for the default.
-        field: Column that holds the text.
-    """
-
-    source: str
-    num_samples: int
-    path: str | None = None
-    rows: str | None = None
-    split: str | None = None
-    field: str = _DEFAULT_FIELD
 
 
 def mixture_parts(config: CalibrationConfig, part: Part) -> tuple[MixturePart, ...]:
-    """Return the sources that a section of the configuration names, without reading any.
+    """Return the sources that a section names, in order, without reading any.
 
-    Of a single corpus, ``read_documents`` checks the keys.
+    For a single corpus, ``read_documents`` checks the keys.
 
     Args:
         config: The section; its numbers are in range.
-        part: Which section it is, for messages; text takes none but the ``SOURCES``.
-
-    Returns:
-        One part per source, in their order; ``num_samples`` windows together.
+        part: Name of the section, for messages; ``text`` takes only ``SOURCES``.
 
     Raises:
-        ConfigError: If keys do not fit the sources, or none of the sources follows one.
+        ConfigError: If keys do not fit the sources.
     """
     sources = _sources(config, part)
     counts = _counts(config, part, sources)
@@ -74,14 +48,20 @@ def mixture_parts(config: CalibrationConfig, part: Part) -> tuple[MixturePart, .
             ),
         )
     paths = _by_file(config.path, f"{part}.path", sources, part)
-    for source, path in zip(_with_file(sources), paths, strict=True):
-        if not path:
+    for source, path in zip(sources, paths, strict=True):
+        if source in _WITH_FILE and not path:
             raise ConfigError(f"{part}.source {source} needs {part}.path, the file to read")
     rows = _by_file(config.rows, f"{part}.rows", sources, part)
-    files = iter(zip(paths, rows, strict=True))
     parts = tuple(
-        _part(source, count, config, next(files) if source in _WITH_FILE else (None, None))
-        for source, count in zip(sources, counts, strict=True)
+        MixturePart(
+            source=source,
+            num_samples=count,
+            path=path,
+            rows=range_,
+            split=config.split if source in _WITH_SPLITS else None,
+            field=config.field if _has_columns(source, path) else DEFAULT_FIELD,
+        )
+        for source, count, path, range_ in zip(sources, counts, paths, rows, strict=True)
     )
     _refuse_unread(config, parts, part)
     _refuse_repeats(parts, part)
@@ -89,15 +69,7 @@ def mixture_parts(config: CalibrationConfig, part: Part) -> tuple[MixturePart, .
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:
-    """Deal a number out by weight: each gets its quota, rounded down, the largest rests one more.
-
-    Args:
-        total: What is dealt out, at least 0.
-        weights: Positive numbers, in any unit.
-
-    Returns:
-        Whole numbers whose sum is ``total``; of equal rests the first ones win.
-    """
+    """Split a total by weight into whole numbers (largest-remainder method; first wins ties)."""
     exact = [Fraction(weight) for weight in weights]
     quotas = [total * weight / sum(exact) for weight in exact]
     counts = [math.floor(quota) for quota in quotas]
@@ -108,15 +80,9 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def interleaved(counts: Sequence[int]) -> list[int]:
-    """Return an order of the windows of several sources in which every beginning is a fair mixture.
+    """Return indices that interleave concatenated sources: every prefix is a fair mixture.
 
-    Each source's windows are spread evenly and keep their order.
-
-    Args:
-        counts: Number of windows by source; they lie one source after the other.
-
-    Returns:
-        Indices of all windows.
+    The windows of each source, ``counts`` of them, are spread evenly and keep their order.
     """
     places = [
         ((2 * position + 1) / count, index)
@@ -143,7 +109,7 @@ def _sources(config: CalibrationConfig, part: Part) -> tuple[str, ...]:
 
 
 def _counts(config: CalibrationConfig, part: Part, sources: Sequence[str]) -> list[int]:
-    """Return the number of windows of each source."""
+    """Return the number of windows per source."""
     weights, num_samples = config.weights, config.num_samples
     if weights is None:
         weights = (1.0,) * len(sources)
@@ -182,11 +148,11 @@ def _single(value: str | tuple[str, ...] | None, key: str) -> str | None:
 def _by_file(
     value: str | tuple[str, ...] | None, key: str, sources: Sequence[str], part: Part
 ) -> list[str | None]:
-    """Return the value of every source with a file, in their order; None for all if not set."""
-    files = _with_file(sources)
+    """Return the value for each source; None for those without a file, or if the key is not set."""
     if value is None:
-        return [None] * len(files)
+        return [None] * len(sources)
     values = value if isinstance(value, tuple) else (value,)
+    files = [source for source in sources if source in _WITH_FILE]
     if not files:
         raise ConfigError(
             f"{key} {', '.join(values)!r} has no effect with {part}.source {', '.join(sources)}; "
@@ -197,25 +163,8 @@ def _by_file(
             f"{key} must have one value for each of {', '.join(files)} in {part}.source, in their "
             f"order: {len(files)}, got {len(values)}"
         )
-    return [*values]
-
-
-def _with_file(sources: Sequence[str]) -> list[str]:
-    return [source for source in sources if source in _WITH_FILE]
-
-
-def _part(
-    source: str, count: int, config: CalibrationConfig, file: tuple[str | None, str | None]
-) -> MixturePart:
-    path, rows = file
-    return MixturePart(
-        source=source,
-        num_samples=count,
-        path=path,
-        rows=rows,
-        split=config.split if source in _WITH_SPLITS else None,
-        field=config.field if _has_columns(source, path) else _DEFAULT_FIELD,
-    )
+    left = iter(values)
+    return [next(left) if source in _WITH_FILE else None for source in sources]
 
 
 def _has_columns(source: str, path: str | None) -> bool:
@@ -223,13 +172,13 @@ def _has_columns(source: str, path: str | None) -> bool:
 
 
 def _refuse_unread(config: CalibrationConfig, parts: Sequence[MixturePart], part: Part) -> None:
-    """Refuse a key that is for all sources it concerns, where it concerns none."""
+    """Refuse a shared key if it applies to none of the sources."""
     sources = ", ".join(one.source for one in parts)
     if config.split is not None and all(one.split is None for one in parts):
         raise ConfigError(
             f"{part}.split {config.split!r} has no effect with {part}.source {sources}; remove it"
         )
-    if config.field != _DEFAULT_FIELD and all(one.field == _DEFAULT_FIELD for one in parts):
+    if config.field != DEFAULT_FIELD and all(one.field == DEFAULT_FIELD for one in parts):
         raise ConfigError(
             f"{part}.field {config.field!r} has no effect with {part}.source {sources}: no .jsonl "
             "or .parquet file of source file is read; remove it"
@@ -237,8 +186,14 @@ def _refuse_unread(config: CalibrationConfig, parts: Sequence[MixturePart], part
 
 
 def _refuse_repeats(parts: Sequence[MixturePart], part: Part) -> None:
-    """Refuse text that would be read twice, so that its windows could be drawn twice."""
-    read = [_text_of(one, part) for one in parts]
+    """Refuse text that would be read twice, so that no window can be drawn twice."""
+    read = [
+        (
+            one.source if one.path is None else str(Path(one.path).expanduser().resolve()),
+            RowRange.parse(one.rows, f"{part}.rows"),
+        )
+        for one in parts
+    ]
     for (first, rows), (second, other_rows) in combinations(read, 2):
         if first == second and rows.overlaps(other_rows):
             which = "" if rows == other_rows else f", with rows {rows} and {other_rows}"
@@ -246,8 +201,3 @@ def _refuse_repeats(parts: Sequence[MixturePart], part: Part) -> None:
                 f"{part}.source names {first} twice{which}; name each text once, and set its share "
                 f"with {part}.weights"
             )
-
-
-def _text_of(one: MixturePart, part: Part) -> tuple[str, RowRange]:
-    name = one.source if one.path is None else str(Path(one.path).expanduser().resolve())
-    return name, ALL_ROWS if one.rows is None else RowRange.parse(one.rows, f"{part}.rows")

@@ -1,4 +1,4 @@
-"""How a model is called on packed rows, so that it keeps the samples of a row apart.
+"""Calls a model on packed rows so that the samples of a row stay separate.
 
 Legend: B rows of T tokens in a batch.
 """
@@ -16,14 +16,13 @@ from grasp_lightning.models.decoder import frozen
 from grasp_lightning.models.next_token import forward_inputs
 
 PackingForm = Literal["positions", "mask"]
-"""How a model is told where a packed row changes from one sample to the next."""
+"""How a model learns where a packed row changes from one sample to the next."""
 
-_LEAST_ROW = 8  # tokens in which the samples of the trial below fit
-_TRIAL: Rows = [[0], [1, 2, 3]]  # a full row, so that a lost sliding window shows, and a mixed one
-# Most that the logits of a sample may differ between a packed row and the sample alone, relative to
-# their norm, on average over its tokens (a router that chooses another expert changes a single
-# token). SmolLM2-135M differs by 2e-6 from rounding in float32 and by 0.03 in bfloat16, and by 0.5
-# where samples attend to each other.
+_LEAST_ROW = 8  # tokens; the samples of the trial below must fit
+_TRIAL: Rows = [[0], [1, 2, 3]]  # a full row, which reveals a lost sliding window, and a mixed one
+# Maximum difference between the logits of a sample in a packed row and alone, relative to their
+# norm, averaged over its tokens (a router that picks another expert changes a single token).
+# SmolLM2-135M: 2e-6 from rounding in float32, 0.03 in bfloat16; 0.5 if samples see each other.
 _TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}
 _LOW_PRECISION_TOLERANCE = 0.2
 
@@ -31,25 +30,24 @@ _LOW_PRECISION_TOLERANCE = 0.2
 def packed_inputs(
     batch: Mapping[str, Tensor], form: PackingForm, dtype: torch.dtype
 ) -> dict[str, Tensor | Literal[False]]:
-    """Return the keyword arguments with which a model is called on packed rows.
+    """Return the keyword arguments for a model call on packed rows.
 
     Args:
         batch: ``input_ids`` and ``position_ids``, both ``(B, T)``.
-        form: What ``packing_form`` found for the model.
         dtype: Floating point type of the model.
 
     Returns:
-        Ids, positions, and no cache; for ``mask`` also the number that is added to the attention
-        scores, ``(B, 1, T, T)``: 0 for earlier tokens of the same sample, else the lowest one.
+        Ids, positions, and no cache; for ``mask`` also a bias for the attention scores,
+        ``(B, 1, T, T)``: 0 for preceding tokens of the same sample, otherwise the lowest number.
     """
     inputs: dict[str, Tensor | Literal[False]] = {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
-        # With a cache, transformers takes positions that start again for one sample.
+        # With a cache, transformers treats positions that restart as one sample.
         "use_cache": False,
     }
     if form == "mask":
-        # Padding counts as samples of one token, so that no token is without one to attend to.
+        # Padding counts as samples of one token, so that every token has one to attend to.
         sample = (batch["position_ids"] == 0).cumsum(dim=1)
         is_seen = (sample[:, :, None] == sample[:, None, :]).tril()  # (B, T, T)
         mask = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
@@ -58,20 +56,17 @@ def packed_inputs(
 
 
 def packing_form(model: PreTrainedModel, row_length: int) -> PackingForm:
-    """Find out how a model keeps the samples of a packed row apart, by trying.
+    """Return how a model keeps the samples of a packed row separate, found by trial.
 
-    Positions that start again are enough for most families, and keep sliding windows; others need
-    a mask. Two rows of random tokens must give the logits that their samples give alone.
+    Most families need only positions that restart, which also keep sliding windows; others need a
+    mask. Two rows of random tokens must give the same logits as their samples give alone.
 
     Args:
-        model: The model, not wrapped; it is left as it was.
-        row_length: Tokens of a row, at least 8.
-
-    Returns:
-        The first form that is right.
+        model: The unwrapped model; it is left unchanged.
+        row_length: Tokens per row, at least 8.
 
     Raises:
-        ModelError: If neither is.
+        ModelError: If neither form works.
         ValueError: If the row is too short for several samples.
     """
     if row_length < _LEAST_ROW:
@@ -97,7 +92,7 @@ def packing_form(model: PreTrainedModel, row_length: int) -> PackingForm:
 
 
 def _random_samples(model: PreTrainedModel, row_length: int) -> TokenSamples:
-    """Return samples for ``_TRIAL``; one token of its second row is padding."""
+    """Return samples for ``_TRIAL``; the second row ends with one padding token."""
     half, quarter = row_length // 2, row_length // 4
     lengths = [row_length, half, quarter, row_length - half - quarter - 1]
     generator = torch.Generator().manual_seed(0)
@@ -116,7 +111,7 @@ def _is_equal(
         packed = _logits(model, packed_inputs(batch, form, model.dtype))
     except torch.OutOfMemoryError:
         raise
-    # Families refuse an argument that they do not know, or its shape, each in its own way.
+    # Model families refuse an unknown argument, or its shape, in different ways.
     except (TypeError, ValueError, IndexError, RuntimeError):
         return False
     difference = (packed[batch["mask"]] - alone).norm(dim=-1)
@@ -130,6 +125,6 @@ def _batch(model: PreTrainedModel, samples: TokenSamples, rows: Rows) -> dict[st
 
 
 def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor | Literal[False]]) -> Tensor:
-    """Return float32 logits without their mean over the vocabulary, which says nothing."""
+    """Return float32 logits minus their mean over the vocabulary, which carries no information."""
     logits: Tensor = model(**inputs).logits.float()
     return logits - logits.mean(dim=-1, keepdim=True)

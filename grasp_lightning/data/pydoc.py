@@ -1,4 +1,4 @@
-"""The embedded corpus: the Python language reference, as every CPython ships it for ``help()``."""
+"""The embedded corpus: the Python language reference that every CPython ships for ``help()``."""
 
 import re
 from collections import defaultdict
@@ -10,34 +10,21 @@ PYDOC_SPLITS: tuple[PydocSplit, ...] = ("train", "test")
 
 TEST_SHARE = 0.3
 MIN_PARAGRAPH = 40
-"""Characters from which on a paragraph counts: shorter ones (headings, "See also") recur."""
+"""Minimum characters of a paragraph; shorter ones (headings, "See also") recur."""
 
 
 def paragraphs(text: str) -> list[str]:
-    """Return the paragraphs that identify a text, without white space and underlines that vary.
-
-    Args:
-        text: Paragraphs with blank lines between them.
-
-    Returns:
-        Those of at least ``MIN_PARAGRAPH`` characters, in their order.
-    """
-    # The same heading is underlined with another character where its topic is part of a longer one.
+    """Return the paragraphs that identify a text, without varying white space and underlines."""
+    # A heading is underlined differently when its topic is part of a longer one.
     parts = (re.sub(r"\n[*=~^-]+$", "", part.strip()) for part in re.split(r"\n\s*\n", text))
     normalised = (" ".join(part.split()) for part in parts)
     return [paragraph for paragraph in normalised if len(paragraph) >= MIN_PARAGRAPH]
 
 
 def pydoc_documents(split: PydocSplit) -> tuple[str, ...]:
-    """Return the topics of one part, one document per topic, in the order of their names.
+    """Return the topics of a part as documents, sorted by name; the parts share no paragraph.
 
-    The text is that of the running CPython, so it differs a little between Python versions.
-
-    Args:
-        split: ``train`` for calibration, ``test`` held out: the two share no paragraph.
-
-    Returns:
-        The documents.
+    The text is that of the running CPython, so it differs slightly between Python versions.
     """
     from pydoc_data.topics import topics  # noqa: PLC0415  # half a megabyte, so loaded on use
 
@@ -46,18 +33,11 @@ def pydoc_documents(split: PydocSplit) -> tuple[str, ...]:
 
 
 def split_topics(topics: Mapping[str, str]) -> dict[PydocSplit, list[str]]:
-    """Deal topics out to two parts that have no paragraph in common.
+    """Split topics into two parts that have no paragraph in common; names are sorted.
 
-    Topics repeat each other (``compound`` holds all of ``if`` and ``while``), so what is dealt out
-    is a cluster: topics connected through shared paragraphs. The largest clusters come first; a
-    cluster goes to ``test`` while that holds less than ``TEST_SHARE`` of what was dealt out. Inside
-    a part, a topic that only repeats longer topics is left out.
-
-    Args:
-        topics: Text by name.
-
-    Returns:
-        Names of the topics of each part, sorted.
+    Topics repeat each other (``compound`` contains all of ``if`` and ``while``), so whole clusters
+    are assigned, largest first: to ``test`` while its share is below ``TEST_SHARE``. Within a part,
+    a topic that only repeats longer topics is dropped.
     """
     parts: dict[PydocSplit, list[str]] = {"train": [], "test": []}
     sizes: dict[PydocSplit, int] = {"train": 0, "test": 0}
@@ -70,13 +50,10 @@ def split_topics(topics: Mapping[str, str]) -> dict[PydocSplit, list[str]]:
 
 
 def clusters(topics: Mapping[str, str]) -> list[list[str]]:
-    """Return the connected components of the topics, where a shared paragraph connects two.
-
-    Args:
-        topics: Text by name.
+    """Return the connected components of the topics; a shared paragraph connects two.
 
     Returns:
-        Sorted names of each component; components by characters, descending, then by name.
+        Sorted names of each component; largest components first, by characters, then by name.
     """
     root = {name: name for name in topics}
 

@@ -15,16 +15,7 @@ from grasp_lightning.reading.text import (
 
 
 def check_data_file(path: Path, suffixes: Sequence[str], expected: str) -> None:
-    """Refuse what is no file of these formats.
-
-    Args:
-        path: The file.
-        suffixes: Suffixes of the formats.
-        expected: What is expected, for messages.
-
-    Raises:
-        DataError: Saying what is there.
-    """
+    """Refuse a path that is not a file with one of the suffixes, which ``expected`` describes."""
     if path.is_dir():
         raise DataError(f"{path} is a folder; expected {expected}")
     if path.suffix.lower() not in suffixes:
@@ -37,18 +28,14 @@ def check_data_file(path: Path, suffixes: Sequence[str], expected: str) -> None:
 def read_records(
     path: Path, required: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[tuple[str, object]]:
-    """Yield the place, as messages call it, and the content of each record of a file.
+    """Yield each record of a file with its place, for messages.
 
-    A .jsonl file has one record per line, a .json file is a list of them, a .parquet file has one
-    per row. What is wrong with the file is a ``DataError``; records are not looked into.
+    A .jsonl file has one record per line, a .json file is a list of records, a .parquet file has
+    one per row. An unreadable file is a ``DataError``; the records are not checked.
 
     Args:
-        path: The file; its suffix tells the format.
         required: Columns that a .parquet file must have.
-        optional: Columns that are read, too, if it has them.
-
-    Yields:
-        Places and records.
+        optional: Columns that are read if present.
     """
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
@@ -64,20 +51,7 @@ def read_records(
 
 
 def text_of(record: object, field: str, place: str, expected: str) -> str:
-    """Return the text that a record holds.
-
-    Args:
-        record: The record, of any type.
-        field: Its key.
-        place: Where it stands, for messages.
-        expected: What an object is expected to have, for messages.
-
-    Returns:
-        The text.
-
-    Raises:
-        DataError: If the record has none.
-    """
+    """Return the text of a field; ``place`` and ``expected`` describe the record in messages."""
     if not isinstance(record, Mapping):
         raise DataError(f"{place} is no JSON object; expected one with {expected}")
     if field not in record:
@@ -97,16 +71,11 @@ def text_of(record: object, field: str, place: str, expected: str) -> str:
 def read_columns(
     path: Path, required: Sequence[str], optional: Sequence[str] = (), *, are_texts: bool = False
 ) -> dict[str, list[Any]]:  # Any: a column of any type
-    """Return columns of a .parquet file.
+    """Return the values of columns of a .parquet file, by name.
 
     Args:
-        path: The file.
-        required: Columns that it must have.
-        optional: Columns that are read, too, if it has them.
-        are_texts: Refuse columns of another type, and rows without a text.
-
-    Returns:
-        The values of each column, by name.
+        optional: Columns that are read if present.
+        are_texts: Refuse columns of other types, and rows without text.
 
     Raises:
         DataError: If the file is damaged, lacks a column, or has one twice.

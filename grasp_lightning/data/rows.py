@@ -12,30 +12,20 @@ _RANGE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})?")
 
 
 class RowRange(NamedTuple):
-    """Rows that follow each other, counted from 0; blank lines of a file are no rows.
+    """Consecutive rows, counted from 0; blank lines of a file do not count.
 
     Attributes:
-        first: The first one.
-        last: The last one, which belongs to the range; None for the last one of the file.
+        last: Inclusive; None for the last row of the file.
     """
 
     first: int
     last: int | None
 
     @classmethod
-    def parse(cls, text: str, key: str) -> Self:
-        """Return the range that a text names.
-
-        Args:
-            text: ``0-259``, or ``260-`` for all rows from 260 on.
-            key: Key of the configuration that holds it, for messages.
-
-        Returns:
-            The range.
-
-        Raises:
-            ConfigError: If the text names none.
-        """
+    def parse(cls, text: str | None, key: str) -> Self:
+        """Return the range of ``0-259``, or of ``260-`` for all from 260 on; None: all rows."""
+        if text is None:
+            return cls(0, None)
         found = _RANGE.fullmatch(text)
         if found is None:
             raise ConfigError(
@@ -48,35 +38,15 @@ class RowRange(NamedTuple):
         return cls(first, last)
 
     def __str__(self) -> str:
-        """Return the range as ``parse`` takes it."""
         return f"{self.first}-{'' if self.last is None else self.last}"
 
     def overlaps(self, other: "RowRange") -> bool:
-        """Return whether two ranges share a row.
-
-        Args:
-            other: Another range of the same file.
-
-        Returns:
-            True if a row is in both.
-        """
+        """Return whether two ranges of the same file share a row."""
         starts_before_end = other.last is None or self.first <= other.last
         return starts_before_end and (self.last is None or other.first <= self.last)
 
     def cut(self, rows: Sequence[T], name: str, key: str) -> tuple[T, ...]:
-        """Return the rows of the range.
-
-        Args:
-            rows: All rows of a file.
-            name: The file, for messages.
-            key: Key of the configuration that holds the range, for messages.
-
-        Returns:
-            At least one row, in order.
-
-        Raises:
-            DataError: If the file has not all of them.
-        """
+        """Return the rows of the range, at least one; ``name`` and ``key`` are for messages."""
         highest = self.first if self.last is None else self.last
         if highest >= len(rows):
             raise DataError(

@@ -8,14 +8,14 @@ from transformers import PreTrainedTokenizerBase
 from grasp_lightning.config import CalibrationConfig, EvaluationConfig
 from grasp_lightning.config.values import check_values
 from grasp_lightning.data.chat import calibration_documents
-from grasp_lightning.data.mixture import SELF, MixturePart, interleaved, mixture_parts
+from grasp_lightning.data.mixture import SELF, interleaved, mixture_parts
 from grasp_lightning.data.self_text import Sampler, self_text
-from grasp_lightning.data.sources import Documents, Part, read_documents
+from grasp_lightning.data.sources import MixturePart, Part, read_documents
 from grasp_lightning.data.windows import TokenWindows, pack_windows
 from grasp_lightning.errors import DataError
 
 CANDIDATE_FACTOR = 4
-"""Calibration stops reading documents at this many times the windows it needs."""
+"""Calibration reads documents until it has this many times the windows it needs."""
 
 
 def calibration_windows(
@@ -27,26 +27,22 @@ def calibration_windows(
     *,
     sample: Sampler | None = None,
 ) -> TokenWindows:
-    """Draw the windows that scores are measured on, or that a model is trained on.
+    """Draw the ``num_samples`` windows for calibration or training.
 
     The seed shuffles the documents. They are read until there are ``CANDIDATE_FACTOR`` times as
-    many windows as needed (a shard of C4 has hundreds of times as many), or all are read, and a
-    second draw takes ``num_samples`` of these: of one document, every window can be drawn. Of
-    several sources each gives what it would give alone, and their windows are interleaved. An
-    option out of range or without effect is a ``ConfigError``, a corpus that cannot be read or has
-    too little text a ``DataError``.
+    many windows as needed (a shard of C4 has hundreds of times as many); a second draw selects from
+    these, so every window of a document can be drawn. With several sources, each contributes the
+    windows it would give alone, and these are interleaved. An option that is out of range or
+    without effect is a ``ConfigError``, a corpus that is unreadable or too short a ``DataError``.
 
     Args:
-        config: Section ``calibration`` of the configuration.
-        tokenizer: Tokenizer of the model.
-        seed: Seed of all draws.
+        seed: Seed for all draws.
         part: Name of the section, for messages.
-        asked: How the section asks for so many windows; None: by its ``num_samples``.
+        asked: How the section asks for this many windows; None: by its ``num_samples``.
         sample: Writes text with the model, for ``source: self``.
 
     Returns:
-        ``num_samples`` full windows, those of each source in the order in which they stand in the
-        shuffled corpus.
+        Full windows; those of each source keep the order of its shuffled corpus.
     """
     check_values(config, f"{part}.")
     sources = mixture_parts(config, part)
@@ -56,30 +52,17 @@ def calibration_windows(
             asked = f"num_samples is {config.num_samples}, {source.num_samples} of {source.source}"
         if source.source == SELF:
             drawn.append(_written(source, config, tokenizer, seed, sample))
-            continue
-        documents = calibration_documents(source, tokenizer, part)
-        drawn.append(
-            _drawn(
-                documents, source.num_samples, config, tokenizer, seed=seed, part=part, asked=asked
-            )
-        )
+        else:
+            drawn.append(_drawn(source, config, tokenizer, seed, part=part, asked=asked))
     return _joined(drawn).select(interleaved([len(windows) for windows in drawn]))
 
 
 def evaluation_windows(
     config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
 ) -> TokenWindows:
-    """Cut the held-out text into windows, from its start.
+    """Return the first ``num_samples`` windows of the held-out text; None takes all.
 
-    An option out of range or without effect is a ``ConfigError``, a corpus that cannot be read or
-    has too little text a ``DataError``.
-
-    Args:
-        config: Section ``evaluation`` of the configuration.
-        tokenizer: Tokenizer of the model.
-
-    Returns:
-        The first ``num_samples`` windows, or all.
+    Errors are those of ``calibration_windows``.
     """
     check_values(config, "evaluation.")
     documents = read_documents(config, "evaluation")
@@ -98,16 +81,15 @@ def evaluation_windows(
 
 
 def _drawn(
-    documents: Documents,
-    num_samples: int,
+    source: MixturePart,
     config: CalibrationConfig,
     tokenizer: PreTrainedTokenizerBase,
-    *,
     seed: int,
+    *,
     part: Part,
     asked: str | None,
 ) -> TokenWindows:
-    """Draw windows from one corpus."""
+    documents = calibration_documents(source, tokenizer, part)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents.texts), generator=generator).tolist()
     windows = pack_windows(
@@ -115,10 +97,10 @@ def _drawn(
         tokenizer,
         seqlen=config.seqlen,
         add_bos=config.add_bos,
-        enough=CANDIDATE_FACTOR * num_samples,
+        enough=CANDIDATE_FACTOR * source.num_samples,
     )
-    _require_windows(windows, num_samples, documents.name, part, asked)
-    chosen = torch.randperm(len(windows), generator=generator)[:num_samples]
+    _require_windows(windows, source.num_samples, documents.name, part, asked)
+    chosen = torch.randperm(len(windows), generator=generator)[: source.num_samples]
     return _with_targets(windows.select(chosen.sort().values), documents.name)
 
 
@@ -129,7 +111,6 @@ def _written(
     seed: int,
     sample: Sampler | None,
 ) -> TokenWindows:
-    """Let the model write windows."""
     if sample is None:
         raise ValueError("source self needs sample, which writes text with the model")
     ids = self_text(
@@ -164,10 +145,9 @@ def _require_windows(
         return
     length = windows.input_ids.shape[1]
     needed = "at least 1 is needed" if num_samples is None else f"num_samples is {num_samples}"
-    needed = asked or needed
     raise DataError(
-        f"{part}: {needed}, but {corpus} gives {len(windows)} windows of {length} tokens; lower "
-        f"{part}.num_samples or {part}.seqlen, or use a longer corpus"
+        f"{part}: {asked or needed}, but {corpus} gives {len(windows)} windows of {length} tokens; "
+        f"lower {part}.num_samples or {part}.seqlen, or use a longer corpus"
     )
 
 

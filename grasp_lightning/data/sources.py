@@ -1,9 +1,10 @@
-"""Where text comes from: the embedded corpus, the hub, or a local file."""
+"""Sources of text: the embedded corpus, the hub, or a local file."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
+from grasp_lightning.config import EvaluationConfig
 from grasp_lightning.data.files import read_file
 from grasp_lightning.data.hub import HUB_CORPORA, hub_documents
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
@@ -12,58 +13,43 @@ from grasp_lightning.data.rows import ALL_ROWS, RowRange
 from grasp_lightning.errors import ConfigError, DataError
 
 Part = Literal["calibration", "evaluation", "text"]
-"""What the text is for; also the section of the configuration that asks for it."""
+"""Purpose of the text, and name of the section of the configuration."""
 
 SOURCES = ("pydoc", *HUB_CORPORA, "file")
-_DEFAULT_FIELD = "text"
+DEFAULT_FIELD = "text"
 
 
-class Corpus(Protocol):
-    """What names one text: section ``evaluation``, or a part of section ``calibration``."""
+@dataclass(frozen=True, kw_only=True)
+class MixturePart:
+    """One source of calibration text, with the keys that apply to it.
 
-    @property
-    def source(self) -> str:
-        """Name of the corpus, one of ``SOURCES``."""
+    Attributes:
+        num_samples: Number of its windows, at least 1.
+        rows: Rows of its file, see ``RowRange.parse``; None for all.
+        split: Part of the corpus; None for the default.
+    """
 
-    @property
-    def path(self) -> str | None:
-        """File of ``source: file``."""
+    source: str
+    num_samples: int
+    path: str | None = None
+    rows: str | None = None
+    split: str | None = None
+    field: str = DEFAULT_FIELD
 
-    @property
-    def split(self) -> str | None:
-        """Part of the corpus; None for the default."""
 
-    @property
-    def field(self) -> str:
-        """Column that holds the text of .jsonl and .parquet files."""
-
-    @property
-    def rows(self) -> str | None:
-        """Rows of a .jsonl or .parquet file, as ``RowRange.parse`` takes them; None for all."""
+Corpus = EvaluationConfig | MixturePart
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Text in pieces that do not continue each other.
-
-    Attributes:
-        texts: The documents, at least one with text.
-        name: What messages call the corpus.
-    """
+    """Unconnected texts, at least one of them not blank, and the corpus's name in messages."""
 
     texts: tuple[str, ...]
     name: str
 
 
 def source_licence(source: str) -> str | None:
-    """Return the conditions of use of a named corpus, as its publishers state them.
-
-    Args:
-        source: Any name that ``calibration.source`` takes.
-
-    Returns:
-        The licence; None for a local file, and for text that the model itself wrote.
-    """
+    """Return the terms of use of a named corpus; None for local files and text of the model."""
     if source == "pydoc":
         return "PSF License Agreement, version 2"
     if source in HUB_INSTRUCTIONS:
@@ -72,18 +58,14 @@ def source_licence(source: str) -> str | None:
 
 
 def read_documents(corpus: Corpus, part: Part) -> Documents:
-    """Read the text that a section of the configuration asks for.
+    """Read the text that a section of the configuration names, in the order of the source.
 
     Args:
-        corpus: The section.
-        part: Which section it is; chooses the default split and names the keys in messages.
-
-    Returns:
-        The documents, in the order of the source.
+        part: The section; chooses the default split and names the keys in messages.
 
     Raises:
         ConfigError: If the source or the split is unknown, or a key has no effect.
-        DataError: If the corpus cannot be read, or has no text.
+        DataError: If the corpus is unreadable or has no text.
     """
     if corpus.source not in SOURCES:
         raise ConfigError(
@@ -112,7 +94,7 @@ def _file_documents(corpus: Corpus, part: Part) -> Documents:
             f"let {part}.path name the file of that split"
         )
     path = Path(corpus.path).expanduser()
-    rows = ALL_ROWS if corpus.rows is None else RowRange.parse(corpus.rows, f"{part}.rows")
+    rows = RowRange.parse(corpus.rows, f"{part}.rows")
     if path.suffix.lower() == ".txt":
         _refuse_field(corpus, part, "a .txt file has no columns")
         if rows != ALL_ROWS:
@@ -145,7 +127,7 @@ def _refuse_file_keys(corpus: Corpus, part: Part) -> None:
 
 
 def _refuse_field(corpus: Corpus, part: Part, reason: str) -> None:
-    if corpus.field != _DEFAULT_FIELD:
+    if corpus.field != DEFAULT_FIELD:
         raise ConfigError(f"{part}.field {corpus.field!r} has no effect: {reason}; remove it")
 
 

@@ -1,4 +1,4 @@
-"""The batches of every optimizer step of a training, from any step on."""
+"""The batches of every optimizer step of a training run, starting at any step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from grasp_lightning.data.batching import MicroBatch, Rows, TokenSamples, collat
 
 
 class StepBatch(NamedTuple):
-    """What one optimizer step learns from.
+    """The batches of one optimizer step.
 
     Attributes:
-        parts: The rows of this process, in parts that fit into memory; as many in every process,
-            so that from some nothing is learned where the rows are not enough.
+        parts: The rows of this process as micro-batches. Every process has the same number of them;
+            surplus ones have no targets.
         num_targets: Predicted tokens of the whole step, over all processes.
     """
 
@@ -25,16 +25,12 @@ class StepBatch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """How samples are dealt out to optimizer steps.
+    """How samples are grouped into optimizer steps; see ``epoch_batches``.
 
     Attributes:
         batch_size: Rows per step.
         micro_batch_size: Rows per forward pass.
-        order: How samples meet.
-        row_length: Most tokens of a row.
-        epochs: How often each sample is seen.
-        max_steps: Most steps; None leaves it to ``epochs``.
-        seed: Seed of the order.
+        max_steps: Maximum number of steps; None means no limit beyond ``epochs``.
     """
 
     batch_size: int
@@ -49,17 +45,7 @@ class StepOptions:
     def of(
         cls, config: TrainingConfig, *, order: BatchOrder, row_length: int, seed: int
     ) -> "StepOptions":
-        """Return the options that a section of the configuration gives.
-
-        Args:
-            config: Section ``training``.
-            order: How samples meet.
-            row_length: Most tokens of a row.
-            seed: Seed of the order.
-
-        Returns:
-            The options.
-        """
+        """Return the options that section ``training`` sets."""
         return cls(
             batch_size=config.batch_size,
             micro_batch_size=config.micro_batch_size,
@@ -74,13 +60,9 @@ class StepOptions:
 class TrainingSteps:
     """Iterates over the optimizer steps of all epochs, as one sequence.
 
-    Equal samples and options give equal steps, so that a training that was stopped goes on with the
-    very samples that are left. Several processes share the rows of a step. A loader in the sense of
-    Lightning: it has a length, and its position is saved with a checkpoint (``state_dict``).
-
-    Args:
-        samples: What is learned.
-        options: How it is dealt out.
+    Equal samples and options give equal steps, so a resumed training run sees exactly the remaining
+    samples. Processes share the rows of a step. Lightning can use it as a loader: it has a length,
+    and checkpoints save its position (``state_dict``).
     """
 
     def __init__(self, samples: TokenSamples, options: StepOptions) -> None:
@@ -91,48 +73,31 @@ class TrainingSteps:
         self.steps_per_epoch = len(self._epoch(0))
 
     def __len__(self) -> int:
-        """Return the number of steps."""
         most = self._options.epochs * self.steps_per_epoch
         limit = self._options.max_steps
         return most if limit is None else min(most, limit)
 
     def __iter__(self) -> Iterator[StepBatch]:
-        """Yield the steps that are left."""
         while self._position < len(self):
             rows = self.rows(self._position)
             self._position += 1  # before the step: a state that is saved after it counts it
-            yield StepBatch(self._parts(rows), self._num_targets(rows))
+            batches = processes.own_batches(rows, self._options.micro_batch_size)
+            parts = [collate(self._samples, list(own), counts=counts) for own, counts in batches]
+            targets = self._samples.num_targets_of
+            yield StepBatch(parts, sum(int(targets[index]) for row in rows for index in row))
         self._position = 0
 
-    def _parts(self, rows: Rows) -> list[MicroBatch]:
-        batches = processes.own_batches(rows, self._options.micro_batch_size)
-        return [collate(self._samples, list(own), counts=counts) for own, counts in batches]
-
-    def _num_targets(self, rows: Rows) -> int:
-        return sum(int(self._samples.num_targets_of[index]) for row in rows for index in row)
-
     def rows(self, step: int) -> Rows:
-        """Return which samples a step learns from.
-
-        Args:
-            step: Number of the step, from 0.
-
-        Returns:
-            Indices of the samples in each row.
-        """
+        """Return the indices of the samples in each row of a step."""
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[index]
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of steps that were given out."""
+        """Return the number of steps yielded so far."""
         return {"position": self._position}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after the steps that were given out.
-
-        Args:
-            state_dict: What ``state_dict`` gave.
-        """
+        """Resume after the steps yielded before."""
         self._position = state_dict["position"]
 
     def _batches_of(self, epoch: int) -> list[Rows]:

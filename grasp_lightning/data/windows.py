@@ -1,4 +1,4 @@
-"""Token windows: a corpus, tokenised once and cut into pieces of equal length."""
+"""Token windows: a corpus, tokenized once and cut into pieces of equal length."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning import processes
-from grasp_lightning.data.token_stream import token_stream
 from grasp_lightning.errors import ConfigError
 
 MIN_TOKENS = 2
@@ -21,12 +20,12 @@ _WINDOW_DIMS = 2  # (N, T)
 
 @dataclass(frozen=True, eq=False)
 class TokenWindows:
-    """Windows of tokens; two of them are equal if their ``sha256`` is.
+    """Windows of tokens; compare their ``sha256`` for equality.
 
     Attributes:
         input_ids: Token ids, ``(N, T)`` int64.
-        mask: True where a token is real, False where it is padding, ``(N, T)``.
-        targets: True where a token is predicted from the ones before it in its window, ``(N, T)``.
+        mask: True for real tokens, False for padding, ``(N, T)``.
+        targets: True where a token is predicted from those before it in its window, ``(N, T)``.
     """
 
     input_ids: Tensor
@@ -42,7 +41,6 @@ class TokenWindows:
             raise ValueError(f"expected int64 ids and boolean mask and targets, got {dtypes}")
 
     def __len__(self) -> int:
-        """Return the number of windows."""
         return self.input_ids.shape[0]
 
     @property
@@ -65,22 +63,12 @@ class TokenWindows:
         return digest.hexdigest()
 
     def select(self, indices: Sequence[int] | Tensor) -> Self:
-        """Return some of the windows.
-
-        Args:
-            indices: Which ones, in the order wanted.
-
-        Returns:
-            New windows of the same length.
-        """
+        """Return the windows at some indices, in the order of the indices."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
         return type(self)(self.input_ids[rows], self.mask[rows], self.targets[rows])
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Return some of the windows in the form that models and observers take.
-
-        Args:
-            indices: Which ones.
+        """Return some windows in the form that models and observers take.
 
         Returns:
             ``input_ids``, ``mask``, ``targets``, each ``(B, T)``, and ``index`` ``(B,)`` int64.
@@ -94,30 +82,24 @@ class TokenWindows:
         }
 
     def padding(self) -> dict[str, Tensor]:
-        """Return a batch for a process that has no window left, while others have.
+        """Return a batch for a process that has run out of windows while others have some.
 
-        Returns:
-            The first window, as ``batch`` gives it, but without a target and with an empty
-            ``index``: the model can run, and nothing is counted.
+        It is the first window without targets, and ``index`` is empty: the model runs, but nothing
+        counts.
         """
         batch = self.batch([0])
         return {**batch, "targets": torch.zeros_like(batch["targets"]), "index": batch["index"][:0]}
 
 
 def own_micro_batches(windows: TokenWindows, batch_size: int) -> list[dict[str, Tensor]]:
-    """Return the windows of this process in batches, as many of them in every process.
+    """Return the windows of this process in batches as ``collate`` gives them.
 
-    Args:
-        windows: The windows of all processes.
-        batch_size: Windows per batch.
-
-    Returns:
-        Batches as ``collate`` gives them; where windows are not enough, some without targets.
+    Every process has the same number of batches; surplus ones have no targets.
     """
     batches = []
     for indices, counts in processes.own_batches(range(len(windows)), batch_size):
         part = windows.select(indices)
-        positions = torch.arange(part.input_ids.shape[1]).expand_as(part.input_ids)
+        positions = torch.arange(part.input_ids.shape[1])
         batches.append(
             {
                 "input_ids": part.input_ids,
@@ -130,22 +112,23 @@ def own_micro_batches(windows: TokenWindows, batch_size: int) -> list[dict[str, 
 
 
 def batches(windows: TokenWindows, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Yield all windows in their order, some at a time.
-
-    Args:
-        windows: The windows.
-        batch_size: Windows per batch; the last batch may hold fewer.
-
-    Yields:
-        Batches as ``TokenWindows.batch`` gives them.
-
-    Raises:
-        ValueError: If the batch size is below 1.
-    """
+    """Yield all windows in order, as ``TokenWindows.batch`` gives them."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     for start in range(0, len(windows), batch_size):
         yield windows.batch(range(start, min(start + batch_size, len(windows))))
+
+
+def bos_prefix(tokenizer: PreTrainedTokenizerBase, add_bos: bool) -> list[int]:
+    """Return the beginning-of-sequence token as a list, which is empty without ``add_bos``."""
+    if not add_bos:
+        return []
+    if tokenizer.bos_token_id is None:
+        raise ConfigError(
+            "add_bos is set, but the tokenizer has no beginning-of-sequence token; "
+            "set add_bos: false"
+        )
+    return [tokenizer.bos_token_id]
 
 
 def pack_windows(
@@ -158,40 +141,33 @@ def pack_windows(
     pad_id: int = 0,
     enough: int | None = None,
 ) -> TokenWindows:
-    """Tokenise documents and cut the stream of their tokens into windows that do not overlap.
+    """Tokenize documents and cut the stream of tokens into non-overlapping windows.
 
-    Each document is tokenised once, without special tokens. The first token of a window is never a
-    target, nor is the first token of a document, which nothing before it announces.
+    Each document is tokenized once, without special tokens. The first token of a window is never a
+    target, nor is the first token of a document, because nothing before it predicts it.
 
     Args:
         documents: Texts, in order.
-        tokenizer: Tokenizer of the model.
-        seqlen: Tokens per window, at least 2; with ``add_bos`` one of them is not from the corpus.
+        seqlen: Tokens per window, at least 2; ``add_bos`` takes one of them.
         add_bos: Start every window with the beginning-of-sequence token.
-        tail: Drop a last, shorter window, or keep it, padded, if it has two real tokens.
-        pad_id: Id that fills the tail. It is masked, and no real token comes after it, so any id
-            that the model knows will do.
-        enough: Read no further document once this many windows are full; None reads all. Windows
-            beyond this number, from the last document read, are kept.
+        tail: Drop a last, shorter window, or pad and keep it if it has two real tokens.
+        pad_id: Id that pads the tail. It is masked and follows all real tokens, so any id in the
+            vocabulary works.
+        enough: Stop reading documents once this many windows are full; None reads all. Surplus
+            windows from the last document are kept.
 
     Returns:
         The windows; none if there are too few tokens.
 
     Raises:
-        ConfigError: If ``add_bos`` is set and the tokenizer has no such token.
         ValueError: If ``seqlen`` is below 2.
     """
     if seqlen < MIN_TOKENS:
         raise ValueError(f"seqlen must be at least {MIN_TOKENS}, got {seqlen}")
-    if add_bos and tokenizer.bos_token_id is None:
-        raise ConfigError(
-            "add_bos is set, but the tokenizer has no beginning-of-sequence token; "
-            "set add_bos: false"
-        )
-    prefix = [tokenizer.bos_token_id] if add_bos else []
+    prefix = bos_prefix(tokenizer, add_bos)
     stride = seqlen - len(prefix)  # corpus tokens per window
     wanted = None if enough is None else enough * stride
-    tokens, is_seam = token_stream(documents, tokenizer, wanted)
+    tokens, is_seam = _token_stream(documents, tokenizer, wanted)
     num_windows, rest = divmod(len(tokens), stride)
     if tail == "keep" and len(prefix) + rest >= MIN_TOKENS:
         num_windows += 1
@@ -207,3 +183,28 @@ def pack_windows(
     targets = torch.cat([bos < 0, rows(~is_seam, False)], dim=1)
     targets[:, 0] = False
     return TokenWindows(torch.cat([bos, rows(tokens, pad_id)], dim=1), mask, targets)
+
+
+def _token_stream(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the token ids of documents, ``(n,)``, and True where a document begins, ``(n,)``.
+
+    Once there are ``wanted`` tokens, no further document is read; None reads all.
+    """
+    pieces = [torch.empty(0, dtype=torch.int64)]
+    seams = []
+    length = 0
+    for text in documents:
+        if wanted is not None and length >= wanted:
+            break
+        # verbose: a corpus is meant to be longer than the model's context.
+        encoding = tokenizer(text, add_special_tokens=False, verbose=False)
+        piece = torch.tensor(encoding["input_ids"], dtype=torch.int64)
+        if len(piece) > 0:
+            pieces.append(piece)
+            seams.append(length)
+            length += len(piece)
+    is_seam = torch.zeros(length, dtype=torch.bool)
+    is_seam[seams] = True
+    return torch.cat(pieces), is_seam

@@ -1,6 +1,7 @@
 """Calibration windows for a Lightning Trainer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import lightning as L
 from torch import Tensor
@@ -14,25 +15,21 @@ from grasp_lightning.data.section_windows import calibration_windows
 from grasp_lightning.data.self_text import Sampler
 from grasp_lightning.data.windows import TokenWindows
 
-WindowBatch = dict[str, Tensor]
-
 
 class CalibrationData(L.LightningDataModule):
     """The same batches in the same order for ``fit`` and for ``predict``.
 
-    A batch holds ``input_ids``, ``mask``, ``targets``, each ``(B, T)``, and ``index`` ``(B,)``, the
-    position of each window in ``windows``. Text is read when it is first needed. A number in the
-    configuration that is too small is a ``ConfigError``.
+    A batch contains ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``, and ``index``
+    ``(B,)``, the position of each window in ``windows``. Text is read on first use. A number in
+    the configuration that is too small is a ``ConfigError``.
 
     Args:
-        config: Section ``calibration`` of the configuration.
-        tokenizer: Tokenizer of the model.
-        seed: Seed of the choice of windows.
-        windows: Windows that are there already; then only ``config.batch_size`` is used.
+        seed: Seed for the choice of windows.
+        windows: Existing windows; then only ``config.batch_size`` is used.
         sample: Writes text with the model, for ``source: self``.
 
     Attributes:
-        done: Indices of windows that the batches leave out.
+        done: Indices of windows that the batches skip.
     """
 
     def __init__(
@@ -53,24 +50,17 @@ class CalibrationData(L.LightningDataModule):
         self.done: frozenset[int] = frozenset()
 
     def without(self, windows: Iterable[int]) -> "CalibrationData":
-        """Return the batches that are left when some windows are counted already.
-
-        Args:
-            windows: Indices of these windows.
-
-        Returns:
-            A data module over the same windows, with fewer batches.
-        """
+        """Return a data module over the same windows whose batches skip the given indices."""
         rest = CalibrationData(self._config, self._tokenizer, self._seed, self.windows)
         rest.done = frozenset(windows)
         return rest
 
     @property
     def batches(self) -> list[list[int]]:
-        """Indices of the windows of every batch of this process, in order.
+        """Window indices of every batch of this process, in order.
 
-        All processes have as many batches: where windows run out, the last ones are empty, and a
-        Trainer gets padding in their place.
+        All processes have the same number of batches: when windows run out, the last ones are
+        empty, and the Trainer gets padding instead.
         """
         left = [index for index in range(len(self.windows)) if index not in self.done]
         shares = processes.own_batches(left, self._config.batch_size)
@@ -87,48 +77,31 @@ class CalibrationData(L.LightningDataModule):
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the windows in a plan: ``calibration``, their hash, and ``seed``."""
+        """Identifies the windows in a plan: ``calibration``, their hash, and ``seed``."""
         return {"calibration": self.windows.sha256, "seed": str(self._seed)}
 
     def setup(self, stage: str) -> None:  # noqa: ARG002  # Lightning passes it by name
-        """Build the windows, so that a corpus that cannot be read fails before the first batch.
-
-        Args:
-            stage: What the Trainer is about to do; the data is the same for all.
-        """
+        """Build the windows, so that an unreadable corpus fails before the first batch."""
         self._windows = self.windows
 
-    def train_dataloader(self) -> DataLoader[WindowBatch]:
-        """Return the batches, in order and not shuffled.
-
-        Returns:
-            A loader over all windows.
-        """
-        return self._loader()
-
-    def predict_dataloader(self) -> DataLoader[WindowBatch]:
-        """Return the batches, in order.
-
-        Returns:
-            A loader over all windows.
-        """
-        return self._loader()
-
-    def _loader(self) -> DataLoader[WindowBatch]:
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the batches, in order and not shuffled."""
         # One item is one batch: Lightning replaces samplers, and would change which windows meet.
-        return DataLoader(_WindowBatches(self.windows, self.batches), batch_size=None)
+        windows = self.windows
+        builders = [partial(windows.batch, b) if b else windows.padding for b in self.batches]
+        return DataLoader(LazyBatches(builders), batch_size=None)
+
+    predict_dataloader = train_dataloader
 
 
-class _WindowBatches(Dataset[WindowBatch]):
-    """One batch of windows per item."""
+class LazyBatches(Dataset[dict[str, Tensor]]):
+    """Builds each batch when a loader needs it."""
 
-    def __init__(self, windows: TokenWindows, rows: list[list[int]]) -> None:
-        self._windows = windows
-        self._rows = rows
+    def __init__(self, builders: Sequence[Callable[[], dict[str, Tensor]]]) -> None:
+        self._builders = builders
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._builders)
 
-    def __getitem__(self, index: int) -> WindowBatch:
-        rows = self._rows[index]
-        return self._windows.batch(rows) if rows else self._windows.padding()
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self._builders[index]()

@@ -1,15 +1,15 @@
-"""Samples to train on, for a Lightning Trainer."""
+"""Training samples for a Lightning Trainer."""
 
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning import processes
@@ -21,7 +21,8 @@ from grasp_lightning.config import (
     TrainingConfig,
 )
 from grasp_lightning.config.values import check_values
-from grasp_lightning.data.batching import MicroBatch, Rows, TokenSamples, collate, epoch_batches
+from grasp_lightning.data.batching import MicroBatch, TokenSamples, collate, epoch_batches
+from grasp_lightning.data.datamodules.calibration import LazyBatches
 from grasp_lightning.data.instruction_files import Instructions, read_instructions
 from grasp_lightning.data.instructions import (
     TokenizedInstructions,
@@ -37,13 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingSamples(NamedTuple):
-    """What a model is trained and validated on.
-
-    Attributes:
-        train: At least one sample.
-        validation: Other samples; may be none.
-        counts: What became of the samples of the source, for reports.
-    """
+    """Training samples (at least one), validation samples, and counts of all for reports."""
 
     train: TokenSamples
     validation: TokenSamples
@@ -51,15 +46,14 @@ class TrainingSamples(NamedTuple):
 
 
 class TrainingData(L.LightningDataModule):
-    """Samples to train on, dealt out to optimizer steps, and others to validate on.
+    """Training samples grouped into optimizer steps, and validation samples.
 
-    A Trainer sees one epoch that holds all steps of all epochs (``max_epochs=1``), each a list of
-    micro-batches. Text is read when it is first needed.
+    A Trainer sees one epoch (``max_epochs=1``) that contains the steps of all epochs, each a list
+    of micro-batches. Text is read on first use.
 
     Args:
-        tokenizer: Tokenizer of the model.
         training: Batch sizes, and how long to train.
-        seed: Seed of the validation split and of the order.
+        seed: Seed for the validation split and the sample order.
     """
 
     def __init__(
@@ -73,12 +67,12 @@ class TrainingData(L.LightningDataModule):
     @property
     @abstractmethod
     def order(self) -> BatchOrder:
-        """How samples meet in a batch."""
+        """How samples are grouped into batches."""
 
     @property
     @abstractmethod
     def row_length(self) -> int:
-        """Most tokens of a row."""
+        """Maximum tokens per row."""
 
     @cached_property
     @abstractmethod
@@ -87,7 +81,7 @@ class TrainingData(L.LightningDataModule):
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the samples: their hashes, and the seed."""
+        """Identifies the samples by their hashes and the seed."""
         return {
             "train": self.samples.train.sha256,
             "validation": self.samples.validation.sha256,
@@ -95,39 +89,24 @@ class TrainingData(L.LightningDataModule):
         }
 
     def steps(self) -> TrainingSteps:
-        """Return all optimizer steps, from the first one on.
-
-        Returns:
-            A new sequence of steps.
-        """
+        """Return a new sequence of all optimizer steps."""
         options = StepOptions.of(
             self.training, order=self.order, row_length=self.row_length, seed=self.seed
         )
         return TrainingSteps(self.samples.train, options)
 
     def setup(self, stage: str) -> None:  # noqa: ARG002  # Lightning passes it by name
-        """Read the samples, so that what cannot be read fails before the first step.
-
-        Args:
-            stage: What the Trainer is about to do; the data is the same for all.
-        """
+        """Read the samples, so that unreadable text fails before the first step."""
         _ = self.samples
 
     def train_dataloader(self) -> TrainingSteps:
-        """Return all optimizer steps.
-
-        Returns:
-            A loader whose position is saved with a checkpoint.
-        """
+        """Return all optimizer steps, as a loader whose position is saved in checkpoints."""
         return self.steps()
 
     def val_dataloader(self) -> DataLoader[MicroBatch] | list[object]:
-        """Return the validation samples in micro-batches, always in the same order.
+        """Return the validation samples in micro-batches of fixed order, or an empty list.
 
-        Several processes share them; each gets as many micro-batches.
-
-        Returns:
-            A loader; no loaders if there are no samples.
+        Processes share the samples, and each gets the same number of micro-batches.
         """
         validation = self.samples.validation
         if len(validation) == 0:
@@ -140,20 +119,15 @@ class TrainingData(L.LightningDataModule):
             seed=0,
             epoch=0,
         )
-        own = [(batch[0], counts) for batch, counts in processes.own_batches(rows, 1)]
-        return DataLoader(_MicroBatches(validation, own), batch_size=None)
+        own = processes.own_batches(rows, 1)
+        builders = [partial(collate, validation, part[0], counts=counts) for part, counts in own]
+        return DataLoader(LazyBatches(builders), batch_size=None)
 
 
 class InstructionData(TrainingData):
-    """Instructions with their answers, in the Alpaca template.
+    """Instructions and answers in the Alpaca template, from section ``data``.
 
     A number that is too small is a ``ConfigError``.
-
-    Args:
-        config: Section ``data`` of the configuration.
-        tokenizer: Tokenizer of the model.
-        training: Batch sizes, and how long to train.
-        seed: Seed of the validation split and of the order.
     """
 
     def __init__(
@@ -169,12 +143,12 @@ class InstructionData(TrainingData):
 
     @property
     def order(self) -> BatchOrder:
-        """How samples meet in a batch."""
+        """How samples are grouped into batches."""
         return self.config.order
 
     @property
     def row_length(self) -> int:
-        """Most tokens of a row."""
+        """Maximum tokens per row."""
         return self.config.max_length
 
     @cached_property
@@ -183,10 +157,7 @@ class InstructionData(TrainingData):
         config = self.config
         read = read_instructions(config.source, config.path, "data")
         split = split_instructions(
-            read,
-            num_validation=config.num_validation,
-            num_train=config.num_train,
-            seed=self.seed,
+            read, num_validation=config.num_validation, num_train=config.num_train, seed=self.seed
         )
         train, validation = self._tokens(split.train), self._tokens(split.validation)
         if train.counts.kept < train.counts.read:
@@ -208,17 +179,7 @@ class InstructionData(TrainingData):
 
 
 class TextData(TrainingData):
-    """Windows of plain text.
-
-    Args:
-        config: Section ``text`` of the configuration.
-        tokenizer: Tokenizer of the model.
-        training: Batch sizes, and how long to train.
-        seed: Seed of the choice of windows and of their order.
-
-    Raises:
-        ConfigError: If a number is too small.
-    """
+    """Windows of plain text, from section ``text``; too small a number is a ``ConfigError``."""
 
     def __init__(
         self,
@@ -237,17 +198,17 @@ class TextData(TrainingData):
 
     @property
     def order(self) -> BatchOrder:
-        """How windows meet in a batch; all are equally long."""
+        """Windows all have the same length, so there is nothing to group."""
         return "shuffled"
 
     @property
     def row_length(self) -> int:
-        """Tokens of a window."""
+        """Tokens per window."""
         return self.config.seqlen
 
     @cached_property
     def samples(self) -> TrainingSamples:
-        """The windows, read on first access; too short a text is a ``DataError``."""
+        """The windows, read on first access; a text that is too short is a ``DataError``."""
         config = self.config
         windows = calibration_windows(
             CalibrationConfig(
@@ -277,18 +238,3 @@ class TextData(TrainingData):
 
 def _as_samples(windows: TokenWindows) -> TokenSamples:
     return TokenSamples.from_rows([*windows.input_ids], [*windows.targets])
-
-
-class _MicroBatches(Dataset[MicroBatch]):
-    """One micro-batch per item."""
-
-    def __init__(self, samples: TokenSamples, batches: list[tuple[Rows, bool]]) -> None:
-        self._samples = samples
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> MicroBatch:
-        rows, counts = self._batches[index]
-        return collate(self._samples, rows, counts=counts)

@@ -11,9 +11,9 @@ from grasp_lightning.config import CalibrationConfig
 from grasp_lightning.data.chat import calibration_documents, chat_text
 from grasp_lightning.data.instruction_files import InstructionSample
 from grasp_lightning.data.instructions import alpaca_prompt
-from grasp_lightning.data.mixture import MixturePart, mixture_parts
+from grasp_lightning.data.mixture import mixture_parts
 from grasp_lightning.data.section_windows import calibration_windows
-from grasp_lightning.data.sources import Documents, source_licence
+from grasp_lightning.data.sources import Documents, MixturePart, source_licence
 from grasp_lightning.errors import ConfigError, DataError
 
 TEMPLATE = (
