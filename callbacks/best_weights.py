@@ -1,7 +1,5 @@
 """Which weights a compensation keeps, and when it stops early."""
 
-# ruff: noqa: ARG002  # Lightning defines the signatures of hooks
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Saves a running calibration pass, so that a killed or interrupted run resumes from there."""
 
-# ruff: noqa: ARG002  # Lightning defines the signatures of hooks
-
 import time
 from collections.abc import Mapping
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Keeps the losses of a compensation across interruptions, for its report."""
 
-# ruff: noqa: ARG002  # Lightning defines the signatures of hooks
-
 from collections.abc import Mapping
 from typing import Any
 

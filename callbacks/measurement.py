@@ -1,7 +1,5 @@
 """The base of measuring callbacks: hooks from the start of an epoch, statistics at its end."""
 
-# ruff: noqa: ARG002  # Lightning defines the signatures of hooks
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack

@@ -1,7 +1,5 @@
 """Chooses the trainable parameters of a compensation, before the optimizer is made."""
 
-# ruff: noqa: ARG002  # Lightning defines the signatures of hooks
-
 from typing import Any
 
 import lightning as L

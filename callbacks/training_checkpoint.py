@@ -1,7 +1,5 @@
 """Saves a running compensation, so that a killed or interrupted one resumes from there."""
 
-# ruff: noqa: ARG002  # Lightning defines the signatures of hooks
-
 import time
 from collections.abc import Callable
 from functools import partial
