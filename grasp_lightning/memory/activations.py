@@ -92,9 +92,11 @@ def sampling_bytes(model: ModelShape, run: Pass) -> int:
 
     Returns:
         Bytes: keys and values of all tokens. Layers that attend to a sliding window keep fewer,
-        Falcon's that repeat keys for all heads of queries more.
+        Falcon's that repeat keys for all heads of queries more. The states of state-space and
+        linear-attention layers do not grow with T and are not counted.
     """
-    return 2 * len(model.layers) * model.keys * run.num_tokens * model.element_size
+    num_layers = sum(layer.has_keys for layer in model.layers)
+    return 2 * num_layers * model.keys * run.num_tokens * model.element_size
 
 
 def computed_size(model: ModelShape, run: Pass) -> int:

@@ -13,6 +13,8 @@ from grasp_lightning.models.size import LinearShape, count_parameters, count_tie
 from grasp_lightning.plan import Operation
 
 _INNER_SIZES = 4  # times the hidden size, where no linear tells
+# Layers of these types keep a state of fixed size, or nothing, in place of keys and values.
+_WITHOUT_KEYS = ("linear_attention", "mamba", "conv", "moe", "mlp")
 
 
 def model_shape(view: DecoderView) -> ModelShape:
@@ -27,17 +29,21 @@ def model_shape(view: DecoderView) -> ModelShape:
         Its shape.
     """
     config: Any = view.model.config.get_text_config()  # Any: each family has a class of its own
-    layers = tuple(_layer(view, index) for index in view.layer_indices)
+    num_heads = getattr(config, "num_attention_heads", 0)  # Mamba and xLSTM have no attention
+    types = getattr(config, "layer_types", None) or [""] * len(view.layer_indices)
+    layers = tuple(
+        _layer(view, index)._replace(has_keys=num_heads > 0 and kind not in _WITHOUT_KEYS)
+        for index, kind in zip(view.layer_indices, types, strict=True)
+    )
     inner, is_gated = _widest_mlp(layers, config.hidden_size)
-    num_heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // max(num_heads, 1)
     return ModelShape(
         parameters=count_parameters(view.model),
         element_size=view.model.dtype.itemsize,
         layers=layers,
         hidden=config.hidden_size,
         queries=num_heads * head_size,
-        keys=_num_key_heads(config) * head_size,
+        keys=_num_key_heads(config, num_heads) * head_size,
         num_heads=num_heads,
         inner=inner,
         is_gated=is_gated,
@@ -110,7 +116,7 @@ def _mlp(linears: Sequence[LinearShape], hidden: int) -> tuple[int, bool]:
     return inner, projected >= 2 * inner
 
 
-def _num_key_heads(config: Any) -> int:  # noqa: ANN401  each family has a class of its own
+def _num_key_heads(config: Any, num_heads: int) -> int:  # noqa: ANN401  each family has a class of its own
     if getattr(config, "multi_query", False) and not getattr(
         config, "new_decoder_architecture", False
     ):
@@ -118,4 +124,4 @@ def _num_key_heads(config: Any) -> int:  # noqa: ANN401  each family has a class
     for key in ("num_key_value_heads", "num_kv_heads"):
         if getattr(config, key, None) is not None:
             return int(getattr(config, key))
-    return int(config.num_attention_heads)
+    return num_heads

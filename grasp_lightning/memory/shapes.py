@@ -18,11 +18,13 @@ class Layer(NamedTuple):
         parameters: Number of all its parameters.
         linears: Full name -> shape of its linears.
         attention: Names of those in the attention block.
+        has_keys: Whether the layer caches keys and values when the model writes text.
     """
 
     parameters: int
     linears: Mapping[str, LinearShape]
     attention: tuple[str, ...] = ()
+    has_keys: bool = True
 
     @property
     def blocks(self) -> tuple[tuple[LinearShape, ...], ...]:
