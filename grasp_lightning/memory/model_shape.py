@@ -1,4 +1,4 @@
-"""What memory depends on, read from a model that may have no weights."""
+"""Reads the shapes that memory depends on from a model, which may have no weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,21 +12,15 @@ from grasp_lightning.models.operations import applier_of
 from grasp_lightning.models.size import LinearShape, count_parameters, count_tied_parameters
 from grasp_lightning.plan import Operation
 
-_INNER_SIZES = 4  # times the hidden size, where no linear tells
+_INNER_SIZES = 4  # times the hidden size, for layers without linears in their MLP
 # Layers of these types keep a state of fixed size, or nothing, in place of keys and values.
 _WITHOUT_KEYS = ("linear_attention", "mamba", "conv", "moe", "mlp")
 
 
 def model_shape(view: DecoderView) -> ModelShape:
-    """Return the shape of a model, on the meta device or not.
+    """Return the shape of a model, which may be on the meta device.
 
-    Experts of a mixture count as parameters; their activations are not known.
-
-    Args:
-        view: The model, with all its layers.
-
-    Returns:
-        Its shape.
+    Experts of a mixture count as parameters only; their activations are unknown.
     """
     config: Any = view.model.config.get_text_config()  # Any: each family has a class of its own
     num_heads = getattr(config, "num_attention_heads", 0)  # Mamba and xLSTM have no attention
@@ -57,12 +51,7 @@ def shape_after(model: ModelShape, operations: Sequence[Operation], parameters: 
     """Return the shape of a model after operations.
 
     Args:
-        model: The model before.
-        operations: What is done.
-        parameters: Number of all parameters after it.
-
-    Returns:
-        The shape: layers gone, linears of lower rank, and MLPs with fewer channels.
+        parameters: Number of all parameters after them.
     """
     dropped = {index for operation in operations for index in operation.dropped}
     dense = {name: shape for layer in model.layers for name, shape in layer.linears.items()}
@@ -101,7 +90,7 @@ def _layer(view: DecoderView, index: int) -> Layer:
 
 
 def _widest_mlp(layers: Iterable[Layer], hidden: int) -> tuple[int, bool]:
-    """Return the largest inner width of an MLP, and whether it is gated."""
+    """Return the largest inner width of an MLP, and whether that MLP is gated."""
     return max(
         (_mlp(layer.blocks[0], hidden) for layer in layers if layer.blocks[0]),
         default=(_INNER_SIZES * hidden, False),
@@ -109,7 +98,7 @@ def _widest_mlp(layers: Iterable[Layer], hidden: int) -> tuple[int, bool]:
 
 
 def _mlp(linears: Sequence[LinearShape], hidden: int) -> tuple[int, bool]:
-    # A narrowed MLP may have fewer inner values than there are hidden ones.
+    # A narrowed MLP may have an inner width below the hidden size.
     readers = [linear.columns for linear in linears if linear.rows == hidden]
     inner = max(readers or [linear.columns for linear in linears])
     projected = sum(x.rows for x in linears if (x.rows, x.columns) != (hidden, inner))
