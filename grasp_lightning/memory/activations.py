@@ -39,13 +39,10 @@ def layer_bytes(model: ModelShape, run: Pass) -> int:
 
 
 def head_bytes(model: ModelShape, run: Pass, num_logits: int = 1) -> int:
-    """Return the bytes that the model's head and the loss need.
+    """Return the bytes that the head needs for the logits of ``num_logits`` models, and the loss.
 
     Per token: the logits, ``V c``, which the loss overwrites with their gradient; input and output
     of the last norm, ``4 D + c D``. The loss takes a few rows at a time.
-
-    Args:
-        num_logits: Number of models that compute logits: two with a teacher.
     """
     computed = computed_size(model, run)
     per_token = num_logits * model.vocabulary * computed + (FLOAT32 + computed) * model.hidden

@@ -65,6 +65,10 @@ def calibration_memory(
             and one gathered matrix at a time with its buffer. Statistics are never sharded.
         cache: Bytes of hidden states kept between passes.
     """
+    weights = model.weights
+    if num_parts > 1:
+        tied = model.tied * model.element_size
+        weights = tied + part_of(weights - tied, num_parts) + FSDP_COPIES * model.largest_split
     # Saving packs the moments into a copy of half their size.
     statistics = scored.moments * 3 // 2
     if scored.has_bases:
@@ -73,7 +77,7 @@ def calibration_memory(
         statistics += sums_bytes(scored.linears, sums_gradients=scored.sums_gradients)
     decomposition = max((decomposition_bytes(linear) for linear in scored.linears), default=0)
     return CalibrationMemory(
-        weights=_split_linears(model, num_parts),
+        weights=weights,
         statistics=statistics,
         factors=factors_bytes(replaced),
         activations=max(calibration_activations(model, run, scored), decomposition),
@@ -140,11 +144,8 @@ def window_bytes(linear: LinearShape, seqlen: int, *, is_full: bool) -> int:
     """Return the temporary float32 bytes of scoring one window of one linear.
 
     With few tokens, inputs and gradients are projected to ``(T, K)`` each; otherwise the weight
-    gradient ``(N, M)`` is formed. Scores of u and v need ``G V`` and ``U^T G``, and the products
-    and moduli of the larger one.
-
-    Args:
-        is_full: Whether u and v are scored.
+    gradient ``(N, M)`` is formed. If ``is_full``, the scores of u and v also need ``G V`` and
+    ``U^T G``, and the products and moduli of the larger one.
     """
     rank, rows, columns = linear.num_components, linear.rows, linear.columns
     inputs = seqlen * (rows + columns)
@@ -153,11 +154,3 @@ def window_bytes(linear: LinearShape, seqlen: int, *, is_full: bool) -> int:
         return FLOAT32 * (inputs + projected)
     products = rank * (rows + columns) + 2 * rank * max(rows, columns)
     return FLOAT32 * (inputs + projected + products)
-
-
-def _split_linears(model: ModelShape, parts: int) -> int:
-    """Return the weight bytes of one process when each linear is sharded on its own."""
-    if parts == 1:
-        return model.weights
-    tied = model.tied * model.element_size
-    return tied + part_of(model.weights - tied, parts) + FSDP_COPIES * model.largest_split

@@ -121,9 +121,6 @@ def compensation_activations(
     keeps its input. Gradient checkpointing keeps only the input of every layer, ``e D``, and
     recomputes one layer at a time. Under bf16-mixed, a copy of the trained parameters stays for the
     whole step, ``2 t``.
-
-    Args:
-        num_logits: Number of models that compute logits.
     """
     layers = [
         layer_bytes(model, run) + run.num_tokens * _adapter_bytes(layer, run, adapters)

@@ -23,7 +23,8 @@ def model_shape(view: DecoderView) -> ModelShape:
     Experts of a mixture count as parameters only; their activations are unknown.
     """
     config: Any = view.model.config.get_text_config()  # Any: each family has a class of its own
-    num_heads = getattr(config, "num_attention_heads", 0)  # Mamba and xLSTM have no attention
+    # Mamba and xLSTM have no attention.
+    num_heads = getattr(config, "num_attention_heads", None) or 0
     types = getattr(config, "layer_types", None) or [""] * len(view.layer_indices)
     layers = tuple(
         _layer(view, index)._replace(has_keys=num_heads > 0 and kind not in _WITHOUT_KEYS)
@@ -48,11 +49,7 @@ def model_shape(view: DecoderView) -> ModelShape:
 
 
 def shape_after(model: ModelShape, operations: Sequence[Operation], parameters: int) -> ModelShape:
-    """Return the shape of a model after operations.
-
-    Args:
-        parameters: Number of all parameters after them.
-    """
+    """Return the shape of a model after operations that leave it this number of parameters."""
     dropped = {index for operation in operations for index in operation.dropped}
     dense = {name: shape for layer in model.layers for name, shape in layer.linears.items()}
     new: dict[str, LinearShape] = {}
@@ -77,14 +74,12 @@ def _layer(view: DecoderView, index: int) -> Layer:
         name: LinearShape(linear.out_features, linear.in_features)
         for name, linear in view.linears(index).items()
     }
-    linears |= {
-        prefix + name: LinearShape(low_rank.out_features, low_rank.in_features, low_rank.rank)
-        for name, low_rank in low_rank_linears(module).items()
-    }
-    linears |= {
-        prefix + name: LinearShape(narrowed.out_features, narrowed.in_features, is_narrowed=True)
-        for name, narrowed in narrowed_linears(module).items()
-    }
+    for name, low_rank in low_rank_linears(module).items():
+        rows, columns = low_rank.out_features, low_rank.in_features
+        linears[prefix + name] = LinearShape(rows, columns, low_rank.rank)
+    for name, narrowed in narrowed_linears(module).items():
+        rows, columns = narrowed.out_features, narrowed.in_features
+        linears[prefix + name] = LinearShape(rows, columns, is_narrowed=True)
     attention = [name for name in linears if in_attention(name.removeprefix(prefix))]
     return Layer(count_parameters(module), linears, tuple(attention))
 

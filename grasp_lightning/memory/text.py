@@ -38,12 +38,7 @@ class CalibrationPlan:
 
 
 class CompensationRow(NamedTuple):
-    """Memory of a compensation under one strategy.
-
-    Attributes:
-        total_checkpointed: Total on the device with gradient checkpointing.
-        host: Offloaded bytes.
-    """
+    """Memory of a compensation under one strategy; ``host`` is the offloaded part."""
 
     memory: CompensationMemory
     total_checkpointed: int
