@@ -1,1 +1,1 @@
-"""The forecast of memory per process, from shapes alone."""
+"""Forecast of the memory per process, from shapes alone."""

@@ -1,11 +1,10 @@
-"""How much memory a process of calibration needs, from shapes alone.
+"""Memory of one calibration process, from shapes alone.
 
-Weights, decompositions and factors are counted to the byte; ``activations`` says how
-activations are estimated.
+Weights, decompositions and factors are exact; ``activations`` explains the estimate of activations.
 
-Legend: N output and M input features of a linear, K = min(N, M) singular components, r a rank;
-T tokens per window; D hidden size, I inner width of the MLP; e bytes per element of a weight, c of
-what is computed.
+Legend: a linear has N outputs, M inputs and K = min(N, M) singular components; r is a rank; T
+tokens per window; D hidden size, I inner width of the MLP; e bytes per element of a weight, c of a
+computed value.
 """
 
 from collections.abc import Iterable
@@ -22,18 +21,18 @@ from grasp_lightning.memory.activations import (
 from grasp_lightning.memory.shapes import ModelShape, Pass, Scored, part_of
 from grasp_lightning.models.size import LinearShape
 
-# FSDP2 gathers weights in a buffer, and copies them out of it.
+# FSDP2 gathers weights into a buffer, then copies them out of it.
 FSDP_COPIES = 2
 
 
 class CalibrationMemory(NamedTuple):
-    """Bytes that one process of a calibration needs.
+    """Bytes that one calibration process needs.
 
     Attributes:
-        weights: The model, or this process's part of it.
+        weights: The model, or this process's shard of it.
         statistics: Decompositions of weights, and sums of scores.
-        factors: Factors in float32; those in the model take the place of what they replace.
-        activations: What a forward and a backward pass add, or, if that is more, one decomposition.
+        factors: Factors in float32.
+        activations: Peak of a forward and backward pass, or of one decomposition if that is larger.
         cache: Hidden states kept between passes.
     """
 
@@ -45,7 +44,7 @@ class CalibrationMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Bytes of all: a little more than at any one moment, since factors come last."""
+        """All bytes: slightly more than the peak, since the factors come last."""
         return sum(self)
 
 
@@ -58,22 +57,19 @@ def calibration_memory(
     num_parts: int = 1,
     cache: int = 0,
 ) -> CalibrationMemory:
-    """Return what one process of a calibration needs.
+    """Return what one calibration process needs.
 
     Args:
-        model: The dense model.
         replaced: The linears that are replaced, with their ranks.
-        run: Windows of one forward pass.
-        scored: What is scored.
-        num_parts: Number of processes that the weights are dealt out to (fsdp): each holds what is
-            tied, a part of the rest, and one whole matrix at a time with the buffer in which it was
-            gathered. Statistics are whole in every process.
+        num_parts: Number of FSDP shards of the weights. A process holds tied weights, its shard,
+            and one gathered matrix at a time with its buffer. Statistics are never sharded.
         cache: Bytes of hidden states kept between passes.
-
-    Returns:
-        Bytes by kind.
     """
-    # Moments are packed when they are saved: half as much again.
+    weights = model.weights
+    if num_parts > 1:
+        tied = model.tied * model.element_size
+        weights = tied + part_of(weights - tied, num_parts) + FSDP_COPIES * model.largest_split
+    # Saving packs the moments into a copy of half their size.
     statistics = scored.moments * 3 // 2
     if scored.has_bases:
         statistics += bases_bytes(scored.linears, model.element_size)
@@ -81,7 +77,7 @@ def calibration_memory(
         statistics += sums_bytes(scored.linears, sums_gradients=scored.sums_gradients)
     decomposition = max((decomposition_bytes(linear) for linear in scored.linears), default=0)
     return CalibrationMemory(
-        weights=_split_linears(model, num_parts),
+        weights=weights,
         statistics=statistics,
         factors=factors_bytes(replaced),
         activations=max(calibration_activations(model, run, scored), decomposition),
@@ -90,20 +86,12 @@ def calibration_memory(
 
 
 def calibration_activations(model: ModelShape, run: Pass, scored: Scored) -> int:
-    """Return what a pass of calibration needs beside weights and statistics, at its peak.
+    """Return the peak of a calibration pass besides weights and statistics, in bytes.
 
-    From the lowest scored layer up autograd keeps ``layer_bytes``; of every scored layer the inputs
-    of its linears are held, ``(2 D + I) c`` per token (that of the output projection is kept
-    already). On top of them come the logits, or the gradients of one layer's MLP and the scoring of
-    a window, whichever is more.
-
-    Args:
-        model: The dense model.
-        run: Windows of one forward pass.
-        scored: What is scored.
-
-    Returns:
-        Bytes.
+    From the lowest scored layer up, autograd keeps ``layer_bytes``. Each scored layer also holds
+    the inputs of its linears, ``(2 D + I) c`` per token (autograd keeps that of the output
+    projection already). On top come the logits, or the gradients of one MLP and the scoring of one
+    window, whichever is larger.
     """
     computed = computed_size(model, run)
     if scored.lowest is None:
@@ -118,28 +106,15 @@ def calibration_activations(model: ModelShape, run: Pass, scored: Scored) -> int
 
 
 def bases_bytes(linears: Iterable[LinearShape], element_size: int = FLOAT32) -> int:
-    """Return the size of the decompositions of dense linears: U, s and V of each.
-
-    Args:
-        linears: The linears.
-        element_size: e; decompositions are in float32 or better.
-
-    Returns:
-        ``(N K + K + K M) max(e, 4)`` of each.
-    """
+    """Return the bytes of U, s and V of dense linears, each ``(N K + K + K M) max(e, 4)``."""
     size = max(element_size, FLOAT32)
     return sum(x.num_components * (x.rows + 1 + x.columns) * size for x in linears)
 
 
 def sums_bytes(linears: Iterable[LinearShape], *, sums_gradients: bool) -> int:
-    """Return the size of what is summed over windows.
+    """Return the bytes of the sums over windows.
 
-    Args:
-        linears: The scored linears.
-        sums_gradients: Whether the gradient of each weight is summed.
-
-    Returns:
-        Per linear ``4 N M``, or ``8 K`` for one score per component.
+    Each linear takes ``4 N M`` if its gradient is summed, else ``8 K`` for one score per component.
     """
     if sums_gradients:
         return sum(FLOAT32 * linear.rows * linear.columns for linear in linears)
@@ -147,28 +122,18 @@ def sums_bytes(linears: Iterable[LinearShape], *, sums_gradients: bool) -> int:
 
 
 def factors_bytes(linears: Iterable[LinearShape]) -> int:
-    """Return the size of what replaces linears in float32: factors, and narrowed weights.
+    """Return the float32 bytes of the factors and narrowed weights that replace linears.
 
-    Args:
-        linears: The linears; dense ones count nothing.
-
-    Returns:
-        ``4 r (N + M)`` of each low-rank one, ``4 N M`` of each narrowed one.
+    Each low-rank linear takes ``4 r (N + M)``, each narrowed one ``4 N M``, a dense one nothing.
     """
     return sum(FLOAT32 * linear.parameters for linear in linears if linear.is_replaced)
 
 
 def decomposition_bytes(linear: LinearShape) -> int:
-    """Return what one decomposition needs beside its result.
+    """Return what the decomposition of a dense linear needs besides its result.
 
-    LAPACK's gesdd works on a copy of the weight, in a workspace of at least ``4 K^2 + 7 K``, and
-    its U and V are copied once.
-
-    Args:
-        linear: A dense linear.
-
-    Returns:
-        ``4 (N M + N K + K M + 4 K^2 + 7 K)``.
+    LAPACK's gesdd copies the weight and needs a workspace of at least ``4 K^2 + 7 K``; U and V are
+    copied once: ``4 (N M + N K + K M + 4 K^2 + 7 K)`` bytes.
     """
     rank = linear.num_components
     copies = linear.rows * linear.columns + rank * (linear.rows + linear.columns)
@@ -176,19 +141,11 @@ def decomposition_bytes(linear: LinearShape) -> int:
 
 
 def window_bytes(linear: LinearShape, seqlen: int, *, is_full: bool) -> int:
-    """Return what scoring one window of one linear needs for a moment, in float32.
+    """Return the temporary float32 bytes of scoring one window of one linear.
 
-    Where tokens are few, inputs and gradients are projected, ``(T, K)`` each; else the gradient of
-    the weight is formed, ``(N, M)``. Scores of u and v take ``G V`` and ``U^T G``, and products and
-    moduli of the larger one.
-
-    Args:
-        linear: The linear.
-        seqlen: T.
-        is_full: Whether u and v are scored.
-
-    Returns:
-        Bytes.
+    With few tokens, inputs and gradients are projected to ``(T, K)`` each; otherwise the weight
+    gradient ``(N, M)`` is formed. If ``is_full``, the scores of u and v also need ``G V`` and
+    ``U^T G``, and the products and moduli of the larger one.
     """
     rank, rows, columns = linear.num_components, linear.rows, linear.columns
     inputs = seqlen * (rows + columns)
@@ -197,11 +154,3 @@ def window_bytes(linear: LinearShape, seqlen: int, *, is_full: bool) -> int:
         return FLOAT32 * (inputs + projected)
     products = rank * (rows + columns) + 2 * rank * max(rows, columns)
     return FLOAT32 * (inputs + projected + products)
-
-
-def _split_linears(model: ModelShape, parts: int) -> int:
-    """Return what a process holds of a model whose linears are split one by one."""
-    if parts == 1:
-        return model.weights
-    tied = model.tied * model.element_size
-    return tied + part_of(model.weights - tied, parts) + FSDP_COPIES * model.largest_split

@@ -1,7 +1,7 @@
-"""How much memory a process of compensation needs, from shapes alone.
+"""Memory of one compensation process, from shapes alone.
 
-Weights, gradients and optimizer states are counted to the byte; ``activations``
-says how activations are estimated.
+Weights, gradients and optimizer states are exact; ``activations`` explains the estimate of
+activations.
 
 Legend: M input features of a linear; e bytes per element of a weight; t trained parameters.
 """
@@ -20,27 +20,26 @@ from grasp_lightning.memory.activations import (
 from grasp_lightning.memory.shapes import Adapters, Layer, ModelShape, Pass, part_of
 from grasp_lightning.models.size import LinearShape
 
-# When DDP starts, it sends the weights in copies of 250 MiB, two of them at a time.
+# At its start, DDP broadcasts the weights in two copies of 250 MiB at a time.
 DDP_COPIES = 2 * 250 * 2**20
-# FSDP2 gathers a layer in a buffer, copies it out, and keeps the buffer of the layer before.
+# FSDP2 gathers a layer into a buffer, copies it out, and keeps the buffer of the layer before.
 FSDP_LAYERS = 3
-# Stage 3 of DeepSpeed keeps as many gathered parameters, and fetches as many ahead in a buffer.
+# DeepSpeed stage 3 keeps this many gathered parameters, and prefetches this many.
 ZERO_LIVE = 10**9
 ZERO_AHEAD = 5 * 10**7
-# Of one parameter, in float32: Adam's two moments; stages 1 and 2 of DeepSpeed copy it as well.
+# Per parameter, in float32: Adam's two moments, and the copy of DeepSpeed stages 1 and 2.
 ADAM = 2 * FLOAT32
 ADAM_AND_COPY = 3 * FLOAT32
 
 
 class CompensationMemory(NamedTuple):
-    """Bytes that one process of a compensation needs on its device.
+    """Bytes that one compensation process needs on its device.
 
     Attributes:
-        weights: The model with what is trained, or this process's part of it.
+        weights: The model with the trained parameters, or this process's shard of them.
         gradients: Gradients, and DDP's buckets for them.
-        optimizer: States of AdamW.
-        activations: What a forward and a backward pass add, or, if that is more, what the start of
-            ddp does.
+        optimizer: AdamW states.
+        activations: Peak of a forward and backward pass, or of DDP's start if that is larger.
     """
 
     weights: int
@@ -64,32 +63,25 @@ def compensation_memory(
     activations: int,
     teacher: int = 0,
 ) -> tuple[CompensationMemory, int]:
-    """Return what one process of a compensation needs on its device, and on its host.
+    """Return what one compensation process needs on its device, by kind, and on its host.
 
-    - auto and ddp: all of it in every process; ddp has buckets as large as the gradients, and
-      copies a part of the weights when it starts, before there is anything else.
-    - fsdp: every process holds its part of everything, what is in no decoder layer whole while a
-      pass runs, and one whole decoder layer with the buffers of it and of the one before.
-    - stage 3: its part of everything, 10^9 gathered parameters at most, and a buffer for those that
-      are fetched ahead.
-    - stages 1 and 2: optimizer states in parts, in stage 2 gradients, too; DeepSpeed's optimizer
-      works on a float32 copy of what is trained.
-    - offload: that copy, the states and a copy of the gradients lie in the host's memory, with
-      stage 3 the parts of the weights, too.
+    - auto and ddp: every process holds everything. DDP adds buckets as large as the gradients, and
+      at its start copies some of the weights, before anything else is there.
+    - fsdp: every process holds its shard of everything, the weights outside decoder layers whole
+      during a pass, and one gathered decoder layer with its buffer and that of the layer before.
+    - stage 3: its shard of everything, at most 10^9 gathered parameters, and a prefetch buffer.
+    - stages 1 and 2: sharded optimizer states, in stage 2 also gradients; DeepSpeed's optimizer
+      works on a float32 copy of the trained parameters.
+    - offload: that copy, the states and a copy of the gradients are in host memory, with stage 3
+      also the shards of the weights.
 
     DeepSpeed's communication buckets are not counted.
 
     Args:
-        model: The compressed model.
-        strategy: Trainer strategy.
-        num_processes: Number of processes.
         trained: t.
-        is_new: Whether what is trained comes on top of the model, as adapters do.
+        is_new: Whether the trained parameters are added to the model, as adapters are.
         activations: Bytes of activations.
-        teacher: Bytes of a teacher beside the model.
-
-    Returns:
-        Bytes by kind on the device, and bytes on the host.
+        teacher: Bytes of a teacher on the same device.
     """
     new = FLOAT32 * trained if is_new else 0
     whole = model.weights + new
@@ -121,24 +113,14 @@ def compensation_activations(
     is_checkpointed: bool,
     num_logits: int = 1,
 ) -> int:
-    """Return what a forward and a backward pass of compensation need beside parameters.
+    """Return the peak of a compensation step besides parameters, in bytes.
 
-    Autograd keeps ``layer_bytes`` of every layer. Per token of an adapter it keeps its input after
-    dropout, ``4 M`` (``2 M`` under bf16-mixed), the mask of dropout, ``M`` on a GPU and ``4 M`` on
-    a CPU, and its inner values, as many as its rank. Without dropout, and of trained factors, it
-    keeps the input. With checkpointing only the input of every layer is kept, ``e D``, and one
-    layer is computed again. Under bf16-mixed a copy of what is trained stays for the whole step,
-    ``2 t``.
-
-    Args:
-        model: The compressed model.
-        run: Rows of one forward pass.
-        adapters: What is trained.
-        is_checkpointed: Whether activations are computed again in the backward pass.
-        num_logits: How many models give logits.
-
-    Returns:
-        Bytes.
+    Autograd keeps ``layer_bytes`` of every layer. Per token, an adapter keeps its input after
+    dropout, ``4 M`` (``2 M`` under bf16-mixed), the dropout mask, ``M`` on a GPU and ``4 M`` on a
+    CPU, and its inner values, as many as its rank. Without dropout, as with trained factors, it
+    keeps its input. Gradient checkpointing keeps only the input of every layer, ``e D``, and
+    recomputes one layer at a time. Under bf16-mixed, a copy of the trained parameters stays for the
+    whole step, ``2 t``.
     """
     layers = [
         layer_bytes(model, run) + run.num_tokens * _adapter_bytes(layer, run, adapters)
@@ -157,15 +139,7 @@ def compensation_activations(
 
 
 def trained_parameters(model: ModelShape, adapters: Adapters) -> int:
-    """Return the number of parameters that a compensation trains.
-
-    Args:
-        model: The compressed model.
-        adapters: What is trained.
-
-    Returns:
-        The number.
-    """
+    """Return the number of parameters that a compensation trains."""
     trained = (matrix for layer in model.layers for matrix in _trained(layer, adapters))
     return sum(adapters.parameters(matrix) for matrix in trained)
 
@@ -177,7 +151,7 @@ def _optimizer_bytes(strategy: Strategy, trained: int, parts: int) -> int:
 
 
 def _adapter_bytes(layer: Layer, run: Pass, adapters: Adapters) -> int:
-    """Return what autograd keeps of the adapters of a layer, per token."""
+    """Return the bytes per token that autograd keeps of a layer's adapters."""
     kept = HALF if run.is_mixed else FLOAT32
     mask = (FLOAT32 if run.on_cpu else 1) if adapters.drops else 0
     return sum(
@@ -193,7 +167,7 @@ def _trained(layer: Layer, adapters: Adapters) -> Iterable[LinearShape]:
 
 
 def _gathered(model: ModelShape, strategy: Strategy, new: int) -> int:
-    """Return what a process holds of weights beside its part of them, at most."""
+    """Return the most bytes of weights that a process holds besides its shard."""
     if strategy == "fsdp":
         layer = model.largest_layer + part_of(new, max(len(model.layers), 1))
         return model.outside + FSDP_LAYERS * layer

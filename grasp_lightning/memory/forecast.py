@@ -1,4 +1,4 @@
-"""Memory per process of a calibration and of a compensation, by strategy, from configurations."""
+"""Forecast of a calibration and a compensation from their configurations, by strategy."""
 
 from dataclasses import replace
 from typing import Final, get_args
@@ -29,24 +29,16 @@ from grasp_lightning.reading.text import user_path
 from grasp_lightning.stats.base import FORWARD_MOMENTS
 from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
 
-# Strategies that deal weights out are pointless in one process: as many are shown then.
+# Sharding is pointless in one process: the forecast then assumes this many.
 DEFAULT_PROCESSES: Final = 8
 _COMPENSATION_STRATEGIES: Final = tuple(s for s in get_args(Strategy) if s != "auto")
 
 
 def compensation_settings(config: PlanConfig) -> CompensateConfig:
-    """Return the compensation whose memory is told.
-
-    A wrong file is a ``ConfigError``, as ``compensate`` gives.
-
-    Args:
-        config: Configuration of ``plan``.
-
-    Returns:
-        What its file says, or the defaults.
+    """Return the compensation to forecast: that of ``plan``'s file, or the defaults.
 
     Raises:
-        ConfigError: If the file is not there.
+        ConfigError: If the file is missing; a wrong one is refused as ``compensate`` does.
     """
     file = config.compensate
     if file is None:
@@ -67,17 +59,14 @@ def calibration_plan(
     layers: tuple[int, ...],
     moments: int = 0,
 ) -> CalibrationPlan:
-    """Return the memory of a calibration.
+    """Return the memory of a calibration, by strategy.
 
     Args:
-        config: Configuration, its method resolved.
-        dense: The model.
+        config: Configuration with its method resolved.
+        dense: The model before compression.
         compressed: The model after it.
         layers: Layers that are replaced.
-        moments: Bytes of the Gram matrices that are summed up in one pass.
-
-    Returns:
-        Memory by strategy.
+        moments: Bytes of the Gram matrices that one pass sums.
     """
     run = calibration_pass(config)
     scored = replace(scored_by(config, dense, layers), moments=moments)
@@ -93,11 +82,7 @@ def calibration_plan(
         rows[label] = calibration_memory(
             dense, replaced, run, scored, num_parts=num_parts, cache=cache
         )
-    evaluated = Pass(
-        batch_size=config.evaluation.batch_size,
-        seqlen=config.evaluation.seqlen,
-        on_cpu=run.on_cpu,
-    )
+    evaluated = Pass(batch_size=config.evaluation.batch_size, seqlen=config.evaluation.seqlen)
     parts = mixture_parts(config.calibration, "calibration")
     num_written = sum(part.num_samples for part in parts if part.source == SELF)
     written = replace(run, batch_size=min(num_written, BATCH))
@@ -114,32 +99,20 @@ def calibration_plan(
 
 
 def calibration_pass(config: CompressConfig) -> Pass:
-    """Return what runs through the model in one forward pass of calibration.
-
-    Args:
-        config: Configuration.
-
-    Returns:
-        The windows.
-    """
+    """Return the windows of one forward pass of calibration."""
     return Pass(
         batch_size=config.calibration.batch_size,
         seqlen=config.calibration.seqlen,
         is_mixed=config.trainer.precision == "bf16-mixed",
-        on_cpu=_on_cpu(config.model.device, config.trainer),
     )
 
 
 def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]) -> Scored:
-    """Return what the pass of a calibration that takes most memory scores.
+    """Return what the most expensive calibration pass scores: nothing where layers are dropped.
 
     Args:
-        config: Configuration, its method resolved.
-        dense: The model.
+        config: Configuration with its method resolved.
         layers: Layers that are replaced.
-
-    Returns:
-        What is scored; nothing where layers are deleted.
     """
     method = config.method
     if (method.score is None and method.weighting is None) or method.keep_ratio == 0:
@@ -172,16 +145,13 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
 def compensation_plan(
     config: CompressConfig, compensate: CompensateConfig, dense: ModelShape, compressed: ModelShape
 ) -> CompensationPlan:
-    """Return the memory of a compensation of the compressed model.
+    """Return the memory of a compensation, by strategy, with and without gradient checkpointing.
 
     Args:
         config: Configuration of the compression.
         compensate: Configuration of the compensation.
-        dense: The dense model, which a teacher is.
+        dense: The dense model, which is the teacher in a distillation.
         compressed: The model that is trained.
-
-    Returns:
-        Memory by strategy, with and without gradient checkpointing.
     """
     adapters = adapters_of(compensate)
     is_distilled = compensate.objective == "distill"
@@ -189,18 +159,12 @@ def compensation_plan(
     trained = trained_parameters(compressed, adapters)
     full, checkpointed = (
         compensation_activations(
-            compressed,
-            run,
-            adapters,
-            is_checkpointed=is_checkpointed,
-            num_logits=2 if is_distilled else 1,
+            compressed, run, adapters, is_checkpointed=is_checkpointed, num_logits=1 + is_distilled
         )
         for is_checkpointed in (False, True)
     )
-    teacher_is_here = is_distilled and compensate.distillation.device == "auto"
-    trainer = compensate.trainer if _is_set(compensate.trainer) else config.trainer
-    processes = _num_processes(trainer)
-    teacher = dense.weights if teacher_is_here else 0
+    has_teacher = is_distilled and compensate.distillation.device == "auto"
+    processes = _num_processes(compensate.trainer, config.trainer)
     rows = {}
     for strategy in _COMPENSATION_STRATEGIES:
         (memory, host), (less, _) = (
@@ -211,7 +175,7 @@ def compensation_plan(
                 trained=trained,
                 is_new=adapters.rank is not None,
                 activations=activations,
-                teacher=teacher,
+                teacher=dense.weights if has_teacher else 0,
             )
             for activations in (full, checkpointed)
         )
@@ -229,14 +193,7 @@ def compensation_plan(
 
 
 def adapters_of(config: CompensateConfig) -> Adapters:
-    """Return what a configuration trains.
-
-    Args:
-        config: Configuration of ``compensate``.
-
-    Returns:
-        The adapters, or that factors are trained.
-    """
+    """Return the adapters that a configuration trains."""
     return Adapters(
         rank=None if config.train == "factors" else config.lora.rank,
         on_dense=config.train == "lora",
@@ -246,28 +203,21 @@ def adapters_of(config: CompensateConfig) -> Adapters:
 
 
 def compensation_pass(config: CompensateConfig) -> Pass:
-    """Return what runs through the model in one forward pass of compensation.
-
-    Args:
-        config: Configuration of ``compensate``.
-
-    Returns:
-        The rows, of full length.
-    """
+    """Return the rows of one forward pass of compensation, at full length."""
     reads_instructions = uses_instructions(config)
     return Pass(
         batch_size=config.training.micro_batch_size,
         seqlen=config.data.max_length if reads_instructions else config.text.seqlen,
         is_mixed=config.trainer.precision == "bf16-mixed",
         is_padded=reads_instructions,
-        on_cpu=_on_cpu(config.model.device, config.trainer),
+        on_cpu="cpu" in (config.model.device, config.trainer.accelerator),
     )
 
 
 def _cache_bytes(
     config: CompressConfig, model: ModelShape, layers: tuple[int, ...], processes: int
 ) -> int:
-    """Return the size of ``HiddenCache``: the inputs of replaced layers, as many as it takes."""
+    """Return the size of ``HiddenCache``: the inputs of as many replaced layers as fit into it."""
     if config.method.schedule != "iterative" or config.method.score == "magnitude":
         return 0
     windows = -(-config.calibration.num_samples // processes)
@@ -275,13 +225,7 @@ def _cache_bytes(
     return min(len(layers), DEFAULT_LIMIT // layer) * layer
 
 
-def _is_set(trainer: TrainerConfig) -> bool:
-    return trainer.devices * trainer.num_nodes > 1
-
-
-def _num_processes(trainer: TrainerConfig) -> int:
-    return trainer.devices * trainer.num_nodes if _is_set(trainer) else DEFAULT_PROCESSES
-
-
-def _on_cpu(device: str, trainer: TrainerConfig) -> bool:
-    return device == "cpu" or trainer.accelerator == "cpu"
+def _num_processes(*trainers: TrainerConfig) -> int:
+    """Return the number of the first trainer that has several processes."""
+    numbers = (trainer.devices * trainer.num_nodes for trainer in trainers)
+    return next((number for number in numbers if number > 1), DEFAULT_PROCESSES)

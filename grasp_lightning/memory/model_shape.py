@@ -1,4 +1,4 @@
-"""What memory depends on, read from a model that may have no weights."""
+"""Reads the shapes that memory depends on from a model, which may have no weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,32 +12,33 @@ from grasp_lightning.models.operations import applier_of
 from grasp_lightning.models.size import LinearShape, count_parameters, count_tied_parameters
 from grasp_lightning.plan import Operation
 
-_INNER_SIZES = 4  # times the hidden size, where no linear tells
+_INNER_SIZES = 4  # times the hidden size, for layers without linears in their MLP
+# Layers of these types keep a state of fixed size, or nothing, in place of keys and values.
+_WITHOUT_KEYS = ("linear_attention", "mamba", "conv", "moe", "mlp")
 
 
 def model_shape(view: DecoderView) -> ModelShape:
-    """Return the shape of a model, on the meta device or not.
+    """Return the shape of a model, which may be on the meta device.
 
-    Experts of a mixture count as parameters; their activations are not known.
-
-    Args:
-        view: The model, with all its layers.
-
-    Returns:
-        Its shape.
+    Experts of a mixture count as parameters only; their activations are unknown.
     """
     config: Any = view.model.config.get_text_config()  # Any: each family has a class of its own
-    layers = tuple(_layer(view, index) for index in view.layer_indices)
+    # Mamba and xLSTM have no attention.
+    num_heads = getattr(config, "num_attention_heads", None) or 0
+    types = getattr(config, "layer_types", None) or [""] * len(view.layer_indices)
+    layers = tuple(
+        _layer(view, index)._replace(has_keys=num_heads > 0 and kind not in _WITHOUT_KEYS)
+        for index, kind in zip(view.layer_indices, types, strict=True)
+    )
     inner, is_gated = _widest_mlp(layers, config.hidden_size)
-    num_heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // max(num_heads, 1)
     return ModelShape(
         parameters=count_parameters(view.model),
         element_size=view.model.dtype.itemsize,
         layers=layers,
         hidden=config.hidden_size,
         queries=num_heads * head_size,
-        keys=_num_key_heads(config) * head_size,
+        keys=_num_key_heads(config, num_heads) * head_size,
         num_heads=num_heads,
         inner=inner,
         is_gated=is_gated,
@@ -48,16 +49,7 @@ def model_shape(view: DecoderView) -> ModelShape:
 
 
 def shape_after(model: ModelShape, operations: Sequence[Operation], parameters: int) -> ModelShape:
-    """Return the shape of a model after operations.
-
-    Args:
-        model: The model before.
-        operations: What is done.
-        parameters: Number of all parameters after it.
-
-    Returns:
-        The shape: layers gone, linears of lower rank, and MLPs with fewer channels.
-    """
+    """Return the shape of a model after operations that leave it this number of parameters."""
     dropped = {index for operation in operations for index in operation.dropped}
     dense = {name: shape for layer in model.layers for name, shape in layer.linears.items()}
     new: dict[str, LinearShape] = {}
@@ -82,20 +74,18 @@ def _layer(view: DecoderView, index: int) -> Layer:
         name: LinearShape(linear.out_features, linear.in_features)
         for name, linear in view.linears(index).items()
     }
-    linears |= {
-        prefix + name: LinearShape(low_rank.out_features, low_rank.in_features, low_rank.rank)
-        for name, low_rank in low_rank_linears(module).items()
-    }
-    linears |= {
-        prefix + name: LinearShape(narrowed.out_features, narrowed.in_features, is_narrowed=True)
-        for name, narrowed in narrowed_linears(module).items()
-    }
+    for name, low_rank in low_rank_linears(module).items():
+        rows, columns = low_rank.out_features, low_rank.in_features
+        linears[prefix + name] = LinearShape(rows, columns, low_rank.rank)
+    for name, narrowed in narrowed_linears(module).items():
+        rows, columns = narrowed.out_features, narrowed.in_features
+        linears[prefix + name] = LinearShape(rows, columns, is_narrowed=True)
     attention = [name for name in linears if in_attention(name.removeprefix(prefix))]
     return Layer(count_parameters(module), linears, tuple(attention))
 
 
 def _widest_mlp(layers: Iterable[Layer], hidden: int) -> tuple[int, bool]:
-    """Return the largest inner width of an MLP, and whether it is gated."""
+    """Return the largest inner width of an MLP, and whether that MLP is gated."""
     return max(
         (_mlp(layer.blocks[0], hidden) for layer in layers if layer.blocks[0]),
         default=(_INNER_SIZES * hidden, False),
@@ -103,14 +93,14 @@ def _widest_mlp(layers: Iterable[Layer], hidden: int) -> tuple[int, bool]:
 
 
 def _mlp(linears: Sequence[LinearShape], hidden: int) -> tuple[int, bool]:
-    # A narrowed MLP may have fewer inner values than there are hidden ones.
+    # A narrowed MLP may have an inner width below the hidden size.
     readers = [linear.columns for linear in linears if linear.rows == hidden]
     inner = max(readers or [linear.columns for linear in linears])
     projected = sum(x.rows for x in linears if (x.rows, x.columns) != (hidden, inner))
     return inner, projected >= 2 * inner
 
 
-def _num_key_heads(config: Any) -> int:  # noqa: ANN401  each family has a class of its own
+def _num_key_heads(config: Any, num_heads: int) -> int:  # noqa: ANN401  each family has a class of its own
     if getattr(config, "multi_query", False) and not getattr(
         config, "new_decoder_architecture", False
     ):
@@ -118,4 +108,4 @@ def _num_key_heads(config: Any) -> int:  # noqa: ANN401  each family has a class
     for key in ("num_key_value_heads", "num_kv_heads"):
         if getattr(config, key, None) is not None:
             return int(getattr(config, key))
-    return int(config.num_attention_heads)
+    return num_heads

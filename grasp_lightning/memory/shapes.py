@@ -1,7 +1,7 @@
-"""What the memory of a process depends on: a model, what runs through it, and what is trained.
+"""Shapes that the memory of a process depends on: model, forward pass and trained parameters.
 
-Legend: N output and M input features of a linear; B windows of T tokens per forward pass; D hidden
-size, Q and G widths of all queries and of all keys, I inner width of the MLP, V words.
+Legend: a linear has N outputs and M inputs; B windows of T tokens per forward pass; D hidden size,
+Q and G total widths of queries and keys, I inner width of the MLP, V vocabulary size.
 """
 
 from collections.abc import Mapping
@@ -15,18 +15,20 @@ class Layer(NamedTuple):
     """A decoder layer.
 
     Attributes:
-        parameters: Number of all its parameters.
-        linears: Full name -> shape of its linears.
-        attention: Names of those in the attention block.
+        parameters: Number of all parameters, those of linears included.
+        linears: Full name -> shape.
+        attention: Names of the linears in the attention block.
+        has_keys: Whether the layer caches keys and values during generation.
     """
 
     parameters: int
     linears: Mapping[str, LinearShape]
     attention: tuple[str, ...] = ()
+    has_keys: bool = True
 
     @property
     def blocks(self) -> tuple[tuple[LinearShape, ...], ...]:
-        """Shapes of the linears of the MLP and of the attention block."""
+        """The linears of the MLP, and those of the attention block."""
         in_mlp = [name for name in self.linears if name not in self.attention]
         groups = (in_mlp, self.attention)
         return tuple(tuple(self.linears[name] for name in group) for group in groups)
@@ -34,20 +36,19 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What memory depends on, of a model.
+    """Sizes of a model.
 
     Attributes:
         parameters: Number of all parameters, tied ones counted once.
         element_size: Bytes per weight.
-        layers: The decoder layers.
         hidden: D.
         queries: Q.
         keys: G; values are as wide.
-        num_heads: Number of heads of queries.
+        num_heads: Number of query heads; 0 without attention.
         inner: I.
         is_gated: Whether the MLP multiplies two projections.
         vocabulary: V.
-        is_eager: Whether attention forms its matrix of scores.
+        is_eager: Whether attention forms its score matrix.
         tied: Number of the parameters that several modules share, each counted once.
     """
 
@@ -71,7 +72,7 @@ class ModelShape:
 
     @property
     def largest_split(self) -> int:
-        """Bytes of the largest matrix that is not tied: a linear, or the one of words."""
+        """Bytes of the largest matrix that is not tied: a linear, or the embedding."""
         sizes = [linear.parameters for layer in self.layers for linear in layer.linears.values()]
         words = 0 if self.tied else self.vocabulary * self.hidden
         return max(*sizes, words) * self.element_size
@@ -83,21 +84,21 @@ class ModelShape:
 
     @property
     def outside(self) -> int:
-        """Bytes of all that is in no decoder layer: matrices of words, and the last norm."""
+        """Bytes of everything outside the decoder layers: embedding, head and last norm."""
         in_layers = sum(layer.parameters for layer in self.layers)
         return (self.parameters - in_layers) * self.element_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """What runs through a model at once.
+    """Input of one forward pass.
 
     Attributes:
         batch_size: B.
         seqlen: T.
         is_mixed: Whether products are computed in bfloat16 (bf16-mixed).
-        is_padded: Whether rows may have padding: then keys are repeated for every head of queries.
-        on_cpu: Whether a CPU computes: its dropout keeps float32 numbers, not one byte.
+        is_padded: Whether rows may be padded: keys are then repeated for every query head.
+        on_cpu: Whether a CPU computes: its dropout masks are float32, not one byte.
     """
 
     batch_size: int
@@ -114,17 +115,16 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What a pass of a calibration scores.
+    """What one pass of a calibration scores.
 
     Attributes:
         linears: The linears whose decompositions are held at once.
-        lowest: Position of the lowest decoder layer that a backward pass reaches; None if there is
-            no backward pass.
-        num_layers: Number of layers that are scored in one pass.
-        sums_gradients: Whether the gradient of each weight is summed (signed and full).
+        lowest: Lowest decoder layer that the backward pass reaches; None without a backward pass.
+        num_layers: Number of layers scored in one pass.
+        sums_gradients: Whether weight gradients are summed (signed and full).
         is_full: Whether u and v of a component are scored, too.
-        has_bases: Whether the decompositions are held, or one is made at a time.
-        moments: Bytes of the Gram matrices that are summed up instead.
+        has_bases: Whether all decompositions are held, not only one at a time.
+        moments: Bytes of the Gram matrices that are summed instead.
     """
 
     linears: tuple[LinearShape, ...]
@@ -138,14 +138,14 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
-    """What a compensation trains.
+    """Parameters that a compensation trains.
 
     Attributes:
-        rank: Rank of adapters, at most half the smaller side of a matrix; None trains the factors
-            of low-rank linears, and narrowed weights, themselves.
-        on_dense: Whether dense linears have adapters, too.
-        has_dropout: Whether adapters drop a share of their inputs.
-        targets: Ends of the names of linears that are trained; none name all.
+        rank: Rank of the adapters, at most half the smaller side of a matrix; None trains factors
+            and narrowed weights themselves.
+        on_dense: Whether dense linears get adapters, too.
+        has_dropout: Whether adapters drop some of their inputs.
+        targets: Suffixes of the names of trained linears; empty for all.
     """
 
     rank: int | None
@@ -159,15 +159,7 @@ class Adapters:
         return self.has_dropout and self.rank is not None
 
     def trains(self, name: str, linear: LinearShape) -> bool:
-        """Return whether something of a linear is trained.
-
-        Args:
-            name: Its name.
-            linear: Its shape.
-
-        Returns:
-            True if its factors, its narrowed weight, or adapters on it are.
-        """
+        """Return whether a linear's factors, narrowed weight or adapters are trained."""
         if linear.rank == 0 or not (
             linear.is_replaced or (self.on_dense and self.rank is not None)
         ):
@@ -177,32 +169,18 @@ class Adapters:
         )
 
     def rank_on(self, matrix: LinearShape) -> int:
-        """Return the rank of the adapter on a matrix.
-
-        Args:
-            matrix: A dense linear, or a factor.
-
-        Returns:
-            The rank; 0 where the matrix itself is trained.
-        """
+        """Return the rank of the adapter on a matrix; 0 if the matrix itself is trained."""
         if self.rank is None:
             return 0
         return min(self.rank, max(min(matrix.rows, matrix.columns) // 2, 1))
 
     def parameters(self, matrix: LinearShape) -> int:
-        """Return how many parameters are trained of a matrix, or of an adapter on it.
-
-        Args:
-            matrix: A dense linear, or a factor.
-
-        Returns:
-            The number.
-        """
+        """Return the number of trained parameters of a matrix, or of the adapter on it."""
         if self.rank is None:
             return matrix.parameters
         return self.rank_on(matrix) * (matrix.rows + matrix.columns)
 
 
 def part_of(size: int, num_parts: int) -> int:
-    """Return the largest of equal parts of a size: rounded up."""
+    """Return the size of the largest of equal parts, rounded up."""
     return -(-size // num_parts)

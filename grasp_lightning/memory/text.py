@@ -1,4 +1,4 @@
-"""Memory per process, by strategy, as text for the terminal."""
+"""Tables of the memory per process for the terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class CalibrationPlan:
         seqlen: Tokens per window.
         lowest: Lowest layer that a backward pass reaches; None if there is none.
         rows: Bytes by strategy.
-        evaluation_tokens: Tokens per forward pass of the measurement of perplexity.
-        evaluation: Bytes that it takes, the whole model included.
-        sampled_texts: Calibration windows that the model writes together; 0 if it writes none.
-        sampling: Bytes that this takes, the whole model included.
+        evaluation_tokens: Tokens per forward pass of the perplexity measurement.
+        evaluation: Bytes of that measurement, the model included.
+        sampled_texts: Number of calibration windows that the model generates together.
+        sampling: Bytes of that generation, the model included.
     """
 
     batch_size: int
@@ -38,13 +38,7 @@ class CalibrationPlan:
 
 
 class CompensationRow(NamedTuple):
-    """Memory of a compensation under one strategy.
-
-    Attributes:
-        memory: Bytes on the device.
-        total_checkpointed: Sum with gradient checkpointing.
-        host: Bytes that are offloaded.
-    """
+    """Memory of a compensation under one strategy; ``host`` is the offloaded part."""
 
     memory: CompensationMemory
     total_checkpointed: int
@@ -56,12 +50,10 @@ class CompensationPlan:
     """Memory of a compensation.
 
     Attributes:
-        source: Its configuration; None for the defaults.
-        train: What is trained.
+        source: Configuration file; None for the defaults.
         trained: Number of trained parameters.
         batch_size: Rows per forward pass.
         seqlen: Tokens per row.
-        processes: Number of processes.
         activations_checkpointed: Bytes of activations with gradient checkpointing.
         rows: Bytes by strategy.
     """
@@ -77,15 +69,7 @@ class CompensationPlan:
 
 
 def memory_lines(calibration: CalibrationPlan, compensation: CompensationPlan) -> list[str]:
-    """Return both tables.
-
-    Args:
-        calibration: Memory of the calibration.
-        compensation: Memory of a compensation after it.
-
-    Returns:
-        Lines.
-    """
+    """Return the tables of a calibration and of the compensation after it."""
     largest = max(row.memory.total for row in compensation.rows.values())
     unit, name = (_GIGA, "GB") if largest >= _GIGA else (_MEGA, "MB")
     return [
@@ -138,7 +122,7 @@ def _cells(sizes: Iterable[int], unit: int) -> list[str]:
 
 
 def _aligned(header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return lines whose first column is flush left, and the others flush right."""
+    """Return table lines with a left-aligned first column and right-aligned others."""
     table = {"strategy": header, **rows}
     first = max(map(len, table))
     widths = [max(len(cells[i]) for cells in table.values()) for i in range(len(header))]

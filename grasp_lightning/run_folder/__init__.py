@@ -1,4 +1,4 @@
-"""The folder of one run: its rules, its lock, its manifest, and files that are whole or absent."""
+"""The folder of one run: its rules, lock and manifest, and atomic file writes."""
 
 from grasp_lightning.run_folder.files import write_file
 from grasp_lightning.run_folder.folder import RunFolder

@@ -1,8 +1,8 @@
-"""Files that are whole or absent, written without following a link.
+"""Atomic writes that follow no links.
 
-A file is built under a random name in the folder that it belongs to, and takes its place when it is
-complete. Folders are opened one by one from the run folder on, and paths are relative to them, so
-that a link that lies in the way is an error and not a way out.
+A file is written under a random name in its folder and moved into place once complete. Folders are
+opened one by one from the run folder down, with relative paths, so a link is an error and not a way
+out.
 """
 
 import errno
@@ -28,17 +28,7 @@ _PARTIAL = re.compile(r"\.partial\.[0-9a-f]{16}(\.\w+)?")
 
 @contextmanager
 def as_output_error(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one line.
-
-    Args:
-        path: What is written.
-
-    Yields:
-        Nothing; the block writes.
-
-    Raises:
-        OutputError: If the block fails to write.
-    """
+    """Turn a failed write, such as on a full disk, into an ``OutputError`` of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -47,7 +37,7 @@ def as_output_error(path: Path) -> Iterator[None]:
 
 
 def in_the_way(path: Path) -> str:
-    """Return what is told of something that no run wrote, where a run is going to write."""
+    """Return the message about a foreign file where a run is going to write."""
     return (
         f"{path} was not written by this program and is in the way; move it, or use another "
         f"output_dir"
@@ -55,20 +45,17 @@ def in_the_way(path: Path) -> str:
 
 
 def partial_name(name: str) -> str:
-    """Return a random name to build a file under; the suffix stays, since some writers go by it."""
+    """Return a random temporary name; it keeps the suffix, which some writers depend on."""
     return f".partial.{secrets.token_hex(8)}{PurePosixPath(name).suffix}"
 
 
 @contextmanager
 def opened_folder(root: Path, name: str = "") -> Iterator[int]:
-    """Open a folder in a run folder; a link on the way is an ``OSError``.
+    """Open a folder in a run folder and yield its descriptor; a link on the way raises ``OSError``.
 
     Args:
-        root: The run folder; it may be reached by links itself.
+        root: The run folder; its own path may contain links.
         name: Relative path, ``/`` between parts.
-
-    Yields:
-        Its descriptor.
     """
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -82,12 +69,12 @@ def opened_folder(root: Path, name: str = "") -> Iterator[int]:
 
 
 def write_file(target: Path, write: Callable[[Path], object], *, root: Path | None = None) -> None:
-    """Write a file that takes its place when it is complete; failing is an ``OutputError``.
+    """Write a file atomically; a failure raises ``OutputError``.
 
     Args:
         target: Its place; missing folders are made. A link there is replaced, not followed.
-        write: Writes one file at the path that it is given, where an empty one is already.
-        root: The run folder, below which no link is followed; None where there is none.
+        write: Writes to the given path, where an empty file exists already.
+        root: The run folder, below which no link is followed; None takes the target's folder.
     """
     with as_output_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -105,24 +92,13 @@ def write_file(target: Path, write: Callable[[Path], object], *, root: Path | No
 
 
 def replace_synced(temporary: str, name: str, folder: int) -> None:
-    """Move a complete file to its place, after its bytes have reached the disk.
-
-    Args:
-        temporary: Name of the complete file.
-        name: Name of its place.
-        folder: Descriptor of the folder of both.
-    """
+    """Move a complete file into place in an open folder, once its bytes are on the disk."""
     sync(temporary, folder)
     os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
 
 
 def sync(name: str | Path, folder: int | None = None) -> None:
-    """Give a complete file or folder the usual permissions, and wait until it is on the disk.
-
-    Args:
-        name: Any regular file or folder.
-        folder: Descriptor of the folder of a relative name.
-    """
+    """Give a complete file or folder the usual permissions, and flush it to the disk."""
     descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
     try:
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
@@ -134,12 +110,7 @@ def sync(name: str | Path, folder: int | None = None) -> None:
 
 
 def remove_file(root: Path, name: str) -> None:
-    """Delete a file or a link, unless it is absent, a folder, or behind a link.
-
-    Args:
-        root: The run folder.
-        name: Relative path.
-    """
+    """Delete a file or a link, unless it is absent, a folder, or behind a link."""
     path = PurePosixPath(name)
     with _unless_absent(), opened_folder(root, str(path.parent)) as folder:
         if not _is_folder(path.name, folder):
@@ -147,13 +118,7 @@ def remove_file(root: Path, name: str) -> None:
 
 
 def remove_folder(root: Path, name: str, *, if_empty: bool = False) -> None:
-    """Delete a folder, unless it is absent, a link, or behind a link.
-
-    Args:
-        root: The run folder.
-        name: Relative path.
-        if_empty: Leave it where it holds anything; else delete that too.
-    """
+    """Delete a folder (``if_empty``: only an empty one), unless it is absent or behind a link."""
     path = PurePosixPath(name)
     with _unless_absent(), opened_folder(root, str(path.parent)) as folder:
         if not if_empty and _is_folder(path.name, folder):
@@ -166,22 +131,14 @@ def remove_folder(root: Path, name: str, *, if_empty: bool = False) -> None:
 
 
 def remove_partials(root: Path, name: str = "") -> None:
-    """Delete the half-written files that a killed process has left in a folder.
-
-    Args:
-        root: The run folder.
-        name: Relative path of the folder; nothing is done if it is absent or behind a link.
-    """
+    """Delete the partial files of a killed process from a folder that is not behind a link."""
     with _unless_absent(), opened_folder(root, name) as folder, os.scandir(folder) as entries:
         for entry in [entry for entry in entries if is_partial(entry)]:
             os.unlink(entry.name, dir_fd=folder)
 
 
 def is_partial(entry: os.DirEntry[str]) -> bool:
-    """Return whether it is a regular file of this user's, under a name that ``partial_name`` gives.
-
-    No other file is taken for one that a killed process has left half written.
-    """
+    """Return whether an entry is this user's file from ``partial_name``; all others are foreign."""
     is_named = _PARTIAL.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
     return bool(is_named) and entry.stat(follow_symlinks=False).st_uid == os.geteuid()
 
@@ -192,7 +149,7 @@ def _is_folder(name: str, folder: int) -> bool:
 
 @contextmanager
 def _unless_absent() -> Iterator[None]:
-    """Leave the block where something is absent, or a link in place of a folder."""
+    """Leave the block if a path is absent, or has a link in place of a folder."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,6 @@
-"""The folder of one run: safe to start, to kill at any moment, to go on with, and to overwrite.
+"""The folder of one run: safe to start, kill, resume and overwrite.
 
-Without torch and transformers, so that asking for a finished run takes no time.
+It imports neither torch nor transformers, so that looking up a finished run is fast.
 """
 
 import shutil
@@ -26,21 +26,15 @@ _MEGABYTE = 1_000_000
 
 
 class RunFolder(RunWriter):
-    """One run's folder, locked while it is written.
+    """One run's folder, locked while it is written; ``open`` makes one.
 
-    Every path is recorded in the folder's manifest before it is written, and every file takes its
-    place complete. So a run that is killed leaves a folder that can be told from a finished one and
-    gone on with, and deleting a run never touches a foreign file. ``open`` makes one.
-
-    Args:
-        root: A folder that ``open`` has checked.
-        state: What was found there.
-        manifest: The list of what is written.
+    Every path is recorded in the manifest before it is written, and every file is written
+    atomically. So a killed run can be told from a finished one and resumed, and deleting a run
+    never touches a foreign file.
 
     Attributes:
-        root: The folder, absolute, links resolved.
-        state: What ``open`` found: new, or unfinished with the same configuration, or finished with
-            the same configuration; after ``finish`` finished. A finished run cannot be written.
+        state: What ``open`` found; new and unfinished become finished by ``finish``. A finished run
+            cannot be written.
     """
 
     state: RunState
@@ -61,37 +55,34 @@ class RunFolder(RunWriter):
         protected: Sequence[str | Path] = (),
         job: str = "",
     ) -> Self:
-        """Start a run in a folder, go on with it, or find it finished.
+        """Start a run in a folder, resume it, or find it finished.
 
-        An ``OutputError`` of one line is raised for a folder that must not be written: it is, holds
-        or lies in a protected folder, is the home or working directory or a parent of them, has
-        another configuration's run or foreign files, cannot be created, or is written by another
-        process.
+        An ``OutputError`` refuses a folder that is, holds or lies in a protected folder; is or
+        holds the home or working directory; has another configuration's run or foreign files;
+        cannot be created; or is in use by another process.
 
         Args:
             output_dir: The run folder; absent folders are made.
-            config: The resolved configuration as plain data. ``output_dir`` and ``overwrite`` in it
-                do not count when it is compared.
-            overwrite: Delete what an earlier run's manifest lists, and start anew, whatever state
-                the earlier run is in.
-            protected: Folders and files that must stay as they are, such as the model's; those that
-                do not exist are passed over.
-            job: Job of a batch system that this process belongs to; see ``is_begun_by``.
+            config: The resolved configuration as plain data, compared without keys that only say
+                where a run goes.
+            overwrite: Delete the files of an earlier run in any state, and start anew.
+            protected: Folders and files that must stay as they are; absent ones are ignored.
+            job: Batch job of this process; see ``is_begun_by``.
 
         Returns:
-            The folder. Finished: nothing was written and no lock is held. Else: locked, with its
+            A finished run without a lock, and nothing written; else a locked folder with a
             config.yaml.
         """
         with as_output_error(Path(output_dir)):
             root = safe_root(output_dir, protected)
-            # Before the lock, so that refusing and finding a finished run write nothing at all.
+            # Before the lock, so that a refused or finished run writes nothing at all.
             manifest, found = classify(root, config, overwrite)
         if manifest is not None and found == "finished":
             return cls(root, "finished", manifest)
         made, lock = make_folders(root), None
         try:
             lock = FolderLock(root)
-            # Again: until the lock was held, another process may have written.
+            # Again: another process may have written before the lock was held.
             manifest, found = classify(root, config, overwrite)
             folder = cls._started(root, config, manifest, found, job)
         except BaseException:
@@ -106,14 +97,7 @@ class RunFolder(RunWriter):
 
     @classmethod
     def reopen(cls, root: Path) -> Self | None:
-        """Open a finished run, locked, to add to what it says or to replace files of it.
-
-        Args:
-            root: The run folder.
-
-        Returns:
-            The folder; None if it holds no finished run.
-        """
+        """Open and lock a finished run to amend its files; None if the folder holds none."""
         manifest = Manifest.read(root)
         if manifest is None or manifest.state != "finished":
             return None
@@ -158,13 +142,13 @@ class RunFolder(RunWriter):
         self.close()
 
     def close(self) -> None:
-        """Give the folder free for other processes; what is written stays."""
+        """Release the folder to other processes; its files stay."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def finish(self) -> None:
-        """Mark the run finished: from now on it is only read."""
+        """Mark the run finished: from now on it is read-only."""
         self._require_writable()
         finished = replace(self._manifest, state="finished")
         with as_output_error(self.root):
@@ -175,8 +159,8 @@ class RunFolder(RunWriter):
     def discard(self) -> None:
         """Delete all that the run wrote, the folders that ``open`` made, and close.
 
-        For a run that failed at the start by an error of the user's kind. An unfinished run that
-        was gone on with loses its earlier part too.
+        For a run that fails at the start by a user error. A resumed run loses its earlier part,
+        too.
         """
         self._require_writable()
         with as_output_error(self.root):
@@ -185,13 +169,10 @@ class RunFolder(RunWriter):
         remove_made(self._made)
 
     def check_free_space(self, bytes_needed: int) -> None:
-        """Check that the disk has room, before time is spent on what could not be saved.
-
-        Args:
-            bytes_needed: Size of what is to be written.
+        """Check that the disk has room, before time is spent on results that could not be saved.
 
         Raises:
-            OutputError: If less is free.
+            OutputError: If it has not.
         """
         free = shutil.disk_usage(self.root).free
         if free < bytes_needed:

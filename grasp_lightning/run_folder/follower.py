@@ -1,4 +1,4 @@
-"""The run folder as the processes see it that do not write it."""
+"""The run folder in the processes that do not write it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,53 +11,27 @@ from grasp_lightning.run_folder.rules import RunState
 
 
 class FollowedRun(RunFolder):
-    """A run folder that another process has opened: it is read, and what is written is dropped.
+    """A run folder that another process has opened: reads work, and writes are dropped.
 
-    So that all processes of a run can do the same.
-
-    Args:
-        root: The folder, absolute.
-        state: What the other process found there.
+    All processes of a run can then execute the same code.
     """
 
     def __init__(self, root: Path, state: RunState) -> None:
         super().__init__(root, state, Manifest(config_hash=""))
 
     def write_with(self, name: str, write: Callable[[Path], object]) -> Path:
-        """Do nothing.
-
-        Args:
-            name: Relative path.
-            write: Not called.
-
-        Returns:
-            Where the other process writes.
-        """
+        """Return where the other process writes."""
         del write
         return self.path(name)
 
     @contextmanager
     def new_folder(self, name: str) -> Iterator[Path]:
-        """Give a folder that is deleted again.
-
-        Args:
-            name: Relative path of the folder.
-
-        Yields:
-            An empty folder.
-        """
+        """Yield a temporary folder that is deleted afterwards."""
         with TemporaryDirectory() as folder:
             yield Path(folder) / name
 
     def live_folder(self, name: str) -> Path:
-        """Return where the other process lets libraries write.
-
-        Args:
-            name: Relative path of the folder.
-
-        Returns:
-            The folder.
-        """
+        """Return where libraries write in the other process."""
         return self.path(name)
 
     def claim(self, name: str) -> None:
@@ -70,7 +44,7 @@ class FollowedRun(RunFolder):
         """Do nothing."""
 
     def finish(self) -> None:
-        """Know that the run is finished."""
+        """Mark the run finished in this process only."""
         self.state = "finished"
 
     def discard(self) -> None:

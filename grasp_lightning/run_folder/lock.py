@@ -1,4 +1,4 @@
-"""Which folder a run may write, and the lock that keeps other processes out of it."""
+"""The checks of an output folder, and the lock that keeps other processes out of it."""
 
 import fcntl
 import os
@@ -13,14 +13,11 @@ LOCK_NAME = ".lock"
 
 
 class FolderLock:
-    """An exclusive lock on a folder, which the operating system releases when the process dies.
-
-    Args:
-        root: An existing folder; it is locked at once.
+    """An exclusive lock on an existing folder, which the system releases when the process dies.
 
     Raises:
-        OutputError: If another process holds the lock, the folder cannot be written, or something
-            else than an empty file lies where the lock belongs.
+        OutputError: If another process holds the lock, the folder is read-only, or something other
+            than an empty file is in the lock's place.
     """
 
     def __init__(self, root: Path) -> None:
@@ -46,8 +43,8 @@ class FolderLock:
                 raise OutputError(in_the_way(self._file))
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The holder before may have removed the file between the two calls: then this lock
-                # is on a file that no later process would find.
+                # The previous holder may have removed the file between the two calls: then no later
+                # process would find the file that this lock is on.
                 if self._file.exists() and os.path.samestat(found, self._file.lstat()):
                     return descriptor
             except OSError:
@@ -56,24 +53,20 @@ class FolderLock:
             os.close(descriptor)
 
     def release(self) -> None:
-        """Remove the lock file and give the folder free."""
+        """Remove the lock file and release the folder."""
         self._file.unlink(missing_ok=True)
         os.close(self._descriptor)
 
 
 def safe_root(output_dir: str | Path, protected: Sequence[str | Path]) -> Path:
-    """Return the absolute path of an output folder, after a check that writing it harms nothing.
+    """Return the absolute path of an output folder, links resolved, if writing it harms nothing.
 
     Args:
-        output_dir: The wanted folder; it need not exist.
-        protected: Folders and files that must stay as they are; absent ones are passed over.
-
-    Returns:
-        The path, links resolved.
+        protected: Folders and files that must stay as they are; absent ones are ignored.
 
     Raises:
-        OutputError: If the path is a file; is, holds or lies in a protected folder; or is the home
-            or the working directory, or holds one of them.
+        OutputError: If the path is a file; is, holds or lies in a protected folder; or is or holds
+            the home or the working directory.
     """
     try:
         root, home = Path(output_dir).expanduser().resolve(), Path.home()
@@ -98,13 +91,7 @@ def safe_root(output_dir: str | Path, protected: Sequence[str | Path]) -> Path:
 
 
 def make_folders(root: Path) -> list[Path]:
-    """Make a folder and its absent parents.
-
-    Args:
-        root: An absolute path.
-
-    Returns:
-        The folders that were made, outermost first.
+    """Make a folder and its absent parents; return those that were made, outermost first.
 
     Raises:
         OutputError: If the folder cannot be made.
@@ -118,10 +105,6 @@ def make_folders(root: Path) -> list[Path]:
 
 
 def remove_made(made: Sequence[Path]) -> None:
-    """Remove folders that ``make_folders`` made, as far as they are empty.
-
-    Args:
-        made: What ``make_folders`` returned.
-    """
+    """Remove the folders that ``make_folders`` made, as far as they are empty."""
     for folder in reversed(made):
         remove_folder(folder.parent, folder.name, if_empty=True)

@@ -1,7 +1,4 @@
-"""The list of what a run wrote into its folder.
-
-Nothing outside this list is ever deleted.
-"""
+"""The list of what a run wrote into its folder; nothing else is ever deleted."""
 
 import json
 import os
@@ -24,20 +21,20 @@ MANIFEST_NAME = "manifest.json"
 ManifestState = Literal["unfinished", "finished", "deleting"]
 
 _FORMAT = "grasp_lightning run 1"
+_LISTS = ("files", "folders", "work", "live")
 
 
 @dataclass
 class Manifest:
-    """What one run has written, or is about to write.
+    """Everything that one run has written, or is about to write, as relative paths with ``/``.
 
     Attributes:
         config_hash: Fingerprint of the resolved configuration.
-        state: deleting means that a deletion has begun, so that nothing of the run counts any more.
-        files: Relative paths of files, ``/`` between parts.
-        folders: Relative paths of folders that the run made; deleted only when empty.
-        work: Relative paths of temporary folders, deleted with all they hold.
-        live: Relative paths of folders that libraries write into, with all they hold.
-        job: Job of a batch system that has begun the run; empty if none has.
+        state: "deleting" means that a deletion has begun, and nothing of the run counts any more.
+        folders: Folders that the run made; deleted only when empty.
+        work: Temporary folders, deleted with their content.
+        live: Folders that libraries write into, deleted with their content.
+        job: Batch job that began the run; empty if none.
     """
 
     config_hash: str
@@ -54,25 +51,12 @@ class Manifest:
         return self.files | self.folders | self.work | self.live
 
     def counts(self, root: Path) -> bool:
-        """Return whether there is anything to go on with: not half deleted, and something written.
-
-        Args:
-            root: The run folder.
-
-        Returns:
-            False if a run in this folder starts anew whatever its configuration.
-        """
+        """Return whether a run can be resumed: it wrote something, and no deletion has begun."""
         return self.state != "deleting" and any((root / name).exists() for name in self.listed)
 
     @classmethod
     def read(cls, root: Path) -> Self | None:
-        """Return the manifest of a run folder.
-
-        Args:
-            root: The run folder.
-
-        Returns:
-            The manifest, or None if the folder has none.
+        """Return the manifest of a run folder; None if there is none.
 
         Raises:
             OutputError: If the file is damaged, foreign, or lists a path outside the folder.
@@ -100,8 +84,8 @@ class Manifest:
             raise ValueError(f"expected format {_FORMAT!r}")
         if content["state"] not in get_args(ManifestState):
             raise ValueError(f"unknown state {content['state']!r}")
-        lists = {key: set(_inside(content[key])) for key in ("files", "folders", "work")}
-        lists["live"] = set(_inside(content.get("live", [])))  # runs of earlier versions have none
+        content.setdefault("live", [])  # earlier versions had none
+        lists = {key: set(_inside(content[key])) for key in _LISTS}
         return cls(
             config_hash=str(content["config_hash"]),
             state=content["state"],
@@ -110,30 +94,19 @@ class Manifest:
         )
 
     def write(self, root: Path) -> None:
-        """Replace the manifest of a run folder in one step.
-
-        Args:
-            root: The run folder.
-        """
+        """Replace the manifest of a run folder atomically."""
         content = {
             "format": _FORMAT,
             "config_hash": self.config_hash,
             "state": self.state,
-            "files": sorted(self.files),
-            "folders": sorted(self.folders),
-            "work": sorted(self.work),
-            "live": sorted(self.live),
+            **{key: sorted(getattr(self, key)) for key in _LISTS},
             "job": self.job,
         }
         text = json.dumps(content, indent=2) + "\n"
         write_file(root / MANIFEST_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
     def delete_listed(self, root: Path) -> None:
-        """Delete what the manifest lists, then the manifest; foreign files and their folders stay.
-
-        Args:
-            root: The run folder.
-        """
+        """Delete what the manifest lists, then the manifest; foreign files and folders stay."""
         self.state = "deleting"
         self.write(root)
         self.delete_partial(root)
@@ -146,11 +119,7 @@ class Manifest:
         (root / MANIFEST_NAME).unlink()
 
     def delete_partial(self, root: Path) -> None:
-        """Delete what a killed run left half written.
-
-        Args:
-            root: The run folder.
-        """
+        """Delete the partial files and temporary folders of a killed run."""
         for name in self.work:
             remove_folder(root, name)
         for folder in {"", *(str(PurePosixPath(name).parent) for name in self.files)}:

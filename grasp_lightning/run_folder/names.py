@@ -1,4 +1,4 @@
-"""Every name that a run may write in its folder; a writer that takes another one is at fault."""
+"""Every name that a run may write in its folder; writing another one is a bug."""
 
 from fnmatch import fnmatchcase
 from typing import Final
@@ -21,5 +21,5 @@ _FILES = (CONFIG, PLAN, SCORES, FACTORS, STATISTICS, SAMPLED_TEXT, METRICS, REPO
 
 
 def is_reserved(name: str) -> bool:
-    """Return whether a run may write something of this name, or in a folder of this name."""
+    """Return whether a run may write under this name, or in a folder of this name."""
     return any(fnmatchcase(name.partition("/")[0], pattern) for pattern in _FOLDERS + _FILES)

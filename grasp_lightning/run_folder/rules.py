@@ -1,4 +1,4 @@
-"""When a run may start in a folder, when it goes on there, and when it is refused."""
+"""The rules by which a run starts in a folder, resumes there, or is refused."""
 
 import hashlib
 import json
@@ -18,11 +18,11 @@ from grasp_lightning.run_folder.manifest import Manifest
 RunState = Literal["new", "unfinished", "finished"]
 
 _ADVICE = "use another output_dir or --overwrite"
-# They say where a run goes, not what it is.
-_NOT_COMPARED = ("output_dir", "overwrite", "push_to_hub")
-# Nor how many processes do it: what depends on their number is compared by the command.
-_NOT_COMPARED_BELOW = ("trainer.devices", "trainer.num_nodes", "trainer.strategy")
-# Keys that earlier versions did not have: not set, they are as if they were not there.
+# Keys that only say where a run goes.
+_NOT_COMPARED = {"output_dir", "overwrite", "push_to_hub"}
+# Commands themselves compare what depends on the number of processes.
+_NOT_COMPARED |= {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}
+# Keys that earlier versions did not have: unset, they count as absent.
 _COMPARED_IF_SET = ("calibration.weights", "calibration.rows", "evaluation.rows", "method.fisher")
 
 
@@ -31,16 +31,14 @@ def classify(
     config: Mapping[str, Any],  # Any: resolved configuration
     overwrite: bool,
 ) -> tuple[Manifest | None, RunState]:
-    """Return what an output folder holds; reads, and writes nothing.
+    """Return what an output folder holds, which may be absent, without writing anything.
 
     Args:
-        root: The folder, which need not exist.
-        config: The resolved configuration of this run.
         overwrite: Start anew, whatever the earlier run's configuration and state.
 
     Returns:
-        The earlier run's manifest, None if there is none, and the state; new with a manifest means
-        that what it lists is to be deleted.
+        The earlier run's manifest, or None, and the state. New with a manifest means that its files
+        must be deleted.
 
     Raises:
         OutputError: If the folder holds another configuration's run, or foreign files.
@@ -68,16 +66,7 @@ def is_begun_by(
     output_dir: str | Path,
     config: Mapping[str, Any],  # Any: resolved configuration
 ) -> bool:
-    """Tell whether a folder holds a run of this configuration that a job has begun itself.
-
-    Args:
-        job: Job of a batch system; of none if it is empty.
-        output_dir: The folder, which need not exist.
-        config: The resolved configuration.
-
-    Returns:
-        True if it does.
-    """
+    """Return whether a folder holds a run of this configuration that the batch job has begun."""
     root = Path(output_dir).expanduser()
     manifest = Manifest.read(root) if job and root.is_dir() else None
     if manifest is None or not manifest.counts(root):
@@ -99,11 +88,11 @@ def _refuse_foreign_folder(root: Path, overwrite: bool) -> None:
 
 
 def _refuse_foreign_entries(root: Path, manifest: Manifest | None) -> None:
-    """Refuse a folder that has something else under a name that a run may write."""
+    """Refuse a folder with foreign entries under names that a run may write."""
     found = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
     live = manifest.live if manifest is not None else set()
     for name in filter(names.is_reserved, found):
-        # What else lies in checkpoints stays there beside those of a run.
+        # Foreign files in checkpoints stay next to those of a run.
         as_whole = name in (names.MODEL, names.LOGS) and name not in live
         refuse_foreign(root, manifest, name, as_whole=as_whole)
 
@@ -111,16 +100,15 @@ def _refuse_foreign_entries(root: Path, manifest: Manifest | None) -> None:
 def refuse_foreign(
     root: Path, manifest: Manifest | None, name: str, *, as_whole: bool = False
 ) -> None:
-    """Refuse to write where something lies that no run wrote.
+    """Refuse to write over something that no run wrote.
 
     Args:
-        root: The run folder.
         manifest: What the run wrote.
         name: Relative path that is going to be written.
-        as_whole: True if it is a folder that is going to be replaced with all that it holds.
+        as_whole: Whether it is a folder that is going to be replaced with all its content.
 
     Raises:
-        OutputError: If it exists and the manifest does not list it, or it or a folder that it is in
+        OutputError: If it exists and the manifest does not list it, or if it or a folder above it
             is a link, which runs never write.
     """
     path = root / name
@@ -130,39 +118,24 @@ def refuse_foreign(
     if path.exists() and name not in known:
         foreign.append(path)
     if as_whole and not foreign:
-        inner = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
         foreign = [
             file
-            for file in inner
-            if file.is_symlink() or file.relative_to(root).as_posix() not in known
+            for file in path.rglob("*")
+            if file.is_symlink()
+            or not (file.is_dir() or file.relative_to(root).as_posix() in known)
         ]
     if foreign:
         raise OutputError(in_the_way(foreign[0]))
 
 
 def config_hash(config: Mapping[str, Any]) -> str:  # Any: resolved configuration
-    """Return the fingerprint of a configuration, without the keys that only say where a run goes.
-
-    Args:
-        config: The resolved configuration as plain data.
-
-    Returns:
-        sha256 in hex.
-    """
+    """Return the sha256 of a configuration without the keys that only say where a run goes."""
     text = json.dumps(dict(_leaves(config)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def changed_key(config: Mapping[str, Any], root: Path) -> str:  # Any: resolved configuration
-    """Say in which key a configuration differs from the one that a run folder was made with.
-
-    Args:
-        config: The resolved configuration of this run.
-        root: Folder of the earlier run.
-
-    Returns:
-        The first differing key with both values, by alphabet.
-    """
+    """Return the first key that differs from the config.yaml in a run folder, with both values."""
     file = root / names.CONFIG
     try:
         stored = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -182,18 +155,15 @@ def _shown(leaves: Mapping[str, object], key: str) -> str:
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield dotted keys and values; 1.0 and 1, a tuple and a list are the same value."""
+    """Yield dotted keys and values; 1.0 equals 1, and a tuple equals a list."""
     for key, value in config.items():
-        if not prefix and key in _NOT_COMPARED:
-            continue
-        if f"{prefix}{key}" in _NOT_COMPARED_BELOW:
-            continue
-        if value is None and f"{prefix}{key}" in _COMPARED_IF_SET:
+        name = f"{prefix}{key}"
+        if name in _NOT_COMPARED or (value is None and name in _COMPARED_IF_SET):
             continue
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{name}.")
         else:
-            yield f"{prefix}{key}", _plain(value)
+            yield name, _plain(value)
 
 
 def _plain(value: object) -> object:

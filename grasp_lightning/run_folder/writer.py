@@ -1,4 +1,4 @@
-"""Writes into a run folder that are recorded first and take their place complete."""
+"""Writes into a run folder: recorded first, then atomic."""
 
 import fnmatch
 import json
@@ -22,12 +22,7 @@ from grasp_lightning.run_folder.rules import refuse_foreign
 class RunWriter:
     """Files and folders of one run, each recorded in the manifest before it is written.
 
-    Args:
-        root: An existing folder.
-        manifest: The list of what is written.
-
-    Attributes:
-        root: The folder, absolute, links resolved.
+    Names are relative paths with ``/``; ``root`` is absolute, with links resolved.
     """
 
     root: Path
@@ -38,13 +33,7 @@ class RunWriter:
         self._is_amended = False
 
     def path(self, name: str) -> Path:
-        """Return the path of a file or folder of the run, which need not exist.
-
-        Args:
-            name: Relative path, ``/`` between parts.
-
-        Returns:
-            The path inside ``root``.
+        """Return the path of a file or folder of the run, which may be absent.
 
         Raises:
             ValueError: If the name leads out of the folder.
@@ -55,51 +44,24 @@ class RunWriter:
         return self.root / name
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a text file in one step, replacing what the run wrote there before.
-
-        Args:
-            name: Relative path.
-            text: Content.
-
-        Returns:
-            Path of the file.
-        """
+        """Write or replace a text file atomically, and return its path."""
         return self.write_with(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def write_json(self, name: str, content: object) -> Path:
-        """Write plain data as JSON in one step: indented, keys sorted, no NaN.
-
-        Args:
-            name: Relative path.
-            content: What ``json.dumps`` takes.
-
-        Returns:
-            Path of the file.
-        """
+        """Write plain data as JSON atomically: indented, keys sorted, no NaN. Return its path."""
         return self.write_text(
             name, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
         )
 
     def claim(self, name: str) -> None:
-        """Record a file that another process of the run is going to write.
-
-        Args:
-            name: Relative path.
-        """
+        """Record a file that another process of the run is going to write."""
         with as_output_error(self.path(name)):
             self._claim(name)
 
     def write_with(self, name: str, write: Callable[[Path], object]) -> Path:
-        """Let a library write a file, which takes its place only when it is complete.
+        """Let ``write`` fill a temporary file, move it into place, and return its final path.
 
-        A full disk or a missing permission is an ``OutputError``; nothing of the file is left then.
-
-        Args:
-            name: Relative path.
-            write: Writes one file at the path that it is given.
-
-        Returns:
-            Path of the file.
+        A full disk or a missing permission raises ``OutputError`` and leaves no part of the file.
         """
         target = self.path(name)
         with as_output_error(target):
@@ -108,26 +70,15 @@ class RunWriter:
         return target
 
     def write_claimed(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write a file that is recorded already, in the process that it was recorded for.
-
-        Args:
-            name: Relative path, which rank 0 has given to ``claim``.
-            write: Writes one file at the path that it is given.
-        """
+        """Write a file, as ``write_with`` does, that rank 0 has claimed for this process."""
         write_file(self.path(name), write, root=self.root)
 
     @contextmanager
     def new_folder(self, name: str) -> Iterator[Path]:
-        """Give a temporary folder that takes its place, complete, when the block ends.
+        """Yield an empty private folder that takes its place, complete, when the block ends.
 
-        What the run wrote at that place before is replaced. After an error the temporary folder is
-        deleted, and the place stays as it was.
-
-        Args:
-            name: Relative path of the folder, such as ``model``.
-
-        Yields:
-            An empty folder that only this user may open.
+        It replaces what the run wrote there before. After an error it is deleted, and the old
+        content stays.
         """
         target, work = self.path(name), partial_name(name)
         self._require_writable(name)
@@ -147,15 +98,9 @@ class RunWriter:
                 self._manifest.write(self.root)
 
     def live_folder(self, name: str) -> Path:
-        """Give a folder that libraries write into while the run goes on; all in it is of the run.
+        """Return a folder that libraries write into during the run; all of it belongs to the run.
 
-        Unlike ``new_folder`` it can be looked at meanwhile, and keeps what an earlier start wrote.
-
-        Args:
-            name: Relative path of the folder, such as ``logs``.
-
-        Returns:
-            The folder.
+        Unlike ``new_folder``, it is visible meanwhile, and keeps the files of an earlier start.
         """
         target = self.path(name)
         self._require_writable(name)
@@ -183,10 +128,7 @@ class RunWriter:
         temporary.replace(self.path(name))
 
     def remove(self, name: str) -> None:
-        """Delete a file that the run wrote, if it is there.
-
-        Args:
-            name: Relative path.
+        """Delete a file that the run wrote, if it exists.
 
         Raises:
             ValueError: If the run did not write that file.
@@ -197,11 +139,7 @@ class RunWriter:
         self._remove([name])
 
     def remove_all(self, pattern: str) -> None:
-        """Delete the files that the run wrote under names of one pattern.
-
-        Args:
-            pattern: Relative paths, ``*`` for any text.
-        """
+        """Delete the files that the run wrote under names of one glob pattern."""
         self._require_writable()
         self._remove(sorted(fnmatch.filter(self._manifest.files, pattern)))
 

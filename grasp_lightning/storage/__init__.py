@@ -1,1 +1,1 @@
-"""What a run keeps on disk: its model, progress, statistics, text and results."""
+"""Files of a run: its model, progress, statistics, text and results."""

@@ -1,4 +1,4 @@
-"""The folder ``model`` of a run, written in one place for all commands."""
+"""Writes the folder ``model`` of a run, for all commands."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -25,16 +25,15 @@ def write_model(
     generates: bool = True,
     phases: Phases | None = None,
 ) -> None:
-    """Write the folder ``model`` of a run, and load it in a fresh process. All commands write here.
+    """Write the folder ``model`` of a run, and verify it in a fresh process.
 
     Args:
-        run: The run folder.
         loaded: Model, tokenizer and the side files of their origin.
         card: Content of README.md.
-        texts: More files by name.
-        save: Writes the model, as ``save_model`` does.
-        generates: Whether the model generates with its cache.
-        phases: Takes the time of the verification.
+        texts: Contents of more files, by name.
+        save: Writes the model, with the signature of ``save_model``.
+        generates: Whether the model can generate with its cache.
+        phases: Times the verification.
     """
     with run.new_folder("model") as folder:
         save(loaded.model, folder, tokenizer=loaded.tokenizer)

@@ -1,7 +1,7 @@
-"""``statistics.safetensors``: what a curvature pass has measured, for this run and for later ones.
+"""``statistics.safetensors``: moments of a curvature pass, for this run and for later ones.
 
-Gram matrices are stored as packed triangles, once for all linears that read the same input. Where
-the linears did not fit into memory at once, there is one file for each group of layers.
+Gram matrices are packed triangles, stored once for all linears that read the same input. If the
+linears did not fit into memory together, each group of layers has a file.
 """
 
 import json
@@ -26,16 +26,10 @@ _KINDS = tuple(field.name for field in fields(Moments))
 
 
 class StoredMoments(Mapping[str, Moments]):
-    """Moments in files, each read when it is asked for.
-
-    A damaged file is a ``PlanError``.
-
-    Args:
-        paths: Files that ``MomentFiles`` has written.
-        advice: What to do about a damaged one.
+    """Moments in files of ``MomentFiles``, read on access; a damaged file raises ``PlanError``.
 
     Attributes:
-        steps: Keys of the steps that they belong to.
+        steps: Keys of the steps that measured them.
     """
 
     def __init__(self, paths: Sequence[Path], advice: str = MEASURE_AGAIN) -> None:
@@ -45,9 +39,7 @@ class StoredMoments(Mapping[str, Moments]):
             file = TensorFile(path, "step", "keys", advice=advice)
             metadata = file.metadata()
             self.steps.add(metadata["step"])
-            self._places |= {
-                module: (file, names) for module, names in _keys(file, metadata).items()
-            }
+            self._places |= {m: (file, names) for m, names in _keys(file, metadata).items()}
 
     def __getitem__(self, module: str) -> Moments:
         """Read the moments of one linear."""
@@ -57,11 +49,7 @@ class StoredMoments(Mapping[str, Moments]):
         return Moments(**{k: unpack_triangle(v) if k in _GRAMS else v for k, v in found.items()})
 
     def check(self, module: str, num_outputs: int, num_inputs: int) -> None:
-        """Check that what is stored of a linear is of its shape, without reading it.
-
-        Raises:
-            PlanError: If it is of another one, naming the file.
-        """
+        """Raise a ``PlanError`` unless the stored shapes fit a linear; this reads no moments."""
         file, names = self._places[module]
         for kind, name in names.items():
             size = num_outputs if kind == "gradient_gram" else num_inputs
@@ -80,19 +68,12 @@ class StoredMoments(Mapping[str, Moments]):
         return len(self._places)
 
     def kinds(self, module: str) -> frozenset[str]:
-        """Return what is stored of a linear, without reading it.
-
-        Args:
-            module: Its name.
-
-        Returns:
-            Names of fields of ``Moments``; none for a linear that is not here.
-        """
+        """Return which fields of ``Moments`` are stored of a linear; none if it is unknown."""
         return frozenset(self._places[module][1]) if module in self._places else frozenset()
 
 
 def _keys(file: TensorFile, metadata: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Return the names of the tensors that hold what is stored of each linear, by kind."""
+    """Return, per linear, kind of moment -> name of its tensor."""
     try:
         keys = {module: dict(names) for module, names in json.loads(metadata["keys"]).items()}
         kinds = {kind for names in keys.values() for kind in names}
@@ -105,37 +86,24 @@ def _keys(file: TensorFile, metadata: Mapping[str, str]) -> dict[str, dict[str, 
 
 
 def stored_moments(folder: Path, advice: str = MEASURE_AGAIN) -> StoredMoments:
-    """Return the moments in a run folder.
-
-    Args:
-        folder: The run folder.
-        advice: What to do about a damaged file.
-
-    Returns:
-        The moments; none if it has no file of them.
-    """
+    """Return the moments in a run folder; empty if it has none."""
     return StoredMoments(sorted(folder.glob(STATISTICS)), advice)
 
 
 class MomentFiles:
-    """The moments of a run, by groups of layers.
-
-    Args:
-        run: The run folder.
-    """
+    """The moments of a run, in one file per group of layers."""
 
     def __init__(self, run: RunFolder) -> None:
         self._run = run
 
     def load(self, part: str, step: str) -> StoredMoments | None:
-        """Return what an earlier start of the run has measured; all processes must call it.
+        """Return what an earlier start measured in a step; all processes must call this.
 
         Args:
-            part: Which group of layers; empty if there is one.
-            step: Key of the step that runs.
+            part: Group of layers; empty if there is only one.
 
         Returns:
-            The moments; None if they are not there, or belong to another step.
+            The moments; None if there are none, or they belong to another step.
         """
         processes.barrier()  # rank 0 may be writing them
         path = self._run.path(_NAME.format(part=part))
@@ -145,12 +113,10 @@ class MomentFiles:
         return stored if stored.steps == {step} else None
 
     def save(self, moments: Mapping[str, Moments], part: str, step: str) -> None:
-        """Store moments that are complete; rank 0 alone does.
+        """Save the complete moments of a step, in rank 0 only; shared tensors are stored once.
 
         Args:
-            moments: What was measured, by module; shared tensors are stored once.
-            part: Which group of layers; empty if there is one.
-            step: Key of the step that runs.
+            part: Group of layers; empty if there is only one.
         """
         if not processes.is_first():
             return

@@ -1,8 +1,8 @@
-"""The files in which the processes of a run keep the state of the pass that runs.
+"""Files with the state of the running pass, one per process.
 
-Each process saves the windows that it has counted itself. When a run is started again, with as many
-processes or other ones, rank 0 begins with all that is saved, and its first file of that start says
-so; until that file is written, the files of earlier starts count.
+Each process saves the windows that it has counted. A restarted run may have another number of
+processes: rank 0 starts from the sum of all files, and its first own file supersedes the files of
+earlier starts.
 """
 
 import re
@@ -24,12 +24,7 @@ _CONCATENATED = "windows"  # all other tensors are sums
 
 
 class PassFile(NamedTuple):
-    """One file of one process.
-
-    Attributes:
-        start: How often the run had been started before it was written.
-        rank: The process.
-    """
+    """One file of one process; ``start`` is the number of starts of the run before this one."""
 
     start: int
     rank: int
@@ -41,25 +36,13 @@ class PassFile(NamedTuple):
 
     @classmethod
     def found_in(cls, folder: Path) -> list[Self]:
-        """Return all files in a folder, in order.
-
-        Args:
-            folder: Need not exist.
-
-        Returns:
-            The files.
-        """
+        """Return all files in a folder, which may be absent, in order."""
         names = [_NAME.fullmatch(path.name) for path in folder.glob("pass-*")]
         return sorted(cls(int(name[1]), int(name[2])) for name in names if name)
 
 
 class PassFiles:
-    """The state of a running pass, over all processes and starts.
-
-    Args:
-        run: The run folder.
-        folder: Name of the folder in it.
-    """
+    """The state of the running pass, over all processes and starts."""
 
     def __init__(self, run: RunFolder, folder: str) -> None:
         self._run = run
@@ -67,12 +50,9 @@ class PassFiles:
         self._start = 0
 
     def load(self, step: str) -> dict[str, Tensor] | None:
-        """Return what all processes have saved of a step, added up; a new start begins here.
+        """Return the sum of what all processes saved of a step, and begin a new start.
 
-        All processes must call it, since no file is written before all have read.
-
-        Args:
-            step: Key of the step that runs.
+        All processes must call this: no file is written before all have read.
 
         Returns:
             The state, the same in all processes; None if nothing of this step was saved.
@@ -92,11 +72,10 @@ class PassFiles:
         return state
 
     def save(self, state: Mapping[str, Tensor], step: str) -> None:
-        """Save what this process has counted; of rank 0, with all that was loaded.
+        """Save what this process has counted in a step, in rank 0 including what was loaded.
 
         Args:
-            state: Sums over windows, and ``windows``: which ones are in them.
-            step: Key of the step that runs.
+            state: Sums over windows; ``windows`` names the windows in them.
         """
         file = PassFile(self._start, processes.rank())
         self._run.write_claimed(
@@ -134,8 +113,10 @@ def _added_up(files: list[TensorFile]) -> dict[str, Tensor] | None:
         if total and state.keys() != total.keys():
             raise PlanError(file.damaged("it holds other sums than the files beside it"))
         for key, value in state.items():
-            if key == _CONCATENATED:
-                total[key] = torch.cat([total[key], value]) if key in total else value
+            if key not in total:
+                total[key] = value
+            elif key == _CONCATENATED:
+                total[key] = torch.cat([total[key], value])
             else:
-                total[key] = total[key] + value if key in total else value
+                total[key] = total[key] + value
     return total or None

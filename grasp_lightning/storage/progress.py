@@ -1,4 +1,4 @@
-"""What an unfinished run keeps in ``checkpoints/``: finished steps, and the pass that runs."""
+"""Progress of an unfinished run in ``checkpoints/``: finished steps, and the running pass."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -27,14 +27,7 @@ _SCORE_PREFIX, _FACTOR_PREFIX = "scores:", "factors:"
 
 
 def has_progress(run: RunFolder) -> bool:
-    """Tell whether a run has saved anything that a later start could go on from.
-
-    Args:
-        run: The run folder.
-
-    Returns:
-        True if it has.
-    """
+    """Return whether a run has saved anything that a later start could resume from."""
     has_pass = bool(PassFile.found_in(run.path(CHECKPOINTS)) or stored_moments(run.root))
     has_scores = any(run.path(CHECKPOINTS).glob("scores-*"))
     files = (_PLAN, TRAINING_CHECKPOINT, SAMPLED_TEXT)
@@ -42,15 +35,7 @@ def has_progress(run: RunFolder) -> bool:
 
 
 def check_same_model(run: RunFolder, digest: str) -> None:
-    """Check that an unfinished run goes on with its own model, before anything of it is replaced.
-
-    Args:
-        run: The run folder.
-        digest: Hash of the model's weights.
-
-    Raises:
-        OutputError: If the steps that the run has finished are of another model.
-    """
+    """Refuse to resume a run whose finished steps belong to a model with another digest."""
     stored = _stored_plan(run)
     if stored is not None and stored.inputs.get("model") != digest:
         raise OutputError(_changed(run))
@@ -75,41 +60,23 @@ def _changed(run: RunFolder) -> str:
 
 
 class PassProgress:
-    """The state of one pass.
-
-    Args:
-        files: Files that hold it.
-        key: What tells this pass from all others of the run.
-    """
+    """The state of one pass, which the key identifies within the run."""
 
     def __init__(self, files: PassFiles, key: str) -> None:
         self._files = files
         self._key = key
 
     def load(self) -> dict[str, Tensor] | None:
-        """Return the state, if one was saved.
-
-        Returns:
-            The state; None if there is none, or it belongs to another pass.
-        """
+        """Return the saved state; None if there is none of this pass."""
         return self._files.load(self._key)
 
     def save(self, state: Mapping[str, Tensor]) -> None:
-        """Save the state.
-
-        Args:
-            state: Sums over windows, and which windows are in them.
-        """
+        """Save the state: sums over windows, and the windows in them."""
         self._files.save(state, self._key)
 
 
 class RefitLayers:
-    """The layers that a refit has finished.
-
-    Args:
-        run: The run folder.
-        key: What tells this refit from all others of the run.
-    """
+    """The layers that a refit has finished; the key identifies the refit within the run."""
 
     _name = CHECKPOINTS + "/refit-{number:06d}.safetensors"
     _advice = "delete it to refit that layer again"
@@ -119,26 +86,14 @@ class RefitLayers:
         self._key = key
 
     def load(self, number: int) -> dict[str, Tensor] | None:
-        """Return the tensors of a part; all processes must call it.
-
-        Args:
-            number: Which layer, or which group of them.
-
-        Returns:
-            The tensors on the CPU; None if it was not finished.
-        """
+        """Return the tensors of a finished layer or group, or None; all processes must call it."""
         processes.barrier()  # rank 0 may be writing it
         path = self._run.path(self._name.format(number=number))
         file = TensorFile(path, _KEY, advice=self._advice)
         return file.read() if file and file.metadata()[_KEY] == self._key else None
 
     def save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the tensors of a part.
-
-        Args:
-            number: Which one.
-            tensors: All of them.
-        """
+        """Save the tensors of a layer or group."""
         self._run.write_with(
             self._name.format(number=number),
             lambda path: save_tensors(path, tensors, {_KEY: self._key}),
@@ -146,30 +101,26 @@ class RefitLayers:
 
 
 class ScoredGroups(RefitLayers):
-    """The groups of layers whose components are scored."""
+    """The groups of layers with scored components."""
 
     _name = CHECKPOINTS + "/scores-{number:06d}.safetensors"
     _advice = MEASURE_AGAIN
 
 
 class RunProgress(RunNotes):
-    """The steps of a run, each saved in one step, and the state of the pass that runs.
+    """The finished steps of a run, and the state of the running pass.
 
-    A step is a file with its scores and factors; it counts once the plan that holds its operations
-    has taken its place. So a crash loses one step at most, and of a pass what came after its last
-    save.
+    A step is one file with its scores and factors. It counts once the plan with its operations is
+    in place, so a crash loses at most one step, and of a pass what came after its last save. A
+    model or text that has changed since the run was started raises ``OutputError``.
 
     Args:
-        run: The run folder.
-        plan: The plan before the first step, with the hashes of what it is made from.
+        plan: The plan before the first step, with the hashes of its inputs.
 
     Attributes:
         plan: Decisions so far.
         scores: Scores of all steps so far.
         factors: Factors of all steps so far.
-
-    Raises:
-        OutputError: If the model or the text has changed since the run was started.
     """
 
     def __init__(self, run: RunFolder, plan: Plan) -> None:
@@ -187,7 +138,7 @@ class RunProgress(RunNotes):
         self._take_steps(stored)
 
     def _take_steps(self, stored: Plan) -> None:
-        """Take the steps of a stored plan, up to one whose file is gone."""
+        """Load the steps of a stored plan, up to the first one without its file."""
         end = 0
         while end < len(stored.operations):
             file = TensorFile(self._run.path(_STEP.format(number=end)), _END, advice=_DECIDE_AGAIN)
@@ -210,12 +161,7 @@ class RunProgress(RunNotes):
                 self.factors[key.removeprefix(_FACTOR_PREFIX)] = value
 
     def add_step(self, plan: Plan, decision: Decision) -> None:
-        """Save a step after it was applied.
-
-        Args:
-            plan: The plan with its operations.
-            decision: Its scores and factors.
-        """
+        """Save a step that was applied, and its plan."""
         tensors = {f"{_SCORE_PREFIX}{key}": value for key, value in decision.scores.items()}
         tensors |= {f"{_FACTOR_PREFIX}{key}": value for key, value in decision.tensors.items()}
         stored = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
@@ -230,54 +176,25 @@ class RunProgress(RunNotes):
         self.plan = plan
 
     def pass_store(self, part: str) -> PassProgress:
-        """Return what keeps the state of a pass that follows the plan so far.
-
-        Args:
-            part: Which of the passes of the step.
-
-        Returns:
-            The store.
-        """
-        return PassProgress(self._pass, self._step_key() + part)
+        """Return the store for the state of one pass (``part``) of the current step."""
+        return PassProgress(self._pass, step_key(self.plan) + part)
 
     def refit_layers(self, operations: Sequence[Operation]) -> RefitLayers:
-        """Return what keeps the layers of a refit that follows the plan so far.
-
-        Args:
-            operations: What was decided on, before it is refitted.
-
-        Returns:
-            The store.
-        """
+        """Return the store for the layers of a refit after these decisions of the current step."""
         return RefitLayers(self._run, step_key(self.plan.extended(tuple(operations))))
 
     @property
     def scored_groups(self) -> ScoredGroups:
-        """What keeps the scores of more layers than the step that follows the plan decides on."""
-        return ScoredGroups(self._run, self._step_key())
+        """Store for the scores of a step that scores more layers than it decides on."""
+        return ScoredGroups(self._run, step_key(self.plan))
 
     def load_moments(self, part: str) -> Mapping[str, Moments] | None:
-        """Return the moments of the step that follows the plan so far, if they were kept.
-
-        Args:
-            part: Which of the passes of the step.
-
-        Returns:
-            The moments; None if there are none, or they belong to an earlier step.
-        """
-        return self._moments.load(part, self._step_key())
+        """Return the saved moments of one pass of the current step; None if there are none."""
+        return self._moments.load(part, step_key(self.plan))
 
     def keep_moments(self, moments: Mapping[str, Moments], part: str) -> Mapping[str, Moments]:
-        """Keep the moments of the step that follows the plan so far.
-
-        Args:
-            moments: What was measured, complete.
-            part: Which of the passes of the step.
-
-        Returns:
-            The same moments, to be read from their file.
-        """
-        self._moments.save(moments, part, self._step_key())
+        """Save the complete moments of one pass of the current step, and return them from disk."""
+        self._moments.save(moments, part, step_key(self.plan))
         kept = self.load_moments(part)
         assert kept is not None  # it was written just now
         return kept
@@ -286,10 +203,7 @@ class RunProgress(RunNotes):
         """Delete the moments of all steps."""
         self._moments.remove()
 
-    def _step_key(self) -> str:
-        return step_key(self.plan)
-
 
 def step_key(plan: Plan) -> str:
-    """Return what tells the step that follows a plan from all others."""
+    """Return the key of the step that follows a plan."""
     return hashlib.sha256(plan.to_json().encode()).hexdigest()

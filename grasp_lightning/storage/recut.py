@@ -1,4 +1,4 @@
-"""Another ratio from the scores of a finished run, without a pass over the data."""
+"""Compression to another ratio from the scores of a finished run, without a pass over the data."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -29,13 +29,10 @@ _ADVICE = "name another run, or measure without from_scores"
 
 
 class StoredScores:
-    """Answers what a method asks from the scores of a finished run: a ``Measure`` without data.
-
-    Args:
-        folder: The run folder.
+    """A ``Measure`` without data: it returns the scores of a finished run.
 
     Raises:
-        ConfigError: If the folder holds no finished run with scores that can be cut again.
+        ConfigError: If the folder holds no finished run whose scores can be cut again.
     """
 
     def __init__(self, folder: str) -> None:
@@ -68,18 +65,14 @@ class StoredScores:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Hashes of the windows that the scores were measured on."""
+        """Hashes of the windows behind the scores."""
         return {key: value for key, value in self.plan.inputs.items() if key != "model"}
 
     def check(self, model_hash: str, options: Mapping[str, OptionValue]) -> None:
-        """Check that the scores are of this model, and of the asked kind.
-
-        Args:
-            model_hash: Hash of the dense model.
-            options: Options of the method that will read the scores.
+        """Check that the scores belong to this model and fit the method's options.
 
         Raises:
-            ConfigError: If they are not.
+            ConfigError: If they do not.
         """
         if self.plan.inputs.get("model") != model_hash:
             raise ConfigError(
@@ -107,14 +100,7 @@ class StoredScores:
             )
 
     def check_windows(self, fingerprint: Mapping[str, str]) -> None:
-        """Check that a refit goes over the windows that the scores were measured on.
-
-        Args:
-            fingerprint: What identifies the windows of the refit.
-
-        Raises:
-            ConfigError: If they are others.
-        """
+        """Raise a ``ConfigError`` unless a refit uses the same windows as the scores."""
         if any(self.inputs.get(key) != value for key, value in fingerprint.items()):
             raise ConfigError(
                 f"from_scores: method.refit goes over the calibration text again, and this is not "
@@ -123,15 +109,7 @@ class StoredScores:
             )
 
     def __call__(self, view: DecoderView, step: Step) -> Statistics:
-        """Return the stored statistics that a step needs.
-
-        Args:
-            view: The model.
-            step: What is asked for.
-
-        Returns:
-            The statistics. What was not stored is a ``ConfigError``.
-        """
+        """Return the stored statistics that a step needs; a missing one raises ``ConfigError``."""
         for module, basis in step.bases.items():
             self._check_basis(module, basis)
         metric = None if step.needs.layer_metric is None else self._layer_metric(view, step.needs)
@@ -209,7 +187,7 @@ def _check_finished(root: Path) -> None:
 
 
 def _check_plan(plan: Plan, root: Path) -> None:
-    """Refuse a plan that is not of the run whose folder it is in."""
+    """Refuse a plan that does not belong to the run in its folder."""
     file = root / names.PLAN
     if plan.complete is not True:
         raise PlanError(f"{file} does not say that it is complete; {_ADVICE}")

@@ -1,4 +1,4 @@
-"""The output of ``evaluate``: one JSON file that grows with every finished measurement."""
+"""Output files of ``evaluate``, written after every measurement, and of ``benchmark``."""
 
 import json
 import os
@@ -34,11 +34,9 @@ class Request:
     """What one command asks for.
 
     Attributes:
-        models: Models in their order; the first one is what the others are compared with.
-        corpora: Names of corpora.
-        tasks: Names of tasks.
-        settings: What results depend on beside these.
-        overwrite: Measure again what is stored.
+        models: Models in order; the first one is the reference of all differences.
+        settings: What results depend on besides these.
+        overwrite: Whether to measure again what is stored.
     """
 
     models: tuple[str, ...]
@@ -49,13 +47,12 @@ class Request:
 
 
 class EvaluationFile:
-    """What was measured so far, kept in a file if the user named one.
+    """Measurements so far, kept in a file if the user named one.
 
     Args:
         path: The file; None keeps nothing.
-        request: What is asked for. Stored results that were made with other settings are not mixed
-            with new ones.
-        machine: What measures now.
+        request: What is asked for. Stored results with other settings are not mixed with new ones.
+        machine: The machine that measures now.
 
     Raises:
         OutputError: If the file holds something else, or cannot be written.
@@ -79,7 +76,7 @@ class EvaluationFile:
                 self._evaluations[evaluation.model] = kept
 
     def _kept(self, evaluation: ModelEvaluation, stored: Settings) -> ModelEvaluation:
-        """Return what of a stored evaluation stays valid beside new results."""
+        """Return the part of a stored evaluation that stays valid next to new results."""
         request = self._request
         for part, results in (
             ("model", [evaluation.cost, *evaluation.corpora, *evaluation.tasks]),
@@ -116,17 +113,10 @@ class EvaluationFile:
         return as_type(_Stored, read, what, OutputError, _ANOTHER)
 
     def get(self, model: str, sha256: str) -> ModelEvaluation:
-        """Return what was measured of a model.
-
-        Args:
-            model: The model, as the user named it.
-            sha256: Hash of its weights.
-
-        Returns:
-            An evaluation, empty if nothing was measured.
+        """Return the stored measurements of a model, empty if there are none.
 
         Raises:
-            OutputError: If the file holds results of other weights under this name.
+            OutputError: If they were made with other weights under this name.
         """
         found = self._evaluations.get(model, ModelEvaluation(model=model, sha256=sha256))
         if found.sha256 != sha256:
@@ -139,11 +129,7 @@ class EvaluationFile:
         return found
 
     def put(self, evaluation: ModelEvaluation) -> None:
-        """Store what was measured of a model, and write the file.
-
-        Args:
-            evaluation: All measurements of the model so far.
-        """
+        """Store all measurements of a model so far, and write the file."""
         self._evaluations[evaluation.model] = evaluation
         if self._path is None:
             return
@@ -168,7 +154,7 @@ class EvaluationFile:
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """What a start reads of the file that an earlier one has written."""
+    """The part of an earlier file that a later start reads."""
 
     settings: Mapping[str, Mapping[str, Any]]  # Any: values of JSON
     models: tuple[ModelEvaluation, ...]
@@ -191,16 +177,10 @@ def _by_metric(result: TaskResult, reference: TaskResult | None) -> Any:  # noqa
 
 
 def changed_setting(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:  # Any: JSON
-    """Return in what stored settings differ from those of now, as text.
+    """Return the first difference between stored and current settings as text; None if equal.
 
-    A key that only one side has says nothing: a file of a task that the other did not run.
-
-    Args:
-        stored: Settings of stored results.
-        now: Settings of now.
-
-    Returns:
-        The first difference; None if there is none.
+    Only keys on both sides count: a key on one side may belong to a task that the other did not
+    run.
     """
     for key in sorted(stored.keys() & now.keys()):
         if stored[key] != now[key]:
@@ -217,15 +197,7 @@ def _without(evaluation: ModelEvaluation, part: str) -> ModelEvaluation:
 
 
 def stored_section(evaluation: ModelEvaluation, settings: Settings) -> dict[str, Any]:  # Any: JSON
-    """Return the section ``evaluation`` of a run's ``metrics.json``: without values per document.
-
-    Args:
-        evaluation: What was measured of the run's model.
-        settings: What the results depend on.
-
-    Returns:
-        Plain values.
-    """
+    """Return the section ``evaluation`` of ``metrics.json``, without values per document."""
     content = to_plain(evaluation)
     results: dict[str, dict[str, Any]] = to_plain(evaluation.task_results)  # Any: JSON
     for result in results.values():
@@ -241,15 +213,9 @@ def stored_section(evaluation: ModelEvaluation, settings: Settings) -> dict[str,
 def merge_sections(
     earlier: Mapping[str, Any], content: Mapping[str, Any]
 ) -> dict[str, Any]:  # Any: values of JSON
-    """Return a section with the results of an earlier one that belong beside the new ones.
+    """Return a new section, with the results of an earlier one that are still valid.
 
-    Args:
-        earlier: What ``stored_section`` gave earlier.
-        content: What it gave now.
-
-    Returns:
-        The new section, and of the earlier one the corpora and tasks that were measured on the same
-        weights with the same settings.
+    Those are corpora and tasks that were measured on the same weights with the same settings.
     """
     before, now = earlier["settings"], content["settings"]
     if earlier["sha256"] != content["sha256"] or changed_setting(before["model"], now["model"]):
@@ -268,21 +234,14 @@ def merge_sections(
 
 
 class ResultFiles:
-    """Where a benchmark's result goes, after a check that it may be written there.
+    """Output files of a benchmark, checked before it starts.
 
-    Only what an earlier benchmark wrote is written over: a mistyped ``output`` must not cost a
-    model its config.json.
-
-    Args:
-        output: The JSON file, as the user named it.
-        overwrite: Write over an earlier result.
+    Only an earlier benchmark's files are overwritten: a mistyped ``output`` must not cost a model
+    its config.json.
 
     Attributes:
         output: The JSON file.
         plot: The plot of the same name.
-
-    Raises:
-        ConfigError: If the name does not end in .json.
     """
 
     def __init__(self, output: str, overwrite: bool) -> None:
@@ -291,17 +250,13 @@ class ResultFiles:
             raise ConfigError(f"output: expected a file name that ends in .json, got {output!r}")
         self.plot = self.output.with_suffix(".png")
         for file in (self.output, self.plot):
-            _check_free(file, overwrite)
+            if file.is_dir():
+                raise OutputError(f"output: {file} is a folder, expected a file to write")
+            if file.exists() and not overwrite:
+                raise OutputError(f"output: {file} exists; name another output or use --overwrite")
         if self.output.exists() or self.plot.exists():
             _check_is_result(self.output)
         check_parent(self.output)
-
-
-def _check_free(file: Path, overwrite: bool) -> None:
-    if file.is_dir():
-        raise OutputError(f"output: {file} is a folder, expected a file to write")
-    if file.exists() and not overwrite:
-        raise OutputError(f"output: {file} exists; name another output or use --overwrite")
 
 
 def _check_is_result(file: Path) -> None:
@@ -312,14 +267,7 @@ def _check_is_result(file: Path) -> None:
 
 
 def check_parent(file: Path) -> None:
-    """Refuse a file whose folder can be neither written nor made.
-
-    Args:
-        file: Where something will be written.
-
-    Raises:
-        OutputError: If a parent is a file, or forbids writing.
-    """
+    """Refuse a file whose folder can be neither written nor made."""
     folder = next(parent for parent in file.absolute().parents if parent.exists())
     if not folder.is_dir():
         raise OutputError(f"output: {folder} is a file, expected a folder to write in")

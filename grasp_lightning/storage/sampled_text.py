@@ -1,7 +1,7 @@
-"""``sampled_text.safetensors``: the calibration text that the model has written itself.
+"""``sampled_text.safetensors``: calibration text that the model has generated.
 
-It is kept as it grows, so that a killed run goes on with the same text also on a machine that
-rounds otherwise, and with a finished run, for a cut of its statistics that reads the text again.
+The file grows with the text, so a killed run resumes with the same text even on a machine that
+rounds differently. A finished run keeps it for a later cut that reads the text again.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ _KEY, _IDS = "drawn", "input_ids"
 
 
 class SampledText:
-    """Writes text with a model, or reads what it has written before: a ``data.self_text.Sampler``.
+    """Generates text with a model, or reads earlier text: a ``data.self_text.Sampler``.
 
     Args:
         model: The model, in ``eval()``.
         digest: Hash of its weights.
-        phases: Takes the time, as ``sample``.
-        earlier: Folder of a finished run whose text is taken if it was drawn alike.
+        phases: Times the generation, as ``sample``.
+        earlier: Folder of a finished run whose text is used if it was drawn alike.
         track: Draws a progress bar.
     """
 
@@ -55,11 +55,7 @@ class SampledText:
         self._kept: tuple[Tensor, str] | None = None
 
     def keep_in(self, run: RunFolder) -> None:
-        """Keep the text in a run folder from now on, with what is written already.
-
-        Args:
-            run: The run folder; rank 0 alone writes it.
-        """
+        """Save earlier and later text in a run folder; only rank 0 writes."""
         if run is not self._run:
             self._run = run
             self._save()
@@ -67,13 +63,13 @@ class SampledText:
     def __call__(
         self, num_windows: int, length: int, *, starts: Tensor, vocabulary: Tensor, seed: int
     ) -> Tensor:
-        """Write texts, or what is missing of them; all processes must call it.
+        """Generate the texts that are missing, and return all; all processes must call this.
 
         Args:
             num_windows: Number of texts.
-            length: Tokens of each.
-            starts: Ids of which each text takes its first token, all equally likely, ``(S,)``.
-            vocabulary: Ids that may follow, ``(K,)``, ascending.
+            length: Tokens per text.
+            starts: Ids of the first token of a text, all equally likely, ``(S,)``.
+            vocabulary: Ids of the following tokens, ``(K,)``, ascending.
             seed: Seed of all draws.
 
         Returns:
@@ -102,7 +98,7 @@ class SampledText:
             )
 
     def _found(self, key: str, length: int, vocabulary: Tensor) -> Tensor | None:
-        """Return what was drawn alike, the most of it."""
+        """Return the longest stored text that was drawn alike."""
         folders = [self._run.root if self._run else None, self._earlier]
         files = [
             TensorFile(folder / SAMPLED_TEXT, _KEY, advice="delete it to have the text drawn again")

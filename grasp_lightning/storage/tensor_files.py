@@ -1,4 +1,4 @@
-"""Files of tensors that a run keeps for a later start, with text that says what they are of."""
+"""Tensor files that a run keeps for a later start, with metadata that identifies them."""
 
 import hashlib
 import json
@@ -20,18 +20,18 @@ _LAYOUT = "layout"
 
 
 class TensorFile:
-    """One file, checked whenever it is read: a damaged one is a ``PlanError`` that names it.
+    """One file, checked on every read: a damaged one raises a ``PlanError`` that names it.
 
-    It is damaged if it cannot be read, does not say what it is of, holds tensors of other names,
-    shapes or dtypes than were saved, or numbers that are not finite.
+    It is damaged if it cannot be read, lacks metadata, holds tensors of other names, shapes or
+    dtypes than were saved, or non-finite numbers.
 
     Args:
-        path: Where it is; it may be absent.
-        *keys: What its metadata must say.
-        advice: What to do about a damaged one.
+        path: Its place; it may be absent.
+        *keys: Required keys of its metadata.
+        advice: What the user can do about a damaged file.
 
     Attributes:
-        shapes: Of all tensors, once ``metadata`` was asked for.
+        shapes: Shapes of all tensors, after a call of ``metadata``.
     """
 
     def __init__(self, path: Path, *keys: str, advice: str = MEASURE_AGAIN) -> None:
@@ -41,18 +41,11 @@ class TensorFile:
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def __bool__(self) -> bool:
-        """Return whether there is something of this name."""
+        """Return whether anything exists at the path."""
         return self.path.exists() or self.path.is_symlink()
 
     def metadata(self) -> dict[str, str]:
-        """Return what the file says about itself, without reading a tensor.
-
-        Returns:
-            The metadata.
-
-        Raises:
-            PlanError: If it is damaged.
-        """
+        """Return the metadata without reading a tensor; a damaged file raises ``PlanError``."""
         with open_tensors(self.path, PlanError, advice=self._advice) as content:
             metadata: dict[str, str] = content.metadata() or {}
             slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118  no dict
@@ -69,14 +62,11 @@ class TensorFile:
         """Return tensors on the CPU, by name.
 
         Args:
-            names: Which ones; None reads all.
-            ignoring: End of the names of what need not be finite.
-
-        Returns:
-            The tensors.
+            names: Names of the tensors; None reads all.
+            ignoring: Suffix of the names of tensors that may be non-finite.
 
         Raises:
-            PlanError: If it is damaged.
+            PlanError: If the file is damaged.
         """
         if names is None:
             tensors = read_tensors(self.path, PlanError, advice=self._advice)
@@ -89,22 +79,16 @@ class TensorFile:
         return tensors
 
     def damaged(self, reason: object) -> str:
-        """Return the line that says why the file is not what it should be."""
+        """Return the message that the file is damaged, and why."""
         return told(self.path, f"is damaged: {reason}", self._advice)
 
     def check(
         self, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, *shape: int
     ) -> Tensor:
-        """Return one of the tensors, after a check that it is what it should be.
-
-        Args:
-            tensors: What ``read`` gave.
-            name: Which one.
-            dtype: Its type.
-            *shape: Its shape; -1 for any size.
+        """Return a tensor after a check of its dtype and shape, where -1 is any size.
 
         Raises:
-            PlanError: If it is not.
+            PlanError: If it is missing or wrong.
         """
         found = tensors.get(name)
         if found is None:
@@ -132,10 +116,8 @@ def save_tensors(
     """Write a file for ``TensorFile``; equal tensors and metadata give equal bytes.
 
     Args:
-        path: Where to.
-        tensors: Any tensors; two names may stand for one.
-        metadata: What the file says about itself.
-        may_grow: Say nothing about their shapes: more of the same may follow.
+        tensors: Tensors by name; two names may share one.
+        may_grow: Whether a later file may hold more rows: then the shapes are not recorded.
     """
     stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
     places = [value.untyped_storage().data_ptr() for value in stored.values() if value.numel()]
@@ -148,7 +130,7 @@ def save_tensors(
 
 
 def _complete_header(path: Path) -> None:
-    """Put in the layout, and metadata in order: the library takes another order each time."""
+    """Insert the layout and sort the metadata: the library's order changes from call to call."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(size))  # Any: JSON

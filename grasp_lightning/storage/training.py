@@ -1,4 +1,4 @@
-"""What an unfinished run keeps beside its steps: numbers, and the state of a training."""
+"""Notes of an unfinished run, and the state of its training."""
 
 import math
 from collections.abc import Mapping
@@ -20,33 +20,17 @@ _TRAIN_AGAIN = "delete it to train again from the start"
 
 
 class RunNotes:
-    """Numbers of an unfinished run that would take time to measure again.
-
-    Args:
-        run: The run folder.
-    """
+    """Numbers of an unfinished run that are expensive to measure again."""
 
     def __init__(self, run: RunFolder) -> None:
         self._run = run
 
     def note(self, key: str, value: float) -> None:
-        """Keep a number that would take time to measure again.
-
-        Args:
-            key: What it is.
-            value: The number.
-        """
+        """Save a number under a key."""
         self._run.write_json(_NOTES, {**self._notes(), key: value})
 
     def noted(self, key: str) -> float | None:
-        """Return a number that ``note`` has kept.
-
-        Args:
-            key: What it is.
-
-        Returns:
-            The number, None if it was not kept.
-        """
+        """Return a saved number; None if there is none."""
         return self._notes().get(key)
 
     def _notes(self) -> dict[str, float]:
@@ -60,21 +44,17 @@ class RunNotes:
         return {key: float(value) for key, value in notes.items()}
 
     def clear(self) -> None:
-        """Delete the checkpoints of a run that needs them no more."""
+        """Delete the checkpoints of a run that no longer needs them."""
         self._run.remove_all(f"{CHECKPOINTS}/*")
         with suppress(OSError):  # a foreign file in it stays, and so does the folder
             self._run.path(CHECKPOINTS).rmdir()
 
 
 def check_inputs(run: RunFolder, hashes: Mapping[str, str]) -> None:
-    """Refuse to go on with another model or other samples than a training was started with.
-
-    Args:
-        run: The run folder.
-        hashes: Of the model and the samples; they are kept.
+    """Refuse to resume a training with another model or other samples, and save their hashes.
 
     Raises:
-        OutputError: If it was started with others, or the file that tells cannot be read.
+        OutputError: If they have changed, or the file with the hashes is damaged.
     """
     file = run.path(_INPUTS)
     advice = f"delete {file.parent} to train again from the start"
@@ -91,14 +71,7 @@ def check_inputs(run: RunFolder, hashes: Mapping[str, str]) -> None:
 
 
 def training_checkpoint(run: RunFolder) -> str | None:
-    """Return the path of a training's checkpoint, None if there is none; all processes must call.
-
-    Args:
-        run: The run folder.
-
-    Returns:
-        The path.
-    """
+    """Return the path of a training's checkpoint, or None; all processes must call this."""
 
     def check() -> str | None:
         path = run.path(TRAINING_CHECKPOINT)
