@@ -28,11 +28,11 @@ KILLS: Mapping[str, Kill] = {
     "while the model is written": Kill(
         "grasp_lightning.storage.model_folder",
         "",
-        "save_model",
+        "copy_side_files",
         1,
     ),
     "while a checkpoint is written": Kill(
-        "grasp_lightning.run_folder.writer", "", "replace_synced", 9
+        "grasp_lightning.run_folder.files", "", "replace_synced", 18
     ),
 }
 OPTIONS = {
