@@ -1,4 +1,4 @@
-"""Saving a changed model as an ordinary Hugging Face folder."""
+"""Saves a model as an ordinary Hugging Face folder."""
 
 import inspect
 import json
@@ -57,21 +57,21 @@ def save_model(
 ) -> None:
     """Write a model, changed or not, as a folder that ``from_pretrained`` opens.
 
-    A model with low-rank or narrowed linears gets a ``quantization_config`` that names them, and a
-    generated ``modeling_grasp.py`` for machines without grasp_lightning. It loads after ``import
-    grasp_lightning``, or with ``trust_remote_code=True``; with neither, loading stops with an
-    error. A model whose layers were only dropped becomes a plain folder. Weight files of an
-    earlier save in the folder are deleted. The model stays usable, and can be saved again.
+    With low-rank or narrowed linears, the config names them in ``quantization_config``, and the
+    folder gets a generated ``modeling_grasp.py``. Such a model loads after ``import
+    grasp_lightning`` or with ``trust_remote_code=True``; otherwise loading stops with an error.
+    Weight files of an earlier save in the folder are deleted. The model stays usable and can be
+    saved again.
 
     Args:
         model: The model, in any dtype.
-        folder: Where to write; created if absent.
-        tokenizer: Saved beside the model.
-        max_shard_size: Largest size of one weight file, in bytes or as text such as ``5GB``.
+        folder: Created if absent.
+        tokenizer: Saved with the model.
+        max_shard_size: Maximum size of a weight file, in bytes or as text such as ``5GB``.
 
     Raises:
-        ModelError: If the model is quantized by another method, a low-rank linear has as many ranks
-            as output features, or the config would rebuild another model.
+        ModelError: If another method quantized the model, a low-rank linear has as many ranks as
+            output features, or the config would rebuild another model.
     """
     path = Path(folder)
     _check_saveable(model)
@@ -94,14 +94,7 @@ def save_model(
 
 
 def foreign_quantizer(model: PreTrainedModel) -> str | None:
-    """Return the name of a quantization method on the model that is not this one.
-
-    Args:
-        model: Any Hugging Face model.
-
-    Returns:
-        For example ``gguf`` or ``bitsandbytes``; None if there is none, or only ours.
-    """
+    """Return the name of another quantization method on a model, such as ``gguf``, if any."""
     quantizer = getattr(model, "hf_quantizer", None)
     config = getattr(model.config, "quantization_config", None)
     config = quantizer.quantization_config if quantizer is not None else config
@@ -114,11 +107,8 @@ def foreign_quantizer(model: PreTrainedModel) -> str | None:
 def attach_quantizer(model: PreTrainedModel) -> None:
     """Make ``save_pretrained`` store the replaced linears of a model changed in memory.
 
-    Without it the factors would be written under keys that no loader expects, and narrowed weights
-    in shapes that none does. A model without replaced linears loses what an earlier call attached.
-
-    Args:
-        model: A model without a foreign quantizer.
+    Without it, factors and narrowed weights would get keys and shapes that no loader expects. A
+    model without replaced linears loses its quantizer. It must not have a foreign one.
     """
     holder: Any = model  # Any: transformers does not declare the attributes it sets
     if has_replaced(model):
@@ -142,14 +132,14 @@ def _check_saveable(model: PreTrainedModel) -> None:
 
 
 def _delete_earlier_save(path: Path) -> None:
-    """Delete weights that from_pretrained would prefer to, or mix with, the ones to be written."""
+    """Delete weights that from_pretrained would prefer to, or mix with, the new ones."""
     stale = [path / "model.safetensors", path / "model.safetensors.index.json"]
     for file in (*stale, *path.glob("model-*-of-*.safetensors"), path / f"{REMOTE_MODULE}.py"):
         file.unlink(missing_ok=True)
 
 
 def _write_remote_code(model: PreTrainedModel, path: Path) -> None:
-    """Write what opens a saved model on machines without the package, and name it in its config.
+    """Write the code that opens a saved model without the package, and register it in its config.
 
     A checkpoint with code of its own keeps its model classes: reading its config registers ours.
     """
@@ -175,7 +165,7 @@ def _write_remote_code(model: PreTrainedModel, path: Path) -> None:
 
 
 def _model_classes(config_class: type[PreTrainedConfig]) -> dict[str, type]:
-    """Return auto class -> class of transformers that it opens for a family."""
+    """Return the class of transformers that each auto class opens for a family."""
     classes: dict[str, type] = {}
     for auto, mapping in _AUTO_CLASSES.items():
         if config_class in mapping:
@@ -189,18 +179,7 @@ def _is_remote(found: type) -> bool:
 
 
 def push_folder(folder: Path, repository: str) -> str:
-    """Upload a model folder to a repository on the hub, which is made if it does not exist.
-
-    Args:
-        folder: What is uploaded.
-        repository: Name, such as ``owner/name``.
-
-    Returns:
-        Address of the upload.
-
-    Raises:
-        OutputError: If the hub cannot be reached, or refuses.
-    """
+    """Upload a model folder to a hub repository, created if absent, and return its address."""
     try:
         huggingface_hub.create_repo(repository, exist_ok=True)
         return str(huggingface_hub.upload_folder(repo_id=repository, folder_path=folder))

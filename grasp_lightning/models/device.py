@@ -1,4 +1,4 @@
-"""The device that a model is put on."""
+"""The device of a model."""
 
 import os
 
@@ -8,17 +8,7 @@ from grasp_lightning.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that a name means, after a check that this machine has it.
-
-    Args:
-        name: ``auto`` (CUDA device of this process, else cpu), ``cpu``, ``cuda``, ``cuda:1``, ...
-
-    Returns:
-        The device.
-
-    Raises:
-        ConfigError: If the name is no device, or this machine has no such device.
-    """
+    """Return the device for ``cpu``, ``cuda``, ``cuda:1``, ..., or ``auto`` (CUDA, else cpu)."""
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")

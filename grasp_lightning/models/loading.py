@@ -56,18 +56,17 @@ __all__ = [
     "load_meta_model",
     "load_model",
     "model_hash",
+    "quiet_transformers",
     "resolve_device",
 ]
 
+# What libraries raise if a value is not of the kind that they take for granted.
+_UNFORESEEN = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
 # What transformers, tokenizers, safetensors and torch raise on files they cannot use.
 _LOADING_ERRORS = (
+    *_UNFORESEEN,
     OSError,
     ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
     RuntimeError,
     ImportError,
     EOFError,
@@ -76,8 +75,6 @@ _LOADING_ERRORS = (
     SafetensorError,
     StrictDataclassError,
 )
-# What they raise where a value is not of the kind that they take for granted.
-_UNFORESEEN = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
 _ADAPTER = "adapter_config.json"
 # Of a config: what no model can be without, where its family has it at all.
 _COUNTS = frozenset(
@@ -93,13 +90,7 @@ _COUNTS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model that is complete and finite, with what belongs to it.
-
-    Attributes:
-        model: The model in eval mode, on the wanted device.
-        tokenizer: Its tokenizer.
-        origin: Name, licence and size of the source.
-    """
+    """A complete and finite model in eval mode on its device, with tokenizer and origin."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -107,17 +98,10 @@ class LoadedModel:
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
-    """Load a model and its tokenizer.
+    """Load a model in eval mode, with every weight read and finite, and its tokenizer.
 
-    Whatever a user can cause ends in one line: a ``ConfigError`` for keys that are unknown, without
-    effect, or name a device that is not there; a ``ModelError`` for a model that does not exist, or
-    of which a part is missing or damaged; a ``NumericsError`` for weights with NaN or infinity.
-
-    Args:
-        config: Which model, in which dtype, on which device.
-
-    Returns:
-        The model in eval mode, every weight read from the checkpoint and finite.
+    A ``ConfigError`` reports keys without effect or an unavailable device, a ``ModelError`` a model
+    that is missing, incomplete or damaged, and a ``NumericsError`` weights with NaN or infinity.
     """
     device = resolve_device(config.device)
     source = pinned(resolve_source(config))
@@ -150,16 +134,10 @@ def load_model(config: ModelConfig) -> LoadedModel:
 
 
 def load_meta_model(config: ModelConfig, *, warns: bool = False) -> PreTrainedModel:
-    """Build a model from its configuration alone, without weights.
+    """Build a model from its configuration alone, with all parameters on the meta device.
 
-    Fails as ``load_model`` does, save for what concerns weights, tokenizer and device.
-
-    Args:
-        config: Which model; the device is not used.
-        warns: Say so where it is only a part of what its checkpoint holds, as ``load_model`` does.
-
-    Returns:
-        The model with all parameters on the meta device: shapes, and no memory.
+    Fails like ``load_model``, except for weights, tokenizer and device. With ``warns``, a warning
+    says if the model is only a part of its checkpoint.
     """
     source = pinned(resolve_source(config))
     _require_config(source)
@@ -223,7 +201,7 @@ def _require_config(source: ModelSource) -> None:
 
 
 def _read_config(source: ModelSource, config: ModelConfig) -> PreTrainedConfig:
-    with _as_model_error(source), _quiet_transformers():
+    with _as_model_error(source), quiet_transformers():
         arguments = _arguments(source, config)
         if source.gguf_file is None:
             _check_counts(source, PreTrainedConfig.get_config_dict(**arguments)[0])
@@ -241,7 +219,7 @@ def _check_counts(source: ModelSource, content: Mapping[str, Any]) -> None:  # A
 
 
 def _read_tokenizer(source: ModelSource, config: ModelConfig) -> PreTrainedTokenizerBase:
-    with _as_model_error(source, "the tokenizer of "), _quiet_transformers():
+    with _as_model_error(source, "the tokenizer of "), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(**_arguments(source, config))
     # transformers makes an empty tokenizer for some families when its files are missing.
     ids = set(tokenizer("the text", add_special_tokens=False)["input_ids"])
@@ -260,7 +238,7 @@ def _read_weights(
     if source.gguf_file is not None:
         # Where GPU kernels for GGUF are installed, weights would otherwise stay packed.
         options["quantization_config"] = GgufConfig(dequantize=True)
-    with _as_model_error(source), _quiet_transformers():
+    with _as_model_error(source), quiet_transformers():
         read: Any = AutoModelForCausalLM.from_pretrained  # Any: its type ignores the report
         model, report = read(
             **_arguments(source, config),
@@ -297,8 +275,8 @@ def _dtype_of(config: ModelConfig, source: ModelSource) -> torch.dtype | str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence reports that this module makes itself, in one line each; progress bars stay."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence what transformers logs below an error; progress bars stay."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     try:
@@ -309,7 +287,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _as_model_error(source: ModelSource, part: str = "") -> Iterator[None]:
-    """Turn what the libraries raise on unusable files into one line."""
+    """Turn the errors of libraries on unusable files into one line."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -14,12 +14,7 @@ _PARTS = ([1], [1, 1], [2])
 
 
 class Mlp(NamedTuple):
-    """The linears at both ends of the hidden channels of an MLP.
-
-    Attributes:
-        reader: Full name of the linear whose inputs are the channels.
-        writers: Full names of the linears whose outputs are the channels, in module order.
-    """
+    """The linears that read the hidden channels of an MLP and write them, in module order."""
 
     reader: str
     writers: tuple[str, ...]
@@ -28,18 +23,13 @@ class Mlp(NamedTuple):
 def mlps(view: DecoderView, index: int) -> tuple[Mlp, ...]:
     """Return the MLPs of a decoder layer whose hidden channels can be removed one by one.
 
-    Shapes decide, so a model on the meta device will do: beside attention, the layer has one linear
-    from I to D, and one or two from D, in the same module, with I outputs (``down(act(up(x)))``) or
-    two times I (``down(act(gate(x)) * up(x))``), gate and up apart or one after the other in one
-    linear. Nothing else of the layer has a parameter of size I, such as a norm between them.
+    Shapes decide, so the meta device works. Outside attention, the layer must have one linear from
+    I to D and, in the same module, one or two linears from D with I outputs (``down(act(up(x)))``)
+    or 2 I outputs in all (``down(act(gate(x)) * up(x))``, gate and up separate or fused). No other
+    parameter of the layer, such as a norm in between, may have size I.
 
-    Args:
-        view: The model.
-        index: The layer's number in the original model.
-
-    Returns:
-        Names in the original model. Empty where none is found: in mixtures of experts, where
-        linears are replaced already, and where D equals I, so that shapes do not tell.
+    There are none in mixtures of experts, with replaced linears, and if D equals I, since then
+    shapes are ambiguous.
     """
     prefix = f"{view.layers_name}.{index}."
     linears = {
@@ -73,7 +63,7 @@ def _fits(found: Mlp, linears: Mapping[str, DenseLinear], hidden: int) -> bool:
 
 
 def _other_sizes(view: DecoderView, index: int, linears: Iterable[str]) -> set[int]:
-    """Return every size of all parameters of a layer but those of attention and some linears."""
+    """Return the sizes of all parameters of a layer, except attention and the given linears."""
     prefix, known = f"{view.layers_name}.{index}.", set(linears)
     return {
         size

@@ -1,8 +1,8 @@
-"""A process that loads saved models as a user does, and compares them with what was to be saved.
+"""A process that loads saved models as a user does, and compares them with what was saved.
 
-It is a new interpreter, which has seen no model. It reads folders, one on each line of its standard
-input, and forks for each: importing transformers takes seconds, and is done once. It answers with
-the exit code of the fork, which leaves what differs in the folder.
+It is a fresh interpreter that has seen no model. Importing transformers takes seconds, so it
+happens once: the process reads one folder per line of standard input and forks for each. It prints
+the exit code of the fork, which writes what differs into the folder.
 """
 
 import gc
@@ -32,15 +32,10 @@ _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.01, to
 
 
 def behaviour(model: PreTrainedModel, *, generates: bool) -> dict[str, Tensor]:
-    """Return what a model computes for a few tokens.
+    """Return what a model computes for a few tokens, on the CPU, logits as float32.
 
-    Args:
-        model: A causal language model.
-        generates: Also generate with the cache of keys and values, or of states.
-
-    Returns:
-        ``logits``, ``(P, V)``, of a prompt; of each new token ``new_logits``, ``(T, V)``, and
-        ``new_tokens``, ``(T,)``; on the CPU, logits as float32.
+    These are ``logits``, ``(P, V)``, of a prompt, and if it generates, with its cache, also
+    ``new_logits``, ``(T, V)``, and ``new_tokens``, ``(T,)``.
     """
     count = model.config.get_text_config().vocab_size
     ids = (torch.arange(1, _PROMPT + 1, device=model.device) % count)[None]
@@ -66,15 +61,12 @@ def behaviour(model: PreTrainedModel, *, generates: bool) -> dict[str, Tensor]:
 
 
 def difference(folder: Path, request: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
-    """Load a saved model, and return what is otherwise than expected.
+    """Load a saved model and return how it differs from what is expected; empty if it does not.
 
     Args:
         folder: The saved model.
         request: ``tensors``: hash by name; ``trust_remote_code``; ``generates``.
-        expected: What ``behaviour`` gave of the model that was saved.
-
-    Returns:
-        Empty if there is nothing.
+        expected: ``behaviour`` of the model that was saved.
     """
     load: Any = AutoModelForCausalLM.from_pretrained  # Any: its type ignores the report
     trusted = bool(request["trust_remote_code"])
@@ -130,7 +122,7 @@ def main() -> None:
 
 
 def _answer(request: Path) -> None:
-    """Compare one model; a traceback is left beside the request."""
+    """Compare one model; a traceback ends up next to the request."""
     errors = os.open(request / ERRORS, os.O_WRONLY | os.O_CREAT)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(errors, stream.fileno())

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a source and belongs into a copy: processors, licences, code."""
+"""Files next to the weights of a source that a copy needs: processors, licences, code."""
 
 import logging
 import shutil
@@ -40,13 +40,9 @@ _LEFT_OUT = (
 
 
 def side_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files of a model folder, not of folders in it, that a copy of the model needs.
+    """Return the files of a model folder, without subfolders, that a copy of the model needs.
 
-    Args:
-        folder: The folder.
-
-    Returns:
-        All but weights, indices, hidden files, and what every copy has of its own; by name.
+    These are all but weights, indices, hidden files and the files that every copy writes itself.
     """
     return tuple(
         file
@@ -61,13 +57,7 @@ def is_licence(file: Path) -> bool:
 
 
 def fetch_side_files(name: str, revision: str | None, folder: Path | None) -> None:
-    """Bring what lies beside the weights of a hub model into the cache.
-
-    Args:
-        name: Hub name.
-        revision: Branch, tag or commit.
-        folder: Its folder in the cache, if any.
-    """
+    """Fetch the side files of a hub model into the cache, unless its folder there has them."""
     if folder is not None and (folder / "README.md").exists():  # they came with it
         return
     try:
@@ -80,15 +70,7 @@ def fetch_side_files(name: str, revision: str | None, folder: Path | None) -> No
 
 
 def copy_side_files(files: Iterable[Path], folder: Path) -> None:
-    """Copy files that a saved model does not have of its own; links are not followed elsewhere.
-
-    Args:
-        files: Files of the source.
-        folder: The saved model.
-
-    Raises:
-        OutputError: If a file cannot be copied.
-    """
+    """Copy files that a saved model lacks, but no links out of the folder of the source."""
     elsewhere = []
     for file in files:
         if (folder / file.name).exists():

@@ -1,4 +1,4 @@
-"""The weight files that transformers reads of a folder, and the shapes that they hold."""
+"""The weight files of a Hugging Face folder, and the shapes they hold."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ _ADVICE = "fetch it again"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files that transformers reads of a Hugging Face folder, sorted by name.
+    """Return the weight files that transformers reads from a folder, sorted by name; maybe none.
 
-    There are none if the folder has no weights. A ``ModelError`` says that a file is gone, or that
-    the index of several files is damaged or names what is outside the folder.
+    A ``ModelError`` reports a missing file, or an index that is damaged or names files outside the
+    folder.
     """
     for name in _NAMES:
         file, index = folder / name, folder / f"{name}.index.json"
@@ -26,14 +26,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in the weight files of a folder, by name.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Shapes, read from the headers; a damaged file is a ``ModelError``.
-    """
+    """Return the shape of every tensor in the weight files of a folder, from their headers."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
         shapes |= read_shapes(file, ModelError, _told(file), _ADVICE)

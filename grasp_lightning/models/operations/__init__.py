@@ -1,4 +1,4 @@
-"""The operations that a plan can hold: one file each, with all that is to know about it."""
+"""The operations that a plan can hold, one file each."""
 
 import pkgutil
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""One linear becomes two of lower rank."""
+"""Replaces a linear by two of lower rank."""
 
 from collections.abc import Mapping
 
@@ -61,13 +61,13 @@ class Factorize(Applier[FactorizeLinear]):
     def apply(
         self, view: DecoderView, operation: FactorizeLinear, tensors: Mapping[str, Tensor]
     ) -> None:
-        """Put factors in the place of the linear."""
+        """Replace the linear by its factors."""
         module = operation.module
         set_factors(view, module, tensors[f"{module}.left"], tensors[f"{module}.right"])
 
 
 def set_factors(view: DecoderView, module: str, left: Tensor, right: Tensor) -> None:
-    """Put factors ``(N, r)`` and ``(r, M)`` in the place of a linear, with its bias."""
+    """Replace a linear by factors ``(N, r)`` and ``(r, M)``, and keep its bias."""
     old = dense_module(view, module)
     # On the meta device first: no memory for values that are replaced at once, no random numbers
     # drawn.
