@@ -10,7 +10,7 @@ import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from grasp_lightning.errors import ModelError, OutputError
+from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.models import lowrank
 from grasp_lightning.models.lowrank import (
     QUANT_METHOD,
@@ -25,8 +25,7 @@ from grasp_lightning.models.source import first_line
 
 _AUTO_CONFIG = "AutoConfig"
 
-# Auto classes through which a saved model opens on machines without the package, if its family has
-# them.
+# Auto classes that open a saved model without the package, if its family has them.
 _AUTO_CLASSES = {
     "AutoModel": transformers.MODEL_MAPPING,
     "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -35,7 +34,7 @@ _AUTO_CLASSES = {
 }
 
 # Bound methods of the family's own class: it does the loading, so that its key conversions and
-# every other rule that transformers ties to its own classes stay in force.
+# other rules that transformers ties to its classes apply.
 _REMOTE_CLASS = '''
 
 class Grasp{name}({origin}):
@@ -44,8 +43,6 @@ class Grasp{name}({origin}):
     from_pretrained = {origin}.from_pretrained
 '''
 _REMOTE_MODEL = _REMOTE_CLASS + "    _from_config = {origin}._from_config\n"
-
-_DYNAMIC_MODULES = "transformers_modules."  # where transformers imports the code of a checkpoint
 
 
 def save_model(
@@ -74,15 +71,19 @@ def save_model(
             output features, or the config would rebuild another model.
     """
     path = Path(folder)
-    _check_saveable(model)
+    check_not_quantized(model, ModelError)
+    try:
+        check_fails_closed(model)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
     attach_quantizer(model)
     problem = rebuild_problem(model)
     if problem is not None:
         raise ModelError(problem)
     path.mkdir(parents=True, exist_ok=True)
     _delete_earlier_save(path)
-    # The keys of the model in memory: transformers' reverse conversions to an older layout may
-    # split or permute tensors, and know nothing of factors.
+    # Keep the keys of the model in memory: transformers' reverse conversions to an older layout may
+    # split or permute tensors, and do not know factors.
     save_original_format = not has_replaced(model)
     model.save_pretrained(
         path, max_shard_size=max_shard_size, save_original_format=save_original_format
@@ -118,17 +119,14 @@ def attach_quantizer(model: PreTrainedModel) -> None:
         holder.hf_quantizer.remove_quantization_config(model)
 
 
-def _check_saveable(model: PreTrainedModel) -> None:
+def check_not_quantized(model: PreTrainedModel, error: type[GraspError]) -> None:
+    """Raise an error if a model has a quantizer of another method."""
     foreign = foreign_quantizer(model)
     if foreign is not None:
-        raise ModelError(
+        raise error(
             f"the model is quantized with {foreign}; expected floating-point weights, so load it "
             f"dequantized and without its quantization state"
         )
-    try:
-        check_fails_closed(model)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
 
 
 def _delete_earlier_save(path: Path) -> None:
@@ -145,7 +143,7 @@ def _write_remote_code(model: PreTrainedModel, path: Path) -> None:
     """
     config_class, is_custom = type(model.config), _is_remote(type(model))
     if not (is_custom or type(model).__module__.startswith("transformers.")):
-        return  # a class of the caller's own program, which no folder can bring along
+        return  # a class of the caller's program, which a folder cannot contain
     classes = {_AUTO_CONFIG: config_class} | ({} if is_custom else _model_classes(config_class))
     code = [inspect.getsource(lowrank), "\n\nimport transformers  # noqa: E402\n"]
     for auto, found in classes.items():
@@ -175,7 +173,8 @@ def _model_classes(config_class: type[PreTrainedConfig]) -> dict[str, type]:
 
 
 def _is_remote(found: type) -> bool:
-    return found.__module__.startswith(_DYNAMIC_MODULES)
+    """Return whether transformers imported a class from the code of a checkpoint."""
+    return found.__module__.startswith("transformers_modules.")
 
 
 def push_folder(folder: Path, repository: str) -> str:

@@ -19,9 +19,9 @@ from grasp_lightning.models.source import first_line
 
 logger = logging.getLogger(__name__)
 
-_MAX_NAMED = 3  # tensors that one message names
-_LEAST_SHARE = 0.0005  # of the parameters that a message states
-# Masks, positions and rotary tables, which a model computes itself.
+_MAX_NAMED = 3  # tensors named in one message
+_LEAST_SHARE = 0.0005  # of the parameters, to be stated in a message
+# Masks, positions and rotary tables that a model computes itself.
 _COMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -127,7 +127,7 @@ def _ignored(model: PreTrainedModel, stored: Shapes) -> set[str]:
 
 def _share(rest: AbstractSet[str], stored: Shapes) -> str:
     sizes = {key: math.prod(shape) for key, shape in stored.items()}
-    # transformers renames some tensors before it finds no place for them.
+    # transformers may rename tensors before it reports them as unexpected.
     renamed = tuple(key for key in rest if key not in sizes)
     left = sum(
         size

@@ -16,11 +16,7 @@ from grasp_lightning.models.linears import (
     skipped_modules,
 )
 from grasp_lightning.models.lowrank import has_replaced
-from grasp_lightning.models.numbering import (
-    number_dependent_option,
-    renumber_layer,
-    shorten_config,
-)
+from grasp_lightning.models.numbering import number_dependent_option, renumber_layer, shorten_config
 
 logger = logging.getLogger(__name__)
 

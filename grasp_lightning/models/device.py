@@ -12,9 +12,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        # One of several processes on this machine takes a device of its own.
+        # Each process on this machine takes its own device.
         _check_devices(torch.cuda.device_count())
-        # The remainder: srun may show each process a device of its own, and no other.
+        # The remainder, since srun may show each process only its own device.
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     try:

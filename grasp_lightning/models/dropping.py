@@ -13,8 +13,8 @@ from grasp_lightning.models.numbering import unnumbered_settings
 from grasp_lightning.models.rebuilding import rebuild_problem, rebuilt_empty
 from grasp_lightning.models.source import first_line
 
-_CACHES = ("past_key_values", "cache_params", "state")  # what outputs of families call it
-# What the code of a family raises where it does not fit its own layers.
+_CACHES = ("past_key_values", "cache_params", "state")  # names of the cache in outputs
+# Errors of a family's code that does not fit its own layers.
 _ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
 
 _droppable: WeakKeyDictionary[DecoderView, dict[tuple[int, ...], tuple[int, ...]]] = (
@@ -63,7 +63,7 @@ def droppable_layers(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...
 
 
 def _find_droppable(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
-    if _are_alike(view):  # what can be said of one layer can be said of all
+    if _are_alike(view):  # then one layer stands for all
         return tuple(layers) if layers and drop_problem(view, layers[:1]) is None else ()
     found: list[int] = []
     for index in layers:
@@ -98,7 +98,7 @@ def _layers(view: DecoderView) -> list[nn.Module]:
 def _error_with_cache(model: PreTrainedModel) -> str | None:
     """Return the error of two steps with a cache; None if they run."""
     tokens = torch.zeros((1, 4), dtype=torch.int64, device="meta")
-    # bfloat16: products of experts exist in no other type on the meta device.
+    # bfloat16 is the only dtype with products of experts on the meta device.
     run: Any = model.to(torch.bfloat16)  # type: ignore[arg-type]  # Any: outputs of every family
     try:
         with torch.no_grad():

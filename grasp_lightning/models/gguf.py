@@ -47,7 +47,7 @@ def read_header(file: Path) -> GGUFHeader:
         end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
         licence = reader.get_field("general.license")
         licence_text = licence.contents() if licence is not None else None
-    # What GGUFReader raises on bytes it cannot read; it has no error class of its own.
+    # GGUFReader has no error class of its own.
     except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError) as error:
         raise ModelError(
             f"{file} is no complete GGUF file ({file_bytes} bytes): it is cut short or damaged; "

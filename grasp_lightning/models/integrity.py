@@ -13,22 +13,17 @@ def check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         finite = torch.isfinite(parameter)
         if not finite.all():
-            bad = finite.numel() - int(finite.sum())
+            bad, dtype = finite.numel() - int(finite.sum()), parameter.dtype
+            narrow = f", or {dtype} is too narrow for it; try model.dtype=float32"
             raise NumericsError(
                 f"weight {name} holds NaN or infinity ({bad} of {finite.numel()} values): the "
-                f"checkpoint is damaged{_or_narrow(parameter.dtype)}"
+                f"checkpoint is damaged{'; fetch it again' if _is_wide(dtype) else narrow}"
             )
 
 
 def nan_advice(dtype: torch.dtype, first: str = "check the checkpoint") -> str:
     """Return advice for a model that computes NaN or infinity, such as a wider dtype."""
     return first if _is_wide(dtype) else f"{first}, or try model.dtype float32"
-
-
-def _or_narrow(dtype: torch.dtype) -> str:
-    if _is_wide(dtype):
-        return "; fetch it again"
-    return f", or {dtype} is too narrow for it; try model.dtype=float32"
 
 
 def _is_wide(dtype: torch.dtype) -> bool:

@@ -4,7 +4,6 @@ Legend: N output and M input features of a linear.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -14,28 +13,8 @@ from grasp_lightning.models.lowrank import is_replaced
 
 DenseModule = nn.Linear | Conv1D
 
-_EXPERTS, _ROUTER = "experts", "router"  # how transformers calls them in every sparse family
+_EXPERTS, _ROUTER = "experts", "router"  # their names in every sparse family of transformers
 _MATRIX_DIMENSIONS = 2
-
-
-class DenseLinear(Protocol):
-    """The interface of every dense linear; a ``torch.nn.Linear`` has it."""
-
-    @property
-    def weight(self) -> Tensor:
-        """Weight, ``(N, M)``."""
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Bias, ``(N,)``, or None."""
-
-    @property
-    def in_features(self) -> int:
-        """M."""
-
-    @property
-    def out_features(self) -> int:
-        """N."""
 
 
 class TransposedLinear:
@@ -46,7 +25,7 @@ class TransposedLinear:
 
     @property
     def weight(self) -> Tensor:
-        """Transposed view of the module's weight, ``(N, M)``."""
+        """Transposed view of the weight, ``(N, M)``."""
         return self._module.weight.mT
 
     @property
@@ -63,6 +42,9 @@ class TransposedLinear:
     def out_features(self) -> int:
         """N."""
         return int(self._module.nf)
+
+
+DenseLinear = nn.Linear | TransposedLinear
 
 
 def as_linear(module: DenseModule) -> DenseLinear:

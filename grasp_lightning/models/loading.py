@@ -26,11 +26,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ModelError
-from grasp_lightning.models.completeness import (
-    check_complete,
-    check_config_builds,
-    warn_of_rest,
-)
+from grasp_lightning.models.completeness import check_complete, check_config_builds, warn_of_rest
 from grasp_lightning.models.device import resolve_device
 from grasp_lightning.models.integrity import check_finite, model_hash
 
@@ -75,16 +71,13 @@ _LOADING_ERRORS = (
     SafetensorError,
     StrictDataclassError,
 )
-_ADAPTER = "adapter_config.json"
-# Of a config: what no model can be without, where its family has it at all.
-_COUNTS = frozenset(
-    {
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    }
+# Counts in a config that must be positive in every family that has them.
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
 )
 
 
@@ -106,7 +99,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     device = resolve_device(config.device)
     source = pinned(resolve_source(config))
     _require_parts(source)
-    # Before transformers reads a local file: a damaged GGUF file is found here.
+    # Before transformers reads a local file, to find a damaged GGUF file.
     origin = None if source.is_hub else describe_origin(source)
     hf_config = _read_config(source, config)
     tokenizer = _read_tokenizer(source, config)
@@ -116,19 +109,15 @@ def load_model(config: ModelConfig) -> LoadedModel:
     with _as_model_error(source):
         check_config_builds(source.name, model)
     folder = source.local_folder() if source.gguf_file is None else None
-    warn_of_rest(
-        source.name,
-        model,
-        architectures,
-        frozenset(report["unexpected_keys"]),
-        stored_shapes(folder) if folder else None,
-    )
+    unexpected = frozenset(report["unexpected_keys"])
+    stored = stored_shapes(folder) if folder else None
+    warn_of_rest(source.name, model, architectures, unexpected, stored)
     with _as_model_error(source):
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a too narrow type
     check_finite(model)
     model.config.name_or_path = model.name_or_path = source.name  # no path of this machine is saved
     tokenizer.name_or_path = source.name
-    if source.is_hub:  # licence and size are known only now, when its files are in the cache
+    if source.is_hub:  # licence and size are only known once its files are cached
         fetch_side_files(source.location, source.revision, source.local_folder())
     return LoadedModel(model=model, tokenizer=tokenizer, origin=origin or describe_origin(source))
 
@@ -164,9 +153,9 @@ def _require_parts(source: ModelSource) -> None:
         return
     folder = Path(source.location)
     for file in sorted(folder.iterdir()):
-        if file.exists() and not file.is_dir():  # nobody waits for a FIFO
+        if file.exists() and not file.is_dir():  # a FIFO would block
             check_file(file, ModelError, f"model.path: {file}")
-    # Read now, so that a damaged file is named before anything waits for the others.
+    # Read now, to report a damaged file before loading starts.
     if not stored_shapes(folder):
         raise ModelError(
             f"model.path: {folder} has a config.json but no weights "
@@ -186,7 +175,7 @@ def _require_config(source: ModelSource) -> None:
         raise ModelError(
             f"model.path: {source.location} has a PEFT adapter beside the model: merge it first, "
             f"with peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(), or move "
-            f"{_ADAPTER} away to use the model without it"
+            f"adapter_config.json away to use the model without it"
         )
     if has_adapter:
         raise ModelError(
@@ -211,8 +200,8 @@ def _read_config(source: ModelSource, config: ModelConfig) -> PreTrainedConfig:
 def _check_counts(source: ModelSource, content: Mapping[str, Any]) -> None:  # Any: JSON
     text = content.get("text_config")
     for section in (content, text if isinstance(text, dict) else {}):
-        for key in _COUNTS & section.keys():
-            if isinstance(section[key], int) and section[key] < 1:
+        for key in _COUNTS:
+            if isinstance(section.get(key), int) and section[key] < 1:
                 raise ModelError(
                     f"the config.json of {source.name} has {key} {section[key]}; expected 1 or more"
                 )
@@ -236,7 +225,7 @@ def _read_weights(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:  # Any: mixed report
     options: dict[str, Any] = {}  # Any: keyword arguments of transformers
     if source.gguf_file is not None:
-        # Where GPU kernels for GGUF are installed, weights would otherwise stay packed.
+        # With GPU kernels for GGUF installed, weights would otherwise stay packed.
         options["quantization_config"] = GgufConfig(dequantize=True)
     with _as_model_error(source), quiet_transformers():
         read: Any = AutoModelForCausalLM.from_pretrained  # Any: its type ignores the report
@@ -249,7 +238,7 @@ def _read_weights(
             **options,
         )
     if source.gguf_file is not None and hasattr(model, "hf_quantizer"):
-        # Left behind for families that transformers reads by its older parser; saving would refuse.
+        # The older parser of transformers leaves it behind, and saving would fail.
         model.hf_quantizer.remove_quantization_config(model)
     return model, report
 
@@ -292,7 +281,10 @@ def _as_model_error(source: ModelSource, part: str = "") -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{source.name} does not fit: {first_line(error)}") from error
-    except _LOADING_ERRORS as error:
+    except Exception as error:
+        # tokenizers has no class of its own for its errors.
+        if not isinstance(error, _LOADING_ERRORS) and type(error) is not Exception:
+            raise
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{source.name} needs its own model code; read that code, and set "
@@ -304,7 +296,3 @@ def _as_model_error(source: ModelSource, part: str = "") -> Iterator[None]:
         if isinstance(error, _UNFORESEEN):
             reason = f"{reason} ({type(error).__name__}); its files are damaged or do not fit"
         raise ModelError(f"cannot load {part}{source.name}: {reason}") from error
-    except Exception as error:
-        if type(error) is not Exception:  # tokenizers has no class of its own for its errors
-            raise
-        raise ModelError(f"cannot load {part}{source.name}: {first_line(error)}") from error

@@ -33,8 +33,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 QUANT_METHOD = "grasp_lightning"
 REMOTE_MODULE = "modeling_grasp"
 
-_NUM_SIZES = 2  # of a matrix
-
 
 class LowRankLinear(nn.Module):
     """A linear ``y = left(right(x))`` of lower rank; ``bias`` belongs to ``left``.
@@ -55,7 +53,7 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         with warnings.catch_warnings():
-            # There is nothing to initialise in a factor of rank 0.
+            # A factor of rank 0 has nothing to initialise.
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
             self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
@@ -67,7 +65,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Product of the factors, ``(N, M)``, for families that read the weight, such as Mamba."""
+        """Product of the factors, ``(out_features, in_features)``; families like Mamba read it."""
         return self.left.weight @ self.right.weight
 
     @property
@@ -140,16 +138,12 @@ def has_replaced(model: nn.Module) -> bool:
 
 
 class GraspConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a model with low-rank or narrowed linears.
+    """The ``quantization_config`` of a model, by full module names.
 
     Args:
-        ranks: Full module name -> rank, for each low-rank linear.
-        quant_method: Name under which transformers finds the quantizer.
-        shapes: Full module name -> [out_features, in_features], for each narrowed linear.
+        ranks: Rank of each low-rank linear.
+        shapes: ``[out_features, in_features]`` of each narrowed linear.
         **unknown: Refused: a newer format must not be read as if its additions did not matter.
-
-    Raises:
-        ValueError: If a rank or shape is invalid, a linear has both, or a key is unknown.
     """
 
     def __init__(
@@ -212,8 +206,8 @@ class GraspQuantizer(HfQuantizer):
             model.set_submodule(module, low_rank)
             self._modules[stored] = module
             for factor in (low_rank.left, low_rank.right):
-                # They are loaded: rules of a family for its linears, by name, do not fit them.
-                factor._is_hf_initialized = True  # type: ignore[assignment]  # a mark, no module
+                # They are loaded: a family's initialisation of linears by name does not fit.
+                factor._is_hf_initialized = True  # type: ignore[assignment]  # a flag, no module
         for stored, (rows, columns) in self.quantization_config.shapes.items():
             module, linear = _linear_in_model(model, names, stored)
             dense = dense_shape(linear)
@@ -248,7 +242,7 @@ class GraspQuantizer(HfQuantizer):
         # Names of the model that was saved; the loaded class may have another prefix.
         model.config.quantization_config = config_of(model)
         _take_over_remote_code(model)
-        # The factors are plain floating point, so .half() and .float() may stay allowed.
+        # The factors are plain floating point, so .half() and .float() stay allowed.
         holder.is_quantized = False
         return model
 
@@ -284,15 +278,10 @@ def config_of(model: nn.Module) -> GraspConfig:
 
 
 def check_fails_closed(model: nn.Module) -> None:
-    """Check that a loader that does not know this format will fail at each replaced linear.
-
-    The right factor ``(r, M)`` must differ in shape from the dense weight: ``(N, M)``, or ``(M,
-    N)`` for a ``Conv1D``, where they agree only if r = M = N. A narrowed weight ``(n, m)`` always
-    differs: n <= N and m <= M, one of them less, exclude n = M and m = N too.
-
-    Raises:
-        ValueError: If the rank of a low-rank linear equals its number of output features.
-    """
+    """Raise a ``ValueError`` if a loader that does not know this format would not fail."""
+    # The right factor (r, M) must differ in shape from the dense weight: (N, M), or (M, N) for a
+    # Conv1D, where they agree only if r = M = N. A narrowed weight (n, m) always differs: n <= N
+    # and m <= M, one of them less, exclude n = M and m = N too.
     for module, linear in low_rank_linears(model).items():
         if linear.rank == linear.out_features:
             raise ValueError(
@@ -306,15 +295,20 @@ def _is_size(value: object, *, least: int = 1) -> bool:
 
 
 def _is_shape(value: object) -> bool:
-    is_pair = isinstance(value, list | tuple) and len(value) == _NUM_SIZES
-    return is_pair and all(map(_is_size, cast(Sequence[object], value)))
+    return isinstance(value, list | tuple) and [_is_size(size) for size in value] == [True, True]
 
 
 def _linear_in_model(
     model: PreTrainedModel, names: AbstractSet[str], stored: str
 ) -> tuple[str, nn.Linear | Conv1D]:
-    """Return name and module of a dense linear that a config names."""
-    module = _name_in_model(model, names, stored)
+    """Return name and module of a dense linear in a model, whose prefix may be another."""
+    prefix = f"{model.base_model_prefix}."
+    candidates = (stored, stored.removeprefix(prefix), prefix + stored)
+    module = next((name for name in candidates if name in names), None)
+    if module is None:
+        raise ValueError(
+            f"quantization_config names {stored}, but {type(model).__name__} has no such module"
+        )
     linear = model.get_submodule(module)
     if not isinstance(linear, nn.Linear | Conv1D):
         raise TypeError(f"{stored} must be a Linear, got {type(linear).__name__}")
@@ -323,19 +317,7 @@ def _linear_in_model(
 
 def _options_of(linear: nn.Linear | Conv1D) -> dict[str, Any]:  # Any: keyword arguments
     """Return the arguments of the linear that replaces another while on the meta device."""
-    has_bias = linear.bias is not None
-    return {"bias": has_bias, "device": "meta", "dtype": linear.weight.dtype}
-
-
-def _name_in_model(model: PreTrainedModel, names: AbstractSet[str], stored: str) -> str:
-    """Return a module's name in a model that may have, or lack, the prefix of the base model."""
-    prefix = f"{model.base_model_prefix}."
-    for name in (stored, stored.removeprefix(prefix), prefix + stored):
-        if name in names:
-            return name
-    raise ValueError(
-        f"quantization_config names {stored}, but {type(model).__name__} has no such module"
-    )
+    return {"bias": linear.bias is not None, "device": "meta", "dtype": linear.weight.dtype}
 
 
 def _take_over_remote_code(model: PreTrainedModel) -> None:
@@ -390,6 +372,6 @@ def _set_auto_map(config: PreTrainedConfig, auto_map: Mapping[str, str]) -> None
         del config.auto_map
 
 
-# Only where absent: the package and the file inside a saved model may both be loaded.
+# Only if absent: the package and the file inside a saved model may both be loaded.
 AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, GraspConfig)
 AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, GraspQuantizer)

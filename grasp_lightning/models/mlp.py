@@ -9,7 +9,7 @@ from typing import NamedTuple
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseLinear, as_linear, in_attention
 
-# How often each writer has all channels: one linear, gate and up apart, or both fused.
+# Multiples of the channels in each writer: one linear, gate and up separate, or both fused.
 _PARTS = ([1], [1, 1], [2])
 
 
@@ -38,7 +38,7 @@ def mlps(view: DecoderView, index: int) -> tuple[Mlp, ...]:
         if not in_attention(name.removeprefix(prefix))
     }
     hidden = view.model.config.get_text_config().hidden_size
-    readers = [name for name in linears if _is_reader(linears[name], hidden)]
+    readers = [n for n, x in linears.items() if x.out_features == hidden != x.in_features]
     if view.skipped(index) or len(readers) != 1:
         return ()
     found = Mlp(readers[0], tuple(name for name in linears if name not in readers))
@@ -46,10 +46,6 @@ def mlps(view: DecoderView, index: int) -> tuple[Mlp, ...]:
     if not _fits(found, linears, hidden) or num_channels in _other_sizes(view, index, linears):
         return ()
     return (found,)
-
-
-def _is_reader(linear: DenseLinear, hidden: int) -> bool:
-    return linear.out_features == hidden != linear.in_features
 
 
 def _fits(found: Mlp, linears: Mapping[str, DenseLinear], hidden: int) -> bool:

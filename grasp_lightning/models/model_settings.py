@@ -15,22 +15,22 @@ def all_settings(
     keys: BenchmarkConfig | EvaluateConfig, paths: Sequence[str], names: Sequence[str]
 ) -> list[ModelConfig]:
     """Return the configurations of models by path and key; those from the hub get the revision."""
-    settings = [_settings(keys, path, key) for path, key in zip(paths, names, strict=True)]
+    settings = []
+    for path, name in zip(paths, names, strict=True):
+        with named_by(name):
+            is_hub = resolve_source(ModelConfig(path=path)).is_hub
+        settings.append(
+            ModelConfig(
+                path=path,
+                revision=keys.revision if is_hub else None,
+                dtype=keys.dtype,
+                device=keys.device,
+                trust_remote_code=keys.trust_remote_code,
+            )
+        )
     if keys.revision is not None and all(one.revision is None for one in settings):
         raise ConfigError("revision has no effect: no model comes from the hub; leave it out")
     return settings
-
-
-def _settings(keys: BenchmarkConfig | EvaluateConfig, path: str, key: str) -> ModelConfig:
-    with named_by(key):
-        is_hub = resolve_source(ModelConfig(path=path)).is_hub
-    return ModelConfig(
-        path=path,
-        revision=keys.revision if is_hub else None,
-        dtype=keys.dtype,
-        device=keys.device,
-        trust_remote_code=keys.trust_remote_code,
-    )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax
 
-# Rows of logits are taken so many numbers at a time: 4 MB in float32.
+# Logits are processed in parts of this many numbers: 4 MB in float32.
 _PART = 2**20
 
 
@@ -43,11 +43,7 @@ def next_token_losses(logits: Tensor, input_ids: Tensor, targets: Tensor) -> Ten
         Float32 losses in nats, one per predicted token, ``(n,)``.
     """
     rows, labels = _predicted(input_ids, targets)
-
-    def cross_entropy(part: Tensor, place: slice) -> tuple[Tensor, Tensor]:
-        return _cross_entropy(part, labels[place])
-
-    return _row_losses(logits, rows, cross_entropy)
+    return _row_losses(logits, rows, lambda part, place: _cross_entropy(part, labels[place]))
 
 
 def fisher_losses(
@@ -77,8 +73,11 @@ def fisher_losses(
         log_probs = log_softmax(part, dim=-1)
         losses = -log_probs[_at(labels[place])]
         probs = log_probs.exp_()
-        # Row by row, so that signs do not depend on where parts begin.
-        draws = [_coins(part.shape[1], generators[owner]) for owner in owners[place]]
+        # Row by row and on the CPU: signs depend neither on where parts begin nor on the device.
+        draws = [
+            torch.randint(2, part.shape[1:], generator=generators[owner], dtype=torch.int8)
+            for owner in owners[place]
+        ]
         signs = torch.stack(draws).to(probs) * 2 - 1 if draws else probs
         grad = signs.mul_(probs.sqrt())
         return losses, grad.sub_(probs * grad.sum(dim=-1, keepdim=True))
@@ -129,7 +128,7 @@ def distillation_losses(
 
 
 PartLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""Float32 logits of some predicted tokens ``(p, V)``, and which of the n tokens these are -> losses
+"""Float32 logits ``(p, V)`` of some predicted tokens, and their slice of all n tokens -> losses
 ``(p,)``, and their gradient by the logits ``(p, V)``."""
 
 
@@ -145,11 +144,6 @@ def _at(labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(labels), device=labels.device), labels
 
 
-def _coins(count: int, generator: torch.Generator) -> Tensor:
-    """Return zeros and ones, drawn on the CPU so that a seed gives the same on every device."""
-    return torch.randint(2, (count,), generator=generator, dtype=torch.int8)
-
-
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     at_label = _at(labels)
     log_probs = log_softmax(logits, dim=-1)
@@ -163,7 +157,7 @@ def _divergence(logits: Tensor, teacher: Tensor, temperature: float) -> tuple[Te
     log_probs = log_softmax(logits / temperature, dim=-1)
     teacher_log_probs = log_softmax(teacher / temperature, dim=-1)
     teacher_probs = teacher_log_probs.exp()
-    # A probability of zero times a logarithm of minus infinity counts nothing; NaN stays.
+    # A probability of zero times a logarithm of minus infinity is zero; NaN stays.
     terms = torch.where(teacher_probs == 0, 0.0, teacher_probs * (teacher_log_probs - log_probs))
     return temperature**2 * terms.sum(dim=-1), temperature * (log_probs.exp_() - teacher_probs)
 
@@ -184,7 +178,7 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: Tensor, part_loss: PartLoss) -> Tensor:  # noqa: ANN401  torch's own type
-        # Detached, it shares memory and version counter: whoever saved the logits will notice.
+        # detach shares memory and version counter, so autograd notices if it saved the logits.
         grad = logits.detach() if ctx.needs_input_grad[0] else None
         ctx.rows, ctx.grad = rows, grad
         losses = []

@@ -5,7 +5,7 @@ from collections.abc import Set as AbstractSet
 from torch import nn
 from transformers import PreTrainedConfig
 
-# What transformers' modules call the number of the layer they are in.
+# Names of the layer number in modules of transformers.
 _NUMBER_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num")
 # Lists of layer numbers in a config; other lists may have one entry per layer.
 _NUMBER_LISTS = ("mlp_only_layers", "moe_layers")
@@ -72,7 +72,7 @@ def shorten_config(config: PreTrainedConfig, positions: AbstractSet[int]) -> Non
         elif per_layer and len(value) == num_layers:
             setattr(config, key, type(value)(value[position] for position in kept))
     config.num_hidden_layers = len(kept)
-    # What single layers have in place of the common values, as in Gemma 4.
+    # Values of single layers that override the common ones, as in Gemma 4.
     own = config.to_dict().get("per_layer_config")
     if own is not None:
         values = {int(number): value for number, value in own.items()}

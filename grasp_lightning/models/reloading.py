@@ -25,9 +25,8 @@ from grasp_lightning.models.integrity import tensor_hashes
 
 REQUEST, EXPECTED, DIFFERENCE, ERRORS = "request.json", "expected.safetensors", "difference", "err"
 
-_NEW_TOKENS = 3
-_PROMPT = 8
-# Of the largest logit. Both processes compute on the CPU, with as many threads.
+_PROMPT, _NEW_TOKENS = 8, 3  # numbers of tokens
+# Relative to the largest logit. Both processes compute on the CPU with equally many threads.
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.02}
 
 
@@ -95,7 +94,7 @@ def _difference_in_behaviour(
         if not _are_close(*new, tolerance):
             return f"it computes other logits for new token {step + 1}, with its cache"
         if found["new_tokens"][step] != expected["new_tokens"][step]:
-            break  # two logits as good as equal: what follows is another text
+            break  # two logits are nearly equal, so the texts differ from here on
     return ""
 
 
@@ -110,12 +109,12 @@ def main() -> None:
     """Answer requests until standard input ends."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped there
     gc.collect()
-    gc.freeze()  # so that forks share the memory of what is imported
+    gc.freeze()  # so that forks share the memory of imported modules
     for line in iter(sys.stdin.readline, ""):
         child = os.fork()
         if child == 0:
             _answer(Path(line.rstrip("\n")))
-            os._exit(0)  # tearing an interpreter down that has imported transformers takes seconds
+            os._exit(0)  # a normal exit after importing transformers takes seconds
         _, status = os.waitpid(child, 0)
         sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
         sys.stdout.flush()

@@ -15,9 +15,9 @@ from grasp_lightning.models.integrity import nan_advice
 from grasp_lightning.models.sharding import is_sharded
 
 BATCH = 16
-"""Texts that are written together. It is fixed, since other sizes round, and so draw, otherwise."""
+"""Texts per batch. It is fixed, since other sizes round differently and so draw other tokens."""
 
-# The first text of a batch, and whether the batch counts.
+# The first text of a batch, in a sequence of one, and whether the batch counts.
 Round = tuple[Sequence[int], bool]
 # Wraps an iterable of known length in a progress bar with a description.
 Track = Callable[[Sequence[Round], str], Iterable[Round]]
@@ -35,23 +35,20 @@ def sample_text(
     keep: Callable[[Tensor], object] = lambda _: None,
     track: Track = lambda items, _: items,
 ) -> Tensor:
-    """Draw texts from a model by ancestral sampling at temperature 1.
+    """Draw texts from a model in ``eval()`` by ancestral sampling at temperature 1.
 
     Processes share the texts, and each returns all of them. If they share the weights too, each
     runs the same number of forward passes. On one kind of machine a seed always gives the same ids,
     whatever the number of processes.
 
     Args:
-        model: The model, in ``eval()``.
         num_windows: Number of texts, at least 1.
         length: Tokens per text, from 1 to the number of positions of the model.
         starts: Candidates for the first token of a text, equally likely, ``(S,)``.
         vocabulary: Ids that may follow, ``(K,)``, ascending. Ids unknown to the model are left out
             of this and of ``starts``.
-        seed: Seed of all draws.
         written: What an earlier call with the same arguments passed to ``keep``.
         keep: Receives all texts so far, ``(n, length)``, whenever there are more.
-        track: Draws a progress bar.
 
     Returns:
         Token ids, ``(num_windows, length)`` int64 on the CPU.
@@ -62,7 +59,7 @@ def sample_text(
     assert isinstance(embedding, Tensor)  # every family embeds its tokens
     starts, vocabulary = (ids[ids < len(embedding)] for ids in (starts, vocabulary))
     generator = torch.Generator().manual_seed(seed)
-    # One number per token, drawn beforehand, so that no text depends on how they are shared out.
+    # One number per token, drawn up front, so that texts do not depend on the number of processes.
     draws = torch.rand(num_windows, length, dtype=torch.float64, generator=generator)
     first = starts[(draws[:, 0] * len(starts)).long()]
     done = first.new_empty(0, length) if written is None else written

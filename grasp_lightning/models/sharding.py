@@ -101,5 +101,5 @@ def _groups(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _shard_group(module: nn.Module, mesh: DeviceMesh) -> None:
-    # True: a group without a parent would else stay whole after its first use.
+    # Without True, a group without a parent would stay whole after its first use.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)

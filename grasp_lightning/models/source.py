@@ -107,11 +107,12 @@ def describe_origin(source: ModelSource) -> ModelOrigin:
     if source.gguf_file is not None:
         return _gguf_origin(source, source.gguf_file)
     folder = source.local_folder()
+    files = weight_files(folder) if folder else []
     return ModelOrigin(
         name=source.name,
         licence=_card_licence(folder) if folder else None,
         side_files=side_files(folder) if folder else (),
-        source_bytes=_weight_bytes(folder) if folder else None,
+        source_bytes=sum(file.stat().st_size for file in files) if files else None,
         quantized_source=False,
         folder=source.folder,
     )
@@ -237,11 +238,6 @@ def _gguf_origin(source: ModelSource, file: Path) -> ModelOrigin:
     )
 
 
-def _weight_bytes(folder: Path) -> int | None:
-    files = weight_files(folder)
-    return sum(file.stat().st_size for file in files) if files else None
-
-
 def _card_licence(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
@@ -249,11 +245,11 @@ def _card_licence(folder: Path) -> str | None:
     match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
     try:
         fields = parse_yaml(match[1], "", is_strict=False) if match else None
-    except DataError:  # a card of others, of which this one line is asked
+    except DataError:  # a foreign model card, of which only the licence is needed
         return None
     if not isinstance(fields, dict):
         return None
     licence = fields.get("license")
-    if licence == "other":  # the hub's word for a licence with its own name
+    if licence == "other":  # on the hub, a licence with its own name
         licence = fields.get("license_name", licence)
     return licence if isinstance(licence, str) else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_lightning.errors import PlanError
-from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantizer
+from grasp_lightning.models.checkpoint import attach_quantizer, check_not_quantized
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import dense_shape
 from grasp_lightning.models.operations import applier_of
@@ -33,7 +33,7 @@ def apply_operations(
     for operation in operations:
         applier_of(operation).apply(view, operation, tensors)
     if is_sharded(view.model):
-        gc.collect()  # a sharded module and what brings its parts together hold each other
+        gc.collect()  # sharded modules and their FSDP state form reference cycles
     attach_quantizer(view.model)
 
 
@@ -76,7 +76,7 @@ def parameters_after(view: DecoderView, operations: Sequence[Operation]) -> int:
     new, dropped = _checked(view, operations)
     gone = {id(module) for index in dropped for module in view.layer(index).modules()}
     shapes = {id(view.module(name)): shape for name, shape in new.items()}
-    # By identity, and through every owner: a weight tied to one that stays does not go away.
+    # By identity and through every owner: a weight tied to a remaining one remains.
     kept: dict[int, int] = {}
     added = 0
     for module in view.model.modules():
@@ -98,12 +98,7 @@ def _checked(
     view: DecoderView, operations: Sequence[Operation]
 ) -> tuple[dict[str, LinearShape], set[int]]:
     """Check operations; return the shapes of replaced linears by name, and the dropped layers."""
-    foreign = foreign_quantizer(view.model)
-    if foreign is not None:
-        raise PlanError(
-            f"the model is quantized with {foreign}; expected floating-point weights, so load it "
-            f"dequantized and without its quantization state"
-        )
+    check_not_quantized(view.model, PlanError)
     new: dict[str, LinearShape] = {}
     left = set(view.layer_indices)
     for operation in operations:

@@ -27,9 +27,9 @@ from grasp_lightning.models.source import first_line
 logger = logging.getLogger(__name__)
 
 _PATIENCE, _PATIENCE_PER_GB = 600.0, 60.0  # seconds
-_BYTES_BESIDE = 10**9  # of an interpreter with torch, and of activations
+_BYTES_BESIDE = 10**9  # for an interpreter with torch, and activations
 _SAFETY = 1.2
-# A process that computes alone, on the CPU, and asks no hub.
+# The process computes alone and on the CPU, without the hub.
 _SHARED = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -37,7 +37,7 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore",
 }
-# What the code of a family raises where it cannot generate.
+# Errors of a family's code that cannot generate.
 _ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
 
 
@@ -156,7 +156,9 @@ class _Interpreter:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         root = str(Path(__file__).parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        own = {key: value for key, value in os.environ.items() if key not in _SHARED}
+        env = {key: value for key, value in os.environ.items() if key not in _SHARED}
+        env |= _ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        env["PYTHONPATH"] = os.pathsep.join(paths)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", reloading.__name__],
             stdin=subprocess.PIPE,
@@ -164,12 +166,7 @@ class _Interpreter:
             stderr=self._errors,
             bufsize=0,
             cwd=root,
-            env={
-                **own,
-                **_ENVIRONMENT,
-                "OMP_NUM_THREADS": str(torch.get_num_threads()),
-                "PYTHONPATH": os.pathsep.join(paths),
-            },
+            env=env,
             start_new_session=True,  # Ctrl-C is for the process that waits
         )
         atexit.register(self.end)
