@@ -93,7 +93,7 @@ def skipped_modules(module: nn.Module, name: str) -> Iterator[str]:
 
 
 def is_expert_part(name: str, module: nn.Module) -> bool:
-    """Return whether a module, named so in its parent, is a mixture of experts or a part of one."""
+    """Return whether a module of this name is a mixture of experts, its experts, or its router."""
     return _is_experts(name, module) or name == _ROUTER or _holds_experts(module)
 
 

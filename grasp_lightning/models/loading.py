@@ -265,7 +265,7 @@ def _dtype_of(config: ModelConfig, source: ModelSource) -> torch.dtype | str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence what transformers logs below an error; progress bars stay."""
+    """Silence logs of transformers below an error; progress bars stay."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     try:

@@ -301,7 +301,7 @@ def _is_shape(value: object) -> bool:
 def _linear_in_model(
     model: PreTrainedModel, names: AbstractSet[str], stored: str
 ) -> tuple[str, nn.Linear | Conv1D]:
-    """Return name and module of a dense linear in a model, whose prefix may be another."""
+    """Return name and module of a dense linear, with or without the prefix of the base model."""
     prefix = f"{model.base_model_prefix}."
     candidates = (stored, stored.removeprefix(prefix), prefix + stored)
     module = next((name for name in candidates if name in names), None)

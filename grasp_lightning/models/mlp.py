@@ -14,7 +14,7 @@ _PARTS = ([1], [1, 1], [2])
 
 
 class Mlp(NamedTuple):
-    """The linears that read the hidden channels of an MLP and write them, in module order."""
+    """Full names of the linears that read and that write the hidden channels of an MLP."""
 
     reader: str
     writers: tuple[str, ...]

@@ -48,7 +48,7 @@ def _plain(module: nn.Module) -> dict[str, bool | int | float | str]:
 
 
 def renumber_layer(layer: nn.Module, old: int, new: int) -> None:
-    """Change the layer number in all modules of a layer; other numbers count otherwise and stay."""
+    """Replace a layer's old number in its modules; a different number means something else."""
     for module in layer.modules():
         for name in _NUMBER_NAMES:
             if getattr(module, name, None) == old:

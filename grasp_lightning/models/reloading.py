@@ -60,7 +60,7 @@ def behaviour(model: PreTrainedModel, *, generates: bool) -> dict[str, Tensor]:
 
 
 def difference(folder: Path, request: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
-    """Load a saved model and return how it differs from what is expected; empty if it does not.
+    """Load a saved model and return how it differs from the expected one; empty if it does not.
 
     Args:
         folder: The saved model.

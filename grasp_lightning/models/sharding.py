@@ -72,7 +72,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def check_runs(model: PreTrainedModel) -> None:
-    """Raise a ``ModelError`` if a model reads sharded weights itself; call in all processes."""
+    """Raise a ``ModelError`` if a model cannot run sharded; all processes must call this."""
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
     try:
         with torch.no_grad():

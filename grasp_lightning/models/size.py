@@ -11,7 +11,7 @@ from grasp_lightning.models.lowrank import dense_shape, low_rank_linears, narrow
 
 
 class LinearShape(NamedTuple):
-    """A linear of a decoder layer, with as many outputs as rows and inputs as columns.
+    """A linear of a decoder layer; rows are its outputs, columns its inputs.
 
     Attributes:
         rank: Rank of its factors; None if it is dense.

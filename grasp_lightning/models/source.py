@@ -182,7 +182,7 @@ def _hub_source(config: ModelConfig) -> ModelSource:
 
 
 def pinned(source: ModelSource) -> ModelSource:
-    """Return a source, of a hub model with the commit as its revision, so that its files match.
+    """Pin a hub model to one commit, so that its files match; return other sources unchanged.
 
     A cached model is opened from its folder: transformers would ask the hub for each file that the
     model lacks, and five times so without a network.

@@ -31,7 +31,7 @@ class Factorize(Applier[FactorizeLinear]):
     def check(self, operation: FactorizeLinear, site: Site) -> None:
         """Check that rank and components are in range."""
         module, rank = operation.module, operation.rank
-        largest = min(site.dense[module].rows, site.dense[module].columns)
+        largest = site.dense[module].num_components
         if not 1 <= rank <= largest:
             raise PlanError(f"rank of {module} must be from 1 to {largest}, the plan says {rank}")
         components = operation.components
