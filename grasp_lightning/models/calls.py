@@ -1,9 +1,10 @@
-"""How decoder layers are called: what goes in, what comes out, and where it stops being finite."""
+"""How decoder layers are called: their inputs, their outputs, and where these stop being finite."""
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,60 +20,31 @@ _NUM_DIMENSIONS = 3  # of hidden states
 
 
 def hidden_input(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
-    """Return the hidden states that a decoder layer was called with.
-
-    Args:
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-
-    Returns:
-        The hidden states, ``(B, T, D)``; those of other dimensions are a ``ModelError``.
-
-    Raises:
-        TypeError: If the layer was called in a way that no supported family uses.
-    """
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(hidden, Tensor):
-        raise TypeError(f"expected hidden states as first argument, got {type(hidden).__name__}")
-    _check_dimensions(hidden)
-    return hidden
+    """Return the hidden states, ``(B, T, D)``, that a decoder layer was called with."""
+    return _hidden(args[0] if args else kwargs.get("hidden_states"), "first argument")
 
 
 def hidden_output(output: object) -> Tensor:
-    """Return the hidden states that a decoder layer gave back, bare or first in a tuple.
+    """Return the hidden states, ``(B, T, D)``, in the output of a layer, bare or in a tuple."""
+    return _hidden(output[0] if isinstance(output, tuple) else output, "layer output")
 
-    Args:
-        output: What the layer returned.
 
-    Returns:
-        The hidden states, ``(B, T, D)``; those of other dimensions are a ``ModelError``.
-
-    Raises:
-        TypeError: If there are none.
-    """
-    hidden = output[0] if isinstance(output, tuple) else output
+def _hidden(hidden: object, place: str) -> Tensor:
     if not isinstance(hidden, Tensor):
-        raise TypeError(f"expected hidden states as layer output, got {type(hidden).__name__}")
-    _check_dimensions(hidden)
-    return hidden
-
-
-def _check_dimensions(hidden: Tensor) -> None:
+        raise TypeError(f"expected hidden states as {place}, got {type(hidden).__name__}")
     if hidden.ndim != _NUM_DIMENSIONS:
         raise ModelError(
             f"the decoder layers pass on hidden states of shape {tuple(hidden.shape)}, expected "
             f"(windows, tokens, features): this family is not supported"
         )
+    return hidden
 
 
 def leave_uncalled(view: DecoderView) -> None:
-    """Leave linears dense that the model does not call, by one short pass, and name them.
+    """Find the linears that the model does not call, by a short pass, and leave them dense.
 
-    Mamba multiplies by the weight of one of its linears itself. Nothing can be measured of such a
-    linear, and as factors it would save no time. All processes that share a model must do so.
-
-    Args:
-        view: The model; what is left is no longer among its linears.
+    Mamba, for one, multiplies by the weight of a linear itself: nothing can be measured there, and
+    factors would save no time. Processes that share a model must call this together.
 
     Raises:
         ModelError: If the model calls none of its linears.
@@ -82,8 +54,7 @@ def leave_uncalled(view: DecoderView) -> None:
     def count(name: str) -> Callable[..., None]:
         return lambda *_: calls.update([name])
 
-    def look(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        del module
+    def look(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         hidden_input(args, kwargs)
 
     names = [name for index in view.layer_indices for name in view.dense_modules(index)]
@@ -113,31 +84,14 @@ def leave_uncalled(view: DecoderView) -> None:
 
 
 def check_length(view: DecoderView, length: int, key: str) -> None:
-    """Refuse windows that are longer than the model has positions.
-
-    Args:
-        view: The model.
-        length: Most tokens of a window or sample.
-        key: Its key in the configuration, for the message.
-
-    Raises:
-        ConfigError: If the windows are too long.
-    """
+    """Raise a ``ConfigError`` if windows, set by a key, are longer than the model has positions."""
     positions = getattr(view.model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and length > positions:
         raise ConfigError(f"{key} is {length}, but the model has {positions} positions")
 
 
 def check_vocabulary(view: DecoderView, input_ids: Tensor) -> None:
-    """Refuse a tokenizer that gives ids which the model does not know.
-
-    Args:
-        view: The model.
-        input_ids: Token ids, any shape, not empty.
-
-    Raises:
-        ModelError: If an id is beyond the embedding.
-    """
+    """Raise a ``ModelError`` if a token id, of any non-empty shape, exceeds the embedding."""
     weight = view.model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)  # every family embeds its tokens
     size = weight.shape[0]
@@ -150,18 +104,10 @@ def check_vocabulary(view: DecoderView, input_ids: Tensor) -> None:
 
 
 def find_non_finite(view: DecoderView, inputs: Mapping[str, Tensor], losses: Tensor) -> str | None:
-    """Return in words where a forward pass first gave NaN or infinity, None if it did not.
+    """Return in words where a pass with given losses first gave NaN or infinity; None if nowhere.
 
-    Processes that share a sharded model must all ask after each pass: it takes all of them to run
-    the model once more, and they get one answer.
-
-    Args:
-        view: The model.
-        inputs: Keyword arguments of the pass.
-        losses: What followed from its output.
-
-    Returns:
-        As ``locate_non_finite``.
+    Processes that share a sharded model must all call this after each pass, since it may run the
+    model again. They get the same answer.
     """
     is_bad = not bool(losses.isfinite().all())
     if not is_sharded(view.model):
@@ -173,32 +119,16 @@ def find_non_finite(view: DecoderView, inputs: Mapping[str, Tensor], losses: Ten
 
 
 def locate_non_finite(view: DecoderView, inputs: Mapping[str, Tensor]) -> str:
-    """Return in words where a forward pass first gives NaN or infinity.
-
-    Args:
-        view: The model.
-        inputs: Keyword arguments with which the model gave NaN or infinity.
-
-    Returns:
-        The first decoder layer whose output is not finite, or the language-model head.
-    """
+    """Return in words where a pass first gives NaN or infinity: a layer, or else the head."""
     bad: list[int] = []
+
+    def note(index: int, _module: nn.Module, _args: object, output: object) -> None:
+        if not hidden_output(output).isfinite().all():
+            bad.append(index)
+
     with ExitStack() as stack, torch.no_grad():
         for index in view.layer_indices:
-            hook = _NoteNonFinite(index, bad)
-            stack.callback(view.layer(index).register_forward_hook(hook).remove)
+            handle = view.layer(index).register_forward_hook(partial(note, index))
+            stack.callback(handle.remove)
         view.model(**inputs, use_cache=False)
     return f"the output of decoder layer {bad[0]}" if bad else "the language-model head"
-
-
-class _NoteNonFinite:
-    """Forward hook that notes a layer whose output holds NaN or infinity."""
-
-    def __init__(self, index: int, bad: list[int]) -> None:
-        self._index = index
-        self._bad = bad
-
-    def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        del module, args
-        if not hidden_output(output).isfinite().all():
-            self._bad.append(self._index)

@@ -1,4 +1,4 @@
-"""Saving a changed model as an ordinary Hugging Face folder."""
+"""Saves a model as an ordinary Hugging Face folder."""
 
 import inspect
 import json
@@ -10,7 +10,7 @@ import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from grasp_lightning.errors import ModelError, OutputError
+from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.models import lowrank
 from grasp_lightning.models.lowrank import (
     QUANT_METHOD,
@@ -25,8 +25,7 @@ from grasp_lightning.models.source import first_line
 
 _AUTO_CONFIG = "AutoConfig"
 
-# Auto classes through which a saved model opens on machines without the package, if its family has
-# them.
+# Auto classes that open a saved model without the package, if its family has them.
 _AUTO_CLASSES = {
     "AutoModel": transformers.MODEL_MAPPING,
     "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -35,7 +34,7 @@ _AUTO_CLASSES = {
 }
 
 # Bound methods of the family's own class: it does the loading, so that its key conversions and
-# every other rule that transformers ties to its own classes stay in force.
+# other rules that transformers ties to its classes apply.
 _REMOTE_CLASS = '''
 
 class Grasp{name}({origin}):
@@ -44,8 +43,6 @@ class Grasp{name}({origin}):
     from_pretrained = {origin}.from_pretrained
 '''
 _REMOTE_MODEL = _REMOTE_CLASS + "    _from_config = {origin}._from_config\n"
-
-_DYNAMIC_MODULES = "transformers_modules."  # where transformers imports the code of a checkpoint
 
 
 def save_model(
@@ -57,32 +54,36 @@ def save_model(
 ) -> None:
     """Write a model, changed or not, as a folder that ``from_pretrained`` opens.
 
-    A model with low-rank or narrowed linears gets a ``quantization_config`` that names them, and a
-    generated ``modeling_grasp.py`` for machines without grasp_lightning. It loads after ``import
-    grasp_lightning``, or with ``trust_remote_code=True``; with neither, loading stops with an
-    error. A model whose layers were only dropped becomes a plain folder. Weight files of an
-    earlier save in the folder are deleted. The model stays usable, and can be saved again.
+    With low-rank or narrowed linears, the config names them in ``quantization_config``, and the
+    folder gets a generated ``modeling_grasp.py``. Such a model loads after ``import
+    grasp_lightning`` or with ``trust_remote_code=True``; otherwise loading stops with an error.
+    Weight files of an earlier save in the folder are deleted. The model stays usable and can be
+    saved again.
 
     Args:
         model: The model, in any dtype.
-        folder: Where to write; created if absent.
-        tokenizer: Saved beside the model.
-        max_shard_size: Largest size of one weight file, in bytes or as text such as ``5GB``.
+        folder: Created if absent.
+        tokenizer: Saved with the model.
+        max_shard_size: Maximum size of a weight file, in bytes or as text such as ``5GB``.
 
     Raises:
-        ModelError: If the model is quantized by another method, a low-rank linear has as many ranks
-            as output features, or the config would rebuild another model.
+        ModelError: If another method quantized the model, a low-rank linear has as many ranks as
+            output features, or the config would rebuild another model.
     """
     path = Path(folder)
-    _check_saveable(model)
+    check_not_quantized(model, ModelError)
+    try:
+        check_fails_closed(model)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
     attach_quantizer(model)
     problem = rebuild_problem(model)
     if problem is not None:
         raise ModelError(problem)
     path.mkdir(parents=True, exist_ok=True)
     _delete_earlier_save(path)
-    # The keys of the model in memory: transformers' reverse conversions to an older layout may
-    # split or permute tensors, and know nothing of factors.
+    # Keep the keys of the model in memory: transformers' reverse conversions to an older layout may
+    # split or permute tensors, and do not know factors.
     save_original_format = not has_replaced(model)
     model.save_pretrained(
         path, max_shard_size=max_shard_size, save_original_format=save_original_format
@@ -94,14 +95,7 @@ def save_model(
 
 
 def foreign_quantizer(model: PreTrainedModel) -> str | None:
-    """Return the name of a quantization method on the model that is not this one.
-
-    Args:
-        model: Any Hugging Face model.
-
-    Returns:
-        For example ``gguf`` or ``bitsandbytes``; None if there is none, or only ours.
-    """
+    """Return the name of another quantization method on a model, such as ``gguf``, if any."""
     quantizer = getattr(model, "hf_quantizer", None)
     config = getattr(model.config, "quantization_config", None)
     config = quantizer.quantization_config if quantizer is not None else config
@@ -114,11 +108,8 @@ def foreign_quantizer(model: PreTrainedModel) -> str | None:
 def attach_quantizer(model: PreTrainedModel) -> None:
     """Make ``save_pretrained`` store the replaced linears of a model changed in memory.
 
-    Without it the factors would be written under keys that no loader expects, and narrowed weights
-    in shapes that none does. A model without replaced linears loses what an earlier call attached.
-
-    Args:
-        model: A model without a foreign quantizer.
+    Without it, factors and narrowed weights would get keys and shapes that no loader expects. A
+    model without replaced linears loses its quantizer. It must not have a foreign one.
     """
     holder: Any = model  # Any: transformers does not declare the attributes it sets
     if has_replaced(model):
@@ -128,34 +119,31 @@ def attach_quantizer(model: PreTrainedModel) -> None:
         holder.hf_quantizer.remove_quantization_config(model)
 
 
-def _check_saveable(model: PreTrainedModel) -> None:
+def check_not_quantized(model: PreTrainedModel, error: type[GraspError]) -> None:
+    """Raise an error if a model has a quantizer of another method."""
     foreign = foreign_quantizer(model)
     if foreign is not None:
-        raise ModelError(
+        raise error(
             f"the model is quantized with {foreign}; expected floating-point weights, so load it "
             f"dequantized and without its quantization state"
         )
-    try:
-        check_fails_closed(model)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
 
 
 def _delete_earlier_save(path: Path) -> None:
-    """Delete weights that from_pretrained would prefer to, or mix with, the ones to be written."""
+    """Delete weights that from_pretrained would prefer to, or mix with, the new ones."""
     stale = [path / "model.safetensors", path / "model.safetensors.index.json"]
     for file in (*stale, *path.glob("model-*-of-*.safetensors"), path / f"{REMOTE_MODULE}.py"):
         file.unlink(missing_ok=True)
 
 
 def _write_remote_code(model: PreTrainedModel, path: Path) -> None:
-    """Write what opens a saved model on machines without the package, and name it in its config.
+    """Write the code that opens a saved model without the package, and register it in its config.
 
     A checkpoint with code of its own keeps its model classes: reading its config registers ours.
     """
     config_class, is_custom = type(model.config), _is_remote(type(model))
     if not (is_custom or type(model).__module__.startswith("transformers.")):
-        return  # a class of the caller's own program, which no folder can bring along
+        return  # a class of the caller's program, which a folder cannot contain
     classes = {_AUTO_CONFIG: config_class} | ({} if is_custom else _model_classes(config_class))
     code = [inspect.getsource(lowrank), "\n\nimport transformers  # noqa: E402\n"]
     for auto, found in classes.items():
@@ -175,7 +163,7 @@ def _write_remote_code(model: PreTrainedModel, path: Path) -> None:
 
 
 def _model_classes(config_class: type[PreTrainedConfig]) -> dict[str, type]:
-    """Return auto class -> class of transformers that it opens for a family."""
+    """Return the class of transformers that each auto class opens for a family."""
     classes: dict[str, type] = {}
     for auto, mapping in _AUTO_CLASSES.items():
         if config_class in mapping:
@@ -185,22 +173,12 @@ def _model_classes(config_class: type[PreTrainedConfig]) -> dict[str, type]:
 
 
 def _is_remote(found: type) -> bool:
-    return found.__module__.startswith(_DYNAMIC_MODULES)
+    """Return whether transformers imported a class from the code of a checkpoint."""
+    return found.__module__.startswith("transformers_modules.")
 
 
 def push_folder(folder: Path, repository: str) -> str:
-    """Upload a model folder to a repository on the hub, which is made if it does not exist.
-
-    Args:
-        folder: What is uploaded.
-        repository: Name, such as ``owner/name``.
-
-    Returns:
-        Address of the upload.
-
-    Raises:
-        OutputError: If the hub cannot be reached, or refuses.
-    """
+    """Upload a model folder to a hub repository, created if absent, and return its address."""
     try:
         huggingface_hub.create_repo(repository, exist_ok=True)
         return str(huggingface_hub.upload_folder(repo_id=repository, folder_path=folder))

@@ -1,4 +1,4 @@
-"""Whether a model has all that its checkpoint has, and nothing that its config does not build."""
+"""Checks that a loaded model matches its checkpoint and its config."""
 
 import copy
 import logging
@@ -19,24 +19,16 @@ from grasp_lightning.models.source import first_line
 
 logger = logging.getLogger(__name__)
 
-_MAX_NAMED = 3  # tensors that one message names
-_LEAST_SHARE = 0.0005  # of the parameters that a message states
-# Masks, positions and rotary tables, which a model computes itself.
+_MAX_NAMED = 3  # tensors named in one message
+_LEAST_SHARE = 0.0005  # of the parameters, to be stated in a message
+# Masks, positions and rotary tables that a model computes itself.
 _COMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_complete(name: str, report: Mapping[str, Any]) -> None:  # Any: mixed report
-    """Refuse a model of which a part was not in its checkpoint.
-
-    Args:
-        name: What messages call the model.
-        report: What transformers says of loading it.
-
-    Raises:
-        ModelError: If a tensor is missing, has another shape, or cannot be converted.
-    """
+    """Raise a ``ModelError`` if the loading report of transformers names tensors not loaded."""
     mismatched = [
         f"{key} is {tuple(stored)}, expected {tuple(wanted)}"
         for key, stored, wanted in sorted(report["mismatched_keys"])
@@ -55,18 +47,7 @@ def check_complete(name: str, report: Mapping[str, Any]) -> None:  # Any: mixed 
 
 
 def check_config_builds(name: str, model: PreTrainedModel) -> None:
-    """Refuse a model with modules that its config does not build, such as those of an adapter.
-
-    It could be neither counted nor saved as what it is. Low-rank and narrowed linears are known,
-    and so is what quantizers of transformers put in.
-
-    Args:
-        name: What messages call the model.
-        model: The loaded model.
-
-    Raises:
-        ModelError: If a module is of another class than the config says.
-    """
+    """Refuse modules that the config does not build, such as adapters: they cannot be saved."""
     if foreign_quantizer(model) is not None:
         return
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -96,20 +77,21 @@ def warn_of_rest(
     unexpected: AbstractSet[str] = frozenset(),
     stored: Shapes | None = None,
 ) -> None:
-    """Name in one warning what of a checkpoint the loaded model does not have.
+    """Warn about the parts of a checkpoint that the loaded model does not have.
 
     Args:
         name: What messages call the model.
         model: The loaded model, or one on the meta device.
         architectures: Classes of the checkpoint, as its config.json names them.
-        unexpected: Tensors that transformers says it had no place for.
-        stored: Shapes of what the weight files hold; None if they were not read.
+        unexpected: Tensors that transformers found no place for.
+        stored: Shapes in the weight files; None if they were not read.
     """
     stored = stored or {}
     rest = unexpected | _ignored(model, stored)
     share = _share(rest, stored)
     own, loaded = (architectures or [type(model).__name__])[0], type(model).__name__
-    if own != loaded and (rest or not stored) and _has_towers(own):
+    is_text_only = own.endswith(("ForCausalLM", "Model"))
+    if own != loaded and (rest or not stored) and not is_text_only:
         parts = _some(_parts(rest, stored)) if rest else f"what else a {own} has"
         logger.warning(
             "%s is a %s, loaded as %s: the result is a text-only model, without %s%s, and all "
@@ -129,13 +111,8 @@ def warn_of_rest(
         )
 
 
-def _has_towers(architecture: str) -> bool:
-    """Return whether a class is that of a model of more than text."""
-    return not architecture.endswith(("ForCausalLM", "Model"))
-
-
 def _ignored(model: PreTrainedModel, stored: Shapes) -> set[str]:
-    """Return the stored tensors that the class of a model silently leaves out."""
+    """Return the stored tensors that the class of a model silently ignores."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     if not patterns:
         return set()
@@ -150,7 +127,7 @@ def _ignored(model: PreTrainedModel, stored: Shapes) -> set[str]:
 
 def _share(rest: AbstractSet[str], stored: Shapes) -> str:
     sizes = {key: math.prod(shape) for key, shape in stored.items()}
-    # transformers renames some tensors before it finds no place for them.
+    # transformers may rename tensors before it reports them as unexpected.
     renamed = tuple(key for key in rest if key not in sizes)
     left = sum(
         size
@@ -162,7 +139,7 @@ def _share(rest: AbstractSet[str], stored: Shapes) -> str:
 
 
 def _parts(rest: AbstractSet[str], stored: Shapes) -> list[str]:
-    """Return the modules that hold nothing but what is left out."""
+    """Return the modules of which no tensor is used."""
     kept = {prefix for key in stored.keys() - rest for prefix in _prefixes(key)}
     return sorted({next((p for p in _prefixes(key) if p not in kept), key) for key in rest})
 

@@ -16,26 +16,21 @@ from grasp_lightning.models.linears import (
     skipped_modules,
 )
 from grasp_lightning.models.lowrank import has_replaced
-from grasp_lightning.models.numbering import (
-    number_dependent_option,
-    renumber_layer,
-    shorten_config,
-)
+from grasp_lightning.models.numbering import number_dependent_option, renumber_layer, shorten_config
 
 logger = logging.getLogger(__name__)
 
 
 class DecoderView:
-    """Decoder layers and linears of a model, under the names and numbers of the original model.
+    """Decoder layers and linears of a model, under their original names and numbers.
 
-    Names and numbers stay valid after layers were dropped: "original" means at the time this view
-    was made. Works on the meta device too.
+    "Original" means when this view was made; names and numbers stay valid after layers are dropped.
+    Works on the meta device too.
 
     Attributes:
-        model: The model that is looked at.
         layers_name: Full name of the list of decoder layers, for example ``model.layers``.
         num_layers: Number of decoder layers of the original model.
-        layer_indices: Original index of every layer that is still there, ascending.
+        layer_indices: Original numbers of the layers that remain, ascending.
 
     Args:
         model: A decoder-only language model, with or without its head.
@@ -66,96 +61,43 @@ class DecoderView:
         self._left_out: frozenset[str] = frozenset()
 
     def layer(self, index: int) -> nn.Module:
-        """Return one decoder layer; a ``ModelError`` says that it is not, or no longer, there.
-
-        Args:
-            index: Its number in the original model.
-
-        Returns:
-            The module.
-        """
+        """Return a decoder layer; a ``ModelError`` if it does not exist or was dropped."""
         return self._layers[self._position(index)]
 
     def linears(self, index: int) -> dict[str, DenseLinear]:
-        """Return the dense linears of one decoder layer, in module order, weights as ``(N, M)``.
+        """Return the dense linears of a layer by original name, in module order.
 
-        The two factors of a low-rank linear are not among them, nor narrowed linears, nor what
-        ``skipped`` names; the first call that leaves something out says so in a warning. A
-        ``ModelError`` says that the layer is not, or no longer, there.
-
-        Args:
-            index: The layer's number in the original model.
-
-        Returns:
-            Full name in the original model -> linear: the ``nn.Linear`` itself, or an adapter of
-            a ``Conv1D``.
+        Weights are ``(N, M)``. The linears exclude low-rank and narrowed linears, and ``skipped``
+        ones; the first call that skips any logs a warning.
         """
         self._warn_of_skipped(index)
         return {name: as_linear(module) for name, module in self.dense_modules(index).items()}
 
     def all_linears(self) -> dict[str, DenseLinear]:
-        """Return the ``linears`` of all decoder layers that are there, in model order.
-
-        Returns:
-            Full name in the original model -> linear.
-        """
+        """Return the ``linears`` of all remaining layers by original name, in model order."""
         return {n: linear for i in self.layer_indices for n, linear in self.linears(i).items()}
 
     def dense_modules(self, index: int) -> dict[str, DenseModule]:
-        """Return the modules behind ``linears``, without a warning.
-
-        Args:
-            index: The layer's number in the original model.
-
-        Returns:
-            Full name in the original model -> module.
-        """
+        """Return the modules behind ``linears`` by original name, without a warning."""
         found = dense_modules(self.layer(index), self._layer_name(index))
         return {name: module for name, module in found if name not in self._left_out}
 
     def leave_out(self, modules: Iterable[str]) -> None:
-        """Count some linears no longer among those that can be replaced.
-
-        Args:
-            modules: Full names in the original model.
-        """
+        """Exclude linears, by original name, from those that can be replaced."""
         self._left_out |= frozenset(modules)
 
     def skipped(self, index: int) -> tuple[str, ...]:
-        """Return what is left out of a decoder layer's linears: parts of a mixture of experts.
-
-        Args:
-            index: The layer's number in the original model.
-
-        Returns:
-            Full names in the original model: experts, router, shared expert and its gate.
-        """
+        """Return the original names of the parts of a layer that belong to a mixture of experts."""
         return tuple(skipped_modules(self.layer(index), self._layer_name(index)))
 
     def layer_of(self, module: str) -> int | None:
-        """Return the original number of the decoder layer that a module name lies in.
-
-        Args:
-            module: Full name in the original model; not checked to exist.
-
-        Returns:
-            The number, or None for a module outside the layer list.
-        """
+        """Return the original layer number in a module's original name; None outside the layers."""
         number = module.removeprefix(f"{self.layers_name}.").partition(".")[0]
         inside = module.startswith(f"{self.layers_name}.") and number.isdecimal()
         return int(number) if inside else None
 
     def current_name(self, module: str) -> str:
-        """Return the name that a module has now, after layers before it may have been dropped.
-
-        A ``ModelError`` says that its layer is not, or no longer, there.
-
-        Args:
-            module: Full name in the original model.
-
-        Returns:
-            Full name in the present model; not checked to exist outside the layer list.
-        """
+        """Return the present name of a module; a ``ModelError`` if its layer was dropped."""
         index = self.layer_of(module)
         if index is None:
             return module
@@ -163,44 +105,25 @@ class DecoderView:
         return f"{self.layers_name}.{self._position(index)}{rest}"
 
     def module(self, module: str) -> nn.Module:
-        """Return a module.
-
-        Args:
-            module: Full name in the original model.
-
-        Returns:
-            The module.
-
-        Raises:
-            ModelError: If there is no such module, or its layer was dropped.
-        """
+        """Return a module by original name; a ``ModelError`` if there is none."""
         try:
             return self.model.get_submodule(self.current_name(module))
         except AttributeError:
             raise ModelError(f"{type(self.model).__name__} has no module {module}") from None
 
     def set_module(self, module: str, new: nn.Module) -> None:
-        """Put another module in the place of one; a ``ModelError`` says that it is not there.
-
-        Args:
-            module: Full name in the original model.
-            new: The module that takes its place.
-        """
+        """Replace a module, by original name; a ``ModelError`` if there is none."""
         self.module(module)
         self.model.set_submodule(self.current_name(module), new)
 
     def drop(self, indices: Iterable[int]) -> None:
-        """Delete decoder layers, and renumber all that holds a layer number or one entry per layer.
+        """Delete decoder layers by original number, and renumber the rest in modules and config.
 
-        These are the modules' own numbers (the cache of keys and values is addressed by them),
-        ``num_hidden_layers``, and lists of the config.
-
-        Args:
-            indices: Numbers of the layers in the original model.
+        The cache is addressed by the numbers in the modules. Lists of the config with one entry per
+        layer are shortened too.
 
         Raises:
-            ModelError: If a layer is not there, none would be left, or layers compute with their
-                numbers.
+            ModelError: If no layer would remain.
         """
         self.check_droppable()
         gone = set(indices)
@@ -219,15 +142,11 @@ class DecoderView:
 
     @property
     def number_dependent_option(self) -> str | None:
-        """The option by which layers compute with their numbers, so that none can be dropped."""
+        """The option that makes layers compute with their numbers, so that none can be dropped."""
         return number_dependent_option(self.model.config)
 
     def check_droppable(self) -> None:
-        """Check that layers stay what they are under new numbers.
-
-        Raises:
-            ModelError: If the config makes layers compute with their numbers.
-        """
+        """Raise a ``ModelError`` if the config makes layers compute with their numbers."""
         option = self.number_dependent_option
         if option is not None:
             raise ModelError(
@@ -264,14 +183,7 @@ class DecoderView:
 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Keep a model in eval mode, with no trainable parameters and no cache of keys and values.
-
-    Args:
-        model: The model; its state is restored on exit, also after an exception.
-
-    Yields:
-        Nothing.
-    """
+    """Keep a model in eval mode, without trainable parameters or cache; restore it on exit."""
     training = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     caching = [(c, c.use_cache) for c in _configs(model) if hasattr(c, "use_cache")]
@@ -311,13 +223,13 @@ def _find_layers(model: PreTrainedModel) -> nn.ModuleList | None:
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Return the distinct configs that the model and its decoder read; usually it is one."""
+    """Return the distinct configs that the model and its decoder read, usually one."""
     configs = [model.config, model.config.get_text_config(), *_held_configs(model)]
     return list({id(config): config for config in configs}.values())
 
 
 def _layer_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Return the distinct configs that count decoder layers, those of single modules included."""
+    """Return the distinct configs that count decoder layers, including those of single modules."""
     configs = [model.config.get_text_config(), *_held_configs(model)]
     counting = [c for c in configs if getattr(c, "num_hidden_layers", None) is not None]
     return list({id(config): config for config in counting}.values())

@@ -1,4 +1,4 @@
-"""The device that a model is put on."""
+"""The device of a model."""
 
 import os
 
@@ -8,23 +8,13 @@ from grasp_lightning.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that a name means, after a check that this machine has it.
-
-    Args:
-        name: ``auto`` (CUDA device of this process, else cpu), ``cpu``, ``cuda``, ``cuda:1``, ...
-
-    Returns:
-        The device.
-
-    Raises:
-        ConfigError: If the name is no device, or this machine has no such device.
-    """
+    """Return the device for ``cpu``, ``cuda``, ``cuda:1``, ..., or ``auto`` (CUDA, else cpu)."""
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        # One of several processes on this machine takes a device of its own.
+        # Each process on this machine takes its own device.
         _check_devices(torch.cuda.device_count())
-        # The remainder: srun may show each process a device of its own, and no other.
+        # The remainder, since srun may show each process only its own device.
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     try:

@@ -1,4 +1,4 @@
-"""Which decoder layers a model can do without, tried on the meta device before anything is done."""
+"""Which decoder layers can be dropped, tried on the meta device."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,8 +13,8 @@ from grasp_lightning.models.numbering import unnumbered_settings
 from grasp_lightning.models.rebuilding import rebuild_problem, rebuilt_empty
 from grasp_lightning.models.source import first_line
 
-_CACHES = ("past_key_values", "cache_params", "state")  # what outputs of families call it
-# What the code of a family raises where it does not fit its own layers.
+_CACHES = ("past_key_values", "cache_params", "state")  # names of the cache in outputs
+# Errors of a family's code that does not fit its own layers.
 _ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
 
 _droppable: WeakKeyDictionary[DecoderView, dict[tuple[int, ...], tuple[int, ...]]] = (
@@ -23,18 +23,11 @@ _droppable: WeakKeyDictionary[DecoderView, dict[tuple[int, ...], tuple[int, ...]
 
 
 def drop_problem(view: DecoderView, layers: Iterable[int]) -> str | None:
-    """Return why a model would not be whole without some of its decoder layers.
+    """Return in one line why layers, by original number, cannot be dropped; None if they can.
 
-    Its config must build what is left. Where a kind of layer is gone, such as the last attention
-    of a hybrid, two steps with a cache are tried on the meta device, too. A family that cannot be
-    run there is not judged.
-
-    Args:
-        view: The model; its weights may be on the meta device.
-        layers: Numbers of the layers in the original model.
-
-    Returns:
-        One line; None if there is no reason.
+    The config must build the remaining model. If a kind of layer disappears, such as the last
+    attention of a hybrid, two steps with a cache must run on the meta device too, unless the family
+    cannot run there at all. The model itself may be on the meta device.
     """
     trial = DecoderView(rebuilt_empty(view.model))
     kinds = _kinds(trial)
@@ -57,14 +50,10 @@ def drop_problem(view: DecoderView, layers: Iterable[int]) -> str | None:
 
 
 def droppable_layers(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
-    """Return the layers of which any may be dropped, alone or together.
+    """Return those of some layers, in ascending order, that may be dropped in any combination.
 
-    Args:
-        view: The model; its weights may be on the meta device.
-        layers: Numbers of the layers to choose from, ascending.
-
-    Returns:
-        Those without which the model is still whole; of a kind that must not go, the last stays.
+    If a kind of layer must not disappear, its last layer is left out. The model may be on the meta
+    device.
     """
     key = (*view.layer_indices, -1, *layers)
     known = _droppable.setdefault(view, {})
@@ -74,7 +63,7 @@ def droppable_layers(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...
 
 
 def _find_droppable(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
-    if _are_alike(view):  # what can be said of one layer can be said of all
+    if _are_alike(view):  # then one layer stands for all
         return tuple(layers) if layers and drop_problem(view, layers[:1]) is None else ()
     found: list[int] = []
     for index in layers:
@@ -84,7 +73,7 @@ def _find_droppable(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]
 
 
 def _kinds(view: DecoderView) -> list[tuple[object, ...]]:
-    """Return what kind each decoder layer is of: its entry in the config, and its modules."""
+    """Return the kind of each decoder layer: its entry in the config, and its modules."""
     config = view.model.config.get_text_config()
     types = getattr(config, "layer_types", None) or [None] * len(view.layer_indices)
     modules = (
@@ -95,7 +84,7 @@ def _kinds(view: DecoderView) -> list[tuple[object, ...]]:
 
 
 def _are_alike(view: DecoderView) -> bool:
-    """Return whether all decoder layers are of one kind and differ in weights and numbers only."""
+    """Return whether the decoder layers differ in weights and numbers only."""
     settings = [[unnumbered_settings(m) for m in layer.modules()] for layer in _layers(view)]
     shapes = [[parameter.shape for parameter in layer.parameters()] for layer in _layers(view)]
     alike = (_kinds(view), settings, shapes)
@@ -109,7 +98,7 @@ def _layers(view: DecoderView) -> list[nn.Module]:
 def _error_with_cache(model: PreTrainedModel) -> str | None:
     """Return the error of two steps with a cache; None if they run."""
     tokens = torch.zeros((1, 4), dtype=torch.int64, device="meta")
-    # bfloat16: products of experts exist in no other type on the meta device.
+    # bfloat16 is the only dtype with products of experts on the meta device.
     run: Any = model.to(torch.bfloat16)  # type: ignore[arg-type]  # Any: outputs of every family
     try:
         with torch.no_grad():

@@ -1,7 +1,7 @@
-"""What can be known of a GGUF file before transformers reads it.
+"""Checks of a GGUF file before transformers reads it.
 
-transformers answers a damaged file with whatever its parser stumbles over, some of it after half a
-minute. Hence one look at the header and at the extent of every tensor up front.
+On a damaged file, transformers fails with unrelated errors, some after half a minute. So the header
+and the extent of every tensor are checked up front.
 """
 
 import importlib.util
@@ -20,13 +20,7 @@ _QUANTIZATION = re.compile(r"(.+)[.-]((?:I?Q\d|F16|F32|BF16|TQ\d)\w*)", re.IGNOR
 
 
 class GGUFHeader(NamedTuple):
-    """Facts of an intact GGUF file.
-
-    Attributes:
-        file_bytes: Size of the file.
-        num_elements: Number of values in all tensors.
-        licence: ``general.license``, None if the file does not say.
-    """
+    """Size in bytes, number of values, and ``general.license`` of an intact GGUF file."""
 
     file_bytes: int
     num_elements: int
@@ -34,36 +28,17 @@ class GGUFHeader(NamedTuple):
 
     @property
     def is_smaller_than_float32(self) -> bool:
-        """Whether the file takes less room than its own values do in float32."""
+        """Whether the file is smaller than its values in float32."""
         return self.file_bytes < 4 * self.num_elements
 
 
-def require_gguf() -> None:
-    """Check that the package that reads GGUF files is installed.
-
-    Raises:
-        ModelError: If it is not.
-    """
+def read_header(file: Path) -> GGUFHeader:
+    """Return the header of a GGUF file; a ``ModelError`` if its tensors are not all there."""
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(
             "a GGUF model needs the package gguf, which is not installed: "
             'pip install "grasp-lightning[quickstart]"'
         )
-
-
-def read_header(file: Path) -> GGUFHeader:
-    """Return the facts of a GGUF file, after a check that all its tensors are there.
-
-    Args:
-        file: The .gguf file.
-
-    Returns:
-        Size, number of values, and licence.
-
-    Raises:
-        ModelError: If the package gguf is missing, or the file is empty, cut short or no GGUF.
-    """
-    require_gguf()
     from gguf import GGUFReader  # noqa: PLC0415 - an optional dependency
 
     file_bytes = file.stat().st_size
@@ -72,7 +47,7 @@ def read_header(file: Path) -> GGUFHeader:
         end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
         licence = reader.get_field("general.license")
         licence_text = licence.contents() if licence is not None else None
-    # What GGUFReader raises on bytes it cannot read; it has no error class of its own.
+    # GGUFReader has no error class of its own.
     except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError) as error:
         raise ModelError(
             f"{file} is no complete GGUF file ({file_bytes} bytes): it is cut short or damaged; "
@@ -91,29 +66,13 @@ def read_header(file: Path) -> GGUFHeader:
 
 
 def display_name(file: Path) -> str:
-    """Return a name without any folder, such as ``SmolLM2-135M-Instruct (Q4_1 GGUF)``.
-
-    Args:
-        file: The .gguf file; its name alone is read.
-
-    Returns:
-        The model's name with its quantization, where the file's name tells it.
-    """
+    """Return a name from a file's name, such as ``SmolLM2-135M-Instruct (Q4_1 GGUF)``."""
     match = _QUANTIZATION.fullmatch(file.stem)
     return f"{match[1]} ({match[2]} GGUF)" if match else f"{file.stem} (GGUF)"
 
 
 def find_alias() -> Path:
-    """Return the GGUF file inside the installed wheel of the quickstart's model.
-
-    The package is found, not imported: its own dependencies are not wanted.
-
-    Returns:
-        Path of the .gguf file.
-
-    Raises:
-        ModelError: If the wheel is not installed, or holds no .gguf file.
-    """
+    """Return the GGUF file in the wheel of the quickstart's model, without importing that."""
     spec = importlib.util.find_spec(_ALIAS_PACKAGE)
     folders = (spec.submodule_search_locations or []) if spec else []
     for folder in folders:
@@ -126,7 +85,7 @@ def find_alias() -> Path:
 
 
 def alias_licence_files() -> tuple[Path, ...]:
-    """Return the licence files that came with the wheel of the quickstart's model."""
+    """Return the licence files in the wheel of the quickstart's model."""
     try:
         files = metadata.files(_ALIAS_DISTRIBUTION) or []
     except metadata.PackageNotFoundError:

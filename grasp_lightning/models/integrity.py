@@ -1,4 +1,4 @@
-"""Whether a model's weights are sound, and which weights they are."""
+"""Checks that a model's weights are finite, and fingerprints of them."""
 
 import hashlib
 
@@ -9,33 +9,21 @@ from grasp_lightning.errors import NumericsError
 
 
 def check_finite(model: nn.Module) -> None:
-    """Check that no parameter holds NaN or infinity.
-
-    Args:
-        model: Any module.
-
-    Raises:
-        NumericsError: Naming the first parameter that does.
-    """
+    """Raise a ``NumericsError`` that names the first parameter with NaN or infinity."""
     for name, parameter in model.named_parameters():
         finite = torch.isfinite(parameter)
         if not finite.all():
-            bad = finite.numel() - int(finite.sum())
+            bad, dtype = finite.numel() - int(finite.sum()), parameter.dtype
+            narrow = f", or {dtype} is too narrow for it; try model.dtype=float32"
             raise NumericsError(
                 f"weight {name} holds NaN or infinity ({bad} of {finite.numel()} values): the "
-                f"checkpoint is damaged{_or_narrow(parameter.dtype)}"
+                f"checkpoint is damaged{'; fetch it again' if _is_wide(dtype) else narrow}"
             )
 
 
 def nan_advice(dtype: torch.dtype, first: str = "check the checkpoint") -> str:
-    """Return what to do where a model computes NaN or infinity: a wider type, if there is one."""
+    """Return advice for a model that computes NaN or infinity, such as a wider dtype."""
     return first if _is_wide(dtype) else f"{first}, or try model.dtype float32"
-
-
-def _or_narrow(dtype: torch.dtype) -> str:
-    if _is_wide(dtype):
-        return "; fetch it again"
-    return f", or {dtype} is too narrow for it; try model.dtype=float32"
 
 
 def _is_wide(dtype: torch.dtype) -> bool:
@@ -43,13 +31,9 @@ def _is_wide(dtype: torch.dtype) -> bool:
 
 
 def model_hash(model: nn.Module) -> str:
-    """Return a fingerprint of a model's weights that does not depend on the device.
+    """Return the sha256 of a model's state dict in hex; it does not depend on the device.
 
-    Args:
-        model: Any module.
-
-    Returns:
-        sha256 in hex, over name, dtype, shape and bytes of each tensor of the state dict, by name.
+    It covers name, dtype, shape and bytes of each tensor, sorted by name.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -59,13 +43,11 @@ def model_hash(model: nn.Module) -> str:
 
 
 def tensor_hashes(model: nn.Module) -> dict[str, str]:
-    """Return type, shape and sha256 of every tensor of a model's state dict, by name."""
-    hashes = {
-        name: hashlib.sha256(_bytes_of(tensor)).hexdigest()
-        for name, tensor in model.state_dict().items()
+    """Return dtype, shape and sha256 of every tensor of a model's state dict, by name."""
+    return {
+        name: f"{t.dtype} {tuple(t.shape)} {hashlib.sha256(_bytes_of(t)).hexdigest()}"
+        for name, t in model.state_dict().items()
     }
-    types = {name: f"{t.dtype} {tuple(t.shape)}" for name, t in model.state_dict().items()}
-    return {name: f"{types[name]} {digest}" for name, digest in hashes.items()}
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -1,10 +1,9 @@
-"""The linears inside a decoder layer, whatever a family builds them from, and what is left out.
+"""The linears of a decoder layer, whatever a family builds them from.
 
 Legend: N output and M input features of a linear.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -14,43 +13,19 @@ from grasp_lightning.models.lowrank import is_replaced
 
 DenseModule = nn.Linear | Conv1D
 
-_EXPERTS, _ROUTER = "experts", "router"  # how transformers calls them in every sparse family
+_EXPERTS, _ROUTER = "experts", "router"  # their names in every sparse family of transformers
 _MATRIX_DIMENSIONS = 2
 
 
-class DenseLinear(Protocol):
-    """What every dense linear offers, a ``torch.nn.Linear`` as it is."""
-
-    @property
-    def weight(self) -> Tensor:
-        """Weight, ``(N, M)``."""
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Bias, ``(N,)``, or None."""
-
-    @property
-    def in_features(self) -> int:
-        """M."""
-
-    @property
-    def out_features(self) -> int:
-        """N."""
-
-
 class TransposedLinear:
-    """A ``Conv1D`` of transformers, which stores its weight as ``(M, N)``, seen as a linear.
-
-    Args:
-        module: The module that is looked at.
-    """
+    """A ``Conv1D`` of transformers, which stores its weight as ``(M, N)``, seen as a linear."""
 
     def __init__(self, module: Conv1D) -> None:
         self._module = module
 
     @property
     def weight(self) -> Tensor:
-        """Transposed view of the module's weight, ``(N, M)``."""
+        """Transposed view of the weight, ``(N, M)``."""
         return self._module.weight.mT
 
     @property
@@ -69,23 +44,18 @@ class TransposedLinear:
         return int(self._module.nf)
 
 
+DenseLinear = nn.Linear | TransposedLinear
+
+
 def as_linear(module: DenseModule) -> DenseLinear:
     """Return a dense module with its weight as ``(N, M)``."""
     return TransposedLinear(module) if isinstance(module, Conv1D) else module
 
 
 def dense_modules(module: nn.Module, name: str) -> Iterator[tuple[str, DenseModule]]:
-    """Yield the dense linears that can be replaced, in module order.
+    """Yield name and module of the dense linears in a module that can be replaced, in module order.
 
-    Factors of low-rank linears, narrowed linears, and what ``skipped_modules`` names are not among
-    them.
-
-    Args:
-        module: A decoder layer, or a part of it.
-        name: Its full name.
-
-    Yields:
-        Full name and module.
+    These exclude factors, narrowed linears, and ``skipped_modules``.
     """
     for child_name, child in module.named_children():
         if is_replaced(child) or is_expert_part(child_name, child):
@@ -97,32 +67,19 @@ def dense_modules(module: nn.Module, name: str) -> Iterator[tuple[str, DenseModu
 
 
 def in_attention(name: str) -> bool:
-    """Return whether something in a decoder layer is part of its attention block.
+    """Return whether a name in a decoder layer, such as ``self_attn.q_proj``, is in its attention.
 
-    It is if the module below the layer that holds it has "att" in its name (self_attn, attention,
-    attn), as in most families of transformers; others call it a mixer.
-
-    Args:
-        name: Its name inside the layer, such as ``self_attn.q_proj``.
-
-    Returns:
-        True if it is.
+    That has "att" in its name (self_attn, attention, attn) in most families; others call it a
+    mixer.
     """
     return "att" in name.split(".", maxsplit=1)[0].lower()
 
 
 def skipped_modules(module: nn.Module, name: str) -> Iterator[str]:
-    """Yield the names of what is left out because it belongs to a mixture of experts.
+    """Yield the names of modules skipped because they belong to a mixture of experts.
 
-    These are the experts, be they parameters of three dimensions or many small linears, and all
-    that shares a block with them: router, shared expert and its gate.
-
-    Args:
-        module: A decoder layer, or a part of it.
-        name: Its full name.
-
-    Yields:
-        Full name of each part of such a block that has parameters.
+    These are the experts, whether parameters of three dimensions or many small linears, and
+    everything with parameters in the same block: router, shared expert and its gate.
     """
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}"
@@ -136,15 +93,7 @@ def skipped_modules(module: nn.Module, name: str) -> Iterator[str]:
 
 
 def is_expert_part(name: str, module: nn.Module) -> bool:
-    """Return whether a module is a mixture of experts, its experts, or its router.
-
-    Args:
-        name: Name of the module in its parent.
-        module: The module.
-
-    Returns:
-        True if it is.
-    """
+    """Return whether a module of this name is a mixture of experts, its experts, or its router."""
     return _is_experts(name, module) or name == _ROUTER or _holds_experts(module)
 
 

@@ -26,11 +26,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ModelError
-from grasp_lightning.models.completeness import (
-    check_complete,
-    check_config_builds,
-    warn_of_rest,
-)
+from grasp_lightning.models.completeness import check_complete, check_config_builds, warn_of_rest
 from grasp_lightning.models.device import resolve_device
 from grasp_lightning.models.integrity import check_finite, model_hash
 
@@ -56,18 +52,17 @@ __all__ = [
     "load_meta_model",
     "load_model",
     "model_hash",
+    "quiet_transformers",
     "resolve_device",
 ]
 
+# What libraries raise if a value is not of the kind that they take for granted.
+_UNFORESEEN = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
 # What transformers, tokenizers, safetensors and torch raise on files they cannot use.
 _LOADING_ERRORS = (
+    *_UNFORESEEN,
     OSError,
     ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
     RuntimeError,
     ImportError,
     EOFError,
@@ -76,30 +71,19 @@ _LOADING_ERRORS = (
     SafetensorError,
     StrictDataclassError,
 )
-# What they raise where a value is not of the kind that they take for granted.
-_UNFORESEEN = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
-_ADAPTER = "adapter_config.json"
-# Of a config: what no model can be without, where its family has it at all.
-_COUNTS = frozenset(
-    {
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    }
+# Counts in a config that must be positive in every family that has them.
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model that is complete and finite, with what belongs to it.
-
-    Attributes:
-        model: The model in eval mode, on the wanted device.
-        tokenizer: Its tokenizer.
-        origin: Name, licence and size of the source.
-    """
+    """A complete and finite model in eval mode on its device, with tokenizer and origin."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -107,22 +91,15 @@ class LoadedModel:
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
-    """Load a model and its tokenizer.
+    """Load a model in eval mode, with every weight read and finite, and its tokenizer.
 
-    Whatever a user can cause ends in one line: a ``ConfigError`` for keys that are unknown, without
-    effect, or name a device that is not there; a ``ModelError`` for a model that does not exist, or
-    of which a part is missing or damaged; a ``NumericsError`` for weights with NaN or infinity.
-
-    Args:
-        config: Which model, in which dtype, on which device.
-
-    Returns:
-        The model in eval mode, every weight read from the checkpoint and finite.
+    A ``ConfigError`` reports keys without effect or an unavailable device, a ``ModelError`` a model
+    that is missing, incomplete or damaged, and a ``NumericsError`` weights with NaN or infinity.
     """
     device = resolve_device(config.device)
     source = pinned(resolve_source(config))
     _require_parts(source)
-    # Before transformers reads a local file: a damaged GGUF file is found here.
+    # Before transformers reads a local file, to find a damaged GGUF file.
     origin = None if source.is_hub else describe_origin(source)
     hf_config = _read_config(source, config)
     tokenizer = _read_tokenizer(source, config)
@@ -132,34 +109,24 @@ def load_model(config: ModelConfig) -> LoadedModel:
     with _as_model_error(source):
         check_config_builds(source.name, model)
     folder = source.local_folder() if source.gguf_file is None else None
-    warn_of_rest(
-        source.name,
-        model,
-        architectures,
-        frozenset(report["unexpected_keys"]),
-        stored_shapes(folder) if folder else None,
-    )
+    unexpected = frozenset(report["unexpected_keys"])
+    stored = stored_shapes(folder) if folder else None
+    warn_of_rest(source.name, model, architectures, unexpected, stored)
     with _as_model_error(source):
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a too narrow type
     check_finite(model)
     model.config.name_or_path = model.name_or_path = source.name  # no path of this machine is saved
     tokenizer.name_or_path = source.name
-    if source.is_hub:  # licence and size are known only now, when its files are in the cache
+    if source.is_hub:  # licence and size are only known once its files are cached
         fetch_side_files(source.location, source.revision, source.local_folder())
     return LoadedModel(model=model, tokenizer=tokenizer, origin=origin or describe_origin(source))
 
 
 def load_meta_model(config: ModelConfig, *, warns: bool = False) -> PreTrainedModel:
-    """Build a model from its configuration alone, without weights.
+    """Build a model from its configuration alone, with all parameters on the meta device.
 
-    Fails as ``load_model`` does, save for what concerns weights, tokenizer and device.
-
-    Args:
-        config: Which model; the device is not used.
-        warns: Say so where it is only a part of what its checkpoint holds, as ``load_model`` does.
-
-    Returns:
-        The model with all parameters on the meta device: shapes, and no memory.
+    Fails like ``load_model``, except for weights, tokenizer and device. With ``warns``, a warning
+    says if the model is only a part of its checkpoint.
     """
     source = pinned(resolve_source(config))
     _require_config(source)
@@ -186,9 +153,9 @@ def _require_parts(source: ModelSource) -> None:
         return
     folder = Path(source.location)
     for file in sorted(folder.iterdir()):
-        if file.exists() and not file.is_dir():  # nobody waits for a FIFO
+        if file.exists() and not file.is_dir():  # a FIFO would block
             check_file(file, ModelError, f"model.path: {file}")
-    # Read now, so that a damaged file is named before anything waits for the others.
+    # Read now, to report a damaged file before loading starts.
     if not stored_shapes(folder):
         raise ModelError(
             f"model.path: {folder} has a config.json but no weights "
@@ -208,7 +175,7 @@ def _require_config(source: ModelSource) -> None:
         raise ModelError(
             f"model.path: {source.location} has a PEFT adapter beside the model: merge it first, "
             f"with peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(), or move "
-            f"{_ADAPTER} away to use the model without it"
+            f"adapter_config.json away to use the model without it"
         )
     if has_adapter:
         raise ModelError(
@@ -223,7 +190,7 @@ def _require_config(source: ModelSource) -> None:
 
 
 def _read_config(source: ModelSource, config: ModelConfig) -> PreTrainedConfig:
-    with _as_model_error(source), _quiet_transformers():
+    with _as_model_error(source), quiet_transformers():
         arguments = _arguments(source, config)
         if source.gguf_file is None:
             _check_counts(source, PreTrainedConfig.get_config_dict(**arguments)[0])
@@ -233,15 +200,15 @@ def _read_config(source: ModelSource, config: ModelConfig) -> PreTrainedConfig:
 def _check_counts(source: ModelSource, content: Mapping[str, Any]) -> None:  # Any: JSON
     text = content.get("text_config")
     for section in (content, text if isinstance(text, dict) else {}):
-        for key in _COUNTS & section.keys():
-            if isinstance(section[key], int) and section[key] < 1:
+        for key in _COUNTS:
+            if isinstance(section.get(key), int) and section[key] < 1:
                 raise ModelError(
                     f"the config.json of {source.name} has {key} {section[key]}; expected 1 or more"
                 )
 
 
 def _read_tokenizer(source: ModelSource, config: ModelConfig) -> PreTrainedTokenizerBase:
-    with _as_model_error(source, "the tokenizer of "), _quiet_transformers():
+    with _as_model_error(source, "the tokenizer of "), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(**_arguments(source, config))
     # transformers makes an empty tokenizer for some families when its files are missing.
     ids = set(tokenizer("the text", add_special_tokens=False)["input_ids"])
@@ -258,9 +225,9 @@ def _read_weights(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:  # Any: mixed report
     options: dict[str, Any] = {}  # Any: keyword arguments of transformers
     if source.gguf_file is not None:
-        # Where GPU kernels for GGUF are installed, weights would otherwise stay packed.
+        # With GPU kernels for GGUF installed, weights would otherwise stay packed.
         options["quantization_config"] = GgufConfig(dequantize=True)
-    with _as_model_error(source), _quiet_transformers():
+    with _as_model_error(source), quiet_transformers():
         read: Any = AutoModelForCausalLM.from_pretrained  # Any: its type ignores the report
         model, report = read(
             **_arguments(source, config),
@@ -271,7 +238,7 @@ def _read_weights(
             **options,
         )
     if source.gguf_file is not None and hasattr(model, "hf_quantizer"):
-        # Left behind for families that transformers reads by its older parser; saving would refuse.
+        # The older parser of transformers leaves it behind, and saving would fail.
         model.hf_quantizer.remove_quantization_config(model)
     return model, report
 
@@ -297,8 +264,8 @@ def _dtype_of(config: ModelConfig, source: ModelSource) -> torch.dtype | str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence reports that this module makes itself, in one line each; progress bars stay."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence logs of transformers below an error; progress bars stay."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     try:
@@ -309,12 +276,15 @@ def _quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _as_model_error(source: ModelSource, part: str = "") -> Iterator[None]:
-    """Turn what the libraries raise on unusable files into one line."""
+    """Turn the errors of libraries on unusable files into one line."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{source.name} does not fit: {first_line(error)}") from error
-    except _LOADING_ERRORS as error:
+    except Exception as error:
+        # tokenizers has no class of its own for its errors.
+        if not isinstance(error, _LOADING_ERRORS) and type(error) is not Exception:
+            raise
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{source.name} needs its own model code; read that code, and set "
@@ -326,7 +296,3 @@ def _as_model_error(source: ModelSource, part: str = "") -> Iterator[None]:
         if isinstance(error, _UNFORESEEN):
             reason = f"{reason} ({type(error).__name__}); its files are damaged or do not fit"
         raise ModelError(f"cannot load {part}{source.name}: {reason}") from error
-    except Exception as error:
-        if type(error) is not Exception:  # tokenizers has no class of its own for its errors
-            raise
-        raise ModelError(f"cannot load {part}{source.name}: {first_line(error)}") from error

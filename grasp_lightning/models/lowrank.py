@@ -1,13 +1,13 @@
-"""Low-rank and narrowed linears, and how transformers loads and saves a model that has them.
+"""Low-rank and narrowed linears, and how transformers loads and saves models with them.
 
-This file needs torch and transformers only: its text is also copied into every saved model, so
-that the model opens on machines without grasp_lightning (with ``trust_remote_code=True``).
+This file imports only torch and transformers: its text is copied into every saved model, which then
+opens without grasp_lightning (with ``trust_remote_code=True``).
 
 A saved model is an ordinary Hugging Face folder whose ``quantization_config`` names the low-rank
-linears and their ranks, and the narrowed ones and their shapes. The right factor is stored under
-the key of the linear that it replaces (``<module>.weight``), and so is a narrowed weight: a program
-that does not know this format meets a tensor of the wrong shape and stops, instead of leaving the
-linear at random values.
+linears with their ranks and the narrowed ones with their shapes. A narrowed weight, or the right
+factor of a low-rank linear, is stored under the key of the dense weight (``<module>.weight``): a
+program that does not know this format finds a tensor of the wrong shape and stops, instead of
+leaving the linear at random values.
 """
 
 import re
@@ -33,26 +33,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 QUANT_METHOD = "grasp_lightning"
 REMOTE_MODULE = "modeling_grasp"
 
-_NUM_SIZES = 2  # of a matrix
-
 
 class LowRankLinear(nn.Module):
-    """A linear ``y = left(right(x))`` of lower rank, in place of a dense one.
+    """A linear ``y = left(right(x))`` of lower rank; ``bias`` belongs to ``left``.
 
-    Of rank 0 it gives its bias alone, and its weights, which have no elements, are buffers: what
-    shares out parameters, as DeepSpeed does, may wait for them forever.
-
-    Attributes:
-        right: First linear, in_features -> rank, without bias.
-        left: Second linear, rank -> out_features, with the bias of the dense linear.
-
-    Args:
-        in_features: Size of the last dimension of the input.
-        out_features: Size of the last dimension of the output.
-        rank: Size between the two linears.
-        bias: True if the left linear has a bias.
-        device: Where the parameters are created.
-        dtype: Type of the parameters.
+    With rank 0 it returns its bias alone, and its empty weights are buffers: DeepSpeed, which
+    partitions parameters, may wait for them forever.
     """
 
     def __init__(
@@ -67,7 +53,7 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         with warnings.catch_warnings():
-            # There is nothing to initialise in a factor of rank 0.
+            # A factor of rank 0 has nothing to initialise.
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
             self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
@@ -79,11 +65,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Product of the factors, ``(out_features, in_features)``, made anew by each reading.
-
-        Some families read the weight of a linear, Mamba among them, to multiply by it themselves or
-        to initialise it.
-        """
+        """Product of the factors, ``(out_features, in_features)``; families like Mamba read it."""
         return self.left.weight @ self.right.weight
 
     @property
@@ -107,14 +89,7 @@ class LowRankLinear(nn.Module):
         return self.right.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply both linears.
-
-        Args:
-            x: Input, ``(..., in_features)``.
-
-        Returns:
-            Output, ``(..., out_features)``.
-        """
+        """Apply both linears, ``(..., in_features)`` -> ``(..., out_features)``."""
         return cast(Tensor, self.left(self.right(x)))
 
 
@@ -163,22 +138,12 @@ def has_replaced(model: nn.Module) -> bool:
 
 
 class GraspConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a model with low-rank or narrowed linears.
-
-    Attributes:
-        quant_method: Name under which transformers finds the quantizer.
-        ranks: Full module name -> rank, for each low-rank linear.
-        shapes: Full module name -> [out_features, in_features], for each narrowed linear.
+    """The ``quantization_config`` of a model, by full module names.
 
     Args:
-        ranks: Full module name -> rank.
-        quant_method: Name of this format, as it stands in config.json.
-        shapes: Full module name -> [out_features, in_features].
-        **unknown: Keys that this version does not know.
-
-    Raises:
-        ValueError: If a rank is no integer from 0 on, a size no positive one, a linear has both, or
-            a key is unknown: a newer format must not be read as if its additions did not matter.
+        ranks: Rank of each low-rank linear.
+        shapes: ``[out_features, in_features]`` of each narrowed linear.
+        **unknown: Refused: a newer format must not be read as if its additions did not matter.
     """
 
     def __init__(
@@ -206,7 +171,7 @@ class GraspConfig(QuantizationConfigMixin):
         self.shapes = {module: list(shape) for module, shape in (shapes or {}).items()}
 
     def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
-        """Return the content as it stands in config.json; without narrowed linears, no shapes."""
+        """Return the content of config.json, which has no shapes if no linear is narrowed."""
         content: dict[str, Any] = super().to_dict()
         if not self.shapes:
             del content["shapes"]
@@ -214,23 +179,11 @@ class GraspConfig(QuantizationConfigMixin):
 
 
 class GraspQuantizer(HfQuantizer):
-    """Loads and saves low-rank and narrowed linears through transformers' quantizer registry.
+    """Loads and saves low-rank and narrowed linears through transformers' quantizer registry."""
 
-    Attributes:
-        requires_calibration: True, so that transformers refuses to "quantize" a dense checkpoint.
-        is_trainable: True: factors and narrowed weights are ordinary parameters.
-        is_qat_trainable: True, else trainers refuse to train the factors themselves.
-        is_compileable: True: nothing here breaks a graph.
-
-    Args:
-        quantization_config: Names and ranks of the low-rank linears, names and shapes of the
-            narrowed ones.
-        **kwargs: Passed on to transformers.
-    """
-
-    requires_calibration = True
+    requires_calibration = True  # so that transformers does not "quantize" a dense checkpoint
     is_trainable = True
-    is_qat_trainable = True
+    is_qat_trainable = True  # else trainers refuse to train the factors
     is_compileable = True
     quantization_config: GraspConfig
 
@@ -240,7 +193,7 @@ class GraspQuantizer(HfQuantizer):
         self._renamings: list[WeightRenaming] = []
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
-        """Swap dense linears for others while the model is still on the meta device."""
+        """Replace dense linears while the model is still on the meta device."""
         names = {name for name, _ in model.named_modules()}
         for stored, rank in self.quantization_config.ranks.items():
             module, linear = _linear_in_model(model, names, stored)
@@ -253,8 +206,8 @@ class GraspQuantizer(HfQuantizer):
             model.set_submodule(module, low_rank)
             self._modules[stored] = module
             for factor in (low_rank.left, low_rank.right):
-                # They are loaded: rules of a family for its linears, by name, do not fit them.
-                factor._is_hf_initialized = True  # type: ignore[assignment]  # a mark, no module
+                # They are loaded: a family's initialisation of linears by name does not fit.
+                factor._is_hf_initialized = True  # type: ignore[assignment]  # a flag, no module
         for stored, (rows, columns) in self.quantization_config.shapes.items():
             module, linear = _linear_in_model(model, names, stored)
             dense = dense_shape(linear)
@@ -266,11 +219,7 @@ class GraspQuantizer(HfQuantizer):
             model.set_submodule(module, NarrowedLinear(columns, rows, **_options_of(linear)))
 
     def get_weight_conversions(self) -> list[WeightTransform]:
-        """Return how checkpoint keys become parameter names.
-
-        Returns:
-            One renaming per low-rank linear: ``<module>.weight`` holds the right factor.
-        """
+        """Return one renaming per low-rank linear: ``<module>.weight`` holds the right factor."""
         self._renamings = [
             WeightRenaming(
                 source_patterns=rf"^{re.escape(stored)}\.weight$",
@@ -293,23 +242,14 @@ class GraspQuantizer(HfQuantizer):
         # Names of the model that was saved; the loaded class may have another prefix.
         model.config.quantization_config = config_of(model)
         _take_over_remote_code(model)
-        # The factors are plain floating point, so .half() and .float() may stay allowed.
+        # The factors are plain floating point, so .half() and .float() stay allowed.
         holder.is_quantized = False
         return model
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the tensors to store, the right factors under the keys of the dense weights.
-
-        A ``ValueError`` says that this would not be safe, see ``check_fails_closed``.
-
-        Args:
-            model: A model with low-rank or narrowed linears.
-
-        Returns:
-            Key -> tensor, and no metadata.
-        """
+        """Return the tensors to store, with right factors under the keys of dense weights."""
         check_fails_closed(model)
         stored = {
             f"{module}.right.weight": f"{module}.weight" for module in low_rank_linears(model)
@@ -317,7 +257,7 @@ class GraspQuantizer(HfQuantizer):
         return {stored.get(key, key): value for key, value in model.state_dict().items()}, {}
 
     def is_serializable(self) -> bool:
-        """Return True: ``save_pretrained`` may be called."""
+        """Return True, so that ``save_pretrained`` may be called."""
         return True
 
 
@@ -338,18 +278,10 @@ def config_of(model: nn.Module) -> GraspConfig:
 
 
 def check_fails_closed(model: nn.Module) -> None:
-    """Check that a loader which does not know this format will stop at each replaced linear.
-
-    The right factor ``(r, M)`` must differ from the dense weight: ``(N, M)``, or ``(M, N)`` in a
-    ``Conv1D``, where they agree if r = M = N, so that r = N covers both. A narrowed weight
-    ``(n, m)`` always differs: n <= N and m <= M, one of them less, rule out n = M and m = N, too.
-
-    Args:
-        model: Any module.
-
-    Raises:
-        ValueError: If a low-rank linear has as many ranks as output features.
-    """
+    """Raise a ``ValueError`` if a loader that does not know this format would not fail."""
+    # The right factor (r, M) must differ in shape from the dense weight: (N, M), or (M, N) for a
+    # Conv1D, where they agree only if r = M = N. A narrowed weight (n, m) always differs: n <= N
+    # and m <= M, one of them less, exclude n = M and m = N too.
     for module, linear in low_rank_linears(model).items():
         if linear.rank == linear.out_features:
             raise ValueError(
@@ -363,15 +295,20 @@ def _is_size(value: object, *, least: int = 1) -> bool:
 
 
 def _is_shape(value: object) -> bool:
-    is_pair = isinstance(value, list | tuple) and len(value) == _NUM_SIZES
-    return is_pair and all(map(_is_size, cast(Sequence[object], value)))
+    return isinstance(value, list | tuple) and [_is_size(size) for size in value] == [True, True]
 
 
 def _linear_in_model(
     model: PreTrainedModel, names: AbstractSet[str], stored: str
 ) -> tuple[str, nn.Linear | Conv1D]:
-    """Return name and module of a dense linear that a config names."""
-    module = _name_in_model(model, names, stored)
+    """Return name and module of a dense linear, with or without the prefix of the base model."""
+    prefix = f"{model.base_model_prefix}."
+    candidates = (stored, stored.removeprefix(prefix), prefix + stored)
+    module = next((name for name in candidates if name in names), None)
+    if module is None:
+        raise ValueError(
+            f"quantization_config names {stored}, but {type(model).__name__} has no such module"
+        )
     linear = model.get_submodule(module)
     if not isinstance(linear, nn.Linear | Conv1D):
         raise TypeError(f"{stored} must be a Linear, got {type(linear).__name__}")
@@ -379,27 +316,15 @@ def _linear_in_model(
 
 
 def _options_of(linear: nn.Linear | Conv1D) -> dict[str, Any]:  # Any: keyword arguments
-    """Return how what replaces a linear is made, while the model is on the meta device."""
-    has_bias = linear.bias is not None
-    return {"bias": has_bias, "device": "meta", "dtype": linear.weight.dtype}
-
-
-def _name_in_model(model: PreTrainedModel, names: AbstractSet[str], stored: str) -> str:
-    """Return a module's name in a model that may have, or lack, the prefix of the base model."""
-    prefix = f"{model.base_model_prefix}."
-    for name in (stored, stored.removeprefix(prefix), prefix + stored):
-        if name in names:
-            return name
-    raise ValueError(
-        f"quantization_config names {stored}, but {type(model).__name__} has no such module"
-    )
+    """Return the arguments of the linear that replaces another while on the meta device."""
+    return {"bias": linear.bias is not None, "device": "meta", "dtype": linear.weight.dtype}
 
 
 def _take_over_remote_code(model: PreTrainedModel) -> None:
-    """Drop our entries of ``auto_map``, and let ``save_pretrained`` write them and their file.
+    """Remove our entries of ``auto_map``, and let ``save_pretrained`` write them and their file.
 
-    It knows the files of custom model classes only, and what was loaded is of the family's own
-    class. A model that was loaded without its code, by the package, is saved without it.
+    It knows the files of custom model classes only, while the loaded model has its family's own
+    class. A model that the package loaded without its remote code is saved without it.
     """
     auto_map = getattr(model.config, "auto_map", None) or {}
     ours = {auto: ref for auto, ref in auto_map.items() if f"{REMOTE_MODULE}." in ref}
@@ -413,7 +338,7 @@ def _take_over_remote_code(model: PreTrainedModel) -> None:
 
 
 def _code_file(names: Sequence[str]) -> str | None:
-    """Return the file of the remote code that defines some classes; None if none is loaded."""
+    """Return the remote code file that defines some classes; None if none is loaded."""
     copies = [module for name, module in sys.modules.items() if name.endswith(f".{REMOTE_MODULE}")]
     fitting = [module for module in copies if all(hasattr(module, name) for name in names)]
     return fitting[-1].__file__ if names and fitting else None
@@ -427,7 +352,7 @@ def _save_with_code(
     *arguments: object,
     **options: object,
 ) -> None:
-    """Save a model, and beside it the code that opens it without the package."""
+    """Save a model together with the code that opens it without the package."""
     save: Any = type(model).save_pretrained  # Any: options are those of transformers
     earlier = dict(getattr(model.config, "auto_map", None) or {})
     needed = has_replaced(model)
@@ -447,6 +372,6 @@ def _set_auto_map(config: PreTrainedConfig, auto_map: Mapping[str, str]) -> None
         del config.auto_map
 
 
-# Only where absent: the package and the file inside a saved model may both be loaded.
+# Only if absent: the package and the file inside a saved model may both be loaded.
 AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, GraspConfig)
 AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, GraspQuantizer)

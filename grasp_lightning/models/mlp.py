@@ -9,17 +9,12 @@ from typing import NamedTuple
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseLinear, as_linear, in_attention
 
-# How often each writer has all channels: one linear, gate and up apart, or both fused.
+# Multiples of the channels in each writer: one linear, gate and up separate, or both fused.
 _PARTS = ([1], [1, 1], [2])
 
 
 class Mlp(NamedTuple):
-    """The linears at both ends of the hidden channels of an MLP.
-
-    Attributes:
-        reader: Full name of the linear whose inputs are the channels.
-        writers: Full names of the linears whose outputs are the channels, in module order.
-    """
+    """Full names of the linears that read and that write the hidden channels of an MLP."""
 
     reader: str
     writers: tuple[str, ...]
@@ -28,18 +23,13 @@ class Mlp(NamedTuple):
 def mlps(view: DecoderView, index: int) -> tuple[Mlp, ...]:
     """Return the MLPs of a decoder layer whose hidden channels can be removed one by one.
 
-    Shapes decide, so a model on the meta device will do: beside attention, the layer has one linear
-    from I to D, and one or two from D, in the same module, with I outputs (``down(act(up(x)))``) or
-    two times I (``down(act(gate(x)) * up(x))``), gate and up apart or one after the other in one
-    linear. Nothing else of the layer has a parameter of size I, such as a norm between them.
+    Shapes decide, so the meta device works. Outside attention, the layer must have one linear from
+    I to D and, in the same module, one or two linears from D with I outputs (``down(act(up(x)))``)
+    or 2 I outputs in all (``down(act(gate(x)) * up(x))``, gate and up separate or fused). No other
+    parameter of the layer, such as a norm in between, may have size I.
 
-    Args:
-        view: The model.
-        index: The layer's number in the original model.
-
-    Returns:
-        Names in the original model. Empty where none is found: in mixtures of experts, where
-        linears are replaced already, and where D equals I, so that shapes do not tell.
+    There are none in mixtures of experts, with replaced linears, and if D equals I, since then
+    shapes are ambiguous.
     """
     prefix = f"{view.layers_name}.{index}."
     linears = {
@@ -48,7 +38,7 @@ def mlps(view: DecoderView, index: int) -> tuple[Mlp, ...]:
         if not in_attention(name.removeprefix(prefix))
     }
     hidden = view.model.config.get_text_config().hidden_size
-    readers = [name for name in linears if _is_reader(linears[name], hidden)]
+    readers = [n for n, x in linears.items() if x.out_features == hidden != x.in_features]
     if view.skipped(index) or len(readers) != 1:
         return ()
     found = Mlp(readers[0], tuple(name for name in linears if name not in readers))
@@ -56,10 +46,6 @@ def mlps(view: DecoderView, index: int) -> tuple[Mlp, ...]:
     if not _fits(found, linears, hidden) or num_channels in _other_sizes(view, index, linears):
         return ()
     return (found,)
-
-
-def _is_reader(linear: DenseLinear, hidden: int) -> bool:
-    return linear.out_features == hidden != linear.in_features
 
 
 def _fits(found: Mlp, linears: Mapping[str, DenseLinear], hidden: int) -> bool:
@@ -73,7 +59,7 @@ def _fits(found: Mlp, linears: Mapping[str, DenseLinear], hidden: int) -> bool:
 
 
 def _other_sizes(view: DecoderView, index: int, linears: Iterable[str]) -> set[int]:
-    """Return every size of all parameters of a layer but those of attention and some linears."""
+    """Return the sizes of all parameters of a layer, except attention and the given linears."""
     prefix, known = f"{view.layers_name}.{index}.", set(linears)
     return {
         size

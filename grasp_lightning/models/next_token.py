@@ -1,4 +1,4 @@
-"""Next-token prediction: how a model is called on windows, and its loss.
+"""Next-token prediction: inputs of the model, and losses of its logits.
 
 Legend: B windows of T tokens, V words in the vocabulary, n predicted tokens.
 """
@@ -11,19 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax
 
-# Rows of logits are taken so many numbers at a time: 4 MB in float32.
+# Logits are processed in parts of this many numbers: 4 MB in float32.
 _PART = 2**20
 
 
 def forward_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the keyword arguments with which a model is called on a batch of windows.
+    """Return the model inputs of a batch with ``input_ids`` and ``mask``, both ``(B, T)``.
 
-    Args:
-        batch: ``input_ids`` and ``mask``, both ``(B, T)``.
-
-    Returns:
-        The ids, and an attention mask only where something is padded: without one, attention takes
-        its faster causal path.
+    There is an attention mask only if something is padded: without one, attention takes its faster
+    causal path.
     """
     inputs = {"input_ids": batch["input_ids"]}
     if not batch["mask"].all():
@@ -34,25 +30,20 @@ def forward_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def next_token_losses(logits: Tensor, input_ids: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of every predicted token; labels are shifted here, and only here.
 
-    No tensor of the size of the logits is made: logits that require grad are overwritten by their
-    gradient. (Torch refuses ``backward`` if a model needs them for its own.) ``backward`` works
-    once.
+    To save memory, logits that require grad are overwritten by their gradient. ``backward`` works
+    once, and torch refuses it if the model needs these logits for its own gradient.
 
     Args:
         logits: Scores of the next token, ``(B, T, V)``, any float dtype.
         input_ids: Token ids, ``(B, T)``.
-        targets: True where a token is predicted from the ones before it, ``(B, T)``; the first
-            column is never read.
+        targets: True where a token is predicted from those before it, ``(B, T)``; the first column
+            is never read.
 
     Returns:
         Float32 losses in nats, one per predicted token, ``(n,)``.
     """
     rows, labels = _predicted(input_ids, targets)
-
-    def cross_entropy(part: Tensor, place: slice) -> tuple[Tensor, Tensor]:
-        return _cross_entropy(part, labels[place])
-
-    return _row_losses(logits, rows, cross_entropy)
+    return _row_losses(logits, rows, lambda part, place: _cross_entropy(part, labels[place]))
 
 
 def fisher_losses(
@@ -61,23 +52,18 @@ def fisher_losses(
     """Return the cross-entropy of every predicted token, with random gradients of Fisher's size.
 
     The gradient of each loss by its logits is ``s * r - p (s . r)``, with ``p`` the predicted
-    probabilities, ``s`` their roots, and ``r`` random signs. Its mean is zero and its covariance
-    ``diag(p) - p p^T``, the Fisher information of the prediction: what labels drawn from the
-    prediction have, with less noise, and without a label that rounding could turn into another.
-    As in ``next_token_losses``, logits that require grad are overwritten.
+    probabilities, ``s`` their roots, and ``r`` random signs. Its mean is zero and its covariance is
+    ``diag(p) - p p^T``, the Fisher information of the prediction. Labels drawn from the prediction
+    would give the same with more noise, and rounding could change them.
 
-    Source: the factor of the Fisher information is that of Dangel et al., "BackPACK",
-    arXiv:1912.10985, appendix; why labels of the text do not give it: Kunstner et al., "Limitations
-    of the empirical Fisher approximation", arXiv:1905.12558.
+    Source: Dangel et al., "BackPACK", arXiv:1912.10985, appendix (the factor of the Fisher
+    information); Kunstner et al., "Limitations of the empirical Fisher approximation",
+    arXiv:1905.12558 (why labels of the text do not give it).
+
+    Other arguments, result and side effects are those of ``next_token_losses``.
 
     Args:
-        logits: Scores of the next token, ``(B, T, V)``, any float dtype.
-        input_ids: Token ids, ``(B, T)``.
-        targets: True where a token is predicted, ``(B, T)``; the first column is never read.
-        seeds: Seed of the signs of each window, ``B``; a window's signs depend on nothing else.
-
-    Returns:
-        Float32 losses in nats, one per predicted token, ``(n,)``.
+        seeds: Seed of the signs of each window, ``B``; its signs depend on nothing else.
     """
     rows, labels = _predicted(input_ids, targets)
     owners = (rows // input_ids.shape[1]).tolist()
@@ -87,8 +73,11 @@ def fisher_losses(
         log_probs = log_softmax(part, dim=-1)
         losses = -log_probs[_at(labels[place])]
         probs = log_probs.exp_()
-        # Row by row, so that signs do not depend on where parts begin.
-        draws = [_coins(part.shape[1], generators[owner]) for owner in owners[place]]
+        # Row by row and on the CPU: signs depend neither on where parts begin nor on the device.
+        draws = [
+            torch.randint(2, part.shape[1:], generator=generators[owner], dtype=torch.int8)
+            for owner in owners[place]
+        ]
         signs = torch.stack(draws).to(probs) * 2 - 1 if draws else probs
         grad = signs.mul_(probs.sqrt())
         return losses, grad.sub_(probs * grad.sum(dim=-1, keepdim=True))
@@ -105,25 +94,19 @@ def distillation_losses(
     temperature: float,
     mix: float,
 ) -> Tensor:
-    """Return how far every prediction is from a teacher's, mixed with its cross-entropy.
+    """Return the divergence of every prediction from a teacher's, mixed with its cross-entropy.
 
     Per predicted token ``mix * t^2 * KL(teacher || student) + (1 - mix) * cross-entropy``, where
-    both distributions of the divergence are softened by the temperature t. As in
-    ``next_token_losses``, logits that require grad are overwritten.
+    the temperature t softens both distributions of the divergence. Other arguments, result and side
+    effects are those of ``next_token_losses``.
 
-    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531,
-    section 2 (the factor t^2 keeps the size of gradients).
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section
+    2 (the factor t^2 keeps the size of gradients).
 
     Args:
-        logits: Scores of the next token by the student, ``(B, T, V)``, any float dtype.
-        teacher_logits: The same by the teacher; no gradient flows into it.
-        input_ids: Token ids, ``(B, T)``.
-        targets: True where a token is predicted, ``(B, T)``; the first column is never read.
-        temperature: Divides both logits, above 0.
+        teacher_logits: The teacher's scores, ``(B, T, V)``; they get no gradient.
+        temperature: Above 0.
         mix: Share of the teacher, in [0, 1].
-
-    Returns:
-        Float32 losses in nats, one per predicted token, ``(n,)``.
 
     Raises:
         ValueError: If the two logits differ in shape.
@@ -145,12 +128,12 @@ def distillation_losses(
 
 
 PartLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""Float32 logits of some predicted tokens ``(p, V)``, and which of the n tokens these are -> losses
+"""Float32 logits ``(p, V)`` of some predicted tokens, and their slice of all n tokens -> losses
 ``(p,)``, and their gradient by the logits ``(p, V)``."""
 
 
 def _predicted(input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where in the flattened logits tokens are predicted, and which tokens, (n,) each."""
+    """Return the rows of the flattened logits that predict a token, and these tokens, (n,) each."""
     predicted = torch.zeros_like(targets)
     predicted[:, :-1] = targets[:, 1:]
     rows = predicted.flatten().nonzero().squeeze(1)
@@ -159,11 +142,6 @@ def _predicted(input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _at(labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(labels), device=labels.device), labels
-
-
-def _coins(count: int, generator: torch.Generator) -> Tensor:
-    """Return zeros and ones, drawn on the CPU: a seed gives the same on every device."""
-    return torch.randint(2, (count,), generator=generator, dtype=torch.int8)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +157,7 @@ def _divergence(logits: Tensor, teacher: Tensor, temperature: float) -> tuple[Te
     log_probs = log_softmax(logits / temperature, dim=-1)
     teacher_log_probs = log_softmax(teacher / temperature, dim=-1)
     teacher_probs = teacher_log_probs.exp()
-    # A probability of zero times a logarithm of minus infinity counts nothing; NaN stays.
+    # A probability of zero times a logarithm of minus infinity is zero; NaN stays.
     terms = torch.where(teacher_probs == 0, 0.0, teacher_probs * (teacher_log_probs - log_probs))
     return temperature**2 * terms.sum(dim=-1), temperature * (log_probs.exp_() - teacher_probs)
 
@@ -192,15 +170,15 @@ def _row_losses(logits: Tensor, rows: Tensor, part_loss: PartLoss) -> Tensor:
 
 
 class _RowLosses(torch.autograd.Function):
-    """A loss of each of some rows of logits, a few rows at a time.
+    """The loss of some rows of the logits, computed a few rows at a time.
 
-    The forward pass puts the gradient by the logits in their place: at a window of 2048 tokens and
-    a vocabulary of 128 thousand, each copy of them would take a gigabyte.
+    The gradient overwrites the logits: for a window of 2048 tokens and a vocabulary of 128
+    thousand, each copy would take a gigabyte.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: Tensor, part_loss: PartLoss) -> Tensor:  # noqa: ANN401  torch's own type
-        # Detached, it shares memory and version counter: whoever saved the logits will notice.
+        # detach shares memory and version counter, so autograd notices if it saved the logits.
         grad = logits.detach() if ctx.needs_input_grad[0] else None
         ctx.rows, ctx.grad = rows, grad
         losses = []

@@ -1,11 +1,11 @@
-"""What in a model depends on the numbers of its decoder layers, and must follow when some go."""
+"""Everything in a model that depends on the numbers of its decoder layers."""
 
 from collections.abc import Set as AbstractSet
 
 from torch import nn
 from transformers import PreTrainedConfig
 
-# What transformers' modules call the number of the layer they are in.
+# Names of the layer number in modules of transformers.
 _NUMBER_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num")
 # Lists of layer numbers in a config; other lists may have one entry per layer.
 _NUMBER_LISTS = ("mlp_only_layers", "moe_layers")
@@ -16,28 +16,15 @@ _STATES = ("training", "gradient_checkpointing")
 
 
 def number_dependent_option(config: PreTrainedConfig) -> str | None:
-    """Return the option that makes layers compute with their numbers, or None.
-
-    Args:
-        config: The config of a model.
-
-    Returns:
-        The first such option that is on; such layers change when they are renumbered.
-    """
+    """Return the first option of a config that makes layers compute with their numbers, or None."""
     return next((option for option in _NUMBER_OPTIONS if getattr(config, option, False)), None)
 
 
 def numbered_settings(model: nn.Module) -> dict[str, bool | int | float | str]:
-    """Return the plain attributes of all modules that know their layer number.
+    """Return ``<module>.<attribute>`` -> value for plain attributes of modules with a layer number.
 
-    They may follow from that number, as which layers have a sliding window does, so they tell
-    whether layers are under numbers that suit them.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        ``<module>.<attribute>`` -> value.
+    They may depend on that number, such as the choice of layers with a sliding window, so they tell
+    whether layers fit their numbers.
     """
     return {
         f"{name}.{key}": value
@@ -48,7 +35,7 @@ def numbered_settings(model: nn.Module) -> dict[str, bool | int | float | str]:
 
 
 def unnumbered_settings(module: nn.Module) -> dict[str, bool | int | float | str]:
-    """Return the plain attributes of a module, without the number of the layer that it is in."""
+    """Return the plain attributes of a module, except the number of its layer."""
     return {key: value for key, value in _plain(module).items() if key not in _NUMBER_NAMES}
 
 
@@ -61,13 +48,7 @@ def _plain(module: nn.Module) -> dict[str, bool | int | float | str]:
 
 
 def renumber_layer(layer: nn.Module, old: int, new: int) -> None:
-    """Give all modules of one decoder layer another layer number.
-
-    Args:
-        layer: The layer.
-        old: Its number so far; a module that holds another one counts otherwise, and keeps it.
-        new: Its number from now on.
-    """
+    """Replace a layer's old number in its modules; a different number means something else."""
     for module in layer.modules():
         for name in _NUMBER_NAMES:
             if getattr(module, name, None) == old:
@@ -75,11 +56,9 @@ def renumber_layer(layer: nn.Module, old: int, new: int) -> None:
 
 
 def shorten_config(config: PreTrainedConfig, positions: AbstractSet[int]) -> None:
-    """Take layers out of a config: their number, entries per layer, and lists of layer numbers.
+    """Remove layers from a config in place, by their present numbers.
 
-    Args:
-        config: Changed in place.
-        positions: Present numbers of the layers that go.
+    This changes the number of layers, lists with an entry per layer, and lists of layer numbers.
     """
     num_layers = config.num_hidden_layers
     kept = [position for position in range(num_layers) if position not in positions]
@@ -93,7 +72,7 @@ def shorten_config(config: PreTrainedConfig, positions: AbstractSet[int]) -> Non
         elif per_layer and len(value) == num_layers:
             setattr(config, key, type(value)(value[position] for position in kept))
     config.num_hidden_layers = len(kept)
-    # What single layers have in place of the common values, as in Gemma 4.
+    # Values of single layers that override the common ones, as in Gemma 4.
     own = config.to_dict().get("per_layer_config")
     if own is not None:
         values = {int(number): value for number, value in own.items()}

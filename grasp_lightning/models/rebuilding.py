@@ -1,4 +1,4 @@
-"""The model that a config alone builds, as whoever loads a saved model starts from."""
+"""The model that its config alone builds, as when a saved model is loaded."""
 
 from collections.abc import Mapping
 
@@ -11,37 +11,30 @@ from grasp_lightning.models.numbering import numbered_settings
 
 
 def rebuilt_empty(model: PreTrainedModel) -> PreTrainedModel:
-    """Build a model once more from its config, as it will be read.
-
-    Args:
-        model: The model; not read beyond its config and the names of what is replaced in it.
-
-    Returns:
-        A model of the same class on the meta device, in eval mode, with a config of its own.
-    """
-    content = model.config.to_dict()
-    content.pop("quantization_config", None)
-    config = type(model.config).from_dict(content)
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        rebuilt: PreTrainedModel = type(model)(config)
+    """Build a model from its config and the names of its replaced linears, on the meta device."""
+    rebuilt = dense_empty(model)
     if has_replaced(model):
         GraspQuantizer(config_of(model)).preprocess_model(rebuilt)
     rebuilt.train(False)
     return rebuilt
 
 
+def dense_empty(model: PreTrainedModel) -> PreTrainedModel:
+    """Build the dense model of a copy of a config, on the meta device."""
+    content = model.config.to_dict()
+    content.pop("quantization_config", None)
+    config = type(model.config).from_dict(content)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return type(model)(config)
+
+
 def rebuild_problem(model: PreTrainedModel) -> str | None:
-    """Return what would be otherwise in the model that a config builds.
-
-    Args:
-        model: The model; its weights may be on the meta device.
-
-    Returns:
-        One line; None if loading would leave no tensor random or wrong.
-    """
+    """Return in one line how the model that a config builds would differ; None if it would not."""
     rebuilt = rebuilt_empty(model)
+    there, here = numbered_settings(rebuilt), numbered_settings(model)
+    common = there.keys() & here.keys()
     problem = _first_difference("shape", _shapes(rebuilt), _shapes(model)) or _first_difference(
-        "value", *_common(numbered_settings(rebuilt), numbered_settings(model))
+        "value", {key: there[key] for key in common}, {key: here[key] for key in common}
     )
     if problem is None:
         return None
@@ -56,13 +49,6 @@ def _first_difference(
     key = min(key for key, _ in expected.items() ^ actual.items())
     there, here = expected.get(key), actual.get(key)
     return f"{key} has {kind} {there} there and {here} in the model to save"
-
-
-def _common(
-    first: Mapping[str, object], second: Mapping[str, object]
-) -> tuple[dict[str, object], dict[str, object]]:
-    keys = first.keys() & second.keys()
-    return {key: first[key] for key in keys}, {key: second[key] for key in keys}
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,8 +1,8 @@
-"""A process that loads saved models as a user does, and compares them with what was to be saved.
+"""A process that loads saved models as a user does, and compares them with what was saved.
 
-It is a new interpreter, which has seen no model. It reads folders, one on each line of its standard
-input, and forks for each: importing transformers takes seconds, and is done once. It answers with
-the exit code of the fork, which leaves what differs in the folder.
+It is a fresh interpreter that has seen no model. Importing transformers takes seconds, so it
+happens once: the process reads one folder per line of standard input and forks for each. It prints
+the exit code of the fork, which writes what differs into the folder.
 """
 
 import gc
@@ -25,22 +25,16 @@ from grasp_lightning.models.integrity import tensor_hashes
 
 REQUEST, EXPECTED, DIFFERENCE, ERRORS = "request.json", "expected.safetensors", "difference", "err"
 
-_NEW_TOKENS = 3
-_PROMPT = 8
-# Of the largest logit. Both processes compute on the CPU, with as many threads.
+_PROMPT, _NEW_TOKENS = 8, 3  # numbers of tokens
+# Relative to the largest logit. Both processes compute on the CPU with equally many threads.
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.02}
 
 
 def behaviour(model: PreTrainedModel, *, generates: bool) -> dict[str, Tensor]:
-    """Return what a model computes for a few tokens.
+    """Return what a model computes for a few tokens, on the CPU, logits as float32.
 
-    Args:
-        model: A causal language model.
-        generates: Also generate with the cache of keys and values, or of states.
-
-    Returns:
-        ``logits``, ``(P, V)``, of a prompt; of each new token ``new_logits``, ``(T, V)``, and
-        ``new_tokens``, ``(T,)``; on the CPU, logits as float32.
+    These are ``logits``, ``(P, V)``, of a prompt, and if it generates, with its cache, also
+    ``new_logits``, ``(T, V)``, and ``new_tokens``, ``(T,)``.
     """
     count = model.config.get_text_config().vocab_size
     ids = (torch.arange(1, _PROMPT + 1, device=model.device) % count)[None]
@@ -66,15 +60,12 @@ def behaviour(model: PreTrainedModel, *, generates: bool) -> dict[str, Tensor]:
 
 
 def difference(folder: Path, request: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
-    """Load a saved model, and return what is otherwise than expected.
+    """Load a saved model and return how it differs from the expected one; empty if it does not.
 
     Args:
         folder: The saved model.
         request: ``tensors``: hash by name; ``trust_remote_code``; ``generates``.
-        expected: What ``behaviour`` gave of the model that was saved.
-
-    Returns:
-        Empty if there is nothing.
+        expected: ``behaviour`` of the model that was saved.
     """
     load: Any = AutoModelForCausalLM.from_pretrained  # Any: its type ignores the report
     trusted = bool(request["trust_remote_code"])
@@ -103,7 +94,7 @@ def _difference_in_behaviour(
         if not _are_close(*new, tolerance):
             return f"it computes other logits for new token {step + 1}, with its cache"
         if found["new_tokens"][step] != expected["new_tokens"][step]:
-            break  # two logits as good as equal: what follows is another text
+            break  # two logits are nearly equal, so the texts differ from here on
     return ""
 
 
@@ -118,19 +109,19 @@ def main() -> None:
     """Answer requests until standard input ends."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped there
     gc.collect()
-    gc.freeze()  # so that forks share the memory of what is imported
+    gc.freeze()  # so that forks share the memory of imported modules
     for line in iter(sys.stdin.readline, ""):
         child = os.fork()
         if child == 0:
             _answer(Path(line.rstrip("\n")))
-            os._exit(0)  # tearing an interpreter down that has imported transformers takes seconds
+            os._exit(0)  # a normal exit after importing transformers takes seconds
         _, status = os.waitpid(child, 0)
         sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
         sys.stdout.flush()
 
 
 def _answer(request: Path) -> None:
-    """Compare one model; a traceback is left beside the request."""
+    """Compare one model; a traceback ends up next to the request."""
     errors = os.open(request / ERRORS, os.O_WRONLY | os.O_CREAT)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(errors, stream.fileno())

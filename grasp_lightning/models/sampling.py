@@ -1,4 +1,4 @@
-"""Text that a model writes by itself, token by token, each drawn from its own distribution."""
+"""Text that a model writes itself, token by token, each drawn from the predicted distribution."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
@@ -15,9 +15,9 @@ from grasp_lightning.models.integrity import nan_advice
 from grasp_lightning.models.sharding import is_sharded
 
 BATCH = 16
-"""Texts that are written together. It is fixed, since other sizes round, and so draw, otherwise."""
+"""Texts per batch. It is fixed, since other sizes round differently and so draw other tokens."""
 
-# The first text of a batch, and whether the batch counts.
+# The first text of a batch, in a sequence of one, and whether the batch counts.
 Round = tuple[Sequence[int], bool]
 # Wraps an iterable of known length in a progress bar with a description.
 Track = Callable[[Sequence[Round], str], Iterable[Round]]
@@ -35,23 +35,20 @@ def sample_text(
     keep: Callable[[Tensor], object] = lambda _: None,
     track: Track = lambda items, _: items,
 ) -> Tensor:
-    """Draw texts from a model at temperature 1, ancestral: each token given all before it.
+    """Draw texts from a model in ``eval()`` by ancestral sampling at temperature 1.
 
-    Several processes share the texts, and all get all of them; of a model whose weights they share,
-    all have as many forward passes. On one kind of machine the same seed gives the same ids,
+    Processes share the texts, and each returns all of them. If they share the weights too, each
+    runs the same number of forward passes. On one kind of machine a seed always gives the same ids,
     whatever the number of processes.
 
     Args:
-        model: The model, in ``eval()``.
         num_windows: Number of texts, at least 1.
-        length: Tokens of each, at least 1; the model has as many positions.
-        starts: Ids of which each text takes its first token, all equally likely, ``(S,)``.
-        vocabulary: Ids that may follow, ``(K,)``, ascending. Ids that the model does not know are
-            left out here and of ``starts``.
-        seed: Seed of all draws.
-        written: What an earlier call with the same arguments gave to ``keep``.
-        keep: Is given the texts that there are so far, ``(n, length)``, each time there are more.
-        track: Draws a progress bar.
+        length: Tokens per text, from 1 to the number of positions of the model.
+        starts: Candidates for the first token of a text, equally likely, ``(S,)``.
+        vocabulary: Ids that may follow, ``(K,)``, ascending. Ids unknown to the model are left out
+            of this and of ``starts``.
+        written: What an earlier call with the same arguments passed to ``keep``.
+        keep: Receives all texts so far, ``(n, length)``, whenever there are more.
 
     Returns:
         Token ids, ``(num_windows, length)`` int64 on the CPU.
@@ -62,7 +59,7 @@ def sample_text(
     assert isinstance(embedding, Tensor)  # every family embeds its tokens
     starts, vocabulary = (ids[ids < len(embedding)] for ids in (starts, vocabulary))
     generator = torch.Generator().manual_seed(seed)
-    # One number per token, drawn beforehand, so that no text depends on how they are shared out.
+    # One number per token, drawn up front, so that texts do not depend on the number of processes.
     draws = torch.rand(num_windows, length, dtype=torch.float64, generator=generator)
     first = starts[(draws[:, 0] * len(starts)).long()]
     done = first.new_empty(0, length) if written is None else written
@@ -83,10 +80,10 @@ def sample_text(
 def _continued(
     view: DecoderView, first: Tensor, draws: Tensor, vocabulary: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Return texts, (B, T), that begin with given tokens, (B,); draws are in [0, 1), (B, T).
+    """Return texts (B, T) that begin with given tokens (B,), by draws (B, T) in [0, 1).
 
-    And what they were when the model first gave NaN or infinity. Where processes share its weights,
-    they go on after that, since all need as many forward passes.
+    The second value is the text at which the model first gave NaN or infinity, or None. Processes
+    that share the weights continue after that, since all need the same number of forward passes.
     """
     ids = first[:, None]
     bad = cache = None

@@ -1,7 +1,7 @@
-"""Models that no process holds whole: every weight is split over all of them, by FSDP2.
+"""Models whose weights FSDP2 splits over all processes.
 
-Each linear is a group of its own, and no group holds another one: a linear that is replaced, or
-whose layer is dropped, leaves nothing behind in a parent, and passes may skip layers.
+Each linear is its own group, and groups do not nest: replacing a linear or dropping its layer
+leaves nothing behind in a parent, and passes may skip layers.
 """
 
 import logging
@@ -23,21 +23,16 @@ logger = logging.getLogger(__name__)
 
 
 def process_mesh(device: torch.device) -> DeviceMesh:
-    """Return all processes of the run in one row; all of them must ask at once."""
+    """Return all processes of the run in one row; all of them must call this together."""
     return init_device_mesh(device.type, (processes.num_processes(),))
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> None:
-    """Keep this process's part of every large weight, on its device, and free the rest.
+    """Keep this process's shard of every large weight on its device, and free the rest.
 
-    The other processes need not be there. The device holds one whole linear at a time. What is
-    small stays whole everywhere: norms, and buffers; so do tied weights, which two groups
-    would have to share.
-
-    Args:
-        model: A whole model, in most cases on the CPU; changed in place.
-        mesh: What ``process_mesh`` gave.
-        device: Device that this process computes on.
+    It needs no other process, and the device holds one whole linear at a time. Norms, buffers and
+    tied weights (which two groups would have to share) stay whole in every process. The model
+    changes in place; usually it is on the CPU.
     """
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     tied: list[str] = []
@@ -52,7 +47,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> Non
 
 
 def shard_like(new: nn.Module, old: nn.Module) -> None:
-    """Split a linear, or those of a module, as another linear is split that it stands in for."""
+    """Shard a linear, or the linears in a module, like the linear that it replaces."""
     mesh = mesh_of(old)
     if mesh is not None:
         groups = [("", new)] if isinstance(new, DenseModule) else _groups(new, "")
@@ -61,32 +56,23 @@ def shard_like(new: nn.Module, old: nn.Module) -> None:
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:
-    """Return the processes that share the weights of a module, None if it is whole."""
+    """Return the processes that share the weights of a module; None if it is not sharded."""
     shared = (p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
     return next(shared, None)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether weights of a module are split over several processes."""
+    """Return whether the weights of a module are split over several processes."""
     return mesh_of(model) is not None
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with all its parts; all processes must ask at once, in one order."""
+    """Gather a tensor from its shards; all processes must call this together, in one order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def check_runs(model: PreTrainedModel) -> None:
-    """Run two tokens through a sharded model; all processes must do so at once.
-
-    Args:
-        model: The model.
-
-    Raises:
-        ModelError: If the model reads a weight without calling the module that holds it, and so
-            meets a part of it.
-        RuntimeError: Any other one of the model.
-    """
+    """Raise a ``ModelError`` if a model cannot run sharded; all processes must call this."""
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
     try:
         with torch.no_grad():
@@ -101,10 +87,10 @@ def check_runs(model: PreTrainedModel) -> None:
 
 
 def _groups(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules whose weights are brought together at a time, with their names.
+    """Yield the modules whose weights are gathered as one group, with their names.
 
-    A mixture of experts is one group: which of its linears run depends on the tokens, and all
-    processes must bring together the same ones.
+    A mixture of experts is one group: tokens decide which of its linears run, and all processes
+    must gather the same ones.
     """
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name
@@ -115,5 +101,5 @@ def _groups(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _shard_group(module: nn.Module, mesh: DeviceMesh) -> None:
-    # True: a group without a parent would else stay whole after its first use.
+    # Without True, a group without a parent would stay whole after its first use.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)

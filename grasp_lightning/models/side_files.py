@@ -1,4 +1,4 @@
-"""What lies beside the weights of a source and belongs into a copy: processors, licences, code."""
+"""Files next to the weights of a source that a copy needs: processors, licences, code."""
 
 import logging
 import shutil
@@ -14,7 +14,7 @@ from grasp_lightning.models.lowrank import REMOTE_MODULE
 logger = logging.getLogger(__name__)
 
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-# Weights of every framework, their indices, hidden files, and what a copy has of its own.
+# Weights of all frameworks, their indices, hidden files, and files that every copy writes itself.
 _LEFT_OUT = (
     "*.safetensors",
     "*.bin",
@@ -40,13 +40,9 @@ _LEFT_OUT = (
 
 
 def side_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files of a model folder, not of folders in it, that a copy of the model needs.
+    """Return the files of a model folder, without subfolders, that a copy of the model needs.
 
-    Args:
-        folder: The folder.
-
-    Returns:
-        All but weights, indices, hidden files, and what every copy has of its own; by name.
+    These are all but weights, indices, hidden files and the files that every copy writes itself.
     """
     return tuple(
         file
@@ -61,34 +57,20 @@ def is_licence(file: Path) -> bool:
 
 
 def fetch_side_files(name: str, revision: str | None, folder: Path | None) -> None:
-    """Bring what lies beside the weights of a hub model into the cache.
-
-    Args:
-        name: Hub name.
-        revision: Branch, tag or commit.
-        folder: Its folder in the cache, if any.
-    """
-    if folder is not None and (folder / "README.md").exists():  # they came with it
+    """Fetch the side files of a hub model into the cache, unless its folder there has them."""
+    if folder is not None and (folder / "README.md").exists():  # already fetched
         return
     try:
         huggingface_hub.snapshot_download(
             name, revision=revision, ignore_patterns=[*_LEFT_OUT[:-2], "*/*"]
         )
-    except OSError as error:  # every error of the hub is one; the weights are there already
+    except OSError as error:  # covers all errors of the hub; the weights are cached already
         reason = " ".join(str(error).split())
         logger.warning("files beside the weights of %s cannot be fetched: %.200s", name, reason)
 
 
 def copy_side_files(files: Iterable[Path], folder: Path) -> None:
-    """Copy files that a saved model does not have of its own; links are not followed elsewhere.
-
-    Args:
-        files: Files of the source.
-        folder: The saved model.
-
-    Raises:
-        OutputError: If a file cannot be copied.
-    """
+    """Copy files that a saved model lacks, but no links out of the folder of the source."""
     elsewhere = []
     for file in files:
         if (folder / file.name).exists():
@@ -109,7 +91,7 @@ def copy_side_files(files: Iterable[Path], folder: Path) -> None:
 
 
 def _is_inside(file: Path) -> bool:
-    # A snapshot of the hub's cache holds links to files that lie beside all snapshots.
+    # Snapshots in the hub's cache hold links to files next to all snapshots.
     is_snapshot = file.parent.parent.name == "snapshots"
     root = file.parent.parent.parent if is_snapshot else file.parent
     return file.resolve().is_relative_to(root.resolve())

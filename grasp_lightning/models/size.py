@@ -11,13 +11,11 @@ from grasp_lightning.models.lowrank import dense_shape, low_rank_linears, narrow
 
 
 class LinearShape(NamedTuple):
-    """A linear of a decoder layer.
+    """A linear of a decoder layer; rows are its outputs, columns its inputs.
 
     Attributes:
-        rows: Number of output features.
-        columns: Number of input features.
         rank: Rank of its factors; None if it is dense.
-        is_narrowed: Whether it has lost inputs or outputs: compression has replaced it, too.
+        is_narrowed: Whether compression removed inputs or outputs.
     """
 
     rows: int
@@ -32,19 +30,19 @@ class LinearShape(NamedTuple):
 
     @property
     def is_replaced(self) -> bool:
-        """Whether it is not what it was before compression."""
+        """Whether compression has replaced it."""
         return self.rank is not None or self.is_narrowed
 
     @property
     def parameters(self) -> int:
-        """Number of its weights, or of those of its factors."""
+        """Number of weights, or of weights in both factors."""
         if self.rank is None:
             return self.rows * self.columns
         return self.rank * (self.rows + self.columns)
 
     @property
     def matrices(self) -> "tuple[LinearShape, ...]":
-        """The dense matrices that it multiplies with, in order."""
+        """The dense matrices that its input is multiplied by, in order."""
         if self.rank is None:
             return (self,)
         return (LinearShape(self.rank, self.columns), LinearShape(self.rows, self.rank))
@@ -52,14 +50,11 @@ class LinearShape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSize:
-    """How large a model is, as a whole and in the linears of its decoder layers.
+    """Sizes of a model at one dtype; tied parameters are counted once.
 
     Attributes:
-        parameters: Number of parameters, tied ones counted once.
-        decoder_linear_parameters: Those of the linears in decoder layers, dense, low-rank
-            and narrowed, biases included; without what belongs to a mixture of experts.
-        bytes: Size of all parameters at one dtype.
-        decoder_linear_bytes: Size of those of the linears in decoder layers, at the same dtype.
+        decoder_linear_parameters: Those in dense, low-rank and narrowed linears of decoder layers,
+            with biases, without mixtures of experts.
     """
 
     parameters: int
@@ -69,7 +64,7 @@ class ModelSize:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones counted once; the meta device will do."""
+    """Return the number of parameters, tied ones counted once; works on the meta device."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -82,8 +77,7 @@ def count_tied_parameters(model: nn.Module) -> int:
 def count_decoder_linears(view: DecoderView) -> int:
     """Return the number of parameters in linears of decoder layers, tied ones counted once.
 
-    The factors of low-rank linears are linears too, and so are narrowed ones. Biases count;
-    experts and routers do not.
+    Dense, low-rank and narrowed linears count with their biases; experts and routers do not.
     """
     linears: list[nn.Module] = []
     for index in view.layer_indices:
@@ -103,15 +97,11 @@ def count_inputs(view: DecoderView) -> dict[str, int]:
 
 
 def measure_size(view: DecoderView, element_size: int | None = None) -> ModelSize:
-    """Return the size of a model, with bytes at one dtype for all parameters.
+    """Return the size of a model; sizes in bytes compare only at an equal element size.
 
     Args:
         view: The model.
-        element_size: Bytes per parameter; None takes the model's dtype. Two models are comparable
-            in bytes only at an equal element size.
-
-    Returns:
-        The size.
+        element_size: Bytes per parameter; None takes the model's dtype.
     """
     size = view.model.dtype.itemsize if element_size is None else element_size
     parameters = count_parameters(view.model)

@@ -1,4 +1,4 @@
-"""Where a model comes from: which folder, hub repository or file, and under which licence."""
+"""Where a model comes from: its folder, hub repository or file, and its licence."""
 
 import re
 import textwrap
@@ -23,17 +23,15 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOrigin:
-    """What a report and a model card say about the source.
+    """The source of a model, for reports and model cards.
 
     Attributes:
-        name: Hub name, the folder's own name, or the GGUF file's name with its quantization; never
-            a path of this machine.
-        licence: Licence identifier that the source states, None if it states none.
-        side_files: Files to hand on with a derived model; of a GGUF file, its licence alone.
+        name: Hub name, folder name, or GGUF file name with its quantization; never a path.
+        licence: Licence identifier that the source states.
+        side_files: Files that a derived model should keep; of a GGUF file, its licence alone.
         source_bytes: Size of the weight files on disk.
-        quantized_source: True for a GGUF file that is smaller than its own float32 copy.
-        folder: Local folder, or single .gguf file, that output must never touch; None for a hub
-            model.
+        quantized_source: Whether it is a GGUF file smaller than its float32 copy.
+        folder: Local folder or .gguf file that output must never touch; None for a hub model.
     """
 
     name: str
@@ -51,16 +49,13 @@ class ModelOrigin:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A resolved ``ModelConfig.path``.
+    """A resolved ``ModelConfig.path``; ``name`` and ``folder`` are those of ``ModelOrigin``.
 
     Attributes:
         location: What transformers opens: a local folder, or a hub name.
-        name: See ``ModelOrigin``.
-        revision: Branch, tag or commit of a hub model.
         gguf_file: The local GGUF file, None for other formats.
-        folder: See ``ModelOrigin``.
-        is_alias: True for the model inside the quickstart's wheel.
-        snapshot: Folder of the hub's cache, if all of a hub model is there.
+        is_alias: Whether it is the model inside the quickstart's wheel.
+        snapshot: Folder in the hub's cache, if it holds the whole model.
     """
 
     location: str
@@ -73,7 +68,7 @@ class ModelSource:
 
     @property
     def is_hub(self) -> bool:
-        """True if transformers fetches the files from the hub or its cache."""
+        """Whether transformers fetches the files from the hub or its cache."""
         return self.gguf_file is None and self.folder is None
 
     def local_folder(self) -> Path | None:
@@ -88,18 +83,7 @@ class ModelSource:
 
 
 def resolve_source(config: ModelConfig) -> ModelSource:
-    """Return what ``model.path``, ``model.revision`` and ``model.gguf_file`` point to.
-
-    Args:
-        config: The user's choice of a model.
-
-    Returns:
-        The source; its local files exist, nothing of them has been read.
-
-    Raises:
-        ConfigError: If keys contradict each other.
-        ModelError: If there is no such file, folder or installed alias.
-    """
+    """Return the source that a configuration names; local files exist, but are not read yet."""
     if not config.path.strip():
         raise ConfigError(
             "model.path is empty; expected a folder, a hub name, a .gguf file or smollm2"
@@ -119,22 +103,16 @@ def resolve_source(config: ModelConfig) -> ModelSource:
 
 
 def describe_origin(source: ModelSource) -> ModelOrigin:
-    """Return name, licence and size of a source; a damaged GGUF file is a ``ModelError``.
-
-    Args:
-        source: A resolved source. A hub model is described as far as its cached files go.
-
-    Returns:
-        The facts that reports and model cards need.
-    """
+    """Return the origin of a source; a hub model is described by its cached files only."""
     if source.gguf_file is not None:
         return _gguf_origin(source, source.gguf_file)
     folder = source.local_folder()
+    files = weight_files(folder) if folder else []
     return ModelOrigin(
         name=source.name,
         licence=_card_licence(folder) if folder else None,
         side_files=side_files(folder) if folder else (),
-        source_bytes=_weight_bytes(folder) if folder else None,
+        source_bytes=sum(file.stat().st_size for file in files) if files else None,
         quantized_source=False,
         folder=source.folder,
     )
@@ -204,17 +182,10 @@ def _hub_source(config: ModelConfig) -> ModelSource:
 
 
 def pinned(source: ModelSource) -> ModelSource:
-    """Return a source whose files are all of one commit, if it is a hub model.
+    """Pin a hub model to one commit, so that its files match; return other sources unchanged.
 
-    What is in the cache is opened there: transformers would ask the hub for each file that a model
-    does not have, and five times so where there is no network. A ``ModelError`` says that the hub
-    cannot be reached, and that its cache does not know the model.
-
-    Args:
-        source: A resolved source.
-
-    Returns:
-        The source, with the commit as its revision; itself if it is local.
+    A cached model is opened from its folder: transformers would ask the hub for each file that the
+    model lacks, and five times so without a network.
     """
     if not source.is_hub:
         return source
@@ -225,7 +196,7 @@ def pinned(source: ModelSource) -> ModelSource:
 
 
 def _commit(name: str, revision: str | None) -> str:
-    """Ask the hub once; what is fetched after it says itself what is wrong with a name."""
+    """Ask the hub once; later downloads report problems with the name themselves."""
     try:
         return huggingface_hub.resolve_revision(
             name, revision=revision, local_files_only=huggingface_hub.is_offline_mode()
@@ -237,15 +208,7 @@ def _commit(name: str, revision: str | None) -> str:
 
 
 def hub_error(name: str, error: BaseException) -> ModelError:
-    """Return the one line that says that a hub model could not be fetched, and what to do.
-
-    Args:
-        name: Hub name.
-        error: What the hub's client raised.
-
-    Returns:
-        The error to raise.
-    """
+    """Return the error for a hub model that could not be fetched, from the error of the client."""
     return ModelError(
         f"model.path: cannot get {name} from the Hugging Face hub ({first_line(error)}); check "
         f"the name, model.revision, the network and HF_HUB_OFFLINE, or give a local folder"
@@ -253,7 +216,7 @@ def hub_error(name: str, error: BaseException) -> ModelError:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error, or all if that ends with a colon, cut if it is long."""
+    """Return an error's first line, or all lines if that ends with a colon, cut if it is long."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     if text.endswith(":"):
@@ -266,20 +229,13 @@ def _gguf_origin(source: ModelSource, file: Path) -> ModelOrigin:
     return ModelOrigin(
         name=source.name,
         licence=header.licence or _card_licence(file.parent),
-        side_files=gguf.alias_licence_files() if source.is_alias else _licences(file.parent),
+        side_files=gguf.alias_licence_files()
+        if source.is_alias
+        else tuple(filter(is_licence, side_files(file.parent))),
         source_bytes=header.file_bytes,
         quantized_source=header.is_smaller_than_float32,
         folder=source.folder,
     )
-
-
-def _licences(folder: Path) -> tuple[Path, ...]:
-    return tuple(file for file in side_files(folder) if is_licence(file))
-
-
-def _weight_bytes(folder: Path) -> int | None:
-    files = weight_files(folder)
-    return sum(file.stat().st_size for file in files) if files else None
 
 
 def _card_licence(folder: Path) -> str | None:
@@ -289,11 +245,11 @@ def _card_licence(folder: Path) -> str | None:
     match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
     try:
         fields = parse_yaml(match[1], "", is_strict=False) if match else None
-    except DataError:  # a card of others, of which this one line is asked
+    except DataError:  # a foreign model card, of which only the licence is needed
         return None
     if not isinstance(fields, dict):
         return None
     licence = fields.get("license")
-    if licence == "other":  # the hub's word for a licence with its own name
+    if licence == "other":  # on the hub, a licence with its own name
         licence = fields.get("license_name", licence)
     return licence if isinstance(licence, str) else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_lightning.errors import PlanError
-from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantizer
+from grasp_lightning.models.checkpoint import attach_quantizer, check_not_quantized
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import dense_shape
 from grasp_lightning.models.operations import applier_of
@@ -21,16 +21,11 @@ from grasp_lightning.plan import Operation
 def apply_operations(
     view: DecoderView, operations: Sequence[Operation], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Change a model as a plan says, or not at all if any part of the plan does not fit it.
+    """Apply a plan to a model in place, or leave the model unchanged if any part does not fit.
 
-    A ``PlanError`` says which operation does not fit, or which tensor is missing, of another
-    shape, or not finite in the dtype of the weight it replaces.
-
-    Args:
-        view: The model, changed in place.
-        operations: What to do, in order, with names and layer numbers of the original model.
-        tensors: What ``models.operations`` says of each operation, of any float dtype, on any
-            device. Others are ignored.
+    A ``PlanError`` names an operation that does not fit, or a tensor that is missing, has another
+    shape, or is not finite in the dtype of the weight that it replaces. Names and layer numbers are
+    the original ones. Tensors may be of any float dtype and on any device.
     """
     _checked(view, operations)
     for operation in operations:
@@ -38,17 +33,17 @@ def apply_operations(
     for operation in operations:
         applier_of(operation).apply(view, operation, tensors)
     if is_sharded(view.model):
-        gc.collect()  # a sharded module and what brings its parts together hold each other
+        gc.collect()  # sharded modules and their FSDP state form reference cycles
     attach_quantizer(view.model)
 
 
 def replacements(
     view: DecoderView, operations: Sequence[Operation], tensors: Mapping[str, Tensor]
 ) -> dict[str, nn.Module]:
-    """Return the modules that operations would put into a model, and leave it as it is.
+    """Return the modules that operations would put into a model, by the linears they replace.
 
-    They have the names of the linears that they replace, and share the biases of the model.
-    Arguments and errors are those of ``apply_operations``.
+    The model stays unchanged and shares its biases with them. Arguments and errors are those of
+    ``apply_operations``.
     """
     replaced = {name: view.module(name) for operation in operations for name in operation.linears}
     apply_operations(view, operations, tensors)
@@ -61,7 +56,7 @@ def replacements(
 
 @contextmanager
 def in_place_of_linears(view: DecoderView, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put modules, by the names of the linears that they stand in for, into a model for a while."""
+    """Temporarily put modules, by the names of the linears they replace, into a model."""
     usual = {name: view.module(name) for name in modules}
     try:
         for name, module in modules.items():
@@ -73,15 +68,15 @@ def in_place_of_linears(view: DecoderView, modules: Mapping[str, nn.Module]) -> 
 
 
 def parameters_after(view: DecoderView, operations: Sequence[Operation]) -> int:
-    """Return how many parameters a model would have after operations, tied ones counted once.
+    """Return the number of parameters a model would have after operations, tied ones counted once.
 
-    Shapes alone decide, so a model on the meta device will do. Nothing is changed. A ``PlanError``
-    says which operation does not fit.
+    Only shapes matter, so the meta device works. A ``PlanError`` names an operation that does not
+    fit.
     """
     new, dropped = _checked(view, operations)
     gone = {id(module) for index in dropped for module in view.layer(index).modules()}
     shapes = {id(view.module(name)): shape for name, shape in new.items()}
-    # By identity, and through every owner: a weight tied to one that stays does not go away.
+    # By identity and through every owner: a weight tied to a remaining one remains.
     kept: dict[int, int] = {}
     added = 0
     for module in view.model.modules():
@@ -102,13 +97,8 @@ def parameters_after(view: DecoderView, operations: Sequence[Operation]) -> int:
 def _checked(
     view: DecoderView, operations: Sequence[Operation]
 ) -> tuple[dict[str, LinearShape], set[int]]:
-    """Return shapes of replaced linears by name, and dropped layers, of operations that fit."""
-    foreign = foreign_quantizer(view.model)
-    if foreign is not None:
-        raise PlanError(
-            f"the model is quantized with {foreign}; expected floating-point weights, so load it "
-            f"dequantized and without its quantization state"
-        )
+    """Check operations; return the shapes of replaced linears by name, and the dropped layers."""
+    check_not_quantized(view.model, PlanError)
     new: dict[str, LinearShape] = {}
     left = set(view.layer_indices)
     for operation in operations:
@@ -130,7 +120,7 @@ def _checked(
 
 
 def _check_untouched(verb: str, module: str, earlier: LinearShape | None) -> None:
-    """Check that nothing before in the plan has replaced a linear."""
+    """Check that no earlier operation has replaced a linear."""
     if earlier is not None:
         done = "narrows" if earlier.is_narrowed else "changes"
         done = done if earlier.rank is None else "factorizes"

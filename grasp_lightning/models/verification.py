@@ -1,4 +1,4 @@
-"""Whether a saved model is the one in memory, as a fresh process finds it."""
+"""Checks that a saved model, loaded by a fresh process, equals the one in memory."""
 
 import atexit
 import json
@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import IO
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from grasp_lightning.errors import ModelError, OutputError
 from grasp_lightning.models import reloading
 from grasp_lightning.models.integrity import tensor_hashes
+from grasp_lightning.models.loading import quiet_transformers
 from grasp_lightning.models.source import first_line
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE, _PATIENCE_PER_GB = 600.0, 60.0  # seconds
-_BYTES_BESIDE = 10**9  # of an interpreter with torch, and of activations
+_BYTES_BESIDE = 10**9  # for an interpreter with torch, and activations
 _SAFETY = 1.2
-# A process that computes alone, on the CPU, and asks no hub.
+# The process computes alone and on the CPU, without the hub.
 _SHARED = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -37,26 +37,16 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore",
 }
-# What the code of a family raises where it cannot generate.
+# Errors of a family's code that cannot generate.
 _ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
 
 
 def can_generate(model: PreTrainedModel) -> bool:
-    """Return whether a model generates with its cache; one warning says why it does not.
-
-    Args:
-        model: A whole model, before anything is done to it.
-
-    Returns:
-        False if the result of compressing it cannot be asked to.
-
-    Raises:
-        torch.OutOfMemoryError: If its device has too little memory.
-    """
+    """Return whether a model generates with its cache; a warning says why it does not."""
     if not model.can_generate():
         return False
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             reloading.behaviour(model, generates=True)
     except torch.OutOfMemoryError:
         raise
@@ -71,16 +61,12 @@ def can_generate(model: PreTrainedModel) -> bool:
 
 
 def verify_saved(model: PreTrainedModel, folder: Path, *, generates: bool = True) -> None:
-    """Let a fresh process load a saved model, compare its tensors and logits, and generate.
+    """Let a fresh process load a saved model on the CPU, compare tensors and logits, and generate.
 
-    It computes on the CPU. Where memory is too short to hold the model once more, one warning says
-    that this was left out. Another model, or one that does not load or generate, is a
-    ``ModelError``; a process that was killed or took too long is an ``OutputError``.
-
-    Args:
-        model: The model that was saved, whole, on any device.
-        folder: Where it was saved.
-        generates: What ``can_generate`` said of the model that it was made of.
+    If memory is too short for another copy of the model, this is skipped with a warning. A
+    ``ModelError`` means that the saved model differs, or does not load or generate; an
+    ``OutputError`` that the process was killed or took too long. ``generates`` is the result of
+    ``can_generate`` before compression.
     """
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     copies = 1 if model.device.type == "cpu" else 2
@@ -102,7 +88,7 @@ def verify_saved(model: PreTrainedModel, folder: Path, *, generates: bool = True
 
 def _write_request(request: Path, model: PreTrainedModel, folder: Path, *, generates: bool) -> None:
     try:
-        with _quiet_transformers(), _on_cpu(model):
+        with quiet_transformers(), _on_cpu(model):
             expected = reloading.behaviour(model, generates=generates)
     except _ERRORS as error:
         raise ModelError(
@@ -138,19 +124,8 @@ def _judge(request: Path, code: int | None) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence what transformers says of generation."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-
-
-@contextmanager
 def _on_cpu(model: PreTrainedModel) -> Iterator[None]:
-    """Move a model to the CPU for a while: logits of two devices differ, experts even in kind."""
+    """Move a model to the CPU temporarily: its logits depend on the device, experts most of all."""
     device = model.device
     model.to("cpu")  # type: ignore[arg-type]  # transformers wraps it with a too narrow type
     try:
@@ -160,7 +135,7 @@ def _on_cpu(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _free_memory() -> int | None:
-    """Return the bytes that this machine, or the control group of this process, has left."""
+    """Return the free memory in bytes of this machine or of this process's control group."""
     lines = [line.split() for line in _content("/proc/meminfo").splitlines()]
     limits = [int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"]
     most, used = (_content(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
@@ -175,13 +150,15 @@ def _content(path: str) -> str:
 
 
 class _Interpreter:
-    """The process of ``reloading``, started when it is first needed, and kept."""
+    """The process of ``reloading``, started when first needed, and kept."""
 
     def __init__(self) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         root = str(Path(__file__).parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        own = {key: value for key, value in os.environ.items() if key not in _SHARED}
+        env = {key: value for key, value in os.environ.items() if key not in _SHARED}
+        env |= _ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        env["PYTHONPATH"] = os.pathsep.join(paths)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", reloading.__name__],
             stdin=subprocess.PIPE,
@@ -189,23 +166,18 @@ class _Interpreter:
             stderr=self._errors,
             bufsize=0,
             cwd=root,
-            env={
-                **own,
-                **_ENVIRONMENT,
-                "OMP_NUM_THREADS": str(torch.get_num_threads()),
-                "PYTHONPATH": os.pathsep.join(paths),
-            },
+            env=env,
             start_new_session=True,  # Ctrl-C is for the process that waits
         )
         atexit.register(self.end)
 
     @property
     def is_alive(self) -> bool:
-        """Whether it can be asked."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def ask(self, request: Path, seconds: float) -> int | None:
-        """Return the exit code of what answers a request; None if it took too long."""
+        """Return the exit code of the fork for a request; None if it took too long."""
         assert self._process.stdin is not None  # piped
         assert self._process.stdout is not None
         self._process.stdin.write(f"{request}\n".encode())
@@ -224,7 +196,7 @@ class _Interpreter:
         )
 
     def end(self) -> None:
-        """End the process, and what it has started."""
+        """End the process and all that it started."""
         if self.is_alive:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -1,4 +1,4 @@
-"""The weight files that transformers reads of a folder, and the shapes that they hold."""
+"""The weight files of a Hugging Face folder, and the shapes they hold."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ from grasp_lightning.errors import ModelError
 from grasp_lightning.reading.tensors import read_shapes
 from grasp_lightning.reading.text import check_file, read_json
 
-_NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks
+_NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order of transformers
 _ADVICE = "fetch it again"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files that transformers reads of a Hugging Face folder, sorted by name.
+    """Return the weight files that transformers reads from a folder, sorted by name; maybe none.
 
-    There are none if the folder has no weights. A ``ModelError`` says that a file is gone, or that
-    the index of several files is damaged or names what is outside the folder.
+    A ``ModelError`` reports a missing file, or an index that is damaged or names files outside the
+    folder.
     """
     for name in _NAMES:
         file, index = folder / name, folder / f"{name}.index.json"
@@ -26,17 +26,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in the weight files of a folder, by name.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Shapes, read from the headers; a damaged file is a ``ModelError``.
-    """
+    """Return the shape of every tensor in the weight files of a folder, from their headers."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
-        shapes |= read_shapes(file, ModelError, _told(file), _ADVICE)
+        shapes |= read_shapes(file, ModelError, _fault(file), _ADVICE)
     return shapes
 
 
@@ -44,28 +37,24 @@ def _is_there(file: Path) -> bool:
     return file.exists() or file.is_symlink()
 
 
-def _told(file: Path) -> str:
+def _fault(file: Path) -> str:
     return f"cannot load {file.parent.resolve().name}: {file.name}"
 
 
 def _checked(file: Path) -> Path:
-    check_file(file, ModelError, _told(file), _ADVICE)
+    check_file(file, ModelError, _fault(file), _ADVICE)
     return file
 
 
 def _shard_names(index: Path) -> list[str]:
-    content = read_json(index, ModelError, _told(index), _ADVICE)
+    content = read_json(index, ModelError, _fault(index), _ADVICE)
     content = content if isinstance(content, dict) else {}
     names, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(names, dict) or not names or not isinstance(metadata, dict):
-        raise ModelError(f"{_told(index)} lacks its metadata or weight_map; {_ADVICE}")
+        raise ModelError(f"{_fault(index)} lacks its metadata or weight_map; {_ADVICE}")
     for name in names.values():
-        if not isinstance(name, str) or not _is_plain(name):
+        if not isinstance(name, str) or name in {"", ".", ".."} or set(name) & set("/\\\0"):
             raise ModelError(
-                f"{_told(index)} names {name!r:.80}; expected files beside it, without any folder"
+                f"{_fault(index)} names {name!r:.80}; expected files beside it, without any folder"
             )
     return sorted(set(names.values()))
-
-
-def _is_plain(name: str) -> bool:
-    return name not in {"", ".", ".."} and not set(name) & {"/", "\\", "\0"}

@@ -1,4 +1,4 @@
-"""The formats of ``export``: one file each, and one entry in the table."""
+"""The formats of ``export``: one file and one entry in the table each."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,13 @@ from grasp_lightning.models.formats.dense import dense_refusal, densify
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A way to write a compressed model for runtimes that know none of its layers.
+    """A way to write a compressed model for runtimes that do not know its layers.
 
     Attributes:
-        refusal: Why a model cannot be written so, as the rest of a sentence; None if it can.
-        convert: Changes a model in place into what is written; the meta device will do. Its second
-            argument shows progress: names of linears -> the same names.
-        doing: What it does, for the progress bar.
-        save: Writes the model, as ``save_model`` does.
+        refusal: Why a model cannot be converted, as the rest of a sentence; None if it can.
+        convert: Converts a model in place, on the meta device too. Its second argument shows
+            progress: names of linears -> the same names.
+        doing: Label of the progress bar.
     """
 
     refusal: Callable[[PreTrainedModel], str | None]

@@ -1,4 +1,4 @@
-"""Ordinary weights: factors are multiplied, and narrowed MLPs filled up with zeros."""
+"""Ordinary dense weights: factors are multiplied, and narrowed MLPs padded with zeros."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -18,10 +18,11 @@ from grasp_lightning.models.lowrank import (
     low_rank_linears,
     narrowed_linears,
 )
+from grasp_lightning.models.rebuilding import dense_empty
 
 
 def dense_refusal(model: PreTrainedModel) -> str | None:
-    """Return why there is nothing to make dense, as the rest of a sentence; None if there is."""
+    """Return why a model cannot be made dense, as the rest of a sentence; None if it can."""
     if has_replaced(model):
         return None
     return (
@@ -33,24 +34,23 @@ def dense_refusal(model: PreTrainedModel) -> str | None:
 def densify(
     model: PreTrainedModel, track: Callable[[Sequence[str]], Iterable[str]] = tuple
 ) -> tuple[str, ...]:
-    """Multiply factors back into dense weights, and fill narrowed MLPs up with zeros.
+    """Multiply factors into dense weights and pad narrowed MLPs with zeros, in place.
 
-    Each linear gets back the module of its family, with the bias as it is, so that the model
-    becomes an ordinary one of its class, of the size it had before its linears were replaced.
-    Products are computed in float32 or better, and have the factors' dtype and device; the meta
-    device will do. The channels of an MLP have no order, so the kept ones come first. A
-    ``NumericsError`` names a linear whose product overflows its dtype.
+    The model becomes an ordinary one of its class and original size; biases stay as they are.
+    Products are computed in float32 or better and stored in the dtype and on the device of the
+    factors; the meta device works. Channels of an MLP have no order, so the kept ones come first.
+    The model changes only once all weights are finite; a ``NumericsError`` names a linear whose
+    product overflows.
 
     Args:
-        model: A model with low-rank or narrowed linears, changed in place once all weights are
-            there and finite.
+        model: A model with low-rank or narrowed linears.
         track: Shows progress: names of the linears -> the same names.
 
     Returns:
-        Full names of the linears that are dense now, sorted.
+        Sorted full names of the linears that became dense.
 
     Raises:
-        ModelError: If the model has no such linears, or a narrowed one is not part of an MLP.
+        ModelError: If the model has no such linears.
     """
     factors, narrowed = low_rank_linears(model), narrowed_linears(model)
     if not factors and not narrowed:
@@ -58,7 +58,7 @@ def densify(
             f"{type(model).__name__} has no low-rank linears, so there are no factors to multiply, "
             f"and no narrowed ones: expected a model whose linears were replaced by compress"
         )
-    originals = _without_factors(model)
+    originals = dense_empty(model)
     dense = {name: _dense_original(originals, name) for name in (*factors, *narrowed)}
     parts = {name: _num_parts(name, narrowed, dense) for name in narrowed}
     weights = {
@@ -73,15 +73,6 @@ def densify(
     return tuple(weights)
 
 
-def _without_factors(model: PreTrainedModel) -> PreTrainedModel:
-    """Return what the config alone builds, on the meta device: every linear of its own class."""
-    content = model.config.to_dict()
-    content.pop("quantization_config", None)
-    config = type(model.config).from_dict(content)
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        return type(model)(config)
-
-
 def _dense_original(originals: PreTrainedModel, name: str) -> DenseModule:
     linear = originals.get_submodule(name)
     if not isinstance(linear, DenseModule):
@@ -92,13 +83,13 @@ def _dense_original(originals: PreTrainedModel, name: str) -> DenseModule:
 def _num_parts(
     name: str, narrowed: Mapping[str, NarrowedLinear], dense: Mapping[str, DenseModule]
 ) -> int | None:
-    """Return of how many parts a writer of an MLP's channels consists, None for a reader.
+    """Return the number of parts that a writer of an MLP's channels has; None for a reader.
 
-    Shapes tell, of the writer and of a reader in the same module: as often as the writer has all of
-    the reader's channels, it must have had all of the original ones.
+    Both the writer's original and its kept outputs must be that multiple of the channels of a
+    reader in the same module.
 
     Raises:
-        ModelError: If no reader is near.
+        ModelError: If there is no such reader.
     """
     new, old = narrowed[name].out_features, dense_shape(dense[name])[0]
     if new == old:
@@ -114,7 +105,7 @@ def _num_parts(
 
 
 def _padded(narrowed: NarrowedLinear, dense: DenseModule, num_parts: int | None) -> DenseModule:
-    """Return the dense module, with zeros where channels were removed."""
+    """Return the dense module with zeros for the removed channels."""
     weight, bias = narrowed.weight.detach(), narrowed.bias
     trainable = narrowed.weight.requires_grad
     if num_parts is None:
@@ -132,7 +123,7 @@ def _padded(narrowed: NarrowedLinear, dense: DenseModule, num_parts: int | None)
 
 
 def _padded_parts(tensor: Tensor, num_rows: int, num_parts: int) -> Tensor:
-    """Return a weight or bias whose every part has zeros at its end, ``num_rows`` in all."""
+    """Return a weight or bias of ``num_rows`` rows, with zeros at the end of every part."""
     parts = tensor.reshape(num_parts, -1, *tensor.shape[1:])
     full = parts.new_zeros((num_parts, num_rows // num_parts, *tensor.shape[1:]))
     full[:, : parts.shape[1]] = parts
@@ -140,7 +131,7 @@ def _padded_parts(tensor: Tensor, num_rows: int, num_parts: int) -> Tensor:
 
 
 def _product(name: str, factors: LowRankLinear, dense: DenseModule) -> DenseModule:
-    """Return the dense module, with the product of the factors as its weight."""
+    """Return the dense module with the product of the factors as its weight."""
     left, right = factors.left.weight.detach(), factors.right.weight.detach()
     wide = torch.promote_types(left.dtype, torch.float32)
     weight = (left.to(wide) @ right.to(wide)).to(left.dtype)  # (N, M)

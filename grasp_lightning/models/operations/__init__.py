@@ -1,4 +1,4 @@
-"""The operations that a plan can hold: one file each, with all that is to know about it."""
+"""The operations that a plan can hold, one file each."""
 
 import pkgutil
 from importlib import import_module
@@ -8,4 +8,4 @@ from grasp_lightning.models.operations.base import APPLIERS, Applier, applier_of
 __all__ = ["APPLIERS", "Applier", "applier_of", "register"]
 
 for _file in pkgutil.iter_modules(__path__, f"{__name__}."):
-    import_module(_file.name)  # each registers what it has
+    import_module(_file.name)  # each registers its appliers

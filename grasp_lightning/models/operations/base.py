@@ -1,4 +1,4 @@
-"""What every operation of a plan offers: a check, new shapes, its tensors, its application."""
+"""The interface of plan operations: checks, new shapes, tensors, and application."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -21,13 +21,7 @@ Shapes = Mapping[str, LinearShape]
 
 
 class Site(NamedTuple):
-    """Where an operation would be applied.
-
-    Attributes:
-        view: The model, on which nothing of the plan is done yet.
-        dense: Shapes of the linears of the operation.
-        left: Decoder layers that the plan has not dropped before.
-    """
+    """The model before a plan, the linears of an operation, and the layers left before it."""
 
     view: DecoderView
     dense: Shapes
@@ -35,13 +29,7 @@ class Site(NamedTuple):
 
 
 class Applier(ABC, Generic[Op]):
-    """The behaviour of one operation; it has no state.
-
-    Attributes:
-        operation: The dataclass in ``plan`` that stands for it.
-        verb: What it does to a linear, for messages.
-        noun: What its tensors are, for messages.
-    """
+    """The behaviour of one operation, without state; verb and noun are for messages."""
 
     operation: type[Op]
     verb: ClassVar[str] = "changes"
@@ -49,20 +37,20 @@ class Applier(ABC, Generic[Op]):
 
     @abstractmethod
     def check(self, operation: Op, site: Site) -> None:
-        """Raise a ``PlanError`` if an operation does not fit; its linears are there, and dense."""
+        """Raise a ``PlanError`` if an operation does not fit; its linears exist and are dense."""
 
     def new_shapes(self, operation: Op, dense: Shapes) -> dict[str, LinearShape]:
-        """Return the shapes of what takes the place of its linears, by name."""
+        """Return the shapes of the modules that replace its linears, by name."""
         return {name: dense[name] for name in operation.linears}
 
     def tensor_shapes(self, operation: Op, dense: Shapes) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of its tensors, by name: ``<module>.<part>`` of one of its linears."""
+        """Return the shapes of its tensors by name: ``<module>.<part>`` of one of its linears."""
         del operation, dense
         return {}
 
     @abstractmethod
     def apply(self, view: DecoderView, operation: Op, tensors: Mapping[str, Tensor]) -> None:
-        """Change a model; operation and tensors are known to fit."""
+        """Change a model; operation and tensors have been checked."""
 
 
 # Any: each is for operations of one type
@@ -70,17 +58,17 @@ APPLIERS: Final[dict[type[Operation], Applier[Any]]] = {}
 
 
 def register(*appliers: Applier[Any]) -> None:  # Any: as above
-    """Let plans that hold their operations be applied."""
+    """Register the appliers of operations, so that plans may contain these."""
     APPLIERS.update((applier.operation, applier) for applier in appliers)
 
 
 def applier_of(operation: Operation) -> Applier[Any]:  # Any: as above
-    """Return the behaviour of an operation."""
+    """Return the applier of an operation."""
     return APPLIERS[type(operation)]
 
 
 def dense_module(view: DecoderView, module: str, verb: str = "changes") -> DenseModule:
-    """Return a linear that a plan replaces; a ``PlanError`` says that it is none that can be."""
+    """Return a linear that a plan replaces; a ``PlanError`` if it cannot be replaced."""
     try:
         linear = view.module(module)
     except ModelError as error:
@@ -101,7 +89,7 @@ def dense_module(view: DecoderView, module: str, verb: str = "changes") -> Dense
 
 
 def like(tensor: Tensor, weight: Tensor) -> nn.Parameter:
-    """Return a tensor as a parameter of its own, in other respects like the weight it replaces."""
+    """Return a copy of a tensor as a parameter that is otherwise like the weight it replaces."""
     own = tensor.detach().to(
         device=weight.device, dtype=weight.dtype, copy=True, memory_format=torch.contiguous_format
     )
@@ -109,7 +97,7 @@ def like(tensor: Tensor, weight: Tensor) -> nn.Parameter:
 
 
 def whole_bias(linear: DenseModule) -> nn.Parameter | None:
-    """Return the bias of a linear itself, or a whole copy where this process holds a part of it."""
+    """Return the bias of a linear itself, or a whole copy if it is sharded."""
     bias = linear.bias
     if not isinstance(bias, DTensor):
         return bias

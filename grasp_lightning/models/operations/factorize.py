@@ -1,4 +1,4 @@
-"""One linear becomes two of lower rank."""
+"""Replaces a linear by two of lower rank."""
 
 from collections.abc import Mapping
 
@@ -31,7 +31,7 @@ class Factorize(Applier[FactorizeLinear]):
     def check(self, operation: FactorizeLinear, site: Site) -> None:
         """Check that rank and components are in range."""
         module, rank = operation.module, operation.rank
-        largest = min(site.dense[module].rows, site.dense[module].columns)
+        largest = site.dense[module].num_components
         if not 1 <= rank <= largest:
             raise PlanError(f"rank of {module} must be from 1 to {largest}, the plan says {rank}")
         components = operation.components
@@ -61,16 +61,15 @@ class Factorize(Applier[FactorizeLinear]):
     def apply(
         self, view: DecoderView, operation: FactorizeLinear, tensors: Mapping[str, Tensor]
     ) -> None:
-        """Put factors in the place of the linear."""
+        """Replace the linear by its factors."""
         module = operation.module
         set_factors(view, module, tensors[f"{module}.left"], tensors[f"{module}.right"])
 
 
 def set_factors(view: DecoderView, module: str, left: Tensor, right: Tensor) -> None:
-    """Put factors ``(N, r)`` and ``(r, M)`` in the place of a linear, with its bias."""
+    """Replace a linear by factors ``(N, r)`` and ``(r, M)``, and keep its bias."""
     old = dense_module(view, module)
-    # On the meta device first: no memory for values that are replaced at once, no random numbers
-    # drawn.
+    # On the meta device first, without memory or random numbers for values replaced at once.
     rows, columns = dense_shape(old)
     new = LowRankLinear(columns, rows, len(right), bias=old.bias is not None, device="meta")
     for factor, given in ((new.left, left), (new.right, right)):

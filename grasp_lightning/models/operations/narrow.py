@@ -1,4 +1,4 @@
-"""An MLP loses hidden channels: rows of the linears that write them, columns of their reader."""
+"""Removes hidden channels of an MLP: rows of their writers, columns of their reader."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -27,8 +27,8 @@ from grasp_lightning.plan import NarrowMlp
 class Narrow(Applier[NarrowMlp]):
     """Its tensor is the reader's weight on the k kept channels, ``<reader>.weight`` ``(N, k)``.
 
-    A writer of c times as many outputs as an MLP has channels I holds c parts one after the other
-    (gate and up): it keeps the rows ``j + p I`` of each kept channel j, p from 0 to c - 1.
+    A writer whose outputs are c times the I channels of the MLP consists of c parts (gate and up).
+    It keeps the rows ``j + p I`` of each kept channel j, p from 0 to c - 1.
     """
 
     operation = NarrowMlp
@@ -36,7 +36,7 @@ class Narrow(Applier[NarrowMlp]):
     noun = "weight"
 
     def check(self, operation: NarrowMlp, site: Site) -> None:
-        """Check that the linears are those of one MLP, and that it has the channels."""
+        """Check that the linears form one MLP, and that it has the channels."""
         names = (operation.reader, *operation.writers)
         if not operation.writers or len(set(names)) != len(names):
             raise PlanError(
@@ -57,7 +57,7 @@ class Narrow(Applier[NarrowMlp]):
         _check_channels(operation, num_channels)
 
     def new_shapes(self, operation: NarrowMlp, dense: Shapes) -> dict[str, LinearShape]:
-        """Return shapes with fewer rows, of the reader with fewer columns."""
+        """Return shapes with fewer rows, and for the reader with fewer columns."""
         num_channels, kept = dense[operation.reader].columns, len(operation.channels)
         shapes = {operation.reader: dense[operation.reader]._replace(columns=kept)}
         for writer in operation.writers:
@@ -71,7 +71,7 @@ class Narrow(Applier[NarrowMlp]):
         return {f"{reader}.weight": (dense[reader].rows, len(operation.channels))}
 
     def apply(self, view: DecoderView, operation: NarrowMlp, tensors: Mapping[str, Tensor]) -> None:
-        """Put narrowed linears in the place of all linears of the MLP."""
+        """Replace all linears of the MLP by narrowed ones."""
         reader = dense_module(view, operation.reader)
         num_channels = dense_shape(reader)[1]
         weight = like(tensors[f"{operation.reader}.weight"], reader.weight)
@@ -115,7 +115,7 @@ def _set_narrowed(
 
 
 def _kept_rows(parameter: Tensor, rows: Tensor, *, is_transposed: bool = False) -> nn.Parameter:
-    """Return rows of a weight or bias, of a transposed weight its columns, as a parameter."""
+    """Return rows of a weight or bias, or columns of a transposed weight, as a parameter."""
     tensor = whole(parameter.detach())
     tensor = tensor.mT if is_transposed else tensor
     kept = tensor[rows.to(tensor.device)].contiguous()

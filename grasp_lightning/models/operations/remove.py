@@ -1,4 +1,4 @@
-"""Blocks and whole decoder layers go, or are marked."""
+"""Removes blocks and drops decoder layers, or marks layers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -35,7 +35,7 @@ class Remove(Applier[RemoveBlock]):
     def apply(
         self, view: DecoderView, operation: RemoveBlock, tensors: Mapping[str, Tensor]
     ) -> None:
-        """Put factors of rank 0 in the place of all linears."""
+        """Replace all linears by factors of rank 0."""
         del tensors
         for module in operation.modules:
             rows, columns = dense_shape(dense_module(view, module))
@@ -43,12 +43,12 @@ class Remove(Applier[RemoveBlock]):
 
 
 class Drop(Applier[DropLayers]):
-    """Decoder layers are deleted, and those that stay renumbered."""
+    """Decoder layers are deleted, and the remaining ones renumbered."""
 
     operation = DropLayers
 
     def check(self, operation: DropLayers, site: Site) -> None:
-        """Check that the layers are there, and that others stay what they are without them."""
+        """Check that the layers exist, and that the others do not depend on their numbers."""
         try:
             site.view.check_droppable()
         except ModelError as error:
@@ -64,12 +64,12 @@ class Drop(Applier[DropLayers]):
 
 
 class Select(Applier[SelectLayers]):
-    """Decoder layers are marked; a later step changes them."""
+    """Decoder layers are marked for a later step."""
 
     operation = SelectLayers
 
     def check(self, operation: SelectLayers, site: Site) -> None:
-        """Check that the layers are there."""
+        """Check that the layers exist."""
         _check_layers(operation.layers, site)
 
     def apply(
