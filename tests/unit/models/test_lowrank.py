@@ -128,15 +128,14 @@ def test_another_quantization_method_is_named() -> None:
     assert foreign_quantizer(model) == "gptq"
 
 
-def test_initialisation_is_skipped_only_around_factors_and_without_tensors_of_its_own() -> None:
+def test_initialisation_is_skipped_for_factors_alone() -> None:
     model: Any = tiny_model("gpt2")  # Any: attributes that transformers sets
     for module in model.modules():
         module._is_hf_initialized = False
-    model.transformer.h[1].mlp.register_buffer("own", torch.zeros(1), persistent=False)
     ranks = {f"transformer.h.{index}.mlp.c_proj": 3 for index in (1, 2)}
     GraspQuantizer(GraspConfig(ranks)).preprocess_model(model)
     skipped = {name for name, m in model.named_modules() if getattr(m, "_is_hf_initialized", 0)}
-    assert skipped == {"transformer.h.2.mlp"}
+    assert skipped == {f"{module}.{factor}" for module in ranks for factor in ("left", "right")}
 
 
 UP = "model.layers.0.mlp.up_proj"
