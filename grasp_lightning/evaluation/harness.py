@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import UndefinedError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,33 +43,24 @@ class TaskSettings:
     seed: LibrarySeed = 1234
 
 
-class _LmEval(NamedTuple):
-    """The parts of lm-eval in use."""
-
-    simple_evaluate: Any  # Any: lm-eval has no usable types
-    TaskManager: Any
-    HFLM: Any
-
-
-def _lm_eval() -> _LmEval:
+def _lm_eval() -> Any:  # noqa: ANN401  lm-eval has no usable types
     """Import lm-eval, an optional dependency that is slow to import."""
     try:
-        from lm_eval import simple_evaluate  # noqa: PLC0415
-        from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
-        from lm_eval.tasks import TaskManager  # noqa: PLC0415
+        import lm_eval.models.huggingface  # noqa: F401, PLC0415
+        import lm_eval.tasks  # noqa: PLC0415
     except ImportError as error:
         raise ConfigError(
             f"tasks need lm-eval, which cannot be imported ({error}); install it with "
             "pip install 'grasp-lightning[eval]'"
         ) from error
-    return _LmEval(simple_evaluate, TaskManager, HFLM)
+    return lm_eval
 
 
 @cache
 def _task_manager() -> Any:  # noqa: ANN401  lm-eval has no usable types
     """Return this process's index of all tasks; building it takes seconds."""
     with _quiet():
-        return _lm_eval().TaskManager()
+        return _lm_eval().tasks.TaskManager()
 
 
 class Harness:
@@ -117,7 +108,7 @@ class Harness:
         start, settings = time.perf_counter(), self._settings
         with _quiet():
             results = self._library.simple_evaluate(
-                model=self._library.HFLM(
+                model=self._library.models.huggingface.HFLM(
                     pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size
                 ),
                 tasks=self._tasks(name),

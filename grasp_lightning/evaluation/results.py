@@ -82,9 +82,8 @@ def paper_mean(results: Mapping[str, TaskResult]) -> Estimate | None:
 
     Source: Liu et al., "GRASP", arXiv:2501.00339, Table 1.
     """
-    return _mean_of_seven(
-        results[task].metrics.get("acc") for task in PAPER_SEVEN if task in results
-    )
+    found = (results[task].metrics.get("acc") for task in PAPER_SEVEN if task in results)
+    return _mean_of_seven(found)
 
 
 def task_difference(

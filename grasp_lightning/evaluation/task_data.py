@@ -37,17 +37,17 @@ def local_config(
         )
     files = {file.stem: file for file in sorted(folder.glob("*.jsonl"))}
     needed = [evaluated_split(config)]
-    shots = _few_shot_split(config)
-    if _num_shots(config, num_fewshot) > 0 and shots is not None:
+    shots, num_shots = _few_shot_split(config), _num_shots(config, num_fewshot)
+    if num_shots > 0 and shots is not None:
         needed.append(shots)
     for split in needed:
         if split not in files:
             raise DataError(f"{task} needs {folder / f'{split}.jsonl'}, which does not exist")
         count = _check_rows(files[split], task, _columns(config))
-        if split == shots and count <= _num_shots(config, num_fewshot):
+        if split == shots and count <= num_shots:
             raise ConfigError(
                 f"num_fewshot must be below {count}, the number of rows of {files[split]}, got "
-                f"{_num_shots(config, num_fewshot)}"
+                f"{num_shots}"
             )
     overrides: dict[str, Any] = {
         "task": task,
@@ -79,7 +79,7 @@ def _few_shot_split(config: TaskConfig) -> str | None:
 
 def _num_shots(config: TaskConfig, wanted: int | None) -> int:
     own = config.get("num_fewshot")
-    # lm-eval keeps a task's own 0 whatever is asked for.
+    # lm-eval always keeps a task's own 0.
     shots = own if wanted is None or own == 0 else wanted
     return int(shots or 0)
 
@@ -87,7 +87,7 @@ def _num_shots(config: TaskConfig, wanted: int | None) -> int:
 def _columns(config: TaskConfig) -> set[str]:
     """Return the fields that templates name directly: lm-eval prints the name of a missing one."""
     if "process_docs" in config:
-        return set()  # names are of rows that code has changed
+        return set()  # the names belong to rows that code has changed
     texts = [config.get(key) for key in _TEMPLATES]
     return {text for text in texts if isinstance(text, str) and text.isidentifier()}
 

@@ -13,6 +13,9 @@ from grasp_lightning.linalg.layers import angular_distance_sum, cosine_sum
 from grasp_lightning.models.calls import hidden_input, hidden_output
 from grasp_lightning.models.decoder import DecoderView
 
+_Args = tuple[object, ...]
+_Kwargs = dict[str, object]
+
 
 class LayerMetricCollector:
     """Mean over tokens of a metric between the input of layer l and the output of l + span - 1.
@@ -78,12 +81,7 @@ class LayerMetricCollector:
             yield
 
     def _hook(
-        self,
-        position: int,
-        _: nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-        output: object,
+        self, position: int, _: nn.Module, args: _Args, kwargs: _Kwargs, output: object
     ) -> None:
         """Add one call of the layer at a position among those still in the model."""
         self._inputs.append(hidden_input(args, kwargs).detach())

@@ -107,9 +107,8 @@ class MomentSums:
             if not value.isfinite().all():
                 module, _, kind = key.partition(":")
                 raise NumericsError(
-                    f"the {kind} of {module} is NaN or infinite; "
-                    "check the checkpoint, or compute in float32 (model.dtype, trainer.precision) "
-                    "if it is not"
+                    f"the {kind} of {module} is NaN or infinite; check the checkpoint, or compute "
+                    "in float32 (model.dtype, trainer.precision) if it is not"
                 )
             value.div_(num_tokens)
         return {name: moments_of(name, self.sums, self._sources) for name in self._shapes}
@@ -132,9 +131,7 @@ def moments_of(module: str, tensors: Mapping[str, Tensor], sources: Mapping[str,
 
 
 def moment_bytes(
-    shapes: Mapping[str, tuple[int, int]],
-    kinds: frozenset[MomentKind],
-    sources: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, int]], kinds: frozenset[MomentKind], sources: Mapping[str, str]
 ) -> int:
     """Return the bytes that ``MomentSums`` of the same arguments takes."""
     return MomentSums(shapes, kinds, sources, torch.device("meta")).num_bytes
@@ -146,7 +143,6 @@ def layer_groups(
     """Group a step's linears by whole layers whose sums fit into memory, in model order.
 
     Args:
-        needs: What is measured.
         max_bytes: Memory for the sums of a group; a single layer may take more.
         sources: Module -> the module whose input it shares, possibly itself.
     """

@@ -19,6 +19,8 @@ from grasp_lightning.models.decoder import DecoderView
 
 WindowSink = Callable[[str, Tensor, Tensor], None]
 InputSink = Callable[[str, Tensor], None]
+_Args = tuple[object, ...]
+_Kwargs = dict[str, object]
 
 
 class _Hooks(ABC):
@@ -37,7 +39,7 @@ class _Hooks(ABC):
             stack.enter_context(first.register_forward_pre_hook(self._enter, with_kwargs=True))
             for name in self._modules:
                 module = self._view.module(name)
-                stack.enter_context(module.register_forward_hook(self._hook(name)))
+                stack.enter_context(module.register_forward_hook(partial(self._read, name)))
             yield
 
     @abstractmethod
@@ -45,14 +47,12 @@ class _Hooks(ABC):
         """Return the original number of that layer."""
 
     @abstractmethod
-    def _enter(
-        self, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
+    def _enter(self, _: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
         """Observe that layer's arguments, and replace them unless None is returned."""
 
     @abstractmethod
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        """Return the forward hook of one linear."""
+    def _read(self, name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Read one call of a linear."""
 
 
 class LinearObserver(_Hooks):
@@ -74,9 +74,7 @@ class LinearObserver(_Hooks):
         owners = {name: i for i in self._view.layer_indices for name in self._view.linears(i)}
         return min(owners[name] for name in self._modules)
 
-    def _enter(
-        self, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> tuple[tuple[object, ...], dict[str, object]]:
+    def _enter(self, _: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
         hidden = hidden_input(args, kwargs)
         self._batch_size = hidden.shape[0]
         leaf = hidden.detach().requires_grad_(True)
@@ -84,15 +82,12 @@ class LinearObserver(_Hooks):
             return (leaf, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": leaf}
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def read(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                # Some families flatten (B, T, M) to (B * T, M) before a linear.
-                x = args[0].detach().reshape(self._batch_size, -1, args[0].shape[-1])
-                hook = partial(self._split, name, x)
-                output.register_hook(hook)  # type: ignore[no-untyped-call]  # untyped in torch
-
-        return read
+    def _read(self, name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            # Some families flatten (B, T, M) to (B * T, M) before a linear.
+            x = args[0].detach().reshape(self._batch_size, -1, args[0].shape[-1])
+            hook = partial(self._split, name, x)
+            output.register_hook(hook)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _split(self, name: str, x: Tensor, grad: Tensor) -> None:
         grad = grad.detach().reshape(*x.shape[:2], grad.shape[-1])
@@ -115,16 +110,13 @@ class InputObserver(_Hooks):
     def _first_layer(self) -> int:
         return self._view.layer_indices[0]
 
-    def _enter(self, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def _enter(self, _: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
         self._batch_size = hidden_input(args, kwargs).shape[0]
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def read(_: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
-            x = args[0].detach()
-            for x_TM in x.reshape(self._batch_size, -1, x.shape[-1]):
-                self._sink(name, x_TM)
-
-        return read
+    def _read(self, name: str, _: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
+        x = args[0].detach()
+        for x_TM in x.reshape(self._batch_size, -1, x.shape[-1]):
+            self._sink(name, x_TM)
 
 
 def shared_inputs(view: DecoderView, modules: tuple[str, ...]) -> dict[str, str]:
@@ -139,16 +131,14 @@ def shared_inputs(view: DecoderView, modules: tuple[str, ...]) -> dict[str, str]
     sources = dict(zip(modules, modules, strict=True))
     kept: list[Tensor] = []  # so that no two tensors share an id
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            kept.append(args[0])
-            sources[name] = readers.setdefault(id(args[0]), name)
-
-        return hook
+    def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        kept.append(args[0])
+        sources[name] = readers.setdefault(id(args[0]), name)
 
     with ExitStack() as stack, torch.no_grad():
         for name in modules:
-            stack.enter_context(view.module(name).register_forward_pre_hook(note(name)))
+            module = view.module(name)
+            stack.enter_context(module.register_forward_pre_hook(partial(note, name)))
         ids = torch.zeros((1, 2), dtype=torch.int64, device=view.model.device)
         view.model.base_model(input_ids=ids, use_cache=False)
     return sources

@@ -13,7 +13,8 @@ from grasp_lightning.models.calls import hidden_input, hidden_output
 from grasp_lightning.models.decoder import DecoderView
 
 _TOLERANCE = 1e-2  # of two runs of one layer on the same numbers, in any dtype
-_Arguments = tuple[tuple[object, ...], dict[str, object]]  # of a call
+_Args = tuple[object, ...]
+_Kwargs = dict[str, object]
 DEFAULT_LIMIT = 2 * 1024**3  # bytes
 
 
@@ -96,12 +97,7 @@ class HiddenCache:
             yield
 
     def _keep_input(
-        self,
-        index: int,
-        num_kept: int,
-        _: nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
+        self, index: int, num_kept: int, _: nn.Module, args: _Args, kwargs: _Kwargs
     ) -> None:
         hidden = hidden_input(args, kwargs).detach()
         if self._index and hidden[0].nbytes * num_kept <= self._limit:  # no index: padding
@@ -109,20 +105,18 @@ class HiddenCache:
             rows.update(zip(self._index, hidden.clone().unbind(), strict=True))
 
     def _take_cached(
-        self, index: int, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> _Arguments:
+        self, index: int, _: nn.Module, args: _Args, kwargs: _Kwargs
+    ) -> tuple[_Args, _Kwargs]:
         if not self._index:  # padding is not measured, so any input will do
             return args, kwargs
         hidden = torch.stack([self._hidden[index][window] for window in self._index])
         return with_hidden(hidden, args, kwargs)
 
 
-def with_hidden(
-    hidden: Tensor, args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> _Arguments:
+def with_hidden(hidden: Tensor, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
     """Return a decoder layer's call arguments with other hidden states, ``(B, T, D)``."""
     if args:
-        return (hidden, *args[1:]), dict(kwargs)
+        return (hidden, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": hidden}
 
 
@@ -152,13 +146,7 @@ def pass_on_hidden_states_only(view: DecoderView) -> bool:
     lengths: dict[int, int] = {}
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def note(
-        index: int,
-        _: nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-        output: object,
-    ) -> None:
+    def note(index: int, _: nn.Module, args: _Args, kwargs: _Kwargs, output: object) -> None:
         seen[index] = hidden_input(args, kwargs), hidden_output(output)
 
     with ExitStack() as stack:
@@ -225,7 +213,7 @@ def only_layer(
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
 
-    def take(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> _Arguments:
+    def take(_: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
         return with_hidden(entering[-1], args, kwargs)
 
     def note(_module: nn.Module, _args: object, output: object) -> None:

@@ -5,9 +5,10 @@ of the right factor, or the kept channels of an MLP. ``T`` is its target for eve
 and compressed streams are the hidden states of both models that enter the layer.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -27,10 +28,8 @@ from grasp_lightning.training.layer_streams import COMPRESSED, DENSE, Streams
 
 PULL = 1.0
 RIDGE = 1e-2
-# Of the change that a layer makes: what its two writers may leave unexplained, in low precision.
-_UNEXPLAINED = 0.05
-# The same, where the sum may stand for what the layer computes.
-_ROUNDING = 1e-4
+_UNEXPLAINED = 0.05  # share of a layer's change that its writers may not explain, in low precision
+_ROUNDING = 1e-4  # the same, where the writers' sum may replace a run of the layer
 _LEAVING, _INNER = "leaving", "inner"
 
 
@@ -104,7 +103,7 @@ class LayerRefit:
         """Return the cuts that are fitted together, in the order in which the layer runs them."""
         writers = () if self._writers is None else self._writers.names
         groups: list[list[Replacement]] = []
-        # A writer receives what the other linears of its block give.
+        # A writer reads the outputs of its block's other linears.
         for attention, is_writer in product((True, False), (False, True)):
             group = [
                 cut
@@ -140,7 +139,9 @@ class LayerRefit:
                     target, weights = self._target(cut.solved, number, outputs)
                     weights = weights * batch["mask"].to(weights)
                     _add(sums, cut.solved, inner[cut.solved], target, weights)
-                if summed is not None:  # what the last writer receives, and what it writes into
+                if (
+                    summed is not None
+                ):  # for advance: the last writer's input and the rest of the sum
                     hidden[_INNER, number] = inner[summed.mlp]
                     written = _rows(outputs[summed.attention], entering)
                     hidden[COMPRESSED, number] = entering + written
@@ -187,12 +188,15 @@ class LayerRefit:
     def _run_dense(self) -> None:
         """Store the output of the dense layer, and of those of its linears that targets need."""
         hidden = self._streams.hidden
-        with self._streams.runner.only(self._index) as run, self._noted_outputs() as outputs:
+        with (
+            self._streams.runner.only(self._index) as run,
+            self._noted_outputs(self._outputs) as outputs,
+        ):
             for number, batch in self._streams.batches.items():
                 entering = hidden[DENSE, number]
                 hidden[_LEAVING, number] = run(batch, entering)
                 for name in self._outputs:
-                    # Under one name in all layers: those of earlier layers are of no use.
+                    # The same key in all layers, so that later layers overwrite it.
                     place = name.removeprefix(self._prefix), number
                     hidden[place] = _rows(outputs[name], entering)
 
@@ -218,13 +222,17 @@ class LayerRefit:
         return in_attention(name.removeprefix(self._prefix))
 
     @contextmanager
-    def _noted_outputs(self) -> Iterator[dict[str, Tensor]]:
-        """Record the outputs of the linears that targets need."""
+    def _noted_outputs(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        """Record the outputs of linears by name."""
         found: dict[str, Tensor] = {}
+
+        def note(name: str, _module: nn.Module, _args: object, output: Tensor) -> None:
+            found[name] = output.detach().clone()  # some families add to it in place
+
         with ExitStack() as stack:
-            for name in self._outputs:
+            for name in names:
                 module = self._view.module(name)
-                stack.enter_context(module.register_forward_hook(_noting(found, name)))
+                stack.enter_context(module.register_forward_hook(partial(note, name)))
             yield found
 
     @contextmanager
@@ -245,29 +253,28 @@ class LayerRefit:
             if self._may_stop and names <= inner.keys() and needed <= outputs.keys():
                 raise _SeenError
 
+        def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inner[name] = args[0].detach()
+            stop()
+
         with ExitStack() as stack:
-            outputs = stack.enter_context(self._noted_outputs())
+            outputs = stack.enter_context(self._noted_outputs(self._outputs))
             for name in needed:
                 stack.enter_context(self._view.module(name).register_forward_hook(stop))
             for name in names:
                 part = _fitted_part(self._compressed[name])
-                for hook in (_noting_input(inner, name), stop):
-                    stack.enter_context(part.register_forward_pre_hook(hook))
+                stack.enter_context(part.register_forward_pre_hook(partial(note, name)))
             yield outputs, inner
 
     def _find_writers(self) -> _Writers | None:
         """Return the two linears whose outputs add up to the layer's change; None if no two do."""
         number, batch = next(iter(self._streams.batches.items()))
         linears, entering = self._view.linears(self._index), self._streams.hidden[DENSE, number]
-        found: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            for name in self._view.dense_modules(self._index):
-                if linears[name].out_features == entering.shape[-1]:
-                    module = self._view.module(name)
-                    stack.enter_context(module.register_forward_hook(_noting(found, name)))
-            run = stack.enter_context(self._streams.runner.only(self._index))
+        dense = self._view.dense_modules(self._index)
+        names = [name for name in dense if linears[name].out_features == entering.shape[-1]]
+        with self._noted_outputs(names) as outputs, self._streams.runner.only(self._index) as run:
             change = (run(batch, entering) - entering).float()
-        found = {name: _rows(value, entering) for name, value in found.items()}
+        found = {name: _rows(value, entering) for name, value in outputs.items()}
         attention = [name for name in found if self._in_attention(name)]
         pairs = product(attention, [name for name in found if name not in attention])
         scale = float(change.norm())
@@ -289,20 +296,6 @@ def _fitted_part(module: nn.Module) -> nn.Module:
     part = module.left if is_low_rank(module) else module
     assert isinstance(part, nn.Module)  # attributes of modules have no narrower type
     return part
-
-
-def _noting(found: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def note(_module: nn.Module, _args: object, output: Tensor) -> None:
-        found[name] = output.detach().clone()  # some families add to it in place
-
-    return note
-
-
-def _noting_input(found: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found[name] = args[0].detach()
-
-    return note
 
 
 def _add(

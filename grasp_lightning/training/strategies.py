@@ -48,10 +48,7 @@ class CalibrationDDP(DDPStrategy):
 class CalibrationFSDP(ModelParallelStrategy):
     """One process per device, each with a shard of every weight and its own windows.
 
-    The module is sharded already, and stays so between passes.
-
-    Args:
-        mesh: The processes that share the weights.
+    The module is sharded over the mesh already, and stays so between passes.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:

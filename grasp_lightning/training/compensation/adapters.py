@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, LoraModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp_lightning.config import CompensateConfig, LoraSettings, TrainMode
@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 _ADAPTER = "default"
 _FACTORS = ("left", "right")
-
 _QKV = ("q_proj", "k_proj", "v_proj")
 # The usual names, and what families that fuse or rename linears call them.
 _FUSED = {
@@ -74,10 +73,7 @@ def trainable_linears(
     """Return the linears that a training mode trains or puts adapters on, in model order.
 
     Narrowed linears are trained with factors: compression put both in place of linears. Factors
-    are named ``<module>.left`` and ``<module>.right``.
-
-    Args:
-        targets: See ``resolve_targets``.
+    are named ``<module>.left`` and ``<module>.right``. ``resolve_targets`` explains the targets.
 
     Raises:
         ModelError: If factors are to be trained, and the model has nothing to train.
@@ -163,8 +159,8 @@ def _without_factor(name: str) -> str:
 def _attach(
     model: PreTrainedModel, linears: Mapping[str, DenseModule], lora: LoraSettings
 ) -> LoraModel:
-    ranks = {name: min(lora.rank, _most_rank(linear)) for name, linear in linears.items()}
-    capped = {name: rank for name, rank in ranks.items() if rank < lora.rank}
+    limits = {name: max(min(linear.weight.shape) // 2, 1) for name, linear in linears.items()}
+    capped = {name: limit for name, limit in limits.items() if limit < lora.rank}
     if capped:
         logger.warning(
             "lora.rank %d is more than half the smaller side of %d of %d linears, and is capped "
@@ -197,19 +193,10 @@ def _attach(
     return adapters
 
 
-def _most_rank(linear: nn.Module) -> int:
-    weight = linear.weight
-    assert isinstance(weight, torch.Tensor)  # linears have one
-    return max(min(weight.shape) // 2, 1)
-
-
 def consolidated(config: CompensateConfig, state: Mapping[str, Tensor]) -> LoadedModel:
-    """Reload the model on the CPU, load the trained parameters, and merge the adapters.
+    """Reload the model on the CPU, load the trained parameters by name, and merge the adapters.
 
     Unchanged weights come from their original files, so they are never gathered.
-
-    Args:
-        state: Name -> values of every trained parameter.
     """
     loaded = load_model(replace(config.model, device="cpu"))
     trained = make_trainable(DecoderView(loaded.model), config.train, config.lora)

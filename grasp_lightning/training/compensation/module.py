@@ -42,14 +42,11 @@ class CompensationModule(L.LightningModule):
     """Trains the parameters of a causal language model that a callback made trainable.
 
     A batch holds the micro-batches of one optimizer step. The loss is the mean over the step's
-    predicted tokens, so it does not depend on how rows are split into micro-batches. Dropout is
-    seeded by step, so a resumed run drops the same units.
+    predicted tokens, so it does not depend on how rows are split into micro-batches. ``seed`` and
+    the step seed dropout, so a resumed run drops the same units.
 
     A checkpoint holds the trained parameters only, never the rest of the model. A module with
     another model, other samples or another objective refuses it.
-
-    Args:
-        seed: Seed of dropout.
 
     Attributes:
         trained: None until ``TrainableParameters`` has set it.
@@ -117,9 +114,7 @@ class CompensationModule(L.LightningModule):
         """Turn dropout off."""
         self.model.train(False)
 
-    def training_step(
-        self, batch: StepBatch, batch_idx: int
-    ) -> dict[str, Any]:  # Any: Lightning's own type
+    def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, Tensor | float]:
         """Take one optimizer step.
 
         Args:

@@ -9,11 +9,7 @@ from transformers import PreTrainedModel
 from grasp_lightning.data.batching import MicroBatch
 from grasp_lightning.data.packing import PackingForm, packed_inputs, packing_form
 from grasp_lightning.models.integrity import model_hash
-from grasp_lightning.models.next_token import (
-    distillation_losses,
-    forward_inputs,
-    next_token_losses,
-)
+from grasp_lightning.models.next_token import distillation_losses, forward_inputs, next_token_losses
 
 
 class Teacher(NamedTuple):
@@ -58,17 +54,12 @@ class Objective:
         """Return the training loss of every predicted token, in nats, ``(n,)``."""
         if self._teacher is None:
             return self.cross_entropies(batch)
+        teacher, temperature, mix = self._teacher
         with torch.inference_mode():
-            given = self._logits(self._teacher.model, batch)
+            given = self._logits(teacher, batch)
         logits = self._logits(self._model, batch)
-        return distillation_losses(
-            logits,
-            given.to(logits.device),
-            batch["input_ids"],
-            batch["targets"],
-            temperature=self._teacher.temperature,
-            mix=self._teacher.mix,
-        )
+        given, ids, targets = given.to(logits.device), batch["input_ids"], batch["targets"]
+        return distillation_losses(logits, given, ids, targets, temperature=temperature, mix=mix)
 
     def cross_entropies(self, batch: MicroBatch) -> Tensor:
         """Return the cross-entropy of every predicted token, in nats, ``(n,)``."""
