@@ -2,7 +2,7 @@
 
 Legend: a cut linear computes ``V z + b``, where ``z`` holds its ``r`` inner activations: the output
 of the right factor, or the kept channels of an MLP. ``T`` is its target for every token. The dense
-and compressed streams are the hidden states of both models that enter the layer.
+and compressed streams are the hidden states of both models before this linear.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from grasp_lightning.training.layer_streams import COMPRESSED, DENSE, Streams
 
 PULL = 1.0
 RIDGE = 1e-2
-_UNEXPLAINED = 0.05  # share of a layer's change that its writers may not explain, in low precision
+_UNEXPLAINED = 0.05  # share of a layer's change that its writers may leave out, with rounding
 _ROUNDING = 1e-4  # the same, where the writers' sum may replace a run of the layer
 _LEAVING, _INNER = "leaving", "inner"
 

@@ -223,7 +223,10 @@ class CompensationModule(L.LightningModule):
         return bool(self._trainable())
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Return the trainable parameters by name, gathered in every process, without copies."""
+        """Return the trainable parameters by name, detached and whole in every process.
+
+        Parameters that are not sharded are not copied.
+        """
         return dict(self.iterate_trained())
 
     def iterate_trained(self) -> Iterator[tuple[str, Tensor]]:
