@@ -548,9 +548,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(micro_batch_size: int) -> N
     data = GivenData(random_samples(), training=steps_of(micro_batch_size=micro_batch_size))
     with pytest.raises(NumericsError) as caught:
         fit(CompensationModule(model), data)
-    assert str(caught.value) == (
-        "the training loss is nan in step 0; lower optimizer.learning_rate"
-    )
+    assert str(caught.value) == "the training loss is nan in step 0; lower optimizer.learning_rate"
 
 
 def test_a_loss_that_is_not_finite_is_said_without_a_warning() -> None:
