@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity."""
+"""What a model is worth (perplexity, tasks) and what it costs (memory, throughput)."""

@@ -1,4 +1,4 @@
-"""What each cut of a compression does to the predictions by itself."""
+"""How much each cut of a compression changes the predictions by itself."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -26,19 +26,16 @@ def cut_losses(
     """Return how far each cut alone moves the predictions of the dense model.
 
     The distance is the mean Kullback-Leibler divergence from the dense predictions, in nats per
-    predicted token. Half the curvature of the loss, with labels drawn from the model, is its
-    leading term. Several processes share the cuts, unless they share one model.
+    predicted token. Its leading term is half the curvature of the loss with labels drawn from the
+    model. Processes share the cuts unless the model is sharded.
 
     Args:
-        view: The dense model; each cut is put in and taken out again.
-        cuts: What is measured.
+        view: The dense model; each cut is applied and undone.
         tensors: Their tensors, see ``apply_operations``.
-        batch: Windows to measure on, as ``TokenWindows.batch`` gives them.
-        track: Shows the progress.
+        batch: A ``TokenWindows.batch``.
 
     Returns:
-        Divergence by the name of the solved linear, in the order of the cuts; the same in all
-        processes.
+        Divergence by name of the solved linear, in the order of the cuts; equal in all processes.
     """
     given = {key: value.to(view.model.device) for key, value in batch.items()}
     by_name = {cut.solved: cut for cut in cuts}
@@ -54,15 +51,12 @@ def cut_losses(
 
 
 def divergence(logits: Tensor, dense: Tensor, batch: Mapping[str, Tensor]) -> float:
-    """Return the mean Kullback-Leibler divergence from dense predictions to others.
+    """Return the mean KL divergence from dense predictions, in nats per predicted token.
 
     Args:
         logits: Of the other model, ``(B, T, V)``.
-        dense: Of the dense one.
-        batch: The windows behind both, as ``TokenWindows.batch`` gives them, on the same device.
-
-    Returns:
-        Nats per predicted token.
+        dense: Of the dense model, ``(B, T, V)``.
+        batch: Their ``TokenWindows.batch``, on the same device.
     """
     ids, targets = batch["input_ids"], batch["targets"]
     losses = distillation_losses(logits, dense, ids, targets, temperature=1.0, mix=1.0)
@@ -70,12 +64,5 @@ def divergence(logits: Tensor, dense: Tensor, batch: Mapping[str, Tensor]) -> fl
 
 
 def first_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the beginnings of windows, short enough that two sets of logits fit into memory.
-
-    Args:
-        batch: The windows, as ``TokenWindows.batch`` gives them.
-
-    Returns:
-        The same, with 512 tokens in each at most.
-    """
+    """Truncate a batch to 512 tokens per window, so that two sets of logits fit into memory."""
     return {k: value[:, :_MAX_TOKENS] if value.dim() > 1 else value for k, value in batch.items()}

@@ -1,4 +1,4 @@
-"""Tasks of the Language Model Evaluation Harness (lm-eval), on a model in memory."""
+"""Runs tasks of the Language Model Evaluation Harness (lm-eval) on a model in memory."""
 
 import difflib
 import hashlib
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import UndefinedError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ _RANDOM_SEED = 0  # lm-eval's own, of Python's generator
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """What results of tasks depend on, beside the model.
+    """What task results depend on besides the model.
 
     Attributes:
         limit: Documents per task, from its start; None takes all.
@@ -43,55 +43,40 @@ class TaskSettings:
     seed: LibrarySeed = 1234
 
 
-class _LmEval(NamedTuple):
-    """The parts of lm-eval that are used.
-
-    Attributes:
-        simple_evaluate: Runs tasks on a model.
-        TaskManager: Knows all tasks.
-        HFLM: Wraps a transformers model.
-    """
-
-    simple_evaluate: Any  # Any: lm-eval has no usable types
-    TaskManager: Any
-    HFLM: Any
-
-
-def _lm_eval() -> _LmEval:
-    """Import lm-eval, which is an extra, and slow to import."""
+def _lm_eval() -> Any:  # noqa: ANN401  lm-eval has no usable types
+    """Import lm-eval, an optional dependency that is slow to import."""
     try:
-        from lm_eval import simple_evaluate  # noqa: PLC0415
-        from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
-        from lm_eval.tasks import TaskManager  # noqa: PLC0415
+        import lm_eval.models.huggingface  # noqa: F401, PLC0415
+        import lm_eval.tasks  # noqa: PLC0415
     except ImportError as error:
         raise ConfigError(
             f"tasks need lm-eval, which cannot be imported ({error}); install it with "
             "pip install 'grasp-lightning[eval]'"
         ) from error
-    return _LmEval(simple_evaluate, TaskManager, HFLM)
+    return lm_eval
 
 
 @cache
 def _task_manager() -> Any:  # noqa: ANN401  lm-eval has no usable types
-    """Return the one index of all tasks of this process; reading it takes seconds."""
+    """Return this process's index of all tasks; building it takes seconds."""
     with _quiet():
-        return _lm_eval().TaskManager()
+        return _lm_eval().tasks.TaskManager()
 
 
 class Harness:
     """Runs tasks of lm-eval on models in memory.
 
-    A task whose folder exists below ``task_data`` takes its data from there; its prompts, metrics
-    and name stay those of the installed lm-eval. Other tasks take theirs from the hub. A name that
-    is unknown, or a number out of range, is a ``ConfigError``.
+    A task with a folder in ``task_data`` reads its data from there; its prompts, metrics and name
+    stay those of the installed lm-eval. Other tasks use the hub. An unknown name or a number out of
+    range is a ``ConfigError``.
 
     Args:
-        names: Tasks, tags or groups that will be run.
+        names: Tasks, tags or groups to run.
         task_data: Folder with ``<task>/<split>.jsonl``; None takes all data from the hub.
         settings: What results depend on.
 
     Raises:
-        DataError: If ``task_data`` is no folder.
+        DataError: If ``task_data`` is not a folder.
     """
 
     def __init__(self, names: Sequence[str], task_data: str | None, settings: TaskSettings) -> None:
@@ -102,7 +87,7 @@ class Harness:
         if self._folder is not None and not self._folder.is_dir():
             raise DataError(f"task_data: {task_data} is no folder; expected <task>/<split>.jsonl")
         self._manager = _task_manager()
-        # What can be wrong with a name or a local file is found before a model runs.
+        # Bad names and local files fail here, before a model runs.
         self._files: dict[str, Path] = {}
         self._specs = {name: self._spec(name) for name in dict.fromkeys(names)}
         for name, spec in self._specs.items():
@@ -111,7 +96,7 @@ class Harness:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What results depend on beside the settings: lm-eval's version, hashes of local files."""
+        """lm-eval's version and hashes of local files, on which results depend."""
         hashes = {
             f"task_data.{task}": hashlib.sha256(file.read_bytes()).hexdigest()
             for task, file in self._files.items()
@@ -119,20 +104,11 @@ class Harness:
         return {"lm_eval": version("lm_eval"), **hashes}
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> TaskRun:
-        """Run one of the names on a model.
-
-        Args:
-            model: The model, in eval mode, on any device.
-            tokenizer: Its tokenizer.
-            name: One of ``names``.
-
-        Returns:
-            What was measured.
-        """
+        """Run one of ``names`` on a model in eval mode."""
         start, settings = time.perf_counter(), self._settings
         with _quiet():
             results = self._library.simple_evaluate(
-                model=self._library.HFLM(
+                model=self._library.models.huggingface.HFLM(
                     pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size
                 ),
                 tasks=self._tasks(name),
@@ -144,11 +120,9 @@ class Harness:
                 torch_random_seed=settings.seed,
                 fewshot_random_seed=settings.seed,
             )
-        found = {
-            task: task_result(task, values, results) for task, values in results["results"].items()
-        }
-        wanted = settings.num_fewshot
-        for task, result in found.items():
+        found, wanted = {}, settings.num_fewshot
+        for task, values in results["results"].items():
+            found[task] = result = task_result(task, values, results, model.dtype)
             if wanted is not None and result.num_fewshot not in (None, wanted):
                 logger.warning(
                     "%s has its own number of examples, %s, instead of num_fewshot %s",
@@ -159,7 +133,7 @@ class Harness:
         return TaskRun(results=found, seconds=time.perf_counter() - start)
 
     def _spec(self, name: str) -> str | dict[str, Any]:  # Any: a task's configuration
-        """Return what lm-eval loads for a name: the name, or a group that changes its data."""
+        """Return what lm-eval loads for a name: the name, or a group that overrides its data."""
         entry = self._manager.task_index.get(name)
         if entry is None:
             near = difflib.get_close_matches(name, self._manager.all_tasks, n=3, cutoff=0.6)
@@ -178,11 +152,9 @@ class Harness:
             )
         configs = []
         for task in members:
-            config = self._manager.task_index[task].cfg
-            folder = self._folder / task
-            configs.append(
-                local_config(task, config, folder, num_fewshot=self._settings.num_fewshot)
-            )
+            config, folder = self._manager.task_index[task].cfg, self._folder / task
+            num_fewshot = self._settings.num_fewshot
+            configs.append(local_config(task, config, folder, num_fewshot=num_fewshot))
             self._files[task] = folder / f"{evaluated_split(config)}.jsonl"
         return {"group": f"local_{name}", "task": configs}
 
@@ -190,15 +162,13 @@ class Harness:
         """Yield the tasks below a name."""
         entry = self._manager.task_index[name]
         if name in self._manager.all_tags:
-            members: list[Any] = sorted(entry.tags)  # Any: names or inline configurations
+            yield from self._members(sorted(entry.tags))
         elif name in self._manager.all_groups:
-            members = entry.cfg["task"]
+            yield from self._members(entry.cfg["task"])
         else:
             yield name
-            return
-        yield from self._members(members)
 
-    def _members(self, members: Sequence[Any]) -> Iterator[str]:  # Any: as above
+    def _members(self, members: Sequence[Any]) -> Iterator[str]:  # Any: names or configurations
         for member in members:
             inner = member if isinstance(member, str) else member.get("task", member.get("group"))
             if isinstance(inner, list):  # a group defined inside a group
@@ -219,7 +189,7 @@ class Harness:
             raise self._missing_field(name, error) from error
         except ImportError as error:
             raise ConfigError(f"tasks: {name} needs more packages: {error}") from error
-        # ValueError: what datasets raises offline for a data set that is not in its cache.
+        # ValueError: an uncached data set, offline.
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise DataError(
@@ -236,7 +206,7 @@ class Harness:
         return list(loaded["tasks"].values())
 
     def _check_documents(self, task: Any) -> None:  # noqa: ANN401  lm-eval has no usable types
-        """Render every local document, as lm-eval will, so that a bad one is named now."""
+        """Render every local document as lm-eval will, so that a bad one fails now."""
         file = self._files.get(task.config.task)
         if file is None or not hasattr(task, "doc_to_choice"):
             return
@@ -254,7 +224,7 @@ class Harness:
                 ) from error
 
     def _missing_field(self, name: str, error: Exception) -> DataError:
-        """Return an error that names the file and the line where a field is missing."""
+        """Return an error that names the file and the line without a field."""
         found = re.search(r"'([^']+)'(?: is undefined|$)|attribute '([^']+)'", str(error))
         field = next((group for group in found.groups() if group), "") if found else ""
         for task, file in self._files.items():
@@ -268,7 +238,7 @@ class Harness:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what lm-eval tells about its own workings; errors and progress bars stay."""
+    """Silence lm-eval's logs about its internals; errors and progress bars stay."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

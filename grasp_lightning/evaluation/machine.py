@@ -1,4 +1,4 @@
-"""What a measurement ran on."""
+"""Hardware and software of a measurement."""
 
 import os
 import platform
@@ -18,11 +18,10 @@ class Machine:
     """Hardware and versions behind a measurement.
 
     Attributes:
-        device: Kind of device, such as ``cpu`` or ``cuda``.
+        device: Device type, such as ``cpu`` or ``cuda``.
         device_name: Model of the processor or accelerator.
         cores: Logical cores of the processor.
-        threads: Threads that torch used on the CPU.
-        system: Operating system.
+        threads: CPU threads of torch.
         versions: Of Python and of the packages that run models.
     """
 
@@ -34,21 +33,13 @@ class Machine:
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:  # Any: plain values
-        """Return the facts as plain values."""
+        """Return plain values."""
         return asdict(self)
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """Return what runs models on a device, with the number of threads that is set now.
-
-    Args:
-        device: Where the models are.
-
-    Returns:
-        The facts.
-    """
+    """Return the machine of a device, with torch's current number of threads."""
     is_cuda = device.type == "cuda"
-    packages = {package: version(package) for package in ("torch", "transformers")}
     return Machine(
         device=device.type,
         device_name=torch.cuda.get_device_name(device) if is_cuda else processor_name(),
@@ -58,14 +49,15 @@ def describe_machine(device: torch.device) -> Machine:
         versions={
             "grasp_lightning": __version__,
             "python": platform.python_version(),
-            **packages,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
             **({"cuda": str(torch.version.cuda)} if is_cuda else {}),
         },
     )
 
 
 def processor_name() -> str:
-    """Return the model of this machine's processor, or its architecture where that is unknown."""
+    """Return the processor's model, or its architecture where the model is unknown."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Peak memory of one model, measured in a process that does nothing else."""
+"""Peak memory of one model, measured in a process of its own."""
 
 import logging
 import multiprocessing
@@ -17,17 +17,9 @@ from grasp_lightning.models.loading import load_model
 
 
 def measure_peak_memory(model: ModelConfig, workload: Workload, num_threads: int) -> PeakMemory:
-    """Load a model in a new interpreter, run the largest settings, and return the peak.
+    """Return the peak memory of a model at the largest settings, run in a new interpreter.
 
-    What a user can cause there is raised here; a process that was killed is a ``ModelError``.
-
-    Args:
-        model: Which model.
-        workload: Its longest prefill and its largest batch are run.
-        num_threads: Threads of torch on the CPU.
-
-    Returns:
-        The peak while the settings ran.
+    User errors of that process are raised here; if it is killed, that is a ``ModelError``.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -43,7 +35,7 @@ def measure_peak_memory(model: ModelConfig, workload: Workload, num_threads: int
 
 
 def _received(receiver: Connection, process: BaseProcess, name: str) -> PeakMemory:
-    """Return what the process sends, or raise what it sends or why it sends nothing."""
+    """Return the process's result, raise its error, or explain why it sent nothing."""
     try:
         outcome = receiver.recv()
     except EOFError:
@@ -63,9 +55,9 @@ def _received(receiver: Connection, process: BaseProcess, name: str) -> PeakMemo
 
 
 def _report(sender: Connection, model: ModelConfig, workload: Workload, num_threads: int) -> None:
-    """Measure, as the only thing that this process does, and send the result or the error."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the process that started this one speaks
-    # That process loads the same model, and tells what there is to tell.
+    """Measure in this otherwise idle process, and send the result or the error."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports Ctrl-C
+    # The parent loads the same model and logs its warnings.
     logging.disable(logging.WARNING)
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
     torch.set_num_threads(num_threads)
@@ -82,6 +74,6 @@ def _measure(config: ModelConfig, workload: Workload) -> PeakMemory:
         for setting in workload.largest:
             time_setting(model, workload, setting)
     covers: Covers = "resident" if is_without_loading else "resident_with_loading"
-    return PeakMemory(
-        bytes=peak_bytes(model.device), covers="cuda" if model.device.type == "cuda" else covers
-    )
+    if model.device.type == "cuda":
+        covers = "cuda"
+    return PeakMemory(bytes=peak_bytes(model.device), covers=covers)

@@ -1,4 +1,4 @@
-"""Means over samples, and differences of two models on the same samples, with standard errors."""
+"""Means and paired differences over samples, with standard errors."""
 
 import math
 from collections.abc import Sequence
@@ -6,31 +6,18 @@ from typing import NamedTuple
 
 
 class Estimate(NamedTuple):
-    """A mean over samples.
-
-    Attributes:
-        value: The mean, in the unit of the metric.
-        stderr: Its standard error in the same unit; None where it is unknown.
-    """
+    """A mean over samples and its standard error, in the metric's unit; None where unknown."""
 
     value: float
     stderr: float | None
 
 
 def paired_difference(samples: Sequence[float], reference: Sequence[float]) -> Estimate:
-    """Return how much the mean over some samples differs from that of a reference.
+    """Return the mean of ``samples - reference``: two models' metric on the same samples, in order.
 
-    What is hard about a sample is hard for both models, so the error of the mean difference is
-    smaller than the errors of the two means suggest.
-
-    Args:
-        samples: Metric of a model on each sample.
-        reference: The same of the model that it is compared with, on the same samples in the same
-            order.
-
-    Returns:
-        Mean of ``samples - reference``; its standard error is that of the mean of independent
-        draws, with n - 1 degrees of freedom, and None for a single sample.
+    Samples that are hard are hard for both models, so the error of the mean difference is smaller
+    than the errors of both means suggest. The standard error is that of independent draws, with n -
+    1 degrees of freedom; None for a single sample.
 
     Raises:
         ValueError: If the numbers of samples differ, or there are none.
@@ -50,16 +37,10 @@ def paired_difference(samples: Sequence[float], reference: Sequence[float]) -> E
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """Return the mean of independent estimates, each weighing the same.
-
-    Args:
-        estimates: At least one, in one unit.
-
-    Returns:
-        Their mean; its standard error is None if one of theirs is unknown.
+    """Return the unweighted mean of independent estimates; its error is None if one of theirs is.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there are none.
     """
     if not estimates:
         raise ValueError("expected at least one estimate, got none")

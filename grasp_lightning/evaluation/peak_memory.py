@@ -1,4 +1,4 @@
-"""Peak memory of this process while it runs a model, without what loading took."""
+"""Peak memory of this process while it runs a model, without the peak of loading."""
 
 import resource
 import sys
@@ -16,13 +16,12 @@ Covers = Literal["cuda", "resident", "resident_with_loading"]
 
 @dataclass(frozen=True, kw_only=True)
 class PeakMemory:
-    """The most memory that a process held while it ran a model.
+    """The most memory that a process held while it ran a model, the model included.
 
     Attributes:
-        bytes: The highest number of bytes, the model among them.
-        covers: What was counted: memory that torch allocated on the CUDA device; resident memory
-            of the process, interpreter and libraries included; or the same with the peak of
-            loading, where the system cannot forget that one.
+        covers: ``cuda``: memory that torch allocated on the device; ``resident``: resident memory
+            of the process, interpreter and libraries included; ``resident_with_loading``: the same
+            including the peak of loading, where the system cannot reset it.
     """
 
     bytes: int
@@ -30,14 +29,7 @@ class PeakMemory:
 
 
 def forget_peak(device: torch.device) -> bool:
-    """Count the peak from what is held now on.
-
-    Args:
-        device: Where the model is.
-
-    Returns:
-        False where the system cannot do so.
-    """
+    """Reset the peak; return False where the system cannot."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -51,20 +43,18 @@ def forget_peak(device: torch.device) -> bool:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory that was held since ``forget_peak``.
-
-    Args:
-        device: Where the model is.
-
-    Returns:
-        Bytes that torch allocated on a CUDA device; for others the resident bytes of this process.
-    """
+    """Return the peak since ``forget_peak``: torch's CUDA allocations, or else resident bytes."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if not _STATUS.exists():
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # others count in KiB
-    # Not ru_maxrss: on Linux it starts at the size of the process that started this one.
+        return lifetime_peak_bytes()
+    # On Linux, ru_maxrss starts at the size of the parent process.
     lines = _STATUS.read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
+
+
+def lifetime_peak_bytes() -> int:
+    """Return the highest resident bytes of this process since it started."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # others count in KiB

@@ -17,7 +17,7 @@ from grasp_lightning.models.next_token import forward_inputs, next_token_losses
 class Perplexity(Metric):
     """exp of the mean next-token loss over all predicted tokens, exact across processes.
 
-    Every token weighs the same, whatever the window or batch it is in.
+    Every token has the same weight, whatever its window or batch.
     """
 
     full_state_update = False
@@ -32,39 +32,26 @@ class Perplexity(Metric):
         self.add_state("num_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, losses: Tensor) -> None:
-        """Add the losses of some predicted tokens.
-
-        Args:
-            losses: Nats per predicted token, ``(n,)``.
-        """
+        """Add losses in nats per predicted token, ``(n,)``."""
         self.loss_sum += losses.double().sum()
         self.num_tokens += losses.numel()
 
     def compute(self) -> Tensor:
-        """Return the perplexity of all tokens so far.
-
-        Returns:
-            Float64 scalar; NaN if there were none.
-        """
+        """Return the perplexity so far, a float64 scalar; NaN without tokens."""
         return torch.exp(self.loss_sum / self.num_tokens)
 
 
 def evaluate_perplexity(view: DecoderView, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Return the perplexity of a model on windows of text.
+    """Return the perplexity of a model on held-out windows.
 
-    Under ``torch.distributed`` each process gives its own windows, and all get the perplexity of
-    all of them. Where they share a sharded model, they must give as many batches.
+    Under ``torch.distributed`` each process passes its own windows, and all get the perplexity of
+    all windows. Processes that share a sharded model must pass equally many batches.
 
     Args:
-        view: The model, on any device.
-        batches: Held-out windows: ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``.
-
-    Returns:
-        The perplexity.
+        batches: ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``.
 
     Raises:
-        NumericsError: If a loss is NaN or infinite, naming the first decoder layer whose output
-            is, or if the perplexity is too large for float64.
+        NumericsError: If a loss is NaN or infinite, or the perplexity is too large for float64.
     """
     model = view.model
     metric = Perplexity().to(model.device)  # where a process group can reduce it

@@ -1,20 +1,16 @@
 """Wall-clock time and peak memory of a run."""
 
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from grasp_lightning.evaluation.peak_memory import lifetime_peak_bytes
+
 
 class Phases:
-    """Sums the seconds spent in named phases.
-
-    Attributes:
-        seconds: Seconds per phase so far.
-    """
+    """Sums the seconds spent in named phases."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -22,15 +18,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str, excluding: Iterable[str] = ()) -> Iterator[None]:
-        """Add the time of a ``with`` block to a phase.
-
-        Args:
-            name: The phase.
-            excluding: Phases inside the block whose time is theirs alone.
-
-        Yields:
-            Nothing.
-        """
+        """Add the time of a ``with`` block to a phase, minus that of the phases ``excluding``."""
         inner = tuple(excluding)
         start, before = time.perf_counter(), self._sum(inner)
         try:
@@ -44,17 +32,12 @@ class Phases:
 
     @property
     def total(self) -> float:
-        """Seconds since this object was made."""
+        """Seconds since this object was created."""
         return time.perf_counter() - self._start
 
 
 def peak_memory_bytes() -> int:
-    """Return the highest resident memory of this process, or of its CUDA device if it used one.
-
-    Returns:
-        Bytes.
-    """
+    """Return the peak resident bytes of this process, or of its CUDA device if it used one."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return lifetime_peak_bytes()

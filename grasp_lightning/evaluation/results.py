@@ -1,7 +1,7 @@
-"""Everything that ``evaluate`` measured of one model, as plain values and back."""
+"""Everything that ``evaluate`` measured on one model, convertible to plain values."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,10 +27,8 @@ class CorpusResult:
     """Perplexity on one corpus.
 
     Attributes:
-        perplexity: exp of the mean next-token loss.
         num_tokens: Number of predicted tokens.
-        num_windows: Number of windows.
-        windows_sha256: Hash of the windows: two models saw the same tokens if it is equal.
+        windows_sha256: Hash of the windows; if equal, two models saw the same tokens.
         seconds: Wall-clock time.
     """
 
@@ -43,13 +41,13 @@ class CorpusResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEvaluation:
-    """What was measured of one model.
+    """All measurements of one model.
 
     Attributes:
-        model: The model, as the user named it.
+        model: The model as the user named it.
         sha256: Hash of its weights.
-        cost: Its size and work; None until measured.
-        peak_memory_bytes: Highest memory use during the evaluation, without other models.
+        cost: None until measured.
+        peak_memory_bytes: Peak memory of the evaluation, without other models.
         corpora: Perplexity by corpus.
         tasks: Runs of tasks by requested name.
     """
@@ -80,34 +78,20 @@ class ModelEvaluation:
 
 
 def paper_mean(results: Mapping[str, TaskResult]) -> Estimate | None:
-    """Return the mean accuracy of the seven tasks of the paper, each weighing the same.
+    """Return the mean ``acc`` of the paper's seven tasks; None if a task is missing.
 
     Source: Liu et al., "GRASP", arXiv:2501.00339, Table 1.
-
-    Args:
-        results: Results by task.
-
-    Returns:
-        The mean of ``acc``; None if a task is missing.
     """
-    found = [results[task].metrics.get("acc") for task in PAPER_SEVEN if task in results]
-    estimates = [estimate for estimate in found if estimate is not None]
-    return mean_of(estimates) if len(estimates) == len(PAPER_SEVEN) else None
+    found = (results[task].metrics.get("acc") for task in PAPER_SEVEN if task in results)
+    return _mean_of_seven(found)
 
 
 def task_difference(
     result: TaskResult, reference: TaskResult | None, metric: str
 ) -> Estimate | None:
-    """Return how a metric differs from that of another model on the same documents.
+    """Return the mean paired difference of a metric from another model's on the same documents.
 
-    Args:
-        result: A model's result.
-        reference: That of the model that it is compared with.
-        metric: Name of the metric.
-
-    Returns:
-        The mean paired difference; None where the documents differ, or the metric is no mean over
-        documents.
+    None where the documents differ or the metric is not a mean over documents.
     """
     if reference is None or not result.documents or result.documents != reference.documents:
         return None
@@ -117,7 +101,7 @@ def task_difference(
 
 
 def _is_mean(result: TaskResult, metric: str) -> bool:
-    """Whether a metric is the mean of its values per document: a perplexity is not."""
+    """Return whether a metric is the mean of its values per document: a perplexity is not."""
     samples, estimate = result.samples.get(metric, ()), result.metrics.get(metric)
     if estimate is None or len(samples) != result.num_samples or not samples:
         return False
@@ -127,19 +111,14 @@ def _is_mean(result: TaskResult, metric: str) -> bool:
 def paper_mean_difference(
     results: Mapping[str, TaskResult], references: Mapping[str, TaskResult]
 ) -> Estimate | None:
-    """Return how the mean accuracy of the paper's seven tasks differs from another model's.
-
-    Args:
-        results: A model's results by task.
-        references: Those of the model that it is compared with.
-
-    Returns:
-        The mean of the paired differences; None if a task is missing.
-    """
-    differences = [
+    """Return the mean paired difference over the paper's seven tasks; None if one is missing."""
+    return _mean_of_seven(
         task_difference(results[task], references.get(task), "acc")
         for task in PAPER_SEVEN
         if task in results
-    ]
-    known = [difference for difference in differences if difference is not None]
+    )
+
+
+def _mean_of_seven(estimates: Iterable[Estimate | None]) -> Estimate | None:
+    known = [estimate for estimate in estimates if estimate is not None]
     return mean_of(known) if len(known) == len(PAPER_SEVEN) else None

@@ -17,23 +17,18 @@ TaskConfig = Mapping[str, Any]  # Any: a task's configuration as YAML has it
 def local_config(
     task: str, config: TaskConfig, folder: Path, *, num_fewshot: int | None
 ) -> dict[str, Any]:  # Any: as above
-    """Return what to change in a task, so that it reads local files.
+    """Return the overrides that make a task read local files.
 
-    The split that is evaluated stays the one that the task evaluates on: its test split, or its
-    validation split if it has no other.
+    They change neither prompts and metrics nor the split that the task evaluates on.
 
     Args:
-        task: Name of the task.
         config: Its configuration in lm-eval.
-        folder: Folder that holds ``<split>.jsonl`` files.
-        num_fewshot: Wanted number of examples; None for the task's own.
-
-    Returns:
-        Overrides for a member of a group of lm-eval; prompts and metrics are not among them.
+        folder: Folder with ``<split>.jsonl`` files.
+        num_fewshot: Number of examples; None for the task's own.
 
     Raises:
         ConfigError: If the task loads its data by code of its own, or has fewer rows than examples.
-        DataError: If a file or a field is missing, naming file, line and key.
+        DataError: If a file or a field is missing.
     """
     if "class" in config or "custom_dataset" in config:
         raise ConfigError(
@@ -42,17 +37,17 @@ def local_config(
         )
     files = {file.stem: file for file in sorted(folder.glob("*.jsonl"))}
     needed = [evaluated_split(config)]
-    shots = _few_shot_split(config)
-    if _num_shots(config, num_fewshot) > 0 and shots is not None:
+    shots, num_shots = _few_shot_split(config), _num_shots(config, num_fewshot)
+    if num_shots > 0 and shots is not None:
         needed.append(shots)
     for split in needed:
         if split not in files:
             raise DataError(f"{task} needs {folder / f'{split}.jsonl'}, which does not exist")
         count = _check_rows(files[split], task, _columns(config))
-        if split == shots and count <= _num_shots(config, num_fewshot):
+        if split == shots and count <= num_shots:
             raise ConfigError(
                 f"num_fewshot must be below {count}, the number of rows of {files[split]}, got "
-                f"{_num_shots(config, num_fewshot)}"
+                f"{num_shots}"
             )
     overrides: dict[str, Any] = {
         "task": task,
@@ -67,20 +62,13 @@ def local_config(
 
 
 def evaluated_split(config: TaskConfig) -> str:
-    """Return the split that a task of lm-eval is evaluated on.
-
-    Args:
-        config: Its configuration in lm-eval.
-
-    Returns:
-        Its test split, or its validation split if it has no other.
-    """
+    """Return a task's test split, or its validation split if it has no other."""
     split: str = config.get("test_split") or config.get("validation_split") or "test"
     return split
 
 
 def _few_shot_split(config: TaskConfig) -> str | None:
-    """Return the split that lm-eval takes examples from."""
+    """Return the split that lm-eval draws examples from."""
     options = config.get("fewshot_config") or {}
     if "samples" in options:
         return None
@@ -91,29 +79,21 @@ def _few_shot_split(config: TaskConfig) -> str | None:
 
 def _num_shots(config: TaskConfig, wanted: int | None) -> int:
     own = config.get("num_fewshot")
-    # lm-eval keeps a task's own 0 whatever is asked for.
+    # lm-eval always keeps a task's own 0.
     shots = own if wanted is None or own == 0 else wanted
     return int(shots or 0)
 
 
 def _columns(config: TaskConfig) -> set[str]:
-    """Return the fields that a task names directly: without one lm-eval would print its name."""
+    """Return the fields that templates name directly: lm-eval prints the name of a missing one."""
     if "process_docs" in config:
-        return set()  # names are of rows that code has changed
+        return set()  # the names belong to rows that code has changed
     texts = [config.get(key) for key in _TEMPLATES]
     return {text for text in texts if isinstance(text, str) and text.isidentifier()}
 
 
 def first_line_without(file: Path, field: str) -> int | None:
-    """Return the first line of a file whose object has not some field, at any depth.
-
-    Args:
-        file: JSON lines.
-        field: The key.
-
-    Returns:
-        Number of the line, from 1; None if all have it.
-    """
+    """Return the first line, from 1, whose object lacks a field at any depth; None if none does."""
     return next((number for number, row in _rows(file) if not _has(row, field)), None)
 
 
@@ -124,7 +104,7 @@ def _has(value: object, field: str) -> bool:
 
 
 def _check_rows(file: Path, task: str, fields: set[str]) -> int:
-    """Return the number of rows, after a check that all have the same fields, and these."""
+    """Check that all rows have the same fields, including these, and return their number."""
     count = 0
     for number, row in _rows(file):
         count += 1

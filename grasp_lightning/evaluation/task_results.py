@@ -1,4 +1,4 @@
-"""What tasks of lm-eval measured, and how it is read from lm-eval's own results."""
+"""Task results, read from lm-eval's own."""
 
 import hashlib
 import math
@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from grasp_lightning.errors import NumericsError
 from grasp_lightning.evaluation.paired import Estimate
+from grasp_lightning.models.integrity import nan_advice
 
 _NO_FILTER = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What one task, or a group of them, measured.
+    """Results of one task or group.
 
     Attributes:
         metrics: Mean and standard error by metric, such as ``acc``, ``acc_norm`` or
@@ -22,8 +25,8 @@ class TaskResult:
         num_samples: Number of documents; 0 for a group.
         num_fewshot: Examples before each question; None for a group.
         version: Version of the task's definition in lm-eval.
-        samples: Value of each metric that is a number per document, in the order of documents.
-        documents: Hash of all documents, prompts and targets: samples of two models can be paired
+        samples: Values per document of each numeric metric, in the order of documents.
+        documents: Hash of all documents, prompts and targets; samples of two models can be paired
             if it is equal.
     """
 
@@ -37,48 +40,41 @@ class TaskResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRun:
-    """What one requested name gave: a task alone, or several for a tag or a group.
-
-    Attributes:
-        results: By name of the task or group.
-        seconds: Wall-clock time.
-    """
+    """Results of one requested name: one task, or several for a tag or a group."""
 
     results: Mapping[str, TaskResult]
     seconds: float
 
 
 def task_result(
-    task: str, values: Mapping[str, Any], results: Mapping[str, Any]
-) -> TaskResult:  # Any: results of lm-eval
-    """Return what lm-eval measured for one task or group.
+    task: str,
+    values: Mapping[str, Any],  # Any: results of lm-eval
+    results: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> TaskResult:
+    """Return lm-eval's result of one task or group.
 
     Args:
-        task: Its name.
-        values: Its metrics.
-        results: All of what lm-eval returned.
+        results: All results of lm-eval.
 
     Raises:
         NumericsError: If a metric or a likelihood is NaN.
     """
+    advice = nan_advice(dtype).replace("model.dtype", "dtype")  # the key of evaluate
     metrics = {}
     for key, value in values.items():
         metric, _, name = key.partition(",")
         if not name or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         if math.isnan(value):
-            raise NumericsError(
-                f"{task}: {metric} is NaN; check the checkpoint, or try dtype float32"
-            )
+            raise NumericsError(f"{task}: {metric} is NaN; {advice}")
         stderr = values.get(f"{metric}_stderr,{name}")  # "N/A" where there is none
         is_known = isinstance(stderr, int | float) and math.isfinite(stderr)
         metrics[_metric_name(metric, name)] = Estimate(float(value), stderr if is_known else None)
     records = (results.get("samples") or {}).get(task, [])
     if any(_holds_nan(record["resps"]) for record in records):
-        # lm-eval would take the first answer for the likeliest one.
-        raise NumericsError(
-            f"{task}: a likelihood is NaN; check the checkpoint, or try dtype float32"
-        )
+        # lm-eval would pick the first answer.
+        raise NumericsError(f"{task}: a likelihood is NaN; {advice}")
     count = results.get("n-samples", {}).get(task, {}).get("effective", 0)
     return TaskResult(
         metrics=metrics,

@@ -17,18 +17,13 @@ from grasp_lightning.evaluation.workload import (
     out_of_memory_as_model_error,
     time_setting,
 )
+from grasp_lightning.reading.plain import to_plain
 
 _SIZE_NAMES = {"prefill": "length", "decode": "batch_size"}
 
 
 class Turn(NamedTuple):
-    """One measurement in the order of all.
-
-    Attributes:
-        name: The model.
-        setting: What is timed.
-        is_warm_up: True before the rounds; its time is not used.
-    """
+    """One measurement; ``is_warm_up`` marks those before the rounds, which do not count."""
 
     name: str
     setting: Setting
@@ -41,13 +36,7 @@ Track = Callable[[Sequence[Turn], str], Iterable[Turn]]
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Median and quartiles over the rounds.
-
-    Attributes:
-        first_quartile: A quarter of the rounds lies below.
-        median: Half of them does.
-        third_quartile: A quarter lies above.
-    """
+    """Median and quartiles over the rounds."""
 
     first_quartile: float
     median: float
@@ -55,14 +44,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Return the spread of some values.
-
-        Args:
-            values: One per round, at least one; between two of them is interpolated.
-
-        Returns:
-            Median and quartiles.
-        """
+        """Return the spread of one value per round, interpolated between values."""
         first, median, third = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
         return cls(first_quartile=first, median=median, third_quartile=third)
 
@@ -72,7 +54,6 @@ class Timing:
     """One model at one setting.
 
     Attributes:
-        setting: What was timed.
         num_rounds: Number of measurements.
         tokens_per_second: Of the prompt, or decoded over all sequences.
         ratio: Tokens per second divided by the first model's in the same round; above 1 is
@@ -87,7 +68,7 @@ class Timing:
     first_token_seconds: Spread | None
 
     def to_dict(self) -> dict[str, Any]:  # Any: plain values
-        """Return the numbers as plain values, under ``length`` or ``batch_size``."""
+        """Return plain values, with the size under ``length`` or ``batch_size``."""
         content = asdict(self)
         kind, size = content.pop("setting")
         if kind == "decode":
@@ -97,14 +78,12 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelThroughput:
-    """Everything that was measured of one model.
+    """Every measurement of one model.
 
     Attributes:
         name: Name among the compared models.
-        is_control: True for the first model's second measurement, which shows what difference
-            chance alone makes.
-        parameters: Number of parameters, tied ones counted once.
-        dtype: Floating point type of the weights.
+        is_control: True for the first model's second measurement, whose difference is pure chance.
+        parameters: Tied parameters count once.
         peak_memory: Of a process that runs the largest settings.
         timings: One per setting, in the order of the workload.
     """
@@ -117,18 +96,11 @@ class ModelThroughput:
     timings: tuple[Timing, ...]
 
     def of_kind(self, kind: str) -> tuple[Timing, ...]:
-        """Return the timings of one kind.
-
-        Args:
-            kind: ``prefill`` or ``decode``.
-
-        Returns:
-            One per size.
-        """
+        """Return the timings of one kind, ``prefill`` or ``decode``."""
         return tuple(timing for timing in self.timings if timing.setting.kind == kind)
 
     def to_dict(self) -> dict[str, Any]:  # Any: plain values
-        """Return the numbers as plain values, with one list per kind of setting."""
+        """Return plain values, with one list per kind of setting."""
         content = asdict(self)
         del content["timings"]
         lists = {kind: [t.to_dict() for t in self.of_kind(kind)] for kind in _SIZE_NAMES}
@@ -137,26 +109,16 @@ class ModelThroughput:
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """The result of one benchmark.
-
-    Attributes:
-        workload: What every model was measured on.
-        machine: What it was measured with.
-        models: The first model, its control, then the others.
-    """
+    """The result of one benchmark: the first model, its control, then the others."""
 
     workload: Workload
     machine: Machine
     models: tuple[ModelThroughput, ...]
 
     def to_dict(self) -> dict[str, Any]:  # Any: plain values
-        """Return everything as plain values: what the JSON file holds."""
-        workload = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in asdict(self.workload).items()
-        }
+        """Return the content of the JSON file."""
         return {
-            "workload": workload,
+            "workload": to_plain(self.workload),
             "machine": self.machine.to_dict(),
             "models": [model.to_dict() for model in self.models],
         }
@@ -165,17 +127,18 @@ class Throughput:
 def measure_throughput(
     models: Mapping[str, PreTrainedModel], workload: Workload, track: Track
 ) -> dict[str, tuple[Timing, ...]]:
-    """Measure models in turns, so that whatever slows the machine down meets all alike.
+    """Measure models in turns, so that whatever slows the machine down affects all alike.
+
+    Errors are those of ``time_setting``, and a ``ModelError`` for a device that is too small.
 
     Args:
-        models: Models in eval mode by name; the first one is what the others are compared with. A
-            control, the first model once more, is a matter of the caller.
+        models: Models in eval mode by name; the others are compared to the first. The caller may
+            add it again as a control.
         workload: What is run.
-        track: Shows progress; it must not work while a measurement runs.
+        track: Shows progress; it must be idle while a measurement runs.
 
     Returns:
-        Timings of each model, one per setting. Fails as ``time_setting`` does, and with a
-        ``ModelError`` for a device that is too small.
+        Timings of each model, one per setting.
     """
     samples: dict[tuple[str, Setting], list[Sample]] = {}
     for name, setting, is_warm_up in track(list(turns(tuple(models), workload)), "throughput"):
@@ -199,17 +162,10 @@ def measure_throughput(
 
 
 def turns(names: Sequence[str], workload: Workload) -> Iterator[Turn]:
-    """Yield what is measured, in order: a warm-up of everything, then round by round.
+    """Yield every model at every setting, first as a warm-up and then once per round.
 
-    In each round the settings come in random order, and at each setting the models do: those that
-    are compared with each other run one right after the other.
-
-    Args:
-        names: The models.
-        workload: Settings, number of rounds and seed.
-
-    Yields:
-        Every model at every setting, once for the warm-up and once per round.
+    Each round shuffles the settings, and each setting the models, so that the models that are
+    compared run one right after the other.
     """
     order = random.Random(workload.seed)
     for round_index in range(-1, workload.num_rounds):
@@ -221,16 +177,12 @@ def turns(names: Sequence[str], workload: Workload) -> Iterator[Turn]:
 def summarize(
     setting: Setting, num_tokens: int, samples: Sequence[Sample], first: Sequence[Sample] | None
 ) -> Timing:
-    """Return what the rounds of one model at one setting come to.
+    """Return the medians and quartiles of one model at one setting.
 
     Args:
-        setting: What was timed.
         num_tokens: Tokens that one measurement counts.
         samples: One per round.
-        first: The first model's, in the same rounds; None if these are its own.
-
-    Returns:
-        Medians and quartiles.
+        first: The first model's, in the same rounds; None for the first model itself.
     """
     waits = [s.first_token_seconds for s in samples if s.first_token_seconds is not None]
     paired = zip(first, samples, strict=True) if first is not None else ()

@@ -1,4 +1,4 @@
-"""What a throughput measurement runs: prefill of one prompt, decoding of a batch with its cache.
+"""The work of a throughput measurement: prefill of one prompt, decoding of a batch with its cache.
 
 Legend: B sequences, T tokens of a prompt.
 """
@@ -25,7 +25,7 @@ class Setting(NamedTuple):
 
     Attributes:
         kind: What is timed.
-        size: Tokens of the prompt (prefill), or sequences that are decoded together (decode).
+        size: Tokens of the prompt (prefill), or sequences decoded together (decode).
     """
 
     kind: Kind
@@ -46,16 +46,16 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What every model is measured on.
+    """The work that every model is measured on.
 
     Attributes:
         prefill_lengths: Tokens of the prompts whose prefill is timed, one prompt at a time.
-        decode_batch_sizes: Numbers of sequences that are decoded together.
-        prompt_length: Tokens per sequence before decoding; they are not timed.
-        new_tokens: Tokens that are decoded per sequence.
-        num_rounds: How often each model is measured at each setting.
+        decode_batch_sizes: Numbers of sequences decoded together.
+        prompt_length: Tokens per sequence before decoding; not timed.
+        new_tokens: Tokens to decode per sequence.
+        num_rounds: Measurements of each model at each setting.
         seed: Seed of the prompts and of the order.
-        vocabulary: Prompts hold token ids below this number.
+        vocabulary: Upper bound of token ids in prompts, exclusive.
     """
 
     prefill_lengths: tuple[int, ...]
@@ -74,32 +74,18 @@ class Workload:
 
     @property
     def largest(self) -> tuple[Setting, Setting]:
-        """The longest prefill, and the decoding of the largest batch."""
+        """The longest prefill and the largest decoded batch."""
         return (
             Setting("prefill", max(self.prefill_lengths)),
             Setting("decode", max(self.decode_batch_sizes)),
         )
 
     def num_tokens(self, setting: Setting) -> int:
-        """Return how many tokens a setting counts: of the prompt, or decoded over all sequences.
-
-        Args:
-            setting: One of ``settings``.
-
-        Returns:
-            The number.
-        """
+        """Return how many tokens a setting counts: of the prompt, or decoded over all sequences."""
         return setting.size if setting.kind == "prefill" else setting.size * self.new_tokens
 
     def prompt(self, setting: Setting) -> Tensor:
-        """Return the random tokens that every model is given at a setting.
-
-        Args:
-            setting: One of ``settings``.
-
-        Returns:
-            Token ids, ``(B, T)``, int64, the same at every call.
-        """
+        """Return a setting's random token ids, ``(B, T)``, int64, the same at every call."""
         decode_shape = (setting.size, self.prompt_length)
         shape = (1, setting.size) if setting.kind == "prefill" else decode_shape
         generator = torch.Generator().manual_seed(self.seed)
@@ -107,11 +93,7 @@ class Workload:
 
 
 class Stopwatch:
-    """Moments on a device; on CUDA they are events, so that the device need not wait for the host.
-
-    Args:
-        device: Where the timed work runs.
-    """
+    """Times work on a device; CUDA events spare the device a wait for the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -119,12 +101,12 @@ class Stopwatch:
         self._times: list[float] = []
 
     def start(self) -> None:
-        """Wait until the device is idle, and mark the first moment."""
+        """Wait until the device is idle, and mark the start."""
         self._synchronize()
         self.mark()
 
     def mark(self) -> None:
-        """Mark the moment at which all work so far is done."""
+        """Mark the moment when all work so far is done."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # untyped there
             event.record(torch.cuda.current_stream(self._device))
@@ -134,11 +116,7 @@ class Stopwatch:
             self._times.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Return the time from the first moment to each later one.
-
-        Returns:
-            Seconds, one per ``mark`` after ``start``.
-        """
+        """Return the seconds from ``start`` to each later ``mark``."""
         if self._device.type == "cuda":
             self._synchronize()
             return [self._events[0].elapsed_time(event) / 1000 for event in self._events[1:]]
@@ -150,16 +128,7 @@ class Stopwatch:
 
 
 def time_setting(model: PreTrainedModel, workload: Workload, setting: Setting) -> Sample:
-    """Run a model once at one setting.
-
-    Args:
-        model: The model in eval mode, on any device.
-        workload: Prompts and numbers of tokens.
-        setting: What is timed.
-
-    Returns:
-        The times. Fails as ``decode_greedily`` does.
-    """
+    """Run a model in eval mode once at one setting; fails like ``decode_greedily``."""
     prompt = workload.prompt(setting).to(model.device)
     watch = Stopwatch(model.device)
     with torch.inference_mode(), _no_garbage_collection():
@@ -174,16 +143,16 @@ def time_setting(model: PreTrainedModel, workload: Workload, setting: Setting) -
 def decode_greedily(
     model: PreTrainedModel, prompt: Tensor, new_tokens: int, watch: Stopwatch
 ) -> Tensor:
-    """Decode a batch token by token with its cache of keys and values; prefill is not timed.
+    """Decode a batch token by token with a key-value cache; only the decoding is timed.
 
     Args:
         model: The model in eval mode.
         prompt: Token ids on the model's device, ``(B, T)``.
         new_tokens: Number of timed steps.
-        watch: Unused so far; it is started before the first step and marked after the last.
+        watch: An unused stopwatch, started before the first step and marked after the last.
 
     Returns:
-        Token ids after the prompt, ``(B, new_tokens + 1)``: the first one comes from the prefill.
+        Token ids after the prompt, ``(B, new_tokens + 1)``: the prefill gives the first.
 
     Raises:
         ModelError: If the model keeps no cache.
@@ -220,14 +189,14 @@ def _likeliest(output: Any) -> Tensor:  # noqa: ANN401  each family has an outpu
 
 
 def _options(model: PreTrainedModel) -> dict[str, int | bool]:
-    """Return the keyword arguments with which ``generate``, too, calls the model."""
+    """Return the keyword arguments that ``generate`` also passes to the model."""
     takes_limit = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {"use_cache": True, **({"logits_to_keep": 1} if takes_limit else {})}
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Keep Python from looking for garbage in the middle of a measurement."""
+    """Disable garbage collection during a measurement."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -239,17 +208,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def out_of_memory_as_model_error(name: str) -> Iterator[None]:
-    """Turn a full device into one line.
-
-    Args:
-        name: The model that runs, for the message.
-
-    Yields:
-        Nothing; the block runs it.
-
-    Raises:
-        ModelError: If the device has too little memory.
-    """
+    """Turn a device's out-of-memory error into a ``ModelError`` that names the model."""
     try:
         yield
     except torch.OutOfMemoryError as error:

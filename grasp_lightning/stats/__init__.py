@@ -1,1 +1,1 @@
-"""What hooks collect while a model runs."""
+"""Statistics that hooks collect while a model runs."""

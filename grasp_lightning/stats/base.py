@@ -1,4 +1,4 @@
-"""What a step asks to be measured, and what a measurement gives back."""
+"""What a step needs measured, and the statistics that a pass returns."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +13,16 @@ from grasp_lightning.linalg.factors import SVD
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scoring:
-    """How the gradients of singular components become scores.
+    """How gradients of singular components become scores.
 
     Source: Liu et al., "GRASP", arXiv:2501.00339, Eq. 6 (``full``, ``taylor``).
 
     Attributes:
         score: ``taylor``: theta * dL/dtheta; ``gradient``: dL/dtheta; ``magnitude``: the singular
-            value itself, which needs no data.
-        terms: Score all of u, s and v, or s alone.
-        reduction: ``signed``: modulus after the sum over windows; ``absolute``: sum of the moduli
-            of each window; ``squared``: sum over windows and elements of the squared term.
+            value itself, without data.
+        terms: Score u, s and v (``full``), or s alone.
+        reduction: ``signed``: absolute value after the sum over windows; ``absolute``: sum of each
+            window's absolute value; ``squared``: sum of squared terms over windows and elements.
     """
 
     score: Score = "taylor"
@@ -36,14 +36,14 @@ FORWARD_MOMENTS: frozenset[MomentKind] = frozenset({"input_gram", "input_scale"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Removable:
-    """A decoder layer, or the attention or MLP block of one, that may go as a whole.
+    """A decoder layer, or its attention or MLP block, that may be removed as a whole.
 
     Attributes:
         name: Unique among layers, blocks and linears.
         layer: Number of the layer in the original model.
         linears: Full names of its dense linears, in module order.
-        parameters: How many go with it.
-        is_block: True of a block, whose norms and biases stay.
+        parameters: How many a removal saves.
+        is_block: True for a block, whose norms and biases stay.
     """
 
     name: str
@@ -55,19 +55,19 @@ class Removable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """What a step asks to be measured; the default asks for nothing.
+    """What a step needs measured; nothing by default.
 
     Attributes:
-        layer_metric: Compare the hidden states that enter and leave decoder layers.
+        layer_metric: Compares the hidden states that enter and leave decoder layers.
         span: Number of contiguous layers that the metric compares across.
         weight_gradients: Modules whose weight gradients are scored, in model order.
         scoring: How they are scored.
-        more_groups: Modules of other layers that are scored as well, a group at a time, so that no
-            more than one group needs memory for its decompositions.
-        moments: Modules whose inputs and output gradients are summed up, in model order.
-        moment_kinds: What is summed up of them.
-        fisher: Whose gradients moments are made of; scores of weight gradients take the text's.
-        removables: Layers and blocks whose removal is priced, each by itself.
+        more_groups: Modules of other layers to score, one group at a time, so that only one group's
+            decompositions are in memory.
+        moments: Modules whose inputs and output gradients are summed, in model order.
+        moment_kinds: Which sums are taken.
+        fisher: Which gradients moments use; scores of weight gradients use the text's labels.
+        removables: Layers and blocks whose individual removal is priced.
     """
 
     layer_metric: LayerMetric | None = None
@@ -97,12 +97,11 @@ class Step:
     """One measurement and the decision that follows it.
 
     Attributes:
-        name: What is done, in one word: select, attribution, curvature, drop.
-        needs: What must be measured first.
-        layers: Decoder layers that this and coming steps change, ascending, as in the original
-            model: what enters them can be kept between passes. Empty if this is the only step.
-        bases: Singular value decompositions of the weights that are scored, by module.
-        ranks: Ranks that weights are cut to, by module; None leaves them to the decision.
+        name: One word: select, attribution, curvature, drop.
+        layers: Original numbers of the decoder layers that this and later steps change, ascending:
+            their inputs can be cached between passes. Empty if this is the only step.
+        bases: Singular value decompositions of the scored weights, by module.
+        ranks: Ranks to truncate weights to, by module; None leaves them to the decision.
     """
 
     name: str
@@ -114,11 +113,11 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moments:
-    """What passed through one linear of N outputs and M inputs, as means over tokens.
+    """Means over tokens of the inputs and gradients of one linear of N outputs and M inputs.
 
     Linears that read the same input (q, k and v; gate and up) share its tensors. A gradient is that
-    of the cross-entropy summed over the predicted tokens of a window, in nats, by the output, or a
-    random one in its place (``Needs.fisher``).
+    of a window's cross-entropy, summed over predicted tokens in nats, with respect to the output,
+    or a random one in its place (``Needs.fisher``).
 
     Attributes:
         input_gram: Mean of x x^T, ``(M, M)``.
@@ -135,11 +134,7 @@ class Moments:
 
 
 class MergedMoments(Mapping[str, Moments]):
-    """Moments of several passes, none of them read before it is asked for.
-
-    Args:
-        parts: Moments of each pass, of different linears.
-    """
+    """Lazily merged moments of several passes over different linears."""
 
     def __init__(self, parts: Sequence[Mapping[str, Moments]]) -> None:
         self._owners = {module: part for part in parts for module in part}
@@ -162,13 +157,11 @@ class Statistics:
     """Result of one pass over the calibration windows.
 
     Attributes:
-        layer_metric: Value of the asked metric for every start layer, float32, ``(L - span + 1,)``.
+        layer_metric: The metric for every start layer, float32, ``(L - span + 1,)``.
         component_scores: Score of every singular component, float32, ``(K,)`` per module, in nats
             per predicted token (squared reduction: nats squared per predicted token).
         more_scores: Scores and singular values of ``Needs.more_groups``, as they are stored.
-        moments: What was summed up of linears, by module.
-        removal_losses: What the removal of a layer or block by itself costs, in nats per predicted
-            token, by its name.
+        removal_losses: Cost of each layer's or block's removal alone, in nats per predicted token.
     """
 
     layer_metric: Tensor | None = None
@@ -182,11 +175,11 @@ def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:
     """Refuse a linear whose weight the model reads without calling it, so that hooks miss it.
 
     Args:
-        num_windows: Number of windows in which each linear was seen, by module.
+        num_windows: Number of windows in which each linear was seen.
         consequence: What cannot be done with it, for the message.
 
     Raises:
-        ModelError: If one was seen less often than others, naming it.
+        ModelError: If a linear was seen less often than others.
     """
     most = max(num_windows.values(), default=0)
     for name, count in num_windows.items():

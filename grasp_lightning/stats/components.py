@@ -1,4 +1,4 @@
-"""Scores of singular components, accumulated over windows.
+"""Scores of singular components, summed over windows.
 
 Legend: T tokens of a window, N output and M input features of a linear, K = min(N, M) components.
 """
@@ -20,18 +20,18 @@ from grasp_lightning.stats.base import Scoring, check_seen
 
 
 class ComponentScores:
-    """Sums per-window scores of every singular component of several linears.
+    """Sums the scores of every singular component of several linears, window by window.
 
-    What is not linear in the data (moduli, squares) is formed per window, so scores depend neither
-    on the batch size nor on the number of processes. ``signed`` sums first: the gradients of the
-    singular values where they alone are scored, else the gradient of the weight.
+    Terms that are not linear in the data (absolute values, squares) are formed per window, so
+    scores do not depend on the batch size or the number of processes. ``signed`` sums first:
+    gradients of the singular values if they alone are scored, else the weight's gradient.
 
     Args:
         bases: Decompositions of the weights, by module.
-        scoring: How gradients become scores; not ``magnitude``, which needs no data.
+        scoring: How gradients become scores.
 
     Raises:
-        ValueError: If the score is ``magnitude``.
+        ValueError: If the score is ``magnitude``, which needs no data.
     """
 
     def __init__(self, bases: Mapping[str, SVD], scoring: Scoring) -> None:
@@ -53,13 +53,7 @@ class ComponentScores:
         return torch.zeros_like(basis.s, dtype=torch.float64)
 
     def add(self, module: str, x: Tensor, grad_output: Tensor) -> None:
-        """Add one window of one linear.
-
-        Args:
-            module: Name of the linear.
-            x: Its input, ``(T, M)``.
-            grad_output: Gradient of the summed token loss by its output, ``(T, N)``.
-        """
+        """Add one window of a linear: input ``(T, M)``, gradient of its output ``(T, N)``."""
         basis, gradient = self._bases[module], TokenGradient(x, grad_output)
         self._num_windows[module] += 1
         if self._sums_weight_gradients:
@@ -70,32 +64,22 @@ class ComponentScores:
             self.sums[module] += self._window_scores(basis, gradient)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the sums so far, by module, from which another object can go on."""
+        """Return the sums so far by module, on the CPU."""
         return {name: value.cpu() for name, value in self.sums.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from sums that ``state`` gave.
-
-        Args:
-            state: The sums.
-        """
+        """Restore sums from ``state``."""
         self.sums = {name: state[name].to(value) for name, value in self.sums.items()}
 
     def check_seen(self) -> None:
-        """Refuse a linear that was called less often than others: a ``ModelError`` names it."""
+        """Raise ``ModelError`` for a linear that was called less often than others."""
         check_seen(self._num_windows, "its components cannot be scored")
 
     def mean(self, num_targets: int) -> dict[str, Tensor]:
-        """Return the scores of all components, divided once by the number of predicted tokens.
-
-        Args:
-            num_targets: Number of predicted tokens in all windows.
-
-        Returns:
-            Float32, ``(K,)`` per module. A linear that was not seen is a ``ModelError``.
+        """Return the scores per predicted token, float32, ``(K,)`` per module.
 
         Raises:
-            NumericsError: If a score is NaN or infinite, naming the module.
+            NumericsError: If a score is NaN or infinite.
         """
         self.check_seen()
         scores = {name: self._reduced(name) / num_targets for name in self.sums}

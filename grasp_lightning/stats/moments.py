@@ -1,10 +1,10 @@
-"""Sums over tokens of what passes through linears: Gram matrices of inputs and of gradients.
+"""Sums over tokens of inputs and gradients of linears, such as Gram matrices.
 
 Legend: T tokens of a window, N output and M input features of a linear.
 """
 
 from collections.abc import Mapping
-from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,15 +19,15 @@ _OF_INPUTS: frozenset[MomentKind] = frozenset({"input_gram", "input_scale"})
 
 
 class MomentSums:
-    """Sums of moments of several linears, in float32, window by window.
+    """Sums the moments of several linears in float32, window by window.
 
-    A window is added as one product of float32 matrices, whatever shares its batch, so the sums do
-    not depend on the batch size. Linears that read the same input share the sums over it.
+    Each window is one float32 matrix product, so sums do not depend on the batch size. Linears that
+    read the same input share its sums.
 
     Args:
         shapes: ``(N, M)`` by module.
-        kinds: What is summed up.
-        sources: Module -> the module whose input stands for its own, which may be itself.
+        kinds: Which sums are taken.
+        sources: Module -> the module whose input it shares, possibly itself.
         device: Device of the sums.
     """
 
@@ -42,19 +42,12 @@ class MomentSums:
         self._sources = sources
         self._shapes = shapes
         self._num_windows = dict.fromkeys(shapes, 0)
-        zeros = partial(torch.zeros, device=device)
-        self.sums = {
-            key: zeros((size, size) if kind in _GRAMS else size)
-            for key, (kind, size) in self._sizes().items()
-        }
-
-    def _sizes(self) -> dict[str, tuple[MomentKind, int]]:
-        """Return kind and number of features by key of a sum."""
-        return {
-            self._key(module, kind): (kind, n if kind == "gradient_gram" else m)
-            for module, (n, m) in self._shapes.items()
-            for kind in sorted(self._kinds)
-        }
+        self.sums: dict[str, Tensor] = {}
+        for (module, (n, m)), kind in product(shapes.items(), sorted(kinds)):
+            key, size = self._key(module, kind), n if kind == "gradient_gram" else m
+            if key not in self.sums:
+                shape = (size, size) if kind in _GRAMS else (size,)
+                self.sums[key] = torch.zeros(shape, device=device)
 
     def _key(self, module: str, kind: MomentKind) -> str:
         return f"{self._sources[module] if kind in _OF_INPUTS else module}:{kind}"
@@ -63,14 +56,7 @@ class MomentSums:
         return self.sums[self._key(module, kind)] if kind in self._kinds else None
 
     def add(self, module: str, x: Tensor, grad_output: Tensor | None = None) -> None:
-        """Add one window of one linear.
-
-        Args:
-            module: Name of the linear.
-            x: Its input, ``(T, M)``, any float dtype.
-            grad_output: Gradient of the summed token loss by its output, ``(T, N)``; None in a
-                pass without gradients.
-        """
+        """Add one window of a linear: input ``(T, M)``, any gradient of its output ``(T, N)``."""
         self._num_windows[module] += 1
         # Hooks may call from inside a mixed-precision step, where autocast would round products.
         with torch.autocast(x.device.type, enabled=False):
@@ -101,38 +87,28 @@ class MomentSums:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from sums that ``state`` gave.
-
-        Args:
-            state: The sums.
-        """
+        """Restore sums from ``state``."""
         for key, value in self.sums.items():
             stored = state[key].to(value)
             value.copy_(unpack_triangle(stored) if value.ndim > 1 else stored)
 
     def check_seen(self) -> None:
-        """Refuse a linear that was called less often than others: a ``ModelError`` names it."""
+        """Raise ``ModelError`` for a linear that was called less often than others."""
         check_seen(self._num_windows, "it cannot be measured")
 
     def mean(self, num_tokens: int) -> dict[str, Moments]:
-        """Return the moments of all linears, divided once by the number of tokens, in place.
-
-        Args:
-            num_tokens: Number of real tokens in all windows.
-
-        Returns:
-            Moments by module. A linear that was not seen is a ``ModelError``.
+        """Divide the sums in place by the number of real tokens, and return the moments by module.
 
         Raises:
-            NumericsError: If a sum is NaN or infinite, naming the module.
+            NumericsError: If a sum is NaN or infinite.
         """
         self.check_seen()
         for key, value in self.sums.items():
             if not value.isfinite().all():
+                module, _, kind = key.partition(":")
                 raise NumericsError(
-                    f"the {key.partition(':')[2]} of {key.partition(':')[0]} is NaN or infinite; "
-                    "check the checkpoint, or compute in float32 (model.dtype, trainer.precision) "
-                    "if it is not"
+                    f"the {kind} of {module} is NaN or infinite; check the checkpoint, or compute "
+                    "in float32 (model.dtype, trainer.precision) if it is not"
                 )
             value.div_(num_tokens)
         return {name: moments_of(name, self.sums, self._sources) for name in self._shapes}
@@ -144,16 +120,7 @@ class MomentSums:
 
 
 def moments_of(module: str, tensors: Mapping[str, Tensor], sources: Mapping[str, str]) -> Moments:
-    """Return the moments of one linear among tensors named ``<module>:<kind>``.
-
-    Args:
-        module: Name of the linear.
-        tensors: Moments of all linears.
-        sources: Module -> the module whose input stands for its own.
-
-    Returns:
-        Its moments; what is not there is None.
-    """
+    """Return one linear's moments from tensors named ``<module>:<kind>``; missing ones are None."""
     source = sources[module]
     return Moments(
         input_gram=tensors.get(f"{source}:input_gram"),
@@ -164,36 +131,20 @@ def moments_of(module: str, tensors: Mapping[str, Tensor], sources: Mapping[str,
 
 
 def moment_bytes(
-    shapes: Mapping[str, tuple[int, int]],
-    kinds: frozenset[MomentKind],
-    sources: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, int]], kinds: frozenset[MomentKind], sources: Mapping[str, str]
 ) -> int:
-    """Return the memory that the sums of some linears take.
-
-    Args:
-        shapes: ``(N, M)`` by module.
-        kinds: What is summed up.
-        sources: Module -> the module whose input stands for its own.
-
-    Returns:
-        Bytes.
-    """
+    """Return the bytes that ``MomentSums`` of the same arguments takes."""
     return MomentSums(shapes, kinds, sources, torch.device("meta")).num_bytes
 
 
 def layer_groups(
     view: DecoderView, needs: Needs, max_bytes: float, sources: Mapping[str, str]
 ) -> list[tuple[str, ...]]:
-    """Return the linears of a step in groups of whole layers whose sums fit into memory.
+    """Group a step's linears by whole layers whose sums fit into memory, in model order.
 
     Args:
-        view: The model.
-        needs: What is measured.
-        max_bytes: Memory that the sums of a group may take; one layer may take more.
-        sources: Module -> the module whose input stands for its own.
-
-    Returns:
-        Modules of each group, in model order.
+        max_bytes: Memory for the sums of a group; a single layer may take more.
+        sources: Module -> the module whose input it shares, possibly itself.
     """
     linears = view.all_linears()
     groups: list[tuple[str, ...]] = []

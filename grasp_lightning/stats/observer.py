@@ -1,8 +1,7 @@
-"""Inputs and output gradients of linears, read by hooks, window by window.
+"""Hooks that read inputs and output gradients of linears, window by window.
 
-Nothing reads ``.grad``: all parameters stay frozen, and what is needed follows from a linear's
-input x and its output gradient dL/dy. So the numbers are exact under any strategy that splits the
-data.
+Nothing reads ``.grad``: all parameters stay frozen, and a linear's input x and output gradient
+dL/dy give everything needed. The numbers are therefore exact under any data-parallel strategy.
 
 Legend: T tokens of a window, N output and M input features of a linear.
 """
@@ -20,10 +19,12 @@ from grasp_lightning.models.decoder import DecoderView
 
 WindowSink = Callable[[str, Tensor, Tensor], None]
 InputSink = Callable[[str, Tensor], None]
+_Args = tuple[object, ...]
+_Kwargs = dict[str, object]
 
 
 class _Hooks(ABC):
-    """Hooks on some linears and on the first decoder layer that matters to them."""
+    """Hooks on some linears and on the first decoder layer they need."""
 
     def __init__(self, view: DecoderView, modules: tuple[str, ...]) -> None:
         self._view = view
@@ -32,44 +33,36 @@ class _Hooks(ABC):
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hook the model for the duration of a ``with`` block.
-
-        Yields:
-            Nothing.
-        """
+        """Hook the model during a ``with`` block."""
         with ExitStack() as stack:
             first = self._view.layer(self._first_layer())
-            handle = first.register_forward_pre_hook(self._enter, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.enter_context(first.register_forward_pre_hook(self._enter, with_kwargs=True))
             for name in self._modules:
                 module = self._view.module(name)
-                stack.callback(module.register_forward_hook(self._hook(name)).remove)
+                stack.enter_context(module.register_forward_hook(partial(self._read, name)))
             yield
 
     @abstractmethod
     def _first_layer(self) -> int:
-        """Return the original number of the first decoder layer that matters."""
+        """Return the original number of that layer."""
 
     @abstractmethod
-    def _enter(
-        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
-        """See what enters that layer, and replace it unless None is returned."""
+    def _enter(self, _: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
+        """Observe that layer's arguments, and replace them unless None is returned."""
 
     @abstractmethod
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        """Return the forward hook of one linear."""
+    def _read(self, name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Read one call of a linear."""
 
 
 class LinearObserver(_Hooks):
-    """Hands (x, dL/dy) of every window of every observed linear to a sink during backward.
+    """Passes (x, dL/dy) of each window and linear to a sink during the backward pass.
 
-    The input of the lowest observed decoder layer is cut off from what is below and set to require
-    grad, so that backward ends there.
+    The input of the lowest observed decoder layer is detached and requires grad, so that the
+    backward pass ends there. All parameters must be frozen.
 
     Args:
-        view: The model, all parameters frozen.
-        modules: Names of the observed linears, as in the original model.
+        modules: Original names of the observed linears.
         sink: Called with (module name, x ``(T, M)``, dL/dy ``(T, N)``) once per window.
     """
 
@@ -81,10 +74,7 @@ class LinearObserver(_Hooks):
         owners = {name: i for i in self._view.layer_indices for name in self._view.linears(i)}
         return min(owners[name] for name in self._modules)
 
-    def _enter(
-        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> tuple[tuple[object, ...], dict[str, object]]:
-        del module
+    def _enter(self, _: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
         hidden = hidden_input(args, kwargs)
         self._batch_size = hidden.shape[0]
         leaf = hidden.detach().requires_grad_(True)
@@ -92,16 +82,12 @@ class LinearObserver(_Hooks):
             return (leaf, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": leaf}
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            del module
-            if output.requires_grad:
-                # Some families flatten (B, T, M) to (B * T, M) before a linear.
-                x = args[0].detach().reshape(self._batch_size, -1, args[0].shape[-1])
-                hook = partial(self._split, name, x)
-                output.register_hook(hook)  # type: ignore[no-untyped-call]  # untyped in torch
-
-        return read
+    def _read(self, name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            # Some families flatten (B, T, M) to (B * T, M) before a linear.
+            x = args[0].detach().reshape(self._batch_size, -1, args[0].shape[-1])
+            hook = partial(self._split, name, x)
+            output.register_hook(hook)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _split(self, name: str, x: Tensor, grad: Tensor) -> None:
         grad = grad.detach().reshape(*x.shape[:2], grad.shape[-1])
@@ -110,11 +96,10 @@ class LinearObserver(_Hooks):
 
 
 class InputObserver(_Hooks):
-    """Hands x of every window of every observed linear to a sink during a forward pass.
+    """Passes x of each window and linear to a sink during a forward pass.
 
     Args:
-        view: The model.
-        modules: Names of the observed linears, as in the original model.
+        modules: Original names of the observed linears.
         sink: Called with (module name, x ``(T, M)``) once per window.
     """
 
@@ -125,48 +110,35 @@ class InputObserver(_Hooks):
     def _first_layer(self) -> int:
         return self._view.layer_indices[0]
 
-    def _enter(
-        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> None:
-        del module
+    def _enter(self, _: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
         self._batch_size = hidden_input(args, kwargs).shape[0]
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            del module, output
-            x = args[0].detach()
-            for x_TM in x.reshape(self._batch_size, -1, x.shape[-1]):
-                self._sink(name, x_TM)
-
-        return read
+    def _read(self, name: str, _: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
+        x = args[0].detach()
+        for x_TM in x.reshape(self._batch_size, -1, x.shape[-1]):
+            self._sink(name, x_TM)
 
 
 def shared_inputs(view: DecoderView, modules: tuple[str, ...]) -> dict[str, str]:
-    """Return which linears read the same tensor (q, k and v; gate and up), found by a short pass.
+    """Map each linear to the first one called with the same input tensor, possibly itself.
+
+    Such groups are q, k and v, or gate and up. A short forward pass finds them.
 
     Args:
-        view: The model.
-        modules: Names of linears, as in the original model, in model order.
-
-    Returns:
-        Module -> the first to be called of those that read the same tensor, which may be itself.
+        modules: Original names of linears, in model order.
     """
     readers: dict[int, str] = {}
     sources = dict(zip(modules, modules, strict=True))
-    kept: list[Tensor] = []  # so that no memory is given to a second tensor
+    kept: list[Tensor] = []  # so that no two tensors share an id
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            del module
-            kept.append(args[0])
-            sources[name] = readers.setdefault(id(args[0]), name)
-
-        return hook
+    def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        kept.append(args[0])
+        sources[name] = readers.setdefault(id(args[0]), name)
 
     with ExitStack() as stack, torch.no_grad():
         for name in modules:
-            handle = view.module(name).register_forward_pre_hook(note(name))
-            stack.callback(handle.remove)
+            module = view.module(name)
+            stack.enter_context(module.register_forward_pre_hook(partial(note, name)))
         ids = torch.zeros((1, 2), dtype=torch.int64, device=view.model.device)
         view.model.base_model(input_ids=ids, use_cache=False)
     return sources

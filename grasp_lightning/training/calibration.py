@@ -22,23 +22,20 @@ Batch = Mapping[str, Tensor]
 
 
 class CalibrationModule(L.LightningModule):
-    """Runs a causal language model over calibration windows; callbacks read what passes by.
+    """Runs a causal language model over calibration windows while callbacks collect statistics.
 
-    There is no optimizer. While a Trainer runs, the model is in eval mode and all its parameters
-    are frozen; a backward pass happens where a callback has made hidden states require grad.
+    There is no optimizer. During a Trainer run the model is in eval mode with all parameters
+    frozen; a backward pass happens only where a callback makes hidden states require grad.
 
     Args:
-        model: A Hugging Face causal language model, or a view of one.
-        fisher: Whose gradients a backward pass carries: those of the text's labels (``empirical``),
-            or random ones with the covariance of the predictions (``sampled``).
+        fisher: Gradients of a backward pass: those of the text's labels (``empirical``), or random
+            ones with the covariance of the predictions (``sampled``).
 
     Attributes:
-        view: The model's decoder layers and linears.
-        measured: Steps measured so far in this run, for callbacks that come later.
-        layer_choice: How ``LayerSimilarity`` or explicit layers choose; None before.
+        measured: The steps measured in this run so far, for later callbacks.
+        layer_choice: How layers are chosen from the measurements; None until a callback sets it.
         cache: Hidden states kept between passes; None keeps none.
-        plan: The plan that ``ReplaceRedundantLayers`` has applied; None before.
-        fisher: Whose gradients a backward pass carries.
+        plan: The plan that ``ReplaceRedundantLayers`` applied; None before.
     """
 
     def __init__(
@@ -57,60 +54,46 @@ class CalibrationModule(L.LightningModule):
 
     @property
     def selected_layers(self) -> tuple[int, ...] | None:
-        """Layers that follow from the choice and what was measured; None before both are there."""
+        """The chosen layers; None until both the choice and its statistics exist."""
         stats = [stats for step, stats in self.measured if step.name == SELECT]
         if self.layer_choice is None or not stats:
             return None
         return self.layer_choice.chosen(stats[-1])
 
     def configure_optimizers(self) -> None:
-        """Return no optimizer: calibration changes no parameter."""
+        """Return no optimizer: calibration trains nothing."""
 
     def configure_model(self) -> None:
-        """Leave the model as it is: it was sharded where it was loaded, or is whole."""
+        """Do nothing: a sharded model was already sharded when it was loaded."""
 
     def setup(self, stage: str) -> None:
-        """Freeze the model before a Trainer starts.
-
-        Args:
-            stage: ``fit`` or ``predict``.
-        """
+        """Freeze the model before a Trainer run."""
         del stage
         self._frozen.close()
         self._frozen.enter_context(frozen(self.model))
         self.measured.clear()
 
     def teardown(self, stage: str) -> None:
-        """Give the model back as it was.
-
-        Args:
-            stage: ``fit`` or ``predict``.
-        """
+        """Restore the model's modes and ``requires_grad`` flags."""
         del stage
         self._frozen.close()
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callback that gives the model back as it was when a run ends early.
-
-        Returns:
-            One callback: Lightning calls ``teardown`` only after a run that ended well.
-        """
+        """Return a callback that tears down after a failed run, where Lightning does not."""
         return [_TearDownOnException()]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Run one batch forward, and backward if anything below the loss requires grad.
+        """Run one batch forward, and backward if the loss requires grad.
 
-        The loss is the cross-entropy summed over predicted tokens, so that gradients do not depend
-        on which windows share a batch; nor do random ones, whose seed is the window's number.
+        The loss is the cross-entropy summed over predicted tokens, so gradients do not depend on
+        which windows share a batch. Sampled gradients are seeded by window for the same reason.
 
         Args:
-            batch: ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``, and ``index``, empty
-                for padding, which runs since other processes may need this one's weights.
-            batch_idx: Number of the batch.
+            batch: ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``, and ``index``, which is
+                empty for padding: it runs because other processes may need this one's weights.
 
         Raises:
-            NumericsError: If the loss is NaN or infinite, naming the first decoder layer whose
-                output is.
+            NumericsError: If the loss is NaN or infinite.
         """
         if self.cache is not None:
             self.cache.start_batch(batch["index"])
@@ -133,18 +116,13 @@ class CalibrationModule(L.LightningModule):
             self.manual_backward(loss)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        """Run the decoder layers alone forward; the language-model head is not needed.
-
-        Args:
-            batch: ``input_ids`` and ``mask``, each ``(B, T)``.
-            batch_idx: Number of the batch.
-        """
+        """Run the decoder layers forward, without the language-model head."""
         del batch_idx
         self.model.base_model(**forward_inputs(batch), use_cache=False)
 
 
 class _TearDownOnException(L.Callback):
-    """Tears a module down that an exception has left set up."""
+    """Tears the module down after an exception."""
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

@@ -1,4 +1,4 @@
-"""What happens to a decision before it is applied: cuts are measured, tensors are refitted."""
+"""The steps between a decision and surgery: measure cuts, refit tensors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,15 +19,13 @@ CUT_LOSSES, REFIT = "cut_losses", "refit"
 
 @dataclass(frozen=True, kw_only=True)
 class FinishDecision:
-    """Measures the cuts of a decision one by one, and refits their tensors, if that is asked for.
+    """Measures the cuts of a decision one by one and refits its tensors, each if asked for.
 
     Attributes:
-        held_out: Windows on which cuts are measured; none measure nothing.
+        held_out: Windows to measure cuts on; None skips the measurement.
         data: Windows of a refit; None where there is none.
-        max_bytes: Memory for hidden states of a refit.
-        phases: Take the time of both.
-        track: Shows the progress.
-        store: Gives what keeps the refitted layers of a decision; None keeps none.
+        max_bytes: Memory for a refit's hidden states.
+        store: Returns the store of refitted layers for a decision's operations; None keeps none.
     """
 
     held_out: TokenWindows | None
@@ -38,18 +36,14 @@ class FinishDecision:
     store: Callable[[Sequence[Operation]], LayerStore] | None = None
 
     def __call__(self, view: DecoderView, decision: Decision) -> Decision:
-        """Return the decision as it is applied.
+        """Return the decision with refitted tensors and a score ``<module>.measured`` per cut.
 
         Args:
             view: The dense model.
-            decision: What a method has decided.
-
-        Returns:
-            The decision, with ``<module>.measured`` among the scores of every cut that is measured,
-            and refitted tensors.
+            decision: The decision of a method.
 
         Raises:
-            ValueError: If a refit is asked for, and there are no windows for it.
+            ValueError: If a refit is asked for without windows.
         """
         cuts = [op for op in decision.operations if isinstance(op, Replacement)]
         if self.held_out is not None and cuts:

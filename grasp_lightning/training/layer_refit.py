@@ -1,13 +1,14 @@
-"""Refit of one decoder layer by least squares, on the hidden states of both models.
+"""Least-squares refit of one decoder layer on the hidden states of both models.
 
-Legend: a linear that was cut computes ``V z + b``, with ``z`` its ``r`` inner activations: the
-output of the right factor, or the kept channels of an MLP. ``T`` is what it should give, for every
-token; dense and compressed streams are the hidden states of both models before this linear.
+Legend: a cut linear computes ``V z + b``, where ``z`` holds its ``r`` inner activations: the output
+of the right factor, or the kept channels of an MLP. ``T`` is its target for every token. The dense
+and compressed streams are the hidden states of both models before this linear.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -27,17 +28,15 @@ from grasp_lightning.training.layer_streams import COMPRESSED, DENSE, Streams
 
 PULL = 1.0
 RIDGE = 1e-2
-# Of the change that a layer makes: what its two writers may leave unexplained, in low precision.
-_UNEXPLAINED = 0.05
-# The same, where the sum may stand for what the layer computes.
-_ROUNDING = 1e-4
+_UNEXPLAINED = 0.05  # share of a layer's change that its writers may leave out, with rounding
+_ROUNDING = 1e-4  # the same, where the writers' sum may replace a run of the layer
 _LEAVING, _INNER = "leaving", "inner"
 
 
 class _Writers(NamedTuple):
-    """The linears of a layer that write into the residual stream, by full name.
+    """Full names of a layer's linears that write into the residual stream.
 
-    Their outputs explain its change up to a share ``unexplained``.
+    Their outputs explain the layer's change up to a share ``unexplained``.
     """
 
     attention: str
@@ -46,26 +45,25 @@ class _Writers(NamedTuple):
 
     @property
     def names(self) -> tuple[str, str]:
-        """Both linears, in the order in which they write."""
+        """Both linears in execution order."""
         return self.attention, self.mlp
 
 
 class _SeenError(Exception):
-    """Ends a forward pass in which everything that was asked for has been seen."""
+    """Ends a forward pass once everything needed has been observed."""
 
 
 class LayerRefit:
-    """One decoder layer, dense or compressed as it is needed.
+    """One decoder layer, run dense or compressed.
 
     Args:
-        view: The model, with this layer dense; it is dense again after each method.
-        index: Its number in the original model.
-        changes: What is cut or removed in it; may be nothing.
-        tensors: Tensors of the cuts, changed as they are fitted.
-        streams: The hidden states that enter it.
+        view: The model with this layer dense, as it is again after each method.
+        index: The layer's number in the original model.
+        changes: The layer's cuts and removals; may be empty.
+        tensors: Tensors of the cuts, updated by each fit.
+        streams: The hidden states that enter the layer.
         mode: ``prefix`` or ``residual``.
-        is_fitted: The tensors are those of an earlier fit: ``fit`` leaves what ``advance`` needs,
-            and changes none.
+        is_fitted: ``tensors`` come from an earlier fit: ``fit`` only prepares ``advance``.
     """
 
     def __init__(
@@ -98,14 +96,14 @@ class LayerRefit:
 
     @property
     def fitted(self) -> dict[str, Tensor]:
-        """The tensors of the cuts, as they are now."""
+        """The current tensors of the cuts."""
         return {cut.solved_tensor: self._tensors[cut.solved_tensor] for cut in self._cuts}
 
     def groups(self) -> list[list[Replacement]]:
-        """Return what is fitted at a time, in the order in which the layer runs it."""
+        """Return the cuts that are fitted together, in the order in which the layer runs them."""
         writers = () if self._writers is None else self._writers.names
         groups: list[list[Replacement]] = []
-        # A writer receives what the other linears of its block give.
+        # A writer reads the outputs of its block's other linears.
         for attention, is_writer in product((True, False), (False, True)):
             group = [
                 cut
@@ -118,7 +116,7 @@ class LayerRefit:
         return groups
 
     def fit(self, group: Sequence[Replacement]) -> None:
-        """Fit some of the cuts, with those that run before them as they are now."""
+        """Fit some cuts, given the current tensors of the cuts that run before them."""
         sums: dict[str, Tensor] = {}
         names, hidden = {cut.solved for cut in group}, self._streams.hidden
         summed = self._summed(names)
@@ -141,7 +139,9 @@ class LayerRefit:
                     target, weights = self._target(cut.solved, number, outputs)
                     weights = weights * batch["mask"].to(weights)
                     _add(sums, cut.solved, inner[cut.solved], target, weights)
-                if summed is not None:  # what the last writer receives, and what it writes into
+                if (
+                    summed is not None
+                ):  # for advance: the last writer's input and the rest of the sum
                     hidden[_INNER, number] = inner[summed.mlp]
                     written = _rows(outputs[summed.attention], entering)
                     hidden[COMPRESSED, number] = entering + written
@@ -158,10 +158,10 @@ class LayerRefit:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Let the hidden states of both models pass through the layer.
+        """Move the hidden states of both models through the layer.
 
-        Where the fit of the last writer has left what it receives, and the rest of the sum, the
-        layer need not run again.
+        The layer does not run again where the last writer's fit has kept its input and the rest of
+        the sum.
         """
         hidden = self._streams.hidden
         summed = self._summed({cut.solved for cut in self._cuts})
@@ -179,28 +179,31 @@ class LayerRefit:
                 hidden[DENSE, number] = hidden[_LEAVING, number]
 
     def _summed(self, names: AbstractSet[str]) -> _Writers | None:
-        """Return the writers, if that of the MLP is fitted and their sum leads out of the layer."""
+        """Return the writers if the MLP's is in ``names`` and their sum is the layer's output."""
         writers = self._stream
         if writers is None or writers.mlp not in names or not self._may_stop:
             return None
         return writers if writers.unexplained <= _ROUNDING else None
 
     def _run_dense(self) -> None:
-        """Keep what the dense layer gives, and what those of its linears give that targets need."""
+        """Store the output of the dense layer, and of those of its linears that targets need."""
         hidden = self._streams.hidden
-        with self._streams.runner.only(self._index) as run, self._noted_outputs() as outputs:
+        with (
+            self._streams.runner.only(self._index) as run,
+            self._noted_outputs(self._outputs) as outputs,
+        ):
             for number, batch in self._streams.batches.items():
                 entering = hidden[DENSE, number]
                 hidden[_LEAVING, number] = run(batch, entering)
                 for name in self._outputs:
-                    # Under one name in all layers: those of earlier layers are of no use.
+                    # The same key in all layers, so that later layers overwrite it.
                     place = name.removeprefix(self._prefix), number
                     hidden[place] = _rows(outputs[name], entering)
 
     def _target(
         self, name: str, number: int, compressed: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return what a linear should give without its bias, and the weights of all tokens."""
+        """Return a linear's target without its bias, and the weights of all tokens."""
         hidden = self._streams.hidden
         target = hidden[name.removeprefix(self._prefix), number]
         weights = torch.ones(target.shape[:-1], device=target.device)
@@ -219,23 +222,27 @@ class LayerRefit:
         return in_attention(name.removeprefix(self._prefix))
 
     @contextmanager
-    def _noted_outputs(self) -> Iterator[dict[str, Tensor]]:
-        """Note what linears give of which targets are made, as the layer is now."""
+    def _noted_outputs(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        """Record the outputs of linears by name."""
         found: dict[str, Tensor] = {}
+
+        def note(name: str, _module: nn.Module, _args: object, output: Tensor) -> None:
+            found[name] = output.detach().clone()  # some families add to it in place
+
         with ExitStack() as stack:
-            for name in self._outputs:
-                handle = self._view.module(name).register_forward_hook(_noting(found, name))
-                stack.callback(handle.remove)
+            for name in names:
+                module = self._view.module(name)
+                stack.enter_context(module.register_forward_hook(partial(note, name)))
             yield found
 
     @contextmanager
     def _noted_until_seen(
         self, names: AbstractSet[str]
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """Note what targets are made of, and what the parts that are fitted receive.
+        """Record what targets need and the inputs of the fitted parts, in the compressed layer.
 
-        The layer is compressed. Once both are there, ``_SeenError`` ends the forward pass, unless
-        other processes hold parts of the weights and wait for all of it.
+        ``_SeenError`` then ends the forward pass, unless the model is sharded: other processes wait
+        for the rest of it.
         """
         inner: dict[str, Tensor] = {}
         needed: set[str] = set()
@@ -246,29 +253,28 @@ class LayerRefit:
             if self._may_stop and names <= inner.keys() and needed <= outputs.keys():
                 raise _SeenError
 
+        def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inner[name] = args[0].detach()
+            stop()
+
         with ExitStack() as stack:
-            outputs = stack.enter_context(self._noted_outputs())
+            outputs = stack.enter_context(self._noted_outputs(self._outputs))
             for name in needed:
-                stack.callback(self._view.module(name).register_forward_hook(stop).remove)
+                stack.enter_context(self._view.module(name).register_forward_hook(stop))
             for name in names:
                 part = _fitted_part(self._compressed[name])
-                for hook in (_noting_input(inner, name), stop):
-                    stack.callback(part.register_forward_pre_hook(hook).remove)
+                stack.enter_context(part.register_forward_pre_hook(partial(note, name)))
             yield outputs, inner
 
     def _find_writers(self) -> _Writers | None:
-        """Return the two linears whose outputs add up to what the layer changes, if there are."""
+        """Return the two linears whose outputs add up to the layer's change; None if no two do."""
         number, batch = next(iter(self._streams.batches.items()))
         linears, entering = self._view.linears(self._index), self._streams.hidden[DENSE, number]
-        found: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            for name in self._view.dense_modules(self._index):
-                if linears[name].out_features == entering.shape[-1]:
-                    handle = self._view.module(name).register_forward_hook(_noting(found, name))
-                    stack.callback(handle.remove)
-            run = stack.enter_context(self._streams.runner.only(self._index))
+        dense = self._view.dense_modules(self._index)
+        names = [name for name in dense if linears[name].out_features == entering.shape[-1]]
+        with self._noted_outputs(names) as outputs, self._streams.runner.only(self._index) as run:
             change = (run(batch, entering) - entering).float()
-        found = {name: _rows(value, entering) for name, value in found.items()}
+        found = {name: _rows(value, entering) for name, value in outputs.items()}
         attention = [name for name in found if self._in_attention(name)]
         pairs = product(attention, [name for name in found if name not in attention])
         scale = float(change.norm())
@@ -281,39 +287,23 @@ class LayerRefit:
 
 
 def _rows(value: Tensor, hidden: Tensor) -> Tensor:
-    """Return what a linear gave or took as ``(B, T, ...)``: some families leave out ``B``."""
+    """Return a linear's input or output as ``(B, T, ...)``: some families flatten it."""
     return value.reshape(*hidden.shape[:-1], value.shape[-1])
 
 
 def _fitted_part(module: nn.Module) -> nn.Module:
-    """Return the part of a replaced linear that is fitted."""
+    """Return the fitted part of a replaced linear."""
     part = module.left if is_low_rank(module) else module
     assert isinstance(part, nn.Module)  # attributes of modules have no narrower type
     return part
 
 
-def _noting(found: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def note(module: nn.Module, args: object, output: Tensor) -> None:
-        del module, args
-        found[name] = output.detach().clone()  # some families add to it in place
-
-    return note
-
-
-def _noting_input(found: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        del module
-        found[name] = args[0].detach()
-
-    return note
-
-
 def _add(
     sums: dict[str, Tensor], name: str, inner: Tensor, target: Tensor, weights: Tensor
 ) -> None:
-    """Add the products of one batch, of inner activations ``(B, T, r)`` and targets ``(B, T, N)``.
+    """Add the products of one batch: inner activations ``(B, T, r)`` and targets ``(B, T, N)``.
 
-    Products are taken in float32 or better, and summed in float64.
+    Products are taken in float32 and summed in float64.
     """
     inner, target = inner.flatten(0, -2).float(), target.flatten(0, -2).float()
     weighted = inner * weights.reshape(-1, 1)

@@ -1,20 +1,21 @@
-"""Hidden states that go through a model one decoder layer at a time.
+"""Hidden states that move through a model one decoder layer at a time.
 
 Legend: B windows of T tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from grasp_lightning.data.datamodules import CalibrationData
-from grasp_lightning.models.calls import hidden_input, hidden_output
+from grasp_lightning.models.calls import hidden_input
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.next_token import forward_inputs
-from grasp_lightning.training.hidden_cache import handing_through, with_hidden
+from grasp_lightning.training.hidden_cache import handing_through, noting_length, only_layer
 
 DENSE, COMPRESSED = "dense", "compressed"
 
@@ -23,8 +24,8 @@ class HiddenStates:
     """Hidden states by name and batch, in memory up to a limit and on disk beyond it.
 
     Args:
-        folder: Where files go; it must be there.
-        limit: Bytes that may be in memory.
+        folder: An existing folder for the files.
+        limit: Maximum bytes in memory.
     """
 
     def __init__(self, folder: Path, limit: float) -> None:
@@ -39,7 +40,7 @@ class HiddenStates:
         return torch.load(self._path(place)) if kept is None else kept
 
     def __setitem__(self, place: tuple[str, int], hidden: Tensor) -> None:
-        """Keep hidden states in place of earlier ones of the same name and batch."""
+        """Store hidden states, replacing earlier ones of the same name and batch."""
         earlier = self._kept.pop(place, None)
         self._bytes -= 0 if earlier is None else earlier.nbytes
         if self._bytes + hidden.nbytes <= self._limit:
@@ -54,13 +55,10 @@ class HiddenStates:
 
 
 class LayerRunner:
-    """Runs a model so that one of its decoder layers sees hidden states of the caller's choice.
+    """Runs one decoder layer of a model on given hidden states.
 
-    The model calls its layers itself, with the positions and masks of its family; the other layers
-    hand their input through, and the head is not computed.
-
-    Args:
-        view: The model.
+    The model itself calls the layer, with its own positions and masks; the other layers return
+    their input, and the head is not computed.
     """
 
     def __init__(self, view: DecoderView) -> None:
@@ -71,96 +69,44 @@ class LayerRunner:
     def inputs_of(
         self, index: int, batches: Mapping[int, Mapping[str, Tensor]]
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield what enters a layer when the model runs as it is.
-
-        Args:
-            index: The layer's number in the original model.
-            batches: Batches of windows, by number.
-
-        Yields:
-            Number of a batch, and the hidden states, ``(B, T, D)``.
-        """
+        """Yield each batch's number and the hidden states that enter a layer, ``(B, T, D)``."""
         layer = self._view.layer(index)
+        found: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            found[:] = [hidden_input(args, kwargs).detach()]
+
         for number, batch in batches.items():
-            found: list[Tensor] = []
-
-            def keep(
-                module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-            ) -> None:
-                del module
-                found.append(hidden_input(args, kwargs).detach())  # noqa: B023  called at once
-
             with ExitStack() as stack:
                 stack.enter_context(self._without_head())
                 for other in self._view.layer_indices:
-                    module = self._view.layer(other)
-                    if other >= index and other in self._lengths:  # nothing above it is asked for
+                    module, note = self._view.layer(other), noting_length(self._lengths, other)
+                    if other >= index and other in self._lengths:  # its output is not needed
                         stack.enter_context(handing_through(module, self._lengths[other]))
-                    stack.callback(module.register_forward_hook(self._note(other)).remove)
-                handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
-                stack.callback(handle.remove)
+                    stack.enter_context(module.register_forward_hook(note))
+                stack.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
                 self._call(batch)
-            yield number, found[0]
+            yield number, found.pop()
 
     @contextmanager
     def only(self, index: int) -> Iterator[Callable[[Mapping[str, Tensor], Tensor], Tensor]]:
-        """Run one layer alone during a ``with`` block; ``inputs_of`` must have run before.
-
-        Args:
-            index: The layer's number in the original model.
+        """Run one layer alone during a ``with`` block; needs an earlier ``inputs_of``.
 
         Yields:
-            A function of a batch and of the hidden states that enter the layer, ``(B, T, D)``, that
-            returns those that leave it, without autograd history.
+            A function that maps a batch and the hidden states that enter the layer, ``(B, T, D)``,
+            to those that leave it, without autograd history.
         """
-        layer = self._view.layer(index)
-        entering: list[Tensor] = []
-        leaving: list[Tensor] = []
-
-        def take(
-            module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-        ) -> tuple[tuple[object, ...], dict[str, object]]:
-            del module
-            return with_hidden(entering[-1], args, kwargs)
-
-        def note(module: nn.Module, args: object, output: object) -> None:
-            del module, args
-            leaving.append(hidden_output(output).detach())
-
-        @torch.no_grad()
-        def run(batch: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-            entering[:] = [hidden]
-            leaving.clear()
-            self._call(batch)
-            return leaving.pop()
-
-        with ExitStack() as stack:
-            stack.enter_context(self._without_head())
-            for other in self._view.layer_indices:
-                if other != index:
-                    module = self._view.layer(other)
-                    stack.enter_context(handing_through(module, self._lengths[other]))
-            handle = layer.register_forward_pre_hook(take, with_kwargs=True, prepend=True)
-            stack.callback(handle.remove)
-            stack.callback(layer.register_forward_hook(note).remove)
-            yield run
+        with self._without_head(), only_layer(self._view, index, self._lengths) as run:
+            yield lambda batch, hidden: run(hidden, partial(self._call, batch))
 
     def _call(self, batch: Mapping[str, Tensor]) -> None:
         device = self._view.model.device
         inputs = {key: value.to(device) for key, value in forward_inputs(batch).items()}
         self._view.model(**inputs, use_cache=False)
 
-    def _note(self, index: int) -> Callable[..., None]:
-        def note(module: nn.Module, args: object, output: object) -> None:
-            del module, args
-            # 0 stands for a bare tensor.
-            self._lengths[index] = len(output) if isinstance(output, tuple) else 0
-
-        return note
-
     @contextmanager
     def _without_head(self) -> Iterator[None]:
-        """Compute no logits, which take longer than a layer where the vocabulary is large."""
+        """Skip the logits, which cost more than a layer where the vocabulary is large."""
         head = self._view.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if head is None:
             yield
@@ -173,7 +119,7 @@ class LayerRunner:
 
 
 class Streams:
-    """Hidden states of the dense and of the compressed model, for the windows of this process."""
+    """Hidden states of the dense and the compressed model for the windows of this process."""
 
     def __init__(self, view: DecoderView, data: CalibrationData, hidden: HiddenStates) -> None:
         self.runner = LayerRunner(view)
@@ -185,12 +131,12 @@ class Streams:
         }
 
     def start(self, index: int) -> None:
-        """Take what enters a layer below which nothing is compressed."""
+        """Store what enters a layer below which nothing is compressed."""
         for number, entering in self.runner.inputs_of(index, self.batches):
             self.hidden[DENSE, number] = self.hidden[COMPRESSED, number] = entering
 
     def advance_dense(self, index: int) -> None:
-        """Let the hidden states of the dense model alone pass through a layer."""
+        """Move the hidden states of the dense model alone through a layer."""
         with self.runner.only(index) as run:
             for number, batch in self.batches.items():
                 self.hidden[DENSE, number] = run(batch, self.hidden[DENSE, number])

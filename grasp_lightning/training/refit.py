@@ -1,4 +1,4 @@
-"""Refit of what a compression cut, on what it receives in the compressed model."""
+"""Refit of cut linears on their inputs in the compressed model."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,38 +16,36 @@ from grasp_lightning.training.layer_streams import HiddenStates, Streams
 
 
 class LayerStore(Protocol):
-    """Keeps the layers that are refitted already."""
+    """Stores layers that are already refitted."""
 
     def load(self, layer: int) -> Mapping[str, Tensor] | None:
-        """Return the refitted tensors of a layer, on any device; None if it is not finished."""
+        """Return a layer's refitted tensors, on any device; None if it is not finished."""
 
     def save(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the refitted tensors of a layer."""
+        """Store a layer's refitted tensors."""
 
 
 class Refitter:
-    """Refits the left factors of low-rank linears, and the readers of narrowed MLPs, in order.
+    """Refits the left factors of low-rank linears and the readers of narrowed MLPs, in order.
 
-    What was removed as a whole is missing in the compressed model from the start.
+    Layers and blocks that are removed are missing in the compressed model from the start.
 
-    Each is fitted by least squares, with everything before it compressed and refitted already.
-    ``prefix`` aims at what the dense linear gives in the dense model. ``residual`` fits only those
-    that write into the residual stream, and lets them make good what is missing there: they aim at
-    the dense stream after this write less the compressed stream before it, with tokens weighted by
-    the inverse mean square of the stream, as the norm that follows divides by it. In parallel
-    blocks, attention counts as the first to write. In a layer where the stream does not change by
-    the sum of two linears' outputs, as where a norm follows them, ``residual`` is ``prefix``.
+    Each linear is fitted by least squares, with everything before it already compressed and
+    refitted. ``prefix`` targets the linear's output in the dense model. ``residual`` fits only the
+    linears that write into the residual stream and lets them compensate for earlier errors: the
+    target is the dense stream after the write minus the compressed stream before it. Each token is
+    weighted by the inverse mean square of the stream, because the following norm divides by it. In
+    parallel blocks, attention counts as the first writer. Where a layer's change is not the sum of
+    two linears' outputs (as with a norm after them), ``residual`` falls back to ``prefix``.
 
-    The fit is pulled to the truncation that was decided on: their difference costs as much as the
-    error of the fit. Without the pull it learns what is particular to the calibration text.
+    The fit is pulled towards the truncated tensors: their difference costs as much as the fit's
+    error. Without the pull it overfits the calibration text.
 
-    Source: the residual stream as a target has no publication that we know; ``prefix`` is the
-    sequential update of Wang et al., "SVD-LLM", arXiv:2403.07378, section 3.3.
+    Source: ``prefix`` is the sequential update of Wang et al., "SVD-LLM", arXiv:2403.07378, section
+    3.3. We know of no publication that targets the residual stream.
 
     Args:
-        data: The calibration windows.
-        max_bytes: Memory for hidden states; more go to files.
-        track: Shows the progress.
+        max_bytes: Memory for hidden states; the rest is stored in files.
     """
 
     def __init__(
@@ -69,17 +67,14 @@ class Refitter:
         tensors: Mapping[str, Tensor],
         store: LayerStore | None = None,
     ) -> dict[str, Tensor]:
-        """Return the tensors of operations, refitted.
+        """Return refitted tensors of the same names and shapes.
 
         Args:
-            view: The dense model; it is changed meanwhile, and dense again in the end.
+            view: The dense model; it is changed during the refit and dense again afterwards.
             mode: ``prefix`` or ``residual``.
-            operations: What was decided on.
-            tensors: The tensors that it was decided on with.
-            store: Keeps finished layers for a start after this one, and has those of earlier ones.
-
-        Returns:
-            Tensors of the same names and shapes.
+            operations: The operations decided on.
+            tensors: Their tensors before the refit.
+            store: Holds the finished layers of earlier starts, and keeps those of this one.
         """
         refitted, by_layer = dict(tensors), _by_layer(view, operations)
         dropped = {index for operation in operations for index in operation.dropped}

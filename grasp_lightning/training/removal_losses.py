@@ -1,4 +1,4 @@
-"""What the removal of each decoder layer or block does to the predictions by itself."""
+"""How much the removal of each decoder layer or block changes the predictions."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,17 +26,15 @@ def removal_losses(
 ) -> dict[str, float]:
     """Return how far each removal alone moves the predictions of the dense model.
 
-    The distance is that of ``cut_losses``. Several processes share the removals, unless they share
-    one model. What enters each layer is kept, so that only what is above a removal runs again.
+    The distance is that of ``cut_losses``. Processes share the removals unless the model is
+    sharded. Layer inputs are cached, so only the layers above a removal run again.
 
     Args:
-        view: The dense model; each part is taken out and put back.
-        removables: Layers and blocks.
-        batches: Windows to measure on, as ``TokenWindows.batch`` gives them, equally many in each.
-        track: Shows the progress.
+        view: The dense model; each part is removed and restored.
+        batches: Batches of ``TokenWindows.batch``, all of one size.
 
     Returns:
-        Nats per predicted token by name, in the order of ``removables``; the same in all processes.
+        Nats per predicted token by name, in the order of ``removables``; equal in all processes.
     """
     by_name = {part.name: part for part in removables}
     names = list(by_name) if is_sharded(view.model) else processes.own_share(list(by_name))
@@ -51,7 +49,7 @@ def removal_losses(
 
 
 class _Removals:
-    """One batch, its dense predictions, and what enters the layers."""
+    """One batch with its dense predictions and cached layer inputs."""
 
     def __init__(
         self, view: DecoderView, layers: Iterable[int], batch: Mapping[str, Tensor]

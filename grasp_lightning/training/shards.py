@@ -1,8 +1,8 @@
-"""Parameters and optimizer states that are split over processes, read and written as a whole.
+"""Reads and writes sharded parameters and optimizer states as whole tensors.
 
-FSDP2 holds a parameter as a ``DTensor``. DeepSpeed holds a float32 copy of it and the states of the
-optimizer in parts, and with ZeRO-3 the parameter itself, too. Every function here is to be called
-in all processes together, in the same order.
+FSDP2 stores a parameter as a ``DTensor``. DeepSpeed shards optimizer states and a float32 copy of
+the parameter; ZeRO-3 shards the parameter, too. Except for ``whole_shape``, all processes must call
+these functions together, in the same order.
 """
 
 from importlib import import_module
@@ -14,29 +14,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from grasp_lightning.models import sharding
 
+_AdamW = Any  # torch's, or DeepSpeed's untyped wrapper
 _ZERO_3, _ZERO = "ds_id", "_hp_mapping"  # attributes that DeepSpeed gives to parameters
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return the shape of a parameter as a whole; nothing is exchanged.
-
-    Args:
-        parameter: A parameter of any strategy.
-
-    Returns:
-        The shape.
-    """
+    """Return the full shape of a parameter, without communication."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def whole_values(tensor: Tensor) -> Tensor:
-    """Return a parameter, or a state of it in FSDP2, as a whole.
+    """Return a parameter, or its FSDP2 optimizer state, as a whole tensor, detached.
 
-    Args:
-        tensor: A tensor of any strategy.
-
-    Returns:
-        Detached values: of DeepSpeed the float32 copy that the optimizer changes.
+    DeepSpeed's parameters give the float32 copy that the optimizer updates.
     """
     if _is_zero(tensor):
         copy: Tensor = _deepspeed().utils.safe_get_full_fp32_param(tensor)
@@ -46,12 +36,7 @@ def whole_values(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter other values.
-
-    Args:
-        parameter: A parameter of any strategy.
-        value: All of its values, the same in every process.
-    """
+    """Overwrite a parameter with whole values, the same in every process."""
     if isinstance(parameter, DTensor):
         parameter.copy_(_part(value, parameter))
         return
@@ -68,23 +53,14 @@ def fill(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.data.copy_(moved)
 
 
-def whole_state(
-    optimizer: Any,  # noqa: ANN401  of torch, or a wrapper of DeepSpeed's
-    parameter: nn.Parameter,
-) -> dict[str, Tensor]:
-    """Return what AdamW holds for a parameter, as a whole.
+def whole_state(optimizer: _AdamW, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return AdamW's ``step``, ``exp_avg`` and ``exp_avg_sq`` of a parameter as whole tensors.
 
-    Args:
-        optimizer: AdamW, or DeepSpeed's wrapper of it.
-        parameter: One of its parameters.
-
-    Returns:
-        ``step``, ``exp_avg`` and ``exp_avg_sq``; empty before the first step.
+    The result is empty before the first step.
     """
     if not _is_zero(parameter):
-        return {
-            key: whole_values(value) for key, value in optimizer.state.get(parameter, {}).items()
-        }
+        state = optimizer.state.get(parameter, {})
+        return {key: whole_values(value) for key, value in state.items()}
     own: dict[str, Tensor] = next(iter(optimizer.optimizer.state.values()), {})
     read = _deepspeed().utils.safe_get_full_optimizer_state
     return {
@@ -94,17 +70,10 @@ def whole_state(
 
 
 @torch.no_grad()
-def fill_state(
-    optimizer: Any,  # noqa: ANN401  of torch, or a wrapper of DeepSpeed's
-    parameter: nn.Parameter,
-    state: dict[str, Tensor],
-) -> None:
-    """Give AdamW other values for a parameter.
+def fill_state(optimizer: _AdamW, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+    """Overwrite AdamW's state of a parameter with a result of ``whole_state``.
 
-    Args:
-        optimizer: AdamW, or DeepSpeed's wrapper of it, after ``prepare_states``.
-        parameter: One of its parameters.
-        state: What ``whole_state`` returned.
+    DeepSpeed's wrapper needs ``prepare_states`` first.
     """
     if not _is_zero(parameter):
         optimizer.state[parameter] = {
@@ -121,12 +90,8 @@ def fill_state(
             write(parameter, value.to(torch.float32), key)
 
 
-def prepare_states(optimizer: Any) -> None:  # noqa: ANN401  of torch, or DeepSpeed's wrapper
-    """Make room for the states of an optimizer that has not stepped yet; of DeepSpeed alone.
-
-    Args:
-        optimizer: AdamW, or DeepSpeed's wrapper of it.
-    """
+def prepare_states(optimizer: _AdamW) -> None:
+    """Allocate the states of a DeepSpeed optimizer that has not stepped yet; a no-op for others."""
     parts = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3
     if parts is None:
         parts = getattr(optimizer, "single_partition_of_fp32_groups", [])  # ZeRO-1 and 2
@@ -143,12 +108,12 @@ def prepare_states(optimizer: Any) -> None:  # noqa: ANN401  of torch, or DeepSp
 
 @torch.no_grad()
 def split_weights(module: nn.Module, config: object, device: torch.device) -> None:
-    """Split the weights of a module as ZeRO-3 does, each on its own, so that it need not fit.
+    """Shard the weights of a module on the CPU as ZeRO-3 does, one at a time to save memory.
 
     Args:
-        module: A module on the CPU, changed in place.
+        module: Changed in place.
         config: DeepSpeed's configuration.
-        device: Device of this process, where all but the weights goes.
+        device: Device of this process, for everything but the weights.
     """
     if isinstance(config, dict) and config.get("bf16", {}).get("enabled"):
         for parameter in module.parameters():
@@ -164,9 +129,10 @@ def split_weights(module: nn.Module, config: object, device: torch.device) -> No
 def _part(value: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return value.to(like.device).clone()
-    moved = value.to(device=like.device)
     # Every process has all values, so none are sent.
-    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(
+        value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
 
 
 def _is_zero(tensor: Tensor) -> bool:

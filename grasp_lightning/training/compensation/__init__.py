@@ -1,4 +1,4 @@
-"""Training after compression: what is trained, and the LightningModule that trains it."""
+"""Training after compression: trainable parameters and the LightningModule."""
 
 from grasp_lightning.training.compensation.adapters import (
     Trained,

@@ -1,17 +1,13 @@
-"""What is trained: adapters on linears, or what compression put there; and how adapters go.
-
-Legend: N output and M input features of a linear, r the rank of an adapter.
-"""
+"""Trainable parameters: low-rank factors or LoRA adapters, and how adapters are merged."""
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, LoraModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp_lightning.config import CompensateConfig, LoraSettings, TrainMode
@@ -25,12 +21,10 @@ logger = logging.getLogger(__name__)
 
 _ADAPTER = "default"
 _FACTORS = ("left", "right")
-
-# The names that publications use, by the names under which families fuse or call them.
+_QKV = ("q_proj", "k_proj", "v_proj")
+# The usual names, and what families that fuse or rename linears call them.
 _FUSED = {
-    "q_proj": ("qkv_proj", "query_key_value", "c_attn", "Wqkv"),
-    "k_proj": ("qkv_proj", "query_key_value", "c_attn", "Wqkv"),
-    "v_proj": ("qkv_proj", "query_key_value", "c_attn", "Wqkv"),
+    **dict.fromkeys(_QKV, ("qkv_proj", "query_key_value", "c_attn", "Wqkv")),
     "o_proj": ("out_proj", "attention.dense", "self_attention.dense", "attn.c_proj"),
     "gate_proj": ("gate_up_proj",),
     "up_proj": ("gate_up_proj", "fc1", "dense_h_to_4h", "c_fc"),
@@ -40,12 +34,11 @@ _FUSED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What is trained of a model.
+    """The trainable part of a model.
 
     Attributes:
-        modules: Full names of the linears that are trained or have adapters, in the model's order.
-        adapters: The adapters; None where the linears themselves are trained.
-        num_parameters: Number of trained parameters.
+        modules: Full names of the linears that are trained or have adapters, in model order.
+        adapters: None where the linears themselves are trained.
     """
 
     modules: tuple[str, ...]
@@ -54,21 +47,13 @@ class Trained:
 
 
 def make_trainable(view: DecoderView, train: TrainMode, lora: LoraSettings) -> Trained:
-    """Freeze a model, and make trainable what a mode of training changes.
+    """Freeze a model in place, except for what the training mode changes.
 
-    Adapters start as zero, so the model computes what it did. The first factors of adapters are
-    drawn from torch's global generator. A rank above half the smaller side of a linear is capped
-    there, and alpha with it, so that the scale of its adapter stays; one warning says so.
+    Adapters start at zero, so the model's output is unchanged; their first factors are drawn from
+    torch's global generator. A rank above half the smaller side of a linear is capped there with
+    one warning, and alpha with it, so that the adapter keeps its scale.
 
     Source: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
-
-    Args:
-        view: The model, changed in place; its names stay those of the linears.
-        train: What is trained.
-        lora: Adapters; of no effect for ``factors``.
-
-    Returns:
-        What is trained; ``merge_adapters`` takes adapters away again.
     """
     linears = trainable_linears(view, train, lora.targets)
     view.model.requires_grad_(False)
@@ -85,25 +70,17 @@ def make_trainable(view: DecoderView, train: TrainMode, lora: LoraSettings) -> T
 def trainable_linears(
     view: DecoderView, train: TrainMode, targets: Sequence[str]
 ) -> dict[str, DenseModule]:
-    """Return the linears that a mode of training changes, or puts adapters on.
+    """Return the linears that a training mode trains or puts adapters on, in model order.
 
-    Narrowed linears are trained with factors: both are what compression put in place of linears.
-
-    Args:
-        view: The model.
-        train: What is trained.
-        targets: See ``resolve_targets``.
-
-    Returns:
-        Full name -> linear, in the model's order; factors as ``<module>.left`` and ``.right``.
+    Narrowed linears are trained with factors: compression put both in place of linears. Factors
+    are named ``<module>.left`` and ``<module>.right``. ``resolve_targets`` explains the targets.
 
     Raises:
-        ModelError: If factors are to be trained of a model that has neither them nor narrowed
-            linears.
+        ModelError: If factors are to be trained, and the model has nothing to train.
     """
     found: dict[str, DenseModule] = {}
     for module, low_rank in low_rank_linears(view.model).items():
-        if low_rank.rank > 0:  # of a removed block nothing is left to train
+        if low_rank.rank > 0:  # a removed block has nothing to train
             found[f"{module}.right"], found[f"{module}.left"] = low_rank.right, low_rank.left
     found |= narrowed_linears(view.model)
     if train == "lora":
@@ -122,21 +99,17 @@ def trainable_linears(
 
 
 def resolve_targets(linears: Iterable[str], targets: Sequence[str]) -> tuple[str, ...]:
-    """Return the full names of the linears that targets name.
+    """Return the full names of the linears that targets match, in the order of ``linears``.
 
-    A target is a full name, or the end of one (``q_proj``, ``self_attn.q_proj``). The factors of a
-    low-rank linear go by its name. Where a family fuses several linears, or calls one by another
-    name, the usual names find it, too.
+    A target is a full name or its end (``q_proj``, ``self_attn.q_proj``); a low-rank linear's name
+    matches both of its factors. The usual names also match where a family fuses or renames linears.
 
     Args:
         linears: Full names of all linears, factors as ``<module>.left`` and ``<module>.right``.
-        targets: Targets; none name all linears.
-
-    Returns:
-        Full names, in the order of ``linears``.
+        targets: No targets match everything.
 
     Raises:
-        ConfigError: If a target matches no linear; it names those that exist.
+        ConfigError: If a target matches no linear.
     """
     names = list(linears)
     if not targets:
@@ -154,10 +127,7 @@ def resolve_targets(linears: Iterable[str], targets: Sequence[str]) -> tuple[str
 
 
 def merge_adapters(trained: Trained) -> None:
-    """Add every adapter to the weight of its linear, and take it away; factors stay factors.
-
-    Args:
-        trained: What ``make_trainable`` returned; its model is changed in place.
+    """Merge every adapter into its linear's weight in place; low-rank factors stay factors.
 
     Raises:
         NumericsError: If a merged weight is NaN or infinite.
@@ -177,10 +147,7 @@ def _matching(names: Sequence[str], targets: Iterable[str]) -> set[str]:
         name
         for name in names
         for target in targets
-        if any(
-            whole == target or whole.endswith(f".{target}")
-            for whole in (name, _without_factor(name))
-        )
+        if any(f".{full}".endswith(f".{target}") for full in (name, _without_factor(name)))
     }
 
 
@@ -192,8 +159,8 @@ def _without_factor(name: str) -> str:
 def _attach(
     model: PreTrainedModel, linears: Mapping[str, DenseModule], lora: LoraSettings
 ) -> LoraModel:
-    ranks = {name: min(lora.rank, _most_rank(linear)) for name, linear in linears.items()}
-    capped = {name: rank for name, rank in ranks.items() if rank < lora.rank}
+    limits = {name: max(min(linear.weight.shape) // 2, 1) for name, linear in linears.items()}
+    capped = {name: limit for name, limit in limits.items() if limit < lora.rank}
     if capped:
         logger.warning(
             "lora.rank %d is more than half the smaller side of %d of %d linears, and is capped "
@@ -214,41 +181,22 @@ def _attach(
         alpha_pattern={name: scale * rank for name, rank in capped.items()},
         bias="none",
     )
-    with _expected_warnings():
+    with warnings.catch_warnings():
+        # peft warns about GPT-2's transposed linears next to ordinary ones.
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out is set to.*")
         adapters = LoraModel(model, config, _ADAPTER)
     model.train(model.training)  # the new modules, too
     for parameter in model.parameters():
         if parameter.requires_grad:
-            # In the model's low precision, small steps of the optimizer would be lost.
+            # Low precision would lose small optimizer steps.
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     return adapters
 
 
-def _most_rank(linear: nn.Module) -> int:
-    weight = linear.weight
-    assert isinstance(weight, torch.Tensor)  # linears have one
-    return max(min(weight.shape) // 2, 1)
-
-
-@contextmanager
-def _expected_warnings() -> Iterator[None]:
-    """Silence what peft says of GPT-2's transposed linears beside ordinary ones."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out is set to.*")
-        yield
-
-
 def consolidated(config: CompensateConfig, state: Mapping[str, Tensor]) -> LoadedModel:
-    """Load the model anew on the CPU, and give it what was trained, adapters merged.
+    """Reload the model on the CPU, load the trained parameters by name, and merge the adapters.
 
-    Weights that did not change are read from where they came, so none of them is ever gathered.
-
-    Args:
-        config: The configuration of the run.
-        state: Name -> values of every trained parameter.
-
-    Returns:
-        The model as it is to be written.
+    Unchanged weights come from their original files, so they are never gathered.
     """
     loaded = load_model(replace(config.model, device="cpu"))
     trained = make_trainable(DecoderView(loaded.model), config.train, config.lora)

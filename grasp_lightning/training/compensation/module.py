@@ -1,4 +1,4 @@
-"""The LightningModule of compensation: a compressed model is trained, a part of it."""
+"""The LightningModule that trains a compressed model."""
 
 import hashlib
 import math
@@ -23,6 +23,7 @@ from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.data.steps import StepBatch
 from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.integrity import nan_advice
 from grasp_lightning.training.compensation.adapters import Trained
 from grasp_lightning.training.compensation.objective import Objective, Teacher
 from grasp_lightning.training.shards import fill, whole_shape, whole_values
@@ -33,30 +34,23 @@ from grasp_lightning.training.strategies import (
 )
 
 VALIDATION_LOSS = "validation_loss"
+_LOWER = "lower optimizer.learning_rate"
 _FINGERPRINT, _NUM_TOKENS = "grasp_lightning_fingerprint", "grasp_lightning_trained_tokens"
 
 
 class CompensationModule(L.LightningModule):
-    """Trains what a callback has made trainable of a causal language model.
+    """Trains the parameters of a causal language model that a callback made trainable.
 
-    A batch is what one optimizer step learns from, in micro-batches. The loss is the mean over the
-    predicted tokens of the whole step, so that it does not depend on how rows are dealt out to
-    micro-batches. Dropout is seeded by step, so that a training that goes on from a checkpoint
-    drops what it would have dropped.
+    A batch holds the micro-batches of one optimizer step. The loss is the mean over the step's
+    predicted tokens, so it does not depend on how rows are split into micro-batches. ``seed`` and
+    the step seed dropout, so a resumed run drops the same units.
 
-    A checkpoint holds trained parameters only, never the model they belong to; it is refused by a
-    module with another model, other samples or another objective.
-
-    Args:
-        model: A Hugging Face causal language model, or a view of one.
-        optimizer: AdamW and its learning rate.
-        teacher: Learn its distribution, too.
-        seed: Seed of dropout.
+    A checkpoint holds the trained parameters only, never the rest of the model. A module with
+    another model, other samples or another objective refuses it.
 
     Attributes:
-        view: The model's decoder layers and linears.
-        trained: What is trained; None before ``TrainableParameters`` has decided.
-        num_trained_tokens: Predicted tokens that were learned from so far.
+        trained: None until ``TrainableParameters`` has set it.
+        num_trained_tokens: Predicted tokens trained on so far.
     """
 
     def __init__(
@@ -73,7 +67,7 @@ class CompensationModule(L.LightningModule):
         self.trained: Trained | None = None
         self.num_trained_tokens = 0
         self.automatic_optimization = False
-        self.strict_loading = False  # a checkpoint holds a part; it is checked here instead
+        self.strict_loading = False  # checkpoints are partial, and checked here
         self._optimizer_config = optimizer or OptimizerConfig()
         self._objective = Objective(self.model, teacher)
         self._seed = seed
@@ -81,25 +75,21 @@ class CompensationModule(L.LightningModule):
         self._validation = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
 
     def setup(self, stage: str) -> None:
-        """Find out how packed rows are told apart, if there are any.
-
-        Args:
-            stage: ``fit`` or ``validate``.
-        """
+        """Find out how the models separate packed samples, if rows are packed."""
         del stage
         data = self._data()
         if data is not None and data.order == "packed":
             self._objective.expect_packed(data.row_length)
 
     def configure_model(self) -> None:
-        """Split the model over processes where the strategy is FSDP2, before the optimizer."""
+        """Shard the model under FSDP2, before the optimizer exists."""
         if isinstance(self.trainer.strategy, CompensationFSDP) and not self._is_split:
             assert self.device_mesh is not None  # the strategy has made it
             shard_layers(self.view, self.device_mesh["data_parallel"])
             self._is_split = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW over the trainable parameters, with warm-up and decay by step."""
+        """Return AdamW over the trainable parameters, with a schedule by step."""
         config = self._optimizer_config
         optimizer = torch.optim.AdamW(
             (p for p in self.parameters() if p.requires_grad),
@@ -117,25 +107,22 @@ class CompensationModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
 
     def on_fit_start(self) -> None:
-        """Turn dropout on; Lightning leaves modules in the mode that they are in."""
+        """Turn dropout on; Lightning keeps each module's mode."""
         self.model.train()
 
     def on_fit_end(self) -> None:
         """Turn dropout off."""
         self.model.train(False)
 
-    def training_step(
-        self, batch: StepBatch, batch_idx: int
-    ) -> dict[str, Any]:  # Any: Lightning's own type
+    def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, Tensor | float]:
         """Take one optimizer step.
 
         Args:
-            batch: The rows of this process in micro-batches, each with ``input_ids``, ``mask``,
+            batch: This process's rows in micro-batches, each with ``input_ids``, ``mask``,
                 ``targets`` and ``position_ids``, ``(B, T)``.
-            batch_idx: Number of the step.
 
         Returns:
-            ``loss``: mean over the predicted tokens of all processes, in nats, and the step's
+            ``loss``, the mean over the predicted tokens of all processes in nats, and
             ``learning_rate``.
 
         Raises:
@@ -146,17 +133,17 @@ class CompensationModule(L.LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # there is one
         optimizer.zero_grad()
-        num_tokens = max(batch.num_targets, 1)  # windows of single tokens predict nothing
+        num_tokens = max(batch.num_targets, 1)  # windows of one token predict nothing
         total = torch.zeros((), device=self.device)
         for number, part in enumerate(batch.parts, start=1):
             with self._synchronized(number == len(batch.parts)):
                 loss = self._run(part).sum() / num_tokens
                 if not loss.isfinite():
                     raise NumericsError(
-                        f"the training loss is {float(loss.detach())} in step {batch_idx}; lower "
-                        "optimizer.learning_rate, or try model.dtype float32"
+                        f"the training loss is {float(loss.detach())} in step {batch_idx}; "
+                        f"{nan_advice(self.model.dtype, _LOWER)}"
                     )
-                # Strategies take the mean of gradients over processes, and a sum is meant.
+                # Strategies average gradients over processes; this makes it a sum.
                 self.manual_backward(loss * self.trainer.world_size)
             total += loss.detach()
         total = processes.summed({"loss": total})["loss"]
@@ -168,29 +155,29 @@ class CompensationModule(L.LightningModule):
         return {"loss": total, "learning_rate": learning_rate}
 
     def token_losses(self, part: MicroBatch) -> Tensor:
-        """Return the loss that is learned from, of every predicted token, in nats, ``(n,)``."""
+        """Return the training loss of every predicted token, in nats, ``(n,)``."""
         return self._objective.losses(part)
 
     def _run(self, part: MicroBatch) -> Tensor:
-        """Return the same by one forward pass of the strategy."""
+        """Return ``token_losses`` from one forward pass of the strategy."""
         strategy = self.trainer.strategy
         if isinstance(strategy, CompensationDeepSpeed):
             return strategy.run_part("token_losses", part)
         return self.token_losses(part)
 
     def _synchronized(self, is_last: bool) -> AbstractContextManager[None]:
-        """Return a block whose backward pass adds up gradients here, or over all processes."""
+        """Return a block whose backward pass reduces gradients over processes only if last."""
         strategy = self.trainer.strategy
         if is_last or not isinstance(strategy, ParallelStrategy):
             return nullcontext()
         return strategy.block_backward_sync()
 
     def _step(self, optimizer: LightningOptimizer) -> float:
-        """Clip gradients, change parameters, and return the learning rate that was used."""
+        """Clip gradients, step, and return the learning rate that was used."""
         clip = self._optimizer_config.gradient_clip
         if clip is not None:
             self.clip_gradients(
-                optimizer,  # type: ignore[arg-type]  # it wraps the optimizer that is meant
+                optimizer,  # type: ignore[arg-type]  # a wrapper
                 gradient_clip_val=clip,
                 gradient_clip_algorithm="norm",
             )
@@ -205,12 +192,7 @@ class CompensationModule(L.LightningModule):
         self._validation.reset()
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Add the cross-entropy of validation samples.
-
-        Args:
-            batch: One micro-batch.
-            batch_idx: Its number.
-        """
+        """Add the cross-entropy of one micro-batch."""
         del batch_idx
         self._validation.update(self._objective.cross_entropies(batch).double())
 
@@ -219,25 +201,20 @@ class CompensationModule(L.LightningModule):
         self.log(VALIDATION_LOSS, self.mean_validation_loss(), prog_bar=True)
 
     def mean_validation_loss(self) -> float:
-        """Return the mean over all predicted tokens of validation steps so far.
-
-        Returns:
-            Nats per predicted token, of all processes.
+        """Return the mean validation loss so far over all processes, in nats per predicted token.
 
         Raises:
             NumericsError: If it is NaN or infinite.
         """
         loss = float(self._validation.compute())
         if not math.isfinite(loss):
-            raise NumericsError(
-                f"the validation loss is {loss}; lower optimizer.learning_rate, or try "
-                "model.dtype float32"
-            )
+            advice = nan_advice(self.model.dtype, _LOWER)
+            raise NumericsError(f"the validation loss is {loss}; {advice}")
         return loss
 
     @property
     def model_hashes(self) -> dict[str, str]:
-        """Fingerprint of the ``model`` before training, and of the ``teacher``, if any."""
+        """Fingerprints of the ``model`` before training and of any ``teacher``."""
         return self._objective.model_hashes
 
     @property
@@ -246,40 +223,27 @@ class CompensationModule(L.LightningModule):
         return bool(self._trainable())
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Return the trainable parameters by name, whole in every process.
+        """Return the trainable parameters by name, detached and whole in every process.
 
-        Returns:
-            Name -> parameter, detached; not copied where it is not split over processes.
+        Parameters that are not sharded are not copied.
         """
         return dict(self.iterate_trained())
 
     def iterate_trained(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what ``trained_state`` returns, one parameter at a time."""
+        """Yield the items of ``trained_state``, gathering one parameter at a time."""
         for name, parameter in self._trainable().items():
             yield name, whole_values(parameter)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
-        return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if parameter.requires_grad
-        }
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Give the trainable parameters the values that ``trained_state`` returned.
-
-        Args:
-            state: Name -> values, for all of them.
-        """
+        """Load the values that ``trained_state`` returned into the trainable parameters."""
         for name, parameter in self._trainable().items():
             fill(parameter, state[name])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # Any: Lightning's own type
-        """Leave in a checkpoint what is trained, and say what it belongs to.
-
-        Args:
-            checkpoint: Content of the checkpoint, changed in place.
-        """
+        """Keep only trained parameters in the checkpoint, and add what identifies this training."""
         trained = self._trainable()
         stored = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: stored[name] for name in stored if name in trained}
@@ -289,12 +253,9 @@ class CompensationModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # Any: Lightning's own type
         """Refuse a checkpoint of another training.
 
-        Args:
-            checkpoint: Content of the checkpoint.
-
         Raises:
-            ModelError: If it belongs to another model, other samples, or trains something else, or
-                its tensors are of other shapes.
+            ModelError: If the model, the samples, the trained parameters, the teacher or a tensor's
+                shape differ.
         """
         stored, own = checkpoint.get(_FINGERPRINT, {}), self._fingerprint()
         differing = sorted(key for key in own if stored.get(key) != own[key])
@@ -323,12 +284,12 @@ class CompensationModule(L.LightningModule):
 
     def _num_steps(self) -> int:
         data = self._data()
-        # Not the Trainer's own estimate: it would make the loader before the checkpoint is read,
-        # and Lightning gives a loader its position only when it is made after that.
+        # The Trainer's own estimate would create the loader before the checkpoint is read, and
+        # Lightning restores the position only of a loader created afterwards.
         return int(self.trainer.estimated_stepping_batches) if data is None else len(data.steps())
 
     def _data(self) -> TrainingData | None:
-        # Lightning adds the attribute when fit is called with a data module, and declares no type.
+        # Lightning sets the undeclared attribute when fit gets a data module.
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, TrainingData) else None
 

@@ -1,4 +1,4 @@
-"""What compensation learns from: the text itself, and the distribution of a teacher."""
+"""Training losses: cross-entropy on the text, or distillation from a teacher."""
 
 from typing import Any, NamedTuple
 
@@ -9,20 +9,15 @@ from transformers import PreTrainedModel
 from grasp_lightning.data.batching import MicroBatch
 from grasp_lightning.data.packing import PackingForm, packed_inputs, packing_form
 from grasp_lightning.models.integrity import model_hash
-from grasp_lightning.models.next_token import (
-    distillation_losses,
-    forward_inputs,
-    next_token_losses,
-)
+from grasp_lightning.models.next_token import distillation_losses, forward_inputs, next_token_losses
 
 
 class Teacher(NamedTuple):
-    """A dense model whose distribution the compressed one learns.
+    """A dense model to distill from.
 
     Attributes:
-        model: The teacher, on the device where it stays.
-        temperature: Both distributions are taken at this temperature.
-        mix: Share of the teacher in the loss.
+        temperature: Applied to both distributions.
+        mix: The teacher's share of the loss.
     """
 
     model: PreTrainedModel
@@ -31,14 +26,10 @@ class Teacher(NamedTuple):
 
 
 class Objective:
-    """Losses of a model that learns; no module, so that a teacher is not moved, saved or wrapped.
-
-    Args:
-        model: The model that learns.
-        teacher: Learn its distribution, too.
+    """Losses of the trained model; no module, so a teacher is not moved, saved or wrapped.
 
     Attributes:
-        model_hashes: Fingerprint of the ``model`` before training, and of the ``teacher``, if any.
+        model_hashes: Fingerprints of the ``model`` before training and of any ``teacher``.
     """
 
     def __init__(self, model: PreTrainedModel, teacher: Teacher | None) -> None:
@@ -51,29 +42,24 @@ class Objective:
 
     @property
     def teacher(self) -> str:
-        """What the loss depends on of the teacher."""
+        """Fingerprint of the teacher and its settings; ``None`` without a teacher."""
         return str(self._teacher and (self.model_hashes["teacher"], *self._teacher[1:]))
 
     def expect_packed(self, row_length: int) -> None:
-        """Find out how the models tell samples apart that share a row of so many tokens."""
+        """Find out how each model separates the samples of a packed row of this many tokens."""
         for model in (self._model, *(self._teacher or ())[:1]):
             self._forms[model] = packing_form(model, row_length)
 
     def losses(self, batch: MicroBatch) -> Tensor:
-        """Return the loss that is learned from, of every predicted token, in nats, ``(n,)``."""
+        """Return the training loss of every predicted token, in nats, ``(n,)``."""
         if self._teacher is None:
             return self.cross_entropies(batch)
+        teacher, temperature, mix = self._teacher
         with torch.inference_mode():
-            given = self._logits(self._teacher.model, batch)
+            given = self._logits(teacher, batch)
         logits = self._logits(self._model, batch)
-        return distillation_losses(
-            logits,
-            given.to(logits.device),
-            batch["input_ids"],
-            batch["targets"],
-            temperature=self._teacher.temperature,
-            mix=self._teacher.mix,
-        )
+        given, ids, targets = given.to(logits.device), batch["input_ids"], batch["targets"]
+        return distillation_losses(logits, given, ids, targets, temperature=temperature, mix=mix)
 
     def cross_entropies(self, batch: MicroBatch) -> Tensor:
         """Return the cross-entropy of every predicted token, in nats, ``(n,)``."""

@@ -548,10 +548,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(micro_batch_size: int) -> N
     data = GivenData(random_samples(), training=steps_of(micro_batch_size=micro_batch_size))
     with pytest.raises(NumericsError) as caught:
         fit(CompensationModule(model), data)
-    assert str(caught.value) == (
-        "the training loss is nan in step 0; lower optimizer.learning_rate, or try model.dtype "
-        "float32"
-    )
+    assert str(caught.value) == "the training loss is nan in step 0; lower optimizer.learning_rate"
 
 
 def test_a_loss_that_is_not_finite_is_said_without_a_warning() -> None:
@@ -580,9 +577,7 @@ def test_a_validation_loss_that_is_not_finite_is_an_error() -> None:
     data = GivenData(random_samples(), random_samples(seed=1), training=steps_of())
     with pytest.raises(NumericsError) as caught:
         make_trainer().validate(CompensationModule(model), datamodule=data, verbose=False)
-    assert str(caught.value) == (
-        "the validation loss is nan; lower optimizer.learning_rate, or try model.dtype float32"
-    )
+    assert str(caught.value) == "the validation loss is nan; lower optimizer.learning_rate"
 
 
 def test_a_single_sample_whose_loss_is_not_finite_is_an_error_of_a_validation() -> None:
