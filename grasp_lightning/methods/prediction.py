@@ -83,8 +83,9 @@ class Outlook(NamedTuple):
 
 def outlook_of(view: DecoderView, operations: tuple[Operation, ...]) -> Outlook:
     """Return the outlook of operations that are known in advance."""
-    linears = view.all_linears()
-    cut = [(rank, linears[module]) for op in operations for module, rank in op.ranks.items()]
+    ranks = {module: rank for op in operations for module, rank in op.ranks.items()}
+    linears = view.all_linears() if ranks else {}  # where none is cut, none is named as skipped
+    cut = [(rank, linears[module]) for module, rank in ranks.items()]
     factors = sum(factor_parameters(k, x.out_features, x.in_features) for k, x in cut)
     return Outlook(operations, parameters_after(view, operations), factors)
 
