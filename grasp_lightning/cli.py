@@ -1,4 +1,4 @@
-"""The program ``grasp-lightning``: commands, exit codes, and what is printed."""
+"""The program ``grasp-lightning``: commands, exit codes and output."""
 
 import logging
 import os
@@ -38,9 +38,7 @@ class Command(NamedTuple):
     """One command of the program.
 
     Attributes:
-        help: What it does, in one line.
-        run: Runs it on the rest of the command line.
-        when_interrupted: What a user is told after Ctrl-C, where nothing is known of a run.
+        when_interrupted: What to tell the user after Ctrl-C, if no run is known.
     """
 
     help: str
@@ -155,12 +153,9 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code.
 
-    Args:
-        argv: Command line without the program's name; None takes this process's.
-
-    Returns:
-        0 on success, also if a job of SLURM is back in its queue; 2 on bad input (one line on
-        standard error), 130 after Ctrl-C and 143 after SIGTERM.
+    0 on success, also if a SLURM job is back in its queue; 2 on bad input, with one line on
+    standard error; 130 after Ctrl-C and 143 after SIGTERM. ``argv`` is None for the arguments of
+    this process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
@@ -178,11 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_program(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the program and end the process with its exit code.
-
-    Args:
-        argv: Command line without the program's name; None takes this process's.
-    """
+    """Run ``main`` and end the process with its exit code."""
     sys.unraisablehook = _raise_again
     try:
         code = main(argv)
@@ -197,7 +188,7 @@ def run_program(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Send a signal again whose exception was lost in a callback of the interpreter."""
+    """Resend a signal whose exception was lost in a callback of the interpreter."""
     stop = unraisable.exc_value
     if not isinstance(stop, Interrupted | KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)

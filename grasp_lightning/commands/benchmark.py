@@ -40,10 +40,9 @@ class BenchmarkRun:
     """A finished benchmark.
 
     Attributes:
-        result: What was measured.
-        output: The JSON file that was written, None if the user named none.
-        plot: The plot beside it.
-        amended: Files of runs that the result was added to.
+        output: The JSON file; None if the user named none.
+        plot: The plot next to it.
+        amended: Files of runs to which the result was added.
     """
 
     result: Throughput
@@ -54,7 +53,7 @@ class BenchmarkRun:
 
 @dataclass(frozen=True, kw_only=True)
 class _Variant:
-    """One of the measured models: its name, the key it was given under, and how it is loaded."""
+    """One of the measured models: its name, its key in the configuration, and how to load it."""
 
     name: str
     key: str
@@ -65,14 +64,7 @@ class _Variant:
 def run_benchmark(config: BenchmarkConfig) -> BenchmarkRun:
     """Measure throughput and memory of models, and write the result if a file is named.
 
-    Everything that a user can get wrong is a ``GraspError``, as far as possible before the first
-    measurement.
-
-    Args:
-        config: What the user set.
-
-    Returns:
-        The finished benchmark.
+    User errors are a ``GraspError``, if possible before the first measurement.
     """
     _check_numbers(config)
     files = None if config.output is None else ResultFiles(config.output, config.overwrite)
@@ -91,7 +83,7 @@ def run_benchmark(config: BenchmarkConfig) -> BenchmarkRun:
 
 
 def _amend(config: BenchmarkConfig, result: Throughput) -> list[Path]:
-    """Put the result into the metrics of the runs that made the models; return what changed."""
+    """Add the result to the metrics of the models' runs; return the changed files."""
     models = [model.name for model in result.models if not model.is_control]
     changed = [
         amend_run(path, "throughput", {**result.to_dict(), "model": name})
@@ -101,14 +93,9 @@ def _amend(config: BenchmarkConfig, result: Throughput) -> list[Path]:
 
 
 def variant_names(paths: Sequence[str]) -> list[str]:
-    """Return how models are called in a table: as they were given, or by what tells them apart.
+    """Return distinct names of models for a table: their paths, or what distinguishes these.
 
-    Args:
-        paths: Folders, files or hub names, no two alike.
-
-    Returns:
-        One name per path, no two alike. Paths with one last component are shortened to what
-        differs: ``runs/x/model`` and ``runs/y/model`` become ``x`` and ``y``.
+    ``runs/x/model`` and ``runs/y/model``, which end alike, become ``x`` and ``y``.
     """
     names = list(paths)
     for last, count in Counter(PurePath(path).name for path in paths).items():
@@ -122,14 +109,14 @@ def variant_names(paths: Sequence[str]) -> list[str]:
 
 
 def _what_differs(paths: Sequence[Sequence[str]]) -> list[str]:
-    """Return paths without the components that all of them begin and end with."""
+    """Return paths without their common first and last components."""
     start = _num_common(paths)
     end = _num_common([path[start:][::-1] for path in paths])
     return ["/".join(path[start : len(path) - end]) for path in paths]
 
 
 def _num_common(paths: Sequence[Sequence[str]]) -> int:
-    """Return with how many equal components all paths begin."""
+    """Return the number of equal components at the start of all paths."""
     alike = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
     return sum(1 for _ in alike)
 
@@ -173,7 +160,7 @@ def _variants(config: BenchmarkConfig) -> tuple[_Variant, ...]:
 
 
 def _workload(config: BenchmarkConfig, variants: Sequence[_Variant]) -> Workload:
-    """Return what is run, after a check of every model's config that it can be."""
+    """Return what to run, after checking that it fits the config of every model."""
     with named_by("model"):
         resolve_device(config.device)
     vocabularies = []

@@ -1,4 +1,4 @@
-"""``compensate``: a compressed model is trained for a while, and written at its own size."""
+"""``compensate``: train a compressed model briefly, and write it at its own size."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,8 +49,7 @@ class CompensateRun:
 
     Attributes:
         folder: The run folder, as the user named it.
-        metrics: What was measured.
-        uploaded: Address of the uploaded model; None if none was asked for.
+        uploaded: Address of the uploaded model; None if not requested.
     """
 
     folder: Path
@@ -60,7 +59,7 @@ class CompensateRun:
 
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """What a run works on, after everything that a user can get wrong was checked."""
+    """The checked inputs of a run."""
 
     loaded: LoadedModel
     view: DecoderView
@@ -75,16 +74,9 @@ class _Inputs:
 def run_compensate(config: CompensateConfig) -> CompensateRun:
     """Train a compressed model as a configuration says, and write its run folder.
 
-    A run that is finished already is not done again: its metrics are read. An unfinished one goes
-    on after the step that was saved last. SIGINT and SIGTERM save at the next step and raise
-    ``Interrupted``. A wrong configuration, model, text or number is a ``GraspError``, and leaves
-    nothing of a new run.
-
-    Args:
-        config: What the user set.
-
-    Returns:
-        The finished run.
+    The metrics of a finished run are only read; an unfinished run resumes after its last saved
+    step. SIGINT and SIGTERM save at the next step and raise ``Interrupted``. A wrong configuration,
+    model, text or number is a ``GraspError``, which leaves nothing of a new run.
     """
     folder, uploaded, phases = Path(output_folder(config, "runs/second")), None, Phases()
     check_settings(config)
@@ -151,7 +143,7 @@ def _execute(
 
 
 class _Measured(NamedTuple):
-    """What was measured before and after training."""
+    """Measurements before and after training."""
 
     perplexity: Change[float | None]
     validation_loss: Change[float | None]
@@ -190,7 +182,7 @@ def _train_split(
     notes: RunNotes,
     phases: Phases,
 ) -> _Measured:
-    """Do the same inside of one fit, where a model that is split over processes is ready to run."""
+    """Do the same inside one fit, where a model split over processes is ready to run."""
     held_out = own_micro_batches(inputs.held_out, config.evaluation.batch_size)
     measure = MeasureInFit(held_out, notes, lambda: phases("evaluate"))
     with phases("train", excluding=["evaluate"]):
@@ -204,7 +196,7 @@ def _train_split(
 
 
 def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
-    """Load model and text, and fail early on all that does not fit."""
+    """Load model and text, and fail early on anything that does not fit."""
     device, strategy = resolve_device(config.model.device), config.trainer.strategy
     check_trainer(config.trainer, device, get_args(Strategy), "compensation")
     check_strategy(strategy, device)

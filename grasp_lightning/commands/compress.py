@@ -1,4 +1,4 @@
-"""``compress``: from a configuration to a run folder with a smaller model in it."""
+"""``compress``: from a configuration to a run folder with a smaller model."""
 
 import shutil
 from collections.abc import Mapping
@@ -44,12 +44,7 @@ _MEMORY_KEYS = "calibration.batch_size, calibration.seqlen or evaluation.batch_s
 
 @dataclass(frozen=True, kw_only=True)
 class CompressRun:
-    """A finished run.
-
-    Attributes:
-        folder: The run folder, as the user named it.
-        metrics: What was measured.
-    """
+    """A finished run, with its folder as the user named it."""
 
     folder: Path
     metrics: Metrics
@@ -58,15 +53,9 @@ class CompressRun:
 def run_compress(config: CompressConfig) -> CompressRun:
     """Compress a model as a configuration says, and write its run folder.
 
-    A run that is finished already is not done again: its metrics are read. An unfinished one goes
-    on where it was. SIGINT and SIGTERM save at the next batch and raise ``Interrupted``. A wrong
-    configuration, model, corpus or number is a ``GraspError``, and leaves nothing of a new run.
-
-    Args:
-        config: What the user set.
-
-    Returns:
-        The finished run.
+    The metrics of a finished run are only read; an unfinished run resumes. SIGINT and SIGTERM save
+    at the next batch and raise ``Interrupted``. A wrong configuration, model, corpus or number is a
+    ``GraspError``, which leaves nothing of a new run.
 
     Raises:
         ConfigError: If ``output_dir`` is what ``from_scores`` names.
@@ -107,11 +96,7 @@ def _resolved_method(config: CompressConfig) -> MethodConfig:
 
 
 def _execute(
-    config: CompressConfig,
-    run: RunFolder,
-    inputs: Inputs,
-    phases: Phases,
-    stop: StopRequest,
+    config: CompressConfig, run: RunFolder, inputs: Inputs, phases: Phases, stop: StopRequest
 ) -> Metrics:
     inputs.text.keep_in(run)
     processes.on_first(lambda: run.check_free_space(inputs.bytes_needed))
@@ -165,10 +150,9 @@ def _execute(
 def _compressed(
     config: CompressConfig, inputs: Inputs, plan: Plan, factors: Mapping[str, Tensor]
 ) -> LoadedModel:
-    """Return the compressed model as it is saved: whole.
+    """Return the whole compressed model, to be saved.
 
-    Of a model that is shared, the source is read again and the plan applied to it, which needs no
-    weight from other processes.
+    For a sharded model, read the source again and apply the plan: no other process is needed.
 
     Raises:
         ModelError: If the source has changed.
@@ -183,11 +167,7 @@ def _compressed(
 
 
 def _measure(
-    config: CompressConfig,
-    inputs: Inputs,
-    logs: Path,
-    progress: RunProgress,
-    stop: StopRequest,
+    config: CompressConfig, inputs: Inputs, logs: Path, progress: RunProgress, stop: StopRequest
 ) -> Measure:
     if inputs.stored is not None:
         return inputs.stored

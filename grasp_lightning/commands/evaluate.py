@@ -50,9 +50,9 @@ class EvaluateRun:
     """A finished evaluation.
 
     Attributes:
-        evaluations: What was measured, by model in the order given.
-        output: The JSON file; None if none was asked for.
-        amended: Files of runs that the measurements were added to.
+        evaluations: Per model, in the order given.
+        output: The JSON file; None if the user named none.
+        amended: Files of runs to which the measurements were added.
     """
 
     evaluations: Sequence[ModelEvaluation]
@@ -61,16 +61,9 @@ class EvaluateRun:
 
 
 def run_evaluate(config: EvaluateConfig) -> EvaluateRun:
-    """Measure models as a configuration says.
+    """Measure models as a configuration says, one after the other.
 
-    What ``output`` holds already is not measured again. Models are loaded one after the other.
-    Whatever a user can cause is a ``GraspError``.
-
-    Args:
-        config: What the user set.
-
-    Returns:
-        The measurements.
+    What ``output`` holds is not measured again. User errors are a ``GraspError``.
     """
     models = _check(config)
     corpora = {corpus: _corpus_config(corpus, config) for corpus in config.corpora}
@@ -96,7 +89,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluateRun:
 
 
 def _check(config: EvaluateConfig) -> list[ModelConfig]:
-    """Return how each model is loaded, after checks that need no weights."""
+    """Return how to load each model, after checks that need no weights."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("evaluate runs in one process; start it without torchrun")
     check_values(config)
@@ -138,7 +131,7 @@ def _corpus_config(corpus: str, config: EvaluateConfig) -> EvaluationConfig:
 
 
 def _settings(config: EvaluateConfig, harness: Harness | None, machine: Machine) -> Settings:
-    """Return what results depend on beside model, corpus and task, by part."""
+    """Return what results depend on besides model, corpus and task, by part."""
     keys = ("limit", "num_fewshot", "batch_size", "seed")
     tasks = {key: getattr(config, key) for key in keys}
     return {
@@ -204,7 +197,7 @@ def _measurements(
     texts: Mapping[str, TokenWindows],
     harness: Harness | None,
 ) -> Iterator[ModelEvaluation]:
-    """Yield the evaluation after each measurement that was missing."""
+    """Yield the evaluation after each missing measurement."""
     view, name = DecoderView(loaded.model), evaluation.model
     if evaluation.cost is None:
         evaluation = replace(evaluation, cost=measure_cost(view, loaded.origin.source_bytes))

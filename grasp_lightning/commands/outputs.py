@@ -54,11 +54,10 @@ _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome(ABC, Generic[M]):
-    """What a run has made, before it is written.
+    """The result of a run, before it is written.
 
     Attributes:
-        loaded: The new model, its tokenizer and its origin.
-        perplexity_tokens: Number of predicted tokens behind each perplexity.
+        perplexity_tokens: Number of predicted tokens per perplexity.
         generates: Whether the model generated with its cache before.
     """
 
@@ -76,24 +75,21 @@ class RunOutcome(ABC, Generic[M]):
 
     @abstractmethod
     def report(self, metrics: M) -> str:
-        """Return the page that tells what was done."""
+        """Return the report page."""
 
     def write_decisions(self, run: RunFolder) -> None:
-        """Write what the model was made from, where there is anything."""
+        """Write what the model was made from, if anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome(RunOutcome[Metrics]):
-    """What a compression has made.
+    """The result of a compression.
 
     Attributes:
-        plan: All decisions.
-        scores: What they were made from, as stored in scores.safetensors.
-        factors: Factors of low-rank linears, ``<module>.left`` and ``<module>.right``, and weights
-            of what reads the channels of narrowed MLPs, ``<module>.weight``.
-        num_inputs: Number of inputs of every linear in decoder layers of the dense model.
-        sizes: Size before and after.
-        perplexity: On held-out text, before and after.
+        scores: Content of scores.safetensors.
+        factors: ``<module>.left`` and ``<module>.right`` of low-rank linears, and
+            ``<module>.weight`` of the readers of narrowed MLPs.
+        num_inputs: Inputs of every linear in decoder layers of the dense model.
         settings: The resolved configuration as plain values.
     """
 
@@ -157,7 +153,7 @@ class Outcome(RunOutcome[Metrics]):
         )
 
     def report(self, metrics: Metrics) -> str:
-        """Return the page that tells what was done."""
+        """Return the report page."""
         return render_report(metrics, self.plan, self.scores, self.settings)
 
     def write_decisions(self, run: RunFolder) -> None:
@@ -169,17 +165,12 @@ class Outcome(RunOutcome[Metrics]):
 
 @dataclass(frozen=True, kw_only=True)
 class CompensationOutcome(RunOutcome[CompensationMetrics]):
-    """What a compensation has made; adapters are merged.
+    """The result of a compensation; adapters are merged.
 
     Attributes:
-        config: The resolved configuration.
-        data: What the model was trained on.
-        module: What was trained.
-        history: Losses of all steps.
-        best_step: Number of steps behind the weights that are kept; None if the last ones are.
+        best_step: Number of steps behind the kept weights; None for the last ones.
         parameters_before: Parameters of the model before training.
-        perplexity: On held-out text.
-        validation_loss: On samples that were set aside; None if there are none.
+        validation_loss: On samples set aside; None if there are none.
     """
 
     config: CompensateConfig
@@ -193,7 +184,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
 
     @cached_property
     def source_card(self) -> str | None:
-        """Card of the compressed model; None if it has none."""
+        """Card of the compressed model, if it has one."""
         return read_card(self.loaded.origin.folder)
 
     def metrics(self, phases: Phases) -> CompensationMetrics:
@@ -248,21 +239,12 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
         )
 
     def report(self, metrics: CompensationMetrics) -> str:
-        """Return the page that tells what was done."""
+        """Return the report page."""
         return render_compensation_report(metrics, to_dict(self.config))
 
 
 def write_outputs(run: RunFolder, outcome: RunOutcome[M], phases: Phases) -> M:
-    """Write model, decisions, report and metrics.
-
-    Args:
-        run: The run folder.
-        outcome: What was done.
-        phases: Times so far; saving and verifying are added.
-
-    Returns:
-        The metrics as written.
-    """
+    """Write model, decisions, report and metrics; return the metrics as written."""
     with phases("save", excluding=(VERIFY,)):
         card = outcome.card(outcome.metrics(phases))
         write_model(run, outcome.loaded, card, generates=outcome.generates, phases=phases)
@@ -274,7 +256,7 @@ def write_outputs(run: RunFolder, outcome: RunOutcome[M], phases: Phases) -> M:
 
 
 def package_versions(*more: str) -> dict[str, str]:
-    """Return the versions of what a run was made with, by package; some runs use more."""
+    """Return the versions of the packages behind a run, including ``more``."""
     packages = {package: version(package) for package in (*_PACKAGES, *more)}
     return {"grasp_lightning": __version__, "python": platform.python_version(), **packages}
 
@@ -289,7 +271,7 @@ def _seconds(kind: type[S], phases: Phases) -> S:
 
 
 def _describe_data(config: CompensateConfig) -> tuple[str, str | None]:
-    """Return what was learned from in words, without a path, and its licence."""
+    """Return the training data in words, without a path, and its licence."""
     section = config.data if uses_instructions(config) else config.text
     if section.source == "file":
         return Path(section.path or "").name, section.licence
@@ -302,7 +284,7 @@ def _describe_data(config: CompensateConfig) -> tuple[str, str | None]:
 def _write_tensors(
     run: RunFolder, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
-    """Write tensors, or nothing where there are none (a method that only drops layers)."""
+    """Write tensors, if there are any (a method that only drops layers has none)."""
     if tensors:
         # Copies: two names may stand for one tensor, which safetensors refuses.
         stored = {key: value.to(dtype).cpu().contiguous().clone() for key, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""The Trainer of ``compensate``: callbacks, loggers, and a checkpoint to go on from."""
+"""The Trainer of ``compensate``: callbacks, loggers, and a checkpoint for resuming."""
 
 from collections.abc import Callable, Mapping
 from itertools import count
@@ -35,20 +35,11 @@ _BEST = f"{CHECKPOINTS}/best.safetensors"
 
 
 class TrainingRun:
-    """Validates and trains a module in a run folder.
-
-    Args:
-        config: The resolved configuration.
-        run: The run folder, open.
-        module: What is trained.
-        data: What it is trained on.
-        stop: Tells whether the run shall end.
-        device: Device that this process trains on.
+    """Validates and trains a module in an open run folder.
 
     Attributes:
-        history: Losses of all steps, those before an interruption included.
-        gathered: What was trained, in rank 0, where the model is split over processes; it is not
-            merged then.
+        history: Losses of all steps, including those before an interruption.
+        gathered: The trained weights in rank 0, not merged, if the model is split over processes.
     """
 
     def __init__(
@@ -79,15 +70,11 @@ class TrainingRun:
 
     @property
     def best_step(self) -> int | None:
-        """Steps that led to the weights that are kept; None if the last ones are."""
+        """Number of steps behind the kept weights; None for the last ones."""
         return self._best.step
 
     def validation_loss(self) -> float:
-        """Return the mean cross-entropy on the samples that were set aside.
-
-        Returns:
-            Nats per predicted token.
-        """
+        """Return the mean cross-entropy on the samples set aside, in nats per predicted token."""
         with expected_warnings():
             trainer = self._trainer([StepProgressBar("validation")])
             (result,) = trainer.validate(self._module, datamodule=self._data, verbose=False)
@@ -95,19 +82,12 @@ class TrainingRun:
         return float(result[VALIDATION_LOSS])
 
     def fit(self, measure: L.Callback | None = None) -> None:
-        """Train, from the last checkpoint on if there is one, and merge what was trained.
-
-        Args:
-            measure: Measures the model inside the fit, before and after.
-        """
+        """Train from the last checkpoint, if any, and merge; ``measure`` runs before and after."""
         checkpoint = training_checkpoint(self._run)
         with expected_warnings(), self._stop.deferred():
             trainer = self._trainer(self._callbacks(measure), self._loggers(), is_training=True)
             trainer.fit(
-                self._module,
-                datamodule=self._data,
-                ckpt_path=checkpoint,
-                weights_only=True,
+                self._module, datamodule=self._data, ckpt_path=checkpoint, weights_only=True
             )
         if not self._is_sharded:
             self._back_to_device()
@@ -132,9 +112,7 @@ class TrainingRun:
         if config.training.patience is not None:
             callbacks.append(StopWithoutProgress(config.training.patience))
         checkpoint = TrainingCheckpoint(
-            self._save,
-            every_seconds=config.trainer.checkpoint_seconds,
-            stop=self._stop,
+            self._save, every_seconds=config.trainer.checkpoint_seconds, stop=self._stop
         )
         if measure is not None:
             callbacks.append(measure)

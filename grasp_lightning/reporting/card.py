@@ -1,4 +1,4 @@
-"""Model cards: README.md of what is written, with the front matter that the hub reads."""
+"""Model cards: README.md of a written model, with the front matter that the hub reads."""
 
 import re
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def model_card(
     licence_files: Sequence[str],
     config: Values,
 ) -> str:
-    """Return the README.md of a compressed model, without paths of this machine and times."""
+    """Return the README.md of a compressed model, without local paths and times."""
     base_model = public_name(origin_name)
     # Linears are no longer what the family makes of them.
     kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if plan.channels else ""
@@ -88,7 +88,7 @@ def export_card(
     licence_files: Sequence[str],
     source_card: str | None,
 ) -> str:
-    """Return the README.md of a dense copy, which says that nothing is gained by it."""
+    """Return the README.md of a dense copy, which says that the copy gains nothing."""
     text = _render(
         "card.md.jinja",
         kind="dense",
@@ -114,10 +114,10 @@ def compensated_card(
     licence_files: Sequence[str],
     config: Values,
 ) -> str:
-    """Return the README.md of a compensated model, without paths of this machine and times.
+    """Return the README.md of a compensated model, without local paths and times.
 
-    A card of the compressed model, also a foreign one, is kept and gains a section on the training,
-    before that on loading or at its end; without a card there is a new, short one.
+    An existing card, also a foreign one, gets a section on the training, before that on loading or
+    at its end; otherwise there is a new, short one.
     """
     base_model = public_name(base_model)
     content = training_content(metrics, base_model, config)
@@ -145,7 +145,7 @@ def compensated_card(
 
 
 def base_model_of(card: str) -> str | None:
-    """Return the base model's name in a card that we wrote; None in any other card."""
+    """Return the base model's name from a card of ours, None from any other."""
     title = _TITLE.search(card)
     return title[1] if title else None
 
@@ -169,9 +169,9 @@ def _card(data: CardData, text: str) -> str:
 
 
 def _parsed(card: str) -> RepoCard:
-    """Return front matter and text of a card; front matter that cannot be read stays in the text.
+    """Return front matter and text of a card; unreadable front matter stays in the text.
 
-    It is no ``ModelCard``: that would take a single tag for a list of letters.
+    It is no ``ModelCard``, which would read a single tag as a list of letters.
     """
     text, empty = card.removeprefix("\ufeff").replace("\r\n", "\n"), "---\n{}\n---\n\n"
     try:
@@ -205,7 +205,7 @@ def _extended_list(value: object, item: str) -> list[object]:
 
 
 def _extended(text: str, content: Values) -> str:
-    """Return a card's text with the section on the training, and the licence of the data."""
+    """Return a card's text with a section on the training and the licence of the data."""
     if base_model_of(text) is not None:
         for old, new in _ADAPTED.items():
             text = text.replace(old, new)
@@ -231,7 +231,7 @@ def _with_licence_line(text: str, line: str) -> str:
 
 
 def _removed(plan: Plan) -> str:
-    """Return what else went where linears were cut, too, as text; empty for methods that drop."""
+    """Return the removed layers and blocks as text, empty for methods that only drop layers."""
     if plan.options.get("removable") is None:
         return ""
     layers: dict[str, list[int]] = {"layer": list(plan.dropped_layers)}
@@ -246,7 +246,7 @@ def _removed(plan: Plan) -> str:
 
 
 def _options(plan: Plan) -> dict[str, str]:
-    """Return the plan's options as text, without those that the method left unset."""
+    """Return the plan's set options as text."""
     return {
         name: indices_text(value) if isinstance(value, tuple) else str(value)
         for name, value in sorted(plan.options.items())

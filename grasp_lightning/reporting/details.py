@@ -1,4 +1,4 @@
-"""What a compression decided for each linear, MLP and block, as tables of the report."""
+"""Tables of the report: what a compression decided for each linear, MLP and block."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -39,13 +39,11 @@ _SCORE_NOTE = (
 
 
 class Details(NamedTuple):
-    """A table that a reader opens.
+    """A table to expand.
 
     Attributes:
-        title: What it lists.
-        columns: Heading and kind of each column: ``row`` (names the row), ``text``, ``number``.
-        rows: Texts, one per column.
-        note: How to read it.
+        columns: Heading and kind of each column: ``row`` (names the row), ``text`` or ``number``.
+        note: How to read the table.
     """
 
     title: str
@@ -55,7 +53,7 @@ class Details(NamedTuple):
 
 
 def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> list[Details]:
-    """Return layers, ranks, channels, removed layers and blocks: all tables that have rows."""
+    """Return the non-empty tables of layers, ranks, channels, and removed layers and blocks."""
     tables = (
         _layers(metrics, plan),
         _ranks(plan, scores),
@@ -167,7 +165,7 @@ def _removals(plan: Plan, scores: Mapping[str, Tensor]) -> Details:
 def _loss_cells(
     module: str, losses: Mapping[str, float], scores: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
-    """Return the predicted and the measured loss of a cut; empty where there is none."""
+    """Return predicted and measured loss of a cut; empty if unknown."""
     measured = scores.get(f"{module}.measured")
     return (
         f"{losses[module]:.4f}" if module in losses else "",

@@ -33,12 +33,12 @@ _SVG_STYLE: dict[str, object] = {
 
 
 class Plot(NamedTuple):
-    """A drawing with the words that go with it.
+    """A drawing with its text.
 
     Attributes:
-        title: The finding, as a sentence without its full stop.
+        title: The finding, as a sentence without full stop.
         explanation: One or two sentences on how to read the plot.
-        alt: What a reader who does not see the plot should know.
+        alt: Description for readers who do not see the plot.
         svg: The drawing, an SVG document.
     """
 
@@ -49,15 +49,7 @@ class Plot(NamedTuple):
 
 
 def svg_text(height: float, draw: Callable[[Figure], None]) -> str:
-    """Return the SVG of a figure; a user's own matplotlib settings neither matter nor change.
-
-    Args:
-        height: Of the figure, in inches; all are equally wide.
-        draw: Fills an empty figure.
-
-    Returns:
-        An SVG document with text as outlines, so that it needs no fonts.
-    """
+    """Return a figure of ``height`` inches as SVG, with outlined text: it needs no fonts."""
     with style.context(["default", STYLE, _SVG_STYLE]):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure)
@@ -69,14 +61,7 @@ def svg_text(height: float, draw: Callable[[Figure], None]) -> str:
 def draw_stacked_bars(
     figure: Figure, inside: Array, outside: Array, text: Callable[[float], str]
 ) -> None:
-    """Draw the dense bar above the compressed one, each in two parts.
-
-    Args:
-        figure: An empty figure.
-        inside: Parameters of decoder linears, dense and compressed, ``(2,)``.
-        outside: All other parameters, ``(2,)``.
-        text: Writes a number of parameters.
-    """
+    """Draw a dense and a compressed bar, each of decoder linears and others, both ``(2,)``."""
     axes = figure.subplots()
     total = inside + outside
     for widths, left, colour, label in (
@@ -99,17 +84,7 @@ def draw_stacked_bars(
 def draw_layer_bars(
     figure: Figure, heights: Array, chosen: Iterable[int], *, bottom: float = 0
 ) -> Axes:
-    """Draw one bar per decoder layer, the chosen ones in another colour.
-
-    Args:
-        figure: An empty figure.
-        heights: Value of each layer, ``(L,)``.
-        chosen: Indices of the chosen layers.
-        bottom: Where the vertical axis starts.
-
-    Returns:
-        The axes, to be labelled.
-    """
+    """Draw a bar per decoder layer ``(L,)`` from ``bottom``, the chosen ones in another colour."""
     axes = figure.subplots()
     axes.grid(visible=True, axis="y")
     index = np.arange(len(heights))
@@ -130,13 +105,9 @@ def draw_layer_bars(
 
 
 def draw_components(axes: Axes, values: Array, scores: Array, components: Iterable[int]) -> None:
-    """Draw score against singular value with logarithmic axes, kept components in another colour.
+    """Draw scores over singular values, both ``(K,)``, on log axes; kept components are coloured.
 
-    Args:
-        axes: Empty axes.
-        values: Singular values, ``(K,)``.
-        scores: Scores, ``(K,)``; zeros are drawn at half the smallest positive one.
-        components: Indices of the kept components.
+    Zeros are drawn at half the smallest positive value.
     """
     is_kept = np.isin(np.arange(len(values)), list(components))
     x, y = _positive(values), _positive(scores)
@@ -166,16 +137,7 @@ def draw_heat_map(
     label: str,
     is_annotated: bool,
 ) -> None:
-    """Draw non-negative values as colours; NaN leaves its field empty.
-
-    Args:
-        figure: An empty figure.
-        values: What the colours mean, ``(rows, columns)``.
-        columns: Labels of the columns.
-        rows: Labels of the rows.
-        label: What the colours mean.
-        is_annotated: Write each value into its field.
-    """
+    """Draw non-negative values ``(rows, columns)`` as colours, NaN as an empty field."""
     axes = figure.subplots()
     axes.set_facecolor("#EEEEEE")
     image = axes.pcolormesh(values, cmap="cividis", vmin=0, edgecolors="white", linewidth=1.5)
@@ -199,15 +161,12 @@ def draw_training(
     window: int,
     kept_step: int | None,
 ) -> None:
-    """Draw the loss of every optimizer step with its moving mean, and that of validations on top.
+    """Draw the loss of every step ``(N,)``, its moving mean, and validation losses.
 
     Args:
-        figure: An empty figure.
-        steps: Optimizer steps, ``(N,)``, ascending.
-        loss: Training loss of each, ``(N,)``.
-        validation: Steps and losses of the validations, each ``(V,)``; None if there are none.
-        window: Number of steps in the moving mean; 1 joins the points instead.
-        kept_step: Step whose weights were kept, marked by a line; None marks none.
+        validation: Steps and losses of the validations, each ``(V,)``.
+        window: Steps in the moving mean; 1 joins the points instead.
+        kept_step: Step whose weights were kept, marked by a line.
     """
     axes = figure.subplots()
     axes.grid(visible=True, axis="y")
@@ -228,20 +187,20 @@ def draw_training(
 
 
 def moving_mean(values: Array, window: int) -> Array:
-    """Return the mean around each value, at the ends of what is there, ``(N,)``."""
+    """Return the mean around each value ``(N,)``, over fewer values at the ends."""
     weights = np.ones(window)
     counts = np.convolve(np.ones(len(values)), weights, mode="same")
     return np.convolve(values, weights, mode="same") / counts
 
 
 def _plain_number(value: float, position: int | None) -> str:
-    """Return the label of a tick: matplotlib passes its value and its position."""
+    """Return the label of a tick; matplotlib passes value and position."""
     del position
     return f"{value:g}"
 
 
 def _positive(values: Array) -> Array:
-    """Return values with zeros raised to half the smallest positive one, for a logarithmic axis."""
+    """Return values with zeros raised to half the smallest positive one, for a log axis."""
     positive = values[values > 0]
     return np.maximum(values, positive.min() / 2 if positive.size else 1.0)
 

@@ -26,27 +26,14 @@ _SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em
 
 
 class EvaluationRow(NamedTuple):
-    """One line of the comparison, ready to print.
-
-    Attributes:
-        quantity: What is compared, with its unit.
-        values: One text per model.
-    """
+    """One quantity, with its unit, and one text per model."""
 
     quantity: str
     values: tuple[str, ...]
 
 
 def evaluation_table(evaluations: Sequence[ModelEvaluation]) -> Table:
-    """Return the models side by side, for the terminal.
-
-    Args:
-        evaluations: At least one.
-
-    Returns:
-        One line per quantity, one column per model. Models are letters, which the caption explains:
-        names are too long for a narrow terminal.
-    """
+    """Return a column per model for the terminal, headed by letters that the caption explains."""
     models = [evaluation.model for evaluation in evaluations]
     letters = ascii_uppercase[: len(models)] if len(models) <= len(ascii_uppercase) else models
     legend = [f"{letter}: {model}" for letter, model in zip(letters, models, strict=True)]
@@ -72,7 +59,7 @@ def evaluation_rows(evaluations: Sequence[ModelEvaluation]) -> list[EvaluationRo
 
 
 def evaluation_notes(evaluations: Sequence[ModelEvaluation]) -> list[str]:
-    """Return the sentences a reader needs to judge the table."""
+    """Return sentences on how to read the table."""
     notes = []
     if any(evaluation.tasks for evaluation in evaluations):
         notes.append("Accuracies in percent, with standard errors.")
@@ -85,7 +72,7 @@ def evaluation_notes(evaluations: Sequence[ModelEvaluation]) -> list[str]:
 
 
 def section_rows(section: Mapping[str, Any]) -> list[tuple[str, str]]:  # Any: values of JSON
-    """Return quantities and values of the section ``evaluation`` of a run's metrics, as text."""
+    """Return the section ``evaluation`` of a run's metrics as texts of quantity and value."""
     rows = _cost_section(section)
     rows += [
         (
@@ -193,7 +180,7 @@ def _task_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow
 
 
 def _short(corpus: str) -> str:
-    """Return a corpus's name, or the last two parts of a file's path."""
+    """Return a corpus name, or the last two parts of a path."""
     return "/".join(PurePath(corpus).parts[-2:])
 
 
@@ -220,7 +207,7 @@ def _estimate_text(estimate: Estimate | None, difference: Estimate | None, metri
 
 
 def _number_text(estimate: Estimate, metric: str, sign: str) -> str:
-    """Return a share in percent, any other number as it is."""
+    """Return a share in percent, and any other number unchanged."""
     if _base(metric) in _SHARES:
         parts = (f"{_PERCENT * estimate.value:{sign}.1f}", _PERCENT, ".1f")
     else:

@@ -1,4 +1,4 @@
-"""Heat maps of one run: one number for each cut linear, kinds of linears by decoder layers."""
+"""Heat maps of one run: a number for each cut linear, kinds of linears by decoder layers."""
 
 from collections.abc import Mapping
 
@@ -39,16 +39,7 @@ def ranks_plot(plan: Plan) -> Plot | None:
 
 
 def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
-    """Return which share of its channels every linear of a narrowed MLP has kept.
-
-    Args:
-        metrics: Numbers of the run: how many channels there were.
-        plan: Its decisions.
-
-    Returns:
-        A heat map, linear kinds by layers; None if no MLP was narrowed, or it is not known how many
-        channels there were.
-    """
+    """Return the share of channels that narrowed MLPs keep, for each linear; None if unknown."""
     narrowed = [op for op in plan.operations if isinstance(op, NarrowMlp)]
     kept = {
         op.reader: len(op.channels) / metrics.channels[op.reader].dense
@@ -78,15 +69,7 @@ def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
 
 
 def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
-    """Return what the truncation of every linear is predicted to cost.
-
-    Args:
-        plan: Decisions of the run.
-        scores: ``<module>.scores``, each ``(K,)``.
-
-    Returns:
-        A heat map, linear kinds by layers; None if the method predicts no losses.
-    """
+    """Return the predicted loss of each cut, from ``<module>.scores`` ``(K,)``; None if unknown."""
     losses = {module_place(module): v for module, v in predicted_losses(plan, scores).items()}
     if not losses:
         return None
@@ -119,10 +102,10 @@ def _heat_map(
     explanation: str,
     alt: tuple[str, str],
 ) -> Plot:
-    """Draw numbers by the layer and the kind of their linears; a field without one is grey.
+    """Draw numbers by layer and kind of linear; a field without one is grey.
 
-    All heat maps of a plan have the same layers: those with a number, and all that it cuts. The
-    text for readers who do not see it says what is drawn (``alt``), its size, and a second thing.
+    All heat maps of a plan have the same layers: those with a number and all that it cuts. ``alt``
+    says what is drawn, and one more thing.
     """
     parts = (*plan.ranks, *plan.channels, *plan.removed_blocks)
     cut = {module_place(part)[0] for part in parts} | set(plan.dropped_layers)

@@ -56,13 +56,7 @@ _TRAINING_PHASES = {
 
 
 class Headline(NamedTuple):
-    """One of the large numbers at the top of the page.
-
-    Attributes:
-        label: What it is.
-        value: The number, with its unit.
-        detail: What it is made of; may be empty.
-    """
+    """A large number at the top of the page, with its unit; the detail may be empty."""
 
     label: str
     value: str
@@ -184,7 +178,7 @@ def _perplexity(metrics: AnyMetrics) -> Headline:
 
 
 def _total(metrics: AnyMetrics) -> list[Headline]:
-    """Return how long the command took; nothing if that was not measured."""
+    """Return the duration of the command, or nothing if it was not measured."""
     if metrics.seconds.total is None:
         return []
     memory = metrics.peak_memory_bytes
@@ -193,7 +187,7 @@ def _total(metrics: AnyMetrics) -> list[Headline]:
 
 
 def _phases(metrics: AnyMetrics, names: Mapping[str, str]) -> list[tuple[str, str, float | None]]:
-    """Return name, time, and share of the longest in percent of every phase that the run had."""
+    """Return name, duration and percentage of the longest, for each phase of the run."""
     times = {
         name: seconds
         for phase, name in names.items()

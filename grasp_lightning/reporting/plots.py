@@ -1,4 +1,4 @@
-"""The plots of one run: which there are, what they show, and the finding that each one states."""
+"""The plots of one run: which to draw, and the finding that each one states."""
 
 from collections.abc import Mapping
 
@@ -25,7 +25,7 @@ _MAX_POINTS = 20  # more steps than that get a moving mean over 1/20 of them
 
 
 def run_plots(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> tuple[Plot, ...]:
-    """Return every plot of a compression, in reading order, that the run has data for."""
+    """Return the plots of a compression for which there is data, in reading order."""
     plots = (
         parameters_plot(metrics),
         layers_plot(plan, scores),
@@ -38,7 +38,7 @@ def run_plots(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> tup
 
 
 def parameters_plot(metrics: Metrics) -> Plot:
-    """Return the parameters before and after, decoder linears apart from all others."""
+    """Return the parameters before and after, with decoder linears separate."""
     total, linears = metrics.parameters, metrics.decoder_linears.parameters
     inside = np.array([linears.dense, linears.compressed], dtype=float)
     outside = np.array([total.dense, total.compressed], dtype=float) - inside
@@ -62,14 +62,9 @@ def parameters_plot(metrics: Metrics) -> Plot:
 
 
 def layers_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
-    """Return what the choice of layers was made from, with the chosen ones in another colour.
+    """Return the measurement that layers were chosen by; None if there is none.
 
-    Args:
-        plan: Decisions of the run.
-        scores: ``layer_similarity`` ``(L,)``, or ``layer_angular_distance`` ``(L - n + 1,)``.
-
-    Returns:
-        One bar per layer; None if layers were not measured.
+    ``scores`` has ``layer_similarity`` ``(L,)`` or ``layer_angular_distance`` ``(L - n + 1,)``.
     """
     chosen = plan.selected_layers or plan.dropped_layers
     if "layer_similarity" in scores:
@@ -130,16 +125,11 @@ def _angular_plot(distance: Array, chosen: tuple[int, ...]) -> Plot:
 
 
 def components_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
-    """Return score against singular value, for one linear of each kind.
-
-    The linears are those of the middle one of the replaced layers.
+    """Return scores over singular values for the linears of the middle replaced layer.
 
     Args:
-        plan: Decisions of the run.
-        scores: ``<module>.scores`` and ``<module>.singular_values``, each ``(K,)``.
-
-    Returns:
-        Small multiples with logarithmic axes; None if components were not scored and selected.
+        scores: ``<module>.scores`` and ``<module>.singular_values``, each ``(K,)``; without any,
+            the result is None.
     """
     linears = scored_linears(plan, scores)
     if not linears:
@@ -183,15 +173,10 @@ def components_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
 
 
 def training_plot(history: History, *, kept_step: int | None = None) -> Plot:
-    """Return the training loss of every step with its moving mean, and the validation losses.
+    """Return the training loss of every step, its moving mean, and validation losses.
 
-    Args:
-        history: Losses over the steps; at least one step.
-        kept_step: Step whose weights were kept, marked by a line; None marks none.
-
-    Returns:
-        A line plot; its title compares the first validation with that of the kept weights, or
-        where there are not two, the means of the first and the last tenth of all steps.
+    The title compares the first validation with that of the kept weights; without two validations,
+    the means of the first and the last tenth of the steps.
 
     Raises:
         ValueError: If the history has no step.
