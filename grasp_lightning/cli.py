@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple, NoReturn
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 
 from grasp_lightning import __version__, processes
 from grasp_lightning.config import (
@@ -22,6 +22,7 @@ from grasp_lightning.config import (
     PlanConfig,
 )
 from grasp_lightning.errors import GraspError, Interrupted
+from grasp_lightning.reporting.tables import AnyMetrics, comparison_table
 from grasp_lightning.starting import begin
 
 FAILED = 1
@@ -55,12 +56,11 @@ def _compress(prog: str, argv: Sequence[str]) -> None:
     config = parse(CompressConfig, prog, with_run_config(argv))
     with joined(config.trainer, config.model.device, "compress", argv) as speaks:
         from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
-        from grasp_lightning.reporting.tables import comparison_table  # noqa: PLC0415
 
         begin()
         run = run_compress(config)
         if speaks:
-            _print_run(run.folder, comparison_table(run.metrics))
+            _print_run(run.folder, run.metrics)
 
 
 def _compensate(prog: str, argv: Sequence[str]) -> None:
@@ -70,20 +70,25 @@ def _compensate(prog: str, argv: Sequence[str]) -> None:
     config = parse(CompensateConfig, prog, argv)
     with joined(config.trainer, config.model.device, "compensate", argv) as speaks:
         from grasp_lightning.commands.compensate import run_compensate  # noqa: PLC0415
-        from grasp_lightning.reporting.tables import comparison_table  # noqa: PLC0415
 
         begin()
         run = run_compensate(config)
         if speaks:
-            _print_run(run.folder, comparison_table(run.metrics))
+            _print_run(run.folder, run.metrics)
             if run.uploaded is not None:
                 print(f"upload: {run.uploaded}")
 
 
-def _print_run(folder: Path, table: RenderableType) -> None:
-    Console().print(table)
+def _print_run(folder: Path, metrics: AnyMetrics) -> None:
+    Console().print(comparison_table(metrics))
     print(f"model:  {folder / 'model'}")
     print(f"report: {folder / 'report.html'}")
+
+
+def _print_files(*files: Path | None) -> None:
+    for file in files:
+        if file is not None:
+            print(f"results: {file}")
 
 
 def _plan(prog: str, argv: Sequence[str]) -> None:
@@ -113,8 +118,7 @@ def _evaluate(prog: str, argv: Sequence[str]) -> None:
     begin()
     run = run_evaluate(config)
     Console().print(evaluation_table(run.evaluations))
-    for file in (*run.amended, *([] if run.output is None else [run.output])):
-        print(f"results: {file}")
+    _print_files(*run.amended, run.output)
 
 
 def _benchmark(prog: str, argv: Sequence[str]) -> None:
@@ -126,8 +130,7 @@ def _benchmark(prog: str, argv: Sequence[str]) -> None:
     begin()
     run = run_benchmark(config)
     Console().print(throughput_table(run.result))
-    for file in (*run.amended, *(file for file in (run.output, run.plot) if file is not None)):
-        print(f"results: {file}")
+    _print_files(*run.amended, run.output, run.plot)
 
 
 COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(

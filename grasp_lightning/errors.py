@@ -10,7 +10,7 @@ _CREDENTIALS = re.compile(r"://(?:[^\s/]*|\S*:\S*)@")
 
 
 class GraspError(Exception):
-    """A problem that a caller can handle; the text says what was expected, what came, what to do."""
+    """A problem that a caller can handle; it says what was expected, what came and what to do."""
 
     def __str__(self) -> str:
         """Return the message, without passwords in URLs."""

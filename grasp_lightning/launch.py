@@ -114,7 +114,6 @@ def _check_number(devices: int) -> None:
 
 
 def _launch(command: str, argv: Sequence[str], number: int) -> int:
-    """Run the command in several processes and return the exit code."""
     words = [sys.executable, "-m", "grasp_lightning", command, *argv]
     environment = _environment(number)
     children: list[_Child] = []

@@ -7,13 +7,13 @@ bytes. Layer indices and module names are those of the original model.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self, TypeVar, dataclass_transform
 
 from grasp_lightning.errors import PlanError
 from grasp_lightning.plugins import load_method
 from grasp_lightning.reading.text import one_line, parse_json
-from grasp_lightning.reading.typed import as_type
+from grasp_lightning.reading.typed import as_type, to_plain
 
 PLAN_VERSION = 1
 
@@ -226,14 +226,8 @@ class Plan:
     def to_json(self) -> str:
         """Return the canonical text of the plan: sorted keys and a final line feed."""
         kinds = {operation_type: kind for kind, operation_type in OPERATIONS.items()}
-        content = {
-            "version": PLAN_VERSION,
-            "method": self.method,
-            "options": dict(self.options),
-            "inputs": dict(self.inputs),
-            "operations": [{"kind": kinds[type(op)], **asdict(op)} for op in self.operations],
-            "complete": self.complete,
-        }
+        operations = [{"kind": kinds[type(op)], **to_plain(op)} for op in self.operations]
+        content = {"version": PLAN_VERSION, **to_plain(self), "operations": operations}
         return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod

@@ -84,19 +84,21 @@ def on_first(work: Callable[[], T]) -> T:
     """Run ``work`` in rank 0; return its pickled result, or raise its error, in all processes."""
     if num_processes() == 1:
         return work()
-    result: list[T] = []
-    error: Exception | None = None
-    if is_first():
-        try:
-            result.append(work())
-        except Exception as raised:  # noqa: BLE001  raised again below, in every process
-            error = raised
-    outcome = [(result, error)]
-    _told(lambda: dist.broadcast_object_list(outcome, src=0), error)
-    ((result, error),) = outcome
+    outcomes = [_outcome(work) if is_first() else ([], None)]
+    error = outcomes[0][1]
+    _told(lambda: dist.broadcast_object_list(outcomes, src=0), error)
+    ((result, error),) = outcomes
     if error is not None:
         raise error
     return result[0]
+
+
+def _outcome(work: Callable[[], T]) -> tuple[list[T], Exception | None]:
+    """Return the result of some work or its error, to be raised again in every process."""
+    try:
+        return [work()], None
+    except Exception as error:  # noqa: BLE001  raised again by the caller
+        return [], error
 
 
 def _told(tell: Callable[[], T], error: Exception | None) -> T:
@@ -114,18 +116,14 @@ def in_turns(work: Callable[[], T]) -> T:
     if num_processes() == 1:
         return work()
     own_turn = int(os.environ.get("LOCAL_RANK", "0"))
-    result: list[T] = []
+    own: list[T] = []
     for turn in range(max(gather(own_turn)) + 1):
-        error: Exception | None = None
-        if turn == own_turn:
-            try:
-                result.append(work())
-            except Exception as raised:  # noqa: BLE001  raised again below, in every process
-                error = raised
+        result, error = _outcome(work) if turn == own_turn else ([], None)
+        own += result
         for failure in _told(partial(gather, error), error):
             if failure is not None:
                 raise failure
-    return result[0]
+    return own[0]
 
 
 def summed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

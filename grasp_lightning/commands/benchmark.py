@@ -78,8 +78,7 @@ def run_benchmark(config: BenchmarkConfig) -> BenchmarkRun:
         text = json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n"
         write_file(output, lambda path: path.write_text(text, encoding="utf-8"))
         write_file(plot, lambda path: write_throughput_plot(result, path))
-    amended = _amend(config, result)
-    return BenchmarkRun(result=result, output=output, plot=plot, amended=amended)
+    return BenchmarkRun(result=result, output=output, plot=plot, amended=_amend(config, result))
 
 
 def _amend(config: BenchmarkConfig, result: Throughput) -> list[Path]:
@@ -123,19 +122,16 @@ def _num_common(paths: Sequence[Sequence[str]]) -> int:
 
 def _check_numbers(config: BenchmarkConfig) -> None:
     for key in ("prefill_lengths", "decode_batch_sizes"):
-        _check_axis(key, getattr(config, key))
+        values: Sequence[int] = getattr(config, key)
+        if not values:
+            raise ConfigError(f"{key} is empty; expected a list of numbers such as [1, 4]")
+        value, count = Counter(values).most_common(1)[0]
+        if count > 1:
+            raise ConfigError(f"{key} holds {value} more than once")
     check_values(config)
     cores = os.cpu_count() or 1
     if config.threads is not None and config.threads > cores:
         raise ConfigError(f"threads is {config.threads}, but this machine has {cores} cores")
-
-
-def _check_axis(key: str, values: Sequence[int]) -> None:
-    if not values:
-        raise ConfigError(f"{key} is empty; expected a list of numbers such as [1, 4]")
-    value, count = Counter(values).most_common(1)[0]
-    if count > 1:
-        raise ConfigError(f"{key} holds {value} more than once")
 
 
 def _variants(config: BenchmarkConfig) -> tuple[_Variant, ...]:

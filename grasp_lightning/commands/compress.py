@@ -61,10 +61,12 @@ def run_compress(config: CompressConfig) -> CompressRun:
         ConfigError: If ``output_dir`` is what ``from_scores`` names.
     """
     output_dir = output_folder(config, "runs/first")
-    if config.from_scores is not None and _is_same(output_dir, config.from_scores):
-        raise ConfigError(
-            f"from_scores: {config.from_scores} is output_dir itself; name another output_dir"
-        )
+    if config.from_scores is not None:
+        folders = [Path(path).expanduser().resolve() for path in (output_dir, config.from_scores)]
+        if folders[0] == folders[1]:
+            raise ConfigError(
+                f"from_scores: {config.from_scores} is output_dir itself; name another output_dir"
+            )
     config = replace(config, method=_resolved_method(config))
     model_folder, phases = resolve_source(config.model).folder, Phases()
     metrics = run_in_folder(
@@ -76,11 +78,6 @@ def run_compress(config: CompressConfig) -> CompressRun:
         read=Metrics.from_dict,
     )
     return CompressRun(folder=Path(output_dir), metrics=metrics)
-
-
-def _is_same(first: str, second: str) -> bool:
-    one, other = (Path(path).expanduser().resolve() for path in (first, second))
-    return one == other
 
 
 def _resolved_method(config: CompressConfig) -> MethodConfig:

@@ -67,7 +67,9 @@ def run_evaluate(config: EvaluateConfig) -> EvaluateRun:
     """
     models = _check(config)
     corpora = {corpus: _corpus_config(corpus, config) for corpus in config.corpora}
-    harness = _harness(config)
+    harness = None
+    if config.tasks:
+        harness = Harness(config.tasks, config.task_data, _task_settings(config))
     machine = describe_machine(torch.device(resolve_device(config.device)))
     request = Request(
         models=config.model,
@@ -132,8 +134,7 @@ def _corpus_config(corpus: str, config: EvaluateConfig) -> EvaluationConfig:
 
 def _settings(config: EvaluateConfig, harness: Harness | None, machine: Machine) -> Settings:
     """Return what results depend on besides model, corpus and task, by part."""
-    keys = ("limit", "num_fewshot", "batch_size", "seed")
-    tasks = {key: getattr(config, key) for key in keys}
+    tasks = asdict(_task_settings(config))
     return {
         "model": {"dtype": config.dtype, "revision": config.revision, "device": machine.device},
         "windows": {f"evaluation.{key}": v for key, v in asdict(config.evaluation).items()},
@@ -141,16 +142,13 @@ def _settings(config: EvaluateConfig, harness: Harness | None, machine: Machine)
     }
 
 
-def _harness(config: EvaluateConfig) -> Harness | None:
-    if not config.tasks:
-        return None
-    settings = TaskSettings(
+def _task_settings(config: EvaluateConfig) -> TaskSettings:
+    return TaskSettings(
         limit=config.limit,
         num_fewshot=config.num_fewshot,
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    return Harness(config.tasks, config.task_data, settings)
 
 
 def _evaluate(
@@ -160,7 +158,6 @@ def _evaluate(
     harness: Harness | None,
     file: EvaluationFile,
 ) -> ModelEvaluation:
-    """Load one model and measure what is missing."""
     with named_by("model"):
         loaded = load_model(model)
     evaluation = file.get(model.path, model_hash(loaded.model))

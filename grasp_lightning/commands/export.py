@@ -13,7 +13,7 @@ from grasp_lightning.config import ExportConfig, ModelConfig
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.models.formats import FORMATS, Format
-from grasp_lightning.models.loading import LoadedModel, load_meta_model, load_model
+from grasp_lightning.models.loading import load_meta_model, load_model
 from grasp_lightning.models.lowrank import ranks_of, shapes_of
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.verification import can_generate
@@ -141,21 +141,6 @@ def _execute(source: Path, target: Format, run: RunFolder) -> ExportFacts:
         dtype=str(model.dtype).removeprefix("torch."),
         shapes=shapes,
     )
-    _write_model(run, source, target, loaded, facts, generates=generates)
-    run.write_json(FACTS_NAME, to_plain(facts))
-    run.finish()
-    return facts
-
-
-def _write_model(
-    run: RunFolder,
-    source: Path,
-    target: Format,
-    loaded: LoadedModel,
-    facts: ExportFacts,
-    *,
-    generates: bool,
-) -> None:
     origin, source_card = loaded.origin, read_card(source)
     card = export_card(
         base_model=base_model_of(source_card or "") or origin.name,
@@ -169,6 +154,9 @@ def _write_model(
     )
     texts = {SOURCE_CARD_NAME: source_card} if source_card else {}
     write_model(run, loaded, card, texts, save=target.save, generates=generates)
+    run.write_json(FACTS_NAME, to_plain(facts))
+    run.finish()
+    return facts
 
 
 def _fingerprint(source: Path) -> str:

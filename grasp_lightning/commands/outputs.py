@@ -104,6 +104,10 @@ class Outcome(RunOutcome[Metrics]):
     def metrics(self, phases: Phases) -> Metrics:
         """Return the numbers, with the times so far."""
         dense, compressed = self.sizes.values
+
+        def pair(size: str) -> Pair[int]:
+            return Pair(dense=getattr(dense, size), compressed=getattr(compressed, size))
+
         predicted = predicted_losses(self.plan, self.scores)
         before, after = self.perplexity.values
         return Metrics(
@@ -113,16 +117,10 @@ class Outcome(RunOutcome[Metrics]):
             layers=self.plan.selected_layers or (),
             layer_changes=layer_changes(self.plan, self.num_inputs),
             removed_ratio=1 - compressed.parameters / dense.parameters,
-            parameters=Pair(dense=dense.parameters, compressed=compressed.parameters),
-            bytes=Pair(dense=dense.bytes, compressed=compressed.bytes),
+            parameters=pair("parameters"),
+            bytes=pair("bytes"),
             decoder_linears=DecoderLinears(
-                parameters=Pair(
-                    dense=dense.decoder_linear_parameters,
-                    compressed=compressed.decoder_linear_parameters,
-                ),
-                bytes=Pair(
-                    dense=dense.decoder_linear_bytes, compressed=compressed.decoder_linear_bytes
-                ),
+                parameters=pair("decoder_linear_parameters"), bytes=pair("decoder_linear_bytes")
             ),
             channels={
                 reader: Pair(dense=self.num_inputs[reader], compressed=kept)

@@ -26,6 +26,7 @@ from grasp_lightning.run_folder.folder import RunState
 from grasp_lightning.run_folder.rules import is_begun_by
 from grasp_lightning.storage.progress import has_progress
 
+Settings = Mapping[str, Any]  # Any: values of YAML or JSON
 Inputs = TypeVar("Inputs")
 Result = TypeVar("Result")
 
@@ -48,7 +49,7 @@ def run_in_folder(
     memory_advice: str,
     prepare: Callable[[RunFolder | None], Inputs],
     execute: Callable[[RunFolder, Inputs, StopRequest], Result],
-    read: Callable[[Mapping[str, Any]], Result],  # Any: values of JSON
+    read: Callable[[Settings], Result],
 ) -> Result:
     """Do the work of a run in its folder once, and return its result; a finished run is only read.
 
@@ -78,12 +79,7 @@ def run_in_folder(
                 return execute(run, inputs[0] if inputs else prepare(run), stop)
 
 
-def _begins_anew(
-    output_dir: str,
-    config: Mapping[str, Any],  # Any: resolved configuration
-    *,
-    overwrite: bool,
-) -> bool:
+def _begins_anew(output_dir: str, config: Settings, *, overwrite: bool) -> bool:
     """Return whether ``overwrite`` deletes what is in the run folder.
 
     A job that SLURM has requeued is started by the same command, and resumes its own run.
@@ -94,11 +90,7 @@ def _begins_anew(
 
 
 def _open_together(
-    output_dir: str,
-    config: Mapping[str, Any],  # Any: resolved configuration
-    *,
-    overwrite: bool,
-    protected: Sequence[Path],
+    output_dir: str, config: Settings, *, overwrite: bool, protected: Sequence[Path]
 ) -> RunFolder:
     """Open a run folder in all processes of a run; only rank 0 writes it."""
     opened: list[RunFolder] = []

@@ -75,12 +75,23 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Held-out text on which perplexity is measured, before and after.
+class CorpusSource:
+    """Where plain text comes from.
 
     Attributes:
         source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file (see ``path``).
         path: A .txt, .jsonl or .parquet file for ``source: file``.
+    """
+
+    source: str = "wikitext2"
+    path: PathName | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusWindows:
+    """How held-out text is cut into windows.
+
+    Attributes:
         rows: Rows of the file to read, from 0, such as 0-259 or 260-; None: all.
         split: Split of the corpus; None: its held-out one.
         field: Text column of .jsonl and .parquet files.
@@ -91,8 +102,6 @@ class EvaluationConfig:
         tail: Keep or drop a last window shorter than ``seqlen``.
     """
 
-    source: str = "wikitext2"
-    path: PathName | None = None
     rows: str | None = None
     split: str | None = None
     field: str = "text"
@@ -101,6 +110,11 @@ class EvaluationConfig:
     batch_size: Count = 1
     add_bos: bool = False
     tail: Literal["keep", "drop"] = "keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(CorpusWindows, CorpusSource):
+    """Held-out text on which perplexity is measured, before and after."""
 
 
 @dataclass(frozen=True, kw_only=True)

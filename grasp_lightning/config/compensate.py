@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from grasp_lightning.config.common import EvaluationConfig, ModelConfig, TrainerConfig
+from grasp_lightning.config.common import CorpusSource, EvaluationConfig, ModelConfig, TrainerConfig
 from grasp_lightning.config.values import (
     BelowOne,
     Count,
@@ -69,12 +69,10 @@ class InstructionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig:
+class TextConfig(CorpusSource):
     """Plain text, in windows of equal length.
 
     Attributes:
-        source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file (see ``path``).
-        path: A .txt, .jsonl or .parquet file for ``source: file``.
         split: Split of the corpus; None: the one it has for calibration.
         field: Text column of .jsonl and .parquet files.
         num_samples: Number of training windows.
@@ -84,8 +82,6 @@ class TextConfig:
         licence: Licence of a local file, for the model card.
     """
 
-    source: str = "wikitext2"
-    path: PathName | None = None
     split: str | None = None
     field: str = "text"
     num_samples: Count = 512

@@ -1,42 +1,15 @@
 """Configuration of ``evaluate`` and ``benchmark``."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from grasp_lightning.config.common import Dtype
+from grasp_lightning.config.common import CorpusWindows, Dtype
 from grasp_lightning.config.values import (
     Count,
     CountOrZero,
     LibrarySeed,
     PathName,
     Seed,
-    WindowLength,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusWindows:
-    """How ``evaluate`` cuts texts into windows; keys as in ``EvaluationConfig``.
-
-    Attributes:
-        rows: Rows of files to read, from 0, such as 0-259 or 260-; None: all.
-        split: Split of the corpora; None: the held-out one of each.
-        field: Text column of .jsonl and .parquet files.
-        num_samples: Number of windows, from the start of each corpus; None: all.
-        seqlen: Tokens per window.
-        batch_size: Windows per forward pass.
-        add_bos: Start every window with the beginning-of-sequence token.
-        tail: Keep or drop a last window shorter than ``seqlen``.
-    """
-
-    rows: str | None = None
-    split: str | None = None
-    field: str = "text"
-    num_samples: Count | None = None
-    seqlen: WindowLength = 2048
-    batch_size: Count = 1
-    add_bos: bool = False
-    tail: Literal["keep", "drop"] = "keep"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from grasp_lightning.plan import Plan
-from grasp_lightning.reporting.card_phrases import (
-    Values,
-    code_span,
-    dataset_of,
-    is_hub_name,
-    public_name,
-    text_source,
-    training_content,
-)
+from grasp_lightning.reporting import card_phrases as phrases
+from grasp_lightning.reporting.card_phrases import Values
 from grasp_lightning.reporting.linears import module_place
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics, Pair
 from grasp_lightning.reporting.tables import comparison_notes, comparison_rows, indices_text
@@ -49,7 +42,7 @@ def model_card(
     config: Values,
 ) -> str:
     """Return the README.md of a compressed model, without local paths and times."""
-    base_model = public_name(origin_name)
+    base_model = phrases.public_name(origin_name)
     # Linears are no longer what the family makes of them.
     kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if plan.channels else ""
     special = f"the {'low-rank' if plan.ranks or not plan.channels else 'narrowed'} layers"
@@ -66,8 +59,8 @@ def model_card(
         gone=f"{100 * metrics.removed_ratio:.1f}% of all parameters are gone",
         special=special if kind else None,
         options=_options(plan),
-        calibration=text_source(config, "calibration"),
-        evaluation=text_source(config, "evaluation"),
+        calibration=phrases.text_source(config, "calibration"),
+        evaluation=phrases.text_source(config, "evaluation"),
         is_measured=metrics.perplexity.compressed is not None,
         rows=comparison_rows(metrics),
         notes=comparison_notes(metrics),
@@ -119,14 +112,14 @@ def compensated_card(
     An existing card, also a foreign one, gets a section on the training, before that on loading or
     at its end; otherwise there is a new, short one.
     """
-    base_model = public_name(base_model)
-    content = training_content(metrics, base_model, config)
+    base_model = phrases.public_name(base_model)
+    content = phrases.training_content(metrics, base_model, config)
     card = _parsed(source_card or "")
     data = card.data
     if not len(data):
         data = _front_matter("compensated", base_model, licence, licence_files)
     data["tags"] = _extended_list(data.get("tags"), "compensated")
-    if dataset := dataset_of(metrics, config):
+    if dataset := phrases.dataset_of(metrics, config):
         data["datasets"] = _extended_list(data.get("datasets"), dataset)
     if card.text.strip():
         return _card(data, _extended(card.text, content))
@@ -160,7 +153,7 @@ def _render(template: str, **content: object) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["code"] = code_span
+    environment.filters["code"] = phrases.code_span
     return environment.get_template(template).render(content)
 
 
@@ -188,7 +181,7 @@ def _front_matter(
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
     }
-    if is_hub_name(base_model):
+    if phrases.is_hub_name(base_model):
         content["base_model"] = base_model
     # The hub takes its own identifiers only, and a name of any other licence.
     if licence is not None and _LICENCE_ID.fullmatch(licence.lower()):
@@ -246,7 +239,6 @@ def _removed(plan: Plan) -> str:
 
 
 def _options(plan: Plan) -> dict[str, str]:
-    """Return the plan's set options as text."""
     return {
         name: indices_text(value) if isinstance(value, tuple) else str(value)
         for name, value in sorted(plan.options.items())
@@ -256,4 +248,4 @@ def _options(plan: Plan) -> dict[str, str]:
 
 def _version(metrics: Metrics | CompensationMetrics) -> str:
     version = metrics.versions.get("grasp_lightning")
-    return "" if version is None else f" {code_span(version)}"
+    return "" if version is None else f" {phrases.code_span(version)}"

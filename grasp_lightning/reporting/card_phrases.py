@@ -141,7 +141,6 @@ def _set_options(values: Values, *names: str) -> str:
 
 
 def _schedule(metrics: CompensationMetrics, config: Values) -> str:
-    """Return steps, batches and learning rate."""
     optimizer, training = _section(config, "optimizer"), _section(config, "training")
     settings = {
         "batch size": training.get("batch_size"),
@@ -156,7 +155,6 @@ def _schedule(metrics: CompensationMetrics, config: Values) -> str:
 
 
 def _length(metrics: CompensationMetrics, config: Values) -> str | None:
-    """Return how long samples are."""
     if _learns_text(metrics, config):
         seqlen = _section(config, "text").get("seqlen")
         return None if seqlen is None else f"{seqlen} tokens each"

@@ -89,7 +89,6 @@ def _layers(metrics: Metrics, plan: Plan) -> Details:
 
 
 def _part(total: int, kinds: Sequence[str]) -> str:
-    """Return how many linears of a block were changed, and how."""
     texts = [f"{count} of {total} {kind}" for kind, count in Counter(kinds).items()]
     return ", ".join(texts) or "unchanged"
 

@@ -109,9 +109,7 @@ def _cost_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow
 
     def row(quantity: str, key: str, text: Callable[[int], str]) -> EvaluationRow:
         values = [None if cost is None else getattr(cost, key) for cost in costs]
-        return EvaluationRow(
-            quantity, tuple(NOT_MEASURED if value is None else text(value) for value in values)
-        )
+        return EvaluationRow(quantity, _texts(values, text))
 
     if not dtypes:
         return
@@ -123,26 +121,20 @@ def _cost_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow
     yield row("MFLOPs per token", "flops_per_token", lambda count: f"{count / _MEGA:,.1f}")
     peaks = [evaluation.peak_memory_bytes for evaluation in evaluations]
     if any(peak is not None for peak in peaks):
-        yield EvaluationRow(
-            "peak memory of the evaluation",
-            tuple(NOT_MEASURED if peak is None else size_text(peak) for peak in peaks),
-        )
+        yield EvaluationRow("peak memory of the evaluation", _texts(peaks, size_text))
+
+
+def _texts(values: Iterable[int | None], text: Callable[[int], str]) -> tuple[str, ...]:
+    return tuple(NOT_MEASURED if value is None else text(value) for value in values)
 
 
 def _corpus_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow]:
     for corpus in _names(evaluation.corpora for evaluation in evaluations):
-        first = evaluations[0].corpora.get(corpus)
-        values = []
-        for evaluation in evaluations:
-            result = evaluation.corpora.get(corpus)
+        results = [evaluation.corpora.get(corpus) for evaluation in evaluations]
+        first, values = results[0], []
+        for position, result in enumerate(results):
             text = perplexity_text(None if result is None else result.perplexity)
-            is_same_text = (
-                first is not None
-                and result is not None
-                and evaluation is not evaluations[0]
-                and first.windows_sha256 == result.windows_sha256
-            )
-            if is_same_text and first is not None and result is not None:
+            if position and first and result and first.windows_sha256 == result.windows_sha256:
                 text += f" ({factor_text(first.perplexity, result.perplexity)})"
             values.append(text)
         yield EvaluationRow(f"perplexity, {_short(corpus)}", tuple(values))
@@ -154,17 +146,13 @@ def _task_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow
         for metric in _metrics([found[task].metrics for found in results if task in found]):
             values = []
             for position, found in enumerate(results):
-                if task not in found:
+                if task in found:
+                    reference = results[0].get(task) if position else None
+                    difference = task_difference(found[task], reference, metric)
+                    estimate = found[task].metrics.get(metric)
+                    values.append(_estimate_text(estimate, difference, metric))
+                else:
                     values.append(NOT_MEASURED)
-                    continue
-                reference = results[0].get(task) if position else None
-                values.append(
-                    _estimate_text(
-                        found[task].metrics.get(metric),
-                        task_difference(found[task], reference, metric),
-                        metric,
-                    )
-                )
             yield EvaluationRow(f"{task}, {metric}", tuple(values))
     means = [paper_mean(found) for found in results]
     if any(mean is not None for mean in means):
@@ -208,9 +196,9 @@ def _estimate_text(estimate: Estimate | None, difference: Estimate | None, metri
 
 def _number_text(estimate: Estimate, metric: str, sign: str) -> str:
     """Return a share in percent, and any other number unchanged."""
-    if _base(metric) in _SHARES:
-        parts = (f"{_PERCENT * estimate.value:{sign}.1f}", _PERCENT, ".1f")
-    else:
-        parts = (f"{estimate.value:{sign}.4g}", 1, ".2g")
-    value, scale, form = parts
-    return value if estimate.stderr is None else f"{value} \u00b1 {scale * estimate.stderr:{form}}"
+    is_share = _base(metric) in _SHARES
+    scale, form, error_form = (_PERCENT, ".1f", ".1f") if is_share else (1, ".4g", ".2g")
+    value = f"{scale * estimate.value:{sign}{form}}"
+    if estimate.stderr is None:
+        return value
+    return f"{value} \u00b1 {scale * estimate.stderr:{error_form}}"

@@ -130,7 +130,7 @@ class RunMetrics:
     throughput: Mapping[str, Any] | None = None  # Any: values of JSON
 
     def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
-        """Return the content of ``metrics.json``: all attributes, nested; None if not applicable."""
+        """Return the content of ``metrics.json``: nested attributes, None if not applicable."""
         content: dict[str, Any] = to_plain(self)
         return content
 

@@ -7,14 +7,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from grasp_lightning.plan import Plan
-from grasp_lightning.reporting.drawing import (
-    Plot,
-    draw_components,
-    draw_layer_bars,
-    draw_stacked_bars,
-    draw_training,
-    svg_text,
-)
+from grasp_lightning.reporting import drawing
+from grasp_lightning.reporting.drawing import Plot, svg_text
 from grasp_lightning.reporting.heat_maps import losses_plot, ranks_plot, widths_plot
 from grasp_lightning.reporting.linears import Array, float64_array, scored_linears
 from grasp_lightning.reporting.metrics import History, Metrics
@@ -44,7 +38,7 @@ def parameters_plot(metrics: Metrics) -> Plot:
     outside = np.array([total.dense, total.compressed], dtype=float) - inside
 
     def draw(figure: Figure) -> None:
-        draw_stacked_bars(figure, inside, outside, lambda value: count_text(round(value)))
+        drawing.draw_stacked_bars(figure, inside, outside, lambda value: count_text(round(value)))
 
     explanation = "Only linears inside decoder layers change; everything else is kept as it was."
     # Norms of deleted layers are gone, too.
@@ -82,7 +76,7 @@ def _similarity_plot(similarity: Array, chosen: tuple[int, ...]) -> Plot:
     threshold = float(similarity[is_chosen].min()) if chosen else None
 
     def draw(figure: Figure) -> None:
-        axes = draw_layer_bars(figure, similarity, chosen, bottom=bottom)
+        axes = drawing.draw_layer_bars(figure, similarity, chosen, bottom=bottom)
         axes.set_ylim(bottom, max(1.0, high))
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("cosine similarity")
@@ -107,7 +101,7 @@ def _similarity_plot(similarity: Array, chosen: tuple[int, ...]) -> Plot:
 
 def _angular_plot(distance: Array, chosen: tuple[int, ...]) -> Plot:
     def draw(figure: Figure) -> None:
-        axes = draw_layer_bars(figure, distance, chosen[:1])
+        axes = drawing.draw_layer_bars(figure, distance, chosen[:1])
         axes.set_xlabel("first layer of the span")
         axes.set_ylabel("angular distance")
 
@@ -143,7 +137,7 @@ def components_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     def draw(figure: Figure) -> None:
         grid = figure.subplots(num_rows, num_columns, squeeze=False)
         for axes, linear in zip(grid.flat, panels, strict=False):
-            draw_components(axes, linear.singular_values, linear.scores, linear.components)
+            drawing.draw_components(axes, linear.singular_values, linear.scores, linear.components)
             axes.set_title(linear.kind.rsplit(".", 1)[-1])
         for axes in grid.flat[len(panels) :]:
             axes.remove()
@@ -187,13 +181,10 @@ def training_plot(history: History, *, kept_step: int | None = None) -> Plot:
     window = max(1, len(steps) // _MAX_POINTS)
     validation = None
     if history.validation_steps:
-        validation = (
-            np.array(history.validation_steps, dtype=float),
-            np.array(history.validation_loss),
-        )
+        validation = np.array(history.validation_steps, float), np.array(history.validation_loss)
 
     def draw(figure: Figure) -> None:
-        draw_training(figure, steps, loss, validation, window=window, kept_step=kept_step)
+        drawing.draw_training(figure, steps, loss, validation, window=window, kept_step=kept_step)
 
     mean = f"; the line is the mean of {window} steps" if window > 1 else ""
     explanation = f"Each small point is the mean loss of one optimizer step{mean}."

@@ -159,10 +159,7 @@ def _changed_parts(metrics: Metrics) -> str:
     """Return the changed parts in brackets after a space; nothing if all were changed."""
     changes = [change for change in metrics.layer_changes.values() if change is not None]
     num_deleted = len(metrics.layer_changes) - len(changes)
-    blocks = {
-        "attention": [change.attention for change in changes],
-        "MLP": [change.mlp for change in changes],
-    }
+    blocks = {"attention": [c.attention for c in changes], "MLP": [c.mlp for c in changes]}
     sums = {
         name: (sum(count.changed for count in counts), sum(count.total for count in counts))
         for name, counts in blocks.items()

@@ -46,15 +46,9 @@ def section_rows(section: Mapping[str, Any]) -> list[tuple[str, str, str]]:  # A
     rows = []
     for kind, key, unit in (("prefill", "length", "tokens"), ("decode", "batch_size", "sequences")):
         for timing in own[kind]:
-            ratio = timing["ratio"]
-            speed = f"{timing['tokens_per_second']['median']:,.0f}"
-            rows.append(
-                (
-                    f"{kind}, {timing[key]} {unit}",
-                    speed,
-                    "" if ratio is None else f"{ratio['median']:.2f}",
-                )
-            )
+            ratio, speed = timing["ratio"], timing["tokens_per_second"]["median"]
+            ratio_text = "" if ratio is None else f"{ratio['median']:.2f}"
+            rows.append((f"{kind}, {timing[key]} {unit}", f"{speed:,.0f}", ratio_text))
     return rows
 
 
