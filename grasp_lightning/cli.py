@@ -21,7 +21,9 @@ from grasp_lightning.config import (
     ExportConfig,
     PlanConfig,
 )
+from grasp_lightning.config.parsing import parse, with_run_config
 from grasp_lightning.errors import GraspError, Interrupted
+from grasp_lightning.launch import joined
 from grasp_lightning.reporting.tables import AnyMetrics, comparison_table
 from grasp_lightning.starting import begin
 
@@ -48,13 +50,9 @@ class Command(NamedTuple):
 
 
 def _compress(prog: str, argv: Sequence[str]) -> None:
-    # Imported here: other commands should not wait for what this one needs, nor should a process
-    # that only starts others.
-    from grasp_lightning.config.parsing import parse, with_run_config  # noqa: PLC0415
-    from grasp_lightning.launch import joined  # noqa: PLC0415
-
     config = parse(CompressConfig, prog, with_run_config(argv))
     with joined(config.trainer, config.model.device, "compress", argv) as speaks:
+        # Imported here: neither other commands nor a process that only starts others need it.
         from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
 
         begin()
@@ -64,9 +62,6 @@ def _compress(prog: str, argv: Sequence[str]) -> None:
 
 
 def _compensate(prog: str, argv: Sequence[str]) -> None:
-    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
-    from grasp_lightning.launch import joined  # noqa: PLC0415
-
     config = parse(CompensateConfig, prog, argv)
     with joined(config.trainer, config.model.device, "compensate", argv) as speaks:
         from grasp_lightning.commands.compensate import run_compensate  # noqa: PLC0415
@@ -93,7 +88,6 @@ def _print_files(*files: Path | None) -> None:
 
 def _plan(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.plan import run_plan  # noqa: PLC0415
-    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
 
     config = parse(PlanConfig, prog, argv)
     begin()
@@ -102,7 +96,6 @@ def _plan(prog: str, argv: Sequence[str]) -> None:
 
 def _export(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.export import run_export  # noqa: PLC0415
-    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
 
     config = parse(ExportConfig, prog, argv)
     begin()
@@ -111,7 +104,6 @@ def _export(prog: str, argv: Sequence[str]) -> None:
 
 def _evaluate(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.evaluate import run_evaluate  # noqa: PLC0415
-    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
     from grasp_lightning.reporting.evaluation import evaluation_table  # noqa: PLC0415
 
     config = parse(EvaluateConfig, prog, argv)
@@ -123,7 +115,6 @@ def _evaluate(prog: str, argv: Sequence[str]) -> None:
 
 def _benchmark(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.benchmark import run_benchmark  # noqa: PLC0415
-    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
     from grasp_lightning.reporting.throughput import throughput_table  # noqa: PLC0415
 
     config = parse(BenchmarkConfig, prog, argv)

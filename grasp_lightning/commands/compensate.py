@@ -174,7 +174,7 @@ def _train_split(
     notes: RunNotes,
     phases: Phases,
 ) -> _Measured:
-    """Do the same inside one fit, where a model split over processes is ready to run."""
+    """Do what ``_train`` does inside one fit, where a split model is ready to run."""
     held_out = own_micro_batches(inputs.held_out, config.evaluation.batch_size)
     measure = MeasureInFit(held_out, notes, lambda: phases("evaluate"))
     with phases("train", excluding=["evaluate"]):

@@ -168,7 +168,8 @@ def _with_lists(argv: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
         if key not in collected:
             result.append(f"--{key}=")
         collected.setdefault(key, []).extend(_split_names(text))
-    return [_as_list(word, collected) for word in result]
+    lists = {f"--{key}=": f"--{key}={json.dumps(names)}" for key, names in collected.items()}
+    return [lists.get(word, word) for word in result]
 
 
 def _with_bracketed_names(word: str, schema: Mapping[str, Any]) -> str:
@@ -186,13 +187,6 @@ def _split_names(text: str) -> list[str]:
         return [text] if text else []
     bare = text.removeprefix("[").removesuffix("]") if text.startswith("[") else text
     return [name.strip(" \"'") for name in bare.split(",") if name.strip()]
-
-
-def _as_list(word: str, collected: Mapping[str, Sequence[str]]) -> str:
-    key = word.removeprefix("--").removesuffix("=")
-    if word != f"--{key}=" or key not in collected:
-        return word
-    return f"--{key}={json.dumps(list(collected[key]))}"
 
 
 def _config_files(argv: Sequence[str]) -> list[str]:

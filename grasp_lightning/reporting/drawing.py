@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from grasp_lightning.reporting.linears import Array
+from grasp_lightning.reporting.tables import count_text
 
 WIDTH = 9.2  # inches; 883 CSS pixels, so that 10 points are legible at 100 %
 # Okabe and Ito's palette, which stays apart for colour-blind readers.
@@ -58,9 +59,7 @@ def svg_text(height: float, draw: Callable[[Figure], None]) -> str:
     return text.getvalue()
 
 
-def draw_stacked_bars(
-    figure: Figure, inside: Array, outside: Array, text: Callable[[float], str]
-) -> None:
+def draw_stacked_bars(figure: Figure, inside: Array, outside: Array) -> None:
     """Draw a dense and a compressed bar, each of decoder linears and others, both ``(2,)``."""
     axes = figure.subplots()
     total = inside + outside
@@ -69,9 +68,9 @@ def draw_stacked_bars(
         (outside, inside, REST, "embeddings, norms, output head"),
     ):
         bars = axes.barh([0, 1], widths, left=left, height=0.66, color=colour, label=label)
-        labels = [text(width) if width > 0.06 * total.max() else "" for width in widths]
+        labels = [count_text(int(n)) if n > 0.06 * total.max() else "" for n in widths]
         axes.bar_label(bars, labels=labels, label_type="center")
-    axes.bar_label(bars, labels=[text(value) for value in total], padding=6, fontweight="bold")
+    axes.bar_label(bars, labels=[count_text(int(n)) for n in total], padding=6, fontweight="bold")
     axes.set_yticks([0, 1], labels=["dense", "compressed"])
     axes.set_xlim(0, 1.1 * total.max())
     axes.invert_yaxis()
@@ -90,14 +89,8 @@ def draw_layer_bars(
     index = np.arange(len(heights))
     is_chosen = np.isin(index, list(chosen))
     for mask, colour, label in ((~is_chosen, OTHER, "not chosen"), (is_chosen, CHOSEN, "chosen")):
-        axes.bar(
-            index[mask],
-            heights[mask] - bottom,
-            bottom=bottom,
-            width=0.78,
-            color=colour,
-            label=label,
-        )
+        shown = heights[mask] - bottom
+        axes.bar(index[mask], shown, bottom=bottom, width=0.78, color=colour, label=label)
     axes.set_xlim(-0.7, len(heights) - 0.3)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=32, integer=True, steps=[1, 2, 5, 10]))
     figure.legend(loc="outside upper right", ncols=2)

@@ -40,18 +40,16 @@ def ranks_plot(plan: Plan) -> Plot | None:
 
 def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
     """Return the share of channels that narrowed MLPs keep, for each linear; None if unknown."""
-    narrowed = [op for op in plan.operations if isinstance(op, NarrowMlp)]
     kept = {
-        op.reader: len(op.channels) / metrics.channels[op.reader].dense
-        for op in narrowed
-        if op.reader in metrics.channels
+        op: len(op.channels) / metrics.channels[op.reader].dense
+        for op in plan.operations
+        if isinstance(op, NarrowMlp) and op.reader in metrics.channels
     }
     if not kept:
         return None
     percent = {
-        module_place(module): round(100 * kept[op.reader], 1)
-        for op in narrowed
-        if op.reader in kept
+        module_place(module): round(100 * share, 1)
+        for op, share in kept.items()
         for module in op.linears
     }
     low, high = (f"{share:.0%}" for share in (min(kept.values()), max(kept.values())))

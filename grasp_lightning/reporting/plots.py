@@ -34,12 +34,8 @@ def run_plots(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> tup
 def parameters_plot(metrics: Metrics) -> Plot:
     """Return the parameters before and after, with decoder linears separate."""
     total, linears = metrics.parameters, metrics.decoder_linears.parameters
-    inside = np.array([linears.dense, linears.compressed], dtype=float)
-    outside = np.array([total.dense, total.compressed], dtype=float) - inside
-
-    def draw(figure: Figure) -> None:
-        drawing.draw_stacked_bars(figure, inside, outside, lambda value: count_text(round(value)))
-
+    inside = np.array(linears.values, dtype=float)
+    outside = np.array(total.values, dtype=float) - inside
     explanation = "Only linears inside decoder layers change; everything else is kept as it was."
     # Norms of deleted layers are gone, too.
     if total.dense - total.compressed != linears.dense - linears.compressed:
@@ -51,7 +47,7 @@ def parameters_plot(metrics: Metrics) -> Plot:
         alt=f"Two bars. Decoder linears: {linears.dense:,} parameters before, "
         f"{linears.compressed:,} after. Whole model: {total.dense:,} before, "
         f"{total.compressed:,} after.",
-        svg=svg_text(1.75, draw),
+        svg=svg_text(1.75, lambda figure: drawing.draw_stacked_bars(figure, inside, outside)),
     )
 
 
