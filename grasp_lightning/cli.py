@@ -38,11 +38,7 @@ SIGNALLED = 128  # plus the number of the signal, as shells count
 
 
 class Command(NamedTuple):
-    """One command of the program.
-
-    Attributes:
-        when_interrupted: What to tell the user after Ctrl-C, if no run is known.
-    """
+    """One command; ``when_interrupted`` is for the user after Ctrl-C, if no run is known."""
 
     help: str
     run: Callable[[str, Sequence[str]], None]

@@ -38,11 +38,7 @@ class OutputError(GraspError):
 
 
 class Interrupted(Exception):  # noqa: N818  an end that was asked for, not an error
-    """A signal ended the run at a safe point.
-
-    Attributes:
-        has_saved: Whether a later start can resume from anything.
-    """
+    """A signal ended the run at a safe point; ``has_saved`` tells if a later start can resume."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"interrupted by signal {signal_number}")

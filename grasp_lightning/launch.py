@@ -34,11 +34,8 @@ def joined(
 ) -> Iterator[bool]:
     """Run a ``with`` block in as many processes as the configuration says.
 
-    The process of the user does not run it: it starts the others, waits for them and exits.
-
-    Args:
-        device: Value of ``model.device``.
-        command: Name of the command, to start it again with ``argv``.
+    The process of the user does not run it: it starts the others with ``command`` and ``argv``,
+    waits for them and exits.
 
     Yields:
         Whether this process speaks to the user: only rank 0 does.

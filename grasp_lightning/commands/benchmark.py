@@ -37,13 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkRun:
-    """A finished benchmark.
-
-    Attributes:
-        output: The JSON file; None if the user named none.
-        plot: The plot next to it.
-        amended: Files of runs to which the result was added.
-    """
+    """A finished benchmark: its files, if any were asked for, and the amended files of runs."""
 
     result: Throughput
     output: Path | None
@@ -62,10 +56,7 @@ class _Variant:
 
 
 def run_benchmark(config: BenchmarkConfig) -> BenchmarkRun:
-    """Measure throughput and memory of models, and write the result if a file is named.
-
-    User errors are a ``GraspError``, if possible before the first measurement.
-    """
+    """Measure models and write the result if a file is named; user errors are a ``GraspError``."""
     _check_numbers(config)
     files = None if config.output is None else ResultFiles(config.output, config.overwrite)
     variants = _variants(config)

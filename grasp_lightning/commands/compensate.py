@@ -47,12 +47,7 @@ _CHECKPOINT_BYTES = 4 * 4 * 2  # per trained parameter: Adam's two, itself, its 
 
 @dataclass(frozen=True, kw_only=True)
 class CompensateRun:
-    """A finished run.
-
-    Attributes:
-        folder: The run folder, as the user named it.
-        uploaded: Address of the uploaded model; None if not requested.
-    """
+    """A finished run: its folder as the user named it, and the address of the uploaded model."""
 
     folder: Path
     metrics: CompensationMetrics

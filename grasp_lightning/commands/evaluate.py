@@ -47,13 +47,7 @@ _FILE = "file"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRun:
-    """A finished evaluation.
-
-    Attributes:
-        evaluations: Per model, in the order given.
-        output: The JSON file; None if the user named none.
-        amended: Files of runs to which the measurements were added.
-    """
+    """A finished evaluation, by model: its file, if asked for, and the amended files of runs."""
 
     evaluations: Sequence[ModelEvaluation]
     output: Path | None
@@ -61,10 +55,7 @@ class EvaluateRun:
 
 
 def run_evaluate(config: EvaluateConfig) -> EvaluateRun:
-    """Measure models as a configuration says, one after the other.
-
-    What ``output`` holds is not measured again. User errors are a ``GraspError``.
-    """
+    """Measure models one after the other, but nothing that ``output`` holds already."""
     models = _check(config)
     corpora = {corpus: _corpus_config(corpus, config) for corpus in config.corpora}
     harness = None

@@ -37,12 +37,10 @@ class Inputs:
     """The checked inputs of a run.
 
     Attributes:
-        held_out: Windows for perplexity.
         text: Writes calibration text with the model.
         data: Calibration windows; None if stored scores are enough.
         stored: Stored scores to cut again; None if the run measures.
         hashes: Hashes of the model and of the windows, for the plan.
-        bytes_needed: Maximum disk space that the run takes.
         generates: Whether the model generates with its cache.
     """
 
@@ -61,9 +59,7 @@ class Inputs:
 def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None) -> Inputs:
     """Load model and text; whatever does not fit is an early ``GraspError``.
 
-    Args:
-        config: Its method must be resolved.
-        run: The run folder, which keeps text from the model; None if it is not open yet.
+    The method of ``config`` must be resolved. ``run`` keeps text from the model once it is open.
     """
     check_values(config)
     mixture_parts(config.calibration, "calibration")  # keys that do not fit together end the run

@@ -54,12 +54,7 @@ _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome(ABC, Generic[M]):
-    """The result of a run, before it is written.
-
-    Attributes:
-        perplexity_tokens: Number of predicted tokens per perplexity.
-        generates: Whether the model generated with its cache before.
-    """
+    """The result of a run, before it is written."""
 
     loaded: LoadedModel
     perplexity_tokens: int
@@ -163,13 +158,7 @@ class Outcome(RunOutcome[Metrics]):
 
 @dataclass(frozen=True, kw_only=True)
 class CompensationOutcome(RunOutcome[CompensationMetrics]):
-    """The result of a compensation; adapters are merged.
-
-    Attributes:
-        best_step: Number of steps behind the kept weights; None for the last ones.
-        parameters_before: Parameters of the model before training.
-        validation_loss: On samples set aside; None if there are none.
-    """
+    """The result of a compensation; adapters are merged, and ``best_step`` is None for the last."""
 
     config: CompensateConfig
     data: TrainingData

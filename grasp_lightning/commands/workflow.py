@@ -57,11 +57,9 @@ def run_in_folder(
     run that ``overwrite`` replaces is only deleted after the new inputs are prepared.
 
     Args:
-        config: The resolved configuration, with ``output_dir``.
         protected: Folders that must stay unchanged.
         memory_advice: Keys to lower if the device runs out of memory.
         prepare: Loads and checks the inputs; takes the folder if it is open already.
-        execute: Does the work, resuming from the last checkpoint if there is one.
         read: Turns the metrics.json of a finished run into the result.
     """
     settings, output_dir = to_dict(config), config.output_dir

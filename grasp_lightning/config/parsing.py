@@ -56,10 +56,7 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
     except (ArgumentError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(_explain(str(error), schema, flags, contents)) from error
     _refuse_nulls(parsed, schema)
-    values = {
-        field.name: parsed[field.name] for field in dataclasses.fields(_as_dataclass(config_type))
-    }
-    config = config_type(**values)
+    config = config_type(**{name: parsed[name] for name in get_type_hints(config_type)})
     check_values(config)
     return config
 
@@ -112,7 +109,7 @@ def _given(argv: Sequence[str], option: str) -> list[str]:
 
 def to_dict(config: object) -> dict[str, Any]:  # Any: values of YAML
     """Return a configuration as nested dicts, lists and scalars for YAML and JSON."""
-    content: dict[str, Any] = to_plain(_as_dataclass(config))
+    content: dict[str, Any] = to_plain(config)
     return content
 
 
@@ -124,12 +121,6 @@ def _refuse_long(argv: Sequence[str]) -> None:
                 f"command line: {word[:20]!r}... has {len(word)} characters, expected at most "
                 f"{_MAX_LENGTH}; put long lists into a --config file"
             )
-
-
-def _as_dataclass(config: Any) -> Any:  # noqa: ANN401  "is a dataclass" is no type
-    if not dataclasses.is_dataclass(config):
-        raise TypeError(f"expected a dataclass, got {config!r}")
-    return config
 
 
 def _leaves(config_type: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

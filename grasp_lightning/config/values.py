@@ -15,11 +15,7 @@ _MOST = 2**31 - 1  # of a count whose key declares no other bound
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Numbers that a key takes; shown in the help of a command.
-
-    Attributes:
-        claim: What to say of a negative number outside the range; None: the bounds.
-    """
+    """Numbers that a key takes, shown in ``--help``; ``claim`` describes negative ones outside."""
 
     at_least: float | None = None
     above: float | None = None

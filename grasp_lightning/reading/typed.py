@@ -38,11 +38,7 @@ def as_type(
     *,
     ignores_unknown: bool = False,
 ) -> T:
-    """Return parsed values as a dataclass, the inverse of ``to_plain``.
-
-    Args:
-        ignores_unknown: Ignore keys that the dataclass lacks, such as those of a later version.
-    """
+    """Return parsed values as a dataclass; ``ignores_unknown`` skips keys of later versions."""
     try:
         value: T = _Builder(ignores_unknown).build(kind, content, "")
     except _Mismatch as error:

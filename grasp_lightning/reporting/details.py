@@ -35,12 +35,7 @@ _SCORE_NOTE = (
 
 
 class Details(NamedTuple):
-    """A table to expand.
-
-    Attributes:
-        columns: Heading and kind of each column: ``row`` (names the row), ``text`` or ``number``.
-        note: How to read the table.
-    """
+    """A table to expand; columns have a heading and a kind: row (names the row), text or number."""
 
     title: str
     columns: Sequence[tuple[str, str]]

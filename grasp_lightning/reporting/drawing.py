@@ -34,14 +34,7 @@ _SVG_STYLE: dict[str, object] = {
 
 
 class Plot(NamedTuple):
-    """A drawing with its text.
-
-    Attributes:
-        title: The finding, as a sentence without full stop.
-        explanation: One or two sentences on how to read the plot.
-        alt: Description for readers who do not see the plot.
-        svg: The drawing, an SVG document.
-    """
+    """A drawing as SVG, with its finding (title), how to read it, and a description (alt)."""
 
     title: str
     explanation: str
@@ -117,7 +110,7 @@ def draw_components(axes: Axes, values: Array, scores: Array, components: Iterab
         axis.set_minor_locator(NullLocator())
         if drawn.max() < _TWO_DECADES * drawn.min():
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
-            axis.set_major_formatter(FuncFormatter(_plain_number))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(visible=True, axis="both")
 
 
@@ -141,8 +134,11 @@ def draw_heat_map(
     axes.spines[:].set_visible(False)
     axes.set_xlabel("decoder layer")
     figure.colorbar(image, ax=axes, label=label, pad=0.01)
-    if is_annotated:
-        _annotate(axes, values)
+    middle = np.nanmax(values) / 2
+    for (row, column), value in np.ndenumerate(values):
+        if is_annotated and np.isfinite(value):
+            place, colour = (column + 0.5, row + 0.5), "black" if value > middle else "white"
+            axes.text(*place, f"{value:.0f}", ha="center", va="center", color=colour)
 
 
 def draw_training(
@@ -154,12 +150,9 @@ def draw_training(
     window: int,
     kept_step: int | None,
 ) -> None:
-    """Draw the loss of every step ``(N,)``, its moving mean, and validation losses.
+    """Draw training losses ``(N,)`` and their moving mean over a window, if it is larger than 1.
 
-    Args:
-        validation: Steps and losses of the validations, each ``(V,)``.
-        window: Steps in the moving mean; 1 joins the points instead.
-        kept_step: Step whose weights were kept, marked by a line.
+    Validations are steps and losses, each ``(V,)``; a line marks the step whose weights were kept.
     """
     axes = figure.subplots()
     axes.grid(visible=True, axis="y")
@@ -186,23 +179,7 @@ def moving_mean(values: Array, window: int) -> Array:
     return np.convolve(values, weights, mode="same") / counts
 
 
-def _plain_number(value: float, position: int | None) -> str:
-    """Return the label of a tick; matplotlib passes value and position."""
-    del position
-    return f"{value:g}"
-
-
 def _positive(values: Array) -> Array:
     """Return values with zeros raised to half the smallest positive one, for a log axis."""
     positive = values[values > 0]
     return np.maximum(values, positive.min() / 2 if positive.size else 1.0)
-
-
-def _annotate(axes: Axes, values: Array) -> None:
-    middle = np.nanmax(values) / 2
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            colour = "black" if value > middle else "white"
-            axes.text(
-                column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center", color=colour
-            )

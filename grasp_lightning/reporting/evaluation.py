@@ -5,7 +5,6 @@ from pathlib import PurePath
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
-from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +15,13 @@ from grasp_lightning.evaluation.results import (
     paper_mean_difference,
     task_difference,
 )
-from grasp_lightning.reporting.tables import NOT_MEASURED, factor_text, perplexity_text, size_text
+from grasp_lightning.reporting.tables import (
+    NOT_MEASURED,
+    factor_text,
+    narrow_table,
+    perplexity_text,
+    size_text,
+)
 
 _MEGA = 1_000_000
 _PERCENT = 100
@@ -37,14 +42,7 @@ def evaluation_table(evaluations: Sequence[ModelEvaluation]) -> Table:
     models = [evaluation.model for evaluation in evaluations]
     letters = ascii_uppercase[: len(models)] if len(models) <= len(ascii_uppercase) else models
     legend = [f"{letter}: {model}" for letter, model in zip(letters, models, strict=True)]
-    # Text, not str: a name may hold brackets, which rich would read as markup.
-    table = Table(
-        caption=Text("\n".join([*legend, *evaluation_notes(evaluations)])),
-        caption_justify="left",
-        box=SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = narrow_table([*legend, *evaluation_notes(evaluations)])
     table.add_column("", no_wrap=True)
     for letter in letters:
         table.add_column(Text(letter), justify="right")

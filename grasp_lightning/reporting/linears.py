@@ -15,14 +15,7 @@ Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 class ScoredLinear(NamedTuple):
-    """One replaced linear whose components were scored and selected.
-
-    Attributes:
-        module: Full name in the original model.
-        components: Kept components, ascending.
-        scores: One per component, ``(K,)``.
-        singular_values: Descending, ``(K,)``.
-    """
+    """A replaced linear with its kept components, scores ``(K,)`` and singular values ``(K,)``."""
 
     module: str
     components: tuple[int, ...]
@@ -60,12 +53,7 @@ class ScoredLinear(NamedTuple):
 
 
 def scored_linears(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[ScoredLinear, ...]:
-    """Return the replaced linears that have scores, in the order of the plan.
-
-    Args:
-        scores: ``<module>.scores`` and ``<module>.singular_values``, each ``(K,)``; linears with
-            solved instead of selected factors have none.
-    """
+    """Return the linears with scores and singular values, each ``(K,)``, in plan order."""
     return tuple(
         ScoredLinear(
             module=operation.module,
@@ -85,11 +73,8 @@ def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, floa
     """Return the predicted loss of what each linear and each removed part lost, in nats per token.
 
     Linears come in the order of the plan, then removed layers and blocks with their measured price.
-    Empty if the method predicts no losses.
-
-    Args:
-        scores: ``<module>.scores``, descending: loss of dropping each component ``(K,)``, or each
-            channel ``(I,)`` of the linear that reads them; ``<part>.removal``: prices.
+    Empty if the method predicts no losses. ``scores`` has ``<module>.scores``, descending: the loss
+    of dropping each component ``(K,)``, or each channel ``(I,)`` of the linear that reads them.
     """
     if plan.options.get("weighting") != "kfac":
         return {}

@@ -66,12 +66,7 @@ class LayerChange:
 
 @dataclass(frozen=True, kw_only=True)
 class LossChange:
-    """Growth of the cross-entropy per token, in nats; None if unknown.
-
-    Attributes:
-        predicted: Sum of the method's predictions for all linears, on calibration text.
-        measured: Log ratio of both perplexities, on held-out text.
-    """
+    """Growth of the loss in nats per token, on calibration (predicted) and held-out text."""
 
     predicted: float | None = None
     measured: float | None = None
@@ -116,7 +111,6 @@ class RunMetrics:
         dtype: Floating point type in which both states are counted, such as ``float32``.
         perplexity_tokens: Number of predicted tokens per perplexity.
         peak_memory_bytes: Of the process, or of its device.
-        versions: Version by package name (grasp_lightning, python, torch, ...).
         evaluation: Measurements of ``evaluate`` on the written model.
         throughput: Measurements of ``benchmark`` on the written model.
     """
@@ -189,12 +183,7 @@ class ParameterCounts(Change[int]):
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """Losses over the optimizer steps, in nats per predicted token.
-
-    Attributes:
-        steps: Optimizer steps, ascending, from 1.
-        validation_steps: Number of steps before each validation, ascending.
-    """
+    """Losses over the optimizer steps, ascending from 1, in nats per predicted token."""
 
     steps: tuple[int, ...] = ()
     loss: tuple[float, ...] = ()
@@ -221,10 +210,7 @@ class CompensationMetrics(RunMetrics):
     Attributes:
         train: lora, factors, or lora_on_factors.
         objective: instruction, text, or distill.
-        bytes: Size of the whole model at ``dtype``.
-        perplexity: On held-out text; None if not measured.
         validation_loss: Nats per predicted token on samples set aside; None if there are none.
-        validation_tokens: Number of predicted tokens per validation loss.
         best_step: Step whose weights were kept; None for the last one.
         epochs: How often each sample was seen.
         samples: Number of samples by their fate: train, validation, read, cut, ...

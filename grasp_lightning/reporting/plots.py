@@ -117,9 +117,7 @@ def _angular_plot(distance: Array, chosen: tuple[int, ...]) -> Plot:
 def components_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     """Return scores over singular values for the linears of the middle replaced layer.
 
-    Args:
-        scores: ``<module>.scores`` and ``<module>.singular_values``, each ``(K,)``; without any,
-            the result is None.
+    None without ``<module>.scores`` and ``<module>.singular_values``, each ``(K,)``.
     """
     linears = scored_linears(plan, scores)
     if not linears:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from typing import NamedTuple, TypeVar
 
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -34,11 +35,7 @@ _SAMPLES = {
 
 
 class Row(NamedTuple):
-    """One line of the comparison.
-
-    Attributes:
-        change: Percentage for sizes, factor for perplexity, difference for a loss.
-    """
+    """One line of the comparison; the change is a percentage, a factor or a difference."""
 
     quantity: str
     before: str
@@ -60,6 +57,20 @@ def comparison_table(metrics: AnyMetrics) -> Table:
     for row in comparison_rows(metrics):
         table.add_row(*row)
     return table
+
+
+def narrow_table(notes: Iterable[str], title: str | None = None) -> Table:
+    """Return an empty table that takes little room, with notes as caption."""
+    # Text, not str: a model's name may hold brackets, which rich would read as markup.
+    caption = Text("\n".join(notes))
+    return Table(
+        title=title,
+        caption=caption,
+        caption_justify="left",
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
 
 
 def comparison_rows(metrics: AnyMetrics) -> tuple[Row, ...]:

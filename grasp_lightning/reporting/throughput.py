@@ -10,13 +10,11 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
-from rich.box import SIMPLE
 from rich.table import Table
-from rich.text import Text
 
 from grasp_lightning.evaluation.throughput import ModelThroughput, Spread, Throughput, Timing
 from grasp_lightning.reporting.drawing import STYLE, WIDTH
-from grasp_lightning.reporting.tables import count_text, size_text
+from grasp_lightning.reporting.tables import count_text, narrow_table, size_text
 
 _HEIGHT = 3.6  # inches
 _DPI = 150
@@ -57,15 +55,7 @@ def throughput_table(result: Throughput) -> Table:
 
     Models are letters, explained by the caption: names are too long for a narrow terminal.
     """
-    # Text, not str: a model's name may hold brackets, which rich would read as markup.
-    table = Table(
-        title="Throughput",
-        caption=Text("\n".join(throughput_notes(result))),
-        caption_justify="left",
-        box=SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = narrow_table(throughput_notes(result), "Throughput")
     for heading in ("", "model"):
         table.add_column(heading, no_wrap=True)
     for heading in ("tokens/s", "quartiles", "ratio", "quartiles", "first token"):
