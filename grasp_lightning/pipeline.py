@@ -29,10 +29,7 @@ def compress(
 ) -> Plan:
     """Compress a model in place and return the complete plan.
 
-    Args:
-        model: The model, with all operations of ``plan`` applied.
-        plan: Decisions so far; an empty plan at the start.
-        finish: Required by methods that ask for a refit.
+    The operations of ``plan``, which is empty at the start, must be applied to the model already.
 
     Raises:
         ValueError: If a method asks for a refit without ``finish``.

@@ -56,8 +56,6 @@ class CompensateRun:
 
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """The checked inputs of a run."""
-
     loaded: LoadedModel
     view: DecoderView
     data: TrainingData
@@ -181,7 +179,6 @@ def _train_split(
 
 
 def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
-    """Load model and text, and fail early on anything that does not fit."""
     device, strategy = resolve_device(config.model.device), config.trainer.strategy
     check_trainer(config.trainer, device, get_args(Strategy), "compensation")
     check_strategy(strategy, device)

@@ -185,7 +185,6 @@ def _measurements(
     texts: Mapping[str, TokenWindows],
     harness: Harness | None,
 ) -> Iterator[ModelEvaluation]:
-    """Yield the evaluation after each missing measurement."""
     view, name = DecoderView(loaded.model), evaluation.model
     if evaluation.cost is None:
         evaluation = replace(evaluation, cost=measure_cost(view, loaded.origin.source_bytes))

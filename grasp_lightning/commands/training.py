@@ -39,9 +39,8 @@ _BEST = f"{CHECKPOINTS}/best.safetensors"
 class TrainingRun:
     """Validates and trains a module in an open run folder.
 
-    Attributes:
-        history: Losses of all steps, including those before an interruption.
-        gathered: The trained weights in rank 0, not merged, if the model is split over processes.
+    ``history`` includes the steps before an interruption. If the model is split over processes,
+    ``gathered`` has the trained weights in rank 0, not merged.
     """
 
     config: CompensateConfig

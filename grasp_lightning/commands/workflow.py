@@ -32,11 +32,7 @@ Result = TypeVar("Result")
 
 
 def output_folder(config: CompressConfig | CompensateConfig, example: str) -> str:
-    """Return the run folder that a configuration names.
-
-    Raises:
-        ConfigError: If it names none; ``example`` is the suggestion.
-    """
+    """Return the run folder of a configuration, which must name one, such as ``example``."""
     if config.output_dir is None:
         raise ConfigError(f"output_dir is not set: name the run folder to write, e.g. {example}")
     return config.output_dir

@@ -32,7 +32,6 @@ def uses_instructions(config: CompensateConfig) -> bool:
 
 
 def _refuse_ignored(config: CompensateConfig) -> None:
-    """Refuse keys of a section that the run does not read."""
     reads_instructions = uses_instructions(config)
     unread: list[tuple[str, Any, str]] = []  # Any: a section
     if config.train == "factors":

@@ -34,10 +34,6 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
 
     ``--help`` and ``--print_config`` print and exit with code 0.
 
-    Args:
-        prog: Name of the command in the help text.
-        argv: Command line after the command's name.
-
     Raises:
         ConfigError: If a key or value is wrong, with its source and what is allowed.
     """

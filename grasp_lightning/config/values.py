@@ -69,11 +69,8 @@ Seed = Annotated[int, Range(at_least=0, at_most=2**63 - 1)]
 def check_values(config: Any, prefix: str = "") -> None:  # noqa: ANN401  a dataclass is no type
     """Refuse values that no command can use, whatever the other keys say.
 
-    Numbers must be finite, in the range of their key, and not absurdly large. Texts must be UTF-8
-    without NUL bytes, and paths possible file names.
-
-    Args:
-        prefix: Prefix of the section's keys in messages, such as ``method.``.
+    Numbers must be finite, in the range of their key, and not absurdly large; texts UTF-8 without
+    NUL bytes; paths possible file names. ``prefix`` goes before the keys in messages.
 
     Raises:
         ConfigError: With the key, what was expected, and what came.

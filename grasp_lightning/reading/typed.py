@@ -9,13 +9,7 @@ from grasp_lightning.errors import DataError, GraspError
 from grasp_lightning.reading.text import one_line, told
 
 T = TypeVar("T")
-_SCALARS: dict[Any, tuple[type, ...]] = {  # Any: types
-    str: (str,),
-    int: (int,),
-    float: (int, float),
-    bool: (bool,),
-    NoneType: (NoneType,),
-}
+_SCALARS = (str, int, float, bool, NoneType)
 
 
 def to_plain(value: Any) -> Any:  # noqa: ANN401  any value, and values of JSON
@@ -126,7 +120,7 @@ def _scalar(kind: Any, content: object, key: str) -> object:  # noqa: ANN401  a 
     if get_origin(kind) is Literal:
         _require(content in get_args(kind), content, key, f"one of {get_args(kind)}")
     elif kind in _SCALARS:
-        is_one = isinstance(content, _SCALARS[kind])
+        is_one = isinstance(content, int | float if kind is float else kind)
         is_one = is_one and (kind is bool or not isinstance(content, bool))
         _require(is_one, content, key, "null" if kind is NoneType else kind.__name__)
     return content

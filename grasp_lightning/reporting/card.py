@@ -198,7 +198,6 @@ def _extended_list(value: object, item: str) -> list[object]:
 
 
 def _extended(text: str, content: Values) -> str:
-    """Return a card's text with a section on the training and the licence of the data."""
     if base_model_of(text) is not None:
         for old, new in _ADAPTED.items():
             text = text.replace(old, new)

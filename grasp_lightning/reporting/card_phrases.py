@@ -27,10 +27,7 @@ _UNNAMED_SOURCES = {
 
 
 def public_name(name: str) -> str:
-    """Return a hub name unchanged, and the last part of a path.
-
-    ``owner/name`` counts as a hub name, so do not pass a local folder that way.
-    """
+    """Return a hub name unchanged, or the last part of a path; ``owner/name`` is a hub name."""
     return name if is_hub_name(name) else _last_part(name)
 
 

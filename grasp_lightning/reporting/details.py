@@ -149,11 +149,9 @@ def _loss_cells(
     module: str, losses: Mapping[str, float], scores: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
     """Return predicted and measured loss of a cut; empty if unknown."""
-    measured = scores.get(f"{module}.measured")
-    return (
-        f"{losses[module]:.4f}" if module in losses else "",
-        "" if measured is None else f"{float(measured):.4f}",
-    )
+    found = (losses.get(module), scores.get(f"{module}.measured"))
+    predicted, measured = ("" if loss is None else f"{float(loss):.4f}" for loss in found)
+    return predicted, measured
 
 
 def _place(module: str) -> tuple[str, str]:

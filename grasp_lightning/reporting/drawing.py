@@ -1,7 +1,7 @@
 """Drawing with matplotlib's object interface: no pyplot, no global state, no display."""
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from grasp_lightning.reporting.linears import Array
+from grasp_lightning.reporting.metrics import History
 from grasp_lightning.reporting.tables import count_text
 
 WIDTH = 9.2  # inches; 883 CSS pixels, so that 10 points are legible at 100 %
 # Okabe and Ito's palette, which stays apart for colour-blind readers.
 CHOSEN, OTHER, REST, LINE = "#D55E00", "#56B4E9", "#BBBBBB", "#0072B2"
 _TWO_DECADES = 100
+_MAX_ANNOTATED = 20  # columns of a heat map whose fields show their numbers
 STYLE: dict[str, object] = {
     "axes.axisbelow": True,
     "axes.spines.right": False,
@@ -115,13 +117,7 @@ def draw_components(axes: Axes, values: Array, scores: Array, components: Iterab
 
 
 def draw_heat_map(
-    figure: Figure,
-    values: Array,
-    columns: list[str],
-    rows: list[str],
-    *,
-    label: str,
-    is_annotated: bool,
+    figure: Figure, values: Array, columns: Sequence[str], rows: Sequence[str], label: str
 ) -> None:
     """Draw non-negative values ``(rows, columns)`` as colours, NaN as an empty field."""
     axes = figure.subplots()
@@ -136,34 +132,26 @@ def draw_heat_map(
     figure.colorbar(image, ax=axes, label=label, pad=0.01)
     middle = np.nanmax(values) / 2
     for (row, column), value in np.ndenumerate(values):
-        if is_annotated and np.isfinite(value):
+        if len(columns) <= _MAX_ANNOTATED and np.isfinite(value):
             place, colour = (column + 0.5, row + 0.5), "black" if value > middle else "white"
             axes.text(*place, f"{value:.0f}", ha="center", va="center", color=colour)
 
 
-def draw_training(
-    figure: Figure,
-    steps: Array,
-    loss: Array,
-    validation: tuple[Array, Array] | None,
-    *,
-    window: int,
-    kept_step: int | None,
-) -> None:
-    """Draw training losses ``(N,)`` and their moving mean over a window, if it is larger than 1.
+def draw_training(figure: Figure, history: History, *, window: int, kept_step: int | None) -> None:
+    """Draw training losses, their moving mean over a window larger than 1, and validation losses.
 
-    Validations are steps and losses, each ``(V,)``; a line marks the step whose weights were kept.
+    A line marks the step whose weights were kept.
     """
     axes = figure.subplots()
     axes.grid(visible=True, axis="y")
     # Thousands of points: as vectors they would make the page several megabytes.
-    axes.scatter(
-        steps, loss, s=7, c=OTHER, linewidths=0, label="training, one step", rasterized=True
-    )
-    label = f"training, mean of {window} steps" if window > 1 else None
-    axes.plot(steps, moving_mean(loss, window), color=LINE, linewidth=1.4, label=label)
-    if validation is not None:
-        axes.plot(*validation, color=CHOSEN, marker="o", markersize=4.5, label="validation")
+    steps, loss, label = history.steps, np.array(history.loss), "training, one step"
+    axes.scatter(steps, loss, s=7, c=OTHER, linewidths=0, label=label, rasterized=True)
+    mean_label = f"training, mean of {window} steps" if window > 1 else None
+    axes.plot(steps, moving_mean(loss, window), color=LINE, linewidth=1.4, label=mean_label)
+    if history.validation_steps:
+        points = history.validation_steps, history.validation_loss
+        axes.plot(*points, color=CHOSEN, marker="o", markersize=4.5, label="validation")
     if kept_step is not None:
         axes.axvline(kept_step, color="black", linewidth=0.9, linestyle=(0, (4, 3)), label="kept")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

@@ -166,7 +166,6 @@ def _task_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow
 
 
 def _short(corpus: str) -> str:
-    """Return a corpus name, or the last two parts of a path."""
     return "/".join(PurePath(corpus).parts[-2:])
 
 

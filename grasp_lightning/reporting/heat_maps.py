@@ -11,8 +11,6 @@ from grasp_lightning.reporting.drawing import Plot, draw_heat_map, svg_text
 from grasp_lightning.reporting.linears import module_place, predicted_losses
 from grasp_lightning.reporting.metrics import Metrics
 
-_MAX_ANNOTATED = 20
-
 
 def ranks_plot(plan: Plan) -> Plot | None:
     """Return the rank of every low-rank linear; None if there is none."""
@@ -72,12 +70,11 @@ def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     if not losses:
         return None
     total, (worst, most) = sum(losses.values()), max(losses.items(), key=lambda entry: entry[1])
-    removed = ""
-    if plan.removed_blocks or plan.dropped_layers:
-        removed = (
-            "; a layer or block that is gone has a row of its own, with what its removal costs "
-            "alone"
-        )
+    removed = (
+        "; a layer or block that is gone has a row of its own, with what its removal costs alone"
+    )
+    if not (plan.removed_blocks or plan.dropped_layers):
+        more = ""
     return _heat_map(
         # Thousandths: the total is a few tenths, over hundreds of linears.
         {place: 1e3 * loss for place, loss in losses.items()},
@@ -86,7 +83,7 @@ def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
         title=f"All that went is predicted to cost {total:.2f} nats per token",
         explanation="Predicted growth of the loss for each linear, in thousandths of a nat per "
         "token: half the curvature of its change; a narrowed MLP stands under the linear that "
-        f"reads its channels{removed}; a grey field costs nothing.",
+        f"reads its channels{more}; a grey field costs nothing.",
         alt=("predicted losses", f"most, {most:.4f} nats, in {worst[1]} of layer {worst[0]}"),
     )
 
@@ -102,8 +99,7 @@ def _heat_map(
 ) -> Plot:
     """Draw numbers by layer and kind of linear; a field without one is grey.
 
-    All heat maps of a plan have the same layers: those with a number and all that it cuts. ``alt``
-    says what is drawn, and one more thing.
+    All heat maps of a plan have the same layers. ``alt`` says what is drawn, and one more thing.
     """
     parts = (*plan.ranks, *plan.channels, *plan.removed_blocks)
     cut = {module_place(part)[0] for part in parts} | set(plan.dropped_layers)
@@ -112,9 +108,7 @@ def _heat_map(
     table = np.array([[values.get((layer, kind), np.nan) for layer in layers] for kind in kinds])
 
     def draw(figure: Figure) -> None:
-        columns = [str(layer) for layer in layers]
-        is_annotated = len(layers) <= _MAX_ANNOTATED
-        draw_heat_map(figure, table, columns, kinds, label=label, is_annotated=is_annotated)
+        draw_heat_map(figure, table, list(map(str, layers)), kinds, label)
 
     size = f"{len(kinds)} kinds of linears by {len(layers)} layers"
     return Plot(

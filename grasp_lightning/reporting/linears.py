@@ -112,11 +112,8 @@ def layer_changes(plan: Plan, linears: Iterable[str]) -> dict[str, LayerChange |
     changes: dict[int, LayerChange | None] = dict.fromkeys(plan.dropped_layers)
     for layer, parts in counts.items():
         if layer not in changes and any(map(any, parts.values())):
-            mlp, attention = (
-                LinearCount(changed=sum(part), total=len(part))
-                for part in (parts[False], parts[True])
-            )
-            changes[layer] = LayerChange(attention=attention, mlp=mlp)
+            sizes = {k: LinearCount(changed=sum(v), total=len(v)) for k, v in parts.items()}
+            changes[layer] = LayerChange(attention=sizes[True], mlp=sizes[False])
     return {str(layer): changes[layer] for layer in sorted(changes)}
 
 

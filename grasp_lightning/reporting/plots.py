@@ -171,18 +171,14 @@ def training_plot(history: History, *, kept_step: int | None = None) -> Plot:
     """
     if not history.steps:
         raise ValueError("history has no step, so there is nothing to draw")
-    steps, loss = np.array(history.steps, dtype=float), np.array(history.loss)
-    window = max(1, len(steps) // _MAX_POINTS)
-    validation = None
-    if history.validation_steps:
-        validation = np.array(history.validation_steps, float), np.array(history.validation_loss)
+    window = max(1, len(history.steps) // _MAX_POINTS)
 
     def draw(figure: Figure) -> None:
-        drawing.draw_training(figure, steps, loss, validation, window=window, kept_step=kept_step)
+        drawing.draw_training(figure, history, window=window, kept_step=kept_step)
 
     mean = f"; the line is the mean of {window} steps" if window > 1 else ""
     explanation = f"Each small point is the mean loss of one optimizer step{mean}."
-    if validation is not None:
+    if history.validation_steps:
         explanation += " Validation is on samples that are not trained on."
     if kept_step is not None:
         explanation += f" Dashed: step {kept_step:,}, whose weights are kept."
