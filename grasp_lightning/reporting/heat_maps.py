@@ -70,9 +70,7 @@ def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     if not losses:
         return None
     total, (worst, most) = sum(losses.values()), max(losses.items(), key=lambda entry: entry[1])
-    removed = (
-        "; a layer or block that is gone has a row of its own, with what its removal costs alone"
-    )
+    more = "; a layer or block that is gone has a row of its own, with what its removal costs alone"
     if not (plan.removed_blocks or plan.dropped_layers):
         more = ""
     return _heat_map(
