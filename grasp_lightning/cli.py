@@ -1,4 +1,4 @@
-"""The program ``grasp-lightning``: commands, exit codes, and what is printed."""
+"""The program ``grasp-lightning``: commands, exit codes and output."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple, NoReturn
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 
 from grasp_lightning import __version__, processes
 from grasp_lightning.config import (
@@ -21,7 +21,10 @@ from grasp_lightning.config import (
     ExportConfig,
     PlanConfig,
 )
+from grasp_lightning.config.parsing import parse, with_run_config
 from grasp_lightning.errors import GraspError, Interrupted
+from grasp_lightning.launch import joined
+from grasp_lightning.reporting.tables import AnyMetrics, comparison_table
 from grasp_lightning.starting import begin
 
 FAILED = 1
@@ -35,13 +38,7 @@ SIGNALLED = 128  # plus the number of the signal, as shells count
 
 
 class Command(NamedTuple):
-    """One command of the program.
-
-    Attributes:
-        help: What it does, in one line.
-        run: Runs it on the rest of the command line.
-        when_interrupted: What a user is told after Ctrl-C, where nothing is known of a run.
-    """
+    """One command; ``when_interrupted`` is for the user after Ctrl-C, if no run is known."""
 
     help: str
     run: Callable[[str, Sequence[str]], None]
@@ -49,48 +46,44 @@ class Command(NamedTuple):
 
 
 def _compress(prog: str, argv: Sequence[str]) -> None:
-    # Imported here: other commands should not wait for what this one needs, nor should a process
-    # that only starts others.
-    from grasp_lightning.config.parsing import parse, with_run_config  # noqa: PLC0415
-    from grasp_lightning.launch import joined  # noqa: PLC0415
-
     config = parse(CompressConfig, prog, with_run_config(argv))
     with joined(config.trainer, config.model.device, "compress", argv) as speaks:
+        # Imported here: neither other commands nor a process that only starts others need it.
         from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
-        from grasp_lightning.reporting.tables import comparison_table  # noqa: PLC0415
 
         begin()
         run = run_compress(config)
         if speaks:
-            _print_run(run.folder, comparison_table(run.metrics))
+            _print_run(run.folder, run.metrics)
 
 
 def _compensate(prog: str, argv: Sequence[str]) -> None:
-    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
-    from grasp_lightning.launch import joined  # noqa: PLC0415
-
     config = parse(CompensateConfig, prog, argv)
     with joined(config.trainer, config.model.device, "compensate", argv) as speaks:
         from grasp_lightning.commands.compensate import run_compensate  # noqa: PLC0415
-        from grasp_lightning.reporting.tables import comparison_table  # noqa: PLC0415
 
         begin()
         run = run_compensate(config)
         if speaks:
-            _print_run(run.folder, comparison_table(run.metrics))
+            _print_run(run.folder, run.metrics)
             if run.uploaded is not None:
                 print(f"upload: {run.uploaded}")
 
 
-def _print_run(folder: Path, table: RenderableType) -> None:
-    Console().print(table)
+def _print_run(folder: Path, metrics: AnyMetrics) -> None:
+    Console().print(comparison_table(metrics))
     print(f"model:  {folder / 'model'}")
     print(f"report: {folder / 'report.html'}")
 
 
+def _print_files(*files: Path | None) -> None:
+    for file in files:
+        if file is not None:
+            print(f"results: {file}")
+
+
 def _plan(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.plan import run_plan  # noqa: PLC0415
-    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
 
     config = parse(PlanConfig, prog, argv)
     begin()
@@ -99,7 +92,6 @@ def _plan(prog: str, argv: Sequence[str]) -> None:
 
 def _export(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.export import run_export  # noqa: PLC0415
-    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
 
     config = parse(ExportConfig, prog, argv)
     begin()
@@ -108,28 +100,24 @@ def _export(prog: str, argv: Sequence[str]) -> None:
 
 def _evaluate(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.evaluate import run_evaluate  # noqa: PLC0415
-    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
     from grasp_lightning.reporting.evaluation import evaluation_table  # noqa: PLC0415
 
     config = parse(EvaluateConfig, prog, argv)
     begin()
     run = run_evaluate(config)
     Console().print(evaluation_table(run.evaluations))
-    for file in (*run.amended, *([] if run.output is None else [run.output])):
-        print(f"results: {file}")
+    _print_files(*run.amended, run.output)
 
 
 def _benchmark(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.benchmark import run_benchmark  # noqa: PLC0415
-    from grasp_lightning.config.parsing import parse  # noqa: PLC0415
     from grasp_lightning.reporting.throughput import throughput_table  # noqa: PLC0415
 
     config = parse(BenchmarkConfig, prog, argv)
     begin()
     run = run_benchmark(config)
     Console().print(throughput_table(run.result))
-    for file in (*run.amended, *(file for file in (run.output, run.plot) if file is not None)):
-        print(f"results: {file}")
+    _print_files(*run.amended, run.output, run.plot)
 
 
 COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
@@ -155,12 +143,9 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code.
 
-    Args:
-        argv: Command line without the program's name; None takes this process's.
-
-    Returns:
-        0 on success, also if a job of SLURM is back in its queue; 2 on bad input (one line on
-        standard error), 130 after Ctrl-C and 143 after SIGTERM.
+    0 on success, also if a SLURM job is back in its queue; 2 on bad input, with one line on
+    standard error; 130 after Ctrl-C and 143 after SIGTERM. ``argv`` is None for the arguments of
+    this process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
@@ -178,11 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_program(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the program and end the process with its exit code.
-
-    Args:
-        argv: Command line without the program's name; None takes this process's.
-    """
+    """Run ``main`` and end the process with its exit code."""
     sys.unraisablehook = _raise_again
     try:
         code = main(argv)
@@ -197,7 +178,7 @@ def run_program(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Send a signal again whose exception was lost in a callback of the interpreter."""
+    """Resend a signal whose exception was lost in a callback of the interpreter."""
     stop = unraisable.exc_value
     if not isinstance(stop, Interrupted | KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)

@@ -1,6 +1,6 @@
-"""The errors a caller may handle, each with one clear line of text.
+"""Errors that a caller may handle, each with one clear line of text.
 
-The command line prints that line and exits with code 2; a traceback is for our own faults only.
+The command line prints that line and exits with code 2; tracebacks are for our own bugs only.
 """
 
 import re
@@ -10,10 +10,10 @@ _CREDENTIALS = re.compile(r"://(?:[^\s/]*|\S*:\S*)@")
 
 
 class GraspError(Exception):
-    """A state a caller can handle; the message says what was expected, what came, what to do."""
+    """A problem that a caller can handle; it says what was expected, what came and what to do."""
 
     def __str__(self) -> str:
-        """Return the message, without the password of a URL in it."""
+        """Return the message, without passwords in URLs."""
         return _CREDENTIALS.sub("://***@", super().__str__())
 
 
@@ -26,11 +26,11 @@ class DataError(GraspError):
 
 
 class ModelError(GraspError):
-    """A model that cannot be loaded, or that the requested operation does not fit."""
+    """A model that cannot be loaded or does not fit the operation."""
 
 
 class NumericsError(GraspError):
-    """NaN or infinity where a finite number is needed, named by layer or module."""
+    """NaN or infinity instead of a finite number, in a named layer or module."""
 
 
 class OutputError(GraspError):
@@ -38,14 +38,7 @@ class OutputError(GraspError):
 
 
 class Interrupted(Exception):  # noqa: N818  an end that was asked for, not an error
-    """A signal ended the run at a safe moment.
-
-    Args:
-        signal_number: The signal, such as ``signal.SIGTERM``.
-
-    Attributes:
-        has_saved: Whether there is anything that a later start can go on from.
-    """
+    """A signal ended the run at a safe point; ``has_saved`` tells if a later start can resume."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"interrupted by signal {signal_number}")

@@ -1,4 +1,4 @@
-"""Starts the processes of a run, or takes part in those that torchrun or srun have started."""
+"""Starts the processes of a run, or joins those of torchrun or srun."""
 
 import os
 import signal
@@ -32,24 +32,18 @@ _PROCESSES, _PROCESSES_PER_CORE = 16, 4  # more than any machine has GPUs
 def joined(
     trainer: TrainerConfig, device: str, command: str, argv: Sequence[str]
 ) -> Iterator[bool]:
-    """Do something in as many processes as the configuration says, for a ``with`` block.
+    """Run a ``with`` block in as many processes as the configuration says.
 
-    In the process that a user started, the block is not done: it starts the others, waits for them,
-    and ends.
-
-    Args:
-        trainer: Section of the configuration.
-        device: Key ``model.device``.
-        command: Name of the command, to start it again.
-        argv: Its command line.
+    The process of the user does not run it: it starts the others with ``command`` and ``argv``,
+    waits for them and exits.
 
     Yields:
-        Whether this process speaks to the user: rank 0 alone does.
+        Whether this process speaks to the user: only rank 0 does.
 
     Raises:
-        ConfigError: If there are more processes than this machine can run, or those of several
-            nodes were not started from outside.
-        SystemExit: In the process that has started others, with the exit code of the run.
+        ConfigError: If there are too many processes for this machine, or several nodes were not
+            started from outside.
+        SystemExit: In the process that started others, with the exit code of the run.
     """
     _take_slurm_environment()
     if "RANK" not in os.environ:
@@ -79,7 +73,7 @@ def joined(
 
 
 def _take_slurm_environment() -> None:
-    """Let the variables of srun stand for those that torchrun sets."""
+    """Set the variables of torchrun from those of srun."""
     # Of a step that srun has started: the batch script itself has no such number.
     number = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in os.environ or int(number) == 1:
@@ -98,13 +92,7 @@ def _take_slurm_environment() -> None:
 
 
 class _Child(NamedTuple):
-    """A process that was started.
-
-    Attributes:
-        rank: Its number.
-        process: The process.
-        errors: What it writes to standard error; None for rank 0, which writes to the user's.
-    """
+    """A started process; rank 0 writes to the user's standard error, so its ``errors`` is None."""
 
     rank: int
     process: subprocess.Popen[bytes]
@@ -112,7 +100,7 @@ class _Child(NamedTuple):
 
 
 def _check_number(devices: int) -> None:
-    """Refuse more processes than this machine can run; each of them counts its GPUs later."""
+    """Refuse more processes than this machine can run; each counts its GPUs later."""
     cores = os.cpu_count() or 1
     most = max(_PROCESSES, _PROCESSES_PER_CORE * cores)
     if devices > most:
@@ -123,7 +111,6 @@ def _check_number(devices: int) -> None:
 
 
 def _launch(command: str, argv: Sequence[str], number: int) -> int:
-    """Run the command in several processes, and return the exit code."""
     words = [sys.executable, "-m", "grasp_lightning", command, *argv]
     environment = _environment(number)
     children: list[_Child] = []
@@ -185,7 +172,7 @@ def _passing_signals_on(children: Sequence[_Child]) -> Iterator[None]:
 
 
 def _wait(children: Sequence[_Child]) -> int:
-    """Return 0 when all have ended well; where one has not, end the others and tell which."""
+    """Return 0 if all processes succeed; at the first failure, end the others and report it."""
     failed = None
     while failed is None and any(child.process.poll() is None for child in children):
         failed = next((child for child in children if child.process.poll()), None)
@@ -229,7 +216,7 @@ def _what_happened(child: _Child, number: int) -> str:
 
 
 def _end_with_parent() -> None:
-    """Save and end when the process is gone that has started this one."""
+    """Save and end if the process that started this one is gone."""
     parent = os.environ.get(_PARENT)
     if parent is None:
         return

@@ -1,4 +1,4 @@
-"""The loop that compresses a model: measure, decide, apply, until nothing is left to do."""
+"""The compression loop: measure, decide, apply, until nothing is left to do."""
 
 from collections.abc import Callable
 
@@ -29,20 +29,10 @@ def compress(
 ) -> Plan:
     """Compress a model in place and return the complete plan.
 
-    Args:
-        model: The model, with all operations of ``plan`` applied.
-        method: Decides what is done.
-        measure: Measures what each step needs.
-        plan: Decisions so far; an empty plan at the start.
-        on_step: Called after each step.
-        finish: Completes each decision before it is applied; needed by methods that ask for a
-            refit.
-
-    Returns:
-        The plan with all operations, marked complete.
+    The operations of ``plan``, which is empty at the start, must be applied to the model already.
 
     Raises:
-        ValueError: If a method asks for a refit, and nothing can do it.
+        ValueError: If a method asks for a refit without ``finish``.
     """
     while (step := method.next_step(model, plan)) is not None:
         decision = method.decide(step, model, measure(model, step))

@@ -1,19 +1,19 @@
-"""The plan: what a method decided, as data that can be stored, compared byte by byte, and replayed.
+"""The plan: a method's decisions, as data to store, compare byte by byte, and replay.
 
-A plan holds decisions only. It has no floats that come from data, no timestamps and no paths, so
-equal inputs give equal bytes. Layer indices and module names are those of the original model.
+A plan has no floats computed from data, no timestamps and no paths, so equal inputs give equal
+bytes. Layer indices and module names are those of the original model.
 """
 
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self, TypeVar, dataclass_transform
 
 from grasp_lightning.errors import PlanError
 from grasp_lightning.plugins import load_method
 from grasp_lightning.reading.text import one_line, parse_json
-from grasp_lightning.reading.typed import as_type
+from grasp_lightning.reading.typed import as_type, to_plain
 
 PLAN_VERSION = 1
 
@@ -23,40 +23,40 @@ Op = TypeVar("Op", bound="Operation")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Operation:
-    """One change of a model, as data; ``models.operations`` has its behaviour.
+    """One change of a model, as data; see ``models.operations`` for its behaviour.
 
-    ``operation`` makes a frozen dataclass of plain values of each subclass.
+    ``operation`` makes subclasses frozen dataclasses of plain values.
     """
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Full names of all linears that it replaces, in the original model."""
+        """Full names of all replaced linears, in the original model."""
         return ()
 
     @property
     def ranks(self) -> Mapping[str, int]:
-        """Rank of each linear that two factors replace, by name."""
+        """Rank of each linear that becomes two factors, by name."""
         return {}
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """Indices of the decoder layers that it deletes."""
+        """Indices of the deleted decoder layers."""
         return ()
 
 
 class Replacement(Operation, ABC):
-    """An operation of which one weight is solved for: it is measured alone, and can be refitted."""
+    """An operation that solves for one weight: it is measured alone and can be refitted."""
 
     __slots__ = ()
 
     @property
     @abstractmethod
     def solved_tensor(self) -> str:
-        """Name of the weight that is solved for, ``<module>.<part>``."""
+        """Name of the solved weight, ``<module>.<part>``."""
 
     @property
     def solved(self) -> str:
-        """Full name of the linear whose new weight is solved for, or its left factor."""
+        """Full name of the linear whose new weight, or left factor, is solved."""
         return self.solved_tensor.rpartition(".")[0]
 
 
@@ -65,7 +65,7 @@ OPERATIONS: Final[dict[str, type[Operation]]] = {}
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def operation(kind: str) -> Callable[[type[Op]], type[Op]]:
-    """Return a decorator for operations, which plan.json holds under a kind that is not taken."""
+    """Return a decorator for operations, with an unused kind that names them in plan.json."""
 
     def register(fields: type[Op]) -> type[Op]:
         if kind in OPERATIONS:
@@ -78,25 +78,18 @@ def operation(kind: str) -> Callable[[type[Op]], type[Op]]:
 
 @operation("select_layers")
 class SelectLayers(Operation):
-    """Mark decoder layers as redundant; changes nothing in the model.
-
-    Attributes:
-        layers: Indices of the chosen decoder layers, ascending.
-    """
+    """Mark decoder layers as redundant, ascending; changes nothing in the model."""
 
     layers: tuple[int, ...]
 
 
 @operation("factorize_linear")
 class FactorizeLinear(Replacement):
-    """Replace one linear by two of lower rank.
+    """Replace one linear with two of lower rank.
 
     Attributes:
-        module: Full name of the linear in the original model.
-        rank: Inner dimension of the factors.
-        components: Indices of the kept singular components, ascending, in the order of the
-            singular values; None where the factors were solved instead of selected, so that a
-            replay needs the stored factors.
+        components: Kept singular components, ascending, in the order of the singular values; None
+            if the factors were solved instead, so that a replay needs the stored factors.
     """
 
     module: str
@@ -121,12 +114,10 @@ class FactorizeLinear(Replacement):
 
 @operation("narrow_mlp")
 class NarrowMlp(Replacement):
-    """Remove hidden channels of an MLP, between the linears that write them and the one that reads.
-
-    A replay needs the stored weight of the reader, refitted to the kept channels.
+    """Remove hidden channels of an MLP; a replay needs the stored, refitted weight of the reader.
 
     Attributes:
-        reader: Full name, in the original model, of the linear whose inputs are the channels.
+        reader: Full name of the linear whose inputs are the channels, in the original model.
         writers: Full names of the linears whose outputs are the channels, in module order.
         channels: Indices of the kept channels, ascending.
     """
@@ -153,11 +144,11 @@ class NarrowMlp(Replacement):
 
 @operation("remove_block")
 class RemoveBlock(Operation):
-    """Remove an attention or MLP block: its linears get rank 0, and give their biases alone.
+    """Remove an attention or MLP block: its linears get rank 0 and return only their biases.
 
     Attributes:
         block: Name under which the block was priced, see ``methods.removal``.
-        modules: Full names, in the original model, of its linears, in module order.
+        modules: Full names of its linears in the original model, in module order.
     """
 
     block: str
@@ -171,11 +162,7 @@ class RemoveBlock(Operation):
 
 @operation("drop_layers")
 class DropLayers(Operation):
-    """Delete whole decoder layers.
-
-    Attributes:
-        layers: Indices of the deleted decoder layers, ascending.
-    """
+    """Delete whole decoder layers, given in ascending order."""
 
     layers: tuple[int, ...]
 
@@ -187,14 +174,12 @@ class DropLayers(Operation):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The decisions of one compression run, in the order in which they were made.
+    """The decisions of one compression run, in order.
 
     Attributes:
-        method: Name of the method that decided.
         options: The options that the decisions depend on.
-        inputs: Hashes of what the decisions were made from (model, calibration windows).
-        operations: What to do to the model, in order.
-        complete: True once the method has nothing left to do.
+        inputs: Hashes of the model and the calibration windows.
+        complete: Whether the method has nothing left to do.
     """
 
     method: str
@@ -205,7 +190,7 @@ class Plan:
 
     @property
     def selected_layers(self) -> tuple[int, ...] | None:
-        """Layers marked by the last ``SelectLayers``; None before there is one."""
+        """Layers of the last ``SelectLayers``; None if there is none."""
         chosen = [op.layers for op in self.operations if isinstance(op, SelectLayers)]
         return chosen[-1] if chosen else None
 
@@ -216,7 +201,7 @@ class Plan:
 
     @property
     def channels(self) -> dict[str, int]:
-        """Number of kept channels of every narrowed MLP, by the name of the linear that reads."""
+        """Number of kept channels of every narrowed MLP, by its reader."""
         narrowed = [op for op in self.operations if isinstance(op, NarrowMlp)]
         return {op.reader: len(op.channels) for op in narrowed}
 
@@ -239,27 +224,15 @@ class Plan:
         return replace(self, complete=True)
 
     def to_json(self) -> str:
-        """Return the canonical text of the plan: sorted keys, one line feed at the end."""
+        """Return the canonical text of the plan: sorted keys and a final line feed."""
         kinds = {operation_type: kind for kind, operation_type in OPERATIONS.items()}
-        content = {
-            "version": PLAN_VERSION,
-            "method": self.method,
-            "options": dict(self.options),
-            "inputs": dict(self.inputs),
-            "operations": [{"kind": kinds[type(op)], **asdict(op)} for op in self.operations],
-            "complete": self.complete,
-        }
+        operations = [{"kind": kinds[type(op)], **to_plain(op)} for op in self.operations]
+        content = {"version": PLAN_VERSION, **to_plain(self), "operations": operations}
         return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Return the plan that ``to_json`` wrote.
-
-        Args:
-            text: Content of a plan.json.
-
-        Returns:
-            The plan, equal to the one that was written.
 
         Raises:
             PlanError: If the text is no plan of this version, or its method is not installed.

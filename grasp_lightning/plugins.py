@@ -1,6 +1,6 @@
-"""Methods of other installed packages: their entry points ``grasp_lightning.methods``.
+"""Methods of other installed packages: entry points ``grasp_lightning.methods``.
 
-Nothing of a package is imported before its method is named by a configuration or by a plan.
+A package is only imported when a configuration or a plan names its method.
 """
 
 from importlib.metadata import EntryPoint, entry_points
@@ -12,12 +12,12 @@ GROUP = "grasp_lightning.methods"
 
 
 def method_plugins() -> dict[str, EntryPoint]:
-    """Return the entry points by the name of their method."""
+    """Return the entry points by method name."""
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
 def load_method(name: str) -> object | None:
-    """Import a method, and with it the operations of its package; None if no package has it."""
+    """Import a method and its package's operations; return None if no package has it."""
     entry = method_plugins().get(name)
     if entry is None:
         return None

@@ -1,7 +1,6 @@
-"""The processes of one run: how many there are, sums over them, and work that one does for all.
+"""The processes of one run: their number, sums over them, and work that one does for all.
 
-A run of several processes runs the same code in each of them (rank 0, 1, ...). In a run of one
-process all functions here do the obvious thing.
+All processes run the same code, as rank 0, 1, ...; with one process, all functions are trivial.
 """
 
 import atexit
@@ -24,7 +23,7 @@ _left_a_group = threading.Event()
 
 
 def num_processes() -> int:
-    """Return how many processes work together."""
+    """Return the number of cooperating processes."""
     return dist.get_world_size() if _is_group() else 1
 
 
@@ -39,29 +38,19 @@ def is_first() -> bool:
 
 
 def own_share(items: Sequence[T]) -> Sequence[T]:
-    """Return every n-th of some items, for n processes, so that together they have each one once.
-
-    Args:
-        items: The items, the same in all processes.
-
-    Returns:
-        Those of this process, in order.
-    """
+    """Return every n-th item, for n processes: together they have each item once."""
     return items[rank() :: num_processes()]
 
 
 def own_batches(items: Sequence[T], size: int) -> list[tuple[Sequence[T], bool]]:
-    """Return the share of this process in batches, as many of them in every process.
+    """Return this process's share of at least one item, in equally many batches for all processes.
 
-    A pass of a model that is split over processes needs all of them.
-
-    Args:
-        items: The items, the same in all processes, at least one.
-        size: Items per batch; a process's last batch with items may hold fewer.
+    A model that is split over processes needs all of them in each forward pass.
 
     Returns:
-        Batches, and whether they count: one that is there for the number alone repeats the first
-        item.
+        Batches of at most ``size`` items, and whether each counts: the others only fill up the
+            number,
+        with the first item.
     """
     own = own_share(items)
     batches = [(own[start : start + size], True) for start in range(0, len(own), size)]
@@ -71,34 +60,19 @@ def own_batches(items: Sequence[T], size: int) -> list[tuple[Sequence[T], bool]]
 
 
 def merged(own: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
-    """Return what all processes have found, each its share.
-
-    Args:
-        own: What this process has found, by name.
-        names: Names of everything.
-
-    Returns:
-        All of it, in the order of ``names``; the same in all processes.
-    """
+    """Return what all processes found, in the order of ``names``, the same in all of them."""
     found = {name: value for part in gather(dict(own)) for name, value in part.items()}
     return {name: found[name] for name in names}
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait for all processes."""
     if num_processes() > 1:
         gather(None)
 
 
 def gather(value: T) -> list[T]:
-    """Return a value of every process, by rank.
-
-    Args:
-        value: That of this process; it is pickled.
-
-    Returns:
-        All of them, in all processes.
-    """
+    """Return the values of all processes, by rank; they are pickled."""
     if num_processes() == 1:
         return [value]
     values = [value] * num_processes()
@@ -107,30 +81,28 @@ def gather(value: T) -> list[T]:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """Let rank 0 do something, and return its result, or raise what it raised, in all processes.
-
-    Args:
-        work: What rank 0 does; its result is pickled.
-    """
+    """Run ``work`` in rank 0; return its pickled result, or raise its error, in all processes."""
     if num_processes() == 1:
         return work()
-    result: list[T] = []
-    error: Exception | None = None
-    if is_first():
-        try:
-            result.append(work())
-        except Exception as raised:  # noqa: BLE001  raised again below, in every process
-            error = raised
-    outcome = [(result, error)]
-    _told(lambda: dist.broadcast_object_list(outcome, src=0), error)
-    ((result, error),) = outcome
+    outcomes = [_outcome(work) if is_first() else ([], None)]
+    error = outcomes[0][1]
+    _told(lambda: dist.broadcast_object_list(outcomes, src=0), error)
+    ((result, error),) = outcomes
     if error is not None:
         raise error
     return result[0]
 
 
+def _outcome(work: Callable[[], T]) -> tuple[list[T], Exception | None]:
+    """Return the result of some work or its error, to be raised again in every process."""
+    try:
+        return [work()], None
+    except Exception as error:  # noqa: BLE001  raised again by the caller
+        return [], error
+
+
 def _told(tell: Callable[[], T], error: Exception | None) -> T:
-    """Tell the other processes of an error; an interruption may have ended them already."""
+    """Share an error with the other processes; an interruption may have ended them already."""
     try:
         return tell()
     except RuntimeError:  # torch raises no narrower class where a process is gone
@@ -140,35 +112,24 @@ def _told(tell: Callable[[], T], error: Exception | None) -> T:
 
 
 def in_turns(work: Callable[[], T]) -> T:
-    """Let the processes of each node do something one after the other, each for itself.
-
-    What the work of any of them raises is raised in all.
-    """
+    """Run ``work`` in the processes of each node in turns; an error of any is raised in all."""
     if num_processes() == 1:
         return work()
     own_turn = int(os.environ.get("LOCAL_RANK", "0"))
-    result: list[T] = []
+    own: list[T] = []
     for turn in range(max(gather(own_turn)) + 1):
-        error: Exception | None = None
-        if turn == own_turn:
-            try:
-                result.append(work())
-            except Exception as raised:  # noqa: BLE001  raised again below, in every process
-                error = raised
+        result, error = _outcome(work) if turn == own_turn else ([], None)
+        own += result
         for failure in _told(partial(gather, error), error):
             if failure is not None:
                 raise failure
-    return result[0]
+    return own[0]
 
 
 def summed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the sums of tensors over all processes, to the bit the same in all of them.
+    """Return sums of tensors over all processes, bitwise equal in all of them.
 
-    Args:
-        tensors: Name -> tensor, the same names and shapes in all processes.
-
-    Returns:
-        Name -> sum, on the device of the tensor.
+    Names and shapes must be the same in all processes; sums stay on the device of their tensor.
     """
     if num_processes() == 1:
         return dict(tensors)
@@ -181,30 +142,14 @@ def summed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_rank(tensor: Tensor, source: int) -> Tensor:
-    """Return the tensor of one process.
-
-    Args:
-        tensor: That of this process, of the shape and type of the source's; it is overwritten.
-        source: Rank of the process.
-
-    Returns:
-        The tensor, in all processes.
-    """
+    """Return the tensor of rank ``source``; elsewhere it overwrites one of equal shape and type."""
     if num_processes() > 1:
         dist.broadcast(tensor, src=source)
     return tensor
 
 
 def shared(value: T | None, source: int) -> T:
-    """Return an object of one process.
-
-    Args:
-        value: That of this process, read in the source alone; it is pickled.
-        source: Rank of the process.
-
-    Returns:
-        The object, in all processes.
-    """
+    """Return the pickled object of rank ``source``; those of other processes are ignored."""
     values = [value]
     if num_processes() > 1:
         dist.broadcast_object_list(values, src=source)
@@ -214,11 +159,7 @@ def shared(value: T | None, source: int) -> T:
 
 
 def join(device: torch.device) -> None:
-    """Form a group with the other processes, as the environment names them (``RANK``, ...).
-
-    Args:
-        device: Device that this process computes on.
-    """
+    """Form a group with the processes named by the environment (``RANK``, ...)."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -233,16 +174,11 @@ def leave() -> None:
 
 
 def end(code: int) -> NoReturn:
-    """End this process as ``sys.exit`` does; one that was in a group ends after the exit handlers.
+    """Leave the group and exit; a process that was in a group ends right after the exit handlers.
 
-    A group that this process is still in is left.
-
-    A group that is destroyed keeps its threads while anything refers to it, and DTensor caches what
-    does. One of them that lets go of a tensor while the interpreter is taken apart aborts the
-    process (PyTorch, issue 190489), so that is left out, as ``multiprocessing`` does.
-
-    Args:
-        code: Exit code.
+    The threads of a destroyed group live while anything refers to it, and DTensor's caches do. If
+    one of them frees a tensor while the interpreter shuts down, the process aborts (PyTorch issue
+    190489), so the shutdown is skipped, as in ``multiprocessing``.
     """
     leave()
     if not _left_a_group.is_set():

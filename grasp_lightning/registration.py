@@ -14,10 +14,9 @@ _REGISTERS: Final = "grasp_lightning.models.lowrank"
 
 
 def register_with_transformers() -> None:
-    """Register low-rank linears now if transformers is imported, else when it will be.
+    """Register low-rank linears now if transformers is imported, else when it is.
 
-    transformers and torch take seconds to import, which ``--help`` and a mistyped key need not
-    wait for.
+    ``--help`` and mistyped keys need not wait seconds for transformers and torch.
     """
     if _AWAITED in sys.modules:
         import_module(_REGISTERS)
@@ -26,7 +25,7 @@ def register_with_transformers() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the awaited module once, in the usual way, and registers after it is executed."""
+    """Finds the awaited module once, in the usual way; registers after its execution."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -43,7 +42,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Registering(Loader):
-    """Loads a module as another loader does, and then registers."""
+    """Loads a module like another loader, then registers."""
 
     def __init__(self, usual: Loader) -> None:
         self._usual = usual

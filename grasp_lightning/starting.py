@@ -12,7 +12,7 @@ _CHECKOUT_SCRIPT = Path(__file__).resolve().parents[1] / "cli.py"
 
 
 def is_program() -> bool:
-    """Return whether the package is imported to run the program, and not by other people's code."""
+    """Return whether the package is imported to run the program, not by other code."""
     script = Path(getattr(sys, "argv", [""])[0])
     return script.name in _SCRIPTS or script.resolve() == _CHECKOUT_SCRIPT
 
@@ -20,13 +20,13 @@ def is_program() -> bool:
 def leave_on_interrupt() -> None:
     """End the process at the first Ctrl-C, until ``begin``.
 
-    An exception could come out of any import, where some are swallowed and others told in pages.
+    An exception could come out of any import: some swallow it, others print pages.
     """
     signal.signal(signal.SIGINT, _leave)
 
 
 def begin() -> None:
-    """Let Ctrl-C raise ``KeyboardInterrupt`` from now on, if ``leave_on_interrupt`` was called."""
+    """Undo ``leave_on_interrupt``: from now on Ctrl-C raises ``KeyboardInterrupt``."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -37,14 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkRun:
-    """A finished benchmark.
-
-    Attributes:
-        result: What was measured.
-        output: The JSON file that was written, None if the user named none.
-        plot: The plot beside it.
-        amended: Files of runs that the result was added to.
-    """
+    """A finished benchmark: its files, if any were asked for, and the amended files of runs."""
 
     result: Throughput
     output: Path | None
@@ -54,7 +47,7 @@ class BenchmarkRun:
 
 @dataclass(frozen=True, kw_only=True)
 class _Variant:
-    """One of the measured models: its name, the key it was given under, and how it is loaded."""
+    """One of the measured models: its name, its key in the configuration, and how to load it."""
 
     name: str
     key: str
@@ -63,17 +56,7 @@ class _Variant:
 
 
 def run_benchmark(config: BenchmarkConfig) -> BenchmarkRun:
-    """Measure throughput and memory of models, and write the result if a file is named.
-
-    Everything that a user can get wrong is a ``GraspError``, as far as possible before the first
-    measurement.
-
-    Args:
-        config: What the user set.
-
-    Returns:
-        The finished benchmark.
-    """
+    """Measure models and write the result if a file is named; user errors are a ``GraspError``."""
     _check_numbers(config)
     files = None if config.output is None else ResultFiles(config.output, config.overwrite)
     variants = _variants(config)
@@ -86,12 +69,11 @@ def run_benchmark(config: BenchmarkConfig) -> BenchmarkRun:
         text = json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n"
         write_file(output, lambda path: path.write_text(text, encoding="utf-8"))
         write_file(plot, lambda path: write_throughput_plot(result, path))
-    amended = _amend(config, result)
-    return BenchmarkRun(result=result, output=output, plot=plot, amended=amended)
+    return BenchmarkRun(result=result, output=output, plot=plot, amended=_amend(config, result))
 
 
 def _amend(config: BenchmarkConfig, result: Throughput) -> list[Path]:
-    """Put the result into the metrics of the runs that made the models; return what changed."""
+    """Add the result to the metrics of the models' runs; return the changed files."""
     models = [model.name for model in result.models if not model.is_control]
     changed = [
         amend_run(path, "throughput", {**result.to_dict(), "model": name})
@@ -101,14 +83,9 @@ def _amend(config: BenchmarkConfig, result: Throughput) -> list[Path]:
 
 
 def variant_names(paths: Sequence[str]) -> list[str]:
-    """Return how models are called in a table: as they were given, or by what tells them apart.
+    """Return distinct names of models for a table: their paths, or what distinguishes these.
 
-    Args:
-        paths: Folders, files or hub names, no two alike.
-
-    Returns:
-        One name per path, no two alike. Paths with one last component are shortened to what
-        differs: ``runs/x/model`` and ``runs/y/model`` become ``x`` and ``y``.
+    ``runs/x/model`` and ``runs/y/model``, which end alike, become ``x`` and ``y``.
     """
     names = list(paths)
     for last, count in Counter(PurePath(path).name for path in paths).items():
@@ -122,33 +99,30 @@ def variant_names(paths: Sequence[str]) -> list[str]:
 
 
 def _what_differs(paths: Sequence[Sequence[str]]) -> list[str]:
-    """Return paths without the components that all of them begin and end with."""
+    """Return paths without their common first and last components."""
     start = _num_common(paths)
     end = _num_common([path[start:][::-1] for path in paths])
     return ["/".join(path[start : len(path) - end]) for path in paths]
 
 
 def _num_common(paths: Sequence[Sequence[str]]) -> int:
-    """Return with how many equal components all paths begin."""
+    """Return the number of equal components at the start of all paths."""
     alike = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
     return sum(1 for _ in alike)
 
 
 def _check_numbers(config: BenchmarkConfig) -> None:
     for key in ("prefill_lengths", "decode_batch_sizes"):
-        _check_axis(key, getattr(config, key))
+        values: Sequence[int] = getattr(config, key)
+        if not values:
+            raise ConfigError(f"{key} is empty; expected a list of numbers such as [1, 4]")
+        value, count = Counter(values).most_common(1)[0]
+        if count > 1:
+            raise ConfigError(f"{key} holds {value} more than once")
     check_values(config)
     cores = os.cpu_count() or 1
     if config.threads is not None and config.threads > cores:
         raise ConfigError(f"threads is {config.threads}, but this machine has {cores} cores")
-
-
-def _check_axis(key: str, values: Sequence[int]) -> None:
-    if not values:
-        raise ConfigError(f"{key} is empty; expected a list of numbers such as [1, 4]")
-    value, count = Counter(values).most_common(1)[0]
-    if count > 1:
-        raise ConfigError(f"{key} holds {value} more than once")
 
 
 def _variants(config: BenchmarkConfig) -> tuple[_Variant, ...]:
@@ -173,7 +147,7 @@ def _variants(config: BenchmarkConfig) -> tuple[_Variant, ...]:
 
 
 def _workload(config: BenchmarkConfig, variants: Sequence[_Variant]) -> Workload:
-    """Return what is run, after a check of every model's config that it can be."""
+    """Return what to run, after checking that it fits the config of every model."""
     with named_by("model"):
         resolve_device(config.device)
     vocabularies = []

@@ -1,8 +1,8 @@
-"""``compensate``: a compressed model is trained for a while, and written at its own size."""
+"""``compensate``: train a compressed model briefly, and write it at its own size."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import torch
 
@@ -39,19 +39,15 @@ _MEMORY_KEYS = (
     "training.micro_batch_size, data.max_length, text.seqlen or evaluation.batch_size, or set "
     "training.gradient_checkpointing"
 )
+# Perplexity and validation loss.
+_Measured = tuple[Change[float | None], Change[float | None]]
 _SAFETY = 1.1  # tokenizer, report and logs, beside weights and checkpoint
 _CHECKPOINT_BYTES = 4 * 4 * 2  # per trained parameter: Adam's two, itself, its best; twice, to swap
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompensateRun:
-    """A finished run.
-
-    Attributes:
-        folder: The run folder, as the user named it.
-        metrics: What was measured.
-        uploaded: Address of the uploaded model; None if none was asked for.
-    """
+    """A finished run: its folder as the user named it, and the address of the uploaded model."""
 
     folder: Path
     metrics: CompensationMetrics
@@ -60,8 +56,6 @@ class CompensateRun:
 
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """What a run works on, after everything that a user can get wrong was checked."""
-
     loaded: LoadedModel
     view: DecoderView
     data: TrainingData
@@ -75,16 +69,9 @@ class _Inputs:
 def run_compensate(config: CompensateConfig) -> CompensateRun:
     """Train a compressed model as a configuration says, and write its run folder.
 
-    A run that is finished already is not done again: its metrics are read. An unfinished one goes
-    on after the step that was saved last. SIGINT and SIGTERM save at the next step and raise
-    ``Interrupted``. A wrong configuration, model, text or number is a ``GraspError``, and leaves
-    nothing of a new run.
-
-    Args:
-        config: What the user set.
-
-    Returns:
-        The finished run.
+    The metrics of a finished run are only read; an unfinished run resumes after its last saved
+    step. SIGINT and SIGTERM save at the next step and raise ``Interrupted``. A wrong configuration,
+    model, text or number is a ``GraspError``, which leaves nothing of a new run.
     """
     folder, uploaded, phases = Path(output_folder(config, "runs/second")), None, Phases()
     check_settings(config)
@@ -121,7 +108,7 @@ def _execute(
     processes.on_first(lambda: check_inputs(run, hashes))
     training = TrainingRun(config, run, module, inputs.data, stop, device=inputs.device)
     train = _train_split if is_sharded_strategy(config.trainer.strategy) else _train
-    measured = train(config, inputs, training, notes, phases)
+    perplexity, validation_loss = train(config, inputs, training, notes, phases)
 
     def write() -> CompensationMetrics:
         # Here, so that rank 0 alone loads a whole model.
@@ -137,9 +124,9 @@ def _execute(
             history=training.history,
             best_step=training.best_step,
             parameters_before=parameters,
-            perplexity=measured.perplexity,
+            perplexity=perplexity,
             perplexity_tokens=inputs.held_out.num_targets,
-            validation_loss=measured.validation_loss,
+            validation_loss=validation_loss,
             generates=inputs.generates,
         )
         return write_outputs(run, outcome, phases)
@@ -150,13 +137,6 @@ def _execute(
     return metrics
 
 
-class _Measured(NamedTuple):
-    """What was measured before and after training."""
-
-    perplexity: Change[float | None]
-    validation_loss: Change[float | None]
-
-
 def _train(
     config: CompensateConfig,
     inputs: _Inputs,
@@ -164,7 +144,6 @@ def _train(
     notes: RunNotes,
     phases: Phases,
 ) -> _Measured:
-    """Measure, train, merge, and measure again."""
     before, loss_before = notes.noted("perplexity_before"), notes.noted("loss_before")
     if before is None:
         before = _perplexity(config, inputs, phases, "before")
@@ -178,9 +157,7 @@ def _train(
     after = _perplexity(config, inputs, phases, "after")
     with phases("evaluate"):
         loss_after = training.validation_loss() if training.can_validate else None
-    return _Measured(
-        Change(before=before, after=after), Change(before=loss_before, after=loss_after)
-    )
+    return Change(before=before, after=after), Change(before=loss_before, after=loss_after)
 
 
 def _train_split(
@@ -190,7 +167,7 @@ def _train_split(
     notes: RunNotes,
     phases: Phases,
 ) -> _Measured:
-    """Do the same inside of one fit, where a model that is split over processes is ready to run."""
+    """Do what ``_train`` does inside one fit, where a split model is ready to run."""
     held_out = own_micro_batches(inputs.held_out, config.evaluation.batch_size)
     measure = MeasureInFit(held_out, notes, lambda: phases("evaluate"))
     with phases("train", excluding=["evaluate"]):
@@ -198,13 +175,10 @@ def _train_split(
     assert measure.before is not None  # the fit has begun and ended
     assert measure.after is not None
     (before, loss_before), (after, loss_after) = measure.before, measure.after
-    return _Measured(
-        Change(before=before, after=after), Change(before=loss_before, after=loss_after)
-    )
+    return Change(before=before, after=after), Change(before=loss_before, after=loss_after)
 
 
 def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
-    """Load model and text, and fail early on all that does not fit."""
     device, strategy = resolve_device(config.model.device), config.trainer.strategy
     check_trainer(config.trainer, device, get_args(Strategy), "compensation")
     check_strategy(strategy, device)
@@ -216,15 +190,13 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
         view = DecoderView(loaded.model)
         linears = trainable_linears(view, config.train, config.lora.targets)
         _check_dtype(config, loaded)
-        data = _training_data(config, loaded)
+        data = _training_data(config, loaded, view)
         check_vocabulary(view, data.samples.train.input_ids)
         _check_steps(config, data)
         check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
         held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
         check_vocabulary(view, held_out.input_ids)
-        teacher = None
-        if config.objective == "distill":
-            teacher = _teacher(config, loaded)
+        teacher = _teacher(config, loaded) if config.objective == "distill" else None
         generates = can_generate(loaded.model)
     trained = sum(linear.weight.numel() for linear in linears.values())  # at most
     needed = count_parameters(view.model) * loaded.model.dtype.itemsize
@@ -240,8 +212,9 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
     )
 
 
-def _training_data(config: CompensateConfig, loaded: LoadedModel) -> TrainingData:
-    view = DecoderView(loaded.model)
+def _training_data(
+    config: CompensateConfig, loaded: LoadedModel, view: DecoderView
+) -> TrainingData:
     if uses_instructions(config):
         check_length(view, config.data.max_length, "data.max_length")
         return InstructionData(config.data, loaded.tokenizer, config.training, config.seed)
@@ -250,14 +223,14 @@ def _training_data(config: CompensateConfig, loaded: LoadedModel) -> TrainingDat
 
 
 def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
-    if config.train == "factors" and loaded.model.dtype.itemsize < torch.float32.itemsize:
+    trainer = config.trainer
+    is_coarse = loaded.model.dtype.itemsize < torch.float32.itemsize
+    if config.train == "factors" and is_coarse:
         raise ConfigError(
             f"train: factors would change weights in {loaded.model.dtype}, which is too coarse for "
             "small steps; set model.dtype: float32 (trainer.precision: bf16-mixed computes in "
             "bfloat16), or train: lora"
         )
-    trainer = config.trainer
-    is_coarse = loaded.model.dtype.itemsize < torch.float32.itemsize
     if is_deepspeed(trainer.strategy) and trainer.precision == "32-true" and is_coarse:
         raise ConfigError(
             f"trainer.strategy {trainer.strategy} with precision 32-true would turn the weights "

@@ -1,4 +1,4 @@
-"""``compress``: from a configuration to a run folder with a smaller model in it."""
+"""``compress``: from a configuration to a run folder with a smaller model."""
 
 import shutil
 from collections.abc import Mapping
@@ -44,12 +44,7 @@ _MEMORY_KEYS = "calibration.batch_size, calibration.seqlen or evaluation.batch_s
 
 @dataclass(frozen=True, kw_only=True)
 class CompressRun:
-    """A finished run.
-
-    Attributes:
-        folder: The run folder, as the user named it.
-        metrics: What was measured.
-    """
+    """A finished run, with its folder as the user named it."""
 
     folder: Path
     metrics: Metrics
@@ -58,24 +53,20 @@ class CompressRun:
 def run_compress(config: CompressConfig) -> CompressRun:
     """Compress a model as a configuration says, and write its run folder.
 
-    A run that is finished already is not done again: its metrics are read. An unfinished one goes
-    on where it was. SIGINT and SIGTERM save at the next batch and raise ``Interrupted``. A wrong
-    configuration, model, corpus or number is a ``GraspError``, and leaves nothing of a new run.
-
-    Args:
-        config: What the user set.
-
-    Returns:
-        The finished run.
+    The metrics of a finished run are only read; an unfinished run resumes. SIGINT and SIGTERM save
+    at the next batch and raise ``Interrupted``. A wrong configuration, model, corpus or number is a
+    ``GraspError``, which leaves nothing of a new run.
 
     Raises:
         ConfigError: If ``output_dir`` is what ``from_scores`` names.
     """
     output_dir = output_folder(config, "runs/first")
-    if config.from_scores is not None and _is_same(output_dir, config.from_scores):
-        raise ConfigError(
-            f"from_scores: {config.from_scores} is output_dir itself; name another output_dir"
-        )
+    if config.from_scores is not None:
+        folders = [Path(path).expanduser().resolve() for path in (output_dir, config.from_scores)]
+        if folders[0] == folders[1]:
+            raise ConfigError(
+                f"from_scores: {config.from_scores} is output_dir itself; name another output_dir"
+            )
     config = replace(config, method=_resolved_method(config))
     model_folder, phases = resolve_source(config.model).folder, Phases()
     metrics = run_in_folder(
@@ -87,11 +78,6 @@ def run_compress(config: CompressConfig) -> CompressRun:
         read=Metrics.from_dict,
     )
     return CompressRun(folder=Path(output_dir), metrics=metrics)
-
-
-def _is_same(first: str, second: str) -> bool:
-    one, other = (Path(path).expanduser().resolve() for path in (first, second))
-    return one == other
 
 
 def _resolved_method(config: CompressConfig) -> MethodConfig:
@@ -107,11 +93,7 @@ def _resolved_method(config: CompressConfig) -> MethodConfig:
 
 
 def _execute(
-    config: CompressConfig,
-    run: RunFolder,
-    inputs: Inputs,
-    phases: Phases,
-    stop: StopRequest,
+    config: CompressConfig, run: RunFolder, inputs: Inputs, phases: Phases, stop: StopRequest
 ) -> Metrics:
     inputs.text.keep_in(run)
     processes.on_first(lambda: run.check_free_space(inputs.bytes_needed))
@@ -165,10 +147,9 @@ def _execute(
 def _compressed(
     config: CompressConfig, inputs: Inputs, plan: Plan, factors: Mapping[str, Tensor]
 ) -> LoadedModel:
-    """Return the compressed model as it is saved: whole.
+    """Return the whole compressed model, to be saved.
 
-    Of a model that is shared, the source is read again and the plan applied to it, which needs no
-    weight from other processes.
+    For a sharded model, read the source again and apply the plan: no other process is needed.
 
     Raises:
         ModelError: If the source has changed.
@@ -183,11 +164,7 @@ def _compressed(
 
 
 def _measure(
-    config: CompressConfig,
-    inputs: Inputs,
-    logs: Path,
-    progress: RunProgress,
-    stop: StopRequest,
+    config: CompressConfig, inputs: Inputs, logs: Path, progress: RunProgress, stop: StopRequest
 ) -> Measure:
     if inputs.stored is not None:
         return inputs.stored

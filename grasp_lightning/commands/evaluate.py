@@ -47,13 +47,7 @@ _FILE = "file"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRun:
-    """A finished evaluation.
-
-    Attributes:
-        evaluations: What was measured, by model in the order given.
-        output: The JSON file; None if none was asked for.
-        amended: Files of runs that the measurements were added to.
-    """
+    """A finished evaluation, by model: its file, if asked for, and the amended files of runs."""
 
     evaluations: Sequence[ModelEvaluation]
     output: Path | None
@@ -61,20 +55,12 @@ class EvaluateRun:
 
 
 def run_evaluate(config: EvaluateConfig) -> EvaluateRun:
-    """Measure models as a configuration says.
-
-    What ``output`` holds already is not measured again. Models are loaded one after the other.
-    Whatever a user can cause is a ``GraspError``.
-
-    Args:
-        config: What the user set.
-
-    Returns:
-        The measurements.
-    """
+    """Measure models one after the other, but nothing that ``output`` holds already."""
     models = _check(config)
     corpora = {corpus: _corpus_config(corpus, config) for corpus in config.corpora}
-    harness = _harness(config)
+    harness = None
+    if config.tasks:
+        harness = Harness(config.tasks, config.task_data, _task_settings(config))
     machine = describe_machine(torch.device(resolve_device(config.device)))
     request = Request(
         models=config.model,
@@ -96,7 +82,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluateRun:
 
 
 def _check(config: EvaluateConfig) -> list[ModelConfig]:
-    """Return how each model is loaded, after checks that need no weights."""
+    """Return how to load each model, after checks that need no weights."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("evaluate runs in one process; start it without torchrun")
     check_values(config)
@@ -138,9 +124,8 @@ def _corpus_config(corpus: str, config: EvaluateConfig) -> EvaluationConfig:
 
 
 def _settings(config: EvaluateConfig, harness: Harness | None, machine: Machine) -> Settings:
-    """Return what results depend on beside model, corpus and task, by part."""
-    keys = ("limit", "num_fewshot", "batch_size", "seed")
-    tasks = {key: getattr(config, key) for key in keys}
+    """Return what results depend on besides model, corpus and task, by part."""
+    tasks = asdict(_task_settings(config))
     return {
         "model": {"dtype": config.dtype, "revision": config.revision, "device": machine.device},
         "windows": {f"evaluation.{key}": v for key, v in asdict(config.evaluation).items()},
@@ -148,16 +133,13 @@ def _settings(config: EvaluateConfig, harness: Harness | None, machine: Machine)
     }
 
 
-def _harness(config: EvaluateConfig) -> Harness | None:
-    if not config.tasks:
-        return None
-    settings = TaskSettings(
+def _task_settings(config: EvaluateConfig) -> TaskSettings:
+    return TaskSettings(
         limit=config.limit,
         num_fewshot=config.num_fewshot,
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    return Harness(config.tasks, config.task_data, settings)
 
 
 def _evaluate(
@@ -167,7 +149,6 @@ def _evaluate(
     harness: Harness | None,
     file: EvaluationFile,
 ) -> ModelEvaluation:
-    """Load one model and measure what is missing."""
     with named_by("model"):
         loaded = load_model(model)
     evaluation = file.get(model.path, model_hash(loaded.model))
@@ -204,7 +185,6 @@ def _measurements(
     texts: Mapping[str, TokenWindows],
     harness: Harness | None,
 ) -> Iterator[ModelEvaluation]:
-    """Yield the evaluation after each measurement that was missing."""
     view, name = DecoderView(loaded.model), evaluation.model
     if evaluation.cost is None:
         evaluation = replace(evaluation, cost=measure_cost(view, loaded.origin.source_bytes))

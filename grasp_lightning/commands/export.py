@@ -1,12 +1,10 @@
-"""``export``: a compressed model in a format for runtimes that know none of its layers."""
+"""``export``: a compressed model in a format for runtimes that do not know its layers."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import track
@@ -15,11 +13,13 @@ from grasp_lightning.config import ExportConfig, ModelConfig
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.models.formats import FORMATS, Format
-from grasp_lightning.models.loading import LoadedModel, load_meta_model, load_model
+from grasp_lightning.models.loading import load_meta_model, load_model
 from grasp_lightning.models.lowrank import ranks_of, shapes_of
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.verification import can_generate
 from grasp_lightning.models.weight_files import weight_files
+from grasp_lightning.reading.text import read_json
+from grasp_lightning.reading.typed import as_type, to_plain
 from grasp_lightning.reporting.card import base_model_of, export_card
 from grasp_lightning.reporting.metrics import Pair
 from grasp_lightning.run_folder import RunFolder
@@ -39,10 +39,9 @@ class ExportFacts:
     Attributes:
         source_sha256: Fingerprint of the compressed model's config.json and weight files.
         ranks: Rank of each linear whose factors were multiplied, by full name.
-        parameters: Of the copy (dense) and of the model that it was made from (compressed).
-        dtype: Floating point type of the weights.
-        shapes: [out_features, in_features] of each narrowed linear that was filled up with zeros,
-            by full name.
+        parameters: Of the copy (dense) and of the compressed model.
+        shapes: [out_features, in_features] of each narrowed linear filled up with zeros, by full
+            name.
     """
 
     source_sha256: str
@@ -51,39 +50,17 @@ class ExportFacts:
     dtype: str
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:  # Any: plain values
-        """Return the facts as plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Return the facts that an ``export.json`` holds.
-
-        Args:
-            text: Content of the file.
-
-        Returns:
-            The facts.
-        """
-        content = json.loads(text)
-        return cls(**{**content, "parameters": Pair(**content["parameters"])})
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRun:
-    """A finished export.
-
-    Attributes:
-        folder: The run folder, as the user named it.
-        facts: What was exported.
-    """
+    """A finished export, with its folder as the user named it."""
 
     folder: Path
     facts: ExportFacts
 
     @property
     def lines(self) -> list[str]:
-        """What a user is told: where the copy is, and that it is not smaller."""
+        """Text for the user: where the copy is, and that it is not smaller."""
         ranks, shapes, parameters = self.facts.ranks, self.facts.shapes, self.facts.parameters
         done = [f"factors of {len(ranks)} linears multiplied"] if ranks or not shapes else []
         done += [f"{len(shapes)} narrowed linears filled up with zeros"] if shapes else []
@@ -95,19 +72,10 @@ class ExportRun:
 
 
 def run_export(config: ExportConfig) -> ExportRun:
-    """Write a copy of a compressed model as an ordinary checkpoint.
-
-    An export that is finished already is not done again.
-
-    Args:
-        config: What the user set.
-
-    Returns:
-        The finished export.
+    """Write a copy of a compressed model as an ordinary checkpoint; a finished export is only read.
 
     Raises:
-        GraspError: For a model or output folder that does not fit; nothing of the export is left
-            then.
+        GraspError: If model or output folder does not fit; nothing of the export remains.
     """
     source = _source_folder(config.model)
     with RunFolder.open(
@@ -140,8 +108,8 @@ def _source_folder(model: str) -> Path:
 def _stored_facts(run: RunFolder, source: Path) -> ExportFacts:
     file = run.path(FACTS_NAME)
     try:
-        facts = ExportFacts.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        facts = as_type(ExportFacts, read_json(file), FACTS_NAME)
+    except GraspError as error:
         raise OutputError(f"{file} is gone or damaged; export again with --overwrite") from error
     if facts.source_sha256 != _fingerprint(source):
         raise OutputError(
@@ -173,21 +141,6 @@ def _execute(source: Path, target: Format, run: RunFolder) -> ExportFacts:
         dtype=str(model.dtype).removeprefix("torch."),
         shapes=shapes,
     )
-    _write_model(run, source, target, loaded, facts, generates=generates)
-    run.write_json(FACTS_NAME, facts.to_json())
-    run.finish()
-    return facts
-
-
-def _write_model(
-    run: RunFolder,
-    source: Path,
-    target: Format,
-    loaded: LoadedModel,
-    facts: ExportFacts,
-    *,
-    generates: bool,
-) -> None:
     origin, source_card = loaded.origin, read_card(source)
     card = export_card(
         base_model=base_model_of(source_card or "") or origin.name,
@@ -201,10 +154,13 @@ def _write_model(
     )
     texts = {SOURCE_CARD_NAME: source_card} if source_card else {}
     write_model(run, loaded, card, texts, save=target.save, generates=generates)
+    run.write_json(FACTS_NAME, to_plain(facts))
+    run.finish()
+    return facts
 
 
 def _fingerprint(source: Path) -> str:
-    """Return a sha256 over config.json and the weight files, in the order of their names."""
+    """Return a sha256 over config.json and the weight files, ordered by name."""
     digest = hashlib.sha256()
     for file in (source / "config.json", *weight_files(source)):
         with file.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""What ``compress`` works on: model, method and texts, checked before anything is measured."""
+"""Inputs of ``compress``: model, method and texts, checked before any measurement."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -34,18 +34,13 @@ _SAFETY = 1.1  # tokenizer, report and logs, beside weights and factors
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run works on, after everything that a user can get wrong was checked.
+    """The checked inputs of a run.
 
     Attributes:
-        loaded: The model, its tokenizer and where they are from.
-        view: The model.
-        method: The method.
-        held_out: Windows for perplexity.
-        text: What writes calibration text with the model.
-        data: Calibration windows; None where stored scores are all that is needed.
-        stored: Stored scores that are cut again; None where the run measures.
+        text: Writes calibration text with the model.
+        data: Calibration windows; None if stored scores are enough.
+        stored: Stored scores to cut again; None if the run measures.
         hashes: Hashes of the model and of the windows, for the plan.
-        bytes_needed: Disk space that the run takes at most.
         generates: Whether the model generates with its cache.
     """
 
@@ -62,17 +57,9 @@ class Inputs:
 
 
 def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None) -> Inputs:
-    """Load model and text, and fail early on all that does not fit.
+    """Load model and text; whatever does not fit is an early ``GraspError``.
 
-    What does not fit is a ``GraspError``.
-
-    Args:
-        config: What the user set, its method resolved.
-        phases: Takes the time.
-        run: The run folder, in which text of the model is kept; None if it is not open yet.
-
-    Returns:
-        The inputs.
+    The method of ``config`` must be resolved. ``run`` keeps text from the model once it is open.
     """
     check_values(config)
     mixture_parts(config.calibration, "calibration")  # keys that do not fit together end the run
@@ -144,10 +131,10 @@ def _calibration(
 
 
 def _load(config: CompressConfig) -> tuple[LoadedModel, str]:
-    """Return the model, and the hash of its weights.
+    """Return the model and the hash of its weights.
 
-    A model that is shared is read by one process of a node after the other, so that its memory
-    holds one whole model at a time, and no device ever does.
+    The processes of a node read a sharded model in turns: memory holds one whole model at a time,
+    and no device ever does.
     """
     if not is_split(config.trainer):
         loaded = load_model(config.model)

@@ -54,13 +54,7 @@ _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome(ABC, Generic[M]):
-    """What a run has made, before it is written.
-
-    Attributes:
-        loaded: The new model, its tokenizer and its origin.
-        perplexity_tokens: Number of predicted tokens behind each perplexity.
-        generates: Whether the model generated with its cache before.
-    """
+    """The result of a run, before it is written."""
 
     loaded: LoadedModel
     perplexity_tokens: int
@@ -76,24 +70,21 @@ class RunOutcome(ABC, Generic[M]):
 
     @abstractmethod
     def report(self, metrics: M) -> str:
-        """Return the page that tells what was done."""
+        """Return the report page."""
 
     def write_decisions(self, run: RunFolder) -> None:
-        """Write what the model was made from, where there is anything."""
+        """Write what the model was made from, if anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome(RunOutcome[Metrics]):
-    """What a compression has made.
+    """The result of a compression.
 
     Attributes:
-        plan: All decisions.
-        scores: What they were made from, as stored in scores.safetensors.
-        factors: Factors of low-rank linears, ``<module>.left`` and ``<module>.right``, and weights
-            of what reads the channels of narrowed MLPs, ``<module>.weight``.
-        num_inputs: Number of inputs of every linear in decoder layers of the dense model.
-        sizes: Size before and after.
-        perplexity: On held-out text, before and after.
+        scores: Content of scores.safetensors.
+        factors: ``<module>.left`` and ``<module>.right`` of low-rank linears, and
+            ``<module>.weight`` of the readers of narrowed MLPs.
+        num_inputs: Inputs of every linear in decoder layers of the dense model.
         settings: The resolved configuration as plain values.
     """
 
@@ -108,6 +99,10 @@ class Outcome(RunOutcome[Metrics]):
     def metrics(self, phases: Phases) -> Metrics:
         """Return the numbers, with the times so far."""
         dense, compressed = self.sizes.values
+
+        def pair(size: str) -> Pair[int]:
+            return Pair(dense=getattr(dense, size), compressed=getattr(compressed, size))
+
         predicted = predicted_losses(self.plan, self.scores)
         before, after = self.perplexity.values
         return Metrics(
@@ -117,16 +112,10 @@ class Outcome(RunOutcome[Metrics]):
             layers=self.plan.selected_layers or (),
             layer_changes=layer_changes(self.plan, self.num_inputs),
             removed_ratio=1 - compressed.parameters / dense.parameters,
-            parameters=Pair(dense=dense.parameters, compressed=compressed.parameters),
-            bytes=Pair(dense=dense.bytes, compressed=compressed.bytes),
+            parameters=pair("parameters"),
+            bytes=pair("bytes"),
             decoder_linears=DecoderLinears(
-                parameters=Pair(
-                    dense=dense.decoder_linear_parameters,
-                    compressed=compressed.decoder_linear_parameters,
-                ),
-                bytes=Pair(
-                    dense=dense.decoder_linear_bytes, compressed=compressed.decoder_linear_bytes
-                ),
+                parameters=pair("decoder_linear_parameters"), bytes=pair("decoder_linear_bytes")
             ),
             channels={
                 reader: Pair(dense=self.num_inputs[reader], compressed=kept)
@@ -157,7 +146,7 @@ class Outcome(RunOutcome[Metrics]):
         )
 
     def report(self, metrics: Metrics) -> str:
-        """Return the page that tells what was done."""
+        """Return the report page."""
         return render_report(metrics, self.plan, self.scores, self.settings)
 
     def write_decisions(self, run: RunFolder) -> None:
@@ -169,18 +158,7 @@ class Outcome(RunOutcome[Metrics]):
 
 @dataclass(frozen=True, kw_only=True)
 class CompensationOutcome(RunOutcome[CompensationMetrics]):
-    """What a compensation has made; adapters are merged.
-
-    Attributes:
-        config: The resolved configuration.
-        data: What the model was trained on.
-        module: What was trained.
-        history: Losses of all steps.
-        best_step: Number of steps behind the weights that are kept; None if the last ones are.
-        parameters_before: Parameters of the model before training.
-        perplexity: On held-out text.
-        validation_loss: On samples that were set aside; None if there are none.
-    """
+    """The result of a compensation; adapters are merged, and ``best_step`` is None for the last."""
 
     config: CompensateConfig
     data: TrainingData
@@ -193,7 +171,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
 
     @cached_property
     def source_card(self) -> str | None:
-        """Card of the compressed model; None if it has none."""
+        """Card of the compressed model, if it has one."""
         return read_card(self.loaded.origin.folder)
 
     def metrics(self, phases: Phases) -> CompensationMetrics:
@@ -248,21 +226,12 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
         )
 
     def report(self, metrics: CompensationMetrics) -> str:
-        """Return the page that tells what was done."""
+        """Return the report page."""
         return render_compensation_report(metrics, to_dict(self.config))
 
 
 def write_outputs(run: RunFolder, outcome: RunOutcome[M], phases: Phases) -> M:
-    """Write model, decisions, report and metrics.
-
-    Args:
-        run: The run folder.
-        outcome: What was done.
-        phases: Times so far; saving and verifying are added.
-
-    Returns:
-        The metrics as written.
-    """
+    """Write model, decisions, report and metrics; return the metrics as written."""
     with phases("save", excluding=(VERIFY,)):
         card = outcome.card(outcome.metrics(phases))
         write_model(run, outcome.loaded, card, generates=outcome.generates, phases=phases)
@@ -274,7 +243,7 @@ def write_outputs(run: RunFolder, outcome: RunOutcome[M], phases: Phases) -> M:
 
 
 def package_versions(*more: str) -> dict[str, str]:
-    """Return the versions of what a run was made with, by package; some runs use more."""
+    """Return the versions of the packages behind a run, including ``more``."""
     packages = {package: version(package) for package in (*_PACKAGES, *more)}
     return {"grasp_lightning": __version__, "python": platform.python_version(), **packages}
 
@@ -289,7 +258,7 @@ def _seconds(kind: type[S], phases: Phases) -> S:
 
 
 def _describe_data(config: CompensateConfig) -> tuple[str, str | None]:
-    """Return what was learned from in words, without a path, and its licence."""
+    """Return the training data in words, without a path, and its licence."""
     section = config.data if uses_instructions(config) else config.text
     if section.source == "file":
         return Path(section.path or "").name, section.licence
@@ -302,7 +271,7 @@ def _describe_data(config: CompensateConfig) -> tuple[str, str | None]:
 def _write_tensors(
     run: RunFolder, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
-    """Write tensors, or nothing where there are none (a method that only drops layers)."""
+    """Write tensors, if there are any (a method that only drops layers has none)."""
     if tensors:
         # Copies: two names may stand for one tensor, which safetensors refuses.
         stored = {key: value.to(dtype).cpu().contiguous().clone() for key, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""``plan``: what a configuration would remove, and the memory it takes, from shapes alone."""
+"""``plan``: what a configuration would remove, and its memory, from shapes alone."""
 
 from dataclasses import dataclass, replace
 
@@ -24,13 +24,7 @@ from grasp_lightning.stats.moments import layer_groups, moment_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """What ``plan`` tells.
-
-    Attributes:
-        prediction: Sizes before and after.
-        calibration: Memory of a calibration.
-        compensation: Memory of a compensation after it.
-    """
+    """Sizes before and after, and memory of a calibration and a later compensation."""
 
     prediction: Prediction
     calibration: CalibrationPlan
@@ -38,21 +32,13 @@ class Planned:
 
     @property
     def lines(self) -> list[str]:
-        """All of it as text; the first line begins with the removed share, if it is known."""
+        """All of it as text; the first line begins with the removed share, if known."""
         memory = memory_lines(self.calibration, self.compensation)
         return [*self.prediction.lines, "", *memory]
 
 
 def run_plan(config: PlanConfig) -> Planned:
-    """Return what a configuration would remove and the memory it takes; reads no weights.
-
-    Args:
-        config: The same configuration that ``compress`` takes, and the name of one that
-            ``compensate`` takes.
-
-    Returns:
-        Sizes and memory.
-    """
+    """Return what a configuration would remove and the memory it takes; reads no weights."""
     config = replace(config, method=resolve_method(config.method))
     compensate = compensation_settings(config)
     view = DecoderView(load_meta_model(config.model, warns=True))
@@ -69,9 +55,9 @@ def run_plan(config: PlanConfig) -> Planned:
 
 
 def _moment_bytes(view: DecoderView, config: PlanConfig, prediction: Prediction) -> int:
-    """Return what the sums of the largest pass of a curvature measurement take at most.
+    """Return an upper bound for the sums in the largest pass of a curvature measurement.
 
-    Linears that read the same input share its Gram matrix, which shapes alone do not tell.
+    Linears with the same input share its Gram matrix, which shapes do not show.
     """
     if config.method.weighting is None:
         return 0

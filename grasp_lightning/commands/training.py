@@ -1,6 +1,7 @@
-"""The Trainer of ``compensate``: callbacks, loggers, and a checkpoint to go on from."""
+"""The Trainer of ``compensate``: callbacks, loggers, and a checkpoint for resuming."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,81 +35,51 @@ from grasp_lightning.training.strategies import is_sharded_strategy, sharded_str
 _BEST = f"{CHECKPOINTS}/best.safetensors"
 
 
+@dataclass(eq=False)
 class TrainingRun:
-    """Validates and trains a module in a run folder.
+    """Validates and trains a module in an open run folder.
 
-    Args:
-        config: The resolved configuration.
-        run: The run folder, open.
-        module: What is trained.
-        data: What it is trained on.
-        stop: Tells whether the run shall end.
-        device: Device that this process trains on.
-
-    Attributes:
-        history: Losses of all steps, those before an interruption included.
-        gathered: What was trained, in rank 0, where the model is split over processes; it is not
-            merged then.
+    ``history`` includes the steps before an interruption. If the model is split over processes,
+    ``gathered`` has the trained weights in rank 0, not merged.
     """
 
-    def __init__(
-        self,
-        config: CompensateConfig,
-        run: RunFolder,
-        module: CompensationModule,
-        data: TrainingData,
-        stop: StopRequest,
-        *,
-        device: torch.device,
-    ) -> None:
-        self._config = config
-        self._run = run
-        self._module = module
-        self._data = data
-        self._stop = stop
-        self._device = device
-        self._is_sharded = is_sharded_strategy(config.trainer.strategy)
-        self._best = BestWeights(_Best(run))
-        self.history = TrainingHistory()
-        self.gathered = GatherTrained()
+    config: CompensateConfig
+    run: RunFolder
+    module: CompensationModule
+    data: TrainingData
+    stop: StopRequest
+    device: torch.device = field(kw_only=True)
+    history: TrainingHistory = field(default_factory=TrainingHistory, init=False)
+    gathered: GatherTrained = field(default_factory=GatherTrained, init=False)
+
+    def __post_init__(self) -> None:
+        self._is_sharded = is_sharded_strategy(self.config.trainer.strategy)
+        self._best = BestWeights(_Best(self.run))
 
     @property
     def can_validate(self) -> bool:
         """Whether samples were set aside."""
-        return len(self._data.samples.validation) > 0
+        return len(self.data.samples.validation) > 0
 
     @property
     def best_step(self) -> int | None:
-        """Steps that led to the weights that are kept; None if the last ones are."""
+        """Number of steps behind the kept weights; None for the last ones."""
         return self._best.step
 
     def validation_loss(self) -> float:
-        """Return the mean cross-entropy on the samples that were set aside.
-
-        Returns:
-            Nats per predicted token.
-        """
+        """Return the mean cross-entropy on the samples set aside, in nats per predicted token."""
         with expected_warnings():
             trainer = self._trainer([StepProgressBar("validation")])
-            (result,) = trainer.validate(self._module, datamodule=self._data, verbose=False)
+            (result,) = trainer.validate(self.module, datamodule=self.data, verbose=False)
         self._back_to_device()
         return float(result[VALIDATION_LOSS])
 
     def fit(self, measure: L.Callback | None = None) -> None:
-        """Train, from the last checkpoint on if there is one, and merge what was trained.
-
-        Args:
-            measure: Measures the model inside the fit, before and after.
-        """
-        checkpoint = training_checkpoint(self._run)
-        with expected_warnings(), self._stop.deferred():
+        """Train from the last checkpoint, if any, and merge; ``measure`` runs before and after."""
+        checkpoint = training_checkpoint(self.run)
+        with expected_warnings(), self.stop.deferred():
             trainer = self._trainer(self._callbacks(measure), self._loggers(), is_training=True)
-            trainer.fit(
-                self._module,
-                datamodule=self._data,
-                ckpt_path=checkpoint,
-                weights_only=True,
-            )
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
         if not self._is_sharded:
             self._back_to_device()
         elif processes.num_processes() == 1:
@@ -116,25 +87,21 @@ class TrainingRun:
 
     def _back_to_device(self) -> None:
         # A Trainer leaves its module on the CPU.
-        self._module.model.to(self._device)  # type: ignore[arg-type]  # transformers wraps it with a narrow type
+        self.module.model.to(self.device)  # type: ignore[arg-type]  # transformers wraps it with a narrow type
 
     def _callbacks(self, measure: L.Callback | None) -> list[L.Callback]:
-        config = self._config
+        config, training = self.config, self.config.training
+        checkpointing = training.gradient_checkpointing
         trainable = TrainableParameters(
-            config.train,
-            config.lora,
-            gradient_checkpointing=config.training.gradient_checkpointing,
-            seed=config.seed,
+            config.train, config.lora, gradient_checkpointing=checkpointing, seed=config.seed
         )
         callbacks: list[L.Callback] = [trainable, self.history]
-        if config.training.keep == "best":
+        if training.keep == "best":
             callbacks.append(self._best)
-        if config.training.patience is not None:
-            callbacks.append(StopWithoutProgress(config.training.patience))
+        if training.patience is not None:
+            callbacks.append(StopWithoutProgress(training.patience))
         checkpoint = TrainingCheckpoint(
-            self._save,
-            every_seconds=config.trainer.checkpoint_seconds,
-            stop=self._stop,
+            self._save, every_seconds=config.trainer.checkpoint_seconds, stop=self.stop
         )
         if measure is not None:
             callbacks.append(measure)
@@ -143,12 +110,12 @@ class TrainingRun:
 
     def _save(self, write: Callable[[Path], None]) -> None:
         if processes.is_first():
-            self._run.write_with(TRAINING_CHECKPOINT, write)
+            self.run.write_with(TRAINING_CHECKPOINT, write)
         else:  # it takes part, and writes nothing
-            write(self._run.path(TRAINING_CHECKPOINT))
+            write(self.run.path(TRAINING_CHECKPOINT))
 
     def _loggers(self) -> list[Logger]:
-        logs, settings = self._run.live_folder(LOGS), self._config.loggers
+        logs, settings = self.run.live_folder(LOGS), self.config.loggers
         # One per start: a logger deletes what it finds under its own name.
         taken = {path.name for path in logs.iterdir()}
         version = next(name for n in count(1) if (name := f"start_{n}") not in taken)
@@ -168,11 +135,11 @@ class TrainingRun:
         *,
         is_training: bool = False,
     ) -> L.Trainer:
-        every = self._config.training.validate_every if is_training else None
+        every = self.config.training.validate_every if is_training else None
         return L.Trainer(
-            accelerator=self._device.type,
+            accelerator=self.device.type,
             **self._placement(is_training),
-            precision=self._config.trainer.precision,
+            precision=self.config.trainer.precision,
             max_epochs=1,
             limit_val_batches=0 if is_training and every is None else None,
             val_check_interval=every,
@@ -189,10 +156,10 @@ class TrainingRun:
         )
 
     def _placement(self, is_training: bool) -> dict[str, Any]:
-        arguments = placement(self._config.trainer, self._device)
+        arguments = placement(self.config.trainer, self.device)
         if self._is_sharded:
-            clip = self._config.optimizer.gradient_clip
-            arguments["strategy"] = sharded_strategy(self._config.trainer.strategy, clip)
+            clip = self.config.optimizer.gradient_clip
+            arguments["strategy"] = sharded_strategy(self.config.trainer.strategy, clip)
         elif is_training and processes.num_processes() > 1:
             # Buffers do not change, and are the same in all processes.
             arguments["strategy"] = DDPStrategy(broadcast_buffers=False)

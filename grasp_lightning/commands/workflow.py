@@ -1,6 +1,5 @@
-"""The course of every command that writes a run folder: open it, prepare, work, finish."""
+"""The workflow of commands that write a run folder: open it, prepare, work, finish."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,28 +20,19 @@ from grasp_lightning.errors import ConfigError, GraspError, Interrupted, ModelEr
 from grasp_lightning.evaluation.perplexity import evaluate_perplexity
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded
+from grasp_lightning.reading.text import read_json
 from grasp_lightning.run_folder import FollowedRun, RunFolder
 from grasp_lightning.run_folder.folder import RunState
 from grasp_lightning.run_folder.rules import is_begun_by
 from grasp_lightning.storage.progress import has_progress
 
+Settings = Mapping[str, Any]  # Any: values of YAML or JSON
 Inputs = TypeVar("Inputs")
 Result = TypeVar("Result")
 
 
 def output_folder(config: CompressConfig | CompensateConfig, example: str) -> str:
-    """Return the run folder that a configuration names.
-
-    Args:
-        config: What the user set.
-        example: A name to suggest.
-
-    Returns:
-        Path of the folder.
-
-    Raises:
-        ConfigError: If it names none.
-    """
+    """Return the run folder of a configuration, which must name one, such as ``example``."""
     if config.output_dir is None:
         raise ConfigError(f"output_dir is not set: name the run folder to write, e.g. {example}")
     return config.output_dir
@@ -55,23 +45,18 @@ def run_in_folder(
     memory_advice: str,
     prepare: Callable[[RunFolder | None], Inputs],
     execute: Callable[[RunFolder, Inputs, StopRequest], Result],
-    read: Callable[[Mapping[str, Any]], Result],  # Any: values of JSON
+    read: Callable[[Settings], Result],
 ) -> Result:
-    """Do the work of a run in its folder, once: a finished run is only read.
+    """Do the work of a run in its folder once, and return its result; a finished run is only read.
 
-    Every process of the run must call it. SIGINT and SIGTERM end the work at the next safe moment.
-    A run that ``overwrite`` would replace is deleted only after the new inputs are prepared.
+    Every process of the run must call it. SIGINT and SIGTERM end the work at the next safe point. A
+    run that ``overwrite`` replaces is only deleted after the new inputs are prepared.
 
     Args:
-        config: The resolved configuration, with ``output_dir``.
-        protected: Folders that must stay as they are.
-        memory_advice: Keys to lower where the device has too little memory.
+        protected: Folders that must stay unchanged.
+        memory_advice: Keys to lower if the device runs out of memory.
         prepare: Loads and checks the inputs; takes the folder if it is open already.
-        execute: Does the work, from the last checkpoint on if there is one.
-        read: Makes the result from the metrics.json of a finished run.
-
-    Returns:
-        The result, new or stored.
+        read: Turns the metrics.json of a finished run into the result.
     """
     settings, output_dir = to_dict(config), config.output_dir
     assert output_dir is not None  # see output_folder
@@ -81,21 +66,17 @@ def run_in_folder(
         inputs = [prepare(None)] if anew else []
         with _open_together(output_dir, settings, overwrite=anew, protected=protected) as run:
             if run.state == "finished":
-                return read(_stored_metrics(run))
+                what = f"the finished run in {run.root} has no readable metrics.json: it"
+                advice = "make it again with --overwrite"
+                return read(read_json(run.path("metrics.json"), OutputError, what, advice))
             with _attempt(run, memory_advice):
                 return execute(run, inputs[0] if inputs else prepare(run), stop)
 
 
-def _begins_anew(
-    output_dir: str,
-    config: Mapping[str, Any],  # Any: resolved configuration
-    *,
-    overwrite: bool,
-) -> bool:
-    """Tell whether ``overwrite`` deletes what is in the run folder.
+def _begins_anew(output_dir: str, config: Settings, *, overwrite: bool) -> bool:
+    """Return whether ``overwrite`` deletes what is in the run folder.
 
-    A job that SLURM has put back into its queue is started by the same command, and goes on with
-    what it has begun itself.
+    A job that SLURM has requeued is started by the same command, and resumes its own run.
     """
     if not (overwrite and is_requeued()):
         return overwrite
@@ -103,13 +84,9 @@ def _begins_anew(
 
 
 def _open_together(
-    output_dir: str,
-    config: Mapping[str, Any],  # Any: resolved configuration
-    *,
-    overwrite: bool,
-    protected: Sequence[Path],
+    output_dir: str, config: Settings, *, overwrite: bool, protected: Sequence[Path]
 ) -> RunFolder:
-    """Open a run folder in all processes of a run; rank 0 alone writes it."""
+    """Open a run folder in all processes of a run; only rank 0 writes it."""
     opened: list[RunFolder] = []
 
     def work() -> tuple[Path, RunState]:
@@ -123,21 +100,9 @@ def _open_together(
     return opened[0] if opened else FollowedRun(root, state)
 
 
-def _stored_metrics(run: RunFolder) -> dict[str, Any]:  # Any: values of JSON
-    """Return the content of the metrics.json of a finished run."""
-    try:
-        content: dict[str, Any] = json.loads(run.path("metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(
-            f"the finished run in {run.root} has no readable metrics.json ({error}); make it again "
-            "with --overwrite"
-        ) from error
-    return content
-
-
 @contextmanager
 def _attempt(run: RunFolder, memory_advice: str) -> Iterator[None]:
-    """Leave behind either a result, or what a later start can go on from, or nothing."""
+    """Leave behind a result, or something to resume from, or nothing."""
     is_new = run.state == "new"
     try:
         yield
@@ -161,19 +126,10 @@ def tracked_perplexity(
     description: str,
     console: Console | None = None,
 ) -> float:
-    """Return the perplexity of a model on windows of text, with a progress bar.
+    """Return the perplexity on held-out windows, shared by all processes, with a progress bar.
 
-    Several processes share the windows.
-
-    Args:
-        view: The model.
-        windows: Held-out windows.
-        batch_size: Windows per forward pass.
-        description: What the bar says.
-        console: Where the bar is drawn; None takes standard output.
-
-    Returns:
-        The perplexity.
+    ``batch_size`` is in windows per forward pass; the bar goes to standard output without
+    ``console``.
     """
     shares = processes.own_batches(range(len(windows)), batch_size)
     stream = track(
@@ -188,7 +144,7 @@ def tracked_perplexity(
 def _windows(
     windows: TokenWindows, shares: Sequence[tuple[Sequence[int], bool]], *, is_padded: bool
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the batches of this process; padded, all processes have as many."""
+    """Yield the batches of this process; with padding, all processes have equally many."""
     for indices, counts in shares:
         if counts:
             yield windows.batch(indices)

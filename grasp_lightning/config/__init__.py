@@ -1,6 +1,6 @@
 """Typed configuration of the commands. No torch here, so that parsing and ``--help`` are quick.
 
-``None`` means "not set by the user": presets and methods fill in what is left (see ``resolve``).
+None means that the user did not set a key: presets and methods fill it in.
 """
 
 from grasp_lightning.config.common import (
@@ -9,7 +9,6 @@ from grasp_lightning.config.common import (
     Dtype,
     EvaluationConfig,
     ModelConfig,
-    Precision,
     Strategy,
     TrainerConfig,
 )
@@ -33,11 +32,7 @@ from grasp_lightning.config.compress import (
     PlanConfig,
     StatisticsConfig,
 )
-from grasp_lightning.config.measure import (
-    BenchmarkConfig,
-    CorpusWindows,
-    EvaluateConfig,
-)
+from grasp_lightning.config.measure import BenchmarkConfig, EvaluateConfig
 from grasp_lightning.config.method import (
     METHOD_OPTIONS,
     BudgetOptions,
@@ -52,7 +47,6 @@ from grasp_lightning.config.method import (
     MetricOptions,
     MlpChoice,
     PresetName,
-    RankChoice,
     Reduction,
     RefitChoice,
     RemovableChoice,
@@ -71,7 +65,6 @@ __all__ = [
     "CalibrationConfig",
     "CompensateConfig",
     "CompressConfig",
-    "CorpusWindows",
     "DampingOptions",
     "DistillationConfig",
     "Dtype",
@@ -95,9 +88,7 @@ __all__ = [
     "Objective",
     "OptimizerConfig",
     "PlanConfig",
-    "Precision",
     "PresetName",
-    "RankChoice",
     "Reduction",
     "RefitChoice",
     "RemovableChoice",

@@ -1,14 +1,9 @@
-"""Sections that several commands have: models, texts and the Trainer."""
+"""Sections of several commands: models, texts and the Trainer."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from grasp_lightning.config.values import (
-    Count,
-    PathName,
-    Range,
-    WindowLength,
-)
+from grasp_lightning.config.values import Count, PathName, Range, WindowLength
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Precision = Literal["32-true", "bf16-mixed"]
@@ -34,7 +29,7 @@ class ModelConfig:
         revision: Branch, tag or commit of a hub model.
         gguf_file: Name of a .gguf file inside the folder or hub repository ``path``.
         dtype: Floating point type of the weights; auto keeps the checkpoint's (GGUF: float32).
-        device: Device that holds the model: auto, cpu, cuda, cuda:1, ...
+        device: Device of the model: auto, cpu, cuda, cuda:1, ...
         trust_remote_code: Run model code that comes with the checkpoint.
     """
 
@@ -48,24 +43,23 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """The text that scores are measured on.
+    """Text on which scores are measured.
 
     Attributes:
-        source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file with ``path``; samples
-            with their answers: alpaca (hub), or instructions with ``path``; self: text that the
-            model writes. A list of these mixes them; the default is one, since what is calibrated
-            on one kind of text loses much on others.
-        path: A .txt, .jsonl or .parquet file for ``source: file``, a .jsonl, .json or .parquet
-            file for ``source: instructions``; a list has one for each of these, in their order.
-        weights: Share of windows that each source of a list gets, in any unit; None: equal shares.
-        rows: Rows of the file that are read, counted from 0, such as 0-259 or 260-; a list has one
-            range for each ``path``. None: all rows.
-        split: Part of the corpora; None takes each one's own part for calibration.
-        field: Column that holds the text of .jsonl and .parquet files of ``source: file``.
-        num_samples: Number of windows, of all sources together.
+        source: pydoc (embedded), wikitext2, c4, ptb (hub), file (see ``path``); with answers:
+            alpaca (hub), instructions (see ``path``); self: text written by the model. A list mixes
+            sources; the default is a list, since calibration on one kind of text hurts the others.
+        path: A .txt, .jsonl or .parquet file for ``source: file``, a .jsonl, .json or .parquet file
+            for ``source: instructions``; a list has one for each of these, in order.
+        weights: Share of windows per source of a list, in any unit; None: equal shares.
+        rows: Rows of the file to read, from 0, such as 0-259 or 260-; a list has one range per
+            ``path``. None: all rows.
+        split: Split of the corpora; None: the one each corpus has for calibration.
+        field: Text column of .jsonl and .parquet files, for ``source: file``.
+        num_samples: Number of windows, over all sources.
         seqlen: Tokens per window.
         batch_size: Windows per forward pass; changes speed and memory, never scores.
-        add_bos: Start every window with the tokenizer's beginning-of-sequence token.
+        add_bos: Start every window with the beginning-of-sequence token.
     """
 
     source: str | tuple[str, ...] = ("wikitext2", "c4", "self")
@@ -81,24 +75,33 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """The held-out text that perplexity is measured on, before and after.
+class CorpusSource:
+    """Where plain text comes from.
 
     Attributes:
-        source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file with ``path``.
+        source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file (see ``path``).
         path: A .txt, .jsonl or .parquet file for ``source: file``.
-        rows: Rows of the file that are read, counted from 0, such as 0-259 or 260-; None: all.
-        split: Part of the corpus; None takes the source's own held-out part.
-        field: Column that holds the text of .jsonl and .parquet files.
-        num_samples: Number of windows, from the start of the corpus; None takes all.
-        seqlen: Tokens per window.
-        batch_size: Windows per forward pass.
-        add_bos: Start every window with the tokenizer's beginning-of-sequence token.
-        tail: Keep or drop a last window that is shorter than ``seqlen``.
     """
 
     source: str = "wikitext2"
     path: PathName | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusWindows:
+    """How held-out text is cut into windows.
+
+    Attributes:
+        rows: Rows of the file to read, from 0, such as 0-259 or 260-; None: all.
+        split: Split of the corpus; None: its held-out one.
+        field: Text column of .jsonl and .parquet files.
+        num_samples: Number of windows, from the start of the corpus; None: all.
+        seqlen: Tokens per window.
+        batch_size: Windows per forward pass.
+        add_bos: Start every window with the beginning-of-sequence token.
+        tail: Keep or drop a last window shorter than ``seqlen``.
+    """
+
     rows: str | None = None
     split: str | None = None
     field: str = "text"
@@ -110,18 +113,22 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(CorpusWindows, CorpusSource):
+    """Held-out text on which perplexity is measured, before and after."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """How Lightning runs calibration and compensation.
 
     Attributes:
         accelerator: Lightning accelerator; auto follows ``model.device``.
-        devices: Number of devices per node.
+        devices: Devices per node.
         num_nodes: Number of nodes.
-        strategy: auto, ddp: a process per device, each with the whole model; fsdp: each with a
-            part of every weight; deepspeed_stage_1, _2, _3, _2_offload, _3_offload: compensation
-            alone.
+        strategy: auto, ddp: the whole model on each device; fsdp: a part of every weight on each;
+            deepspeed_stage_1, _2, _3, _2_offload, _3_offload: compensation only.
         precision: 32-true runs in the model's own dtype, bf16-mixed computes in bfloat16.
-        checkpoint_seconds: Seconds between saves of a running pass, for a killed run to go on from.
+        checkpoint_seconds: Seconds between checkpoints of a running pass, to resume after a kill.
     """
 
     accelerator: Literal["auto", "cpu", "cuda", "gpu"] = "auto"

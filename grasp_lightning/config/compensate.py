@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from grasp_lightning.config.common import EvaluationConfig, ModelConfig, TrainerConfig
+from grasp_lightning.config.common import CorpusSource, EvaluationConfig, ModelConfig, TrainerConfig
 from grasp_lightning.config.values import (
     BelowOne,
     Count,
@@ -24,14 +24,13 @@ LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """Low-rank adapters, which are merged into the weights at the end.
+    """Low-rank adapters, merged into the weights at the end.
 
     Attributes:
-        rank: Rank of each adapter; half the smaller side of a linear is the most it gets.
-        alpha: An adapter's product is scaled by alpha / rank.
-        dropout: Share of an adapter's inputs that is set to zero in training, in [0, 1).
-        targets: Names of linears, such as q_proj, or full module names; empty takes all linears of
-            the decoder layers.
+        rank: Rank of each adapter, at most half the smaller side of its linear.
+        alpha: The product of an adapter is scaled by alpha / rank.
+        dropout: Share of adapter inputs zeroed in training, in [0, 1).
+        targets: Names of linears, such as q_proj, or of modules; empty: all in the decoder layers.
     """
 
     rank: Count = 256
@@ -42,15 +41,15 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionConfig:
-    """Instructions with answers, as the Alpaca template presents them.
+    """Instructions with answers, in the Alpaca template.
 
     Attributes:
-        source: alpaca (hub), or file with ``path``.
+        source: alpaca (hub), or file (see ``path``).
         path: A .jsonl, .json or .parquet file with instruction, output and, optionally, input.
-        num_train: Number of samples to train on; None takes all that are not set aside.
-        num_validation: Number of samples set aside to validate on.
-        max_length: Most tokens of a sample; longer ones lose their end.
-        train_on_inputs: Learn the prompt, too, not the answer alone.
+        num_train: Number of training samples; None: all that are not set aside.
+        num_validation: Number of samples set aside for validation.
+        max_length: Maximum tokens of a sample; longer ones lose their end.
+        train_on_inputs: Learn the prompt, too, not only the answer.
         add_eos: End samples with the end-of-sequence token.
         add_bos: Start samples with the beginning-of-sequence token; None does as the tokenizer.
         order: shuffled, length_grouped (less padding) or packed (several samples per row, apart).
@@ -70,23 +69,19 @@ class InstructionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig:
+class TextConfig(CorpusSource):
     """Plain text, in windows of equal length.
 
     Attributes:
-        source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file with ``path``.
-        path: A .txt, .jsonl or .parquet file for ``source: file``.
-        split: Part of the corpus; None takes the source's own part for calibration.
-        field: Column that holds the text of .jsonl and .parquet files.
-        num_samples: Number of windows to train on.
-        num_validation: Number of other windows to validate on.
+        split: Split of the corpus; None: the one it has for calibration.
+        field: Text column of .jsonl and .parquet files.
+        num_samples: Number of training windows.
+        num_validation: Number of other windows, for validation.
         seqlen: Tokens per window.
-        add_bos: Start every window with the tokenizer's beginning-of-sequence token.
+        add_bos: Start every window with the beginning-of-sequence token.
         licence: Licence of a local file, for the model card.
     """
 
-    source: str = "wikitext2"
-    path: PathName | None = None
     split: str | None = None
     field: str = "text"
     num_samples: Count = 512
@@ -98,14 +93,14 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """Learning from the distribution that a teacher gives, beside the text itself.
+    """Learning from the output distribution of a teacher, along with the text itself.
 
     Attributes:
         teacher: The dense model: a folder, hub name, .gguf file, or the alias ``smollm2``.
         data: What both models read: instruction (section ``data``) or text (section ``text``).
-        temperature: Both distributions are taken at this temperature, above 0.
+        temperature: Softmax temperature of both distributions, above 0.
         mix: Share of the teacher in the loss, in (0, 1]; the rest is the usual cross-entropy.
-        device: Where the teacher is held: auto (beside the model), or another device, such as cpu.
+        device: Device of the teacher: auto (the model's), or another one, such as cpu.
     """
 
     teacher: PathName | None = None
@@ -120,14 +115,14 @@ class OptimizerConfig:
     """AdamW and its learning rate.
 
     Attributes:
-        learning_rate: Highest learning rate.
-        weight_decay: Decoupled decay of all trained parameters.
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled weight decay of all trained parameters.
         beta1: Decay of the mean of gradients.
         beta2: Decay of the mean of squared gradients.
         epsilon: Added to the root of that mean.
-        schedule: How the learning rate falls after the warm-up: constant, linear or cosine to 0.
-        warmup_steps: Optimizer steps over which the learning rate rises from 0.
-        gradient_clip: Largest norm of all gradients together; None does not clip.
+        schedule: Learning rate after the warm-up: constant, linear or cosine to 0.
+        warmup_steps: Optimizer steps in which the learning rate rises from 0.
+        gradient_clip: Maximum norm of all gradients together; None: no clipping.
     """
 
     learning_rate: Share = 3e-4
@@ -145,14 +140,14 @@ class TrainingConfig:
     """How long to train, in which steps, and what to keep.
 
     Attributes:
-        epochs: How often each sample is seen.
-        max_steps: Most optimizer steps; None leaves it to ``epochs``.
+        epochs: Passes over the samples.
+        max_steps: Maximum optimizer steps; None: ``epochs`` decides.
         batch_size: Rows per optimizer step.
         micro_batch_size: Rows per forward pass; changes memory and speed, not what is learned.
-        validate_every: Optimizer steps between validations; None validates before and after only.
-        patience: End after so many validations without a lower loss; None goes on.
-        keep: Weights to keep: last, or best (lowest loss of those that were validated).
-        gradient_checkpointing: Compute activations again in the backward pass to save memory.
+        validate_every: Optimizer steps between validations; None: only before and after.
+        patience: Stop after this many validations without a lower loss; None: never.
+        keep: Weights to keep: last, or best (lowest validation loss).
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
     """
 
     epochs: Count = 1
@@ -167,7 +162,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggersConfig:
-    """Where losses are logged, beside the CSV file in ``logs``.
+    """Where losses are logged, besides the CSV file in ``logs``.
 
     Attributes:
         tensorboard: Write TensorBoard files into ``logs``; needs the extra ``tensorboard``.
@@ -183,15 +178,14 @@ class CompensateConfig:
     """Everything that ``compensate`` reads.
 
     Attributes:
-        output_dir: Run folder that is written.
+        output_dir: Run folder to write.
         overwrite: Delete what an earlier run wrote there.
         seed: Seed of validation split, order, adapters and dropout.
         preset: Named set of defaults: paper, the settings of arXiv:2501.00339, Table 6.
-        train: What is trained: lora (adapters on all linears), factors (the low-rank factors of
-            replaced layers, and narrowed linears, themselves), or lora_on_factors (adapters on
-            these alone).
-        objective: What is learned: instruction, text, or distill (a teacher's distribution).
-        push_to_hub: Name of a hub repository that the finished model is uploaded to.
+        train: What to train: lora (adapters on all linears), factors (low-rank factors and narrowed
+            linears), or lora_on_factors (adapters on these only).
+        objective: What to learn: instruction, text, or distill (a teacher's distribution).
+        push_to_hub: Hub repository to upload the finished model to.
         model: The compressed model.
         lora: Adapters.
         data: Instructions to learn.
@@ -199,7 +193,7 @@ class CompensateConfig:
         distillation: The teacher.
         optimizer: AdamW and its learning rate.
         training: Steps, batches, and what to keep.
-        evaluation: Held-out text that perplexity is measured on, before and after.
+        evaluation: Held-out text for perplexity, before and after.
         trainer: Lightning settings.
         loggers: Where losses are logged.
     """

@@ -17,7 +17,7 @@ from grasp_lightning.errors import ConfigError
 
 
 def check_settings(config: CompensateConfig) -> None:
-    """Refuse numbers that are out of range, and keys that contradict others or have no effect."""
+    """Refuse numbers out of range, and keys that contradict others or have no effect."""
     check_values(config)
     _refuse_ignored(config)
     _check_validation(config)
@@ -25,14 +25,13 @@ def check_settings(config: CompensateConfig) -> None:
 
 
 def uses_instructions(config: CompensateConfig) -> bool:
-    """Return whether the model is trained on instructions, and not on plain text."""
+    """Return whether the model is trained on instructions, not on plain text."""
     if config.objective == "distill":
         return config.distillation.data == "instruction"
     return config.objective == "instruction"
 
 
 def _refuse_ignored(config: CompensateConfig) -> None:
-    """Refuse keys of a section that the run does not read."""
     reads_instructions = uses_instructions(config)
     unread: list[tuple[str, Any, str]] = []  # Any: a section
     if config.train == "factors":

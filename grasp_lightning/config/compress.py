@@ -18,14 +18,13 @@ class StatisticsConfig:
     """What grasp_plus and low_rank measure.
 
     Attributes:
-        max_memory: GB that Gram matrices may take, and then hidden states of a refit; more are
-            measured in several passes, some layers each, or kept in files.
-        store: Keep Gram matrices in the run folder, so that ``from_scores`` can cut at another
-            ratio.
-        measured_windows: Held-out windows on which each cut is measured by itself, for comparison
-            with what curvature predicts; 0 measures none.
-        priced_windows: Calibration windows on which the removal of each layer and block is priced,
-            if ``method.removable`` lets them go.
+        max_memory: GB for Gram matrices, then for hidden states of a refit; beyond it, layers are
+            measured in several passes, or hidden states are kept in files.
+        store: Keep Gram matrices in the run folder: ``from_scores`` can then cut at another ratio.
+        measured_windows: Held-out windows to measure each cut on by itself, for comparison with the
+            prediction of curvature; 0: none.
+        priced_windows: Calibration windows to price the removal of each layer and block on, if
+            ``method.removable`` allows it.
     """
 
     max_memory: Positive = 8.0
@@ -36,16 +35,16 @@ class StatisticsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig:
-    """Everything that ``compress`` reads, and ``plan`` with it.
+    """Everything that ``compress`` and ``plan`` read.
 
     Attributes:
-        output_dir: Run folder that is written; ``plan`` needs none.
+        output_dir: Run folder to write; ``plan`` needs none.
         overwrite: Delete what an earlier run wrote there.
         seed: Seed of the choice of calibration windows.
         from_scores: Run folder whose stored scores are cut again, without a pass over the data;
-            its configuration is taken where no key is set.
+            keys that are not set are taken from its configuration.
         model: Which model.
-        method: What is removed.
+        method: What to remove.
         calibration: Text to measure on.
         evaluation: Held-out text.
         trainer: Lightning settings.
@@ -66,10 +65,10 @@ class CompressConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(CompressConfig):
-    """Everything that ``plan`` reads: what ``compress`` does, and a compensation after it.
+    """Everything that ``plan`` reads: what ``compress`` does, and a later compensation.
 
     Attributes:
-        compensate: YAML file of ``compensate``, whose memory is told; None takes the defaults.
+        compensate: YAML file of ``compensate``, whose memory is predicted; None: the defaults.
     """
 
     compensate: PathName | None = None
@@ -81,8 +80,8 @@ class ExportConfig:
 
     Attributes:
         model: Folder of a compressed model, such as ``runs/x/model``.
-        format: Shape of the copy; dense multiplies the factors back into ordinary weights.
-        output_dir: Run folder that is written; the copy is in its folder ``model``.
+        format: Format of the copy; dense multiplies the factors back into ordinary weights.
+        output_dir: Run folder to write; the copy is in its folder ``model``.
         overwrite: Delete what an earlier run wrote there.
     """
 

@@ -1,6 +1,7 @@
-"""Options of compression methods: every key stands once, in options that several methods may read.
+"""Options of the methods: each key is declared once, in options that several methods may read.
 
-Unset keys are None: presets and defaults of a method fill them in. ``MethodConfig`` is all of them.
+Unset keys are None; presets and the defaults of a method fill them in. ``MethodConfig`` has all
+keys.
 """
 
 from collections.abc import Mapping
@@ -27,14 +28,13 @@ class MethodOptions:
     """Which method, on which layers: what every method reads.
 
     Attributes:
-        name: Compression method: grasp_plus, ranks and channels by loss curvature under one budget;
-            grasp, the paper's; low_rank, parts or a preset of one's own choice; drop, deletion of
-            layers; or the name of one that another installed package adds.
-        layer_metric: How redundant layers are found when ``num_layers`` is given.
+        name: grasp_plus, ranks and channels by loss curvature under one budget; grasp, the paper's;
+            low_rank, parts or a preset of your choice; drop, deletion of layers; or a method of
+            another installed package.
+        layer_metric: How to find redundant layers when ``num_layers`` is given.
         num_layers: Number of decoder layers to replace or delete.
-        layers: Explicit indices of decoder layers instead of ``num_layers``.
-        removed_ratio: Share of all the model's parameters to remove, instead of one of
-            ``num_layers`` and ``keep_ratio``.
+        layers: Indices of decoder layers, instead of ``num_layers``.
+        removed_ratio: Share of all parameters to remove; replaces ``num_layers`` or ``keep_ratio``.
     """
 
     name: str = "grasp_plus"
@@ -50,7 +50,8 @@ class KeepOptions:
 
     Attributes:
         keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1), where 0
-            deletes the layers; under a global budget, of the parameters of all linears together.
+            deletes the layers; under a global budget, share of the parameters of all linears
+            together.
     """
 
     keep_ratio: float | None = None
@@ -58,10 +59,10 @@ class KeepOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PresetOptions:
-    """Options that have a name together.
+    """Sets of options under one name.
 
     Attributes:
-        preset: Named set of options of grasp or low_rank; it fills only keys that are not set.
+        preset: Named set of options of grasp or low_rank; fills only keys that are not set.
     """
 
     preset: PresetName | None = None
@@ -72,8 +73,8 @@ class GradientOptions:
     """How gradients of components become scores.
 
     Attributes:
-        terms: Parameters of a component that are scored: all of u, s, v, or s alone.
-        reduction: How per-window scores are combined.
+        terms: Scored parameters of a component: full (u, s and v) or sigma (s alone).
+        reduction: How to combine the scores of the windows.
     """
 
     terms: Terms | None = None
@@ -85,12 +86,12 @@ class GraspOptions(GradientOptions, PresetOptions, KeepOptions, MethodOptions):
     """What grasp reads.
 
     Attributes:
-        score: taylor multiplies each gradient with its parameter, gradient does not, magnitude
-            takes the singular values alone.
-        schedule: one_shot scores all chosen layers in one pass; iterative replaces the last layer
-            first, its MLP before its attention, and scores each with what is above replaced.
-        score_all_layers: Score the components of all layers, so that ``from_scores`` can choose
-            any of them later; one_shot only.
+        score: taylor multiplies each gradient by its parameter, gradient does not, magnitude takes
+            only the singular values.
+        schedule: one_shot scores all chosen layers in one pass; iterative goes from the last layer
+            down, MLP before attention, and scores each with those above replaced.
+        score_all_layers: Score all layers, so that ``from_scores`` can choose any of them later;
+            one_shot only.
     """
 
     score: Score | None = None
@@ -103,8 +104,8 @@ class DampingOptions:
     """What keeps a metric from being singular.
 
     Attributes:
-        gradient_damping: Share of its mean diagonal that is added to the Gram matrix of gradients,
-            at most 100.
+        gradient_damping: Share of the mean diagonal to add to the Gram matrix of gradients, at most
+            100.
         input_damping: The same for the Gram matrix of inputs.
     """
 
@@ -114,14 +115,14 @@ class DampingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricOptions(DampingOptions):
-    """How large a change of a weight counts.
+    """How the change of a weight is measured.
 
     Attributes:
         weighting: Metric of the decompositions of low_rank and grasp_plus: none, fisher_rows
             (FWSVD), scale_columns (ASVD), input_gram (SVD-LLM), or kfac, the curvature of the loss.
-        fisher: Whose gradients make the curvature of kfac: sampled, random ones with the covariance
-            of labels drawn from the model's own predictions, which is the Fisher information;
-            empirical, those of the text's own labels.
+        fisher: Gradients for the curvature of kfac: sampled, random ones with the covariance of
+            labels drawn from the model's predictions (Fisher information); empirical, those of the
+            text's labels.
     """
 
     weighting: Weighting | None = None
@@ -133,11 +134,11 @@ class BudgetOptions:
     """What one budget is spent on.
 
     Attributes:
-        mlp: Under a global budget, what MLPs become: factors, like all other matrices, or MLPs with
-            fewer channels, where those that cost the loss least go.
-        removable: Under a global budget, what may go as a whole where its measured price is lower
-            than that of cutting it: nothing, layers, or layers and the attention and MLP blocks in
-            them. It needs weighting kfac, whose losses are in the unit of the price.
+        mlp: Under a global budget, turn MLPs into factors, like other matrices, or into narrower
+            MLPs without the channels that cost the loss least.
+        removable: Under a global budget, what may be removed as a whole where that costs less than
+            cutting: nothing, layers, or layers and their attention and MLP blocks. Needs weighting
+            kfac, whose losses have the unit of the price.
         multiple_of: Ranks and numbers of channels are multiples of this number.
     """
 
@@ -153,9 +154,9 @@ class LowRankOptions(BudgetOptions, MetricOptions, PresetOptions, KeepOptions, M
     Attributes:
         ranks: uniform: one keep ratio for all matrices; global: the budget is spent where it hurts
             least.
-        refit: Fit what was cut once more, in the order of the layers, on what it receives in the
-            compressed model: prefix, to what the dense linear gives in the dense model; residual,
-            to what the residual stream lacks.
+        refit: Fit what was cut again, layer by layer, on its inputs in the compressed model:
+            prefix, to the output of the dense linear in the dense model; residual, to what the
+            residual stream lacks.
     """
 
     ranks: RankChoice | None = None
@@ -164,7 +165,7 @@ class LowRankOptions(BudgetOptions, MetricOptions, PresetOptions, KeepOptions, M
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(LowRankOptions, GraspOptions):
-    """What is removed, and how it is chosen: the keys of all methods."""
+    """What to remove and how to choose it: the keys of all methods."""
 
 
 METHOD_OPTIONS: Final[Mapping[str, type[MethodOptions]]] = MappingProxyType(

@@ -5,7 +5,6 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -13,15 +12,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from jsonargparse import ArgumentError, ArgumentParser
 
 from grasp_lightning.config.compress import CompressConfig
-from grasp_lightning.config.method import (
-    METHOD_OPTIONS,
-    KeepOptions,
-    MethodConfig,
-    MethodOptions,
-)
+from grasp_lightning.config.method import METHOD_OPTIONS, KeepOptions, MethodConfig, MethodOptions
 from grasp_lightning.config.values import check_values
 from grasp_lightning.errors import ConfigError
-from grasp_lightning.reading.text import is_there, one_line, read_yaml, user_path
+from grasp_lightning.reading.text import is_there, one_line, user_path
+from grasp_lightning.reading.typed import to_plain
+from grasp_lightning.reading.yaml_text import read_yaml
 
 C = TypeVar("C")
 _PARSER_OPTIONS = ("config", "help", "print_config")
@@ -36,18 +32,10 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "tru
 def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
     """Return the configuration that YAML files and flags describe; later ones win.
 
-    ``--help`` and ``--print_config`` print and end the program with code 0.
-
-    Args:
-        config_type: Frozen dataclass of the command.
-        prog: How the command is called, for the help text.
-        argv: Command line after the command's name.
-
-    Returns:
-        An instance of ``config_type``.
+    ``--help`` and ``--print_config`` print and exit with code 0.
 
     Raises:
-        ConfigError: If a key or value is wrong: file or command line, key, and what is allowed.
+        ConfigError: If a key or value is wrong, with its source and what is allowed.
     """
     _refuse_long(argv)
     schema = dict(_leaves(config_type))
@@ -64,35 +52,20 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
     except (ArgumentError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(_explain(str(error), schema, flags, contents)) from error
     _refuse_nulls(parsed, schema)
-    values = {
-        field.name: parsed[field.name] for field in dataclasses.fields(_as_dataclass(config_type))
-    }
-    config = config_type(**values)
+    config = config_type(**{name: parsed[name] for name in get_type_hints(config_type)})
     check_values(config)
     return config
 
 
 def with_run_config(argv: Sequence[str]) -> list[str]:
-    """Let ``--from_scores RUN`` begin with the configuration of that run; all else overrides it.
+    """Put the config.yaml of ``--from_scores RUN`` in front of a command line, which overrides it.
 
-    A method or preset that is asked for has parts of its own. It takes over which layers and how
-    much of them, as far as it reads that.
-
-    Args:
-        argv: Command line after the command's name.
-
-    Returns:
-        The command line, with the run's config.yaml in front.
+    A newly requested method or preset only takes over which layers to cut, and how much of them.
 
     Raises:
-        ConfigError: If the run has none.
+        ConfigError: If the run has no config.yaml.
     """
-    folders = []
-    for position, word in enumerate(argv):
-        if word.startswith("--from_scores="):
-            folders.append(word.partition("=")[2])
-        elif word == "--from_scores":
-            folders += argv[position + 1 : position + 2]
+    folders = _given(argv, "--from_scores")
     for folder in folders:
         if not (user_path(folder, "from_scores", ConfigError) / "config.yaml").is_file():
             raise ConfigError(
@@ -101,61 +74,49 @@ def with_run_config(argv: Sequence[str]) -> list[str]:
     begin = [f"--config={Path(folder) / 'config.yaml'}" for folder in folders]
     asked = _asked_method(argv)
     if begin and asked:
-        read = {*_keys(MethodOptions), *_keys(KeepOptions)}
-        read &= {*_keys(METHOD_OPTIONS.get(asked.get("name", ""), MethodConfig))}
-        begin += [f"--method.{key}=null" for key in _keys(MethodConfig) if key not in read]
+        read = {*get_type_hints(MethodOptions), *get_type_hints(KeepOptions)}
+        read &= get_type_hints(METHOD_OPTIONS.get(asked.get("name", ""), MethodConfig)).keys()
+        unread = [key for key in get_type_hints(MethodConfig) if key not in read]
+        begin += [f"--method.{key}=null" for key in unread]
     return [*begin, *argv]
 
 
 def _asked_method(argv: Sequence[str]) -> dict[str, str]:
-    """Return the method and preset that files and flags ask for, as far as they do."""
+    """Return the method and preset that files and flags set, if any."""
     asked: dict[str, str] = {}
     for file in _config_files(argv):
         section = _read_yaml(file, CompressConfig).get("method", {})
         asked |= {key: str(section[key]) for key in ("name", "preset") if key in section}
-    for word, following in pairwise([*argv, ""]):
-        key, equals, value = word.partition("=")
-        if key in ("--method.name", "--method.preset"):
-            asked[key.removeprefix("--method.")] = value if equals else following
+    for key in ("name", "preset"):
+        if values := _given(argv, f"--method.{key}"):
+            asked[key] = values[-1]
     return asked
 
 
-def _keys(options: type) -> list[str]:
-    return list(get_type_hints(options))
+def _given(argv: Sequence[str], option: str) -> list[str]:
+    """Return the values of an option, as ``--key value`` or ``--key=value``."""
+    values: list[str] = []
+    for position, word in enumerate(argv):
+        key, equals, value = word.partition("=")
+        if key == option:
+            values += [value] if equals else argv[position + 1 : position + 2]
+    return values
 
 
 def to_dict(config: object) -> dict[str, Any]:  # Any: values of YAML
-    """Return a configuration as nested plain values that YAML and JSON can hold.
-
-    Args:
-        config: A dataclass instance.
-
-    Returns:
-        Nested dicts, lists, and scalars.
-    """
-
-    def plain(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-    return {key: plain(value) for key, value in dataclasses.asdict(_as_dataclass(config)).items()}
+    """Return a configuration as nested dicts, lists and scalars for YAML and JSON."""
+    content: dict[str, Any] = to_plain(config)
+    return content
 
 
 def _refuse_long(argv: Sequence[str]) -> None:
-    """Refuse words that no one writes: the parser's reader of YAML, in C, recurses to its death."""
+    """Refuse huge words: the parser's YAML reader, in C, would recurse until it crashes."""
     for word in argv:
         if len(word) > _MAX_LENGTH:
             raise ConfigError(
                 f"command line: {word[:20]!r}... has {len(word)} characters, expected at most "
                 f"{_MAX_LENGTH}; put long lists into a --config file"
             )
-
-
-def _as_dataclass(config: Any) -> Any:  # noqa: ANN401  "is a dataclass" is no type
-    if not dataclasses.is_dataclass(config):
-        raise TypeError(f"expected a dataclass, got {config!r}")
-    return config
 
 
 def _leaves(config_type: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -194,11 +155,12 @@ def _with_lists(argv: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
         if key not in collected:
             result.append(f"--{key}=")
         collected.setdefault(key, []).extend(_split_names(text))
-    return [_as_list(word, collected) for word in result]
+    lists = {f"--{key}=": f"--{key}={json.dumps(names)}" for key, names in collected.items()}
+    return [lists.get(word, word) for word in result]
 
 
 def _with_bracketed_names(word: str, schema: Mapping[str, Any]) -> str:
-    """Let ``--calibration.source=[a,b]`` be a list, where the key takes one name as well."""
+    """Let ``--calibration.source=[a,b]`` be a list, for keys that take one name or several."""
     key, _, text = word.removeprefix("--").partition("=")
     takes_both = word.startswith("--") and _NAMES in get_args(schema.get(key))
     if takes_both and text.startswith("[") and text.endswith("]") and not is_there(text):
@@ -207,34 +169,21 @@ def _with_bracketed_names(word: str, schema: Mapping[str, Any]) -> str:
 
 
 def _split_names(text: str) -> list[str]:
-    """Return the names in ``a,b``, or in a list as YAML writes it."""
+    """Return the names in ``a,b`` or in a YAML list."""
     if is_there(text):  # a path may hold a comma
         return [text] if text else []
     bare = text.removeprefix("[").removesuffix("]") if text.startswith("[") else text
     return [name.strip(" \"'") for name in bare.split(",") if name.strip()]
 
 
-def _as_list(word: str, collected: Mapping[str, Sequence[str]]) -> str:
-    key = word.removeprefix("--").removesuffix("=")
-    if word != f"--{key}=" or key not in collected:
-        return word
-    return f"--{key}={json.dumps(list(collected[key]))}"
-
-
 def _config_files(argv: Sequence[str]) -> list[str]:
-    files = []
-    for position, word in enumerate(argv):
-        if word.startswith("--config="):
-            files.append(word.removeprefix("--config="))
-        elif word == "--config":
-            if position + 1 >= len(argv):
-                raise ConfigError("--config needs the path of a YAML file")
-            files.append(argv[position + 1])
-    return files
+    if argv[-1:] == ["--config"]:
+        raise ConfigError("--config needs the path of a YAML file")
+    return _given(argv, "--config")
 
 
 def _flags(argv: Sequence[str], schema: Mapping[str, Any]) -> set[str]:
-    """Return the keys given on the command line, after checking that they exist."""
+    """Return the keys on the command line; refuse unknown ones."""
     words = [word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")]
     for key in words:
         if key not in schema and key not in _PARSER_OPTIONS:
@@ -277,7 +226,7 @@ def _check_keys(
 
 
 def _allowed(key: str, schema: Mapping[str, Any]) -> str:
-    """Return what could have been meant by an unknown key."""
+    """Return what an unknown key may have meant, and the allowed ones."""
     section = key.rpartition(".")[0]
     siblings = [k for k in schema if section and k.rpartition(".")[0] == section]
     names = siblings or sorted({k.partition(".")[0] for k in schema})
@@ -287,7 +236,7 @@ def _allowed(key: str, schema: Mapping[str, Any]) -> str:
 
 
 def _refuse_nulls(parsed: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
-    """The parser lets null through for every key; here only where the type allows it."""
+    """Refuse null where the type does not allow it: the parser always does."""
     for key, kind in schema.items():
         value: Any = parsed
         for part in key.split("."):

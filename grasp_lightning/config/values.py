@@ -1,4 +1,4 @@
-"""What a value of the configuration may be, declared once at its key and checked in one place."""
+"""Allowed values, declared at each key of the configuration and checked in one place."""
 
 import math
 from collections.abc import Iterator
@@ -15,15 +15,7 @@ _MOST = 2**31 - 1  # of a count whose key declares no other bound
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Numbers that a key takes; the parser shows it in the help of a command.
-
-    Attributes:
-        at_least: Lowest number.
-        above: A number below all of them.
-        at_most: Highest number.
-        below: A number above all of them.
-        claim: What is said of a negative number that is none of them; None says the bounds.
-    """
+    """Numbers that a key takes, shown in ``--help``; ``claim`` describes negative ones outside."""
 
     at_least: float | None = None
     above: float | None = None
@@ -32,7 +24,7 @@ class Range:
     claim: str | None = None
 
     def __contains__(self, value: float) -> bool:
-        """Tell whether a number is one of them; NaN never is."""
+        """Return whether a number is in the range; NaN never is."""
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
@@ -55,7 +47,7 @@ class Range:
 
 @dataclass(frozen=True)
 class _Path:
-    """Marks a text that may name a file or a folder."""
+    """Marks a text that may be the path of a file or a folder."""
 
     def __repr__(self) -> str:
         """Return what the help of a command shows."""
@@ -77,15 +69,11 @@ Seed = Annotated[int, Range(at_least=0, at_most=2**63 - 1)]
 def check_values(config: Any, prefix: str = "") -> None:  # noqa: ANN401  a dataclass is no type
     """Refuse values that no command can use, whatever the other keys say.
 
-    Numbers are finite, in the range that their key declares, and of a size that counts have. A text
-    has no NUL byte, and a path is one that a file can have.
-
-    Args:
-        config: A configuration, or one section of it.
-        prefix: What stands before the keys of the section in messages, such as ``method.``.
+    Numbers must be finite, in the range of their key, and not absurdly large; texts UTF-8 without
+    NUL bytes; paths possible file names. ``prefix`` goes before the keys in messages.
 
     Raises:
-        ConfigError: Naming the key, what was expected, and what came.
+        ConfigError: With the key, what was expected, and what came.
     """
     hints = get_type_hints(type(config), include_extras=True)
     for field in fields(config):
@@ -110,7 +98,7 @@ def _shown(value: object) -> str:
 
 
 def _marks(kind: Any) -> Iterator[object]:  # noqa: ANN401  a type annotation
-    """Yield what an annotation declares, also of the parts of a union or list."""
+    """Yield the declarations in an annotation, including the parts of a union or list."""
     if get_origin(kind) is Annotated:
         yield from kind.__metadata__
     for part in get_args(kind):
@@ -118,7 +106,7 @@ def _marks(kind: Any) -> Iterator[object]:  # noqa: ANN401  a type annotation
 
 
 def _refusal(value: object, key: str, marks: list[object]) -> str | None:
-    """Return what is to be said of a value; None if it is good."""
+    """Return what is wrong with a value, None if nothing is."""
     if isinstance(value, str):
         return _text_refusal(value, key, marks)
     if isinstance(value, bool) or not isinstance(value, int | float):

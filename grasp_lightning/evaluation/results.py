@@ -8,7 +8,7 @@ from typing import Any
 from grasp_lightning.evaluation.cost import ModelCost
 from grasp_lightning.evaluation.paired import Estimate, mean_of, paired_difference
 from grasp_lightning.evaluation.task_results import TaskResult, TaskRun
-from grasp_lightning.reading.plain import to_plain
+from grasp_lightning.reading.typed import to_plain
 
 PAPER_SEVEN = (
     "openbookqa",

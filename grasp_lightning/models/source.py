@@ -14,7 +14,8 @@ from grasp_lightning.errors import ConfigError, DataError, ModelError
 from grasp_lightning.models import gguf
 from grasp_lightning.models.side_files import is_licence, side_files
 from grasp_lightning.models.weight_files import weight_files
-from grasp_lightning.reading.text import parse_yaml, user_path
+from grasp_lightning.reading.text import user_path
+from grasp_lightning.reading.yaml_text import parse_yaml
 
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*(?:\n|\Z)", re.DOTALL)
 _MAX_QUOTED = 300  # characters of a foreign error message

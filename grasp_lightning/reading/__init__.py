@@ -1,1 +1,1 @@
-"""Reads what a user gave: one function for each kind of file, whose every error is one line."""
+"""Reads files of the user: one function for each format, whose every error is one line."""

@@ -1,7 +1,6 @@
-"""Files of tensors that a user gave, or an earlier run left; whatever is wrong is one line.
+"""Tensor files from the user or an earlier run; whatever is wrong with them is one line.
 
-Every function takes ``raises``, the class of ``errors`` to raise; ``what``, which messages call the
-file (its path, if None); and ``advice``, what to do, for the end of the message.
+For the arguments, see ``text``.
 """
 
 import pickle
@@ -61,7 +60,7 @@ def read_metadata(
 def open_tensors(
     path: Path, raises: type[GraspError] = PlanError, what: str | None = None, advice: str = ""
 ) -> Iterator[Any]:  # Any: safe_open has no public type
-    """Open a safetensors file, to read some of its tensors; errors of these are told alike."""
+    """Open a safetensors file, to read some of its tensors; errors while reading are told alike."""
     with _damage(path, raises, what, advice):
         content = safe_open(path, framework="pt")
     with content:
@@ -74,7 +73,7 @@ def open_tensors(
 def read_checkpoint(
     path: Path, raises: type[GraspError] = PlanError, what: str | None = None, advice: str = ""
 ) -> Any:  # noqa: ANN401  whatever was saved
-    """Return what ``torch.save`` wrote, on the CPU; nothing of it is executed."""
+    """Return what ``torch.save`` wrote, on the CPU, without executing any of it."""
     with _damage(path, raises, what, advice):
         return _unpickled(path)
 
@@ -82,7 +81,7 @@ def read_checkpoint(
 def read_shapes(
     path: Path, raises: type[GraspError] = PlanError, what: str | None = None, advice: str = ""
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a safetensors file, or of what ``torch.save`` wrote."""
+    """Return the shape of every tensor in a safetensors file or a ``torch.save`` file."""
     if path.suffix == ".safetensors":
         with open_tensors(path, raises, what, advice) as content:
             return {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118  no mapping
@@ -100,7 +99,7 @@ def _unpickled(path: Path, *, mmap: bool = False) -> Any:  # noqa: ANN401  whate
 
 @contextmanager
 def _damage(path: Path, raises: type[GraspError], what: str | None, advice: str) -> Iterator[None]:
-    """Tell a file that the library refuses in one line."""
+    """Turn errors of the libraries into one line."""
     check_file(path, raises, what, advice)
     try:
         yield

@@ -1,47 +1,27 @@
-"""Paths, text, YAML and JSON that a user gave; whatever is wrong with them is one line.
+"""Paths, text and JSON from the user; whatever is wrong with them is one line.
 
-Every function takes ``raises``, the class of ``errors`` to raise; ``what``, which messages call the
-thing that is read (its path, if None); and ``advice``, what to do, for the end of the message. No
-torch here.
+Arguments: ``raises``, the class of ``errors`` to raise; ``what``, the file's name in messages
+(None: its path); ``advice``, what to do, for the end of the message. No torch and no YAML here.
 """
 
 import errno
 import json
 import stat
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
-
-import yaml
-from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from grasp_lightning.errors import DataError, GraspError
 
 _MAX_BYTES = 2**28  # of a YAML or JSON file; the largest plans have some megabytes
-_MAX_DEPTH = 100  # levels of a YAML file
-_MAX_NODES = 100_000  # of a YAML file, each alias counted as often as it is used
-_MAX_BITS = 1024  # of a whole number in a YAML file
 _MAX_QUOTED = 200  # characters of a library's message
 _CONVERT = "convert it to UTF-8"
-_TEXT_TAG, _MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
-)
-
-# What PyYAML raises beside its own errors: impossible dates, integers of thousands of digits, tags
-# that do not fit their text, nesting.
-_YAML_ERRORS = (
-    yaml.YAMLError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    OverflowError,
-    RecursionError,
 )
 
 
@@ -57,7 +37,7 @@ def told(what: object, reason: str, advice: str = "") -> str:
 
 
 def user_path(text: str, key: str, raises: type[GraspError] = DataError) -> Path:
-    """Return the path that a key names, ``~`` expanded; refuse what can be no file's name."""
+    """Return the path that a key names, ``~`` expanded; refuse what no file can be called."""
     try:
         path = Path(text).expanduser()
         path.stat()
@@ -73,7 +53,7 @@ def user_path(text: str, key: str, raises: type[GraspError] = DataError) -> Path
 
 
 def is_there(text: str) -> bool:
-    """Tell whether a text names something that exists; a text that is no path names nothing."""
+    """Return whether a text is the path of something that exists."""
     try:
         Path(text).stat()
     except (OSError, ValueError):
@@ -84,7 +64,7 @@ def is_there(text: str) -> bool:
 def check_file(
     path: Path, raises: type[GraspError] = DataError, what: str | None = None, advice: str = ""
 ) -> None:
-    """Refuse what is no regular file: nobody waits for a FIFO, or reads a device without end."""
+    """Refuse anything but a regular file: reading a FIFO or a device might never end."""
     what = what or str(path)
     try:
         mode = path.stat().st_mode
@@ -105,7 +85,7 @@ def read_text(
     advice: str = "",
     encoding: str = "utf-8",
 ) -> str:
-    """Return the text of a file; utf-8-sig leaves out the byte-order mark of some editors."""
+    """Return the text of a file; utf-8-sig drops the byte-order mark of some editors."""
     what = what or str(path)
     check_file(path, raises, what, advice)
     try:
@@ -117,18 +97,29 @@ def read_text(
         raise raises(told(what, f"cannot be read: {_reason(error)}", advice)) from error
 
 
+def read_small(
+    path: Path, raises: type[GraspError] = DataError, what: str | None = None, advice: str = ""
+) -> str:
+    """Return the text of a YAML or JSON file, which may not be huge."""
+    what = what or str(path)
+    check_file(path, raises, what, advice)
+    if path.stat().st_size > _MAX_BYTES:
+        raise raises(told(what, f"has more than {_MAX_BYTES // 2**20} MB", advice))
+    return read_text(path, raises, what, advice)
+
+
 def read_json(
     path: Path, raises: type[GraspError] = DataError, what: str | None = None, advice: str = ""
 ) -> Any:  # noqa: ANN401  parsed JSON
     """Return the content of a JSON file, see ``parse_json``."""
-    text = _read_small(path, raises, what, advice)
+    text = read_small(path, raises, what, advice)
     return parse_json(text, what or str(path), raises, advice)
 
 
 def read_json_lines(
     path: Path, raises: type[GraspError] = DataError, advice: str = "expected one object per line"
 ) -> Iterator[tuple[int, Any]]:  # Any: parsed JSON
-    """Yield the number, from 1, and the content of every line that is not blank."""
+    """Yield number (from 1) and content of every line that is not blank."""
     check_file(path, raises)
     try:
         # The file is split at line feeds only: JSON strings may hold other separators unescaped.
@@ -151,7 +142,7 @@ def parse_json(
     *,
     is_strict: bool = True,
 ) -> Any:  # noqa: ANN401  parsed JSON
-    """Return the content of a JSON text; only data of others may hold NaN and Infinity."""
+    """Return the content of a JSON text; NaN and Infinity only pass if not ``is_strict``."""
     try:
         return json.loads(text, parse_constant=_refuse_constant if is_strict else None)
     except json.JSONDecodeError as error:
@@ -159,108 +150,6 @@ def parse_json(
         raise raises(told(what, f"is not JSON ({error.msg}{place})", advice)) from error
     except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
         raise raises(told(what, f"is not JSON ({one_line(error)})", advice)) from error
-
-
-def read_yaml(
-    path: Path, raises: type[GraspError] = DataError, what: str | None = None, advice: str = ""
-) -> Any:  # noqa: ANN401  parsed YAML
-    """Return the content of a YAML file, see ``parse_yaml``."""
-    text = _read_small(path, raises, what, advice)
-    return parse_yaml(text, what or str(path), raises, advice)
-
-
-def parse_yaml(
-    text: str,
-    what: str,
-    raises: type[GraspError] = DataError,
-    advice: str = "",
-    *,
-    is_strict: bool = True,
-) -> Any:  # noqa: ANN401  parsed YAML
-    """Return the content of a YAML text; only files of others may have keys twice, or numbers."""
-    try:
-        return yaml.load(text, Loader=_Strict if is_strict else _Loader)
-    except _YAML_ERRORS as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else one_line(error)
-        raise raises(told(f"{what}:", f"not valid YAML: {reason}", advice)) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses nesting and aliases without end.
-
-    Depth is counted while the text is read, so that nobody waits for thousands of brackets.
-    """
-
-    _depth = 0
-
-    def compose_node(self, parent: Node | None, index: int) -> Node | None:
-        """Return the next value."""
-        self._depth += 1
-        if self._depth > _MAX_DEPTH:
-            raise yaml.YAMLError(f"nested more than {_MAX_DEPTH} levels deep")
-        node: Node | None = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_yaml_int(self, node: ScalarNode) -> int:
-        """Return a whole number that can be written down again."""
-        value = int(super().construct_yaml_int(node))
-        if value.bit_length() > _MAX_BITS:
-            raise ValueError(
-                f"a number of {value.bit_length()} bits in line {node.start_mark.line + 1}"
-            )
-        return value
-
-    def get_single_node(self) -> Node | None:
-        """Return the whole content, if it is not too much."""
-        node: Node | None = super().get_single_node()
-        if node is not None and _size(node, {}) > _MAX_NODES:
-            raise yaml.YAMLError(f"more than {_MAX_NODES} values, aliases counted as what they are")
-        return node
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
-class _Strict(_Loader):
-    """Refuses keys that are given twice, of which Python takes the last one, or are no text."""
-
-    def compose_mapping_node(self, anchor: dict[Any, Node]) -> MappingNode:
-        """Return the next mapping, its keys checked before merges add others."""
-        node = super().compose_mapping_node(anchor)
-        seen: set[Hashable] = set()
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.tag == _MERGE_TAG:
-                continue
-            if not isinstance(key, ScalarNode) or key.tag != _TEXT_TAG:
-                came = key.value if isinstance(key, ScalarNode) else "a list or section"
-                raise yaml.YAMLError(f"line {line}: the key {one_line(came)} is no text; quote it")
-            if key.value in seen:
-                raise yaml.YAMLError(f"line {line}: the key {one_line(key.value)} is given twice")
-            seen.add(key.value)
-        return node
-
-
-def _size(node: Node, known: dict[int, int]) -> int:
-    """Return the number of values of a node; an alias of what it is in has no end."""
-    if id(node) not in known:
-        known[id(node)] = _MAX_NODES + 1  # until it is counted: a node that is met in itself
-        parts: list[Node] = []
-        if isinstance(node, MappingNode):
-            parts = [value for _, value in node.value]
-        elif isinstance(node, SequenceNode):
-            parts = node.value
-        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
-    return known[id(node)]
-
-
-def _read_small(path: Path, raises: type[GraspError], what: str | None, advice: str) -> str:
-    what = what or str(path)
-    check_file(path, raises, what, advice)
-    if path.stat().st_size > _MAX_BYTES:
-        raise raises(told(what, f"has more than {_MAX_BYTES // 2**20} MB", advice))
-    return read_text(path, raises, what, advice)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -1,5 +1,4 @@
-"""What a finished run tells: numbers, a terminal table, plots, a page, and the model card.
+"""Numbers, terminal table, plots, page and model card of a finished run.
 
-``metrics`` and ``tables`` import neither torch nor matplotlib nor jinja2, so that the table of a
-finished run prints quickly; import from the modules, this package re-exports nothing.
+``metrics`` and ``tables`` import no torch, matplotlib or jinja2, so that the table prints quickly.
 """

@@ -1,4 +1,4 @@
-"""Model cards: README.md of what is written, with the front matter that the hub reads."""
+"""Model cards: README.md of a written model, with the front matter that the hub reads."""
 
 import re
 from collections.abc import Sequence
@@ -10,15 +10,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from grasp_lightning.plan import Plan
-from grasp_lightning.reporting.card_phrases import (
-    Values,
-    code_span,
-    dataset_of,
-    is_hub_name,
-    public_name,
-    text_source,
-    training_content,
-)
+from grasp_lightning.reporting import card_phrases as phrases
+from grasp_lightning.reporting.card_phrases import Values
 from grasp_lightning.reporting.linears import module_place
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics, Pair
 from grasp_lightning.reporting.tables import comparison_notes, comparison_rows, indices_text
@@ -48,8 +41,8 @@ def model_card(
     licence_files: Sequence[str],
     config: Values,
 ) -> str:
-    """Return the README.md of a compressed model, without paths of this machine and times."""
-    base_model = public_name(origin_name)
+    """Return the README.md of a compressed model, without local paths and times."""
+    base_model = phrases.public_name(origin_name)
     # Linears are no longer what the family makes of them.
     kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if plan.channels else ""
     special = f"the {'low-rank' if plan.ranks or not plan.channels else 'narrowed'} layers"
@@ -66,8 +59,8 @@ def model_card(
         gone=f"{100 * metrics.removed_ratio:.1f}% of all parameters are gone",
         special=special if kind else None,
         options=_options(plan),
-        calibration=text_source(config, "calibration"),
-        evaluation=text_source(config, "evaluation"),
+        calibration=phrases.text_source(config, "calibration"),
+        evaluation=phrases.text_source(config, "evaluation"),
         is_measured=metrics.perplexity.compressed is not None,
         rows=comparison_rows(metrics),
         notes=comparison_notes(metrics),
@@ -88,7 +81,7 @@ def export_card(
     licence_files: Sequence[str],
     source_card: str | None,
 ) -> str:
-    """Return the README.md of a dense copy, which says that nothing is gained by it."""
+    """Return the README.md of a dense copy, which says that the copy gains nothing."""
     text = _render(
         "card.md.jinja",
         kind="dense",
@@ -114,19 +107,19 @@ def compensated_card(
     licence_files: Sequence[str],
     config: Values,
 ) -> str:
-    """Return the README.md of a compensated model, without paths of this machine and times.
+    """Return the README.md of a compensated model, without local paths and times.
 
-    A card of the compressed model, also a foreign one, is kept and gains a section on the training,
-    before that on loading or at its end; without a card there is a new, short one.
+    An existing card, also a foreign one, gets a section on the training, before that on loading or
+    at its end; otherwise there is a new, short one.
     """
-    base_model = public_name(base_model)
-    content = training_content(metrics, base_model, config)
+    base_model = phrases.public_name(base_model)
+    content = phrases.training_content(metrics, base_model, config)
     card = _parsed(source_card or "")
     data = card.data
     if not len(data):
         data = _front_matter("compensated", base_model, licence, licence_files)
     data["tags"] = _extended_list(data.get("tags"), "compensated")
-    if dataset := dataset_of(metrics, config):
+    if dataset := phrases.dataset_of(metrics, config):
         data["datasets"] = _extended_list(data.get("datasets"), dataset)
     if card.text.strip():
         return _card(data, _extended(card.text, content))
@@ -145,7 +138,7 @@ def compensated_card(
 
 
 def base_model_of(card: str) -> str | None:
-    """Return the base model's name in a card that we wrote; None in any other card."""
+    """Return the base model's name from a card of ours, None from any other."""
     title = _TITLE.search(card)
     return title[1] if title else None
 
@@ -160,7 +153,7 @@ def _render(template: str, **content: object) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["code"] = code_span
+    environment.filters["code"] = phrases.code_span
     return environment.get_template(template).render(content)
 
 
@@ -169,9 +162,9 @@ def _card(data: CardData, text: str) -> str:
 
 
 def _parsed(card: str) -> RepoCard:
-    """Return front matter and text of a card; front matter that cannot be read stays in the text.
+    """Return front matter and text of a card; unreadable front matter stays in the text.
 
-    It is no ``ModelCard``: that would take a single tag for a list of letters.
+    It is no ``ModelCard``, which would read a single tag as a list of letters.
     """
     text, empty = card.removeprefix("\ufeff").replace("\r\n", "\n"), "---\n{}\n---\n\n"
     try:
@@ -188,7 +181,7 @@ def _front_matter(
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
     }
-    if is_hub_name(base_model):
+    if phrases.is_hub_name(base_model):
         content["base_model"] = base_model
     # The hub takes its own identifiers only, and a name of any other licence.
     if licence is not None and _LICENCE_ID.fullmatch(licence.lower()):
@@ -205,7 +198,6 @@ def _extended_list(value: object, item: str) -> list[object]:
 
 
 def _extended(text: str, content: Values) -> str:
-    """Return a card's text with the section on the training, and the licence of the data."""
     if base_model_of(text) is not None:
         for old, new in _ADAPTED.items():
             text = text.replace(old, new)
@@ -231,7 +223,7 @@ def _with_licence_line(text: str, line: str) -> str:
 
 
 def _removed(plan: Plan) -> str:
-    """Return what else went where linears were cut, too, as text; empty for methods that drop."""
+    """Return the removed layers and blocks as text, empty for methods that only drop layers."""
     if plan.options.get("removable") is None:
         return ""
     layers: dict[str, list[int]] = {"layer": list(plan.dropped_layers)}
@@ -246,7 +238,6 @@ def _removed(plan: Plan) -> str:
 
 
 def _options(plan: Plan) -> dict[str, str]:
-    """Return the plan's options as text, without those that the method left unset."""
     return {
         name: indices_text(value) if isinstance(value, tuple) else str(value)
         for name, value in sorted(plan.options.items())
@@ -256,4 +247,4 @@ def _options(plan: Plan) -> dict[str, str]:
 
 def _version(metrics: Metrics | CompensationMetrics) -> str:
     version = metrics.versions.get("grasp_lightning")
-    return "" if version is None else f" {code_span(version)}"
+    return "" if version is None else f" {phrases.code_span(version)}"

@@ -1,4 +1,4 @@
-"""What a card says of text and of training, as parts of sentences that show no path."""
+"""Phrases of the card on text and training, without local paths."""
 
 import re
 from collections.abc import Mapping
@@ -27,15 +27,12 @@ _UNNAMED_SOURCES = {
 
 
 def public_name(name: str) -> str:
-    """Return a hub name as it is, and of any path the last part.
-
-    ``owner/name`` counts as a hub name, so a local folder must not be given that way.
-    """
+    """Return a hub name unchanged, or the last part of a path; ``owner/name`` is a hub name."""
     return name if is_hub_name(name) else _last_part(name)
 
 
 def _last_part(name: str) -> str:
-    """Return the last part of a path, whichever system wrote it."""
+    """Return the last part of a path of any operating system."""
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
@@ -45,12 +42,12 @@ def is_hub_name(name: str) -> bool:
 
 
 def code_span(text: str) -> str:
-    """Return foreign text as a Markdown code span, where nothing in it has a meaning."""
+    """Return foreign text as a Markdown code span, without any markup."""
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
 def text_source(config: Values, section: str) -> dict[str, Any]:  # Any: values of YAML
-    """Return sources, their licences, number and length of windows; a file's path is private."""
+    """Return sources with licences, number and length of windows; file paths stay private."""
     values = _section(config, section)
     source, num_samples = values.get("source"), values.get("num_samples")
     names = [source] if isinstance(source, str) else list(source or ())
@@ -70,7 +67,7 @@ def text_source(config: Values, section: str) -> dict[str, Any]:  # Any: values 
 def training_content(
     metrics: CompensationMetrics, base_model: str, config: Values
 ) -> dict[str, object]:
-    """Return what the templates print of a training."""
+    """Return the template variables of a training."""
     data = f"training data, {code_span(metrics.data)},"
     if metrics.data_licence:
         data_licence = (
@@ -98,7 +95,7 @@ def training_content(
 
 
 def _what(metrics: CompensationMetrics, config: Values) -> str:
-    """Return what was trained, as a sentence's end."""
+    """Return what was trained, as the end of a sentence."""
     if metrics.train == "factors":
         return "the factors of the low-rank linears themselves"
     lora = _section(config, "lora")
@@ -113,7 +110,7 @@ def _what(metrics: CompensationMetrics, config: Values) -> str:
 
 
 def _goal(metrics: CompensationMetrics, base_model: str, config: Values) -> str:
-    """Return what was learned, as a sentence's end."""
+    """Return what was learned, as the end of a sentence."""
     if metrics.objective == "distill":
         return _teacher(base_model, _section(config, "distillation"))
     if metrics.objective == "text":
@@ -135,13 +132,12 @@ def _teacher(base_model: str, distillation: Values) -> str:
 
 
 def _set_options(values: Values, *names: str) -> str:
-    """Return those options that are set, in brackets after a space."""
+    """Return the options that are set, in brackets after a space."""
     options = [f"{name} {values[name]}" for name in names if values.get(name) is not None]
     return f" ({', '.join(options)})" if options else ""
 
 
 def _schedule(metrics: CompensationMetrics, config: Values) -> str:
-    """Return steps, batches and learning rate."""
     optimizer, training = _section(config, "optimizer"), _section(config, "training")
     settings = {
         "batch size": training.get("batch_size"),
@@ -156,7 +152,6 @@ def _schedule(metrics: CompensationMetrics, config: Values) -> str:
 
 
 def _length(metrics: CompensationMetrics, config: Values) -> str | None:
-    """Return how long samples are."""
     if _learns_text(metrics, config):
         seqlen = _section(config, "text").get("seqlen")
         return None if seqlen is None else f"{seqlen} tokens each"
@@ -165,7 +160,7 @@ def _length(metrics: CompensationMetrics, config: Values) -> str | None:
 
 
 def dataset_of(metrics: CompensationMetrics, config: Values) -> str | None:
-    """Return the hub's name of the data set that was learned from, None if it is no such one."""
+    """Return the hub name of the training data, None if it is not from the hub."""
     source = _section(config, "data").get("source")
     known = None if _learns_text(metrics, config) else HUB_INSTRUCTIONS.get(str(source))
     return None if known is None else known.repository

@@ -1,4 +1,4 @@
-"""What a compression decided for each linear, MLP and block, as tables of the report."""
+"""Tables of the report: what a compression decided for each linear, MLP and block."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,8 @@ _KINDS: dict[type[Operation], str] = {
     NarrowMlp: "narrowed",
     RemoveBlock: "removed",
 }
-_LOSS_COLUMNS = (("Predicted loss, nats per token", "number"), ("Measured", "number"))
-_SCORE_COLUMNS = (
-    ("Score kept", "number"),
-    ("Squared norm kept", "number"),
-    ("Beyond the largest", "number"),
-)
+_LOSSES = ("Predicted loss, nats per token", "Measured")
+_SCORES = ("Score kept", "Squared norm kept", "Beyond the largest")
 _LOSS_NOTE = (
     "Predicted loss: half the curvature of the change, on the calibration text. Measured: mean "
     "divergence from the dense predictions on held-out text, with this cut alone and before any "
@@ -39,14 +35,7 @@ _SCORE_NOTE = (
 
 
 class Details(NamedTuple):
-    """A table that a reader opens.
-
-    Attributes:
-        title: What it lists.
-        columns: Heading and kind of each column: ``row`` (names the row), ``text``, ``number``.
-        rows: Texts, one per column.
-        note: How to read it.
-    """
+    """A table to expand; columns have a heading and a kind: row (names the row), text or number."""
 
     title: str
     columns: Sequence[tuple[str, str]]
@@ -55,7 +44,7 @@ class Details(NamedTuple):
 
 
 def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> list[Details]:
-    """Return layers, ranks, channels, removed layers and blocks: all tables that have rows."""
+    """Return the non-empty tables of layers, ranks, channels, and removed layers and blocks."""
     tables = (
         _layers(metrics, plan),
         _ranks(plan, scores),
@@ -91,7 +80,6 @@ def _layers(metrics: Metrics, plan: Plan) -> Details:
 
 
 def _part(total: int, kinds: Sequence[str]) -> str:
-    """Return how many linears of a block were changed, and how."""
     texts = [f"{count} of {total} {kind}" for kind, count in Counter(kinds).items()]
     return ", ".join(texts) or "unchanged"
 
@@ -101,9 +89,10 @@ def _ranks(plan: Plan, scores: Mapping[str, Tensor]) -> Details:
     scored = {linear.module: linear for linear in scored_linears(plan, scores)}
     # A run predicts the loss of all its linears, or of none.
     has_losses = not losses.keys().isdisjoint(plan.ranks)
+    headings = _LOSSES if has_losses else _SCORES
     rows = []
     for module, rank in plan.ranks.items():
-        num_components, cells = "", ("",) * len(_LOSS_COLUMNS if has_losses else _SCORE_COLUMNS)
+        num_components, cells = "", ("",) * len(headings)
         if module in losses:
             num_components = str(len(scores[f"{module}.scores"]))
             cells = _loss_cells(module, losses, scores)
@@ -115,13 +104,7 @@ def _ranks(plan: Plan, scores: Mapping[str, Tensor]) -> Details:
         rows.append((*_place(module), str(rank), num_components, *cells))
     return Details(
         f"Ranks of all {len(rows)} replaced linears",
-        (
-            ("Layer", "number"),
-            ("Linear", "row"),
-            ("Rank", "number"),
-            ("of", "number"),
-            *(_LOSS_COLUMNS if has_losses else _SCORE_COLUMNS),
-        ),
+        _columns("Linear", "Rank", "of", *headings),
         rows,
         _LOSS_NOTE if has_losses else _SCORE_NOTE,
     )
@@ -130,6 +113,7 @@ def _ranks(plan: Plan, scores: Mapping[str, Tensor]) -> Details:
 def _channels(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> Details:
     losses = predicted_losses(plan, scores)
     has_losses = not losses.keys().isdisjoint(plan.channels)
+    headings = _LOSSES if has_losses else ()
     rows = []
     for reader, kept in plan.channels.items():
         width = metrics.channels[reader].dense if reader in metrics.channels else None
@@ -138,14 +122,7 @@ def _channels(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> Det
         rows.append((*_place(reader), str(kept), *shares, *cells))
     return Details(
         f"Channels of all {len(rows)} narrowed MLPs",
-        (
-            ("Layer", "number"),
-            ("Linear that reads them", "row"),
-            ("Channels", "number"),
-            ("of", "number"),
-            ("Kept", "number"),
-            *(_LOSS_COLUMNS if has_losses else ()),
-        ),
+        _columns("Linear that reads them", "Channels", "of", "Kept", *headings),
         rows,
         "The linears that write the channels and the one that reads them keep the same share of "
         "their weights.",
@@ -157,22 +134,24 @@ def _removals(plan: Plan, scores: Mapping[str, Tensor]) -> Details:
     plural = "s" if len(removed) > 1 else ""
     return Details(
         f"What went as a whole: {len(removed)} layer{plural} or block{plural}",
-        (("Layer", "number"), ("Part", "row"), ("Measured loss, nats per token", "number")),
+        _columns("Part", "Measured loss, nats per token"),
         [(*_place(name), f"{loss:.4f}") for name, loss in removed.items()],
         "Mean divergence from the dense predictions on calibration text, with this part alone "
         "gone. The linears of a removed block have rank 0; a removed layer is no longer there.",
     )
 
 
+def _columns(name: str, *numbers: str) -> list[tuple[str, str]]:
+    return [("Layer", "number"), (name, "row"), *((number, "number") for number in numbers)]
+
+
 def _loss_cells(
     module: str, losses: Mapping[str, float], scores: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
-    """Return the predicted and the measured loss of a cut; empty where there is none."""
-    measured = scores.get(f"{module}.measured")
-    return (
-        f"{losses[module]:.4f}" if module in losses else "",
-        "" if measured is None else f"{float(measured):.4f}",
-    )
+    """Return predicted and measured loss of a cut; empty if unknown."""
+    found = (losses.get(module), scores.get(f"{module}.measured"))
+    predicted, measured = ("" if loss is None else f"{float(loss):.4f}" for loss in found)
+    return predicted, measured
 
 
 def _place(module: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Drawing with matplotlib's object interface: no pyplot, no global state, no display."""
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from grasp_lightning.reporting.linears import Array
+from grasp_lightning.reporting.metrics import History
+from grasp_lightning.reporting.tables import count_text
 
 WIDTH = 9.2  # inches; 883 CSS pixels, so that 10 points are legible at 100 %
 # Okabe and Ito's palette, which stays apart for colour-blind readers.
 CHOSEN, OTHER, REST, LINE = "#D55E00", "#56B4E9", "#BBBBBB", "#0072B2"
 _TWO_DECADES = 100
+_MAX_ANNOTATED = 20  # columns of a heat map whose fields show their numbers
 STYLE: dict[str, object] = {
     "axes.axisbelow": True,
     "axes.spines.right": False,
@@ -33,14 +36,7 @@ _SVG_STYLE: dict[str, object] = {
 
 
 class Plot(NamedTuple):
-    """A drawing with the words that go with it.
-
-    Attributes:
-        title: The finding, as a sentence without its full stop.
-        explanation: One or two sentences on how to read the plot.
-        alt: What a reader who does not see the plot should know.
-        svg: The drawing, an SVG document.
-    """
+    """A drawing as SVG, with its finding (title), how to read it, and a description (alt)."""
 
     title: str
     explanation: str
@@ -49,15 +45,7 @@ class Plot(NamedTuple):
 
 
 def svg_text(height: float, draw: Callable[[Figure], None]) -> str:
-    """Return the SVG of a figure; a user's own matplotlib settings neither matter nor change.
-
-    Args:
-        height: Of the figure, in inches; all are equally wide.
-        draw: Fills an empty figure.
-
-    Returns:
-        An SVG document with text as outlines, so that it needs no fonts.
-    """
+    """Return a figure of ``height`` inches as SVG, with outlined text: it needs no fonts."""
     with style.context(["default", STYLE, _SVG_STYLE]):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure)
@@ -66,17 +54,8 @@ def svg_text(height: float, draw: Callable[[Figure], None]) -> str:
     return text.getvalue()
 
 
-def draw_stacked_bars(
-    figure: Figure, inside: Array, outside: Array, text: Callable[[float], str]
-) -> None:
-    """Draw the dense bar above the compressed one, each in two parts.
-
-    Args:
-        figure: An empty figure.
-        inside: Parameters of decoder linears, dense and compressed, ``(2,)``.
-        outside: All other parameters, ``(2,)``.
-        text: Writes a number of parameters.
-    """
+def draw_stacked_bars(figure: Figure, inside: Array, outside: Array) -> None:
+    """Draw a dense and a compressed bar, each of decoder linears and others, both ``(2,)``."""
     axes = figure.subplots()
     total = inside + outside
     for widths, left, colour, label in (
@@ -84,9 +63,9 @@ def draw_stacked_bars(
         (outside, inside, REST, "embeddings, norms, output head"),
     ):
         bars = axes.barh([0, 1], widths, left=left, height=0.66, color=colour, label=label)
-        labels = [text(width) if width > 0.06 * total.max() else "" for width in widths]
+        labels = [count_text(int(n)) if n > 0.06 * total.max() else "" for n in widths]
         axes.bar_label(bars, labels=labels, label_type="center")
-    axes.bar_label(bars, labels=[text(value) for value in total], padding=6, fontweight="bold")
+    axes.bar_label(bars, labels=[count_text(int(n)) for n in total], padding=6, fontweight="bold")
     axes.set_yticks([0, 1], labels=["dense", "compressed"])
     axes.set_xlim(0, 1.1 * total.max())
     axes.invert_yaxis()
@@ -99,30 +78,14 @@ def draw_stacked_bars(
 def draw_layer_bars(
     figure: Figure, heights: Array, chosen: Iterable[int], *, bottom: float = 0
 ) -> Axes:
-    """Draw one bar per decoder layer, the chosen ones in another colour.
-
-    Args:
-        figure: An empty figure.
-        heights: Value of each layer, ``(L,)``.
-        chosen: Indices of the chosen layers.
-        bottom: Where the vertical axis starts.
-
-    Returns:
-        The axes, to be labelled.
-    """
+    """Draw a bar per decoder layer ``(L,)`` from ``bottom``, the chosen ones in another colour."""
     axes = figure.subplots()
     axes.grid(visible=True, axis="y")
     index = np.arange(len(heights))
     is_chosen = np.isin(index, list(chosen))
     for mask, colour, label in ((~is_chosen, OTHER, "not chosen"), (is_chosen, CHOSEN, "chosen")):
-        axes.bar(
-            index[mask],
-            heights[mask] - bottom,
-            bottom=bottom,
-            width=0.78,
-            color=colour,
-            label=label,
-        )
+        shown = heights[mask] - bottom
+        axes.bar(index[mask], shown, bottom=bottom, width=0.78, color=colour, label=label)
     axes.set_xlim(-0.7, len(heights) - 0.3)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=32, integer=True, steps=[1, 2, 5, 10]))
     figure.legend(loc="outside upper right", ncols=2)
@@ -130,13 +93,9 @@ def draw_layer_bars(
 
 
 def draw_components(axes: Axes, values: Array, scores: Array, components: Iterable[int]) -> None:
-    """Draw score against singular value with logarithmic axes, kept components in another colour.
+    """Draw scores over singular values, both ``(K,)``, on log axes; kept components are coloured.
 
-    Args:
-        axes: Empty axes.
-        values: Singular values, ``(K,)``.
-        scores: Scores, ``(K,)``; zeros are drawn at half the smallest positive one.
-        components: Indices of the kept components.
+    Zeros are drawn at half the smallest positive value.
     """
     is_kept = np.isin(np.arange(len(values)), list(components))
     x, y = _positive(values), _positive(scores)
@@ -153,29 +112,14 @@ def draw_components(axes: Axes, values: Array, scores: Array, components: Iterab
         axis.set_minor_locator(NullLocator())
         if drawn.max() < _TWO_DECADES * drawn.min():
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
-            axis.set_major_formatter(FuncFormatter(_plain_number))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(visible=True, axis="both")
 
 
 def draw_heat_map(
-    figure: Figure,
-    values: Array,
-    columns: list[str],
-    rows: list[str],
-    *,
-    label: str,
-    is_annotated: bool,
+    figure: Figure, values: Array, columns: Sequence[str], rows: Sequence[str], label: str
 ) -> None:
-    """Draw non-negative values as colours; NaN leaves its field empty.
-
-    Args:
-        figure: An empty figure.
-        values: What the colours mean, ``(rows, columns)``.
-        columns: Labels of the columns.
-        rows: Labels of the rows.
-        label: What the colours mean.
-        is_annotated: Write each value into its field.
-    """
+    """Draw non-negative values ``(rows, columns)`` as colours, NaN as an empty field."""
     axes = figure.subplots()
     axes.set_facecolor("#EEEEEE")
     image = axes.pcolormesh(values, cmap="cividis", vmin=0, edgecolors="white", linewidth=1.5)
@@ -186,39 +130,28 @@ def draw_heat_map(
     axes.spines[:].set_visible(False)
     axes.set_xlabel("decoder layer")
     figure.colorbar(image, ax=axes, label=label, pad=0.01)
-    if is_annotated:
-        _annotate(axes, values)
+    middle = np.nanmax(values) / 2
+    for (row, column), value in np.ndenumerate(values):
+        if len(columns) <= _MAX_ANNOTATED and np.isfinite(value):
+            place, colour = (column + 0.5, row + 0.5), "black" if value > middle else "white"
+            axes.text(*place, f"{value:.0f}", ha="center", va="center", color=colour)
 
 
-def draw_training(
-    figure: Figure,
-    steps: Array,
-    loss: Array,
-    validation: tuple[Array, Array] | None,
-    *,
-    window: int,
-    kept_step: int | None,
-) -> None:
-    """Draw the loss of every optimizer step with its moving mean, and that of validations on top.
+def draw_training(figure: Figure, history: History, *, window: int, kept_step: int | None) -> None:
+    """Draw training losses, their moving mean over a window larger than 1, and validation losses.
 
-    Args:
-        figure: An empty figure.
-        steps: Optimizer steps, ``(N,)``, ascending.
-        loss: Training loss of each, ``(N,)``.
-        validation: Steps and losses of the validations, each ``(V,)``; None if there are none.
-        window: Number of steps in the moving mean; 1 joins the points instead.
-        kept_step: Step whose weights were kept, marked by a line; None marks none.
+    A line marks the step whose weights were kept.
     """
     axes = figure.subplots()
     axes.grid(visible=True, axis="y")
     # Thousands of points: as vectors they would make the page several megabytes.
-    axes.scatter(
-        steps, loss, s=7, c=OTHER, linewidths=0, label="training, one step", rasterized=True
-    )
-    label = f"training, mean of {window} steps" if window > 1 else None
-    axes.plot(steps, moving_mean(loss, window), color=LINE, linewidth=1.4, label=label)
-    if validation is not None:
-        axes.plot(*validation, color=CHOSEN, marker="o", markersize=4.5, label="validation")
+    steps, loss, label = history.steps, np.array(history.loss), "training, one step"
+    axes.scatter(steps, loss, s=7, c=OTHER, linewidths=0, label=label, rasterized=True)
+    mean_label = f"training, mean of {window} steps" if window > 1 else None
+    axes.plot(steps, moving_mean(loss, window), color=LINE, linewidth=1.4, label=mean_label)
+    if history.validation_steps:
+        points = history.validation_steps, history.validation_loss
+        axes.plot(*points, color=CHOSEN, marker="o", markersize=4.5, label="validation")
     if kept_step is not None:
         axes.axvline(kept_step, color="black", linewidth=0.9, linestyle=(0, (4, 3)), label="kept")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -228,29 +161,13 @@ def draw_training(
 
 
 def moving_mean(values: Array, window: int) -> Array:
-    """Return the mean around each value, at the ends of what is there, ``(N,)``."""
+    """Return the mean around each value ``(N,)``, over fewer values at the ends."""
     weights = np.ones(window)
     counts = np.convolve(np.ones(len(values)), weights, mode="same")
     return np.convolve(values, weights, mode="same") / counts
 
 
-def _plain_number(value: float, position: int | None) -> str:
-    """Return the label of a tick: matplotlib passes its value and its position."""
-    del position
-    return f"{value:g}"
-
-
 def _positive(values: Array) -> Array:
-    """Return values with zeros raised to half the smallest positive one, for a logarithmic axis."""
+    """Return values with zeros raised to half the smallest positive one, for a log axis."""
     positive = values[values > 0]
     return np.maximum(values, positive.min() / 2 if positive.size else 1.0)
-
-
-def _annotate(axes: Axes, values: Array) -> None:
-    middle = np.nanmax(values) / 2
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            colour = "black" if value > middle else "white"
-            axes.text(
-                column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center", color=colour
-            )

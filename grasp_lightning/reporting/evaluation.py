@@ -5,7 +5,6 @@ from pathlib import PurePath
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
-from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +15,13 @@ from grasp_lightning.evaluation.results import (
     paper_mean_difference,
     task_difference,
 )
-from grasp_lightning.reporting.tables import NOT_MEASURED, factor_text, perplexity_text, size_text
+from grasp_lightning.reporting.tables import (
+    NOT_MEASURED,
+    factor_text,
+    narrow_table,
+    perplexity_text,
+    size_text,
+)
 
 _MEGA = 1_000_000
 _PERCENT = 100
@@ -26,38 +31,18 @@ _SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em
 
 
 class EvaluationRow(NamedTuple):
-    """One line of the comparison, ready to print.
-
-    Attributes:
-        quantity: What is compared, with its unit.
-        values: One text per model.
-    """
+    """One quantity, with its unit, and one text per model."""
 
     quantity: str
     values: tuple[str, ...]
 
 
 def evaluation_table(evaluations: Sequence[ModelEvaluation]) -> Table:
-    """Return the models side by side, for the terminal.
-
-    Args:
-        evaluations: At least one.
-
-    Returns:
-        One line per quantity, one column per model. Models are letters, which the caption explains:
-        names are too long for a narrow terminal.
-    """
+    """Return a column per model for the terminal, headed by letters that the caption explains."""
     models = [evaluation.model for evaluation in evaluations]
     letters = ascii_uppercase[: len(models)] if len(models) <= len(ascii_uppercase) else models
     legend = [f"{letter}: {model}" for letter, model in zip(letters, models, strict=True)]
-    # Text, not str: a name may hold brackets, which rich would read as markup.
-    table = Table(
-        caption=Text("\n".join([*legend, *evaluation_notes(evaluations)])),
-        caption_justify="left",
-        box=SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = narrow_table([*legend, *evaluation_notes(evaluations)])
     table.add_column("", no_wrap=True)
     for letter in letters:
         table.add_column(Text(letter), justify="right")
@@ -72,7 +57,7 @@ def evaluation_rows(evaluations: Sequence[ModelEvaluation]) -> list[EvaluationRo
 
 
 def evaluation_notes(evaluations: Sequence[ModelEvaluation]) -> list[str]:
-    """Return the sentences a reader needs to judge the table."""
+    """Return sentences on how to read the table."""
     notes = []
     if any(evaluation.tasks for evaluation in evaluations):
         notes.append("Accuracies in percent, with standard errors.")
@@ -85,7 +70,7 @@ def evaluation_notes(evaluations: Sequence[ModelEvaluation]) -> list[str]:
 
 
 def section_rows(section: Mapping[str, Any]) -> list[tuple[str, str]]:  # Any: values of JSON
-    """Return quantities and values of the section ``evaluation`` of a run's metrics, as text."""
+    """Return the section ``evaluation`` of a run's metrics as texts of quantity and value."""
     rows = _cost_section(section)
     rows += [
         (
@@ -122,9 +107,7 @@ def _cost_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow
 
     def row(quantity: str, key: str, text: Callable[[int], str]) -> EvaluationRow:
         values = [None if cost is None else getattr(cost, key) for cost in costs]
-        return EvaluationRow(
-            quantity, tuple(NOT_MEASURED if value is None else text(value) for value in values)
-        )
+        return EvaluationRow(quantity, _texts(values, text))
 
     if not dtypes:
         return
@@ -136,26 +119,20 @@ def _cost_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow
     yield row("MFLOPs per token", "flops_per_token", lambda count: f"{count / _MEGA:,.1f}")
     peaks = [evaluation.peak_memory_bytes for evaluation in evaluations]
     if any(peak is not None for peak in peaks):
-        yield EvaluationRow(
-            "peak memory of the evaluation",
-            tuple(NOT_MEASURED if peak is None else size_text(peak) for peak in peaks),
-        )
+        yield EvaluationRow("peak memory of the evaluation", _texts(peaks, size_text))
+
+
+def _texts(values: Iterable[int | None], text: Callable[[int], str]) -> tuple[str, ...]:
+    return tuple(NOT_MEASURED if value is None else text(value) for value in values)
 
 
 def _corpus_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow]:
     for corpus in _names(evaluation.corpora for evaluation in evaluations):
-        first = evaluations[0].corpora.get(corpus)
-        values = []
-        for evaluation in evaluations:
-            result = evaluation.corpora.get(corpus)
+        results = [evaluation.corpora.get(corpus) for evaluation in evaluations]
+        first, values = results[0], []
+        for position, result in enumerate(results):
             text = perplexity_text(None if result is None else result.perplexity)
-            is_same_text = (
-                first is not None
-                and result is not None
-                and evaluation is not evaluations[0]
-                and first.windows_sha256 == result.windows_sha256
-            )
-            if is_same_text and first is not None and result is not None:
+            if position and first and result and first.windows_sha256 == result.windows_sha256:
                 text += f" ({factor_text(first.perplexity, result.perplexity)})"
             values.append(text)
         yield EvaluationRow(f"perplexity, {_short(corpus)}", tuple(values))
@@ -167,17 +144,13 @@ def _task_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow
         for metric in _metrics([found[task].metrics for found in results if task in found]):
             values = []
             for position, found in enumerate(results):
-                if task not in found:
+                if task in found:
+                    reference = results[0].get(task) if position else None
+                    difference = task_difference(found[task], reference, metric)
+                    estimate = found[task].metrics.get(metric)
+                    values.append(_estimate_text(estimate, difference, metric))
+                else:
                     values.append(NOT_MEASURED)
-                    continue
-                reference = results[0].get(task) if position else None
-                values.append(
-                    _estimate_text(
-                        found[task].metrics.get(metric),
-                        task_difference(found[task], reference, metric),
-                        metric,
-                    )
-                )
             yield EvaluationRow(f"{task}, {metric}", tuple(values))
     means = [paper_mean(found) for found in results]
     if any(mean is not None for mean in means):
@@ -193,7 +166,6 @@ def _task_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow
 
 
 def _short(corpus: str) -> str:
-    """Return a corpus's name, or the last two parts of a file's path."""
     return "/".join(PurePath(corpus).parts[-2:])
 
 
@@ -220,10 +192,10 @@ def _estimate_text(estimate: Estimate | None, difference: Estimate | None, metri
 
 
 def _number_text(estimate: Estimate, metric: str, sign: str) -> str:
-    """Return a share in percent, any other number as it is."""
-    if _base(metric) in _SHARES:
-        parts = (f"{_PERCENT * estimate.value:{sign}.1f}", _PERCENT, ".1f")
-    else:
-        parts = (f"{estimate.value:{sign}.4g}", 1, ".2g")
-    value, scale, form = parts
-    return value if estimate.stderr is None else f"{value} \u00b1 {scale * estimate.stderr:{form}}"
+    """Return a share in percent, and any other number unchanged."""
+    is_share = _base(metric) in _SHARES
+    scale, form, error_form = (_PERCENT, ".1f", ".1f") if is_share else (1, ".4g", ".2g")
+    value = f"{scale * estimate.value:{sign}{form}}"
+    if estimate.stderr is None:
+        return value
+    return f"{value} \u00b1 {scale * estimate.stderr:{error_form}}"

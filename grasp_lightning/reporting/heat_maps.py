@@ -1,4 +1,4 @@
-"""Heat maps of one run: one number for each cut linear, kinds of linears by decoder layers."""
+"""Heat maps of one run: a number for each cut linear, kinds of linears by decoder layers."""
 
 from collections.abc import Mapping
 
@@ -10,8 +10,6 @@ from grasp_lightning.plan import NarrowMlp, Plan
 from grasp_lightning.reporting.drawing import Plot, draw_heat_map, svg_text
 from grasp_lightning.reporting.linears import module_place, predicted_losses
 from grasp_lightning.reporting.metrics import Metrics
-
-_MAX_ANNOTATED = 20
 
 
 def ranks_plot(plan: Plan) -> Plot | None:
@@ -39,28 +37,17 @@ def ranks_plot(plan: Plan) -> Plot | None:
 
 
 def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
-    """Return which share of its channels every linear of a narrowed MLP has kept.
-
-    Args:
-        metrics: Numbers of the run: how many channels there were.
-        plan: Its decisions.
-
-    Returns:
-        A heat map, linear kinds by layers; None if no MLP was narrowed, or it is not known how many
-        channels there were.
-    """
-    narrowed = [op for op in plan.operations if isinstance(op, NarrowMlp)]
+    """Return the share of channels that narrowed MLPs keep, for each linear; None if unknown."""
     kept = {
-        op.reader: len(op.channels) / metrics.channels[op.reader].dense
-        for op in narrowed
-        if op.reader in metrics.channels
+        op: len(op.channels) / metrics.channels[op.reader].dense
+        for op in plan.operations
+        if isinstance(op, NarrowMlp) and op.reader in metrics.channels
     }
     if not kept:
         return None
     percent = {
-        module_place(module): round(100 * kept[op.reader], 1)
-        for op in narrowed
-        if op.reader in kept
+        module_place(module): round(100 * share, 1)
+        for op, share in kept.items()
         for module in op.linears
     }
     low, high = (f"{share:.0%}" for share in (min(kept.values()), max(kept.values())))
@@ -78,25 +65,14 @@ def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
 
 
 def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
-    """Return what the truncation of every linear is predicted to cost.
-
-    Args:
-        plan: Decisions of the run.
-        scores: ``<module>.scores``, each ``(K,)``.
-
-    Returns:
-        A heat map, linear kinds by layers; None if the method predicts no losses.
-    """
+    """Return the predicted loss of each cut, from ``<module>.scores`` ``(K,)``; None if unknown."""
     losses = {module_place(module): v for module, v in predicted_losses(plan, scores).items()}
     if not losses:
         return None
     total, (worst, most) = sum(losses.values()), max(losses.items(), key=lambda entry: entry[1])
-    removed = ""
-    if plan.removed_blocks or plan.dropped_layers:
-        removed = (
-            "; a layer or block that is gone has a row of its own, with what its removal costs "
-            "alone"
-        )
+    more = "; a layer or block that is gone has a row of its own, with what its removal costs alone"
+    if not (plan.removed_blocks or plan.dropped_layers):
+        more = ""
     return _heat_map(
         # Thousandths: the total is a few tenths, over hundreds of linears.
         {place: 1e3 * loss for place, loss in losses.items()},
@@ -105,7 +81,7 @@ def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
         title=f"All that went is predicted to cost {total:.2f} nats per token",
         explanation="Predicted growth of the loss for each linear, in thousandths of a nat per "
         "token: half the curvature of its change; a narrowed MLP stands under the linear that "
-        f"reads its channels{removed}; a grey field costs nothing.",
+        f"reads its channels{more}; a grey field costs nothing.",
         alt=("predicted losses", f"most, {most:.4f} nats, in {worst[1]} of layer {worst[0]}"),
     )
 
@@ -119,10 +95,9 @@ def _heat_map(
     explanation: str,
     alt: tuple[str, str],
 ) -> Plot:
-    """Draw numbers by the layer and the kind of their linears; a field without one is grey.
+    """Draw numbers by layer and kind of linear; a field without one is grey.
 
-    All heat maps of a plan have the same layers: those with a number, and all that it cuts. The
-    text for readers who do not see it says what is drawn (``alt``), its size, and a second thing.
+    All heat maps of a plan have the same layers. ``alt`` says what is drawn, and one more thing.
     """
     parts = (*plan.ranks, *plan.channels, *plan.removed_blocks)
     cut = {module_place(part)[0] for part in parts} | set(plan.dropped_layers)
@@ -131,9 +106,7 @@ def _heat_map(
     table = np.array([[values.get((layer, kind), np.nan) for layer in layers] for kind in kinds])
 
     def draw(figure: Figure) -> None:
-        columns = [str(layer) for layer in layers]
-        is_annotated = len(layers) <= _MAX_ANNOTATED
-        draw_heat_map(figure, table, columns, kinds, label=label, is_annotated=is_annotated)
+        draw_heat_map(figure, table, list(map(str, layers)), kinds, label)
 
     size = f"{len(kinds)} kinds of linears by {len(layers)} layers"
     return Plot(

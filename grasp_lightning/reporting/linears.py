@@ -1,4 +1,4 @@
-"""What a plan and its scores tell about each replaced linear."""
+"""What plan and scores say about each replaced linear."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,14 +15,7 @@ Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 class ScoredLinear(NamedTuple):
-    """One replaced linear whose components were scored and selected.
-
-    Attributes:
-        module: Full name in the original model.
-        components: Indices of the kept components, ascending.
-        scores: One score per component, ``(K,)``.
-        singular_values: Descending, ``(K,)``.
-    """
+    """A replaced linear with its kept components, scores ``(K,)`` and singular values ``(K,)``."""
 
     module: str
     components: tuple[int, ...]
@@ -41,17 +34,17 @@ class ScoredLinear(NamedTuple):
 
     @property
     def num_beyond_largest(self) -> int:
-        """Number of kept components that plain truncation to the same rank would remove."""
+        """Number of kept components that truncation to the same rank would remove."""
         return sum(index >= len(self.components) for index in self.components)
 
     @property
     def kept_score(self) -> float:
-        """Share of the sum of scores that the kept components have, in [0, 1]."""
+        """Share of the total score in the kept components, in [0, 1]."""
         return self._kept_share(self.scores)
 
     @property
     def kept_energy(self) -> float:
-        """Share of the squared Frobenius norm that the kept components have, in [0, 1]."""
+        """Share of the squared Frobenius norm in the kept components, in [0, 1]."""
         return self._kept_share(self.singular_values**2)
 
     def _kept_share(self, values: Array) -> float:
@@ -60,15 +53,7 @@ class ScoredLinear(NamedTuple):
 
 
 def scored_linears(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[ScoredLinear, ...]:
-    """Return the replaced linears that have scores, in the order of the plan.
-
-    Args:
-        plan: Decisions of the run.
-        scores: ``<module>.scores`` and ``<module>.singular_values``, each ``(K,)``.
-
-    Returns:
-        None of the linears whose factors were solved instead of selected.
-    """
+    """Return the linears with scores and singular values, each ``(K,)``, in plan order."""
     return tuple(
         ScoredLinear(
             module=operation.module,
@@ -85,16 +70,11 @@ def scored_linears(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[ScoredLine
 
 
 def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return what the components or channels that each linear has lost are predicted to cost.
+    """Return the predicted loss of what each linear and each removed part lost, in nats per token.
 
-    Args:
-        plan: Decisions of the run.
-        scores: ``<module>.scores``: loss of dropping each component ``(K,)``, or each channel
-            ``(I,)`` of the linear that reads them, descending; and the prices of what may go.
-
-    Returns:
-        Nats per token by module, in the order of the plan, and then what the removal of each layer
-        and block alone was measured to cost, by its name; empty unless the method predicts losses.
+    Linears come in the order of the plan, then removed layers and blocks with their measured price.
+    Empty if the method predicts no losses. ``scores`` has ``<module>.scores``, descending: the loss
+    of dropping each component ``(K,)``, or each channel ``(I,)`` of the linear that reads them.
     """
     if plan.options.get("weighting") != "kfac":
         return {}
@@ -107,7 +87,7 @@ def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, floa
 
 
 def removed_parts(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the measured price of each removed layer and block, by name, sorted by layer."""
+    """Return the measured price of each removed layer and block by name, sorted by layer."""
     found = {}
     for key, price in scores.items():
         name, _, kind = key.rpartition(".")
@@ -119,14 +99,9 @@ def removed_parts(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def layer_changes(plan: Plan, linears: Iterable[str]) -> dict[str, LayerChange | None]:
-    """Return what of each decoder layer was changed, by its index; None for a deleted layer.
+    """Return the changed decoder layers by index, ascending; None for a deleted one.
 
-    Args:
-        plan: Decisions of the run.
-        linears: Full names of all linears in decoder layers of the original model.
-
-    Returns:
-        Layers with a change, in ascending order.
+    ``linears`` are the full names of all linears in the decoder layers of the original model.
     """
     changed = {module for op in plan.operations for module in op.linears}
     counts: dict[int, dict[bool, list[bool]]] = {}
@@ -137,20 +112,17 @@ def layer_changes(plan: Plan, linears: Iterable[str]) -> dict[str, LayerChange |
     changes: dict[int, LayerChange | None] = dict.fromkeys(plan.dropped_layers)
     for layer, parts in counts.items():
         if layer not in changes and any(map(any, parts.values())):
-            mlp, attention = (
-                LinearCount(changed=sum(part), total=len(part))
-                for part in (parts[False], parts[True])
-            )
-            changes[layer] = LayerChange(attention=attention, mlp=mlp)
+            sizes = {k: LinearCount(changed=sum(v), total=len(v)) for k, v in parts.items()}
+            changes[layer] = LayerChange(attention=sizes[True], mlp=sizes[False])
     return {str(layer): changes[layer] for layer in sorted(changes)}
 
 
 def module_place(module: str) -> tuple[int, str]:
-    """Return layer and kind of a linear: ``(22, "mlp.gate_proj")``; layer -1 where it has none."""
+    """Return layer and kind of a linear: ``(22, "mlp.gate_proj")``; layer -1 if it is in none."""
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", module)
     return (int(match[1]), match[2]) if match else (-1, module)
 
 
 def float64_array(tensor: Tensor) -> Array:
-    """Return the values of a tensor as float64, on the host."""
+    """Return the values of a tensor as float64 on the host."""
     return tensor.detach().cpu().double().numpy()

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from grasp_lightning.errors import OutputError
-from grasp_lightning.reading.plain import from_plain, to_plain
+from grasp_lightning.reading.typed import as_type, to_plain
 
 T = TypeVar("T")
 
 
 class States(Generic[T]):
-    """One quantity in two states of a model, under the names that metrics.json has for them."""
+    """One quantity in two states of a model, named as in metrics.json."""
 
     @property
     def values(self) -> tuple[T, T]:
@@ -42,12 +42,7 @@ _NO_CHANGE = Change[float | None](before=None, after=None)
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderLinears:
-    """Size of the linears inside the decoder layers, which is what methods can remove.
-
-    Attributes:
-        parameters: Number of parameters, tied ones counted once.
-        bytes: Their size in bytes, both at the dtype of the run.
-    """
+    """Size of the linears in decoder layers, which methods can remove; tied ones count once."""
 
     parameters: Pair[int]
     bytes: Pair[int]
@@ -55,12 +50,7 @@ class DecoderLinears:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearCount:
-    """Linears of the attention or of the MLP of one decoder layer.
-
-    Attributes:
-        changed: Number of low-rank, narrowed and removed ones.
-        total: Number of all.
-    """
+    """Linears of one layer's attention or MLP; low-rank, narrowed and removed ones are changed."""
 
     changed: int
     total: int
@@ -68,7 +58,7 @@ class LinearCount:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerChange:
-    """What of one decoder layer was changed; all that is not attention counts as MLP."""
+    """Changes of one decoder layer; everything but attention counts as MLP."""
 
     attention: LinearCount
     mlp: LinearCount
@@ -76,12 +66,7 @@ class LayerChange:
 
 @dataclass(frozen=True, kw_only=True)
 class LossChange:
-    """By how much the cross-entropy of a token grows, in nats; None where it is not known.
-
-    Attributes:
-        predicted: Sum of what the method predicts for every linear, on the calibration text.
-        measured: Logarithm of the ratio of both perplexities, on held-out text.
-    """
+    """Growth of the loss in nats per token, on calibration (predicted) and held-out text."""
 
     predicted: float | None = None
     measured: float | None = None
@@ -89,22 +74,7 @@ class LossChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """Wall-clock seconds per phase; None for a phase that the run did not have.
-
-    Attributes:
-        load: Reading the model and the text.
-        sample: Calibration text that the model writes itself.
-        similarity: Pass that measures the decoder layers.
-        attribution: Pass that scores singular components.
-        curvature: Pass that sums up moments of linears.
-        factorize: Singular value decompositions and replacement.
-        cut_losses: Measuring each cut by itself.
-        refit: Fitting what was cut once more.
-        save: Writing the model.
-        verify: Loading the saved model in a fresh process.
-        evaluate: Perplexity before and after.
-        total: The whole command.
-    """
+    """Wall-clock seconds per phase; None for phases that the run did not have."""
 
     load: float | None = None
     sample: float | None = None
@@ -122,16 +92,7 @@ class Seconds:
 
 @dataclass(frozen=True, kw_only=True)
 class CompensationSeconds:
-    """Wall-clock seconds per phase; None for a phase that the run did not have.
-
-    Attributes:
-        load: Reading model and data.
-        train: Optimizer steps, and the validations between them.
-        evaluate: Perplexity and validation loss, before and after.
-        save: Writing the model.
-        verify: Loading the saved model in a fresh process.
-        total: The whole command.
-    """
+    """Wall-clock seconds per phase; None for phases that the run did not have."""
 
     load: float | None = None
     train: float | None = None
@@ -143,16 +104,15 @@ class CompensationSeconds:
 
 @dataclass(frozen=True, kw_only=True)
 class RunMetrics:
-    """What is measured of every run that writes a model. Keys of metrics.json are stable.
+    """Measurements of every run that writes a model. Keys of metrics.json are stable.
 
     Attributes:
-        model: Name of the source model, without a machine's paths.
+        model: Name of the source model, without local paths.
         dtype: Floating point type in which both states are counted, such as ``float32``.
-        perplexity_tokens: Number of predicted tokens behind each perplexity.
-        peak_memory_bytes: Highest memory use of the process, or of its device.
-        versions: Version by package name (grasp_lightning, python, torch, ...).
-        evaluation: What ``evaluate`` measured of the written model; None before.
-        throughput: What ``benchmark`` measured of the written model; None before.
+        perplexity_tokens: Number of predicted tokens per perplexity.
+        peak_memory_bytes: Of the process, or of its device.
+        evaluation: Measurements of ``evaluate`` on the written model.
+        throughput: Measurements of ``benchmark`` on the written model.
     """
 
     model: str
@@ -164,53 +124,31 @@ class RunMetrics:
     throughput: Mapping[str, Any] | None = None  # Any: values of JSON
 
     def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
-        """Return the content of ``metrics.json``, the contract for scripts.
-
-        Its keys are the names of all attributes, nested as they are. Every key is always there; a
-        value that does not apply is None.
-        """
+        """Return the content of ``metrics.json``: nested attributes, None if not applicable."""
         content: dict[str, Any] = to_plain(self)
         return content
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:  # Any: values of JSON
-        """Return the metrics that ``to_dict`` wrote; keys of later versions are ignored.
-
-        Args:
-            content: Parsed content of a ``metrics.json``.
-
-        Returns:
-            Metrics equal to those that were written.
-
-        Raises:
-            OutputError: If a key is missing, or a value has another type.
-        """
-        try:
-            return from_plain(cls, content)
-        except (KeyError, TypeError, ValueError) as error:
-            raise OutputError(
-                f"not the metrics of a run: {error!r}; expected the content of a metrics.json"
-            ) from error
+        """Return the metrics that ``to_dict`` wrote; keys of later versions are ignored."""
+        what, advice = "not the metrics of a run", "expected the content of a metrics.json"
+        return as_type(cls, content, what, OutputError, advice, ignores_unknown=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics(RunMetrics):
-    """Everything that a compression measured.
+    """All measurements of a compression.
 
     Attributes:
-        method: Name of the compression method.
-        layers: Decoder layers that the method chose, ascending, as indices of the original model.
-        layer_changes: What was changed in each decoder layer, by its index; None for a deleted one.
-        removed_ratio: Share of all parameters that is gone, in [0, 1].
-        parameters: Parameters of the whole model, tied ones counted once.
-        bytes: Size of the whole model in bytes, both at ``dtype``.
-        decoder_linears: The same for the linears of the decoder layers.
-        channels: Number of hidden channels of every narrowed MLP, by the full name of the linear
-            that reads them.
-        source_bytes: Size of the source's weight files on disk, None if unknown.
-        perplexity: On held-out text; None where it was not measured.
-        loss_change: By how much the cross-entropy of a token grows, predicted and measured.
-        seconds: Time per phase.
+        layers: Decoder layers chosen by the method, ascending, as indices of the original model.
+        layer_changes: Changes of each decoder layer by index; None for a deleted one.
+        removed_ratio: Share of all parameters that was removed, in [0, 1].
+        parameters: Of the whole model; tied ones count once.
+        bytes: Size of the whole model at ``dtype``.
+        channels: Hidden channels of every narrowed MLP, by the full name of the linear that reads
+            them.
+        source_bytes: Size of the source's weight files on disk.
+        perplexity: On held-out text; None if not measured.
     """
 
     STATES: ClassVar = ("dense", "compressed")
@@ -230,19 +168,13 @@ class Metrics(RunMetrics):
 
     @property
     def changed_layers(self) -> tuple[int, ...]:
-        """Decoder layers with a change, ascending; all chosen ones where that is not known."""
+        """Changed decoder layers, ascending; all chosen ones if the changes are unknown."""
         return tuple(sorted(map(int, self.layer_changes))) or self.layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts(Change[int]):
-    """Parameters of the whole saved model, tied ones counted once.
-
-    Attributes:
-        before: Number before training.
-        after: Number after it: adapters are merged, so it is the same.
-        trainable: Number of trained parameters: those of the adapters, or of the factors.
-    """
+    """Parameters of the whole saved model and trained ones; merged adapters add none."""
 
     before: int
     after: int
@@ -251,15 +183,7 @@ class ParameterCounts(Change[int]):
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """Losses over the optimizer steps, in nats per predicted token.
-
-    Attributes:
-        steps: Optimizer steps, ascending, counted from 1.
-        loss: Mean training loss of each of these steps.
-        learning_rate: Learning rate of each of these steps.
-        validation_steps: Number of steps that were done when it was validated, ascending.
-        validation_loss: Loss of each validation.
-    """
+    """Losses over the optimizer steps, ascending from 1, in nats per predicted token."""
 
     steps: tuple[int, ...] = ()
     loss: tuple[float, ...] = ()
@@ -268,11 +192,7 @@ class History:
     validation_loss: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that there is one value per step.
-
-        Raises:
-            ValueError: If numbers of values differ.
-        """
+        """Check that there is one value per step."""
         validations = (self.validation_steps, self.validation_loss)
         for what, values in (
             ("loss and learning rate per step", (self.steps, self.loss, self.learning_rate)),
@@ -285,25 +205,18 @@ class History:
 
 @dataclass(frozen=True, kw_only=True)
 class CompensationMetrics(RunMetrics):
-    """Everything that a compensation measured; ``train`` tells its metrics from a compression's.
+    """All measurements of a compensation; ``train`` distinguishes them from those of a compression.
 
     Attributes:
-        train: What was trained: lora, factors, or lora_on_factors.
-        objective: What was learned: instruction, text, or distill.
-        parameters: Parameters before and after, and those that were trained.
-        bytes: Size of the whole model in bytes, both at ``dtype``.
-        perplexity: On held-out text; None where it was not measured.
-        validation_loss: Nats per predicted token on samples set aside; None where there were none.
-        validation_tokens: Number of predicted tokens behind each validation loss.
-        steps: Number of optimizer steps.
-        best_step: Step whose weights were kept; None if they are those of the last one.
+        train: lora, factors, or lora_on_factors.
+        objective: instruction, text, or distill.
+        validation_loss: Nats per predicted token on samples set aside; None if there are none.
+        best_step: Step whose weights were kept; None for the last one.
         epochs: How often each sample was seen.
-        samples: Number of samples by what became of them: train, validation, read, cut, ...
+        samples: Number of samples by their fate: train, validation, read, cut, ...
         trained_tokens: Number of predicted tokens over all steps.
-        data: What was learned from, in words, without a machine's paths.
-        data_licence: Its licence, None if unknown.
-        history: Losses over the steps.
-        seconds: Time per phase.
+        data: Description of the training data, without local paths.
+        data_licence: None if unknown.
     """
 
     STATES: ClassVar = ("before", "after")

@@ -2,37 +2,22 @@
 
 import base64
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from grasp_lightning.plan import Plan
-from grasp_lightning.reporting import evaluation, throughput
+from grasp_lightning.reporting import evaluation, tables, throughput
+from grasp_lightning.reporting.card_phrases import Values
 from grasp_lightning.reporting.details import Details, decision_details
 from grasp_lightning.reporting.drawing import Plot
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
 from grasp_lightning.reporting.plots import run_plots, training_plot
-from grasp_lightning.reporting.tables import (
-    NOT_MEASURED,
-    AnyMetrics,
-    comparison_notes,
-    comparison_rows,
-    count_text,
-    difference_text,
-    done_to_layers,
-    duration_text,
-    epochs_text,
-    factor_text,
-    indices_text,
-    loss_text,
-    perplexity_text,
-    size_text,
-    summary,
-)
+from grasp_lightning.reporting.tables import NOT_MEASURED, AnyMetrics
 
-_ARROW = "\u2192"
+_ARROW = " \u2192 "
 _PHASES = {
     "load": "Load the model",
     "sample": "Let the model write text",
@@ -56,13 +41,7 @@ _TRAINING_PHASES = {
 
 
 class Headline(NamedTuple):
-    """One of the large numbers at the top of the page.
-
-    Attributes:
-        label: What it is.
-        value: The number, with its unit.
-        detail: What it is made of; may be empty.
-    """
+    """A large number at the top of the page, with its unit; the detail may be empty."""
 
     label: str
     value: str
@@ -70,10 +49,7 @@ class Headline(NamedTuple):
 
 
 def render_report(
-    metrics: Metrics,
-    plan: Plan,
-    scores: Mapping[str, Tensor],
-    config: Mapping[str, Any],  # Any: values of YAML
+    metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor], config: Values
 ) -> str:
     """Return the page of a compression; equal inputs give equal text."""
     return _render(
@@ -86,10 +62,7 @@ def render_report(
     )
 
 
-def render_compensation_report(
-    metrics: CompensationMetrics,
-    config: Mapping[str, Any],  # Any: values of YAML
-) -> str:
+def render_compensation_report(metrics: CompensationMetrics, config: Values) -> str:
     """Return the page of a compensation; equal inputs give equal text."""
     history = metrics.history
     plots = [training_plot(history, kept_step=metrics.best_step)] if history.steps else []
@@ -98,7 +71,7 @@ def render_compensation_report(
 
 def _render(
     metrics: AnyMetrics,
-    config: Mapping[str, Any],  # Any: values of YAML
+    config: Values,
     plots: Iterable[Plot],
     headlines: Iterable[Headline],
     phases: Mapping[str, str],
@@ -115,10 +88,10 @@ def _render(
     return environment.get_template("report.html.jinja").render(
         kind="compensation" if isinstance(metrics, CompensationMetrics) else "compression",
         metrics=metrics,
-        summary=summary(metrics),
+        summary=tables.summary(metrics),
         headlines=[*headlines, *_total(metrics)],
-        rows=comparison_rows(metrics),
-        notes=comparison_notes(metrics),
+        rows=tables.comparison_rows(metrics),
+        notes=tables.comparison_notes(metrics),
         plots=[(plot, _data_uri(plot)) for plot in plots],
         details=details,
         phases=_phases(metrics, phases),
@@ -130,82 +103,55 @@ def _render(
 
 
 def _headlines(metrics: Metrics) -> list[Headline]:
-    parameters = metrics.parameters
+    removed, layers = f"{metrics.removed_ratio:.1%}", metrics.changed_layers
+    parameters = _ARROW.join(map(tables.count_text, metrics.parameters.values))
+    before, after = map(tables.size_text, metrics.bytes.values)
+    done, indices = tables.done_to_layers(metrics), tables.indices_text(layers)
     return [
-        Headline(
-            "Parameters removed",
-            f"{metrics.removed_ratio:.1%}",
-            f"{count_text(parameters.dense)} {_ARROW} {count_text(parameters.compressed)}",
-        ),
-        Headline(
-            f"Size at {metrics.dtype}",
-            size_text(metrics.bytes.compressed),
-            f"from {size_text(metrics.bytes.dense)}",
-        ),
+        Headline("Parameters removed", removed, parameters),
+        Headline(f"Size at {metrics.dtype}", after, f"from {before}"),
         _perplexity(metrics),
-        Headline(
-            f"Layers {done_to_layers(metrics)}",
-            str(len(metrics.changed_layers)),
-            indices_text(metrics.changed_layers),
-        ),
+        Headline(f"Layers {done}", str(len(layers)), indices),
     ]
 
 
 def _training_headlines(metrics: CompensationMetrics) -> list[Headline]:
     parameters, losses = metrics.parameters, metrics.validation_loss.values
     share = parameters.trainable / parameters.after if parameters.after else 0.0
+    trainable = tables.count_text(parameters.trainable)
+    change = tables.difference_text(*losses) or NOT_MEASURED
+    epochs, tokens = tables.epochs_text(metrics.epochs), tables.count_text(metrics.trained_tokens)
     return [
         _perplexity(metrics),
-        Headline(
-            "Validation loss",
-            difference_text(*losses) or NOT_MEASURED,
-            f" {_ARROW} ".join(map(loss_text, losses)),
-        ),
-        Headline(
-            "Trainable parameters",
-            count_text(parameters.trainable),
-            f"{share:.1%} of the model's size",
-        ),
-        Headline(
-            "Optimizer steps",
-            f"{metrics.steps:,}",
-            f"{epochs_text(metrics.epochs)}, {count_text(metrics.trained_tokens)} tokens",
-        ),
+        Headline("Validation loss", change, _ARROW.join(map(tables.loss_text, losses))),
+        Headline("Trainable parameters", trainable, f"{share:.1%} of the model's size"),
+        Headline("Optimizer steps", f"{metrics.steps:,}", f"{epochs}, {tokens} tokens"),
     ]
 
 
 def _perplexity(metrics: AnyMetrics) -> Headline:
-    perplexities = metrics.perplexity.values
-    return Headline(
-        "Perplexity",
-        factor_text(*perplexities) or NOT_MEASURED,
-        f" {_ARROW} ".join(map(perplexity_text, perplexities)),
-    )
+    values = metrics.perplexity.values
+    factor = tables.factor_text(*values) or NOT_MEASURED
+    return Headline("Perplexity", factor, _ARROW.join(map(tables.perplexity_text, values)))
 
 
 def _total(metrics: AnyMetrics) -> list[Headline]:
-    """Return how long the command took; nothing if that was not measured."""
     if metrics.seconds.total is None:
         return []
     memory = metrics.peak_memory_bytes
-    detail = "" if memory is None else f"{size_text(memory)} at its peak"
-    return [Headline("Time", duration_text(metrics.seconds.total), detail)]
+    detail = "" if memory is None else f"{tables.size_text(memory)} at its peak"
+    return [Headline("Time", tables.duration_text(metrics.seconds.total), detail)]
 
 
 def _phases(metrics: AnyMetrics, names: Mapping[str, str]) -> list[tuple[str, str, float | None]]:
-    """Return name, time, and share of the longest in percent of every phase that the run had."""
-    times = {
-        name: seconds
-        for phase, name in names.items()
-        if (seconds := getattr(metrics.seconds, phase)) is not None
-    }
+    """Return name, duration and percentage of the longest, for each phase of the run."""
+    found = [(name, getattr(metrics.seconds, phase)) for phase, name in names.items()]
+    times = [(name, time) for name, time in found if time is not None]
     if not times:
         return []
-    longest = max(times.values()) or 1.0
-    return [
-        *((n, duration_text(time), round(100 * time / longest, 1)) for n, time in times.items()),
-        ("Whole command", duration_text(metrics.seconds.total), None),
-    ]
+    longest = max(time for _, time in times) or 1.0
+    rows = [(n, tables.duration_text(t), round(100 * t / longest, 1)) for n, t in times]
+    return [*rows, ("Whole command", tables.duration_text(metrics.seconds.total), None)]
 
 
 def _data_uri(plot: Plot) -> str:

@@ -1,4 +1,4 @@
-"""The plots of one run: which there are, what they show, and the finding that each one states."""
+"""The plots of one run: which to draw, and the finding that each one states."""
 
 from collections.abc import Mapping
 
@@ -7,14 +7,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from grasp_lightning.plan import Plan
-from grasp_lightning.reporting.drawing import (
-    Plot,
-    draw_components,
-    draw_layer_bars,
-    draw_stacked_bars,
-    draw_training,
-    svg_text,
-)
+from grasp_lightning.reporting import drawing
+from grasp_lightning.reporting.drawing import Plot, svg_text
 from grasp_lightning.reporting.heat_maps import losses_plot, ranks_plot, widths_plot
 from grasp_lightning.reporting.linears import Array, float64_array, scored_linears
 from grasp_lightning.reporting.metrics import History, Metrics
@@ -25,7 +19,7 @@ _MAX_POINTS = 20  # more steps than that get a moving mean over 1/20 of them
 
 
 def run_plots(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> tuple[Plot, ...]:
-    """Return every plot of a compression, in reading order, that the run has data for."""
+    """Return the plots of a compression for which there is data, in reading order."""
     plots = (
         parameters_plot(metrics),
         layers_plot(plan, scores),
@@ -38,14 +32,10 @@ def run_plots(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> tup
 
 
 def parameters_plot(metrics: Metrics) -> Plot:
-    """Return the parameters before and after, decoder linears apart from all others."""
+    """Return the parameters before and after, with decoder linears separate."""
     total, linears = metrics.parameters, metrics.decoder_linears.parameters
-    inside = np.array([linears.dense, linears.compressed], dtype=float)
-    outside = np.array([total.dense, total.compressed], dtype=float) - inside
-
-    def draw(figure: Figure) -> None:
-        draw_stacked_bars(figure, inside, outside, lambda value: count_text(round(value)))
-
+    inside = np.array(linears.values, dtype=float)
+    outside = np.array(total.values, dtype=float) - inside
     explanation = "Only linears inside decoder layers change; everything else is kept as it was."
     # Norms of deleted layers are gone, too.
     if total.dense - total.compressed != linears.dense - linears.compressed:
@@ -57,19 +47,14 @@ def parameters_plot(metrics: Metrics) -> Plot:
         alt=f"Two bars. Decoder linears: {linears.dense:,} parameters before, "
         f"{linears.compressed:,} after. Whole model: {total.dense:,} before, "
         f"{total.compressed:,} after.",
-        svg=svg_text(1.75, draw),
+        svg=svg_text(1.75, lambda figure: drawing.draw_stacked_bars(figure, inside, outside)),
     )
 
 
 def layers_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
-    """Return what the choice of layers was made from, with the chosen ones in another colour.
+    """Return the measurement that layers were chosen by; None if there is none.
 
-    Args:
-        plan: Decisions of the run.
-        scores: ``layer_similarity`` ``(L,)``, or ``layer_angular_distance`` ``(L - n + 1,)``.
-
-    Returns:
-        One bar per layer; None if layers were not measured.
+    ``scores`` has ``layer_similarity`` ``(L,)`` or ``layer_angular_distance`` ``(L - n + 1,)``.
     """
     chosen = plan.selected_layers or plan.dropped_layers
     if "layer_similarity" in scores:
@@ -87,7 +72,7 @@ def _similarity_plot(similarity: Array, chosen: tuple[int, ...]) -> Plot:
     threshold = float(similarity[is_chosen].min()) if chosen else None
 
     def draw(figure: Figure) -> None:
-        axes = draw_layer_bars(figure, similarity, chosen, bottom=bottom)
+        axes = drawing.draw_layer_bars(figure, similarity, chosen, bottom=bottom)
         axes.set_ylim(bottom, max(1.0, high))
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("cosine similarity")
@@ -112,7 +97,7 @@ def _similarity_plot(similarity: Array, chosen: tuple[int, ...]) -> Plot:
 
 def _angular_plot(distance: Array, chosen: tuple[int, ...]) -> Plot:
     def draw(figure: Figure) -> None:
-        axes = draw_layer_bars(figure, distance, chosen[:1])
+        axes = drawing.draw_layer_bars(figure, distance, chosen[:1])
         axes.set_xlabel("first layer of the span")
         axes.set_ylabel("angular distance")
 
@@ -130,16 +115,9 @@ def _angular_plot(distance: Array, chosen: tuple[int, ...]) -> Plot:
 
 
 def components_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
-    """Return score against singular value, for one linear of each kind.
+    """Return scores over singular values for the linears of the middle replaced layer.
 
-    The linears are those of the middle one of the replaced layers.
-
-    Args:
-        plan: Decisions of the run.
-        scores: ``<module>.scores`` and ``<module>.singular_values``, each ``(K,)``.
-
-    Returns:
-        Small multiples with logarithmic axes; None if components were not scored and selected.
+    None without ``<module>.scores`` and ``<module>.singular_values``, each ``(K,)``.
     """
     linears = scored_linears(plan, scores)
     if not linears:
@@ -153,7 +131,7 @@ def components_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     def draw(figure: Figure) -> None:
         grid = figure.subplots(num_rows, num_columns, squeeze=False)
         for axes, linear in zip(grid.flat, panels, strict=False):
-            draw_components(axes, linear.singular_values, linear.scores, linear.components)
+            drawing.draw_components(axes, linear.singular_values, linear.scores, linear.components)
             axes.set_title(linear.kind.rsplit(".", 1)[-1])
         for axes in grid.flat[len(panels) :]:
             axes.remove()
@@ -183,36 +161,24 @@ def components_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
 
 
 def training_plot(history: History, *, kept_step: int | None = None) -> Plot:
-    """Return the training loss of every step with its moving mean, and the validation losses.
+    """Return the training loss of every step, its moving mean, and validation losses.
 
-    Args:
-        history: Losses over the steps; at least one step.
-        kept_step: Step whose weights were kept, marked by a line; None marks none.
-
-    Returns:
-        A line plot; its title compares the first validation with that of the kept weights, or
-        where there are not two, the means of the first and the last tenth of all steps.
+    The title compares the first validation with that of the kept weights; without two validations,
+    the means of the first and the last tenth of the steps.
 
     Raises:
         ValueError: If the history has no step.
     """
     if not history.steps:
         raise ValueError("history has no step, so there is nothing to draw")
-    steps, loss = np.array(history.steps, dtype=float), np.array(history.loss)
-    window = max(1, len(steps) // _MAX_POINTS)
-    validation = None
-    if history.validation_steps:
-        validation = (
-            np.array(history.validation_steps, dtype=float),
-            np.array(history.validation_loss),
-        )
+    window = max(1, len(history.steps) // _MAX_POINTS)
 
     def draw(figure: Figure) -> None:
-        draw_training(figure, steps, loss, validation, window=window, kept_step=kept_step)
+        drawing.draw_training(figure, history, window=window, kept_step=kept_step)
 
     mean = f"; the line is the mean of {window} steps" if window > 1 else ""
     explanation = f"Each small point is the mean loss of one optimizer step{mean}."
-    if validation is not None:
+    if history.validation_steps:
         explanation += " Validation is on samples that are not trained on."
     if kept_step is not None:
         explanation += f" Dashed: step {kept_step:,}, whose weights are kept."

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from typing import NamedTuple, TypeVar
 
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -34,14 +35,7 @@ _SAMPLES = {
 
 
 class Row(NamedTuple):
-    """One line of the comparison, ready to print.
-
-    Attributes:
-        quantity: What is compared, with its unit.
-        before: Value before compression or compensation.
-        after: Value after it.
-        change: Percentage for sizes, a factor for perplexity, a difference for a loss.
-    """
+    """One line of the comparison; the change is a percentage, a factor or a difference."""
 
     quantity: str
     before: str
@@ -50,7 +44,7 @@ class Row(NamedTuple):
 
 
 def comparison_table(metrics: AnyMetrics) -> Table:
-    """Return the model before and after, with what was measured as caption, for the terminal."""
+    """Return the model before and after, with the measurements as caption, for the terminal."""
     # Text, not str: a model's name may hold brackets, which rich would read as markup.
     table = Table(
         title=Text(f"{metrics.model}: {summary(metrics)}"),
@@ -63,6 +57,20 @@ def comparison_table(metrics: AnyMetrics) -> Table:
     for row in comparison_rows(metrics):
         table.add_row(*row)
     return table
+
+
+def narrow_table(notes: Iterable[str], title: str | None = None) -> Table:
+    """Return an empty table that takes little room, with notes as caption."""
+    # Text, not str: a model's name may hold brackets, which rich would read as markup.
+    caption = Text("\n".join(notes))
+    return Table(
+        title=title,
+        caption=caption,
+        caption_justify="left",
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
 
 
 def comparison_rows(metrics: AnyMetrics) -> tuple[Row, ...]:
@@ -84,14 +92,14 @@ def comparison_rows(metrics: AnyMetrics) -> tuple[Row, ...]:
 
 
 def comparison_notes(metrics: AnyMetrics) -> tuple[str, ...]:
-    """Return the sentences a reader needs to judge the comparison, and what was learned from."""
+    """Return sentences on how to read the comparison, and on the training."""
     if isinstance(metrics, CompensationMetrics):
         return (*measurement_notes(metrics), *_training_notes(metrics))
     return (*measurement_notes(metrics), *_compression_notes(metrics))
 
 
 def measurement_notes(metrics: AnyMetrics) -> tuple[str, ...]:
-    """Return what perplexity and validation loss were measured on, in sentences."""
+    """Return sentences on the text behind perplexity and validation loss."""
     notes = []
     if metrics.perplexity_tokens is not None:
         notes.append(
@@ -135,7 +143,7 @@ def _training_notes(metrics: CompensationMetrics) -> list[str]:
 
 
 def summary(metrics: AnyMetrics) -> str:
-    """Return what was done, as a phrase: layers and removed parameters, or training and steps."""
+    """Return what was done as a phrase: layers and removed parameters, or training and steps."""
     if isinstance(metrics, CompensationMetrics):
         trained = _TRAINED.get(metrics.train, metrics.train)
         learned = _LEARNED.get(metrics.objective, f"on {metrics.objective}")
@@ -150,7 +158,7 @@ def summary(metrics: AnyMetrics) -> str:
 
 
 def done_to_layers(metrics: Metrics) -> str:
-    """Return what was done to decoder layers, as a participle."""
+    """Return what was done to the layers, as a participle."""
     if metrics.method == "drop":
         return "dropped"
     if metrics.layer_changes and not any(metrics.layer_changes.values()):
@@ -159,13 +167,10 @@ def done_to_layers(metrics: Metrics) -> str:
 
 
 def _changed_parts(metrics: Metrics) -> str:
-    """Return which parts were changed, in brackets after a space; nothing if all of them were."""
+    """Return the changed parts in brackets after a space; nothing if all were changed."""
     changes = [change for change in metrics.layer_changes.values() if change is not None]
     num_deleted = len(metrics.layer_changes) - len(changes)
-    blocks = {
-        "attention": [change.attention for change in changes],
-        "MLP": [change.mlp for change in changes],
-    }
+    blocks = {"attention": [c.attention for c in changes], "MLP": [c.mlp for c in changes]}
     sums = {
         name: (sum(count.changed for count in counts), sum(count.total for count in counts))
         for name, counts in blocks.items()
@@ -195,7 +200,7 @@ def megabytes_text(size: int) -> str:
 
 
 def percent_text(before: int, after: int) -> str:
-    """Return by which share a count changed, such as ``-19.0%``; empty where there was none."""
+    """Return the relative change of a count, such as ``-19.0%``; empty if undefined."""
     return f"{after / before - 1:+.1%}" if before else ""
 
 
@@ -205,7 +210,7 @@ def perplexity_text(perplexity: float | None) -> str:
 
 
 def factor_text(before: float | None, after: float | None) -> str:
-    """Return by which factor a value changed, such as ``x 1.53``; empty where one is missing."""
+    """Return the factor between values, such as ``x 1.53``; empty if one is missing."""
     if not before or after is None or not math.isfinite(before):
         return ""
     return f"x {after / before:,.2f}"
@@ -217,7 +222,7 @@ def loss_text(loss: float | None) -> str:
 
 
 def difference_text(before: float | None, after: float | None) -> str:
-    """Return by how much a loss changed, such as ``-0.250``; empty where one is missing."""
+    """Return the change of a loss, such as ``-0.250``; empty if one is missing."""
     return "" if before is None or after is None else f"{after - before:+.3f}"
 
 
@@ -227,19 +232,19 @@ def steps_text(steps: int) -> str:
 
 
 def epochs_text(epochs: float) -> str:
-    """Return how often each sample was seen, with three digits and the unit."""
+    """Return a number of epochs with three digits and its unit."""
     return "1 epoch" if epochs == 1 else f"{epochs:.3g} epochs"
 
 
 def samples_text(samples: Mapping[str, int]) -> str:
-    """Return what became of samples as a phrase; counts of zero are left out."""
+    """Return the numbers of samples by their fate as a phrase, without zeros."""
     known = {name: text.format(samples[name]) for name, text in _SAMPLES.items() if name in samples}
     others = {name: f"{samples[name]:,} {name.replace('_', ' ')}" for name in sorted(samples)}
     return ", ".join(text for name, text in {**known, **others, **known}.items() if samples[name])
 
 
 def duration_text(seconds: float | None) -> str:
-    """Return wall-clock seconds the way people say them, such as ``3 min 12 s``."""
+    """Return seconds the way people say them, such as ``3 min 12 s``."""
     if seconds is None:
         return NOT_MEASURED
     minutes, rest = divmod(round(seconds), 60)
@@ -250,7 +255,7 @@ def duration_text(seconds: float | None) -> str:
 
 
 def indices_text(indices: Iterable[int]) -> str:
-    """Return ascending indices with runs joined, such as ``3, 20-23, 25``; ``none`` if empty."""
+    """Return ascending indices with joined runs, such as ``3, 20-23, 25``; ``none`` if empty."""
     runs = [
         [index for _, index in run]
         for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])

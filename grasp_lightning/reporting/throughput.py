@@ -10,13 +10,11 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
-from rich.box import SIMPLE
 from rich.table import Table
-from rich.text import Text
 
 from grasp_lightning.evaluation.throughput import ModelThroughput, Spread, Throughput, Timing
 from grasp_lightning.reporting.drawing import STYLE, WIDTH
-from grasp_lightning.reporting.tables import count_text, size_text
+from grasp_lightning.reporting.tables import count_text, narrow_table, size_text
 
 _HEIGHT = 3.6  # inches
 _DPI = 150
@@ -34,14 +32,9 @@ _MEMORY_NOTES = {
 
 
 def section_rows(section: Mapping[str, Any]) -> list[tuple[str, str, str]]:  # Any: values of JSON
-    """Return what the section ``throughput`` of a run's metrics holds of the run's model, as text.
+    """Return setting, tokens per second, and ratio of the run's model, from its metrics.
 
-    Args:
-        section: A benchmark's plain values, and the name of the run's model in it.
-
-    Returns:
-        Setting, tokens per second, and ratio to the benchmark's first model (empty if that is
-        this one).
+    The ratio is to the first model of the benchmark, and empty for that one.
     """
     (own,) = (
         model
@@ -51,37 +44,18 @@ def section_rows(section: Mapping[str, Any]) -> list[tuple[str, str, str]]:  # A
     rows = []
     for kind, key, unit in (("prefill", "length", "tokens"), ("decode", "batch_size", "sequences")):
         for timing in own[kind]:
-            ratio = timing["ratio"]
-            speed = f"{timing['tokens_per_second']['median']:,.0f}"
-            rows.append(
-                (
-                    f"{kind}, {timing[key]} {unit}",
-                    speed,
-                    "" if ratio is None else f"{ratio['median']:.2f}",
-                )
-            )
+            ratio, speed = timing["ratio"], timing["tokens_per_second"]["median"]
+            ratio_text = "" if ratio is None else f"{ratio['median']:.2f}"
+            rows.append((f"{kind}, {timing[key]} {unit}", f"{speed:,.0f}", ratio_text))
     return rows
 
 
 def throughput_table(result: Throughput) -> Table:
-    """Return the comparison for the terminal, setting by setting.
+    """Return the comparison for the terminal: settings by models, then the memory of each model.
 
-    Args:
-        result: What was measured.
-
-    Returns:
-        A table with one line per setting and model, then one for the memory of each. Models are
-        letters, which the caption explains: names are too long for a narrow terminal.
+    Models are letters, explained by the caption: names are too long for a narrow terminal.
     """
-    # Text, not str: a model's name may hold brackets, which rich would read as markup.
-    table = Table(
-        title="Throughput",
-        caption=Text("\n".join(throughput_notes(result))),
-        caption_justify="left",
-        box=SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = narrow_table(throughput_notes(result), "Throughput")
     for heading in ("", "model"):
         table.add_column(heading, no_wrap=True)
     for heading in ("tokens/s", "quartiles", "ratio", "quartiles", "first token"):
@@ -103,7 +77,7 @@ def throughput_table(result: Throughput) -> Table:
 
 
 def throughput_notes(result: Throughput) -> tuple[str, ...]:
-    """Return what was run and on what, and what the columns mean, in sentences."""
+    """Return sentences on models, machine and columns."""
     workload, machine = result.workload, result.machine
     models = [
         f"{letter}: {model.name}, {count_text(model.parameters)} parameters, {model.dtype}"
@@ -146,7 +120,7 @@ def write_throughput_plot(result: Throughput, path: Path) -> None:
 
 
 def draw_throughput(axes: Axes, result: Throughput, kind: str) -> None:
-    """Draw tokens per second of every model over the size, as median and quartiles."""
+    """Draw tokens per second over size for each model: median and quartiles."""
     sizes: set[int] = set()
     middle = (len(result.models) - 1) / 2
     for index, (model, colour, line) in enumerate(_looks(result)):
@@ -175,7 +149,7 @@ def draw_throughput(axes: Axes, result: Throughput, kind: str) -> None:
 
 
 def _looks(result: Throughput) -> Iterator[tuple[ModelThroughput, str, str]]:
-    """Yield every model with its colour and line: the control has the first one's, dashed."""
+    """Yield every model with colour and line; the control has the first one's colour, dashed."""
     colours = itertools.cycle(_COLOURS)
     first = next(colours)
     for index, model in enumerate(result.models):

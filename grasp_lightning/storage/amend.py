@@ -8,7 +8,8 @@ from typing import Any
 from grasp_lightning.errors import GraspError, OutputError, PlanError
 from grasp_lightning.plan import Plan
 from grasp_lightning.reading.tensors import read_tensors
-from grasp_lightning.reading.text import read_json, read_text, read_yaml
+from grasp_lightning.reading.text import read_json, read_text
+from grasp_lightning.reading.yaml_text import read_yaml
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics, RunMetrics
 from grasp_lightning.reporting.page import render_compensation_report, render_report
 from grasp_lightning.run_folder import RunFolder, names

@@ -15,7 +15,8 @@ from grasp_lightning.methods.layer_choice import SCORE_KEYS
 from grasp_lightning.methods.removal import read_price
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan, SelectLayers
-from grasp_lightning.reading.text import read_text, read_yaml
+from grasp_lightning.reading.text import read_text
+from grasp_lightning.reading.yaml_text import read_yaml
 from grasp_lightning.run_folder import names
 from grasp_lightning.run_folder.manifest import Manifest
 from grasp_lightning.stats.base import Needs, Scoring, Statistics, Step

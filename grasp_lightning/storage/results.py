@@ -16,9 +16,8 @@ from grasp_lightning.evaluation.results import (
     task_difference,
 )
 from grasp_lightning.evaluation.task_results import TaskResult
-from grasp_lightning.reading.plain import to_plain
 from grasp_lightning.reading.text import read_json
-from grasp_lightning.reading.typed import as_type
+from grasp_lightning.reading.typed import as_type, to_plain
 from grasp_lightning.run_folder import write_file
 
 _ANOTHER = "name another file"

@@ -17,8 +17,7 @@ from grasp_lightning.evaluation.task_results import TaskRun
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations
-from grasp_lightning.reading.plain import to_plain
-from grasp_lightning.reading.typed import as_type
+from grasp_lightning.reading.typed import as_type, to_plain
 from tests.conftest import byte_tokenizer, tiny_model
 from tests.unit.models.helpers import factorize_layers
 

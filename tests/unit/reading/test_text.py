@@ -10,12 +10,11 @@ from grasp_lightning.errors import ConfigError, PlanError
 from grasp_lightning.reading.text import (
     check_file,
     parse_json,
-    parse_yaml,
     read_json,
     read_text,
-    read_yaml,
     user_path,
 )
+from grasp_lightning.reading.yaml_text import parse_yaml, read_yaml
 
 
 @pytest.mark.parametrize(

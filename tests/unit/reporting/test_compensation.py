@@ -107,7 +107,7 @@ def test_keys_of_a_later_version_are_ignored() -> None:
 def test_a_missing_key_is_named() -> None:
     content = example_compensation().to_dict()
     del content["parameters"]["trainable"]
-    with pytest.raises(OutputError, match=r"KeyError\('trainable'\).*metrics\.json"):
+    with pytest.raises(OutputError, match=r"parameters\.trainable is missing.*metrics\.json"):
         CompensationMetrics.from_dict(content)
 
 

@@ -111,7 +111,7 @@ def test_keys_of_a_later_version_are_ignored() -> None:
 def test_a_missing_key_is_named() -> None:
     content = example_metrics().to_dict()
     del content["bytes"]
-    with pytest.raises(OutputError, match=r"KeyError\('bytes'\).*metrics\.json"):
+    with pytest.raises(OutputError, match=r"bytes is missing.*metrics\.json"):
         Metrics.from_dict(content)
 
 

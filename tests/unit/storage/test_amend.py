@@ -71,5 +71,5 @@ def test_a_damaged_compensation_costs_a_warning(
     model = finished_run(tmp_path / "run", example_compensation())
     (tmp_path / "run" / "metrics.json").write_text('{"train": "lora"}')
     assert amend_run(str(model), "evaluation", SECTION) is None
-    assert "is not added to its run: not the metrics of a run: KeyError" in caplog.text
+    assert "is not added to its run: not the metrics of a run: bytes is missing" in caplog.text
     assert (tmp_path / "run" / "report.html").read_text() == "old"
