@@ -17,7 +17,7 @@ from grasp_lightning.evaluation.workload import (
     out_of_memory_as_model_error,
     time_setting,
 )
-from grasp_lightning.reading.plain import to_plain
+from grasp_lightning.reading.typed import to_plain
 
 _SIZE_NAMES = {"prefill": "length", "decode": "batch_size"}
 
