@@ -216,8 +216,12 @@ def test_a_state_that_the_run_did_not_write_is_refused(run: RunFolder) -> None:
 
 
 def test_equal_tensors_and_metadata_give_equal_bytes(tmp_path: Path) -> None:
-    tensors = {"b": torch.ones(3), "a": torch.arange(4), "ä": torch.ones(2, dtype=torch.bfloat16)}
-    metadata = {f"key {number}": json.dumps({'"': "ü\n"}) for number in range(20)}
+    tensors = {
+        "b": torch.ones(3),
+        "a": torch.arange(4),
+        "\u00e4": torch.ones(2, dtype=torch.bfloat16),
+    }
+    metadata = {f"key {number}": json.dumps({'"': "\u00fc\n"}) for number in range(20)}
     written = set()
     for number in range(5):
         save_tensors(tmp_path / f"{number}", tensors, metadata)
