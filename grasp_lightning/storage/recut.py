@@ -42,7 +42,7 @@ class StoredScores:
         self._file = TensorFile(root / names.SCORES, advice=_ADVICE)
         try:
             _check_finished(root)
-            self.plan = Plan.from_json(read_text(root / names.PLAN, PlanError))
+            self.plan = _stored_plan(root)
             _check_plan(self.plan, root)
             self._scores = self._file.read(ignoring=".measured")
             self._moments = stored_moments(root, _ADVICE)
@@ -179,6 +179,13 @@ class StoredScores:
                 f"from_scores: the singular values of {module} differ from those in {self._folder} "
                 f"by {float(error):.2g}: the scores belong to other weights"
             )
+
+
+def _stored_plan(root: Path) -> Plan:
+    try:
+        return Plan.from_json(read_text(root / names.PLAN, PlanError))
+    except PlanError as error:
+        raise PlanError(f"{error}; {_ADVICE}") from error
 
 
 def _check_finished(root: Path) -> None:

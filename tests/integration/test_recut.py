@@ -200,7 +200,7 @@ SCORES, STATISTICS = "scores.safetensors", "statistics.safetensors"
             change_json("manifest.json", state="unfinished"),
             "it is unfinished; let it",
         ),
-        ("scores", change_json("plan.json", complete="yes"), "does not say that it is complete"),
+        ("scores", change_json("plan.json", complete="yes"), "complete: expected bool, got 'yes'"),
         ("scores", change_json("plan.json", complete=False), "does not say that it is complete"),
         ("scores", change_json("plan.json", method="drop"), "says name drop, its config.yaml says"),
         ("scores", change_option("reduction", "signed"), "says reduction signed, its config.yaml"),
