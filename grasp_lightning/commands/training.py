@@ -116,8 +116,8 @@ class TrainingRun:
 
     def _loggers(self) -> list[Logger]:
         logs, settings = self.run.live_folder(LOGS), self.config.loggers
-        # One per start: a logger deletes what it finds under its own name.
-        taken = {path.name for path in logs.iterdir()}
+        # One per start: a logger deletes what it finds under its own name. Rank 0 alone makes logs.
+        taken = {path.name for path in logs.glob("start_*")}
         version = next(name for n in count(1) if (name := f"start_{n}") not in taken)
         loggers: list[Logger] = [
             CSVLogger(logs, name="", version=version, flush_logs_every_n_steps=10)
