@@ -141,8 +141,16 @@ def test_a_finished_run_is_only_read(
     assert "parameters" in again
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["grasp", "grasp_plus", "drop"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        (family, method)
+        if family == "llama" or (family, method) == ("opt", "grasp_plus")
+        else pytest.param(family, method, marks=pytest.mark.slow)
+        for family in FAMILIES
+        for method in ("grasp", "grasp_plus", "drop")
+    ],
+)
 def test_every_family_and_method_reloads_with_the_measured_perplexity(
     family: str, method: str, settings: list[str], tmp_path: Path
 ) -> None:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
-from tests.integration.killing import Kill, killed
+from tests.integration.forked import killed
+from tests.integration.killing import Kill
 
 PRESETS = ("svd_llm", "asvd", "fwsvd")
 

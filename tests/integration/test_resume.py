@@ -13,7 +13,8 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.training.calibration import CalibrationModule
 from tests.conftest import save_tiny, tiny_model
-from tests.integration.killing import Kill, killed
+from tests.integration.forked import killed
+from tests.integration.killing import Kill
 
 CALIBRATION = "grasp_lightning.training.calibration"
 KILLS = {

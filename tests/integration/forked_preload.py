@@ -1,4 +1,4 @@
-"""What processes of tests share by being forked: imports, and no state."""
+"""What forked processes of tests share: imports, and no state."""
 
 import torch
 
