@@ -1,0 +1,287 @@
+"""The Python interface: what the commands of the program do, as functions.
+
+Nothing heavy is imported before a function is called, so that importing the package takes no time.
+"""
+
+import logging
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from grasp_lightning.errors import ConfigError, Interrupted, OutputError
+
+# Loggers that tell devices and tips for every pass.
+_ANNOUNCING = tuple(f"lightning.{part}.utilities.rank_zero" for part in ("pytorch", "fabric"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of ``compress`` or ``compensate``, with all results read from its folder.
+
+    Attributes:
+        folder: The run folder, as it was given.
+        device: Device for ``model``: auto, cpu, cuda, cuda:1, ...
+        trust_remote_code: Run model code that comes with the checkpoint, to load ``model``.
+    """
+
+    folder: Path
+    _: KW_ONLY
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    @property
+    def model_folder(self) -> Path:
+        """The saved model, which ``from_pretrained`` opens."""
+        return self.folder / "model"
+
+    @property
+    def report(self) -> Path:
+        """The report, a web page in one file."""
+        return self.folder / "report.html"
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:  # Any: values of JSON
+        """The content of metrics.json: parameters, perplexity, times and, later, evaluations."""
+        from grasp_lightning.reading.text import read_json  # noqa: PLC0415
+
+        file = self.folder / "metrics.json"
+        content: Mapping[str, Any] = read_json(file, OutputError)
+        return content
+
+    @property
+    def model(self) -> Any:  # noqa: ANN401  a PreTrainedModel, which takes seconds to import
+        """The saved model in eval mode; loaded at the first use, and kept."""
+        return self._loaded.model
+
+    @property
+    def tokenizer(self) -> Any:  # noqa: ANN401  a PreTrainedTokenizerBase, as above
+        """The saved tokenizer; loaded with the model."""
+        return self._loaded.tokenizer
+
+    @cached_property
+    def _loaded(self) -> Any:  # noqa: ANN401  a LoadedModel, as above
+        from grasp_lightning.config import ModelConfig  # noqa: PLC0415
+        from grasp_lightning.models.loading import load_model  # noqa: PLC0415
+
+        return load_model(
+            ModelConfig(
+                path=str(self.model_folder),
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+            )
+        )
+
+
+def compress(
+    model: object = None,
+    *,
+    tokenizer: object = None,
+    output_dir: str | Path | None = None,
+    **keys: Any,  # noqa: ANN401  checked when they are parsed
+) -> Run:
+    """Compress a model, as the command ``compress`` does, and return the finished run.
+
+    Every key of the configuration is a keyword: a value, or a section as a mapping. Keys of the
+    section ``method`` may stand outside of it, and a name in place of a section is its ``path``,
+    ``name`` or ``source``::
+
+        run = compress("smollm2", removed_ratio=0.2, output_dir="runs/x")
+        run = compress(
+            "smollm2",
+            method="grasp",
+            num_layers=8,
+            calibration={"source": "pydoc", "num_samples": 16},
+            evaluation="pydoc",
+            output_dir="runs/y",
+        )
+
+    The same call only reads a finished run, and resumes an interrupted one. To use several
+    processes, start the script with torchrun or srun, and set ``trainer={"devices": ...}``.
+
+    A wrong key, model, text or folder is a ``GraspError`` with the one line that the program
+    prints, and leaves nothing of a new run. Ctrl-C and SIGTERM save the work so far; then they
+    raise ``KeyboardInterrupt`` and ``Interrupted``.
+
+    Args:
+        model: Folder, hub name, .gguf file or ``smollm2``; the section ``model`` as a mapping; or a
+            ``PreTrainedModel``. A ``PreTrainedModel`` is not changed: a copy on the same device is
+            compressed, and the run is identified by its content instead of a path. With
+            ``from_scores``, None takes the model of that run.
+        tokenizer: The tokenizer of a ``PreTrainedModel``.
+        output_dir: Run folder to write.
+        **keys: Keys of the configuration; ``grasp-lightning compress --help`` lists them.
+
+    Raises:
+        ConfigError: If there is a tokenizer without a ``PreTrainedModel``.
+    """
+    from grasp_lightning.config import CompressConfig  # noqa: PLC0415
+    from grasp_lightning.config.keywords import parse_keywords  # noqa: PLC0415
+    from grasp_lightning.config.parsing import to_dict  # noqa: PLC0415
+
+    given = None
+    if not _is_named(model):
+        from grasp_lightning.models.in_memory import ModelInMemory  # noqa: PLC0415
+
+        given = ModelInMemory.checked(model, tokenizer)
+        model = to_dict(given.settings)
+    elif tokenizer is not None:
+        raise ConfigError("compress: tokenizer has no effect with a path or name; leave it out")
+    keys |= _set(model=model, output_dir=output_dir)
+    config = parse_keywords(CompressConfig, keys, "compress")
+    from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
+
+    with _among_processes(config.model.device):
+        folder = run_compress(config, given).folder
+    return _run(folder, config.model)
+
+
+def compensate(
+    model: object = None,
+    *,
+    output_dir: str | Path | None = None,
+    **keys: Any,  # noqa: ANN401  checked when they are parsed
+) -> Run:
+    """Train a compressed model briefly, as the command ``compensate`` does, and return the run.
+
+    Keys, errors and interruptions are as in ``compress``::
+
+        trained = compensate(run, objective="text", text="pydoc", output_dir="runs/x-text")
+
+    Args:
+        model: A ``Run``, whose model is read from its folder and not changed; a folder, hub name or
+            .gguf file; or the section ``model`` as a mapping.
+        output_dir: Run folder to write.
+        **keys: Keys of the configuration; ``grasp-lightning compensate --help`` lists them.
+    """
+    from grasp_lightning.config import CompensateConfig  # noqa: PLC0415
+    from grasp_lightning.config.keywords import parse_keywords  # noqa: PLC0415
+
+    _require_named(model, "compensate")
+    keys |= _set(model=model, output_dir=output_dir)
+    config = parse_keywords(CompensateConfig, keys, "compensate")
+    from grasp_lightning.commands.compensate import run_compensate  # noqa: PLC0415
+
+    with _among_processes(config.model.device):
+        folder = run_compensate(config).folder
+    return _run(folder, config.model)
+
+
+def evaluate(
+    *models: "str | Path | Run",
+    corpora: str | Path | Sequence[str | Path] = (),
+    tasks: str | Sequence[str] = (),
+    output: str | Path | None = None,
+    **keys: Any,  # noqa: ANN401  checked when they are parsed
+) -> list[dict[str, Any]]:  # Any: values of JSON
+    """Measure models side by side, as the command ``evaluate`` does.
+
+    The results are in the order of the models, with the keys of ``--output`` files::
+
+        dense, small = evaluate("smollm2", run, corpora="pydoc")
+        print(dense["corpora"]["pydoc"]["perplexity"], small["cost"]["parameters"])
+
+    Results of a run's model are also added to its ``metrics`` and its report.
+
+    Args:
+        *models: Runs, folders, hub names, .gguf files or ``smollm2``.
+        corpora: Texts for perplexity: wikitext2, ptb, c4, pydoc, or files.
+        tasks: Names of lm-eval tasks; needs the extra ``eval``.
+        output: JSON file for the results; what it holds already is not measured again.
+        **keys: Keys of the configuration; ``grasp-lightning evaluate --help`` lists them.
+
+    Returns:
+        For each model its ``cost``, and ``corpora`` and ``tasks`` by name.
+    """
+    from grasp_lightning.config import EvaluateConfig  # noqa: PLC0415
+    from grasp_lightning.config.keywords import parse_keywords  # noqa: PLC0415
+
+    for model in models:
+        _require_named(model, "evaluate")
+    keys |= {"model": [_plain(model) for model in models], "tasks": tasks}
+    keys |= {"corpora": [corpora] if isinstance(corpora, Path) else corpora, **_set(output=output)}
+    config = parse_keywords(EvaluateConfig, keys, "evaluate")
+    from grasp_lightning.commands.evaluate import run_evaluate  # noqa: PLC0415
+
+    return [evaluation.to_dict() for evaluation in run_evaluate(config).evaluations]
+
+
+def load(folder: str | Path, *, device: str = "auto", trust_remote_code: bool = False) -> Run:
+    """Return the finished run of ``compress`` or ``compensate`` in a folder.
+
+    Args:
+        folder: The run folder, such as ``runs/x``.
+        device: Device for the model: auto, cpu, cuda, cuda:1, ...
+        trust_remote_code: Run model code that comes with the checkpoint.
+
+    Raises:
+        OutputError: If the folder holds no such run, or an unfinished one.
+    """
+    from grasp_lightning.reading.text import user_path  # noqa: PLC0415
+    from grasp_lightning.run_folder.manifest import Manifest  # noqa: PLC0415
+
+    root = user_path(str(folder), "load", OutputError)
+    if not root.is_dir():
+        raise OutputError(f"load: no such folder: {folder}")
+    manifest = Manifest.read(root)
+    if manifest is not None and manifest.state != "finished":
+        raise OutputError(f"load: the run in {folder} is not finished; run it again to resume it")
+    if manifest is None or "metrics.json" not in manifest.files:
+        raise OutputError(
+            f"load: {folder} holds no run of compress or compensate; expected its output_dir"
+        )
+    return Run(root, device=device, trust_remote_code=trust_remote_code)
+
+
+def _is_named(model: object) -> bool:
+    return model is None or isinstance(model, str | Path | Mapping | Run)
+
+
+def _require_named(model: object, call: str) -> None:
+    if not _is_named(model):
+        raise ConfigError(
+            f"{call}: model: expected a run, a path or a name, got {type(model).__name__}"
+        )
+
+
+def _set(**values: object) -> dict[str, Any]:  # Any: as keys are
+    """Return the values that are set; a run stands for the folder of its model."""
+    return {key: _plain(value) for key, value in values.items() if value is not None}
+
+
+def _plain(value: object) -> object:
+    value = value.model_folder if isinstance(value, Run) else value
+    return str(value) if isinstance(value, Path) else value
+
+
+def _run(folder: Path, model: Any) -> Run:  # noqa: ANN401  a ModelConfig, of another module
+    return Run(folder.expanduser(), device=model.device, trust_remote_code=model.trust_remote_code)
+
+
+@contextmanager
+def _among_processes(device: str) -> Iterator[None]:
+    """Do the work of a run in all processes of the script, without announcements of Lightning.
+
+    Raises:
+        Interrupted: After another signal.
+        KeyboardInterrupt: After Ctrl-C.
+    """
+    from grasp_lightning.launch import among_started  # noqa: PLC0415
+
+    levels = {logger: logger.level for logger in map(logging.getLogger, _ANNOUNCING)}
+    try:
+        for logger in levels:
+            logger.setLevel(logging.WARNING)
+        with among_started(device):
+            yield
+    except Interrupted as stop:
+        if stop.signal_number != signal.SIGINT:
+            raise
+        then = "it resumes from what is saved" if stop.has_saved else "nothing was saved"
+        raise KeyboardInterrupt(f"call it again with the same arguments: {then}") from stop
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
