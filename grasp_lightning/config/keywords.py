@@ -62,7 +62,7 @@ def parse_keywords(config_type: type[C], keywords: Keys, call: str) -> C:
         parsed = parser.instantiate(parser.parse_object(_with_run_keys(keys)))
     except (ArgumentError, ValueError, OverflowError, RecursionError) as error:
         missing = call + ": {} is not set"
-        raise ConfigError(explain(str(error), schema, set(), {call: keys}, missing)) from error
+        raise ConfigError(explain(str(error), schema, set(), {call: keys}, missing)) from None
     return checked(config_type, parsed, schema)
 
 

@@ -152,6 +152,22 @@ def test_several_processes_need_a_launcher(dense: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_of_a_script(run: Run, dense: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    keys = {**KEYS, "output_dir": str(tmp_path / "two"), "trainer": {"devices": 2}}
+    script.write_text(
+        "from grasp_lightning import compress\n"
+        f"run = compress({str(dense)!r}, **{keys!r})\n"
+        "print(run.metrics['layers'], run.model.training)\n"
+    )
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"{run.metrics['layers']} False") == 2
+    assert (tmp_path / "two" / "plan.json").read_bytes() == (run.folder / "plan.json").read_bytes()
+
+
 def test_what_is_no_finished_run_is_not_loaded(run: Run, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no such folder"):
         load(tmp_path / "absent")
