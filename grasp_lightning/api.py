@@ -1,6 +1,6 @@
-"""The Python interface: what the commands of the program do, as functions.
+"""The Python interface: the commands of the program as functions.
 
-Nothing heavy is imported before a function is called, so that importing the package takes no time.
+Heavy packages are imported when a function needs them, so importing ``grasp_lightning`` is quick.
 """
 
 import logging
@@ -14,18 +14,18 @@ from typing import Any
 
 from grasp_lightning.errors import ConfigError, Interrupted, OutputError
 
-# Loggers that tell devices and tips for every pass.
+# These loggers announce devices and tips in every pass.
 _ANNOUNCING = tuple(f"lightning.{part}.utilities.rank_zero" for part in ("pytorch", "fabric"))
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run of ``compress`` or ``compensate``, with all results read from its folder.
+    """A finished run of ``compress`` or ``compensate``; its folder holds all results.
 
     Attributes:
-        folder: The run folder, as it was given.
-        device: Device for ``model``: auto, cpu, cuda, cuda:1, ...
-        trust_remote_code: Run model code that comes with the checkpoint, to load ``model``.
+        folder: The run folder.
+        device: Device of ``model``: auto, cpu, cuda, cuda:1, ...
+        trust_remote_code: Run model code that comes with the checkpoint to load ``model``.
     """
 
     folder: Path
@@ -35,17 +35,17 @@ class Run:
 
     @property
     def model_folder(self) -> Path:
-        """The saved model, which ``from_pretrained`` opens."""
+        """Folder of the saved model, for ``from_pretrained``."""
         return self.folder / "model"
 
     @property
     def report(self) -> Path:
-        """The report, a web page in one file."""
+        """Path of the report, an HTML page in one file."""
         return self.folder / "report.html"
 
     @property
     def metrics(self) -> Mapping[str, Any]:  # Any: values of JSON
-        """The content of metrics.json: parameters, perplexity, times and, later, evaluations."""
+        """Content of metrics.json: parameters, perplexity, times, and later evaluations."""
         from grasp_lightning.reading.text import read_json  # noqa: PLC0415
 
         file = self.folder / "metrics.json"
@@ -54,12 +54,12 @@ class Run:
 
     @property
     def model(self) -> Any:  # noqa: ANN401  a PreTrainedModel, which takes seconds to import
-        """The saved model in eval mode; loaded at the first use, and kept."""
+        """The saved model in eval mode; loaded on first use, then cached."""
         return self._loaded.model
 
     @property
     def tokenizer(self) -> Any:  # noqa: ANN401  a PreTrainedTokenizerBase, as above
-        """The saved tokenizer; loaded with the model."""
+        """The saved tokenizer, loaded with the model."""
         return self._loaded.tokenizer
 
     @cached_property
@@ -83,11 +83,11 @@ def compress(
     output_dir: str | Path | None = None,
     **keys: Any,  # noqa: ANN401  checked when they are parsed
 ) -> Run:
-    """Compress a model, as the command ``compress`` does, and return the finished run.
+    """Compress a model like the command ``compress``, and return the finished run.
 
-    Every key of the configuration is a keyword: a value, or a section as a mapping. Keys of the
-    section ``method`` may stand outside of it, and a name in place of a section is its ``path``,
-    ``name`` or ``source``::
+    Every key of the configuration is a keyword; a section is a mapping. Keys of the section
+    ``method`` can also be given directly. A name for a whole section sets its ``path``, ``name`` or
+    ``source``::
 
         run = compress("smollm2", removed_ratio=0.2, output_dir="runs/x")
         run = compress(
@@ -99,24 +99,25 @@ def compress(
             output_dir="runs/y",
         )
 
-    The same call only reads a finished run, and resumes an interrupted one. To use several
-    processes, start the script with torchrun or srun, and set ``trainer={"devices": ...}``.
+    If the run is finished already, the same call only reads it; an interrupted run is resumed. To
+    use several processes, start the script with torchrun or srun, and set ``trainer={"devices":
+    ...}``.
 
-    A wrong key, model, text or folder is a ``GraspError`` with the one line that the program
-    prints, and leaves nothing of a new run. Ctrl-C and SIGTERM save the work so far; then they
-    raise ``KeyboardInterrupt`` and ``Interrupted``.
+    A wrong key, model, text or folder raises a ``GraspError`` with the line that the program would
+    print, and a new run leaves nothing behind. Ctrl-C and SIGTERM first save the work so far, then
+    raise ``KeyboardInterrupt`` or ``Interrupted``.
 
     Args:
         model: Folder, hub name, .gguf file or ``smollm2``; the section ``model`` as a mapping; or a
-            ``PreTrainedModel``. A ``PreTrainedModel`` is not changed: a copy on the same device is
-            compressed, and the run is identified by its content instead of a path. With
-            ``from_scores``, None takes the model of that run.
+            ``PreTrainedModel``. The given object does not change: a copy on the same device is
+            compressed. Its content identifies it in place of a path. With ``from_scores``, None is
+            the model of that run.
         tokenizer: The tokenizer of a ``PreTrainedModel``.
         output_dir: Run folder to write.
         **keys: Keys of the configuration; ``grasp-lightning compress --help`` lists them.
 
     Raises:
-        ConfigError: If there is a tokenizer without a ``PreTrainedModel``.
+        ConfigError: If a tokenizer is given without a ``PreTrainedModel``.
     """
     from grasp_lightning.config import CompressConfig  # noqa: PLC0415
     from grasp_lightning.config.keywords import parse_keywords  # noqa: PLC0415
@@ -145,15 +146,15 @@ def compensate(
     output_dir: str | Path | None = None,
     **keys: Any,  # noqa: ANN401  checked when they are parsed
 ) -> Run:
-    """Train a compressed model briefly, as the command ``compensate`` does, and return the run.
+    """Train a compressed model briefly like the command ``compensate``, and return the run.
 
-    Keys, errors and interruptions are as in ``compress``::
+    Keywords, errors and interruptions are those of ``compress``::
 
         trained = compensate(run, objective="text", text="pydoc", output_dir="runs/x-text")
 
     Args:
-        model: A ``Run``, whose model is read from its folder and not changed; a folder, hub name or
-            .gguf file; or the section ``model`` as a mapping.
+        model: A ``Run``; a folder, hub name or .gguf file; or the section ``model`` as a mapping.
+            The model of a run is read from its folder and does not change.
         output_dir: Run folder to write.
         **keys: Keys of the configuration; ``grasp-lightning compensate --help`` lists them.
     """
@@ -177,24 +178,24 @@ def evaluate(
     output: str | Path | None = None,
     **keys: Any,  # noqa: ANN401  checked when they are parsed
 ) -> list[dict[str, Any]]:  # Any: values of JSON
-    """Measure models side by side, as the command ``evaluate`` does.
+    """Measure models side by side like the command ``evaluate``.
 
-    The results are in the order of the models, with the keys of ``--output`` files::
+    Results are in the order of the models and have the keys of an ``output`` file::
 
         dense, small = evaluate("smollm2", run, corpora="pydoc")
         print(dense["corpora"]["pydoc"]["perplexity"], small["cost"]["parameters"])
 
-    Results of a run's model are also added to its ``metrics`` and its report.
+    Results for the model of a run are also added to its ``metrics`` and report.
 
     Args:
         *models: Runs, folders, hub names, .gguf files or ``smollm2``.
         corpora: Texts for perplexity: wikitext2, ptb, c4, pydoc, or files.
         tasks: Names of lm-eval tasks; needs the extra ``eval``.
-        output: JSON file for the results; what it holds already is not measured again.
+        output: JSON file for the results; results that it already has are not measured again.
         **keys: Keys of the configuration; ``grasp-lightning evaluate --help`` lists them.
 
     Returns:
-        For each model its ``cost``, and ``corpora`` and ``tasks`` by name.
+        For each model: its ``cost``, its ``corpora`` by name, and its ``tasks`` by name.
     """
     from grasp_lightning.config import EvaluateConfig  # noqa: PLC0415
     from grasp_lightning.config.keywords import parse_keywords  # noqa: PLC0415
@@ -248,7 +249,7 @@ def _require_named(model: object, call: str) -> None:
 
 
 def _set(**values: object) -> dict[str, Any]:  # Any: as keys are
-    """Return the values that are set; a run stands for the folder of its model."""
+    """Return the values that are set; a run becomes the folder of its model."""
     return {key: _plain(value) for key, value in values.items() if value is not None}
 
 
@@ -263,7 +264,7 @@ def _run(folder: Path, model: Any) -> Run:  # noqa: ANN401  a ModelConfig, of an
 
 @contextmanager
 def _among_processes(device: str) -> Iterator[None]:
-    """Do the work of a run in all processes of the script, without announcements of Lightning.
+    """Run a block in all processes of the script, without announcements of Lightning.
 
     Raises:
         Interrupted: After another signal.

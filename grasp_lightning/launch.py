@@ -64,10 +64,10 @@ def joined(
 
 @contextmanager
 def among_started(device: str) -> Iterator[bool]:
-    """Run a ``with`` block in each of the processes that torchrun or srun has started.
+    """Run a ``with`` block in every process that torchrun or srun has started.
 
     Yields:
-        Whether this process is rank 0, as the only one of a run always is.
+        Whether this process is rank 0; a single process always is.
     """
     _take_slurm_environment()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

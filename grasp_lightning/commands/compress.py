@@ -54,7 +54,7 @@ class CompressRun:
 def run_compress(config: CompressConfig, given: ModelInMemory | None = None) -> CompressRun:
     """Compress a model as a configuration says, and write its run folder.
 
-    A copy of the ``given`` model is compressed if there is one; ``config`` has its settings.
+    With a ``given`` model, a copy of it is compressed, and ``config`` has its settings.
 
     The metrics of a finished run are only read; an unfinished run resumes. SIGINT and SIGTERM save
     at the next batch and raise ``Interrupted``. A wrong configuration, model, corpus or number is a

@@ -66,7 +66,7 @@ def prepare(
     """Load model and text; whatever does not fit is an early ``GraspError``.
 
     The method of ``config`` must be resolved. ``run`` keeps text from the model once it is open. A
-    ``given`` model is copied instead of loading the one that ``config`` names.
+    ``given`` model is copied, and none is loaded.
     """
     check_values(config)
     mixture_parts(config.calibration, "calibration")  # keys that do not fit together end the run

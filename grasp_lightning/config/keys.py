@@ -1,4 +1,4 @@
-"""The keys of a configuration, and one line for each mistake in them, wherever it was made."""
+"""The keys of a configuration, and the one-line message for each mistake in them."""
 
 import dataclasses
 import difflib
@@ -31,7 +31,7 @@ def leaves(config_type: type, prefix: str = "") -> Iterator[tuple[str, Any]]:  #
 
 
 def checked(config_type: type[C], parsed: Mapping[str, Any], schema: Mapping[str, Any]) -> C:
-    """Return the configuration that the parser has read, if every value is one for its key."""
+    """Return the parsed configuration; refuse values that do not fit their keys."""
     _refuse_nulls(parsed, schema)
     config = config_type(**{name: parsed[name] for name in get_type_hints(config_type)})
     check_values(config)
@@ -45,15 +45,15 @@ def check_keys(
     schema: Mapping[str, Any],
     prefix: str = "",
 ) -> None:
-    """Refuse unknown keys, and single values in place of sections.
+    """Refuse unknown keys, and values that should be sections.
 
     Args:
-        content: Keys and values, nested as the configuration is.
-        file: What messages call the source of the keys.
+        content: Keys and values, nested like the configuration.
+        file: Name of the source of the keys, for messages.
         schema: The allowed keys, dotted; see ``leaves``.
 
     Raises:
-        ConfigError: With the key, and what is allowed.
+        ConfigError: With the wrong key and the allowed ones.
     """
     kinds = get_type_hints(config_type)
     for name, value in content.items():
@@ -70,7 +70,7 @@ def check_keys(
 
 
 def allowed_keys(key: str, schema: Mapping[str, Any]) -> str:
-    """Return what an unknown key may have meant, and the allowed ones."""
+    """Return the key that an unknown one may mean, and the allowed keys."""
     section = key.rpartition(".")[0]
     siblings = [k for k in schema if section and k.rpartition(".")[0] == section]
     names = siblings or sorted({k.partition(".")[0] for k in schema})

@@ -23,7 +23,7 @@ from grasp_lightning.reading.text import one_line
 C = TypeVar("C")
 Keys = Mapping[str, Any]  # Any: what a caller gives, until it is parsed
 
-# The key of a section that a single name stands for.
+# The key of a section that a single name sets.
 _NAMED: Final = MappingProxyType(
     {
         "model": "path",
@@ -40,14 +40,14 @@ _METHOD_KEYS: Final = tuple(key for key in get_type_hints(MethodConfig) if key !
 def parse_keywords(config_type: type[C], keywords: Keys, call: str) -> C:
     """Return the configuration that the keywords of a call describe.
 
-    A keyword is a key of the configuration: a value, or a section as a mapping. Keys of the section
-    ``method`` may also stand outside of it. A name in place of a section is its path, name or
-    source, and a name in place of a list of names is the only one. With ``from_scores``, keys that
-    are not given are those of that run, as on the command line.
+    Every key of the configuration is a keyword; a section is a mapping. Keys of the section
+    ``method`` can also be given directly. A name for a whole section sets its path, name or source.
+    A single name for a list of names is a list of one. With ``from_scores``, keys that are not
+    given come from that run, as on the command line.
 
     Raises:
-        ConfigError: If a key or value is wrong; the message is that of ``parse``, with ``call`` as
-            the source.
+        ConfigError: If a key or value is wrong. Messages are those of ``parse``; they name ``call``
+            as the source.
     """
     schema = dict(leaves(config_type))
     has_method = "method.name" in schema
@@ -87,7 +87,7 @@ def _plain_value(value: object) -> object:
 
 
 def _with_sections(keys: Keys, schema: Keys) -> dict[str, Any]:  # Any: as in Keys
-    """Let names stand for their sections."""
+    """Turn a name for a whole section into that section."""
     return {
         name: {_NAMED[name]: value}
         if isinstance(value, str | list) and f"{name}.{_NAMED.get(name)}" in schema
@@ -100,7 +100,7 @@ def _method_section(keys: dict[str, Any], call: str) -> Any:  # noqa: ANN401  as
     """Take the keys of the method out of the others, and return its section."""
     section = keys.get("method", {})
     if not isinstance(section, dict):
-        return section  # to be refused
+        return section  # refused later
     short = {key: keys.pop(key) for key in _METHOD_KEYS if key in keys}
     for key in sorted(short.keys() & section.keys()):
         raise ConfigError(

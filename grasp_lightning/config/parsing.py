@@ -48,7 +48,7 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
     parser.add_class_arguments(config_type, as_group=False)
     try:
         parsed = parser.instantiate(parser.parse_args(argv))
-    # The parser lets through what Python raises on numbers without end and on nesting.
+    # The parser passes on what Python raises on endless numbers and on deep nesting.
     except (ArgumentError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(explain(str(error), schema, flags, contents)) from error
     return checked(config_type, parsed, schema)
@@ -57,7 +57,8 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
 def with_run_config(argv: Sequence[str]) -> list[str]:
     """Put the config.yaml of ``--from_scores RUN`` in front of a command line, which overrides it.
 
-    A newly requested method or preset only takes over which layers to cut, and how much of them.
+    If another method or preset is requested, only the layers and the amount to remove are taken
+    over.
     """
     begin = [f"--config={config_of_run(folder)}" for folder in _given(argv, "--from_scores")]
     asked = _asked_method(argv)
@@ -125,7 +126,7 @@ def _refuse_long(argv: Sequence[str]) -> None:
 
 
 def _with_flag_values(argv: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
-    """Let ``--overwrite`` alone mean ``--overwrite=true``."""
+    """Let ``--overwrite`` without a value mean ``--overwrite=true``."""
     result = []
     for position, word in enumerate(argv):
         following = argv[position + 1] if position + 1 < len(argv) else "--"

@@ -24,26 +24,26 @@ from grasp_lightning.models.loading import LoadedModel, ModelOrigin
 from grasp_lightning.models.rebuilding import rebuild_problem
 from grasp_lightning.models.source import describe_origin, resolve_source
 
-_REMOTE = "transformers_modules."  # classes from the code of a checkpoint
+_REMOTE = "transformers_modules."  # module of classes that come with a checkpoint
 _DIGITS = 16  # of a hash that names a model
-# What a config says about where a model came from, not about what it computes.
+# Keys of a config that do not change what a model computes.
 _NOT_COMPARED = ("_name_or_path", "transformers_version", "architectures")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInMemory:
-    """A model in memory that a run compresses a copy of; the model itself never changes."""
+    """A model and a tokenizer of the caller. They never change: a run works on copies."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
     def checked(cls, model: object, tokenizer: object) -> Self:
-        """Return a model with its tokenizer, if a folder can hold it and be opened again.
+        """Check that a model can be saved and loaded again, and return it with its tokenizer.
 
         Raises:
-            ConfigError: If one of the two is something else.
-            ModelError: If no folder can hold the model.
+            ConfigError: If one of them has another type.
+            ModelError: If the model cannot be saved and loaded again.
         """
         if not isinstance(model, PreTrainedModel):
             raise ConfigError(
@@ -72,7 +72,7 @@ class ModelInMemory:
 
     @property
     def settings(self) -> ModelConfig:
-        """The section ``model`` of a run: in place of a path, a name made from all content."""
+        """The section ``model`` of a run; its path is a name with a hash of the content."""
         config = self.model.config.to_dict()
         content = [
             self.digest,
@@ -89,11 +89,11 @@ class ModelInMemory:
 
     @property
     def origin(self) -> ModelOrigin:
-        """Where the caller loaded the model from, if it still knows that."""
+        """Where the model was loaded from, if that is known and still exists."""
         name = self.model.name_or_path or type(self.model).__name__
         try:
             origin = describe_origin(resolve_source(ModelConfig(path=name)))
-        except GraspError:  # it was built, or its folder is gone
+        except GraspError:  # the folder is gone, or the name is not one of a model
             return ModelOrigin(
                 name=Path(name).name,
                 licence=None,
@@ -102,7 +102,7 @@ class ModelInMemory:
                 quantized_source=False,
                 folder=None,
             )
-        # The tokenizer is the caller's, and the weights may have another type than the files.
+        # The caller gives the tokenizer, and the weights may have another dtype than the files.
         kept = {
             *origin.licence_files,
             *(file for file in origin.side_files if file.suffix == ".py"),
@@ -112,10 +112,10 @@ class ModelInMemory:
         )
 
     def copied(self) -> LoadedModel:
-        """Return a copy, checked and prepared like a model that was loaded.
+        """Return a copy that is checked and prepared like a loaded model.
 
         Raises:
-            ModelError: If the device has no room for it.
+            ModelError: If the device has too little memory.
         """
         check_finite(self.model)
         try:
@@ -132,7 +132,7 @@ class ModelInMemory:
 
 
 def _check_class(model: PreTrainedModel) -> None:
-    """Refuse classes that a fresh process could not open with ``AutoModelForCausalLM``."""
+    """Refuse classes that ``AutoModelForCausalLM`` cannot load in a fresh process."""
     if _is_remote(model):
         return
     expected: object = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
@@ -140,7 +140,7 @@ def _check_class(model: PreTrainedModel) -> None:
         name = getattr(expected, "__name__", "a class of transformers")
         raise ModelError(
             f"the model is a {type(model).__name__}; expected {name}, which AutoModelForCausalLM "
-            "opens for its config"
+            "loads for its config"
         )
 
 
