@@ -196,10 +196,15 @@ def evaluate(
 
     Returns:
         For each model: its ``cost``, its ``corpora`` by name, and its ``tasks`` by name.
+
+    Raises:
+        ConfigError: If no model is given, or not as a positional argument.
     """
     from grasp_lightning.config import EvaluateConfig  # noqa: PLC0415
     from grasp_lightning.config.keywords import parse_keywords  # noqa: PLC0415
 
+    if not models or "model" in keys:
+        raise ConfigError("evaluate: give models as positional arguments: evaluate('smollm2', run)")
     for model in models:
         _require_named(model, "evaluate")
     keys |= {"model": [_plain(model) for model in models], "tasks": tasks}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,12 @@ def test_an_unknown_keyword_is_told_as_the_program_tells_it(
         ConfigError, match=rf"^{call.__name__}: unknown key seeds; did you mean seed"
     ):
         call(dense, seeds=3)
+
+
+@pytest.mark.parametrize("call", [evaluate, partial(evaluate, model=["a"])])
+def test_models_to_evaluate_are_positional(call: Callable[..., object]) -> None:
+    with pytest.raises(ConfigError, match="give models as positional arguments"):
+        call()
 
 
 def test_several_processes_need_a_launcher(dense: Path, tmp_path: Path) -> None:
