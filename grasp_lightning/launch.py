@@ -58,7 +58,19 @@ def joined(
         _check_number(trainer.devices)
         begin()
         raise SystemExit(_launch(command, argv, trainer.devices))
-    if int(os.environ["WORLD_SIZE"]) == 1:
+    with among_started(device) as speaks:
+        yield speaks
+
+
+@contextmanager
+def among_started(device: str) -> Iterator[bool]:
+    """Run a ``with`` block in every process that torchrun or srun has started.
+
+    Yields:
+        Whether this process is rank 0; a single process always is.
+    """
+    _take_slurm_environment()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True
         return
     # Imported here: a process that only starts others does without.
