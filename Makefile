@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := setup
-.PHONY: setup quickstart test test-fast test-slurm lint
+.PHONY: setup quickstart test test-fast test-slurm lint docs
 
 setup: $(STAMP)
 
@@ -38,3 +38,7 @@ test-slurm: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+# The site, in `site`; a page outside the navigation, or a link that leads nowhere, is an error. Fetches nothing.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,4 +1,4 @@
-"""What README.md tells a user to run is run, on a tiny model where it names a real one."""
+"""Commands and Python blocks of README.md and docs/, on a tiny model where they name a real one."""
 
 import re
 import shlex
@@ -22,7 +22,10 @@ from grasp_lightning.config.parsing import parse
 from tests.conftest import tiny_model
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, COMMAND_LINE, PYTHON = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/command-line.md", "docs/python.md")
+)
 
 
 CONFIGS: dict[str, type] = {
@@ -35,12 +38,21 @@ CONFIGS: dict[str, type] = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def python_block(part: str) -> str:
+    (block,) = (code for code in blocks("python", PYTHON) if part in code)
+    return block
 
 
 def program_lines() -> list[str]:
-    lines = [line.partition("#")[0] for block in blocks("sh") for line in block.splitlines()]
+    lines = [
+        line.partition("#")[0]
+        for block in blocks("sh", COMMAND_LINE)
+        for line in block.splitlines()
+    ]
     # What starts the program, python or torchrun with its own options, is left out.
     return [line.partition("cli.py ")[2].strip() for line in lines if "cli.py" in line]
 
@@ -56,7 +68,7 @@ def test_every_command_line_parses(line: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_make_has_the_two_commands() -> None:
-    targets = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.MULTILINE)
+    targets = re.findall(r"^make (\w+)", "\n".join(blocks("sh", README)), flags=re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert targets == ["quickstart", "test"]
     assert all(f"\n{target}:" in makefile for target in targets)
@@ -66,11 +78,11 @@ def run(
     code: str, replacements: dict[str, str], folder: Path, chdir: Callable[[Path], None]
 ) -> dict[str, object]:
     for old, new in replacements.items():
-        assert old in code, f"README no longer says {old!r}"
+        assert old in code, f"docs/python.md no longer says {old!r}"
         code = code.replace(old, new)
     chdir(folder)
     names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "docs/python.md", "exec"), names)
     return names
 
 
@@ -83,7 +95,7 @@ def test_the_python_form_compresses(
         "seqlen=512": "seqlen=32",
         "num_layers=8": "num_layers=2",
     }
-    names = run(blocks("python")[0], replacements, tmp_path, monkeypatch.chdir)
+    names = run(python_block("ReplaceRedundantLayers"), replacements, tmp_path, monkeypatch.chdir)
     model = getattr(names["loaded"], "model", None)
     assert isinstance(model, torch.nn.Module)
     dense = sum(p.numel() for p in tiny_model().parameters())
@@ -98,7 +110,7 @@ def test_the_python_form_compensates(
         "runs/quickstart/model": str(tiny_folder),
         "num_samples=64, seqlen=256": "num_samples=16, num_validation=0, seqlen=32",
     }
-    run(blocks("python")[1], replacements, tmp_path, monkeypatch.chdir)
+    run(python_block("ExportMergedModel"), replacements, tmp_path, monkeypatch.chdir)
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/by-hand/model")
     first, before = (next(iter(m.model.layers[0].parameters())) for m in (trained, tiny_model()))
     assert not torch.equal(first, before)
@@ -108,6 +120,6 @@ def test_loading_works_as_written(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replacements = {"runs/quickstart/model": str(tiny_folder)}
-    names = run(blocks("python")[2], replacements, tmp_path, monkeypatch.chdir)
+    names = run(python_block("import grasp_lightning"), replacements, tmp_path, monkeypatch.chdir)
     expected = AutoModelForCausalLM.from_pretrained(tiny_folder)
     assert type(names["model"]) is type(expected)
