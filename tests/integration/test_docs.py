@@ -82,7 +82,13 @@ HUB_CONFIGS = {
     ),
 }
 CHEAP = ("plan", "completion", "--help", "--version", "--print_config", "--dry_run")
-# Appended to commands that run on a tiny model: small data that needs no network.
+# What runs, runs on these.
+SUBSTITUTIONS = (
+    (r"(?<![\w/])smollm2\b", "tiny"),
+    (r"\bwikitext2\b", "pydoc"),
+    (r"(seqlen\"?\s*[=:]\s*)\d+", r"\g<1>32"),
+)
+# Appended to commands that run: little data that needs no network.
 LIMITS = {
     "compress": (
         "--calibration.source=pydoc",
@@ -92,7 +98,7 @@ LIMITS = {
         "--evaluation.num_samples=2",
         "--evaluation.seqlen=32",
     ),
-    "evaluate": ("--corpora=pydoc", "--evaluation.num_samples=2", "--evaluation.seqlen=32"),
+    "evaluate": ("--evaluation.num_samples=2", "--evaluation.seqlen=32"),
 }
 EXTRAS = re.compile(r"\[([\w,-]+)\]")
 
@@ -139,9 +145,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workshop(sandbox: Path, runs: Path) -> Path:
-    """The sandbox with that model and run, under the names that pages use."""
+    """The sandbox with models and a run by the names of the pages, and configurations for them."""
     shutil.copytree(runs, sandbox, dirs_exist_ok=True)
     (sandbox / "MODEL").symlink_to("tiny")
+    for name, config in HUB_CONFIGS.items():
+        config.save_pretrained(sandbox / name)
+    (sandbox / "configs").unlink()
+    for source in ROOT.glob("configs/**/*.yaml"):
+        target = sandbox / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(on_tiny(source.read_text(encoding="utf-8")), encoding="utf-8")
     return sandbox
 
 
@@ -348,17 +361,13 @@ def test_python_blocks_run(page: Page, workshop: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", pages_with("sh", "|".join(CHEAP)), ids=by_name)
-def test_cheap_commands_run(page: Page, sandbox: Path) -> None:
-    save_tiny(sandbox / "tiny")
-    (sandbox / "MODEL").symlink_to("tiny")
-    for name, config in HUB_CONFIGS.items():
-        config.save_pretrained(sandbox / name)
-    commands = [python_words(words) for _, words in commands_of(page, sandbox)]
+def test_cheap_commands_run(page: Page, workshop: Path) -> None:
+    commands = [python_words(words) for _, words in commands_of(page, workshop)]
     for words in commands:
         if words[:1] == ["-c"]:
-            exec(words[1].replace("/tmp/", f"{sandbox}/"), {})
+            exec(words[1].replace("/tmp/", f"{workshop}/"), {})
         elif words[:1] == ["cli.py"] and {*words} & {*CHEAP}:
-            arguments = [word.replace("/tmp/", f"{sandbox}/") for word in words[1:]]
+            arguments = [word.replace("/tmp/", f"{workshop}/") for word in words[1:]]
             assert program.main([on_tiny(word) for word in arguments]) == 0, words
 
 
@@ -383,6 +392,7 @@ def python_words(words: Sequence[str]) -> list[str]:
 
 
 def on_tiny(text: str) -> str:
-    """Name the tiny model and short windows, which take seconds instead of minutes."""
-    text = re.sub(r"(?<![\w/])smollm2\b", "tiny", text)
-    return re.sub(r"(seqlen\"?\s*[=:]\s*)\d+", r"\g<1>32", text)
+    """Name the tiny model, embedded text and short windows: seconds, and no network."""
+    for pattern, replacement in SUBSTITUTIONS:
+        text = re.sub(pattern, replacement, text)
+    return text
