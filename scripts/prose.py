@@ -93,10 +93,10 @@ def prose_of(name: str, source: str) -> str:
 
 
 def _python_prose(source: str) -> str:
-    lines = source.splitlines(keepends=True)
+    lines = io.StringIO(source).readlines()
     # White space between tokens stays, to find turns that are split over comments and strings.
     prose = [re.sub(r"\S", _NOT_TEXT, line) for line in lines]
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    for token in tokenize.generate_tokens(iter(lines).__next__):
         if token.type not in _TEXT_TOKENS:
             continue
         (first, begin), (last, end) = token.start, token.end
