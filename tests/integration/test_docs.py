@@ -1,10 +1,11 @@
-"""README and docs: every link resolves, every command parses, and every Python block runs.
+"""README and docs: every link and key exists, every command parses, every Python block runs.
 
 Commands are checked with the parser of the program that they call. What is cheap runs for real. A
 model that is slow to load, or that is on the hub, is replaced by a tiny one or by its config.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import re
@@ -219,6 +220,26 @@ def test_configurations_are_valid(
             ]
             codes = [program.main(argv) for argv in commands]
             assert not codes or 0 in codes, f"{page.name}:{fence.line}: {capsys.readouterr().err}"
+
+
+def keys_of(config: type, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a configuration."""
+    for name, kind in get_type_hints(config).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from keys_of(kind, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=by_name)
+def test_keys_inside_sentences_exist(page: Page) -> None:
+    keys = {key for config, _ in COMMANDS_OF_CONFIGS.values() for key in keys_of(config)}
+    sections = {key.partition(".")[0] for key in keys if "." in key}
+    unknown = []
+    for line, span in page.code_spans():
+        named = re.match(r"(?:--)?((\w+)\.(?!safetensors|py)[\w.]+)(?=$|[=: ])", span)
+        if named and named[2] in sections and named[1] not in keys:
+            unknown.append(f"{page.name}:{line}: {span}")
+    assert not unknown
 
 
 @pytest.fixture
