@@ -4,10 +4,6 @@ Importing this package lets ``from_pretrained`` of transformers open compressed 
 """
 
 from grasp_lightning.registration import register_with_transformers
-from grasp_lightning.starting import is_program, leave_on_interrupt
-
-if is_program():
-    leave_on_interrupt()
 
 __version__ = "0.1.0"
 

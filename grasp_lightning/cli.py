@@ -1,4 +1,8 @@
-"""The program ``grasp-lightning``: commands, exit codes and output."""
+"""The program ``grasp-lightning``: commands, exit codes and output.
+
+Commands are imported once their configuration is parsed: ``--help`` and a mistyped key wait for
+neither torch nor transformers.
+"""
 
 import logging
 import os
@@ -10,9 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple, NoReturn
 
-from rich.console import Console
-
-from grasp_lightning import __version__, processes
+from grasp_lightning import __version__
 from grasp_lightning.config import (
     BenchmarkConfig,
     CompensateConfig,
@@ -24,7 +26,7 @@ from grasp_lightning.config import (
 from grasp_lightning.config.parsing import parse, with_run_config
 from grasp_lightning.errors import GraspError, Interrupted
 from grasp_lightning.launch import joined
-from grasp_lightning.reporting.tables import AnyMetrics, comparison_table
+from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
 from grasp_lightning.starting import begin
 
 FAILED = 1
@@ -48,7 +50,6 @@ class Command(NamedTuple):
 def _compress(prog: str, argv: Sequence[str]) -> None:
     config = parse(CompressConfig, prog, with_run_config(argv))
     with joined(config.trainer, config.model.device, "compress", argv) as speaks:
-        # Imported here: neither other commands nor a process that only starts others need it.
         from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
 
         begin()
@@ -70,7 +71,11 @@ def _compensate(prog: str, argv: Sequence[str]) -> None:
                 print(f"upload: {run.uploaded}")
 
 
-def _print_run(folder: Path, metrics: AnyMetrics) -> None:
+def _print_run(folder: Path, metrics: Metrics | CompensationMetrics) -> None:
+    from rich.console import Console  # noqa: PLC0415
+
+    from grasp_lightning.reporting.tables import comparison_table  # noqa: PLC0415
+
     Console().print(comparison_table(metrics))
     print(f"model:  {folder / 'model'}")
     print(f"report: {folder / 'report.html'}")
@@ -83,26 +88,28 @@ def _print_files(*files: Path | None) -> None:
 
 
 def _plan(prog: str, argv: Sequence[str]) -> None:
+    config = parse(PlanConfig, prog, argv)
     from grasp_lightning.commands.plan import run_plan  # noqa: PLC0415
 
-    config = parse(PlanConfig, prog, argv)
     begin()
     print("\n".join(run_plan(config).lines))
 
 
 def _export(prog: str, argv: Sequence[str]) -> None:
+    config = parse(ExportConfig, prog, argv)
     from grasp_lightning.commands.export import run_export  # noqa: PLC0415
 
-    config = parse(ExportConfig, prog, argv)
     begin()
     print("\n".join(run_export(config).lines))
 
 
 def _evaluate(prog: str, argv: Sequence[str]) -> None:
+    config = parse(EvaluateConfig, prog, argv)
+    from rich.console import Console  # noqa: PLC0415
+
     from grasp_lightning.commands.evaluate import run_evaluate  # noqa: PLC0415
     from grasp_lightning.reporting.evaluation import evaluation_table  # noqa: PLC0415
 
-    config = parse(EvaluateConfig, prog, argv)
     begin()
     run = run_evaluate(config)
     Console().print(evaluation_table(run.evaluations))
@@ -110,10 +117,12 @@ def _evaluate(prog: str, argv: Sequence[str]) -> None:
 
 
 def _benchmark(prog: str, argv: Sequence[str]) -> None:
+    config = parse(BenchmarkConfig, prog, argv)
+    from rich.console import Console  # noqa: PLC0415
+
     from grasp_lightning.commands.benchmark import run_benchmark  # noqa: PLC0415
     from grasp_lightning.reporting.throughput import throughput_table  # noqa: PLC0415
 
-    config = parse(BenchmarkConfig, prog, argv)
     begin()
     run = run_benchmark(config)
     Console().print(throughput_table(run.result))
@@ -174,7 +183,11 @@ def run_program(argv: Sequence[str] | None = None) -> NoReturn:
         code = FAILED
     # All is told: from here on Ctrl-C only makes it shorter.
     signal.signal(signal.SIGINT, lambda *_: os._exit(code))
-    processes.end(code)
+    if "grasp_lightning.processes" in sys.modules:  # else there is no group to leave
+        from grasp_lightning import processes  # noqa: PLC0415
+
+        processes.end(code)
+    sys.exit(code)
 
 
 def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
