@@ -164,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"grasp-lightning {__version__}")
         return 0
+    if name == "completion":
+        return _completion(words[1:])
     if name not in COMMANDS:
         came = f"unknown command {name!r}" if words else "no command"
         return _fail(f"{came}; expected one of {', '.join(COMMANDS)}")
@@ -174,6 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_program(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``main`` and end the process with its exit code."""
     sys.unraisablehook = _raise_again
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow on its line
+        from grasp_lightning.config.completion import complete  # noqa: PLC0415
+
+        complete({name: command.help for name, command in COMMANDS.items()})
     try:
         code = main(argv)
     except KeyboardInterrupt:  # a second one, while the first was told
@@ -213,6 +219,16 @@ def _run(name: str, argv: Sequence[str]) -> int:
     return 0
 
 
+def _completion(argv: Sequence[str]) -> int:
+    from grasp_lightning.config.completion import completion  # noqa: PLC0415
+
+    try:
+        print(completion(_program(), argv))
+    except GraspError as error:
+        return _fail(str(error))
+    return 0
+
+
 def _interrupted(name: str, stop: Interrupted | KeyboardInterrupt) -> int:
     how, number, then = "interrupted", int(signal.SIGINT), COMMANDS[name].when_interrupted
     if isinstance(stop, Interrupted):
@@ -241,6 +257,7 @@ def _program() -> str:
 def _usage() -> str:
     lines = [f"usage: {_program()} COMMAND [--config FILE.yaml] [--key value ...]", "", "commands:"]
     lines += [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
+    lines.append(f"  {'completion':10} completion of commands, keys and values in bash and zsh")
     return "\n".join([*lines, "", f"{_program()} COMMAND --help lists a command's options."])
 
 

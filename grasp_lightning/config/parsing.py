@@ -38,7 +38,7 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
         ConfigError: If a key or value is wrong, with its source and what is allowed.
     """
     _refuse_long(argv)
-    schema = dict(_leaves(config_type))
+    schema = dict(leaves(config_type))
     argv = _with_lists(_with_flag_values(argv, schema), schema)
     files = _config_files(argv)
     contents = {file: _read_yaml(file, config_type) for file in files}
@@ -119,11 +119,11 @@ def _refuse_long(argv: Sequence[str]) -> None:
             )
 
 
-def _leaves(config_type: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config_type: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, type) of every value, sections left out."""
     for name, kind in get_type_hints(config_type).items():
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            yield from _leaves(kind, f"{prefix}{name}.")
+            yield from leaves(kind, f"{prefix}{name}.")
         else:
             yield prefix + name, kind
 
@@ -200,7 +200,7 @@ def _read_yaml(file: str, config_type: type) -> dict[str, Any]:
     content = read_yaml(path, ConfigError, file)
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected keys and values, got {type(content).__name__}")
-    _check_keys(content, config_type, file, dict(_leaves(config_type)))
+    _check_keys(content, config_type, file, dict(leaves(config_type)))
     return content
 
 
