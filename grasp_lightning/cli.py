@@ -21,6 +21,7 @@ from grasp_lightning.config import (
     CompressConfig,
     EvaluateConfig,
     ExportConfig,
+    ModelConfig,
     PlanConfig,
 )
 from grasp_lightning.config.parsing import parse, with_run_config
@@ -47,8 +48,16 @@ class Command(NamedTuple):
     when_interrupted: str = "nothing was written"
 
 
+def _check_source(model: ModelConfig) -> None:
+    """Refuse a path that is not there before torch is imported."""
+    from grasp_lightning.models.source import resolve_source  # noqa: PLC0415
+
+    resolve_source(model)
+
+
 def _compress(prog: str, argv: Sequence[str]) -> None:
     config = parse(CompressConfig, prog, with_run_config(argv))
+    _check_source(config.model)
     with joined(config.trainer, config.model.device, "compress", argv) as speaks:
         from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
 
@@ -60,6 +69,7 @@ def _compress(prog: str, argv: Sequence[str]) -> None:
 
 def _compensate(prog: str, argv: Sequence[str]) -> None:
     config = parse(CompensateConfig, prog, argv)
+    _check_source(config.model)
     with joined(config.trainer, config.model.device, "compensate", argv) as speaks:
         from grasp_lightning.commands.compensate import run_compensate  # noqa: PLC0415
 
@@ -89,6 +99,7 @@ def _print_files(*files: Path | None) -> None:
 
 def _plan(prog: str, argv: Sequence[str]) -> None:
     config = parse(PlanConfig, prog, argv)
+    _check_source(config.model)
     from grasp_lightning.commands.plan import run_plan  # noqa: PLC0415
 
     begin()

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, get_args, get_origin
 
 import argcomplete
+from argcomplete.shell_integration import shellcode
 
 from grasp_lightning.config.compensate import CompensateConfig
 from grasp_lightning.config.compress import CompressConfig, ExportConfig, PlanConfig
@@ -50,8 +51,7 @@ def completion(program: str, argv: Sequence[str]) -> str:
     if len(argv) != 1 or argv[0] not in SHELLS:
         came = f"got {one_line(repr(' '.join(argv)))}" if argv else "got nothing"
         raise ConfigError(f"completion: expected one of {', '.join(SHELLS)}, {came}")
-    script: str = argcomplete.shellcode(["grasp-lightning"], shell=argv[0])
-    return script
+    return shellcode(["grasp-lightning"], shell=argv[0])
 
 
 def complete(commands: Mapping[str, str]) -> None:
@@ -79,7 +79,7 @@ def _add_key(parser: argparse.ArgumentParser, key: str, kind: Any) -> None:  # n
     if key == "method.name":
         values = [*METHOD_OPTIONS, *method_plugins()]
     # A switch may stand alone; keys without listed values complete to files.
-    nargs = "?" if "true" in values else None
+    nargs = "?" if bool in (kind, *get_args(kind)) else None
     parser.add_argument(f"--{key}", nargs=nargs, choices=values or None, action="append")
 
 

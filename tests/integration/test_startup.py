@@ -65,6 +65,9 @@ def test_help_imports_no_heavy_package(words: list[str], says: str) -> None:
         (["plan", "--config=nowhere.yaml"], "no such file"),
         (["evaluate", "--modell=a"], "did you mean model?"),
         (["compress", "--model.path=a", "--output_dir=b", "--trainer.num_nodes=2"], "torchrun"),
+        (["plan", "--model.path=./nowhere"], "model.path: no such file or folder: ./nowhere"),
+        (["compress", "--model.path=cli.py"], "cli.py is a file; expected a folder"),
+        (["compensate", "--model.path=./nowhere"], "model.path: no such file or folder"),
         (["export", "--format=gguf"], "expected one of dense"),
     ],
 )
