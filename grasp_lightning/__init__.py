@@ -6,12 +6,8 @@ package lets ``from_pretrained`` of transformers open compressed models.
 
 from grasp_lightning.api import Run, compensate, compress, evaluate, load
 from grasp_lightning.registration import register_with_transformers
-from grasp_lightning.starting import is_program, leave_on_interrupt
 
 __all__ = ["Run", "compensate", "compress", "evaluate", "load"]
-
-if is_program():
-    leave_on_interrupt()
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,6 @@ from types import FrameType
 from typing import IO, NamedTuple
 
 import grasp_lightning
-from grasp_lightning import processes
 from grasp_lightning.config import TrainerConfig
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.starting import begin
@@ -74,6 +73,7 @@ def among_started(device: str) -> Iterator[bool]:
         yield True
         return
     # Imported here: a process that only starts others does without.
+    from grasp_lightning import processes  # noqa: PLC0415
     from grasp_lightning.models.device import resolve_device  # noqa: PLC0415
 
     _end_with_parent()
