@@ -120,6 +120,7 @@ def test_two_runs_give_the_same_plan_bytes(settings: list[str], tmp_path: Path) 
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_no_decision(settings: list[str], tmp_path: Path) -> None:
     assert main(["compress", *settings]) == 0
     again = [*settings, f"--output_dir={tmp_path / 'again'}", "--calibration.batch_size=3"]
@@ -513,6 +514,7 @@ def test_plan_predicts_what_compress_does(
     assert f"{counted:,} remain" in predicted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "dtype"),
     [
@@ -566,6 +568,7 @@ def test_deletion_by_share_removes_the_nearest_number_of_layers(
     assert f"{metrics['parameters']['compressed']:,} remain" in predicted
 
 
+@pytest.mark.slow
 def test_the_iterative_schedule_replaces_from_the_last_block_on(
     settings: list[str], tmp_path: Path
 ) -> None:
@@ -720,6 +723,7 @@ def test_help_version_and_unknown_commands(
     assert text in captured.out + captured.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["taylor", "gradient", "magnitude"])
 def test_every_score_ends_in_a_model(score: str, settings: list[str], tmp_path: Path) -> None:
     assert main(["compress", *settings, f"--method.score={score}"]) == 0
@@ -728,6 +732,7 @@ def test_every_score_ends_in_a_model(score: str, settings: list[str], tmp_path: 
     assert (metrics["seconds"]["attribution"] is not None) or score == "magnitude"
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_the_model_s_dtype(settings: list[str], tmp_path: Path) -> None:
     assert main(["compress", *settings, "--trainer.precision=bf16-mixed"]) == 0
     assert read_metrics(tmp_path / "run")["dtype"] == "float32"

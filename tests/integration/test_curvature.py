@@ -13,6 +13,8 @@ from tests.conftest import save_tiny
 from tests.integration.forked import killed
 from tests.integration.killing import Kill
 
+pytestmark = pytest.mark.slow  # every test runs the program several times
+
 PRESETS = ("svd_llm", "asvd", "fwsvd")
 
 
@@ -157,7 +159,6 @@ def test_little_memory_takes_more_passes_to_the_same_plan(
     assert read(tmp_path / "again", "plan.json") == read(cut, "plan.json")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     [
