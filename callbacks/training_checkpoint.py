@@ -59,7 +59,7 @@ class TrainingCheckpoint(L.Callback):
 
     def _save(self, trainer: L.Trainer) -> None:
         is_due = time.monotonic() - self._saved_at >= self._every_seconds
-        # All save the same step, when rank 0 finds it due, and end after the same one.
+        # All ranks save and stop at the same step; rank 0 decides when.
         is_due, number = processes.gather(is_due)[0], self._stop.agreed()
         if is_due or number is not None:
             self._store(partial(trainer.save_checkpoint, weights_only=False))

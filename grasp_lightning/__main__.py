@@ -1,4 +1,4 @@
-"""``python -m grasp_lightning``: the program, where its script is not at hand."""
+"""``python -m grasp_lightning``: the program, if its script is not on the path."""
 
 from grasp_lightning.cli import run_program
 

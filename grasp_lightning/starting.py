@@ -20,7 +20,7 @@ def is_program() -> bool:
 def leave_on_interrupt() -> None:
     """End the process at the first Ctrl-C, until ``begin``.
 
-    An exception could come out of any import: some swallow it, others print pages.
+    Raised during an import, an exception could be swallowed, or end in pages of traceback.
     """
     signal.signal(signal.SIGINT, _leave)
 

@@ -48,7 +48,7 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
     parser.add_class_arguments(config_type, as_group=False)
     try:
         parsed = parser.instantiate(parser.parse_args(argv))
-    # The parser lets through what Python raises on numbers without end and on nesting.
+    # The parser passes on what Python raises on endless numbers and on deep nesting.
     except (ArgumentError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(_explain(str(error), schema, flags, contents)) from error
     _refuse_nulls(parsed, schema)
@@ -60,7 +60,8 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
 def with_run_config(argv: Sequence[str]) -> list[str]:
     """Put the config.yaml of ``--from_scores RUN`` in front of a command line, which overrides it.
 
-    A newly requested method or preset only takes over which layers to cut, and how much of them.
+    If another method or preset is requested, only the layers and the amount to remove are taken
+    over.
 
     Raises:
         ConfigError: If the run has no config.yaml.
@@ -69,7 +70,7 @@ def with_run_config(argv: Sequence[str]) -> list[str]:
     for folder in folders:
         if not (user_path(folder, "from_scores", ConfigError) / "config.yaml").is_file():
             raise ConfigError(
-                f"from_scores: {folder} is no finished run with scores: it has no config.yaml"
+                f"from_scores: {folder} is not a finished run with scores: it has no config.yaml"
             )
     begin = [f"--config={Path(folder) / 'config.yaml'}" for folder in folders]
     asked = _asked_method(argv)
@@ -129,7 +130,7 @@ def _leaves(config_type: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _with_flag_values(argv: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
-    """Let ``--overwrite`` alone mean ``--overwrite=true``."""
+    """Let ``--overwrite`` without a value mean ``--overwrite=true``."""
     result = []
     for position, word in enumerate(argv):
         following = argv[position + 1] if position + 1 < len(argv) else "--"
@@ -226,7 +227,7 @@ def _check_keys(
 
 
 def _allowed(key: str, schema: Mapping[str, Any]) -> str:
-    """Return what an unknown key may have meant, and the allowed ones."""
+    """Return the key that an unknown one may mean, and the allowed keys."""
     section = key.rpartition(".")[0]
     siblings = [k for k in schema if section and k.rpartition(".")[0] == section]
     names = siblings or sorted({k.partition(".")[0] for k in schema})

@@ -228,7 +228,7 @@ def check_a_whole_model_is_refused_where_a_shared_one_is_expected() -> None:
     view = DecoderView(tiny_model())
     fsdp = TrainerConfig(devices=2, strategy="fsdp")
     data = CalibrationData(CalibrationConfig(source="pydoc", num_samples=3), byte_tokenizer())
-    with pytest.raises(ValueError, match="the model is whole in every process"):
+    with pytest.raises(ValueError, match="every process holds the whole model"):
         TrainerMeasure(data, fsdp, progress=False)(view, SIMILARITY)
 
 

@@ -65,7 +65,7 @@ def submit(cluster: Cluster, command: str, argv: list[str], folder: Path, *optio
 
 
 def warn(job: Job) -> None:
-    """Warn a running job, and wait until it is back in the queue."""
+    """Warn a running job, and wait until it is requeued."""
     job.warn()
     job.wait(lambda: job.fields()["JobState"] == "PENDING", "the queue")
     assert job.fields()["Restarts"] == "1", job.explain()
@@ -75,7 +75,7 @@ def assert_ends_well(job: Job) -> None:
     job.wait(lambda: job.fields()["JobState"] == "COMPLETED", "the end")
     assert job.fields()["Restarts"] == "1"
     assert job.output().count("start 0 of job") == job.output().count("start 1 of job") == 1
-    assert job.output().count("is in the queue again") == 1, job.output()
+    assert job.output().count("was requeued") == 1, job.output()
     assert job.output().count("model:  ") == 1, job.output()
 
 

@@ -1,4 +1,4 @@
-"""A job that SLURM warns saves, goes back into the queue once, and is not cut by what follows."""
+"""A job that SLURM warns saves, is requeued once, and is not cut off by later signals."""
 
 import os
 import signal
@@ -265,7 +265,7 @@ def test_a_warned_run_saves_requeues_and_goes_on_to_the_same_plan(
     folder = tmp_path / "run"
     done = warned(IN_A_BATCH, [*settings, f"--output_dir={folder}"])
     assert done.returncode == 0, done.stderr
-    assert "job 17 is in the queue again" in done.stderr
+    assert "job 17 was requeued" in done.stderr
     assert calls.read_text() == "requeue 17\n"
     assert windows_in(folder) == [0, 1, 2, 3]
     for run in (folder, tmp_path / "whole"):
@@ -294,7 +294,7 @@ def test_a_run_that_slurm_does_not_take_back_says_so(
     assert calls.read_text() == "requeue 17\n"
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(
-        "error: interrupted, and not back in the queue (scontrol requeue 17: Requested operation "
-        "is presently disabled); run the same command again"
+        "error: interrupted, and the job could not be requeued (scontrol requeue 17: Requested "
+        "operation is presently disabled); run the same command again"
     )
     assert windows_in(tmp_path / "run") == [0, 1, 2, 3]

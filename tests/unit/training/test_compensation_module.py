@@ -597,7 +597,7 @@ def test_callbacks_of_a_compensation_refuse_another_module() -> None:
 def test_a_model_is_not_exported_if_nothing_was_made_trainable() -> None:
     trainer = make_trainer(ExportMergedModel())
     data = GivenData(random_samples(), training=steps_of(max_steps=1))
-    with pytest.raises(RuntimeError, match="put TrainableParameters among the callbacks"):
+    with pytest.raises(RuntimeError, match="add TrainableParameters to the callbacks"):
         trainer.fit(CompensationModule(compressed()), datamodule=data)
 
 
