@@ -153,7 +153,7 @@ class LowRankOptions(BudgetOptions, MetricOptions, PresetOptions, KeepOptions, M
 
     Attributes:
         ranks: uniform: one keep ratio for all matrices; global: one budget for all, spent where it
-            reduces the loss most.
+            reduces the predicted loss most.
         refit: Refit the compressed linears layer by layer, on their inputs in the compressed model.
             prefix fits each to its output in the dense model; residual refits the linears that
             write to the residual stream, to reduce the accumulated error.

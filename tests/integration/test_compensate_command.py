@@ -365,7 +365,9 @@ def test_a_teacher_of_another_vocabulary_is_refused(
     other = save_tiny(tmp_path / "other", vocab_size=300)
     options = ["--objective=distill", f"--distillation.teacher={other}"]
     assert main(["compensate", *settings, *options]) == 2
-    assert "has another vocabulary than the model (300 and 260 tokens)" in capsys.readouterr().err
+    assert (
+        "has a different vocabulary from the model (300 and 260 tokens)" in capsys.readouterr().err
+    )
 
 
 def test_the_model_s_own_folder_is_not_written(

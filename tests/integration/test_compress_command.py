@@ -382,13 +382,13 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         ],
         "evaluation.rows 5-10 is out of range",
     ),
-    "no range of rows": (
+    "not a range of rows": (
         lambda folder: [
             "--calibration.source=file",
             f"--calibration.path={written(folder, 'a.jsonl', _ROW * 10)}",
             "--calibration.rows=[5]",
         ],
-        "calibration.rows '5' is no range of rows",
+        "calibration.rows '5' is not a range of rows",
     ),
     "home as output": (lambda _: [f"--output_dir={Path.home()}"], str(Path.home())),
 }

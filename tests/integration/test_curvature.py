@@ -198,7 +198,7 @@ def test_keys_of_an_earlier_run_that_do_not_fit_are_told_from_those_that_are_set
     argv = [f"--from_scores={cut}", "--method.keep_ratio=0.5", f"--output_dir={tmp_path / 'again'}"]
     assert main(["compress", *argv]) == 2
     said = "takes method.removed_ratio or method.keep_ratio, not both; leave one unset "
-    assert f"{said}(keys that are not set here are those of {cut}; =null unsets one)" in (
+    assert f"{said}(keys that are not set here come from {cut}; =null unsets one)" in (
         capsys.readouterr().err
     )
     assert main(["compress", *argv, "--method.removed_ratio=null"]) == 0

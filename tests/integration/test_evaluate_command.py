@@ -177,7 +177,7 @@ def test_a_changed_text_or_task_is_noticed(
     assert evaluate(*argv, *texts, *tasks) == 0
     corpus.write_text(TEXT[::-1])
     assert evaluate(*argv, *texts) == 2
-    assert f"the perplexity on what {corpus} was before" in capsys.readouterr().err
+    assert f"the perplexity on an earlier version of {corpus}" in capsys.readouterr().err
     file = task_data / "openbookqa" / "test.jsonl"
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
     assert evaluate(*argv, *tasks) == 2

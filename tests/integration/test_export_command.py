@@ -203,7 +203,7 @@ def test_narrowed_linears_are_told_and_noted(
     save_model(view.model, source, tokenizer=byte_tokenizer())
     for _ in range(2):  # the second time, from what is stored
         assert export(source) == 0
-        assert capsys.readouterr().out.startswith("2 narrowed linears filled up with zeros: ")
+        assert capsys.readouterr().out.startswith("2 narrowed linears padded with zeros: ")
     facts = json.loads((tmp_path / "out" / "export.json").read_text())
     assert facts["ranks"] == {}
     assert facts["shapes"] == {
@@ -255,7 +255,7 @@ def test_an_export_of_an_earlier_model_is_not_taken_for_this_one(
     shutil.rmtree(source)
     save_compressed("llama-dropped", source)
     assert export(source) == 2
-    assert "holds an export of what" in capsys.readouterr().err
+    assert "contains an export of an earlier version of" in capsys.readouterr().err
     assert export(source, "--overwrite") == 0
     copy = AutoModelForCausalLM.from_pretrained(source.parent / "out" / "model")
     assert copy.config.num_hidden_layers == 3
@@ -265,7 +265,7 @@ def test_a_damaged_export_is_named(source: Path, capsys: pytest.CaptureFixture[s
     assert export(source) == 0
     (source.parent / "out" / "export.json").unlink()
     assert export(source) == 2
-    assert "export.json is gone or damaged; export again with --overwrite" in (
+    assert "export.json is missing or damaged; export again with --overwrite" in (
         capsys.readouterr().err
     )
 

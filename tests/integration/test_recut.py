@@ -136,7 +136,7 @@ def test_a_folder_without_scores_is_named(
 ) -> None:
     argv = [*settings, "--method.num_layers=1", f"--from_scores={tmp_path / 'nowhere'}"]
     assert main(["compress", *argv, f"--output_dir={tmp_path / 'run'}"]) == 2
-    assert "is no finished run with scores: it has no config.yaml" in capsys.readouterr().err
+    assert "is not a finished run with scores: it has no config.yaml" in capsys.readouterr().err
 
 
 def test_a_run_does_not_take_the_place_of_its_own_scores(
@@ -145,7 +145,7 @@ def test_a_run_does_not_take_the_place_of_its_own_scores(
     plan = (scored / "plan.json").read_bytes()
     argv = [f"--from_scores={scored}", "--method.keep_ratio=0.2", f"--output_dir={scored}/."]
     assert main(["compress", *argv, "--overwrite"]) == 2
-    assert "is output_dir itself; name another output_dir" in capsys.readouterr().err
+    assert "is also output_dir; use another output_dir" in capsys.readouterr().err
     assert (scored / "plan.json").read_bytes() == plan
 
 

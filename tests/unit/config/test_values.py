@@ -81,7 +81,7 @@ def test_no_number_is_infinite_or_absurd_and_no_text_ends_early(command: str) ->
             for infinite in INFINITE:
                 assert "must " in refusal(config, key, kind, infinite)
         if holds(kind, str):
-            assert "holds a NUL byte" in refusal(config, key, kind, "a\0b")
+            assert "contains a NUL byte" in refusal(config, key, kind, "a\0b")
             assert "is not UTF-8 text" in refusal(config, key, kind, "a\udcff")
         if key in PATHS:
             assert "no home folder of ~nouser" in refusal(config, key, kind, "~nouser/x")
