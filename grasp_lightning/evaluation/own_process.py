@@ -1,4 +1,4 @@
-"""Peak memory of one model, measured in a process of its own."""
+"""Peak memory of one model, measured in a separate process."""
 
 import logging
 import multiprocessing
@@ -49,13 +49,13 @@ def _received(receiver: Connection, process: BaseProcess, name: str) -> PeakMemo
     if exit_code < 0:
         raise ModelError(
             f"the process that measures the memory of {name} was killed (signal {-exit_code}), "
-            f"probably for want of memory; use smaller prefill_lengths and decode_batch_sizes"
+            "probably because memory ran out; use smaller prefill_lengths and decode_batch_sizes"
         )
-    raise RuntimeError(f"measuring the memory of {name} failed, its traceback is above")
+    raise RuntimeError(f"measuring the memory of {name} failed; its traceback is above")
 
 
 def _report(sender: Connection, model: ModelConfig, workload: Workload, num_threads: int) -> None:
-    """Measure in this otherwise idle process, and send the result or the error."""
+    """Measure in this process, which does nothing else, and send the result or the error."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports Ctrl-C
     # The parent loads the same model and logs its warnings.
     logging.disable(logging.WARNING)

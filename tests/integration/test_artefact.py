@@ -552,10 +552,10 @@ def test_save_refuses_a_rank_whose_right_factor_would_pass_for_the_dense_weight(
     tmp_path: Path,
 ) -> None:
     model = low_rank(tiny_model(num_key_value_heads=1), rank=8)  # k_proj: 32 -> 8
-    with pytest.raises(ModelError, match=r"k_proj has rank 8 for as many output features"):
+    with pytest.raises(ModelError, match=r"k_proj has rank 8, as many as its output features"):
         save_model(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
-    with pytest.raises(ValueError, match=r"k_proj has rank 8 for as many output features"):
+    with pytest.raises(ValueError, match=r"k_proj has rank 8, as many as its output features"):
         model.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -569,7 +569,7 @@ def test_save_refuses_a_rank_of_a_transposed_linear_that_saves_nothing(
 ) -> None:
     model = tiny_model("gpt2")
     factorize_one(model, f"transformer.h.1.{module}", rank)
-    with pytest.raises(ModelError, match=rf"{module} has rank 32 for as many output features"):
+    with pytest.raises(ModelError, match=rf"{module} has rank 32, as many as its output features"):
         save_model(model, tmp_path / "model")
 
 
@@ -632,7 +632,11 @@ def test_save_draws_no_random_numbers(tmp_path: Path) -> None:
     [
         ("mlp.nothing", 5, "names model.layers.1.mlp.nothing, but LlamaForCausalLM has no such"),
         ("mlp.up_proj", 33, "rank 33 of model.layers.1.mlp.up_proj does not fit"),
-        ("mlp.up_proj", -1, "rank of model.layers.1.mlp.up_proj must be an integer from 0 on, got"),
+        (
+            "mlp.up_proj",
+            -1,
+            "rank of model.layers.1.mlp.up_proj must be an integer of at least 0, got",
+        ),
         ("mlp", 5, "model.layers.1.mlp must be a Linear, got LlamaMLP"),
     ],
 )

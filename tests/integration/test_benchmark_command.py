@@ -160,7 +160,7 @@ def test_a_wrong_value_is_refused_before_anything_is_measured(
 
 def test_a_folder_that_is_no_model_is_named_with_its_key(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"^against: .*empty is no model folder"):
+    with pytest.raises(ModelError, match=r"^against: .*empty is not a model folder"):
         benchmark("--model", tiny_folder, "--against", tmp_path / "empty", *QUICK)
     with pytest.raises(ModelError, match=r"^model: no such file or folder: .*nowhere"):
         benchmark("--model", tmp_path / "nowhere", *QUICK)

@@ -276,9 +276,9 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda _: ["--method.num_layers=null", "--method.layers=[7]"],
         "the model has layers 0 to 3",
     ),
-    "more budgets than can hold": (
+    "too many budgets": (
         lambda _: ["--method.removed_ratio=0.1"],
-        "method.removed_ratio, method.keep_ratio and method.num_layers say more than can hold",
+        "method.removed_ratio, method.keep_ratio and method.num_layers cannot all be set",
     ),
     "a budget of everything": (
         lambda _: ["--method.removed_ratio=1", "--method.keep_ratio=null"],
@@ -286,7 +286,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "a budget alone": (
         lambda _: [*UNSET, "--method.removed_ratio=0.1"],
-        "method.removed_ratio needs one of method.num_layers",
+        "method.removed_ratio also needs one of method.num_layers",
     ),
     "a budget out of reach of two layers": (
         lambda _: ["--method.removed_ratio=0.9", "--method.keep_ratio=null"],
@@ -318,7 +318,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "no model in the folder": (
         lambda folder: [f"--model.path={folder}"],
-        "is no model folder, it has no config.json",
+        "is not a model folder: it has no config.json",
     ),
     "no such corpus": (
         lambda folder: [
@@ -621,7 +621,7 @@ def test_plan_tells_the_memory_of_llama_2_7b(
 def test_plan_tells_the_memory_of_a_model_that_writes_text(
     settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = "text that the model writes, "
+    said = "text that the model generates, "
     assert main(["plan", *settings]) == 0
     assert said not in capsys.readouterr().out
     more = ["--calibration.source=[pydoc,self]", "--calibration.num_samples=12"]
@@ -766,7 +766,7 @@ def test_nan_in_text_that_the_model_writes_is_named_by_layer(
     model.save_pretrained(tmp_path / "tiny-llama")
     assert main(["compress", *settings, "--calibration.source=self"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "no text can be drawn" in last
+    assert "so it cannot generate text" in last
     assert "decoder layer 2" in last
     assert not (tmp_path / "run").exists()
 
@@ -797,7 +797,7 @@ def test_a_tokenizer_of_another_model_is_refused(
         tmp_path / "tiny-llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
     assert main(["compress", *settings]) == 2
-    assert "but the model knows 100 tokens" in capsys.readouterr().err
+    assert "but the model has only 100 tokens" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -228,7 +228,7 @@ def test_keys_of_an_earlier_run_that_do_not_fit_are_told_from_those_that_are_set
         ),
         (
             ["--method.name=grasp", "--method.keep_ratio=0.1", "--method.weighting=kfac"],
-            "method.weighting would be ignored: method grasp scores plain components",
+            "method.weighting would be ignored: method grasp scores components of the plain SVD",
         ),
     ],
 )

@@ -254,7 +254,7 @@ def workplace(tiny_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) 
     ("argv", "message"),
     [
         (["--tasks=openbook_qa"], "lm-eval has no task, tag or group 'openbook_qa'; the closest"),
-        (["--tasks=openbookqa", "--task_data=absent"], "task_data: absent is no folder"),
+        (["--tasks=openbookqa", "--task_data=absent"], "task_data: absent is not a folder"),
         (["--task_data=data"], "task_data has no effect without tasks"),
         (["--corpora=wikitext3"], "corpora: expected pydoc, wikitext2, c4, ptb, or a file"),
         (["--corpora=absent.txt"], "absent.txt does not exist"),
@@ -267,7 +267,7 @@ def workplace(tiny_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--corpora=short.txt"], "evaluation.seqlen is 48, but short.txt has only 9 tokens"),
         (["--corpora=pydoc,pydoc"], "corpora: pydoc is named twice"),
         (["--model=./absent/model"], "no such file or folder: ./absent/model"),
-        (["--model=empty"], "is no model folder, it has no config.json"),
+        (["--model=empty"], "is not a model folder: it has no config.json"),
         (["--model=bare"], "cannot load the tokenizer of bare"),
         (["--tasks"], "command line: --tasks needs a name"),
         (["--tasks=piqa", "--seed=-1"], "seed must be at least 0, got -1"),

@@ -327,9 +327,9 @@ def bad_sources(root: Path) -> dict[str, tuple[list[str], str]]:
         "empty": ([f"--model={root}", out], "has no config.json; expected the model/ folder"),
         "dense": (
             [f"--model={dense}", out],
-            "has no low-rank linears and no narrowed ones: it is an",
+            "has neither low-rank nor narrowed linears: it is an",
         ),
-        "dropped": ([f"--model={root / 'dropped'}", out], "has no low-rank linears"),
+        "dropped": ([f"--model={root / 'dropped'}", out], "has neither low-rank nor narrowed"),
         "damaged": ([f"--model={damaged}", out], "cannot load damaged"),
         "format": (["--format=gguf", f"--model={dense}", out], "format: expected one of dense"),
         "no output": ([f"--model={dense}"], "output_dir is not set"),

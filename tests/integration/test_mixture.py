@@ -1,4 +1,4 @@
-"""``compress`` on mixtures, instructions, and text that the model writes itself."""
+"""``compress`` on mixtures, instructions, and text that the model generates."""
 
 import json
 from pathlib import Path

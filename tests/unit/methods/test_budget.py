@@ -159,7 +159,7 @@ def test_both_ends_of_the_feasible_range_that_a_refusal_prints_can_be_had(
 
 def test_a_model_of_one_layer_has_none_to_delete() -> None:
     view = DecoderView(tiny_model("llama", num_hidden_layers=1))
-    with pytest.raises(ConfigError, match="one decoder layer, none can go"):
+    with pytest.raises(ConfigError, match="only one decoder layer, so none can be removed"):
         predicted(view, MethodConfig(name="drop", removed_ratio=0.2))
 
 

@@ -47,7 +47,10 @@ def test_linears_that_are_not_called_stay_dense(caplog: pytest.LogCaptureFixture
     names = {name.rpartition(".")[2] for name in view.linears(0)}
     assert names == {"in_proj", "x_proj", "out_proj"}
     assert [record.getMessage() for record in caplog.records if "grasp" in record.name] == [
-        "MambaForCausalLM does not call mixer.dt_proj once per pass: these linears stay as they are"
+        (
+            "MambaForCausalLM does not call mixer.dt_proj once per pass: these linears are left "
+            "unchanged"
+        )
     ]
 
 

@@ -139,7 +139,9 @@ def test_an_overflow_names_the_linear_and_changes_nothing() -> None:
 
 
 def test_a_model_without_factors_is_refused() -> None:
-    with pytest.raises(ModelError, match="LlamaForCausalLM has no low-rank linears"):
+    with pytest.raises(
+        ModelError, match="LlamaForCausalLM has neither low-rank nor narrowed linears"
+    ):
         densify(tiny_model())
 
 
@@ -216,7 +218,9 @@ def test_biases_are_filled_up_with_zeros_and_that_of_the_reader_is_kept(family: 
 def test_a_narrowed_linear_without_a_reader_beside_it_is_named() -> None:
     model = tiny_model()
     model.set_submodule(UP, NarrowedLinear(32, 20, bias=False))
-    with pytest.raises(ModelError, match=f"{UP} has 20 of 48 outputs, but no linear beside it"):
+    with pytest.raises(
+        ModelError, match=f"{UP} has 20 of 48 outputs, but no linear in the same module"
+    ):
         densify(model)
     assert list(narrowed_linears(model)) == [UP]
 
