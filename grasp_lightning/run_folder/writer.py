@@ -75,7 +75,7 @@ class RunWriter:
 
     @contextmanager
     def new_folder(self, name: str) -> Iterator[Path]:
-        """Yield an empty private folder that takes its place, complete, when the block ends.
+        """Yield an empty private folder that is moved into place when the block ends.
 
         It replaces what the run wrote there before. After an error it is deleted, and the old
         content stays.

@@ -134,7 +134,7 @@ def test_a_killed_process_is_one_line(tiny_folder: Path) -> None:
             ["--decode_batch_sizes=[2,0]"],
             "decode_batch_sizes must hold numbers of at least 1, got 0",
         ),
-        (["--prefill_lengths=[8,8]"], "prefill_lengths holds 8 more than once"),
+        (["--prefill_lengths=[8,8]"], "prefill_lengths contains 8 more than once"),
         (["--prompt_length=0"], "prompt_length must be at least 1, got 0"),
         (["--new_tokens=-1"], "new_tokens must be at least 1, got -1"),
         (["--rounds=0"], "rounds must be at least 1, got 0"),
@@ -201,7 +201,7 @@ def test_an_output_that_exists_is_kept(tiny_folder: Path, tmp_path: Path, existi
 def test_overwrite_replaces_results_only(tiny_folder: Path) -> None:
     config = tiny_folder / "config.json"
     before = config.read_bytes()
-    with pytest.raises(GraspError, match=r"config\.json is no result of benchmark"):
+    with pytest.raises(GraspError, match=r"config\.json exists and is not a result of benchmark"):
         benchmark("--model", tiny_folder, *QUICK, "--output", config, "--overwrite")
     assert config.read_bytes() == before
 

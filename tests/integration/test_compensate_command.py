@@ -374,4 +374,4 @@ def test_the_model_s_own_folder_is_not_written(
     compressed: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compensate", *settings, f"--output_dir={compressed}"]) == 2
-    assert "must stay as it is" in capsys.readouterr().err
+    assert "must not change" in capsys.readouterr().err

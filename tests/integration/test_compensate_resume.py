@@ -123,4 +123,4 @@ def test_a_run_does_not_go_on_with_other_samples(
     )
     data.write_text(text.replace("word", "work"))
     assert main(["compensate", *argv]) == 2
-    assert "has changed since it was started" in capsys.readouterr().err
+    assert "has changed since it started" in capsys.readouterr().err

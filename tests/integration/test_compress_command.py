@@ -439,7 +439,7 @@ def test_a_foreign_folder_is_not_touched(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     assert main(["compress", *settings]) == 2
-    assert "holds no run of this program" in capsys.readouterr().err
+    assert "contains no run of this program" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 

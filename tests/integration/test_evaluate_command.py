@@ -181,7 +181,7 @@ def test_a_changed_text_or_task_is_noticed(
     file = task_data / "openbookqa" / "test.jsonl"
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
     assert evaluate(*argv, *tasks) == 2
-    assert "holds results with task_data.openbookqa" in capsys.readouterr().err
+    assert "contains results with task_data.openbookqa" in capsys.readouterr().err
 
 
 def test_a_killed_evaluation_goes_on_after_its_last_measurement(
@@ -272,7 +272,7 @@ def workplace(tiny_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--tasks"], "command line: --tasks needs a name"),
         (["--tasks=piqa", "--seed=-1"], "seed must be at least 0, got -1"),
         (["--revision=abc"], "revision has no effect: no model comes from the hub"),
-        (["--output=corpus.txt"], "corpus.txt exists and is no output of evaluate"),
+        (["--output=corpus.txt"], "corpus.txt exists and is not an output of evaluate"),
         (["--output=empty"], "is a folder"),
         (["--limit=0", "--tasks=piqa"], "limit must be at least 1, got 0"),
     ],
@@ -319,4 +319,4 @@ def test_other_weights_under_a_stored_name_are_refused(
     assert evaluate(*argv) == 0
     save_tiny(tiny_folder, seed=5)
     assert evaluate(*argv) == 2
-    assert f"holds results of what {tiny_folder} was before" in capsys.readouterr().err
+    assert f"contains results of an earlier version of {tiny_folder}" in capsys.readouterr().err

@@ -189,7 +189,7 @@ def test_the_user_is_told_where_the_copy_is_and_that_nothing_is_gained(
     captured = capsys.readouterr()
     first, second = captured.out.splitlines()
     assert first.startswith("factors of 14 linears multiplied: ")
-    assert "no gain in size" in first
+    assert "this copy is not smaller" in first
     assert second == f"model:  {source.parent / 'out' / 'model'}"
     assert "multiplying factors" in captured.err
 
@@ -227,7 +227,7 @@ def test_a_compressed_run_gets_a_card_that_tells_where_it_comes_from(tmp_path: P
     card = (folder / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
     assert "# `tiny-llama`, compressed, in dense form" in card
-    assert "no gain in size or speed" in card
+    assert "This copy is neither smaller nor faster" in card
     assert "`COMPRESSED_MODEL_CARD.md`" in card
     assert "trust_remote_code" not in card
     for name in ("README.md", "LICENSE"):
@@ -277,7 +277,7 @@ def test_foreign_files_are_neither_overwritten_nor_deleted(
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     assert export(source) == 2
-    assert "is not empty and holds no run of this program" in capsys.readouterr().err
+    assert "is not empty and contains no run of this program" in capsys.readouterr().err
     assert contents(out) == {"notes.txt": b"mine"}
     assert export(source, "--overwrite") == 0
     assert export(source, "--overwrite") == 0
@@ -285,7 +285,7 @@ def test_foreign_files_are_neither_overwritten_nor_deleted(
     (out / "model" / "mine.txt").write_text("mine")
     before = contents(out)
     assert export(source, "--overwrite") == 2
-    assert "mine.txt was not written by this program" in capsys.readouterr().err
+    assert "mine.txt already exists and was not written by this program" in capsys.readouterr().err
     assert contents(out) == before
 
 
@@ -293,7 +293,7 @@ def test_the_source_stays_as_it_is(source: Path, capsys: pytest.CaptureFixture[s
     before = contents(source)
     for output in (source, source / "inner", source.parent):
         assert main(["export", f"--model={source}", f"--output_dir={output}", "--overwrite"]) == 2
-        assert "must stay as it is" in capsys.readouterr().err
+        assert "must not change" in capsys.readouterr().err
     assert export(source) == 0
     assert contents(source) == before
 

@@ -76,11 +76,14 @@ def test_the_plan_is_that_of_a_run_that_measures(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--method.num_layers=3"], "score them all with method.score_all_layers"),
+        (["--method.num_layers=3"], "score all layers with method.score_all_layers"),
         (["--method.reduction=signed"], "method.reduction is signed here"),
-        (["--method.schedule=iterative"], "schedule iterative must measure"),
+        (["--method.schedule=iterative"], "schedule iterative needs new measurements"),
         (["--method.layer_metric=angular"], "has no layer_angular_distance"),
-        (["--model.dtype=bfloat16"], "scored another model, or this model in another dtype"),
+        (
+            ["--model.dtype=bfloat16"],
+            "has scores of a different model, or of this model in a different dtype",
+        ),
     ],
 )
 def test_what_was_not_scored_is_refused(
@@ -128,7 +131,7 @@ def test_all_layers_can_be_scored_for_later(
     argv = ["--from_scores", str(tmp_path / "iterative"), f"--output_dir={tmp_path / 'no'}"]
     capsys.readouterr()
     assert main(["compress", *argv]) == 2
-    assert "only one_shot can be cut again" in capsys.readouterr().err
+    assert "only runs with one_shot can be cut again" in capsys.readouterr().err
 
 
 def test_a_folder_without_scores_is_named(

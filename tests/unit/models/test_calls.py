@@ -75,7 +75,7 @@ def test_layers_that_share_keys_and_values_cannot_run_one_by_one() -> None:
     with pytest.raises(ModelError) as raised:
         check_independent(view, MethodConfig(refit="residual", removable="layers"))
     assert str(raised.value) == (
-        "decoder layers of Gemma4ForCausalLM hand on more than hidden states, such as keys "
+        "decoder layers of Gemma4ForCausalLM pass on more than hidden states, such as keys "
         "and values, so they cannot be run one by one: set method.refit: none and "
         "method.removable: none"
     )

@@ -82,15 +82,17 @@ def test_a_link_where_a_run_writes_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "run" / name).symlink_to(tmp_path / "target")
 
     assert refusal(tmp_path / "run", overwrite=True) == (
-        f"{tmp_path}/run/{name} was not written by this program and is in the way; move it, or use "
-        "another output_dir"
+        f"{tmp_path}/run/{name} already exists and was not written by this program; move it, or "
+        "use another output_dir"
     )
 
 
 def test_a_lock_that_is_no_lock_is_not_deleted(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("of another program")
 
-    assert ".lock was not written by this program" in refusal(tmp_path, overwrite=True)
+    assert ".lock already exists and was not written by this program" in refusal(
+        tmp_path, overwrite=True
+    )
     assert content(tmp_path) == {".lock": b"of another program"}
 
 

@@ -211,7 +211,10 @@ def test_a_step_whose_file_is_deleted_is_done_again(run: RunFolder) -> None:
 def test_a_state_that_the_run_did_not_write_is_refused(run: RunFolder) -> None:
     (run.root / "checkpoints").mkdir()
     save_tensors(run.root / "checkpoints/pass-0-0.safetensors", {"x": torch.ones(1)}, {"step": "x"})
-    with pytest.raises(OutputError, match=r"pass-0-0\.safetensors was not written by this program"):
+    with pytest.raises(
+        OutputError,
+        match=r"pass-0-0\.safetensors already exists and was not written by this program",
+    ):
         pass_files(run).load("step")
 
 

@@ -521,8 +521,8 @@ def test_a_checkpoint_of_another_training_is_refused(
     with pytest.raises(ModelError) as caught:
         fit(module, other, lora=LoraSettings(rank=rank, dropout=0.3), checkpoint=file)
     assert str(caught.value) == (
-        f"the checkpoint belongs to another training: it differs in {difference}; start anew, or "
-        "use what it was made with"
+        f"the checkpoint belongs to a different training: it differs in {difference}; start again, "
+        "or use the settings it was made with"
     )
 
 
@@ -531,7 +531,7 @@ def test_a_checkpoint_of_another_objective_is_refused(tmp_path: Path) -> None:
     file = saved(tmp_path, CompensationModule(compressed()), data)
     teacher = Teacher(compressed(seed=1), temperature=1.0, mix=0.5)
     module = CompensationModule(compressed(), teacher=teacher)
-    with pytest.raises(ModelError, match="the checkpoint belongs to another training"):
+    with pytest.raises(ModelError, match="the checkpoint belongs to a different training"):
         fit(module, data, lora=LoraSettings(rank=4, dropout=0.3), checkpoint=file)
 
 
