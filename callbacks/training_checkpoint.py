@@ -46,7 +46,7 @@ class TrainingCheckpoint(L.Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Save, if it is time or the run should end, unless a validation comes first."""
+        """Save, if it is time or the run should end, unless a validation is due first."""
         interval = trainer.val_check_batch
         validates = trainer.enable_validation and any(trainer.num_val_batches)
         if not (validates and interval and (batch_idx + 1) % interval == 0):

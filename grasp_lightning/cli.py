@@ -172,7 +172,7 @@ def run_program(argv: Sequence[str] | None = None) -> NoReturn:
         code = main(argv)
     except KeyboardInterrupt:  # a second one, while the first was being reported
         code = SIGNALLED + signal.SIGINT
-    except Exception:  # noqa: BLE001  a fault of the program: told as Python tells it
+    except Exception:  # noqa: BLE001  a bug: reported as Python does
         sys.excepthook(*sys.exc_info())
         code = FAILED
     # Everything is printed: from here on Ctrl-C only ends the process sooner.
@@ -225,7 +225,7 @@ def _fail(message: str) -> int:
 
 
 def _program() -> str:
-    return os.path.basename(sys.argv[0]) or "grasp-lightning"  # noqa: PTH119  a string, no path
+    return os.path.basename(sys.argv[0]) or "grasp-lightning"  # noqa: PTH119  a string, not a path
 
 
 def _usage() -> str:

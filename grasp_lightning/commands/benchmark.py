@@ -85,7 +85,7 @@ def _amend(config: BenchmarkConfig, result: Throughput) -> list[Path]:
 def variant_names(paths: Sequence[str]) -> list[str]:
     """Return distinct names of models for a table: their paths, or their distinguishing parts.
 
-    ``runs/x/model`` and ``runs/y/model``, which end alike, become ``x`` and ``y``.
+    ``runs/x/model`` and ``runs/y/model``, which have the same last part, become ``x`` and ``y``.
     """
     names = list(paths)
     for last, count in Counter(PurePath(path).name for path in paths).items():

@@ -41,7 +41,7 @@ _MEMORY_KEYS = (
 )
 # Perplexity and validation loss.
 _Measured = tuple[Change[float | None], Change[float | None]]
-_SAFETY = 1.1  # tokenizer, report and logs, beside weights and checkpoint
+_SAFETY = 1.1  # tokenizer, report and logs, in addition to weights and checkpoint
 _CHECKPOINT_BYTES = 4 * 4 * 2  # per trained parameter: Adam's two, itself, its best; twice, to swap
 
 

@@ -29,7 +29,7 @@ FACTS_NAME = "export.json"
 SOURCE_CARD_NAME = "COMPRESSED_MODEL_CARD.md"
 
 _MODEL_NAME = "model"
-_SAFETY = 1.1  # tokenizer and cards, beside the weights
+_SAFETY = 1.1  # tokenizer and cards, in addition to the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def _source_folder(model: str) -> Path:
     folder = Path(model).expanduser()
     expected = "expected the model/ folder of a compressed model"
     if not folder.is_dir():
-        came = "is a file" if folder.is_file() else "there is no such folder"
+        came = "is a file" if folder.is_file() else "the folder does not exist"
         raise ModelError(f"model: {model}: {came}; {expected}")
     if not (folder / "config.json").is_file():
         inner = folder / _MODEL_NAME

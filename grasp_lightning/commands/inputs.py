@@ -29,7 +29,7 @@ from grasp_lightning.storage.recut import StoredScores
 from grasp_lightning.storage.sampled_text import SAMPLE, SampledText
 from grasp_lightning.training.hidden_cache import check_independent
 
-_SAFETY = 1.1  # tokenizer, report and logs, beside weights and factors
+_SAFETY = 1.1  # tokenizer, report and logs, in addition to weights and factors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ class CalibrationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSource:
-    """Where plain text comes from.
+    """Source of plain text.
 
     Attributes:
         source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file (see ``path``).

@@ -168,7 +168,7 @@ def _trained(layer: Layer, adapters: Adapters) -> Iterable[LinearShape]:
 
 
 def _gathered(model: ModelShape, strategy: Strategy, new: int) -> int:
-    """Return the most bytes of weights that a process holds besides its shard."""
+    """Return the most bytes of weights that a process holds in addition to its shard."""
     if strategy == "fsdp":
         layer = model.largest_layer + part_of(new, max(len(model.layers), 1))
         return model.outside + FSDP_LAYERS * layer

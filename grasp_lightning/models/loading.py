@@ -173,7 +173,7 @@ def _require_config(source: ModelSource) -> None:
     has_config = source.is_hub or (folder / "config.json").is_file()
     if has_adapter and has_config:
         raise ModelError(
-            f"model.path: {source.location} has a PEFT adapter beside the model: merge it first, "
+            f"model.path: {source.location} has a PEFT adapter next to the model: merge it first, "
             "with peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(), or move "
             "adapter_config.json elsewhere to use the model without the adapter"
         )

@@ -1,4 +1,4 @@
-"""Where a model comes from: its folder, hub repository or file, and its licence."""
+"""The source of a model: its folder, hub repository or file, and its licence."""
 
 import re
 import textwrap

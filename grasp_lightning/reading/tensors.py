@@ -60,7 +60,7 @@ def read_metadata(
 def open_tensors(
     path: Path, raises: type[GraspError] = PlanError, what: str | None = None, advice: str = ""
 ) -> Iterator[Any]:  # Any: safe_open has no public type
-    """Open a safetensors file, to read some of its tensors; errors while reading are told alike."""
+    """Open a safetensors file, to read some of its tensors; errors of reading are one line."""
     with _damage(path, raises, what, advice):
         content = safe_open(path, framework="pt")
     with content:

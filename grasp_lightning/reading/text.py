@@ -43,7 +43,7 @@ def user_path(text: str, key: str, raises: type[GraspError] = DataError) -> Path
         path.stat()
     except RuntimeError as error:
         user = text.partition("/")[0]
-        raise raises(f"{key}: {one_line(text)}: there is no home folder of {user}") from error
+        raise raises(f"{key}: {one_line(text)}: {user} has no home folder") from error
     except ValueError as error:  # a NUL byte, or half of a surrogate pair
         raise raises(f"{key}: {text!r:.{_MAX_QUOTED}} is not a path: {one_line(error)}") from error
     except OSError as error:

@@ -15,7 +15,7 @@ _MAX_NODES = 100_000  # of a YAML file, each alias counted as often as it is use
 _MAX_BITS = 1024  # of a whole number in a YAML file
 _TEXT_TAG, _MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
-# What PyYAML raises beside its own errors: impossible dates, integers of thousands of digits, tags
+# What PyYAML raises besides its own errors: impossible dates, integers of thousands of digits, tags
 # that do not fit their text, nesting.
 _YAML_ERRORS = (
     yaml.YAMLError,

@@ -29,8 +29,8 @@ class RunFolder(RunWriter):
     """One run's folder, locked while it is written; ``open`` makes one.
 
     Every path is recorded in the manifest before it is written, and every file is written
-    atomically. So a killed run can be told from a finished one and resumed, and deleting a run
-    never touches a foreign file.
+    atomically. So a killed run is distinguished from a finished one and can be resumed, and
+    deleting a run never touches a foreign file.
 
     Attributes:
         state: What ``open`` found; new and unfinished become finished by ``finish``. A finished run

@@ -42,7 +42,7 @@ class CalibrationDDP(DDPStrategy):
     """
 
     def configure_ddp(self) -> None:
-        """Leave the module as it is."""
+        """Return the module unchanged."""
 
 
 class CalibrationFSDP(ModelParallelStrategy):

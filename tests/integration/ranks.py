@@ -24,7 +24,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         codes: Exit codes by rank.
-        text: What they wrote, rank after rank.
+        text: Their output, rank after rank.
     """
 
     codes: list[int | None]
@@ -43,7 +43,7 @@ def run_ranks(
     Args:
         argv: The command line.
         number: How many processes.
-        folder: Where they write what they say.
+        folder: Where they write their output.
         kill: Where all of them send themselves a signal.
         signal_number: The signal.
 

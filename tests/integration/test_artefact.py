@@ -207,7 +207,7 @@ class CustomForCausalLM(transformers.LlamaForCausalLM):
 
 
 def write_custom(scratch: Path, *, has_config: bool = True) -> None:
-    """Write a checkpoint with code of its own, for its config, too, or not."""
+    """Write a checkpoint with its own code, optionally for its config, too."""
     tiny_model().save_pretrained(scratch)
     config, modeling = read_config(scratch), MODELING
     config["auto_map"] = {
@@ -252,7 +252,7 @@ FAST: dict[str, Case] = {
 }
 SLOW: dict[str, Case] = {
     **{name: case for family in FAMILIES for name, case in cases_of(family).items()},
-    # What test_families.py does not do, in one case each.
+    # Cases that test_families.py does not cover, one of each.
     **{
         f"{family}-low-rank-then-dropped-bf16-saved-twice": all_at_once(family)
         for family in ALL_FAMILIES
@@ -340,7 +340,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def outcome(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """What one process of a mode saw on opening a model; one process per mode and tier."""
+    """What a process in one mode saw on opening a model; one process per mode and tier."""
 
     @cache
     def results(mode: str, tier: str) -> dict[str, dict[str, Any]]:
@@ -436,7 +436,7 @@ def test_the_config_names_ranks_sorted_and_under_current_numbers(tmp_path: Path)
     quantization = read_config(tmp_path)["quantization_config"]
     assert quantization["quant_method"] == "grasp_lightning"
     assert list(quantization["ranks"]) == sorted(quantization["ranks"])
-    # Layers 0 and 2 are gone, so that layer 1 has become layer 0.
+    # Layers 0 and 2 were dropped, so layer 1 is now layer 0.
     assert {name.split(".")[2] for name in quantization["ranks"]} == {"0"}
     assert set(quantization["ranks"].values()) == {5}
 

@@ -1,4 +1,4 @@
-"""``compensate`` as a user runs it: files, table, the model that is saved, a line per mistake."""
+"""``compensate`` as a user runs it: files, table, the saved model, and one line per mistake."""
 
 import csv
 import json
@@ -98,7 +98,7 @@ def test_a_finished_run_is_printed_and_not_done_again(
 
 
 class _LogitsBeforeMerging(L.Callback):
-    """Keeps what the trained module computes while it still has adapters."""
+    """Keeps the output of the trained module while it still has adapters."""
 
     logits: Tensor
 

@@ -628,7 +628,7 @@ def test_plan_tells_the_memory_of_a_model_that_writes_text(
     assert main(["plan", *settings, *more, "--calibration.seqlen=24"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith(said)]
-    # Keys and values of 4 layers, 16 wide, beside the weights, in float32.
+    # Keys and values of 4 layers, 16 wide, in addition to the weights, in float32.
     size = sum(parameter.nbytes for parameter in tiny_model().parameters())
     size += 2 * 4 * 16 * (6 * 24) * 4
     assert line == f"{said}6 x 24 tokens: {size / 1e6:.2f} MB, weights included"

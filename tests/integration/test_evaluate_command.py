@@ -130,7 +130,7 @@ def test_what_is_finished_is_not_measured_again(
     assert [model["model"] for model in read(output)["models"]] == [str(other), str(tiny_folder)]
     assert read(output)["models"][1] == content["models"][0]
     assert read(output)["differences"]["to"] == str(other)
-    # What is asked for is measured again, and nothing else is lost.
+    # Only the requested parts are measured again, and nothing else is lost.
     assert (
         evaluate(
             f"--model={other}",

@@ -305,7 +305,7 @@ def test_a_full_disk_is_found_before_the_weights_are_read(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     (source / "model.safetensors").write_bytes(b"not looked at")
     assert export(source) == 2
-    # 39,488 parameters or so at four bytes, and a tenth for what else is written.
+    # 39,488 parameters or so at four bytes, and a tenth for the other files.
     assert "needs 0.2 MB, but 0.1 MB are free" in capsys.readouterr().err
     assert not (source.parent / "out").exists()
 
@@ -321,7 +321,10 @@ def bad_sources(root: Path) -> dict[str, tuple[list[str], str]]:
     damaged = shutil.copytree(root / "run" / "model", root / "damaged")
     (damaged / "model.safetensors").write_bytes(b"damaged")
     return {
-        "absent": ([f"--model={root}/no", out], "no: there is no such folder; expected the model/"),
+        "absent": (
+            [f"--model={root}/no", out],
+            "no: the folder does not exist; expected the model/",
+        ),
         "file": ([f"--model={dense / 'config.json'}", out], "config.json: is a file; expected"),
         "run folder": ([f"--model={root / 'run'}", out], f"did you mean {root / 'run' / 'model'}?"),
         "empty": ([f"--model={root}", out], "has no config.json; expected the model/ folder"),

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import save_tiny
 from tests.integration.killing import CHILD, ROOT, Kill
 
-# Sends itself Ctrl-C when a module is imported, and is the program otherwise.
+# The program, but it sends itself Ctrl-C when a module is imported.
 IMPORTING = """
 import os, runpy, signal, sys
 wanted, script = sys.argv[1:3]

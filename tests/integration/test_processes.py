@@ -1,4 +1,4 @@
-"""Several processes, started by the program or by torchrun, lead to what one process leads to."""
+"""Several processes, started by the program or torchrun, give the same result as one process."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def test_killed_processes_go_on_as_another_number_of_them(  # noqa: PLR0917  par
     where = ("grasp_lightning.training.calibration", "CalibrationModule", place)
     settings = [*settings, "--calibration.batch_size=1"]
     words = [*settings, "--trainer.devices=2", f"--output_dir={tmp_path / 'run'}"]
-    # Both kill themselves in this call: what each had saved before is there.
+    # Both kill themselves in this call: the earlier checkpoints of both exist.
     both = [str(child), *where, str(call + 1), str(int(signal.SIGKILL)), "compress", *words]
     killed = run(*both, program=TORCHRUN, PYTHONPATH=str(ROOT))
     assert killed.returncode == 1

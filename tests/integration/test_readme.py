@@ -1,4 +1,4 @@
-"""What README.md tells a user to run is run, on a tiny model where it names a real one."""
+"""The commands of README.md are run, with a tiny model in place of a real one."""
 
 import re
 import shlex

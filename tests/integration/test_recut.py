@@ -1,4 +1,4 @@
-"""Another ratio from stored scores: the plan of a run that measures, without a pass."""
+"""Another ratio from stored scores gives the plan of a full run, without a pass."""
 
 import json
 import shutil

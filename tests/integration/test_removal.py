@@ -1,4 +1,4 @@
-"""Layers and blocks that go as a whole, from ``compress`` to an ordinary copy of its model."""
+"""Layers and blocks that are removed whole, from ``compress`` to an ordinary copy of the model."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ IDLE_LAYER, IDLE_ATTENTION = 2, 1
 
 
 def save_with_idle_parts(folder: Path, family: str, **options: int) -> Path:
-    """Save a tiny model in which one layer and one attention block do nothing, all else much."""
+    """Save a tiny model in which only one layer and one attention block do nothing."""
     source = save_tiny(folder, family, **options)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source)
     view = DecoderView(model)

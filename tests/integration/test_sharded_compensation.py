@@ -1,4 +1,4 @@
-"""Strategies that split a training over processes lead to what one process leads to."""
+"""Strategies that shard a training over processes give the same result as one process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run is finished when a fresh process has found in its folder what was in memory."""
+"""A run is finished only if a fresh process finds in its folder the model that was in memory."""
 
 import json
 import os

@@ -36,11 +36,11 @@ def densify(
 ) -> tuple[str, ...]:
     """Multiply factors into dense weights and pad narrowed MLPs with zeros, in place.
 
-    The model becomes an ordinary one of its class and original size; biases stay as they are.
-    Products are computed in float32 or better and stored in the dtype and on the device of the
-    factors; the meta device works. Channels of an MLP have no order, so the kept ones come first.
-    The model changes only once all weights are finite; a ``NumericsError`` names a linear whose
-    product overflows.
+    The model becomes an ordinary one of its class and original size; biases do not change. Products
+    are computed in float32 or better and stored in the dtype and on the device of the factors; the
+    meta device works. Channels of an MLP have no order, so the kept ones come first. The model
+    changes only once all weights are finite; a ``NumericsError`` names a linear whose product
+    overflows.
 
     Args:
         model: A model with low-rank or narrowed linears.

@@ -21,7 +21,7 @@ from tests.conftest import save_tiny
 from tests.integration.killing import CHILD, ROOT, Kill
 
 INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-# Like SLURM, it ends every process of the job, itself too, as soon as the job is in the queue.
+# Like SLURM, it ends every process of the job, itself included, once the job is requeued.
 SCONTROL = """#!/bin/sh
 echo "$@" >> "$CALLS"
 [ -z "$REFUSAL" ] || { echo "$REFUSAL" >&2; exit 1; }
@@ -38,7 +38,7 @@ def as_before() -> Iterator[None]:
 
 
 def enter_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be in job 17, outside of a step that srun has started."""
+    """Run in job 17, outside of a step that srun has started."""
     for key in [key for key in os.environ if key.startswith("SLURM")] + ["RANK"]:
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "17")

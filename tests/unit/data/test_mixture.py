@@ -133,7 +133,7 @@ def test_a_list_of_one_source_is_that_source(
     assert len(hashes) == 1
 
 
-# Recorded before there were mixtures: single sources must give these windows for ever.
+# Recorded before there were mixtures: single sources must always give these windows.
 def test_a_single_source_gives_the_windows_of_before(
     tokenizer: PreTrainedTokenizerFast, write: Write
 ) -> None:

@@ -1,4 +1,4 @@
-"""From ``removed_ratio`` and one thing more to layers and ranks; what cannot be is refused."""
+"""From ``removed_ratio`` and one more key to layers and ranks; impossible targets are refused."""
 
 import re
 
@@ -190,7 +190,7 @@ def test_layers_of_two_sizes_give_a_share_within_the_tolerance_whichever_are_cho
     prediction = predicted(view, MethodConfig(name="grasp", num_layers=1, removed_ratio=0.1))
     for size in (prediction.most, prediction.least):
         assert 1 - size / prediction.dense == pytest.approx(0.1, abs=80 / prediction.dense)
-    # Four small layers would do, but the share must be there for any choice.
+    # Four small layers would suffice, but the share must be reached for any choice.
     solved = predicted(view, MethodConfig(name="grasp", keep_ratio=0.3, removed_ratio=0.25))
     assert solved.most >= solved.least
     assert 1 - solved.most / count_parameters(model) == pytest.approx(0.25, abs=2e-3)

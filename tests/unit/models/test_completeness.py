@@ -93,7 +93,7 @@ def test_an_adapter_is_to_be_merged_first(tiny_folder: Path, tmp_path: Path) -> 
     adapter.save_pretrained(str(tmp_path / "alone"))
 
     text = message(cpu(tiny_folder))
-    assert "tiny-llama has a PEFT adapter beside the model: merge it first, with peft." in text
+    assert "tiny-llama has a PEFT adapter next to the model: merge it first, with peft." in text
     assert ".merge_and_unload(), or move adapter_config.json elsewhere" in text
     text = message(cpu(tmp_path / "alone"))
     assert "alone is a PEFT adapter without its base model: merge it first, with peft." in text

@@ -141,7 +141,7 @@ def test_dropping_layers_renumbers_modules_and_config(
 
 
 class Skip(nn.Module):
-    """A decoder layer that returns what it is given, in the form that the family's layers have."""
+    """A decoder layer that returns its input, in the form that layers of the family return."""
 
     def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
         super().__init__()

@@ -94,7 +94,7 @@ def test_the_product_is_rounded_once_to_the_dtype_of_the_factors(dtype: torch.dt
     weight = linear(model, UP).weight
     assert weight.dtype == dtype
     assert weight.is_contiguous()
-    # Half a unit in the last place, and what the sum may have lost before.
+    # Half a unit in the last place, plus the error of the sum before.
     lost = 1e-14 if dtype == torch.float64 else 1e-7
     error = (weight.double() - exact).abs()
     assert (error <= exact.abs() * torch.finfo(dtype).eps * 0.51 + lost).all()

@@ -27,7 +27,7 @@ LLAMA2_7B = {
 
 
 def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Replace, add or (None) delete tensors of a saved model; ``__`` in a name stands for a dot."""
+    """Replace, add or (None) delete tensors of a saved model; ``__`` in a name means a dot."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for name, tensor in changes.items():
@@ -111,7 +111,7 @@ def test_licence_is_read_from_the_front_matter_only(
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("~nouser/x", "~nouser/x: there is no home folder of ~nouser"),
+        ("~nouser/x", "~nouser/x: ~nouser has no home folder"),
         ("a\0b", "'a\\x00b' is not a path: embedded null byte"),
         ("x" * 300, "File name too long"),
         ("https://me:secret@host/a/b", "no such file or folder: https://***@host/a/b"),

@@ -1,4 +1,4 @@
-"""What a fresh process finds in a folder where another model was saved than was meant."""
+"""What a fresh process reports about a folder with a different model than expected."""
 
 import json
 import logging

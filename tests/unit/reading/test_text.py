@@ -20,7 +20,7 @@ from grasp_lightning.reading.yaml_text import parse_yaml, read_yaml
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("~nouser/x", "key: ~nouser/x: there is no home folder of ~nouser"),
+        ("~nouser/x", "key: ~nouser/x: ~nouser has no home folder"),
         ("a\0b", "key: 'a\\x00b' is not a path: embedded null byte"),
         ("a" * 300, "File name too long"),
         ("a/" * 5000, "File name too long"),
@@ -62,7 +62,7 @@ def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
 
 
 def bomb() -> str:
-    """Some lines whose aliases of aliases stand for a million values."""
+    """Some lines whose aliases of aliases expand to a million values."""
     lists = [f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 10)}]" for i in range(1, 7)]
     return "\n".join(["k0: &k0 0", *lists])
 

@@ -256,7 +256,7 @@ def test_a_manifest_that_lists_a_path_outside_is_refused(root: Path, name: str) 
 
 
 def protected_cases(base: Path) -> Iterator[tuple[Path, Path]]:
-    """Output folders and the protected folder or file that each would harm."""
+    """Output folders and the protected folder or file that each would damage."""
     model = base / "models" / "llama"
     model.mkdir(parents=True)
     (model / "m.gguf").touch()

@@ -1,4 +1,4 @@
-"""No file outside of a run folder changes, whatever links lie in it."""
+"""No file outside of a run folder changes, whatever links it contains."""
 
 import os
 import secrets
@@ -13,7 +13,7 @@ from grasp_lightning.run_folder import names, write_file
 from grasp_lightning.run_folder.folder import RunFolder
 from tests.unit.run_folder.helpers import CONFIG, content, refusal
 
-TOKEN = "0123456789abcdef"  # what a random name would be, if it could be foreseen
+TOKEN = "0123456789abcdef"  # a random name, if it could be predicted
 FILES = [
     *(names.CONFIG, names.PLAN, names.SCORES, names.METRICS, names.REPORT, names.EXPORT),
     *(names.SAMPLED_TEXT, "statistics.safetensors", "statistics-00001-of-00002.safetensors"),

@@ -37,7 +37,7 @@ def compressed(family: str = "llama", layers: Sequence[int] = (1,)) -> DecoderVi
 
 
 def linears_in_layers(view: DecoderView) -> list[str]:
-    """Names of all linears of decoder layers that are no part of experts, in module order."""
+    """Names of all linears of decoder layers outside experts, in module order."""
     return [
         name
         for name, module in view.model.named_modules()

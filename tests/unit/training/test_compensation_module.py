@@ -62,7 +62,7 @@ def random_samples(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> TokenSamp
 
 
 class GivenData(TrainingData):
-    """Samples that are there already."""
+    """Existing samples."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class GivenData(TrainingData):
 
 
 class Recorder(L.Callback):
-    """Keeps what the parameters were at first, and the gradients of every step."""
+    """Keeps the initial parameters, and the gradients of every step."""
 
     def __init__(self) -> None:
         self.first: dict[str, Tensor] = {}
@@ -170,7 +170,7 @@ def with_filled_adapters(
     optimizer: OptimizerConfig = PLAIN,
     seed: int = 0,
 ) -> CompensationModule:
-    """A module whose adapters are there already, and are not zero."""
+    """A module with existing, non-zero adapters."""
     module = CompensationModule(model, optimizer, seed=seed)
     module.trained = make_trainable(module.view, "lora", lora)
     generator = torch.Generator().manual_seed(1)
@@ -357,7 +357,7 @@ def test_dropout_differs_between_steps_and_not_between_runs() -> None:
     losses = {}
     for run, seed, start in (("first", 0, 1), ("second", 0, 2), ("other seed", 1, 1)):
         module = with_filled_adapters(compressed(), lora, optimizer=still, seed=seed)
-        torch.manual_seed(start)  # what others drew before does not count
+        torch.manual_seed(start)  # earlier random draws do not matter
         data = GivenData(random_samples((14,)), training=steps_of(1, 1, epochs=3))
         _, history, _ = fit(module, data, lora=lora)
         losses[run] = [loss for loss, _ in history.steps]

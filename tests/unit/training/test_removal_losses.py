@@ -1,4 +1,4 @@
-"""What the removal of layers and blocks costs."""
+"""The cost of removing layers and blocks."""
 
 import pytest
 import torch
