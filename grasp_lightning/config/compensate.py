@@ -98,7 +98,7 @@ class DistillationConfig:
 
     Attributes:
         teacher: The dense model: a folder, hub name, .gguf file, or the alias ``smollm2``.
-        data: What both models read: instruction (section ``data``) or text (section ``text``).
+        data: Text that both models read: instruction (section ``data``) or text (section ``text``).
         temperature: Softmax temperature of both distributions, above 0.
         mix: Share of the teacher in the loss, in (0, 1]; the rest is the usual cross-entropy.
         device: Device of the teacher: auto (the model's), or another, such as cpu.
@@ -185,15 +185,11 @@ class CompensateConfig:
         preset: Named set of defaults: paper, the settings of arXiv:2501.00339, Table 6.
         train: What to train: lora (adapters on all linears), factors (low-rank factors and narrowed
             linears), or lora_on_factors (adapters on these only).
-        objective: What to learn: instruction, text, or distill (a teacher's distribution).
+        objective: What to train on: instruction, text, or distill (a teacher's distribution).
         push_to_hub: Hub repository to upload the finished model to.
-        model: The compressed model.
-        lora: Adapters.
-        data: Instructions to learn.
-        text: Text to learn.
-        distillation: The teacher.
-        optimizer: AdamW and its learning rate.
-        training: Steps, batches, and what to keep.
+        model: The compressed model. lora: LoRA adapters. data: Instructions to train on. text:
+        Plain text to train on. distillation: Distillation from a teacher.
+        optimizer: AdamW and its learning rate. training: Steps, batches, and weights to keep.
         evaluation: Held-out text for perplexity, before and after.
         trainer: Lightning settings.
         loggers: Where losses are logged.

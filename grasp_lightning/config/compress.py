@@ -44,13 +44,10 @@ class CompressConfig:
         overwrite: Delete what an earlier run wrote there.
         seed: Seed of the choice of calibration windows.
         from_scores: Finished run whose stored scores are used instead of a pass over the data;
-            unset keys are taken from its configuration.
-        model: Which model.
-        method: What to remove.
-        calibration: Text to measure on.
-        evaluation: Held-out text.
-        trainer: Lightning settings.
-        statistics: Limits of what is measured.
+            unset keys are taken from its configuration. model: Model to compress. method:
+            Compression method. calibration: Calibration text. evaluation: Held-out text for
+            perplexity.
+        trainer: Lightning settings. statistics: Measurements and their limits.
     """
 
     output_dir: PathName | None = None

@@ -163,5 +163,5 @@ def _check_metric(values: Tensor) -> None:
     if bad:
         raise NumericsError(
             f"hidden states at layer {bad[0]} are NaN or infinite; check the checkpoint, or set "
-            "model.dtype to float32"
+            "model.dtype to float32 if it is narrower"
         )
