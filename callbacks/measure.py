@@ -57,9 +57,9 @@ class TrainerMeasure:
         log_dir: Folder for the CSV log of the calibration loss; None writes none.
         store: Keeps measurements for a later start; None keeps none.
         max_bytes: Memory limit for the moments of one pass; more are measured in several passes.
-        priced_windows: Number of windows on which removals are priced.
+        priced_windows: Number of windows on which the cost of removals is measured.
         caches: Keep the inputs of layers for later passes, see ``HiddenCache``; not for models
-            whose layers pass on more than hidden states.
+            whose layers pass each other more than hidden states.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class TrainerMeasure:
         check_trainer(self._config, view.model.device)
         if is_split(self._config) and not is_sharded(view.model):
             raise ValueError(
-                "trainer.strategy is fsdp, but the model is whole in every process: shard it first"
+                "trainer.strategy is fsdp, but every process holds the whole model: shard it first"
             )
         if step.needs.moment_kinds:
             return Statistics(
@@ -115,7 +115,7 @@ class TrainerMeasure:
         return replace(stats, more_scores=more)
 
     def _prices(self, view: DecoderView, removables: Sequence[Removable]) -> dict[str, float]:
-        """Price removals on the first windows, in which the sources of a mixture take turns."""
+        """Price removals on the first windows, which interleave the sources of a mixture."""
         if not removables:
             return {}
         windows = self._data.windows
@@ -158,7 +158,8 @@ class TrainerMeasure:
         if sorted(measurement.windows) != list(range(len(self._data.windows))):
             raise RuntimeError(f"windows counted: {measurement.windows}, expected each one once")
         ((_, stats),) = module.measured
-        module.measured.clear()  # Trainer and module hold each other, and would hold the bases
+        # Trainer and module reference each other, which would keep the bases in memory.
+        module.measured.clear()
         return stats
 
     def _run(
@@ -169,7 +170,7 @@ class TrainerMeasure:
         rest: CalibrationData,
         store: PassStore | None,
     ) -> None:
-        if not rest.batches:  # the pass was complete, and ended before its decision
+        if not rest.batches:  # the pass was complete, but the run ended before the decision
             measurement.start(module)
             measurement.finish(module)
             return
@@ -197,7 +198,7 @@ class TrainerMeasure:
         windows = [window for batch in data.batches for window in batch]
         start = self._cache.start_layer(max(step.layers), windows)
         if len(set(processes.gather(start))) > 1:
-            # After a resume each may have other windows; a sharded model runs in all or in none.
+            # After a resume processes may have other windows; a sharded model runs in all or none.
             start = None
         if start is None:
             with self._cache.capturing(step.layers, len(windows)):
@@ -248,8 +249,8 @@ class TrainerMeasure:
 
 def placement(config: TrainerConfig, device: torch.device) -> dict[str, Any]:
     """Return the Trainer arguments ``devices``, ``num_nodes``, ``strategy`` and ``plugins``."""
-    # The environment was read when the processes joined. Lightning's own plugin for SLURM would
-    # requeue from a signal handler, in the middle of a batch.
+    # The environment was read when the process group was formed. Lightning's own plugin for SLURM
+    # would requeue from a signal handler, in the middle of a batch.
     plugins = [LightningEnvironment()]
     if processes.num_processes() > 1:
         group = {"devices": config.devices, "num_nodes": config.num_nodes}
@@ -284,7 +285,7 @@ def check_trainer(
     if wanted_processes != processes.num_processes():
         raise ConfigError(
             f"trainer.devices times trainer.num_nodes is {wanted_processes}, but there are "
-            f"{processes.num_processes()} processes: start as many with torchrun or srun"
+            f"{processes.num_processes()} processes: start that many with torchrun or srun"
         )
     wanted = "cuda" if config.accelerator == "gpu" else config.accelerator
     if wanted not in ("auto", device.type):

@@ -235,7 +235,7 @@ class Plan:
         """Return the plan that ``to_json`` wrote.
 
         Raises:
-            PlanError: If the text is no plan of this version, or its method is not installed.
+            PlanError: If the text is not a plan of this version, or its method is not installed.
         """
         stored = as_type(_Stored, parse_json(text, *_TOLD), *_TOLD)
         if stored.version != PLAN_VERSION:

@@ -41,7 +41,7 @@ _MEMORY_KEYS = (
 )
 # Perplexity and validation loss.
 _Measured = tuple[Change[float | None], Change[float | None]]
-_SAFETY = 1.1  # tokenizer, report and logs, beside weights and checkpoint
+_SAFETY = 1.1  # tokenizer, report and logs, in addition to weights and checkpoint
 _CHECKPOINT_BYTES = 4 * 4 * 2  # per trained parameter: Adam's two, itself, its best; twice, to swap
 
 
@@ -111,7 +111,7 @@ def _execute(
     perplexity, validation_loss = train(config, inputs, training, notes, phases)
 
     def write() -> CompensationMetrics:
-        # Here, so that rank 0 alone loads a whole model.
+        # Done here, so that only rank 0 loads a whole model.
         loaded = inputs.loaded
         if is_sharded_strategy(config.trainer.strategy):
             with phases("save"):
@@ -183,7 +183,7 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
     check_trainer(config.trainer, device, get_args(Strategy), "compensation")
     check_strategy(strategy, device)
     with phases("load"):
-        # A model that is going to be split need not fit on the device.
+        # A model that will be split need not fit on the device.
         loaded = load_model(
             replace(config.model, device="cpu") if is_sharded_strategy(strategy) else config.model
         )
@@ -227,13 +227,13 @@ def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
     is_coarse = loaded.model.dtype.itemsize < torch.float32.itemsize
     if config.train == "factors" and is_coarse:
         raise ConfigError(
-            f"train: factors would change weights in {loaded.model.dtype}, which is too coarse for "
+            f"train: factors would train weights in {loaded.model.dtype}, which is too coarse for "
             "small steps; set model.dtype: float32 (trainer.precision: bf16-mixed computes in "
             "bfloat16), or train: lora"
         )
     if is_deepspeed(trainer.strategy) and trainer.precision == "32-true" and is_coarse:
         raise ConfigError(
-            f"trainer.strategy {trainer.strategy} with precision 32-true would turn the weights "
+            f"trainer.strategy {trainer.strategy} with precision 32-true would convert the weights "
             f"from {loaded.model.dtype} into float32; set trainer.precision: bf16-mixed, or "
             "model.dtype: float32"
         )
@@ -249,7 +249,7 @@ def _check_steps(config: CompensateConfig, data: TrainingData) -> None:
 
 
 def _teacher_settings(config: CompensateConfig) -> ModelConfig:
-    assert config.distillation.teacher is not None  # checked with the settings
+    assert config.distillation.teacher is not None  # checked with the other settings
     device = config.distillation.device
     return replace(
         config.model,
@@ -266,8 +266,8 @@ def _teacher(config: CompensateConfig, loaded: LoadedModel) -> Teacher:
     sizes = [m.config.get_text_config().vocab_size for m in (teacher.model, loaded.model)]
     if sizes[0] != sizes[1] or teacher.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
         raise ModelError(
-            f"distillation.teacher: {teacher.origin.name} has another vocabulary than the model "
-            f"({sizes[0]} and {sizes[1]} tokens); use the dense model that was compressed"
+            f"distillation.teacher: {teacher.origin.name} has a different vocabulary from the "
+            f"model ({sizes[0]} and {sizes[1]} tokens); use the dense model that was compressed"
         )
     teacher.model.requires_grad_(False)
     return Teacher(

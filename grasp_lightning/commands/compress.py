@@ -61,14 +61,14 @@ def run_compress(config: CompressConfig, given: ModelInMemory | None = None) -> 
     ``GraspError``, which leaves nothing of a new run.
 
     Raises:
-        ConfigError: If ``output_dir`` is what ``from_scores`` names.
+        ConfigError: If ``output_dir`` is the folder of ``from_scores``.
     """
     output_dir = output_folder(config, "runs/first")
     if config.from_scores is not None:
         folders = [Path(path).expanduser().resolve() for path in (output_dir, config.from_scores)]
         if folders[0] == folders[1]:
             raise ConfigError(
-                f"from_scores: {config.from_scores} is output_dir itself; name another output_dir"
+                f"from_scores: {config.from_scores} is also output_dir; use another output_dir"
             )
     config = replace(config, method=_resolved_method(config))
     source, phases = resolve_source(config.model) if given is None else given.origin, Phases()
@@ -90,8 +90,7 @@ def _resolved_method(config: CompressConfig) -> MethodConfig:
         if config.from_scores is None:
             raise
         raise ConfigError(
-            f"{error} (keys that are not set here are those of {config.from_scores}; =null unsets "
-            "one)"
+            f"{error} (keys that are not set here come from {config.from_scores}; =null unsets one)"
         ) from error
 
 
@@ -161,7 +160,7 @@ def _compressed(
         return inputs.loaded
     loaded = load_model(replace(config.model, device="cpu"))
     if model_hash(loaded.model) != inputs.hashes["model"]:
-        raise ModelError(f"{loaded.origin.name} has changed since this command was started")
+        raise ModelError(f"{loaded.origin.name} has changed since the command started")
     apply_operations(DecoderView(loaded.model), plan.operations, factors)
     return loaded
 
@@ -187,7 +186,7 @@ def _measure(
 def _finish(
     config: CompressConfig, inputs: Inputs, phases: Phases, progress: RunProgress
 ) -> Finish:
-    # Only curvature predicts what a measurement can be compared with.
+    # Only predictions by curvature can be compared with a measurement.
     count = config.statistics.measured_windows if config.method.weighting == "kfac" else 0
     return FinishDecision(
         held_out=inputs.held_out.select(range(min(count, len(inputs.held_out)))) if count else None,

@@ -30,7 +30,7 @@ from grasp_lightning.storage.recut import StoredScores
 from grasp_lightning.storage.sampled_text import SAMPLE, SampledText
 from grasp_lightning.training.hidden_cache import check_independent
 
-_SAFETY = 1.1  # tokenizer, report and logs, beside weights and factors
+_SAFETY = 1.1  # tokenizer, report and logs, in addition to weights and factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +63,18 @@ def prepare(
     run: RunFolder | None = None,
     given: ModelInMemory | None = None,
 ) -> Inputs:
-    """Load model and text; whatever does not fit is an early ``GraspError``.
+    """Load model and text; input that does not fit is a ``GraspError`` before anything is measured.
 
-    The method of ``config`` must be resolved. ``run`` keeps text from the model once it is open. A
+    The method of ``config`` must be resolved. ``run`` stores generated text once it is open. A
     ``given`` model is copied, and none is loaded.
     """
     check_values(config)
-    mixture_parts(config.calibration, "calibration")  # keys that do not fit together end the run
+    mixture_parts(config.calibration, "calibration")  # conflicting keys are an error
     check_trainer(config.trainer, resolve_device(config.model.device))
     stored = None
     if config.from_scores is not None:
         stored = StoredScores(config.from_scores)
-        # What is asked for is scored already, or cannot be had.
+        # The requested scores are stored already, or not available.
         config = replace(config, method=replace(config.method, score_all_layers=None))
     with phases("load", excluding=(SAMPLE,)):
         loaded, digest = _load(config, given)

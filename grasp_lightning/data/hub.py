@@ -105,7 +105,7 @@ def load_from_hub(repository: str, label: str, advice: str, **options: Any) -> A
 
     try:
         return datasets.load_dataset(repository, **options)
-    # ValueError: what the library raises offline for a data set that is not in its cache.
+    # ValueError: raised offline for a data set that is not in the cache.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(

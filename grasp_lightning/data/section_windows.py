@@ -38,7 +38,7 @@ def calibration_windows(
     Args:
         seed: Seed for all draws.
         part: Name of the section, for messages.
-        asked: How the section asks for this many windows; None: by its ``num_samples``.
+        asked: How the section specifies the number of windows; None: by its ``num_samples``.
         sample: Writes text with the model, for ``source: self``.
 
     Returns:
@@ -154,4 +154,4 @@ def _require_windows(
 def _with_targets(windows: TokenWindows, corpus: str) -> TokenWindows:
     if windows.num_targets > 0:
         return windows
-    raise DataError(f"{corpus} has no token to predict: each of its documents is one token")
+    raise DataError(f"{corpus} has no token to predict: each document is a single token")

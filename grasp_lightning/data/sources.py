@@ -91,7 +91,7 @@ def _file_documents(corpus: Corpus, part: Part) -> Documents:
     if corpus.split is not None:
         raise ConfigError(
             f"{part}.split {corpus.split!r} has no effect with {part}.source file; remove it, and "
-            f"let {part}.path name the file of that split"
+            f"set {part}.path to the file of that split"
         )
     path = Path(corpus.path).expanduser()
     rows = RowRange.parse(corpus.rows, f"{part}.rows")

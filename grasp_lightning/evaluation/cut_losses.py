@@ -1,4 +1,4 @@
-"""How much each cut of a compression changes the predictions by itself."""
+"""How much each cut of a compression changes the predictions on its own."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 

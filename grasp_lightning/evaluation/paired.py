@@ -24,7 +24,7 @@ def paired_difference(samples: Sequence[float], reference: Sequence[float]) -> E
     """
     if len(samples) != len(reference) or not samples:
         raise ValueError(
-            f"expected as many samples as of the reference, at least one, got {len(samples)} and "
+            f"expected as many samples as the reference has, at least one, got {len(samples)} and "
             f"{len(reference)}"
         )
     differences = [one - other for one, other in zip(samples, reference, strict=True)]
@@ -37,7 +37,7 @@ def paired_difference(samples: Sequence[float], reference: Sequence[float]) -> E
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """Return the unweighted mean of independent estimates; its error is None if one of theirs is.
+    """Return the unweighted mean of independent estimates; its error is None if any of theirs is.
 
     Raises:
         ValueError: If there are none.

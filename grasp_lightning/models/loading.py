@@ -56,7 +56,7 @@ __all__ = [
     "resolve_device",
 ]
 
-# What libraries raise if a value is not of the kind that they take for granted.
+# What libraries raise if a value is not of the type that they assume.
 _UNFORESEEN = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
 # What transformers, tokenizers, safetensors and torch raise on files they cannot use.
 _LOADING_ERRORS = (
@@ -173,20 +173,20 @@ def _require_config(source: ModelSource) -> None:
     has_config = source.is_hub or (folder / "config.json").is_file()
     if has_adapter and has_config:
         raise ModelError(
-            f"model.path: {source.location} has a PEFT adapter beside the model: merge it first, "
-            f"with peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(), or move "
-            f"adapter_config.json away to use the model without it"
+            f"model.path: {source.location} has a PEFT adapter next to the model: merge it first, "
+            "with peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(), or move "
+            "adapter_config.json elsewhere to use the model without the adapter"
         )
     if has_adapter:
         raise ModelError(
-            f"model.path: {source.location} is a PEFT adapter without its model: merge it first, "
-            f"with peft.AutoPeftModelForCausalLM.from_pretrained({source.location!r})"
-            f".merge_and_unload().save_pretrained(folder), and name that folder"
+            f"model.path: {source.location} is a PEFT adapter without its base model: merge it "
+            f"first, with peft.AutoPeftModelForCausalLM.from_pretrained({source.location!r})"
+            ".merge_and_unload().save_pretrained(folder), and name that folder"
         )
     if not has_config:
         files = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"; it has {files[0]}: set model.gguf_file" if files else ""
-        raise ModelError(f"model.path: {folder} is no model folder, it has no config.json{hint}")
+        raise ModelError(f"model.path: {folder} is not a model folder: it has no config.json{hint}")
 
 
 def _read_config(source: ModelSource, config: ModelConfig) -> PreTrainedConfig:
@@ -238,7 +238,7 @@ def _read_weights(
             **options,
         )
     if source.gguf_file is not None and hasattr(model, "hf_quantizer"):
-        # The older parser of transformers leaves it behind, and saving would fail.
+        # The older parser of transformers leaves it in place, and saving would fail.
         model.hf_quantizer.remove_quantization_config(model)
     return model, report
 
@@ -280,7 +280,7 @@ def _as_model_error(source: ModelSource, part: str = "") -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ModelError(f"{source.name} does not fit: {first_line(error)}") from error
+        raise ModelError(f"{source.name} cannot be used: {first_line(error)}") from error
     except Exception as error:
         # tokenizers has no class of its own for its errors.
         if not isinstance(error, _LOADING_ERRORS) and type(error) is not Exception:
@@ -294,5 +294,5 @@ def _as_model_error(source: ModelSource, part: str = "") -> Iterator[None]:
             raise hub_error(source.name, error) from error
         reason = first_line(error)
         if isinstance(error, _UNFORESEEN):
-            reason = f"{reason} ({type(error).__name__}); its files are damaged or do not fit"
+            reason = f"{reason} ({type(error).__name__}); its files are damaged or do not match"
         raise ModelError(f"cannot load {part}{source.name}: {reason}") from error

@@ -63,9 +63,9 @@ def fetch_side_files(name: str, revision: str | None, folder: Path | None) -> No
         huggingface_hub.snapshot_download(
             name, revision=revision, ignore_patterns=[*_LEFT_OUT[:-2], "*/*"]
         )
-    except OSError as error:  # covers all errors of the hub; the weights are cached already
+    except OSError as error:  # covers all errors of the hub; the weights are already cached
         reason = " ".join(str(error).split())
-        logger.warning("files beside the weights of %s cannot be fetched: %.200s", name, reason)
+        logger.warning("files next to the weights of %s cannot be fetched: %.200s", name, reason)
 
 
 def copy_side_files(files: Iterable[Path], folder: Path) -> None:
@@ -85,7 +85,8 @@ def copy_side_files(files: Iterable[Path], folder: Path) -> None:
             ) from error
     if elsewhere:
         logger.warning(
-            "not copied, since these are links out of the source's folder: %s", ", ".join(elsewhere)
+            "not copied, because these are links that leave the source folder: %s",
+            ", ".join(elsewhere),
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: its folder, hub repository or file, and its licence."""
+"""The source of a model: its folder, hub repository or file, and its licence."""
 
 import re
 import textwrap
@@ -186,7 +186,7 @@ def pinned(source: ModelSource) -> ModelSource:
     """Pin a hub model to one commit, so that its files match; return other sources unchanged.
 
     A cached model is opened from its folder: transformers would ask the hub for each file that the
-    model lacks, and five times so without a network.
+    model lacks, and without a network five times for each.
     """
     if not source.is_hub:
         return source
@@ -197,7 +197,7 @@ def pinned(source: ModelSource) -> ModelSource:
 
 
 def _commit(name: str, revision: str | None) -> str:
-    """Ask the hub once; later downloads report problems with the name themselves."""
+    """Ask the hub once; later downloads report a wrong name themselves."""
     try:
         return huggingface_hub.resolve_revision(
             name, revision=revision, local_files_only=huggingface_hub.is_offline_mode()
@@ -246,7 +246,7 @@ def _card_licence(folder: Path) -> str | None:
     match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
     try:
         fields = parse_yaml(match[1], "", is_strict=False) if match else None
-    except DataError:  # a foreign model card, of which only the licence is needed
+    except DataError:  # the model card of someone else, of which only the licence is needed
         return None
     if not isinstance(fields, dict):
         return None

@@ -115,7 +115,7 @@ def _checked(
         left.difference_update(operation.dropped)
     if not left:
         number = len(view.layer_indices)
-        raise PlanError(f"the plan drops all {number} decoder layers: one must be left")
+        raise PlanError(f"the plan drops all {number} decoder layers: one must remain")
     return new, set(view.layer_indices) - left
 
 

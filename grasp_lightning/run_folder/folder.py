@@ -29,8 +29,8 @@ class RunFolder(RunWriter):
     """One run's folder, locked while it is written; ``open`` makes one.
 
     Every path is recorded in the manifest before it is written, and every file is written
-    atomically. So a killed run can be told from a finished one and resumed, and deleting a run
-    never touches a foreign file.
+    atomically. So a killed run is distinguished from a finished one and can be resumed, and
+    deleting a run never touches a foreign file.
 
     Attributes:
         state: What ``open`` found; new and unfinished become finished by ``finish``. A finished run
@@ -57,16 +57,16 @@ class RunFolder(RunWriter):
     ) -> Self:
         """Start a run in a folder, resume it, or find it finished.
 
-        An ``OutputError`` refuses a folder that is, holds or lies in a protected folder; is or
-        holds the home or working directory; has another configuration's run or foreign files;
-        cannot be created; or is in use by another process.
+        An ``OutputError`` refuses a folder that is, contains or is inside a protected folder; is or
+        contains the home or working directory; has foreign files or a run with a different
+        configuration; cannot be created; or is in use by another process.
 
         Args:
             output_dir: The run folder; absent folders are made.
             config: The resolved configuration as plain data, compared without keys that only say
-                where a run goes.
-            overwrite: Delete the files of an earlier run in any state, and start anew.
-            protected: Folders and files that must stay as they are; absent ones are ignored.
+                where a run is written.
+            overwrite: Delete the files of an earlier run in any state, and start again.
+            protected: Folders and files that must not change; absent ones are ignored.
             job: Batch job of this process; see ``is_begun_by``.
 
         Returns:
@@ -169,10 +169,10 @@ class RunFolder(RunWriter):
         remove_made(self._made)
 
     def check_free_space(self, bytes_needed: int) -> None:
-        """Check that the disk has room, before time is spent on results that could not be saved.
+        """Check that the disk has room before time is spent on results that could not be saved.
 
         Raises:
-            OutputError: If it has not.
+            OutputError: If it does not.
         """
         free = shutil.disk_usage(self.root).free
         if free < bytes_needed:

@@ -1,4 +1,4 @@
-"""What forked processes of tests share: imports, and no state."""
+"""Imports that forked test processes share, without any state."""
 
 import torch
 

@@ -154,7 +154,7 @@ def test_ctrl_c_is_not_for_the_process_that_measures_memory(
             ["--decode_batch_sizes=[2,0]"],
             "decode_batch_sizes must hold numbers of at least 1, got 0",
         ),
-        (["--prefill_lengths=[8,8]"], "prefill_lengths holds 8 more than once"),
+        (["--prefill_lengths=[8,8]"], "prefill_lengths contains 8 more than once"),
         (["--prompt_length=0"], "prompt_length must be at least 1, got 0"),
         (["--new_tokens=-1"], "new_tokens must be at least 1, got -1"),
         (["--rounds=0"], "rounds must be at least 1, got 0"),
@@ -180,7 +180,7 @@ def test_a_wrong_value_is_refused_before_anything_is_measured(
 
 def test_a_folder_that_is_no_model_is_named_with_its_key(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"^against: .*empty is no model folder"):
+    with pytest.raises(ModelError, match=r"^against: .*empty is not a model folder"):
         benchmark("--model", tiny_folder, "--against", tmp_path / "empty", *QUICK)
     with pytest.raises(ModelError, match=r"^model: no such file or folder: .*nowhere"):
         benchmark("--model", tmp_path / "nowhere", *QUICK)
@@ -221,7 +221,7 @@ def test_an_output_that_exists_is_kept(tiny_folder: Path, tmp_path: Path, existi
 def test_overwrite_replaces_results_only(tiny_folder: Path) -> None:
     config = tiny_folder / "config.json"
     before = config.read_bytes()
-    with pytest.raises(GraspError, match=r"config\.json is no result of benchmark"):
+    with pytest.raises(GraspError, match=r"config\.json exists and is not a result of benchmark"):
         benchmark("--model", tiny_folder, *QUICK, "--output", config, "--overwrite")
     assert config.read_bytes() == before
 

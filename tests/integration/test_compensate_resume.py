@@ -1,4 +1,4 @@
-"""A training that was killed goes on, and ends with the bytes of one that was not."""
+"""A killed training resumes and ends with the same bytes as an uninterrupted one."""
 
 import json
 import signal
@@ -56,7 +56,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs that nothing interrupts, by what is trained."""
+    """Uninterrupted runs, by what is trained."""
     folders = {}
     for train, options in OPTIONS.items():
         folders[train] = tmp_path_factory.mktemp("whole") / train
@@ -124,4 +124,4 @@ def test_a_run_does_not_go_on_with_other_samples(
     )
     data.write_text(text.replace("word", "work"))
     assert main(["compensate", *argv]) == 2
-    assert "has changed since it was started" in capsys.readouterr().err
+    assert "has changed since it started" in capsys.readouterr().err

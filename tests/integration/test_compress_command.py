@@ -285,9 +285,9 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda _: ["--method.num_layers=null", "--method.layers=[7]"],
         "the model has layers 0 to 3",
     ),
-    "more budgets than can hold": (
+    "too many budgets": (
         lambda _: ["--method.removed_ratio=0.1"],
-        "method.removed_ratio, method.keep_ratio and method.num_layers say more than can hold",
+        "method.removed_ratio, method.keep_ratio and method.num_layers cannot all be set",
     ),
     "a budget of everything": (
         lambda _: ["--method.removed_ratio=1", "--method.keep_ratio=null"],
@@ -295,7 +295,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "a budget alone": (
         lambda _: [*UNSET, "--method.removed_ratio=0.1"],
-        "method.removed_ratio needs one of method.num_layers",
+        "method.removed_ratio also needs one of method.num_layers",
     ),
     "a budget out of reach of two layers": (
         lambda _: ["--method.removed_ratio=0.9", "--method.keep_ratio=null"],
@@ -327,7 +327,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "no model in the folder": (
         lambda folder: [f"--model.path={folder}"],
-        "is no model folder, it has no config.json",
+        "is not a model folder: it has no config.json",
     ),
     "no such corpus": (
         lambda folder: [
@@ -391,13 +391,13 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         ],
         "evaluation.rows 5-10 is out of range",
     ),
-    "no range of rows": (
+    "not a range of rows": (
         lambda folder: [
             "--calibration.source=file",
             f"--calibration.path={written(folder, 'a.jsonl', _ROW * 10)}",
             "--calibration.rows=[5]",
         ],
-        "calibration.rows '5' is no range of rows",
+        "calibration.rows '5' is not a range of rows",
     ),
     "home as output": (lambda _: [f"--output_dir={Path.home()}"], str(Path.home())),
 }
@@ -448,7 +448,7 @@ def test_a_foreign_folder_is_not_touched(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     assert main(["compress", *settings]) == 2
-    assert "holds no run of this program" in capsys.readouterr().err
+    assert "contains no run of this program" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
@@ -632,14 +632,14 @@ def test_plan_tells_the_memory_of_llama_2_7b(
 def test_plan_tells_the_memory_of_a_model_that_writes_text(
     settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = "text that the model writes, "
+    said = "text that the model generates, "
     assert main(["plan", *settings]) == 0
     assert said not in capsys.readouterr().out
     more = ["--calibration.source=[pydoc,self]", "--calibration.num_samples=12"]
     assert main(["plan", *settings, *more, "--calibration.seqlen=24"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith(said)]
-    # Keys and values of 4 layers, 16 wide, beside the weights, in float32.
+    # Keys and values of 4 layers, 16 wide, in addition to the weights, in float32.
     size = sum(parameter.nbytes for parameter in tiny_model().parameters())
     size += 2 * 4 * 16 * (6 * 24) * 4
     assert line == f"{said}6 x 24 tokens: {size / 1e6:.2f} MB, weights included"
@@ -779,7 +779,7 @@ def test_nan_in_text_that_the_model_writes_is_named_by_layer(
     model.save_pretrained(tmp_path / "tiny-llama")
     assert main(["compress", *settings, "--calibration.source=self"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "no text can be drawn" in last
+    assert "so it cannot generate text" in last
     assert "decoder layer 2" in last
     assert not (tmp_path / "run").exists()
 
@@ -810,7 +810,7 @@ def test_a_tokenizer_of_another_model_is_refused(
         tmp_path / "tiny-llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
     assert main(["compress", *settings]) == 2
-    assert "but the model knows 100 tokens" in capsys.readouterr().err
+    assert "but the model has only 100 tokens" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

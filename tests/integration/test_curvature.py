@@ -93,7 +93,7 @@ def test_another_ratio_from_stored_statistics_is_that_of_a_run_that_measures(
     assert main(["compress", *settings, *plus(0.3), f"--output_dir={measured}"]) == 0
     words = ["--from_scores", str(cut), "--calibration.num_samples=4"]
     assert main(["compress", *words, f"--output_dir={tmp_path / 'other'}"]) == 2
-    assert "method.refit goes over the calibration text again" in capsys.readouterr().err
+    assert "method.refit reads the calibration text again" in capsys.readouterr().err
     monkeypatch.setattr(
         "grasp_lightning.callbacks.measure.TrainerMeasure.__call__",
         lambda *_: pytest.fail("a pass was made"),
@@ -191,7 +191,7 @@ def test_statistics_are_not_kept_where_that_is_not_wanted(
     assert read(tmp_path / "run", "metrics.json")["seconds"]["cut_losses"] is None
     argv = [f"--from_scores={tmp_path / 'run'}", f"--output_dir={tmp_path / 'again'}"]
     assert main(["compress", *argv, "--method.removed_ratio=0.3"]) == 2
-    assert "no statistics.safetensors, which runs with" in capsys.readouterr().err
+    assert "statistics.safetensors; runs with a method.weighting" in capsys.readouterr().err
 
 
 def test_keys_of_an_earlier_run_that_do_not_fit_are_told_from_those_that_are_set(
@@ -200,7 +200,7 @@ def test_keys_of_an_earlier_run_that_do_not_fit_are_told_from_those_that_are_set
     argv = [f"--from_scores={cut}", "--method.keep_ratio=0.5", f"--output_dir={tmp_path / 'again'}"]
     assert main(["compress", *argv]) == 2
     said = "takes method.removed_ratio or method.keep_ratio, not both; leave one unset "
-    assert f"{said}(keys that are not set here are those of {cut}; =null unsets one)" in (
+    assert f"{said}(keys that are not set here come from {cut}; =null unsets one)" in (
         capsys.readouterr().err
     )
     assert main(["compress", *argv, "--method.removed_ratio=null"]) == 0
@@ -230,7 +230,7 @@ def test_keys_of_an_earlier_run_that_do_not_fit_are_told_from_those_that_are_set
         ),
         (
             ["--method.name=grasp", "--method.keep_ratio=0.1", "--method.weighting=kfac"],
-            "method.weighting would be ignored: method grasp scores plain components",
+            "method.weighting would be ignored: method grasp scores components of the plain SVD",
         ),
     ],
 )

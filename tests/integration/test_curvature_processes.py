@@ -50,14 +50,14 @@ def alone(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def assert_equal_decisions(first: Path, second: Path) -> None:
-    """Plans are the same, and losses and factors what float32 sums in another order give."""
+    """Plans are equal; losses and factors differ only as float32 sums in another order do."""
     assert (first / "plan.json").read_bytes() == (second / "plan.json").read_bytes()
     for name in ("scores.safetensors", "statistics.safetensors"):
         left, right = load_file(first / name), load_file(second / name)
         assert left.keys() == right.keys()
         for key, values in left.items():
             scale = float(values.abs().max())
-            # A divergence is what is left of terms as large as the loss itself.
+            # A divergence is a small difference of terms as large as the loss itself.
             is_divergence = key.endswith((".measured", ".removal"))
             rtol, atol = (1e-2, 1e-6) if is_divergence else (1e-5, 1e-5 * scale)
             torch.testing.assert_close(right[key], values, rtol=rtol, atol=atol, msg=key)

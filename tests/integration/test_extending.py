@@ -1,4 +1,4 @@
-"""The package that docs/extending.md builds: installed as it stands there, and used."""
+"""The package of docs/extending.md, installed and used exactly as written there."""
 
 import re
 import signal

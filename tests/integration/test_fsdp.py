@@ -1,4 +1,4 @@
-"""Two processes that share one model, by FSDP2, lead to what one process leads to."""
+"""Two processes that shard one model by FSDP2 give the same result as one process."""
 
 import filecmp
 import os
@@ -61,7 +61,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 def alone(
     settings: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """Runs of one process, for which fsdp means nothing."""
+    """Runs of one process, for which fsdp has no effect."""
     folders = {}
     for name, words in settings.items():
         folders[name] = tmp_path_factory.mktemp("alone") / name
@@ -149,7 +149,7 @@ def test_ctrl_c_ends_both_at_the_same_batch_and_a_later_start_goes_on(
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes have found in ``sharded_checks``, a file per check and process."""
+    """The results of two processes in ``sharded_checks``, a file per check and process."""
     folder = tmp_path_factory.mktemp("results")
     script = Path(__file__).with_name("sharded_checks.py")
     run(script, folder, program=TORCHRUN, PYTHONPATH=str(ROOT))

@@ -45,7 +45,7 @@ def source_files() -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the tree: a build leaves files beside its sources."""
+    """The wheel, built from a copy of the tree: a build leaves files next to its sources."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, folder / "tree", ignore=NOT_SOURCE)
     pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, folder / "tree", cwd=folder)

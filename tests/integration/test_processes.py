@@ -1,4 +1,4 @@
-"""Several processes, started by the program or by torchrun, lead to what one process leads to."""
+"""Several processes, started by the program or torchrun, give the same result as one process."""
 
 import json
 import os
@@ -144,7 +144,7 @@ def test_killed_processes_go_on_as_another_number_of_them(  # noqa: PLR0917  par
 ) -> None:
     where = Kill("grasp_lightning.training.calibration", "CalibrationModule", place, call + 1)
     words = [*settings, "--calibration.batch_size=1", f"--output_dir={tmp_path / 'run'}"]
-    # Both kill themselves in this call: what each had saved before is there.
+    # Both kill themselves in this call: the earlier checkpoints of both exist.
     both = ["compress", *words, "--trainer.devices=2"]
     assert run_ranks(both, 2, where).codes == [-signal.SIGKILL] * 2
     saved = list((tmp_path / "run" / "checkpoints").glob("pass-*"))

@@ -1,4 +1,4 @@
-"""Strategies that split a training over processes lead to what one process leads to."""
+"""Strategies that shard a training over processes give the same result as one process."""
 
 import json
 import os
@@ -222,7 +222,7 @@ def test_the_program_starts_the_processes_of_fsdp_itself(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.dtype=bfloat16"], "would turn the weights from torch.bfloat16 into float32"),
+        (["--model.dtype=bfloat16"], "would convert the weights from torch.bfloat16 into float32"),
         (["--optimizer.gradient_clip=-1"], "optimizer.gradient_clip must be above 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Allocations against all that are possible, listed one by one.
+"""Allocations against all possible ones, listed one by one.
 
 Legend: an outcome is the size and the loss of one combination of options.
 """
@@ -220,7 +220,7 @@ def test_fine_grained_gap_to_the_exact_knapsack_is_at_most_one_rank(
     allocation = allocate(choices, budget)
     gap = allocation.loss - best
     assert -1e-9 <= gap <= allocation.multiplier * max(units) * (1 + 1e-9) + 1e-9
-    # One rank of the matrix with the largest unit is all that may be left.
+    # At most one rank of the matrix with the largest unit may remain.
     is_complete = allocation.loss <= 1e-12
     assert is_complete or budget - allocation.size < max(units)
 

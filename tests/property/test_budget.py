@@ -1,4 +1,4 @@
-"""Every pair of keys that says how much goes, on models of several families and sizes."""
+"""Every pair of keys that sets how much is removed, on models of several families and sizes."""
 
 import functools
 import re

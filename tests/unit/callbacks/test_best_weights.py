@@ -55,7 +55,7 @@ class Memory:
 
 
 class AtValidations(L.Callback):
-    """Keeps what the trained parameters were at each validation, by step."""
+    """Keeps the trained parameters at each validation, by step."""
 
     def __init__(self) -> None:
         self.states: dict[int, dict[str, Tensor]] = {}

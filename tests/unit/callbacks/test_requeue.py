@@ -1,4 +1,4 @@
-"""A job that SLURM warns saves, goes back into the queue once, and is not cut by what follows."""
+"""A job that SLURM warns saves, is requeued once, and is not cut off by later signals."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from tests.integration.forked import Outcome, run_ranks
 from tests.integration.killing import Kill
 
 INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-# Like SLURM, it ends every process of the job, itself too, as soon as the job is in the queue.
+# Like SLURM, it ends every process of the job, itself included, once the job is requeued.
 SCONTROL = """#!/bin/sh
 echo "$@" >> "$CALLS"
 [ -z "$REFUSAL" ] || { echo "$REFUSAL" >&2; exit 1; }
@@ -37,7 +37,7 @@ def as_before() -> Iterator[None]:
 
 
 def enter_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be in job 17, outside of a step that srun has started."""
+    """Run in job 17, outside of a step that srun has started."""
     for key in [key for key in os.environ if key.startswith("SLURM")] + ["RANK"]:
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -262,7 +262,7 @@ def test_a_warned_run_saves_requeues_and_goes_on_to_the_same_plan(
     folder = tmp_path / "run"
     done = warned(IN_A_BATCH, [*settings, f"--output_dir={folder}"])
     assert done.codes == [0], done.text
-    assert "job 17 is in the queue again" in done.text
+    assert "job 17 was requeued" in done.text
     assert calls.read_text() == "requeue 17\n"
     assert windows_in(folder) == [0, 1, 2, 3]
     for run in (folder, tmp_path / "whole"):
@@ -291,7 +291,7 @@ def test_a_run_that_slurm_does_not_take_back_says_so(
     assert calls.read_text() == "requeue 17\n"
     last = done.text.strip().splitlines()[-1]
     assert last.startswith(
-        "error: interrupted, and not back in the queue (scontrol requeue 17: Requested operation "
-        "is presently disabled); run the same command again"
+        "error: interrupted, and the job could not be requeued (scontrol requeue 17: Requested "
+        "operation is presently disabled); run the same command again"
     )
     assert windows_in(tmp_path / "run") == [0, 1, 2, 3]

@@ -45,7 +45,7 @@ def test_the_field_of_json_lines_can_be_chosen(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"text": ', "line 3 is not JSON"),
-        ('["text"]', "line 3 is no JSON object; expected one with the field 'text'"),
+        ('["text"]', "line 3 is not a JSON object; expected one with the field 'text'"),
         ('{"url": 1, "body": 2}', "line 3 has no field 'text'; it has: url, body"),
         ("{}", "line 3 has no field 'text'; it has: nothing"),
         ('{"text": null}', "line 3: field 'text' is NoneType; expected a string"),

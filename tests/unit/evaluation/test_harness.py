@@ -120,7 +120,7 @@ def test_numbers_out_of_range_are_refused(settings: dict[str, int], message: str
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no folder; expected <task>/<split>"):
+    with pytest.raises(DataError, match="is not a folder; expected <task>/<split>"):
         Harness(["piqa"], str(tmp_path / "absent"), TaskSettings())
 
 
@@ -176,7 +176,7 @@ def test_a_task_s_own_number_of_examples_is_told(
     found = harness.run(model, byte_tokenizer(), names[0]).results[names[0]]
     assert "exact_match,strict-match" in found.metrics
     assert found.num_fewshot == 0
-    assert "has its own number of examples, 0, instead of num_fewshot 1" in caplog.text
+    assert "has a fixed number of examples, 0, which replaces num_fewshot 1" in caplog.text
 
 
 def test_data_that_is_only_on_the_hub_says_how_to_go_without(task_data: Path) -> None:

@@ -128,5 +128,5 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 
 def test_tasks_that_load_their_data_by_code_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "test", ROW)
-    with pytest.raises(ConfigError, match="quiz loads its data by its own code"):
+    with pytest.raises(ConfigError, match="quiz loads its data with its own code"):
         local_config("quiz", {"task": "quiz", "class": "Quiz"}, tmp_path, num_fewshot=0)

@@ -35,14 +35,14 @@ eye = torch.eye(3, dtype=torch.float64)
         (
             torch.tensor([[1.0, 0.5], [0.25, 1]]),
             (
-                "gram must be symmetric, two mirrored entries differ by 0.25 where the largest "
+                "gram must be symmetric; two mirrored entries differ by 0.25 where the largest "
                 "entry is 1"
             ),
         ),
         (
             torch.tensor([[1.0, 2], [2, 1]]),
             (
-                "gram must be positive semidefinite, it is indefinite even with 0.0001 added "
+                "gram must be positive semidefinite; it is indefinite even with 0.0001 added "
                 "to its diagonal, whose mean is 1"
             ),
         ),
@@ -75,7 +75,7 @@ def test_metric_of_zeros_counts_as_of_mean_one() -> None:
 def test_damping_is_raised_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         root, jitter = damped_cholesky(torch.ones(3, 3), 0)
-    assert caplog.messages == ["damping 0 left a metric indefinite, it was raised to 1e-10"]
+    assert caplog.messages == ["damping 0 left a metric indefinite; it was raised to 1e-10"]
     assert jitter == 1e-10
     torch.testing.assert_close(root @ root.mT, torch.ones(3, 3).double() + 1e-10 * eye)
 

@@ -1,4 +1,4 @@
-"""The memory model against what torch holds: exact where it counts, close where it estimates."""
+"""The memory forecast against torch: exact where it counts, close where it estimates."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +69,7 @@ def linears_of(view: DecoderView, index: int) -> dict[str, Tensor]:
 
 @contextmanager
 def kept_by_autograd(model: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """Note every tensor that is kept for backward and is no parameter, by its memory."""
+    """Record every tensor other than a parameter that is kept for backward, by its memory."""
     kept: dict[int, Tensor] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 

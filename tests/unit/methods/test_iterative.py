@@ -1,4 +1,4 @@
-"""Schedule ``iterative``: the order of its steps, what they are scored on, and how it goes on."""
+"""Schedule ``iterative``: the order of its steps, what they are scored on, and how it resumes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -222,7 +222,7 @@ def test_a_linear_that_cannot_get_smaller_stays_and_ends_the_run() -> None:
     plan = compress(view, method, measure, Plan(method=method.name), recorded)
     names = {name.rpartition(".")[2] for name in plan.ranks}
     assert names == {"q_proj", "o_proj"}
-    assert len(recorded.decisions) == 3  # no step for MLP blocks that stay as they are
+    assert len(recorded.decisions) == 3  # no step for unchanged MLP blocks
     assert method.next_step(view, plan) is None
 
 

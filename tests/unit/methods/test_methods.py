@@ -1,4 +1,4 @@
-"""The contract of every method: pure decisions, from statistics that could come from anywhere."""
+"""The contract of every method: pure decisions, from statistics of any origin."""
 
 import copy
 from dataclasses import replace

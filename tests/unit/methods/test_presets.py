@@ -71,7 +71,7 @@ def test_resolving_twice_changes_nothing() -> None:
         ),
         (
             MethodConfig(name="grasp", num_layers=2, multiple_of=8),
-            "method.multiple_of would be ignored: method grasp scores plain components",
+            "method.multiple_of would be ignored: method grasp scores components of the plain SVD",
         ),
         (
             MethodConfig(name="drop", num_layers=2, multiple_of=8),

@@ -308,7 +308,9 @@ def test_the_end_of_the_range_can_be_asked_for(
     ],
 )
 def test_a_budget_that_takes_nothing_is_refused(rule: GlobalRanks) -> None:
-    with pytest.raises(ConfigError, match="removes less than one parameter: nothing would go"):
+    with pytest.raises(
+        ConfigError, match="removes less than one parameter: nothing would be removed"
+    ):
         rule.budget(Budgeted(shapes={"a": (40, 40), "b": (40, 40)}))
 
 

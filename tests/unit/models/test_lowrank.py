@@ -72,7 +72,7 @@ def test_transformers_finds_config_and_quantizer_by_name() -> None:
 
 @pytest.mark.parametrize("rank", [-1, 2.0, "3", True, None])
 def test_a_rank_that_is_no_integer_from_0_on_is_named(rank: object) -> None:
-    with pytest.raises(ValueError, match=r"rank of a\.b must be an integer from 0 on, got"):
+    with pytest.raises(ValueError, match=r"rank of a\.b must be an integer of at least 0, got"):
         GraspConfig({"a.b": rank})  # type: ignore[dict-item]  # what a config.json may hold
 
 
@@ -165,7 +165,7 @@ def test_a_shape_that_is_no_pair_of_positive_integers_is_named(shape: object) ->
 
 
 def test_a_linear_has_a_rank_or_a_shape() -> None:
-    with pytest.raises(ValueError, match=r"a\.b has a rank and a shape"):
+    with pytest.raises(ValueError, match=r"a\.b has both a rank and a shape"):
         GraspConfig({"a.b": 3}, shapes={"a.b": [3, 4]})
 
 

@@ -1,4 +1,4 @@
-"""Which part of each decoder layer was changed: numbers, sentence, page, and what scripts read."""
+"""Which part of each decoder layer was changed: numbers, sentence, page, and keys."""
 
 import json
 

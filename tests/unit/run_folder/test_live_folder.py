@@ -125,8 +125,8 @@ def test_what_no_run_wrote_is_not_taken_for_a_live_folder(
     before = content(tmp_path)
 
     assert refusal(root, overwrite=True) == (
-        f"{root}/logs was not written by this program and is in the way; move it, or use "
-        "another output_dir"
+        f"{root}/logs already exists and was not written by this program; move it, or "
+        "use another output_dir"
     )
     assert content(tmp_path) == before
 
@@ -134,7 +134,7 @@ def test_what_no_run_wrote_is_not_taken_for_a_live_folder(
 def test_a_folder_that_appears_while_the_run_goes_on_is_refused(root: Path) -> None:
     with RunFolder.open(root, CONFIG) as run:
         (root / "logs").mkdir()
-        assert "logs was not written by this program" in refused(run)
+        assert "logs already exists and was not written by this program" in refused(run)
         assert manifest_of(root)["live"] == []
 
 
@@ -163,7 +163,7 @@ def test_a_manifest_whose_live_folders_are_damaged_or_outside_is_refused(
     (root / "manifest.json").write_text(json.dumps({**manifest_of(root), "live": live}))
 
     for overwrite in (False, True):
-        assert "manifest.json is damaged, or not of this program" in refusal(
+        assert "manifest.json is damaged, or was not written by this program" in refusal(
             root, overwrite=overwrite
         )
     assert (root / "logs" / "events").exists()
@@ -177,7 +177,9 @@ def test_a_link_in_place_of_a_live_folder_is_not_followed_when_deleting(
     (root / "logs").rename(outside)
     (root / "logs").symlink_to(outside)
 
-    assert "logs was not written by this program" in refusal(root, overwrite=True)
+    assert "logs already exists and was not written by this program" in refusal(
+        root, overwrite=True
+    )
     assert (outside / "start_1" / "metrics.csv").read_text() == "loss\n1.0\n"
     assert (outside / "events").exists()
 
@@ -190,7 +192,9 @@ def test_a_link_in_place_of_a_parent_is_not_followed_when_deleting(
     (root / "checkpoints").rename(outside)
     (root / "checkpoints").symlink_to(outside)
 
-    assert "checkpoints was not written by this program" in refusal(root, overwrite=True)
+    assert "checkpoints already exists and was not written by this program" in refusal(
+        root, overwrite=True
+    )
 
     assert (outside / "logs" / "events").exists()
 

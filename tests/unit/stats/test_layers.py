@@ -25,7 +25,7 @@ def hidden_states(family: str, batch: dict) -> list[torch.Tensor]:
     model = tiny_model(family)
     view, stream = DecoderView(model), []
     for index in view.layer_indices:
-        # Copies: a family that writes into its input would else go unnoticed.
+        # Copies: otherwise a family that writes into its input would go unnoticed.
         view.layer(index).register_forward_pre_hook(lambda _, args: stream.append(args[0].clone()))
     last = view.layer(view.num_layers - 1)
     last.register_forward_hook(lambda *call: stream.append(call[-1]))

@@ -196,5 +196,5 @@ def test_a_packed_triangle_is_the_matrix(size: int) -> None:
 
 
 def test_what_is_no_triangle_is_refused() -> None:
-    with pytest.raises(ValueError, match="shape of no packed triangle"):
+    with pytest.raises(ValueError, match="not the shape of a packed triangle"):
         unpack_triangle(torch.zeros(4))

@@ -37,7 +37,7 @@ def compressed(family: str = "llama", layers: Sequence[int] = (1,)) -> DecoderVi
 
 
 def linears_in_layers(view: DecoderView) -> list[str]:
-    """Names of all linears of decoder layers that are no part of experts, in module order."""
+    """Names of all linears of decoder layers outside experts, in module order."""
     return [
         name
         for name, module in view.model.named_modules()
@@ -254,15 +254,15 @@ def test_adapters_on_a_model_in_low_precision_are_in_float32(train: TrainMode) -
         (
             64,
             (
-                "lora.rank 64 is more than half the smaller side of 35 of 35 linears, and is "
-                "capped there (at 4 to 16)"
+                "lora.rank 64 is more than half the smaller dimension of 35 of 35 linears and "
+                "is capped there (at 4 to 16)"
             ),
         ),
         (
             5,
             (
-                "lora.rank 5 is more than half the smaller side of 14 of 35 linears, and is "
-                "capped there (at 4 to 4)"
+                "lora.rank 5 is more than half the smaller dimension of 14 of 35 linears and "
+                "is capped there (at 4 to 4)"
             ),
         ),
     ],
@@ -423,7 +423,7 @@ def test_an_adapter_that_is_not_finite_is_not_merged(value: float) -> None:
         merge_adapters(trained)
 
     line = str(caught.value)
-    assert line.startswith("training has led to NaN or infinity: ")
+    assert line.startswith("training diverged to NaN or infinity: ")
     assert line.endswith("; lower optimizer.learning_rate")
     assert "\n" not in line
 

@@ -1,4 +1,4 @@
-"""Refit of what was cut: against what it can be known to be, in all kinds of decoder layers."""
+"""Refit of cut linears, against known solutions, in all kinds of decoder layers."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
