@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests.integration.killing import Kill
 
@@ -105,7 +105,8 @@ def _run_rank(  # noqa: PLR0917  what a process is given
     os.environ.clear()
     os.environ |= environment
     sys.path[:0] = map(str, path)
-    import_module("grasp_lightning.models.verification")._exit_code = _verified_by_a_fork
+    verification: Any = import_module("grasp_lightning.models.verification")
+    verification._exit_code = _verified_by_a_fork
     if kill is not None:
         kill.arm(signal_number)
     import_module("grasp_lightning.cli").run_program(words)
