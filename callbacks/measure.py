@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger
-from rich.progress import track
 
 from grasp_lightning import processes
 from grasp_lightning.callbacks.attribution import SingularAttribution, group_scores
@@ -35,6 +34,7 @@ from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
+from grasp_lightning.progress import expect_passes, skip_pass, track
 from grasp_lightning.stats.base import MergedMoments, Moments, Removable, Statistics, Step
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
@@ -124,17 +124,20 @@ class TrainerMeasure:
         return removal_losses(view, removables, batches, self._track)
 
     def _track(self, items: Sequence[str], description: str) -> Iterable[str]:
-        return track(items, description=description) if self._progress else items
+        return track(items, description) if self._progress else items
 
     def _moments(self, view: DecoderView, step: Step) -> Mapping[str, Moments]:
         """Measure moments, in as many passes as their memory requires."""
         sources = shared_inputs(view, step.needs.moments)
         groups = layer_groups(view, step.needs, self._max_bytes, sources)
+        expect_passes(len(groups) + bool(step.needs.removables) * self._priced_windows)
         found: list[Mapping[str, Moments]] = []
         for number, group in enumerate(groups, start=1):
             part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
             moments = None if self._store is None else self._store.load_moments(part)
-            if moments is None:
+            if moments is not None:
+                skip_pass()
+            else:
                 narrowed = replace(step, needs=replace(step.needs, moments=group))
                 measurement = LinearMoments(narrowed, sources)
                 moments = self._pass(view, narrowed, measurement, part).moments
@@ -175,7 +178,8 @@ class TrainerMeasure:
             return
         device = module.view.model.device
         with expected_warnings():
-            trainer = self._trainer(module, measurement, step, store)
+            share_done = len(rest.done) / len(rest.windows)
+            trainer = self._trainer(module, measurement, step, store, share_done)
             if step.needs.is_backward:
                 with self._cached(module, step, rest):
                     trainer.fit(module, datamodule=rest)
@@ -212,10 +216,12 @@ class TrainerMeasure:
         measurement: Measurement,
         step: Step,
         store: PassStore | None,
+        share_done: float,
     ) -> L.Trainer:
         callbacks: list[L.Callback] = [measurement]
         if self._progress:
-            callbacks.append(StepProgressBar(_DESCRIPTIONS.get(step.name, step.name)))
+            description = _DESCRIPTIONS.get(step.name, step.name)
+            callbacks.append(StepProgressBar(description, share_done))
         if store is not None:
             seconds = self._config.checkpoint_seconds
             callbacks.append(

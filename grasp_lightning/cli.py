@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, NamedTuple, NoReturn
+from typing import Final, NamedTuple, NoReturn, TextIO
 
 from rich.console import Console
 
@@ -231,12 +231,20 @@ def _usage() -> str:
     return "\n".join([*lines, "", f"{_program()} COMMAND --help lists a command's options."])
 
 
+class _StandardErrorHandler(logging.StreamHandler[TextIO]):
+    """Writes to the standard error of the moment: above a progress bar while there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _configure_logging() -> None:
     root = logging.getLogger()
     if any(handler.name == _HANDLER for handler in root.handlers):
         return  # main was called before in this process
     # The level stands on the handler: libraries set their own loggers to INFO when imported.
-    handler = logging.StreamHandler()
+    handler = _StandardErrorHandler()
     handler.name = _HANDLER
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

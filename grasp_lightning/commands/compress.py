@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.progress import track
 from torch import Tensor
 
 from grasp_lightning import processes
@@ -14,15 +13,20 @@ from grasp_lightning.callbacks.measure import TrainerMeasure
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.commands.inputs import Inputs, prepare
 from grasp_lightning.commands.outputs import Outcome, write_outputs
+from grasp_lightning.commands.stages import (
+    EVALUATE,
+    FACTORIZE,
+    LOAD,
+    PHASE_OF_STEP,
+    compress_stages,
+    compress_work,
+)
 from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
 from grasp_lightning.config import CompressConfig, MethodConfig
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods import resolve_method
-from grasp_lightning.methods.attribution import ATTRIBUTION
-from grasp_lightning.methods.layer_choice import SELECT
-from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash
 from grasp_lightning.models.sharding import is_sharded
@@ -31,6 +35,7 @@ from grasp_lightning.models.source import resolve_source
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.pipeline import Finish, Measure, compress
 from grasp_lightning.plan import Plan
+from grasp_lightning.progress import RunBar, expect_work, track
 from grasp_lightning.reporting.metrics import Metrics, Pair
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Statistics, Step
@@ -38,7 +43,6 @@ from grasp_lightning.storage.progress import RunProgress
 from grasp_lightning.training.finish import CUT_LOSSES, REFIT, FinishDecision
 from grasp_lightning.training.hidden_cache import pass_on_hidden_states_only
 
-_PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
 _MEMORY_KEYS = "calibration.batch_size, calibration.seqlen or evaluation.batch_size"
 
 
@@ -68,15 +72,17 @@ def run_compress(config: CompressConfig) -> CompressRun:
                 f"from_scores: {config.from_scores} is output_dir itself; name another output_dir"
             )
     config = replace(config, method=_resolved_method(config))
-    model_folder, phases = resolve_source(config.model).folder, Phases()
-    metrics = run_in_folder(
-        config,
-        protected=[] if model_folder is None else [model_folder],
-        memory_advice=_MEMORY_KEYS,
-        prepare=lambda run: prepare(config, phases, run),
-        execute=lambda run, inputs, stop: _execute(config, run, inputs, phases, stop),
-        read=Metrics.from_dict,
-    )
+    model_folder = resolve_source(config.model).folder
+    with RunBar(compress_stages(config), is_shown=processes.is_first()) as bar:
+        phases = Phases(bar.follow)
+        metrics = run_in_folder(
+            config,
+            protected=[] if model_folder is None else [model_folder],
+            memory_advice=_MEMORY_KEYS,
+            prepare=lambda run: prepare(config, phases, run),
+            execute=lambda run, inputs, stop: _execute(config, run, inputs, phases, stop),
+            read=Metrics.from_dict,
+        )
     return CompressRun(folder=Path(output_dir), metrics=metrics)
 
 
@@ -101,6 +107,8 @@ def _execute(
     progress = RunProgress(
         run, Plan(method=method.name, options=method.options, inputs=inputs.hashes)
     )
+    prediction = method.predict(view)
+    expect_work(compress_work(config, view, prediction, inputs.held_out, progress.plan))
     dense_size, num_inputs = measure_size(view), count_inputs(view)
     dense_perplexity = progress.noted("dense_perplexity")
     if dense_perplexity is None:
@@ -109,7 +117,7 @@ def _execute(
     apply_operations(view, progress.plan.operations, progress.factors)
     with TemporaryDirectory() as logs:
         measure = _timed(_measure(config, inputs, Path(logs), progress, stop), phases)
-        with phases("factorize", excluding=(*_PHASE_OF_STEP.values(), CUT_LOSSES, REFIT)):
+        with phases(FACTORIZE, excluding=(*PHASE_OF_STEP.values(), CUT_LOSSES, REFIT)):
             finish = _finish(config, inputs, phases, progress)
             plan = compress(view, method, measure, progress.plan, progress.add_step, finish=finish)
         with run.new_folder("logs") as folder:
@@ -120,7 +128,7 @@ def _execute(
     )
 
     def write() -> Metrics:
-        with phases("load"):
+        with phases(LOAD):
             loaded = _compressed(config, inputs, plan, progress.factors)
         outcome = Outcome(
             loaded=loaded,
@@ -197,7 +205,7 @@ def _finish(
 
 
 def _perplexity(config: CompressConfig, inputs: Inputs, phases: Phases, which: str) -> float:
-    with phases("evaluate"):
+    with phases(EVALUATE):
         return tracked_perplexity(
             inputs.view, inputs.held_out, config.evaluation.batch_size, f"perplexity, {which}"
         )
@@ -207,7 +215,7 @@ def _timed(measure: Measure, phases: Phases) -> Measure:
     def timed(view: DecoderView, step: Step) -> Statistics:
         if step.needs.is_empty:  # explicit layers, or scores that need no data
             return measure(view, step)
-        with phases(_PHASE_OF_STEP.get(step.name, step.name)):
+        with phases(PHASE_OF_STEP.get(step.name, step.name)):
             return measure(view, step)
 
     return timed

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.progress import track
-
 from grasp_lightning import processes
 from grasp_lightning.callbacks.measure import check_trainer, is_split
+from grasp_lightning.commands.stages import LOAD
 from grasp_lightning.config import CompressConfig
 from grasp_lightning.config.values import check_values
 from grasp_lightning.data.datamodules import CalibrationData
@@ -23,6 +22,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
 from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard
 from grasp_lightning.models.verification import can_generate
+from grasp_lightning.progress import track
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.progress import check_same_model
 from grasp_lightning.storage.recut import StoredScores
@@ -69,7 +69,7 @@ def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None
         stored = StoredScores(config.from_scores)
         # What is asked for is scored already, or cannot be had.
         config = replace(config, method=replace(config.method, score_all_layers=None))
-    with phases("load", excluding=(SAMPLE,)):
+    with phases(LOAD, excluding=(SAMPLE,)):
         loaded, digest = _load(config)
         view = DecoderView(loaded.model)
         leave_uncalled(view)

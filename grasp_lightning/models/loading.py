@@ -1,6 +1,5 @@
 """Load a causal language model completely, or not at all."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from pickle import PickleError
 from typing import Any, cast
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -32,6 +30,7 @@ from grasp_lightning.models.integrity import check_finite, model_hash
 
 # The import also makes compressed models known to transformers.
 from grasp_lightning.models.lowrank import QUANT_METHOD
+from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.side_files import fetch_side_files
 from grasp_lightning.models.source import (
     ModelOrigin,
@@ -52,7 +51,6 @@ __all__ = [
     "load_meta_model",
     "load_model",
     "model_hash",
-    "quiet_transformers",
     "resolve_device",
 ]
 
@@ -261,17 +259,6 @@ def _dtype_of(config: ModelConfig, source: ModelSource) -> torch.dtype | str:
     if config.dtype != "auto":
         return cast(torch.dtype, getattr(torch, config.dtype))
     return torch.float32 if source.gguf_file is not None else "auto"
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence logs of transformers below an error; progress bars stay."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
 
 
 @contextmanager
