@@ -278,19 +278,34 @@ def check_trainer(
     """Refuse Trainer settings that no pass of a stage can follow.
 
     Raises:
-        ConfigError: If the number of processes or the device differs from the settings, or the
-            stage does not support the strategy.
+        ConfigError: If the number of processes differs from the settings, or as in
+            ``check_placement``.
     """
-    if config.strategy not in strategies:
-        raise ConfigError(
-            f"trainer.strategy is {config.strategy}, which {stage} does not support; expected one "
-            f"of {', '.join(strategies)}"
-        )
+    check_placement(config, device, strategies, stage)
     wanted_processes = config.devices * config.num_nodes
     if wanted_processes != processes.num_processes():
         raise ConfigError(
             f"trainer.devices times trainer.num_nodes is {wanted_processes}, but there are "
             f"{processes.num_processes()} processes: start as many with torchrun or srun"
+        )
+
+
+def check_placement(
+    config: TrainerConfig,
+    device: torch.device,
+    strategies: Sequence[Strategy] = CALIBRATION_STRATEGIES,
+    stage: str = "calibration",
+) -> None:
+    """Refuse Trainer settings that do not fit the stage or the device.
+
+    Raises:
+        ConfigError: If the stage does not support the strategy, or the accelerator is another
+            kind of device.
+    """
+    if config.strategy not in strategies:
+        raise ConfigError(
+            f"trainer.strategy is {config.strategy}, which {stage} does not support; expected one "
+            f"of {', '.join(strategies)}"
         )
     wanted = "cuda" if config.accelerator == "gpu" else config.accelerator
     if wanted not in ("auto", device.type):

@@ -47,6 +47,12 @@ class Command(NamedTuple):
 
 def _compress(prog: str, argv: Sequence[str]) -> None:
     config = parse(CompressConfig, prog, with_run_config(argv))
+    if config.dry_run:
+        from grasp_lightning.commands.dry_run import dry_run_compress  # noqa: PLC0415
+
+        begin()
+        print("\n".join(dry_run_compress(config)))
+        return
     with joined(config.trainer, config.model.device, "compress", argv) as speaks:
         # Imported here: neither other commands nor a process that only starts others need it.
         from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415

@@ -62,7 +62,30 @@ def run_compress(config: CompressConfig) -> CompressRun:
     ``GraspError``, which leaves nothing of a new run.
 
     Raises:
-        ConfigError: If ``output_dir`` is what ``from_scores`` names.
+        ConfigError: If ``dry_run`` is set.
+    """
+    if config.dry_run:
+        raise ConfigError("dry_run is set: use dry_run_compress, or leave it out to make a run")
+    config, protected = resolved(config)
+    assert config.output_dir is not None  # resolved has checked it
+    with RunBar(compress_stages(config), is_shown=processes.is_first()) as bar:
+        phases = Phases(bar.follow)
+        metrics = run_in_folder(
+            config,
+            protected=protected,
+            memory_advice=_MEMORY_KEYS,
+            prepare=lambda run: prepare(config, phases, run),
+            execute=lambda run, inputs, stop: _execute(config, run, inputs, phases, stop),
+            read=Metrics.from_dict,
+        )
+    return CompressRun(folder=Path(config.output_dir), metrics=metrics)
+
+
+def resolved(config: CompressConfig) -> tuple[CompressConfig, list[Path]]:
+    """Return a configuration with its method resolved, and the folders that a run must not touch.
+
+    Raises:
+        ConfigError: If ``output_dir`` is missing, or is what ``from_scores`` names.
     """
     output_dir = output_folder(config, "runs/first")
     if config.from_scores is not None:
@@ -72,18 +95,8 @@ def run_compress(config: CompressConfig) -> CompressRun:
                 f"from_scores: {config.from_scores} is output_dir itself; name another output_dir"
             )
     config = replace(config, method=_resolved_method(config))
-    model_folder = resolve_source(config.model).folder
-    with RunBar(compress_stages(config), is_shown=processes.is_first()) as bar:
-        phases = Phases(bar.follow)
-        metrics = run_in_folder(
-            config,
-            protected=[] if model_folder is None else [model_folder],
-            memory_advice=_MEMORY_KEYS,
-            prepare=lambda run: prepare(config, phases, run),
-            execute=lambda run, inputs, stop: _execute(config, run, inputs, phases, stop),
-            read=Metrics.from_dict,
-        )
-    return CompressRun(folder=Path(output_dir), metrics=metrics)
+    folder = resolve_source(config.model).folder
+    return config, [] if folder is None else [folder]
 
 
 def _resolved_method(config: CompressConfig) -> MethodConfig:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from grasp_lightning import processes
 from grasp_lightning.callbacks.measure import check_trainer, is_split
 from grasp_lightning.commands.stages import LOAD
@@ -17,6 +19,7 @@ from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods import build_method, predict
 from grasp_lightning.methods.base import CompressionMethod
+from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.calls import check_length, check_vocabulary, leave_uncalled
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
@@ -101,7 +104,6 @@ def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None
                 stored.check_windows(data.fingerprint)
             hashes |= data.fingerprint
         generates = is_sharded(loaded.model) or can_generate(loaded.model)
-    needed = (prediction.most + prediction.factors) * loaded.model.dtype.itemsize
     return Inputs(
         loaded=loaded,
         view=view,
@@ -111,20 +113,30 @@ def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None
         data=data,
         stored=stored,
         hashes=hashes,
-        bytes_needed=int(_SAFETY * needed),
+        bytes_needed=bytes_needed(prediction, loaded.model.dtype),
         generates=generates,
     )
+
+
+def bytes_needed(prediction: Prediction, dtype: torch.dtype) -> int:
+    """Return the bytes that a run writes, about."""
+    return int(_SAFETY * (prediction.most + prediction.factors) * dtype.itemsize)
+
+
+def check_num_windows(config: CompressConfig, num_processes: int) -> None:
+    """Raise a ``ConfigError`` if there are fewer calibration windows than processes."""
+    if config.calibration.num_samples < num_processes:
+        raise ConfigError(
+            f"calibration.num_samples is {config.calibration.num_samples}, fewer than the "
+            f"{num_processes} processes: use fewer processes or more windows"
+        )
 
 
 def _calibration(
     config: CompressConfig, loaded: LoadedModel, view: DecoderView, text: SampledText
 ) -> CalibrationData:
     check_length(view, config.calibration.seqlen, "calibration.seqlen")
-    if config.calibration.num_samples < processes.num_processes():
-        raise ConfigError(
-            f"calibration.num_samples is {config.calibration.num_samples}, fewer than the "
-            f"{processes.num_processes()} processes: use fewer processes or more windows"
-        )
+    check_num_windows(config, processes.num_processes())
     data = CalibrationData(config.calibration, loaded.tokenizer, config.seed, sample=text)
     check_vocabulary(view, data.windows.input_ids)
     return data

@@ -40,6 +40,7 @@ class CompressConfig:
     Attributes:
         output_dir: Run folder to write; ``plan`` needs none.
         overwrite: Delete what an earlier run wrote there.
+        dry_run: Check everything that is quick, print what ``plan`` prints, and write nothing.
         seed: Seed of the choice of calibration windows.
         from_scores: Run folder whose stored scores are cut again, without a pass over the data;
             keys that are not set are taken from its configuration.
@@ -53,6 +54,7 @@ class CompressConfig:
 
     output_dir: PathName | None = None
     overwrite: bool = False
+    dry_run: bool = False
     seed: Seed = 0
     from_scores: PathName | None = None
     model: ModelConfig

@@ -50,6 +50,7 @@ __all__ = [
     "check_finite",
     "load_meta_model",
     "load_model",
+    "load_without_weights",
     "model_hash",
     "resolve_device",
 ]
@@ -118,6 +119,17 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if source.is_hub:  # licence and size are only known once its files are cached
         fetch_side_files(source.location, source.revision, source.local_folder())
     return LoadedModel(model=model, tokenizer=tokenizer, origin=origin or describe_origin(source))
+
+
+def load_without_weights(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model on the meta device and its tokenizer.
+
+    Fails like ``load_model``, except for the values of weights.
+    """
+    resolve_device(config.device)
+    source = pinned(resolve_source(config))
+    _require_parts(source)
+    return load_meta_model(config, warns=True), _read_tokenizer(source, config)
 
 
 def load_meta_model(config: ModelConfig, *, warns: bool = False) -> PreTrainedModel:
