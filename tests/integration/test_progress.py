@@ -5,6 +5,7 @@ import io
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
 from tests.integration.compensation import compensate_argv
-from tests.integration.killing import ROOT
+from tests.integration.killing import ROOT, Kill, killed
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 _STAGE = re.compile(r"\[(\d+)/(\d+)\] ([a-z ]+[a-z])")
@@ -154,3 +155,35 @@ def _read(descriptor: int) -> bytes:
         return os.read(descriptor, 65536)
     except OSError:  # how Linux says that the other end is closed
         return b""
+
+
+@pytest.mark.slow
+def test_a_resumed_pass_begins_where_it_was_interrupted(
+    model: Path, tmp_path: Path, on_terminal: OnTerminal
+) -> None:
+    argv = ["compress", *settings(model, tmp_path)]
+    step = Kill("grasp_lightning.training.calibration", "CalibrationModule", "training_step", 5)
+    assert killed(step, signal.SIGTERM, argv) == 128 + signal.SIGTERM
+    code, shown = on_terminal(argv)
+    assert code == 0
+    assert "perplexity before" not in stages(shown)
+    counts = re.findall(r"measuring curvature\W+(\d)/8", _ESCAPES.sub("", shown))
+    assert counts[0] == "5"
+
+
+@pytest.mark.slow
+def test_a_resumed_training_begins_where_it_was_killed(
+    model: Path, tmp_path: Path, on_terminal: OnTerminal
+) -> None:
+    argv = [
+        *("compensate", *compensate_argv(model, tmp_path), f"--output_dir={tmp_path / 'run'}"),
+        *("--lora.rank=4", "--training.max_steps=6", "--trainer.checkpoint_seconds=0"),
+    ]
+    module = "grasp_lightning.training.compensation.module"
+    step = Kill(module, "CompensationModule", "training_step", 4)
+    assert killed(step, signal.SIGKILL, argv) == -signal.SIGKILL
+    code, shown = on_terminal(argv)
+    assert code == 0
+    assert stages(shown)[:2] == ["load model and text", "train"]
+    counts = re.findall(r"training\W+(\d)/6", _ESCAPES.sub("", shown))
+    assert counts[0] == "3"
