@@ -43,6 +43,7 @@ _SAVING = (
 def compress_stages(config: CompressConfig) -> list[Stage]:
     """Return the stages of a compression, whose method is resolved, in order."""
     method, sources = config.method, config.calibration.source
+    writes_text = SELF in ((sources,) if isinstance(sources, str) else sources)
     has_curvature = method.weighting not in (None, "none")
     is_scored = method.score is not None and method.keep_ratio != 0
     measures_cuts = method.weighting == "kfac" and config.statistics.measured_windows > 0
@@ -51,7 +52,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         choose = Stage(phase=FACTORIZE, label="choose ranks", passes=_PASSES_OF_BUDGET)
     stages = {
         Stage(phase=LOAD, label="load model and text"): True,
-        Stage(phase=SAMPLE, label="write text"): config.from_scores is None and SELF in sources,
+        Stage(phase=SAMPLE, label="write text"): writes_text and config.from_scores is None,
         Stage(phase=EVALUATE, label="perplexity before"): True,
         Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
         Stage(phase="curvature", label="measure curvature"): has_curvature,
@@ -82,8 +83,10 @@ def compress_work(
     """
     method, settings = config.method, config.calibration
     tokens = settings.num_samples * settings.seqlen
-    shapes = weight_shapes(view, Plan(method="stages"), prediction.layers).values()
-    decomposed = sum(n * m * min(n, m) for n, m in shapes)
+    decomposed = 0
+    if method.weighting is not None or method.score is not None:
+        shapes = weight_shapes(view, Plan(method="stages"), prediction.layers).values()
+        decomposed = sum(n * m * min(n, m) for n, m in shapes)
     cuts = sum(isinstance(op, Replacement) for op in prediction.operations)
     measured = min(held_out.input_ids.shape[1], MAX_TOKENS) * config.statistics.measured_windows
     groups = 1

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from rich.console import Console
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -42,6 +43,7 @@ from grasp_lightning.models.source import (
     resolve_source,
 )
 from grasp_lightning.models.weight_files import stored_shapes
+from grasp_lightning.progress import pass_bar
 from grasp_lightning.reading.text import check_file
 
 __all__ = [
@@ -103,7 +105,8 @@ def load_model(config: ModelConfig) -> LoadedModel:
     hf_config = _read_config(source, config)
     tokenizer = _read_tokenizer(source, config)
     architectures = hf_config.architectures
-    model, report = _read_weights(source, config, hf_config)
+    with pass_bar(f"loading {source.name}", None, console=Console(stderr=True)):
+        model, report = _read_weights(source, config, hf_config)
     check_complete(source.name, report)
     with _as_model_error(source):
         check_config_builds(source.name, model)
