@@ -54,13 +54,10 @@ class RunBar:
     Args:
         stages: The stages, in order.
         is_shown: Whether this process speaks to the user; otherwise it shows no bar at all.
-        console: Where to draw; None is standard error.
     """
 
-    def __init__(
-        self, stages: Sequence[Stage], *, is_shown: bool = True, console: Console | None = None
-    ) -> None:
-        console = console or Console(stderr=True)
+    def __init__(self, stages: Sequence[Stage], *, is_shown: bool = True) -> None:
+        console = Console(stderr=True)
         is_drawn = is_shown and (console.is_terminal or console.is_jupyter)
         self._estimate = Estimate(stages)
         self._is_shown = is_shown
