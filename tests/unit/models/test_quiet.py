@@ -26,6 +26,7 @@ def test_bars_are_hidden_and_then_as_before(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)
     hub = sys.modules["huggingface_hub.utils.tqdm"]
     monkeypatch.setattr(hub, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(hub, "progress_bar_states", {})
     assert not are_progress_bars_disabled()
     assert drawn().count("2/2") == 2
     with quiet_transformers():
