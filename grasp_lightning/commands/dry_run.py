@@ -1,4 +1,4 @@
-"""``compress --dry_run``: what a run would do, and whether it would begin, without doing it."""
+"""``compress --dry_run``: the quick checks and the forecast of a run, without the run."""
 
 import os
 from collections.abc import Sequence
@@ -31,11 +31,10 @@ from grasp_lightning.storage.recut import StoredScores
 
 
 def dry_run_compress(config: CompressConfig) -> list[str]:
-    """Check a configuration as ``run_compress`` does, as far as that is quick, and write nothing.
+    """Make the quick checks of ``run_compress``, and write nothing.
 
-    A wrong configuration, model, corpus or output folder is the ``GraspError`` of the run. Not
-    checked are the values of weights, text on the hub, and what only a pass through the model
-    shows.
+    A wrong configuration, model, corpus or output folder raises the ``GraspError`` of the run. The
+    values of the weights, text on the hub, and whatever needs a forward pass are not checked.
 
     Returns:
         Lines for the user: the forecast of ``plan``, the run folder, and what was not checked.
@@ -49,7 +48,10 @@ def dry_run_compress(config: CompressConfig) -> list[str]:
         config.output_dir, to_dict(config), overwrite=config.overwrite, protected=protected
     )
     if state == "finished":
-        return [f"{root} holds the finished run of this configuration: it would only be printed"]
+        return [
+            f"{root} holds the finished run of this configuration.",
+            "Dry run: nothing was written. The command would only print the results.",
+        ]
     check_values(config)
     mixture_parts(config.calibration, "calibration")
     check_placement(trainer, resolve_device(config.model.device))
@@ -100,12 +102,12 @@ def _check_calibration(
 def _folder_lines(config: CompressConfig, root: Path, state: RunState, needed: int) -> list[str]:
     lines = [f"The run would write about {needed / 1e6:.1f} MB to {root}."]
     if state == "unfinished":
-        lines.append("It holds an unfinished run of this configuration, which would go on.")
+        lines.append("The folder holds an unfinished run of this configuration, which would go on.")
     if config.overwrite and (root / CONFIG).exists():
-        lines.append("The run in it would be deleted first.")
+        lines.append("The earlier run in the folder would be deleted first.")
     return lines
 
 
 def _unchecked(unread: Sequence[str]) -> str:
-    texts = f", and text of {', '.join(sorted(set(unread)))}" if unread else ""
+    texts = f"; the text of {', '.join(sorted(set(unread)))}" if unread else ""
     return f"Dry run: nothing was written. Not checked: the values of the weights{texts}."

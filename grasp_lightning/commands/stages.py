@@ -52,7 +52,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         choose = Stage(phase=FACTORIZE, label="choose ranks", passes=_PASSES_OF_BUDGET)
     stages = {
         Stage(phase=LOAD, label="load model and text"): True,
-        Stage(phase=SAMPLE, label="write text"): writes_text and config.from_scores is None,
+        Stage(phase=SAMPLE, label="generate text"): writes_text and config.from_scores is None,
         Stage(phase=EVALUATE, label="perplexity before"): True,
         Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
         Stage(phase="curvature", label="measure curvature"): has_curvature,

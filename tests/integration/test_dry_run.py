@@ -100,7 +100,7 @@ def test_text_on_the_hub_is_named_and_not_read(
 ) -> None:
     sources = ["--calibration.source=[c4,self]", "--evaluation.source=wikitext2"]
     assert main(["compress", *settings, *sources, "--dry_run"]) == 0
-    assert "and text of c4, self, wikitext2." in capsys.readouterr().out
+    assert "the text of c4, self, wikitext2." in capsys.readouterr().out
     split = "--evaluation.split=spam"
     assert main(["compress", *settings, *sources, split, "--dry_run"]) == 2
     assert "evaluation.split 'spam' is unknown" in capsys.readouterr().err
