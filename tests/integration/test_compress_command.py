@@ -403,14 +403,19 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 }
 
 
+@pytest.mark.parametrize("options", [[], ["--dry_run"]], ids=["run", "dry run"])
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_every_mistake_is_one_line_and_leaves_nothing(
-    mistake: str, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mistake: str,
+    options: list[str],
+    settings: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     change, message = MISTAKES[mistake]
     work = tmp_path / "work"
     work.mkdir()
-    assert main(["compress", *settings, *change(work)]) == 2
+    assert main(["compress", *settings, *change(work), *options]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
     assert message in lines[-1]
