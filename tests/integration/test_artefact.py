@@ -609,7 +609,7 @@ def test_save_refuses_a_config_that_would_rebuild_another_model(tmp_path: Path) 
 def test_save_refuses_a_layer_that_computes_otherwise_than_its_config_says(tmp_path: Path) -> None:
     model = tiny_model("gemma3_text")
     model.get_submodule("model.layers.2.self_attn").is_sliding = False  # type: ignore[assignment]  # plain attribute
-    with pytest.raises(ModelError, match=r"self_attn.is_sliding has value True there and False"):
+    with pytest.raises(ModelError, match=r"self_attn.is_sliding has value True there but False"):
         save_model(model, tmp_path / "model")
 
 

@@ -143,7 +143,7 @@ def test_a_killed_process_is_one_line(tiny_folder: Path) -> None:
         (["--seed=-1"], "seed must be from 0 to"),
         (["--revision=main"], "revision has no effect: no model comes from the hub"),
         (["--device=abacus"], "device: unknown device 'abacus'"),
-        (["--prefill_lengths=[8,129]"], "prefill_lengths has 129, but .* has 128 positions"),
+        (["--prefill_lengths=[8,129]"], "prefill_lengths has 129, but .* has only 128 positions"),
         (
             ["--prefill_lengths=[8]", "--prompt_length=100"],
             "prompt_length 100 and new_tokens 32 need 132 positions, but .* has 128",
@@ -173,7 +173,9 @@ def test_a_model_given_twice_is_refused(tiny_folder: Path) -> None:
 
 def test_positions_are_those_of_every_model(tiny_folder: Path, tmp_path: Path) -> None:
     short = save_tiny(tmp_path / "short", max_position_embeddings=12)
-    with pytest.raises(ConfigError, match=r"prefill_lengths has 16, but .*short has 12 positions"):
+    with pytest.raises(
+        ConfigError, match=r"prefill_lengths has 16, but .*short has only 12 positions"
+    ):
         benchmark("--model", tiny_folder, "--against", short, *QUICK)
 
 

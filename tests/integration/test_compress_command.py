@@ -643,7 +643,7 @@ def test_plan_tells_the_memory_of_a_compensation_file(
     )
     assert main(["plan", *settings, f"--compensate={file}"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert f"compensation by {file}, 8 processes, 3 x 16 tokens at a time," in lines
+    assert f"compensation with {file}, 8 processes, 3 x 16 tokens at a time," in lines
     (trained,) = [line for line in lines if line.startswith("train: factors, ")]
     assert main(["compress", *settings]) == 0
     factors = load_file(tmp_path / "run" / "factors.safetensors")
