@@ -409,7 +409,7 @@ def test_a_model_with_code_of_its_own_opens_without_the_package_and_can_be_saved
 
 
 @pytest.mark.parametrize("name", names(fast=False))
-def test_remote_code_beside_the_package_changes_nothing(outcome: Outcome, name: str) -> None:
+def test_remote_code_next_to_the_package_changes_nothing(outcome: Outcome, name: str) -> None:
     assert result_is_good(outcome("package and trust", name))
 
 

@@ -88,7 +88,7 @@ def names_alone(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_what_loading_refuses_is_told_by_the_process_that_measures_memory(
+def test_the_process_that_measures_memory_reports_what_loading_refuses(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     weights = load_file(tiny_folder / "model.safetensors")
@@ -158,7 +158,9 @@ def test_a_wrong_value_is_refused_before_anything_is_measured(
         benchmark("--model", tiny_folder, *words)
 
 
-def test_a_folder_that_is_no_model_is_named_with_its_key(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_model_is_named_with_its_key(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"^against: .*empty is not a model folder"):
         benchmark("--model", tiny_folder, "--against", tmp_path / "empty", *QUICK)

@@ -184,7 +184,7 @@ def test_a_changed_text_or_task_is_noticed(
     assert "contains results with task_data.openbookqa" in capsys.readouterr().err
 
 
-def test_a_killed_evaluation_goes_on_after_its_last_measurement(
+def test_a_killed_evaluation_resumes_after_its_last_measurement(
     tiny_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, second = tmp_path / "results.json", tmp_path / "second.txt"
