@@ -1,4 +1,8 @@
-"""The program ``grasp-lightning``: commands, exit codes and output."""
+"""The program ``grasp-lightning``: commands, exit codes and output.
+
+Commands are imported once their configuration is parsed: ``--help`` and a mistyped key wait for
+neither torch nor transformers.
+"""
 
 import logging
 import os
@@ -10,21 +14,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple, NoReturn
 
-from rich.console import Console
-
-from grasp_lightning import __version__, processes
+from grasp_lightning import __version__
 from grasp_lightning.config import (
     BenchmarkConfig,
     CompensateConfig,
     CompressConfig,
     EvaluateConfig,
     ExportConfig,
+    ModelConfig,
     PlanConfig,
 )
 from grasp_lightning.config.parsing import parse, with_run_config
 from grasp_lightning.errors import GraspError, Interrupted
 from grasp_lightning.launch import joined
-from grasp_lightning.reporting.tables import AnyMetrics, comparison_table
+from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
 from grasp_lightning.starting import begin
 
 FAILED = 1
@@ -45,10 +48,17 @@ class Command(NamedTuple):
     when_interrupted: str = "nothing was written"
 
 
+def _check_source(model: ModelConfig) -> None:
+    """Refuse a path that is not there before torch is imported."""
+    from grasp_lightning.models.source import resolve_source  # noqa: PLC0415
+
+    resolve_source(model)
+
+
 def _compress(prog: str, argv: Sequence[str]) -> None:
     config = parse(CompressConfig, prog, with_run_config(argv))
+    _check_source(config.model)
     with joined(config.trainer, config.model.device, "compress", argv) as speaks:
-        # Imported here: neither other commands nor a process that only starts others need it.
         from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
 
         begin()
@@ -59,6 +69,7 @@ def _compress(prog: str, argv: Sequence[str]) -> None:
 
 def _compensate(prog: str, argv: Sequence[str]) -> None:
     config = parse(CompensateConfig, prog, argv)
+    _check_source(config.model)
     with joined(config.trainer, config.model.device, "compensate", argv) as speaks:
         from grasp_lightning.commands.compensate import run_compensate  # noqa: PLC0415
 
@@ -70,7 +81,11 @@ def _compensate(prog: str, argv: Sequence[str]) -> None:
                 print(f"upload: {run.uploaded}")
 
 
-def _print_run(folder: Path, metrics: AnyMetrics) -> None:
+def _print_run(folder: Path, metrics: Metrics | CompensationMetrics) -> None:
+    from rich.console import Console  # noqa: PLC0415
+
+    from grasp_lightning.reporting.tables import comparison_table  # noqa: PLC0415
+
     Console().print(comparison_table(metrics))
     print(f"model:  {folder / 'model'}")
     print(f"report: {folder / 'report.html'}")
@@ -83,26 +98,29 @@ def _print_files(*files: Path | None) -> None:
 
 
 def _plan(prog: str, argv: Sequence[str]) -> None:
+    config = parse(PlanConfig, prog, argv)
+    _check_source(config.model)
     from grasp_lightning.commands.plan import run_plan  # noqa: PLC0415
 
-    config = parse(PlanConfig, prog, argv)
     begin()
     print("\n".join(run_plan(config).lines))
 
 
 def _export(prog: str, argv: Sequence[str]) -> None:
+    config = parse(ExportConfig, prog, argv)
     from grasp_lightning.commands.export import run_export  # noqa: PLC0415
 
-    config = parse(ExportConfig, prog, argv)
     begin()
     print("\n".join(run_export(config).lines))
 
 
 def _evaluate(prog: str, argv: Sequence[str]) -> None:
+    config = parse(EvaluateConfig, prog, argv)
+    from rich.console import Console  # noqa: PLC0415
+
     from grasp_lightning.commands.evaluate import run_evaluate  # noqa: PLC0415
     from grasp_lightning.reporting.evaluation import evaluation_table  # noqa: PLC0415
 
-    config = parse(EvaluateConfig, prog, argv)
     begin()
     run = run_evaluate(config)
     Console().print(evaluation_table(run.evaluations))
@@ -110,10 +128,12 @@ def _evaluate(prog: str, argv: Sequence[str]) -> None:
 
 
 def _benchmark(prog: str, argv: Sequence[str]) -> None:
+    config = parse(BenchmarkConfig, prog, argv)
+    from rich.console import Console  # noqa: PLC0415
+
     from grasp_lightning.commands.benchmark import run_benchmark  # noqa: PLC0415
     from grasp_lightning.reporting.throughput import throughput_table  # noqa: PLC0415
 
-    config = parse(BenchmarkConfig, prog, argv)
     begin()
     run = run_benchmark(config)
     Console().print(throughput_table(run.result))
@@ -158,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"grasp-lightning {__version__}")
         return 0
+    if name == "completion":
+        return _completion(words[1:])
     if name not in COMMANDS:
         came = f"unknown command {name!r}" if words else "no command"
         return _fail(f"{came}; expected one of {', '.join(COMMANDS)}")
@@ -168,6 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_program(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``main`` and end the process with its exit code."""
     sys.unraisablehook = _raise_again
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow on its line
+        from grasp_lightning.config.completion import complete  # noqa: PLC0415
+
+        complete({name: command.help for name, command in COMMANDS.items()})
     try:
         code = main(argv)
     except KeyboardInterrupt:  # a second one, while the first was being reported
@@ -177,7 +203,11 @@ def run_program(argv: Sequence[str] | None = None) -> NoReturn:
         code = FAILED
     # Everything is printed: from here on Ctrl-C only ends the process sooner.
     signal.signal(signal.SIGINT, lambda *_: os._exit(code))
-    processes.end(code)
+    if "grasp_lightning.processes" in sys.modules:  # else there is no group to leave
+        from grasp_lightning import processes  # noqa: PLC0415
+
+        processes.end(code)
+    sys.exit(code)
 
 
 def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -200,6 +230,16 @@ def _run(name: str, argv: Sequence[str]) -> int:
         return _interrupted(name, stop)
     except SystemExit as leave:  # --help and --print_config of a command's parser
         return int(leave.code or 0)
+    return 0
+
+
+def _completion(argv: Sequence[str]) -> int:
+    from grasp_lightning.config.completion import completion  # noqa: PLC0415
+
+    try:
+        print(completion(_program(), argv))
+    except GraspError as error:
+        return _fail(str(error))
     return 0
 
 
@@ -231,6 +271,7 @@ def _program() -> str:
 def _usage() -> str:
     lines = [f"usage: {_program()} COMMAND [--config FILE.yaml] [--key value ...]", "", "commands:"]
     lines += [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
+    lines.append(f"  {'completion':10} completion of commands, keys and values in bash and zsh")
     return "\n".join([*lines, "", f"{_program()} COMMAND --help lists a command's options."])
 
 

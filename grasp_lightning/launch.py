@@ -15,7 +15,6 @@ from types import FrameType
 from typing import IO, NamedTuple
 
 import grasp_lightning
-from grasp_lightning import processes
 from grasp_lightning.config import TrainerConfig
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.starting import begin
@@ -58,10 +57,23 @@ def joined(
         _check_number(trainer.devices)
         begin()
         raise SystemExit(_launch(command, argv, trainer.devices))
-    if int(os.environ["WORLD_SIZE"]) == 1:
+    with among_started(device) as speaks:
+        yield speaks
+
+
+@contextmanager
+def among_started(device: str) -> Iterator[bool]:
+    """Run a ``with`` block in every process that torchrun or srun has started.
+
+    Yields:
+        Whether this process is rank 0; a single process always is.
+    """
+    _take_slurm_environment()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True
         return
     # Imported here: a process that only starts others does not need it.
+    from grasp_lightning import processes  # noqa: PLC0415
     from grasp_lightning.models.device import resolve_device  # noqa: PLC0415
 
     _end_with_parent()

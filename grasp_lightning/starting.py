@@ -2,19 +2,9 @@
 
 import os
 import signal
-import sys
-from pathlib import Path
 from types import FrameType
 
 _LINE = b"error: interrupted while the program was starting: nothing was saved or changed\n"
-_SCRIPTS = ("-m", "grasp-lightning")  # what sys.argv begins with while a script imports the package
-_CHECKOUT_SCRIPT = Path(__file__).resolve().parents[1] / "cli.py"
-
-
-def is_program() -> bool:
-    """Return whether the package is imported to run the program, not by other code."""
-    script = Path(getattr(sys, "argv", [""])[0])
-    return script.name in _SCRIPTS or script.resolve() == _CHECKOUT_SCRIPT
 
 
 def leave_on_interrupt() -> None:

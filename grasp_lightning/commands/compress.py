@@ -24,6 +24,7 @@ from grasp_lightning.methods.attribution import ATTRIBUTION
 from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.in_memory import ModelInMemory
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.models.size import count_inputs, measure_size
@@ -50,8 +51,10 @@ class CompressRun:
     metrics: Metrics
 
 
-def run_compress(config: CompressConfig) -> CompressRun:
+def run_compress(config: CompressConfig, given: ModelInMemory | None = None) -> CompressRun:
     """Compress a model as a configuration says, and write its run folder.
+
+    With a ``given`` model, a copy of it is compressed, and ``config`` has its settings.
 
     The metrics of a finished run are only read; an unfinished run resumes. SIGINT and SIGTERM save
     at the next batch and raise ``Interrupted``. A wrong configuration, model, corpus or number is a
@@ -68,12 +71,12 @@ def run_compress(config: CompressConfig) -> CompressRun:
                 f"from_scores: {config.from_scores} is also output_dir; use another output_dir"
             )
     config = replace(config, method=_resolved_method(config))
-    model_folder, phases = resolve_source(config.model).folder, Phases()
+    source, phases = resolve_source(config.model) if given is None else given.origin, Phases()
     metrics = run_in_folder(
         config,
-        protected=[] if model_folder is None else [model_folder],
+        protected=[] if source.folder is None else [source.folder],
         memory_advice=_MEMORY_KEYS,
-        prepare=lambda run: prepare(config, phases, run),
+        prepare=lambda run: prepare(config, phases, run, given),
         execute=lambda run, inputs, stop: _execute(config, run, inputs, phases, stop),
         read=Metrics.from_dict,
     )

@@ -20,6 +20,7 @@ from grasp_lightning.methods import build_method, predict
 from grasp_lightning.methods.base import CompressionMethod
 from grasp_lightning.models.calls import check_length, check_vocabulary, leave_uncalled
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.in_memory import ModelInMemory
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
 from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard
 from grasp_lightning.models.verification import can_generate
@@ -56,10 +57,16 @@ class Inputs:
     generates: bool
 
 
-def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None) -> Inputs:
+def prepare(
+    config: CompressConfig,
+    phases: Phases,
+    run: RunFolder | None = None,
+    given: ModelInMemory | None = None,
+) -> Inputs:
     """Load model and text; input that does not fit is a ``GraspError`` before anything is measured.
 
-    The method of ``config`` must be resolved. ``run`` stores generated text once it is open.
+    The method of ``config`` must be resolved. ``run`` stores generated text once it is open. A
+    ``given`` model is copied, and none is loaded.
     """
     check_values(config)
     mixture_parts(config.calibration, "calibration")  # conflicting keys are an error
@@ -70,7 +77,7 @@ def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None
         # The requested scores are stored already, or not available.
         config = replace(config, method=replace(config.method, score_all_layers=None))
     with phases("load", excluding=(SAMPLE,)):
-        loaded, digest = _load(config)
+        loaded, digest = _load(config, given)
         view = DecoderView(loaded.model)
         leave_uncalled(view)
         check_independent(view, config.method)
@@ -130,12 +137,22 @@ def _calibration(
     return data
 
 
-def _load(config: CompressConfig) -> tuple[LoadedModel, str]:
+def _load(config: CompressConfig, given: ModelInMemory | None) -> tuple[LoadedModel, str]:
     """Return the model and the hash of its weights.
 
     The processes of a node read a sharded model in turns: memory holds one whole model at a time,
     and no device ever does.
+
+    Raises:
+        ConfigError: If a given model would have to be sharded.
     """
+    if given is not None:
+        if is_split(config.trainer):
+            raise ConfigError(
+                f"trainer.strategy is {config.trainer.strategy}, but the model is already in "
+                "memory: give its path instead"
+            )
+        return given.copied(), given.digest
     if not is_split(config.trainer):
         loaded = load_model(config.model)
         return loaded, model_hash(loaded.model)

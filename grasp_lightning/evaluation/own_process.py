@@ -25,7 +25,12 @@ def measure_peak_memory(model: ModelConfig, workload: Workload, num_threads: int
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(sender, model, workload, num_threads))
     process.daemon = True  # ends with this process
-    process.start()
+    # A new process takes over what is blocked: Ctrl-C is for this one, which ends the other.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     sender.close()
     try:
         return _received(receiver, process, model.path)
@@ -55,8 +60,7 @@ def _received(receiver: Connection, process: BaseProcess, name: str) -> PeakMemo
 
 
 def _report(sender: Connection, model: ModelConfig, workload: Workload, num_threads: int) -> None:
-    """Measure in this process, which does nothing else, and send the result or the error."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports Ctrl-C
+    """Measure in this otherwise idle process, and send the result or the error."""
     # The parent loads the same model and logs its warnings.
     logging.disable(logging.WARNING)
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there

@@ -42,7 +42,7 @@ from grasp_lightning.models.source import (
     pinned,
     resolve_source,
 )
-from grasp_lightning.models.weight_files import stored_shapes
+from grasp_lightning.models.stored_shapes import stored_shapes
 from grasp_lightning.reading.text import check_file
 
 __all__ = [

@@ -9,7 +9,6 @@ from pathlib import Path
 import huggingface_hub
 
 from grasp_lightning.errors import OutputError
-from grasp_lightning.models.lowrank import REMOTE_MODULE
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ _LEFT_OUT = (
     ".*",
     "config.json",
     "README.md",
-    f"{REMOTE_MODULE}.py",
+    "modeling_grasp.py",  # the code of our linears: lowrank.REMOTE_MODULE
 )
 
 

@@ -1,13 +1,12 @@
-"""The weight files of a Hugging Face folder, and the shapes they hold."""
+"""The weight files of a Hugging Face folder."""
 
 from pathlib import Path
 
 from grasp_lightning.errors import ModelError
-from grasp_lightning.reading.tensors import read_shapes
 from grasp_lightning.reading.text import check_file, read_json
 
 _NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order of transformers
-_ADVICE = "download it again"
+ADVICE = "download it again"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -25,37 +24,30 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in the weight files of a folder, from their headers."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(folder):
-        shapes |= read_shapes(file, ModelError, _fault(file), _ADVICE)
-    return shapes
-
-
 def _is_there(file: Path) -> bool:
     return file.exists() or file.is_symlink()
 
 
-def _fault(file: Path) -> str:
+def fault(file: Path) -> str:
+    """Return the beginning of a message about a weight file."""
     return f"cannot load {file.parent.resolve().name}: {file.name}"
 
 
 def _checked(file: Path) -> Path:
-    check_file(file, ModelError, _fault(file), _ADVICE)
+    check_file(file, ModelError, fault(file), ADVICE)
     return file
 
 
 def _shard_names(index: Path) -> list[str]:
-    content = read_json(index, ModelError, _fault(index), _ADVICE)
+    content = read_json(index, ModelError, fault(index), ADVICE)
     content = content if isinstance(content, dict) else {}
     names, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(names, dict) or not names or not isinstance(metadata, dict):
-        raise ModelError(f"{_fault(index)} lacks its metadata or weight_map; {_ADVICE}")
+        raise ModelError(f"{fault(index)} lacks its metadata or weight_map; {ADVICE}")
     for name in names.values():
         if not isinstance(name, str) or name in {"", ".", ".."} or set(name) & set("/\\\0"):
             raise ModelError(
-                f"{_fault(index)} names {name!r:.80}; expected names of files next to it, without "
+                f"{fault(index)} names {name!r:.80}; expected names of files next to it, without "
                 "a folder"
             )
     return sorted(set(names.values()))

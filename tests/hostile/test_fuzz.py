@@ -19,7 +19,7 @@ from grasp_lightning.config import (
     ExportConfig,
     PlanConfig,
 )
-from grasp_lightning.config.parsing import _leaves
+from grasp_lightning.config.keys import leaves
 from grasp_lightning.errors import PlanError
 from grasp_lightning.plan import Plan
 from grasp_lightning.reading.tensors import read_checkpoint, read_metadata, read_tensors
@@ -37,7 +37,7 @@ TYPES: dict[str, Any] = {
 KEYS = [
     (command, key)
     for command, kind in TYPES.items()
-    for key, _ in _leaves(kind)
+    for key, _ in leaves(kind)
     # A small number of these starts processes; and names of models of the hub are looked up there.
     if key not in ("trainer.devices", "trainer.num_nodes", "model", "model.path")
 ]

@@ -36,6 +36,16 @@ QUICK = (
     "--threads=1",
 )
 
+WORKLOAD = Workload(
+    prefill_lengths=(8,),
+    decode_batch_sizes=(1,),
+    prompt_length=4,
+    new_tokens=100,
+    num_rounds=1,
+    seed=0,
+    vocabulary=VOCABULARY,
+)
+
 
 def benchmark(*words: object) -> BenchmarkRun:
     return run_benchmark(parse(BenchmarkConfig, "benchmark", [str(word) for word in words]))
@@ -102,16 +112,6 @@ def test_the_process_that_measures_memory_reports_what_loading_refuses(
 
 @pytest.mark.slow
 def test_a_killed_process_is_one_line(tiny_folder: Path) -> None:
-    workload = Workload(
-        prefill_lengths=(8,),
-        decode_batch_sizes=(1,),
-        prompt_length=4,
-        new_tokens=100,
-        num_rounds=1,
-        seed=0,
-        vocabulary=VOCABULARY,
-    )
-
     def kill() -> None:
         while not (children := multiprocessing.active_children()):
             time.sleep(0.05)
@@ -121,8 +121,28 @@ def test_a_killed_process_is_one_line(tiny_folder: Path) -> None:
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(ModelError, match=r"memory of .* was killed \(signal 9\), probably"):
-        measure_peak_memory(ModelConfig(path=str(tiny_folder)), workload, 1)
+        measure_peak_memory(ModelConfig(path=str(tiny_folder)), WORKLOAD, 1)
     killer.join()
+
+
+# Every new interpreter reads it: that of multiprocessing sends itself Ctrl-C when it imports torch.
+INTERRUPTING = """
+import os, signal, sys
+def audit(event, arguments):
+    if event == "import" and arguments[0] == "torch":
+        os.kill(os.getpid(), signal.SIGINT)
+if "--multiprocessing-fork" in sys.orig_argv:
+    sys.addaudithook(audit)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_not_for_the_process_that_measures_memory(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert measure_peak_memory(ModelConfig(path=str(tiny_folder)), WORKLOAD, 1).bytes > 0
 
 
 @pytest.mark.parametrize(

@@ -262,3 +262,18 @@ def test_missing_data_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == (
         f"error: --data: {tmp_path}/wikitext2_raw/validation.txt does not exist\n"
     )
+
+
+def test_the_startup_program_measures_two_checkouts(tmp_path: Path) -> None:
+    done = run("startup.py", "--rounds", 1, "--against", BENCHMARKS.parent, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "`" in line]
+    seconds = {case: (float(before), float(now)) for case, before, now in rows}
+    assert seconds["`--help`"][1] < seconds["imports of `compress`"][1]
+    assert "Medians of 1 processes" in done.stdout
+
+
+def test_the_startup_program_refuses_what_is_no_checkout(tmp_path: Path) -> None:
+    done = run("startup.py", "--against", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("expected a checkout, which has a cli.py")

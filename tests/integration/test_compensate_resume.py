@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
 from tests.integration.compensation import compensate_argv, compressed_folder
-from tests.integration.killing import Kill, killed
+from tests.integration.forked import killed
+from tests.integration.killing import Kill
 
 WRITER = "grasp_lightning.run_folder.writer"
 MODULE = ("grasp_lightning.training.compensation.module", "CompensationModule")

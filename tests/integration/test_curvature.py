@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
-from tests.integration.killing import Kill, killed
+from tests.integration.forked import killed
+from tests.integration.killing import Kill
+
+pytestmark = pytest.mark.slow  # every test runs the program several times
 
 PRESETS = ("svd_llm", "asvd", "fwsvd")
 
@@ -156,7 +159,6 @@ def test_little_memory_takes_more_passes_to_the_same_plan(
     assert read(tmp_path / "again", "plan.json") == read(cut, "plan.json")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     [

@@ -85,6 +85,7 @@ def test_rows_of_a_file_are_a_setting_of_the_results(
     assert "evaluation.rows 0-3, now it is None" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_models_stand_side_by_side_with_paired_differences(
     tiny_folder: Path,
     corpus: Path,
@@ -112,6 +113,7 @@ def test_models_stand_side_by_side_with_paired_differences(
     assert f"results: {output}" in printed
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_measured_again(
     tiny_folder: Path, corpus: Path, task_data: Path, tmp_path: Path
 ) -> None:
@@ -146,6 +148,7 @@ def test_what_is_finished_is_not_measured_again(
     assert list(models[str(other)]["corpora"]) == [str(corpus)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -168,6 +171,7 @@ def test_other_settings_are_not_mixed_with_stored_results(
     assert evaluate(*argv, flag, "--overwrite") == 0
 
 
+@pytest.mark.slow
 def test_a_changed_text_or_task_is_noticed(
     tiny_folder: Path, corpus: Path, task_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +188,7 @@ def test_a_changed_text_or_task_is_noticed(
     assert "contains results with task_data.openbookqa" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_resumes_after_its_last_measurement(
     tiny_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +212,7 @@ def test_a_killed_evaluation_resumes_after_its_last_measurement(
     assert read(output)["models"][0]["corpora"][str(corpus)] == stored[str(corpus)]
 
 
+@pytest.mark.slow
 def test_a_run_s_metrics_and_report_gain_the_evaluation(
     tiny_folder: Path, task_data: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,8 @@ from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import OPERATIONS, Plan
 from tests.conftest import save_tiny, tiny_model
-from tests.integration.killing import ROOT, Kill, killed
+from tests.integration.forked import killed
+from tests.integration.killing import ROOT, Kill
 from tests.integration.test_packaging import pip
 
 BLOCK = re.compile(r"^```(?:toml|python)\n# (\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import save_tiny
-from tests.integration.killing import CHILD, ROOT, Kill
+from tests.integration.killing import ROOT, Kill, as_program
 
 # The program, but it sends itself Ctrl-C when a module is imported.
 IMPORTING = """
@@ -62,7 +62,7 @@ def test_an_interrupted_run_says_whether_anything_is_saved(
         *("--calibration.seqlen=32", "--evaluation.source=pydoc", "--evaluation.num_samples=2"),
         *("--evaluation.seqlen=32", f"--output_dir={tmp_path / 'run'}"),
     ]
-    words = [sys.executable, "-c", CHILD, *map(str, place), str(int(signal.SIGINT)), *argv]
+    words = [sys.executable, *as_program(place, signal.SIGINT), *argv]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 128 + signal.SIGINT

@@ -9,6 +9,8 @@ from grasp_lightning.cli import main
 from grasp_lightning.plan import Plan
 from tests.conftest import byte_tokenizer, save_tiny
 
+pytestmark = pytest.mark.slow  # every test runs the program several times
+
 
 @pytest.fixture
 def settings(tiny_folder: Path) -> list[str]:

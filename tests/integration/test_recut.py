@@ -14,6 +14,8 @@ from torch import Tensor
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
 
+pytestmark = pytest.mark.slow  # every test runs the program several times
+
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:

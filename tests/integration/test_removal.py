@@ -19,6 +19,8 @@ from grasp_lightning.plan import Plan
 from tests.conftest import save_tiny
 from tests.integration.compensation import compensate_argv
 
+pytestmark = pytest.mark.slow  # every test runs the program several times
+
 IDS = torch.arange(12)[None]
 IDLE_LAYER, IDLE_ATTENTION = 2, 1
 

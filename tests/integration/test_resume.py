@@ -13,7 +13,8 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.training.calibration import CalibrationModule
 from tests.conftest import save_tiny, tiny_model
-from tests.integration.killing import Kill, killed
+from tests.integration.forked import killed
+from tests.integration.killing import Kill
 
 CALIBRATION = "grasp_lightning.training.calibration"
 KILLS = {
@@ -160,6 +161,7 @@ def crash(argv: list[str]) -> None:
             main(["compress", *argv])
 
 
+@pytest.mark.slow
 def test_a_changed_model_is_noticed_when_a_run_resumes(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +174,7 @@ def test_a_changed_model_is_noticed_when_a_run_resumes(
     assert main(["compress", *argv, "--overwrite"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("later", "goes_on"),
     [
@@ -236,6 +239,7 @@ def test_no_text_is_written_for_a_run_that_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_crash_after_the_last_step_repeats_no_pass(
     settings: list[str], whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +16,8 @@ from grasp_lightning.callbacks.training_checkpoint import TrainingCheckpoint
 from grasp_lightning.cli import main
 from grasp_lightning.errors import Interrupted
 from tests.conftest import save_tiny
-from tests.integration.killing import CHILD, ROOT, Kill
+from tests.integration.forked import Outcome, run_ranks
+from tests.integration.killing import Kill
 
 INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 # Like SLURM, it ends every process of the job, itself included, once the job is requeued.
@@ -245,11 +244,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def warned(where: Kill, argv: list[str]) -> subprocess.CompletedProcess[str]:
+def warned(where: Kill, argv: list[str]) -> Outcome:
     """Run the program in a process that sends itself the signal at one place."""
-    words = [sys.executable, "-c", CHILD, *map(str, where), str(int(USR1)), *argv]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    return run_ranks(argv, 1, where, USR1)
 
 
 def windows_in(run: Path) -> list[int]:
@@ -264,8 +261,8 @@ def test_a_warned_run_saves_requeues_and_resumes_to_the_same_plan(
 ) -> None:
     folder = tmp_path / "run"
     done = warned(IN_A_BATCH, [*settings, f"--output_dir={folder}"])
-    assert done.returncode == 0, done.stderr
-    assert "job 17 was requeued" in done.stderr
+    assert done.codes == [0], done.text
+    assert "job 17 was requeued" in done.text
     assert calls.read_text() == "requeue 17\n"
     assert windows_in(folder) == [0, 1, 2, 3]
     for run in (folder, tmp_path / "whole"):
@@ -279,7 +276,7 @@ def test_a_run_that_is_warned_before_its_first_batch_requeues_at_once(
     where: Kill, calls: Path, settings: list[str], tmp_path: Path
 ) -> None:
     done = warned(where, [*settings, f"--output_dir={tmp_path / 'run'}"])
-    assert done.returncode == 0, done.stderr
+    assert done.codes == [0], done.text
     assert calls.read_text() == "requeue 17\n"
     assert not (tmp_path / "run").exists()
 
@@ -290,9 +287,9 @@ def test_a_run_that_slurm_does_not_take_back_says_so(
 ) -> None:
     monkeypatch.setenv("REFUSAL", "Requested operation is presently disabled")
     done = warned(IN_A_BATCH, [*settings, f"--output_dir={tmp_path / 'run'}"])
-    assert done.returncode == 128 + USR1
+    assert done.codes == [128 + USR1]
     assert calls.read_text() == "requeue 17\n"
-    last = done.stderr.strip().splitlines()[-1]
+    last = done.text.strip().splitlines()[-1]
     assert last.startswith(
         "error: interrupted, and the job could not be requeued (scontrol requeue 17: Requested "
         "operation is presently disabled); run the same command again"

@@ -21,6 +21,8 @@ from grasp_lightning.reading.typed import as_type, to_plain
 from tests.conftest import byte_tokenizer, tiny_model
 from tests.unit.models.helpers import factorize_layers
 
+pytestmark = pytest.mark.slow  # lm_eval takes seconds to import
+
 NUM_QUESTIONS = 24
 
 
@@ -191,7 +193,6 @@ def test_the_tasks_of_every_shipped_config_exist() -> None:
     Harness(names, None, TaskSettings())
 
 
-@pytest.mark.slow
 def test_lm_eval_s_own_command_line_gives_the_same_accuracies(
     task_data: Path, tmp_path: Path
 ) -> None:

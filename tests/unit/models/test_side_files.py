@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from grasp_lightning.errors import OutputError
+from grasp_lightning.models.lowrank import REMOTE_MODULE
 from grasp_lightning.models.side_files import copy_side_files, is_licence, side_files
 
 HANDED_ON = [
@@ -93,3 +94,7 @@ def test_a_missing_file_is_named(source: Path, tmp_path: Path) -> None:
 
     with pytest.raises(OutputError, match=r"cannot copy .*LICENSE into the model \(No such file"):
         copy_side_files(files, tmp_path)
+
+
+def test_the_code_of_saved_linears_is_left_out() -> None:
+    assert f"{REMOTE_MODULE}.py" in LEFT_OUT

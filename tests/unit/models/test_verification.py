@@ -108,6 +108,7 @@ def test_without_memory_for_another_model_one_warning_says_so(
     assert "the saved model is not loaded again to verify it: " in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "seconds", "message"),
     [
