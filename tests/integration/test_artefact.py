@@ -409,7 +409,7 @@ def test_a_model_with_code_of_its_own_opens_without_the_package_and_can_be_saved
 
 
 @pytest.mark.parametrize("name", names(fast=False))
-def test_remote_code_beside_the_package_changes_nothing(outcome: Outcome, name: str) -> None:
+def test_remote_code_next_to_the_package_changes_nothing(outcome: Outcome, name: str) -> None:
     assert result_is_good(outcome("package and trust", name))
 
 
@@ -609,7 +609,7 @@ def test_save_refuses_a_config_that_would_rebuild_another_model(tmp_path: Path) 
 def test_save_refuses_a_layer_that_computes_otherwise_than_its_config_says(tmp_path: Path) -> None:
     model = tiny_model("gemma3_text")
     model.get_submodule("model.layers.2.self_attn").is_sliding = False  # type: ignore[assignment]  # plain attribute
-    with pytest.raises(ModelError, match=r"self_attn.is_sliding has value True there and False"):
+    with pytest.raises(ModelError, match=r"self_attn.is_sliding has value True there but False"):
         save_model(model, tmp_path / "model")
 
 

@@ -39,7 +39,7 @@ def cost(model: Path, output: Path, *arguments: object) -> subprocess.CompletedP
     return run("compression_cost.py", *settings, *arguments, cwd=output.parent)
 
 
-def test_the_cost_program_goes_on_after_a_kill_and_compares_decisions(
+def test_the_cost_program_resumes_after_a_kill_and_compares_decisions(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "cost.jsonl"
@@ -72,7 +72,7 @@ def test_the_cost_program_goes_on_after_a_kill_and_compares_decisions(
     assert "contains measurements with seed 0, now it is 1" in other.stderr
 
 
-def test_the_floor_and_estimates_are_told(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_floor_and_estimates_are_reported(tiny_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "cost.jsonl"
     variants = ("--variants", "reference_all", "floor", "--estimate_blocks", 1)
     done = cost(tiny_folder, output, *variants)
@@ -127,7 +127,7 @@ def test_finished_rows_of_the_perplexity_table_are_read(tiny_folder: Path, tmp_p
     assert "Perplexity over 62 predicted tokens." in done.stdout
 
 
-def test_the_table_of_methods_goes_on_where_it_was(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_table_of_methods_resumes_where_it_was(tiny_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for folder in ("wikitext2_raw", "c4"):
         (data / folder).mkdir(parents=True)

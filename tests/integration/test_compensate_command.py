@@ -264,7 +264,7 @@ def test_tensorboard_files_are_written_if_asked_for(settings: list[str], tmp_pat
 
 
 @pytest.mark.slow
-def test_a_compensated_model_goes_on_to_other_commands(settings: list[str], tmp_path: Path) -> None:
+def test_a_compensated_model_works_in_other_commands(settings: list[str], tmp_path: Path) -> None:
     assert main(["compensate", *settings]) == 0
     model = tmp_path / "run" / "model"
     assert main(["export", f"--model={model}", f"--output_dir={tmp_path / 'dense'}"]) == 0

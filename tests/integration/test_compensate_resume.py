@@ -98,7 +98,7 @@ def test_a_killed_training_ends_with_the_bytes_of_one_that_was_not(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("place", ["inside the first epoch", "in a validation"])
-def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(
+def test_a_signal_saves_at_the_next_step_and_the_same_command_resumes(
     place: str, number: int, settings: list[str], whole: dict[str, Path], tmp_path: Path
 ) -> None:
     argv = [*settings, *OPTIONS["lora"], f"--output_dir={tmp_path / 'run'}"]

@@ -612,7 +612,7 @@ def memory_rows(lines: list[str]) -> dict[str, list[float]]:
     return rows
 
 
-def test_plan_tells_the_memory_of_llama_2_7b(
+def test_plan_shows_the_memory_of_llama_2_7b(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
@@ -634,7 +634,7 @@ def test_plan_tells_the_memory_of_llama_2_7b(
     assert all(abs(sum(row[:-1]) - row[-1]) < 0.03 for row in list(rows.values())[:3])
 
 
-def test_plan_tells_the_memory_of_a_model_that_writes_text(
+def test_plan_shows_the_memory_of_a_model_that_generates_text(
     settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = "text that the model generates, "
@@ -650,7 +650,7 @@ def test_plan_tells_the_memory_of_a_model_that_writes_text(
     assert line == f"{said}6 x 24 tokens: {size / 1e6:.2f} MB, weights included"
 
 
-def test_plan_tells_the_memory_of_a_compensation_file(
+def test_plan_shows_the_memory_of_a_compensation_file(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "compensate.yaml"
@@ -659,7 +659,7 @@ def test_plan_tells_the_memory_of_a_compensation_file(
     )
     assert main(["plan", *settings, f"--compensate={file}"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert f"compensation by {file}, 8 processes, 3 x 16 tokens at a time," in lines
+    assert f"compensation with {file}, 8 processes, 3 x 16 tokens at a time," in lines
     (trained,) = [line for line in lines if line.startswith("train: factors, ")]
     assert main(["compress", *settings]) == 0
     factors = load_file(tmp_path / "run" / "factors.safetensors")
@@ -667,7 +667,7 @@ def test_plan_tells_the_memory_of_a_compensation_file(
     assert trained == f"train: factors, {expected:,} parameters trained"
 
 
-def test_plan_tells_the_cache_of_a_schedule_and_that_deletion_has_no_statistics(
+def test_plan_shows_the_cache_of_a_schedule_and_that_deletion_has_no_statistics(
     settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     many = [*settings, "--calibration.num_samples=2000"]

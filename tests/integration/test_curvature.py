@@ -121,7 +121,7 @@ def test_input_moments_serve_another_method(settings: list[str], tmp_path: Path)
 
 
 @pytest.mark.parametrize("words", [plus(0.2), ["--method.name=low_rank", "--method.preset=asvd"]])
-def test_plan_tells_size_and_memory(
+def test_plan_shows_size_and_memory(
     words: list[str], settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", *settings, *words]) == 0
@@ -194,7 +194,7 @@ def test_statistics_are_not_kept_where_that_is_not_wanted(
     assert "statistics.safetensors; runs with a method.weighting" in capsys.readouterr().err
 
 
-def test_keys_of_an_earlier_run_that_do_not_fit_are_told_from_those_that_are_set(
+def test_keys_of_an_earlier_run_that_do_not_fit_are_distinguished_from_those_that_are_set(
     cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [f"--from_scores={cut}", "--method.keep_ratio=0.5", f"--output_dir={tmp_path / 'again'}"]

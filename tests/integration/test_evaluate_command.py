@@ -189,7 +189,7 @@ def test_a_changed_text_or_task_is_noticed(
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_after_its_last_measurement(
+def test_a_killed_evaluation_resumes_after_its_last_measurement(
     tiny_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, second = tmp_path / "results.json", tmp_path / "second.txt"

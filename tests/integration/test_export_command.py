@@ -182,7 +182,7 @@ def test_nothing_of_the_low_rank_format_is_left(
     }
 
 
-def test_the_user_is_told_where_the_copy_is_and_that_nothing_is_gained(
+def test_the_output_says_where_the_copy_is_and_that_it_is_not_smaller(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export(source) == 0
@@ -194,7 +194,7 @@ def test_the_user_is_told_where_the_copy_is_and_that_nothing_is_gained(
     assert "multiplying factors" in captured.err
 
 
-def test_narrowed_linears_are_told_and_noted(
+def test_narrowed_linears_are_reported_and_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "narrowed"
@@ -212,7 +212,7 @@ def test_narrowed_linears_are_told_and_noted(
     }
 
 
-def test_a_compressed_run_gets_a_card_that_tells_where_it_comes_from(tmp_path: Path) -> None:
+def test_a_compressed_run_gets_a_card_that_names_its_source(tmp_path: Path) -> None:
     dense = save_tiny(tmp_path / "tiny-llama")
     (dense / "LICENSE").write_text("Do what you like.\n")
     (dense / "README.md").write_text("---\nlicense: mit\n---\nA tiny model.\n")
@@ -289,7 +289,7 @@ def test_foreign_files_are_neither_overwritten_nor_deleted(
     assert contents(out) == before
 
 
-def test_the_source_stays_as_it_is(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_source_does_not_change(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(source)
     for output in (source, source / "inner", source.parent):
         assert main(["export", f"--model={source}", f"--output_dir={output}", "--overwrite"]) == 2

@@ -75,7 +75,7 @@ def test_the_method_is_planned_by_its_name(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_its_model_loads_with_equal_logits(
+def test_a_killed_run_resumes_and_its_model_loads_with_equal_logits(
     site: Path, settings: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

@@ -124,7 +124,7 @@ def test_killed_processes_go_on_to_the_same_decisions(  # noqa: PLR0917  paramet
     assert_equal_models(alone[method], tmp_path / "run")
 
 
-def test_ctrl_c_ends_both_at_the_same_batch_and_a_later_start_goes_on(
+def test_ctrl_c_ends_both_at_the_same_batch_and_a_later_start_resumes(
     settings: dict[str, list[str]], tmp_path: Path
 ) -> None:
     words = [

@@ -53,7 +53,7 @@ RESUMES = (
 
 @pytest.mark.parametrize(("place", "told"), [(LOADING, STARTS_ANEW), (MEASURING, RESUMES)])
 @pytest.mark.slow
-def test_an_interrupted_run_tells_whether_anything_is_saved(
+def test_an_interrupted_run_says_whether_anything_is_saved(
     place: Kill, told: str, tmp_path: Path
 ) -> None:
     argv = [

@@ -99,7 +99,7 @@ def test_installed_program_ignores_a_callbacks_package_of_the_working_directory(
 
 
 @pytest.mark.slow
-def test_installed_library_lives_beside_a_callbacks_package_of_the_user(
+def test_installed_library_works_next_to_a_callbacks_package_of_the_user(
     installed: Path, hostile_folder: Path
 ) -> None:
     # What python -c and notebooks do: the working directory is searched first.

@@ -57,7 +57,7 @@ def words(source: Path, run: Path, ratio: float, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
-def test_what_does_nothing_goes_as_a_whole(family: str, tmp_path: Path) -> None:
+def test_parts_that_do_nothing_are_removed_whole(family: str, tmp_path: Path) -> None:
     source, run = save_with_idle_parts(tmp_path / "source", family), tmp_path / "run"
     assert main(["compress", *words(source, run, 0.35)]) == 0
 

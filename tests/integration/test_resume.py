@@ -132,7 +132,7 @@ def test_a_resumed_pass_does_only_what_is_left(
 
 
 @pytest.mark.slow
-def test_text_of_the_model_goes_on_where_it_was_killed(
+def test_text_of_the_model_resumes_where_it_was_killed(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*settings, "--calibration.source=[pydoc,self]", "--calibration.num_samples=70"]
@@ -162,7 +162,7 @@ def crash(argv: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_changed_model_is_noticed_when_a_run_goes_on(
+def test_a_changed_model_is_noticed_when_a_run_resumes(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save_tiny(tmp_path / "model")

@@ -132,7 +132,7 @@ def test_two_processes_train_as_one_does_whether_killed_or_not(
         ("deepspeed_stage_3_offload", "lora", 2),
     ],
 )
-def test_other_ways_to_train_and_offloading_lead_there_too(  # noqa: PLR0917  parameters of pytest
+def test_other_ways_to_train_and_offloading_give_the_same_result(  # noqa: PLR0917  parameters of pytest
     strategy: str,
     train: str,
     number: int,
@@ -154,7 +154,7 @@ def test_other_ways_to_train_and_offloading_lead_there_too(  # noqa: PLR0917  pa
         (("fsdp", 2), ("auto", 1)),
     ],
 )
-def test_a_killed_training_goes_on_under_another_strategy_in_other_processes(
+def test_a_killed_training_resumes_under_another_strategy_in_other_processes(
     first: tuple[str, int],
     second: tuple[str, int],
     settings: list[str],
@@ -236,7 +236,7 @@ def test_settings_that_deepspeed_cannot_follow_are_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_deepspeed_is_refused_where_there_is_no_gpu(
+def test_deepspeed_is_refused_without_a_gpu(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if torch.cuda.is_available():

@@ -180,7 +180,7 @@ def test_budget_of_an_optimum_gives_that_optimum(choices: list[Choice], multipli
 
 @quick
 @given(trees(), shares)
-def test_budget_is_kept_and_the_loss_lies_between_the_optimum_and_its_bound(
+def test_budget_is_kept_and_the_loss_is_between_the_optimum_and_its_bound(
     choices: list[Choice], share: float
 ) -> None:
     budget = budget_at(choices, share)
@@ -306,7 +306,7 @@ def test_a_matrix_stays_dense_exactly_where_no_rank_is_as_cheap(
 
 @quick
 @given(st.lists(matrices(), min_size=1, max_size=1), values, multipliers)
-def test_a_group_is_removed_exactly_where_that_is_no_dearer(
+def test_a_group_is_removed_exactly_where_that_costs_no_more(
     children: list[MatrixChoice], removal_loss: float, multiplier: float
 ) -> None:
     kept = min(loss + multiplier * size for size, loss in outcomes(children))

@@ -80,7 +80,7 @@ def assert_ends_well(job: Job) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_compression_that_is_warned_goes_on_and_counts_each_window_once(
+def test_a_warned_compression_resumes_and_counts_each_window_once(
     ranks: int, cluster: Cluster, compression: list[str], compressed: Path, tmp_path: Path
 ) -> None:
     argv = [*compression, "--overwrite=true"]  # which counts only at the first start
@@ -99,9 +99,7 @@ def test_a_compression_that_is_warned_goes_on_and_counts_each_window_once(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_training_that_is_warned_goes_on_to_the_same_weights(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_a_warned_training_resumes_to_the_same_weights(cluster: Cluster, tmp_path: Path) -> None:
     argv = [
         *compensate_argv(compressed_folder(tmp_path), tmp_path),
         "--model.device=cpu",

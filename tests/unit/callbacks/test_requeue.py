@@ -148,7 +148,7 @@ def test_a_warning_takes_the_signals_back_from_a_trainer() -> None:
 
 
 @pytest.mark.usefixtures("job")
-def test_the_end_of_another_rank_is_no_error_after_a_warning(
+def test_the_end_of_another_rank_is_not_an_error_after_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def work(_: StopRequest) -> None:
@@ -256,7 +256,7 @@ def windows_in(run: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_warned_run_saves_requeues_and_goes_on_to_the_same_plan(
+def test_a_warned_run_saves_requeues_and_resumes_to_the_same_plan(
     calls: Path, settings: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"

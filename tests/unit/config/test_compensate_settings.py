@@ -272,7 +272,7 @@ def test_the_objective_says_whether_instructions_are_learned(
     ("key", "value"),
     [("patience", 3), ("keep", "best")],
 )
-def test_what_goes_by_validations_needs_some(key: str, value: object) -> None:
+def test_options_that_use_validations_need_some(key: str, value: object) -> None:
     without = with_key(config(), f"training.{key}", value)
     assert refusal(without) == (
         f"training.{key} is {value}, but would be ignored: set training.validate_every"

@@ -108,7 +108,7 @@ def test_a_count_is_named_with_its_bound() -> None:
     )
 
 
-def test_the_help_tells_the_range_of_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_shows_the_range_of_a_number(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(CompensateConfig, "cli.py", ["--help"])
     shown = " ".join(capsys.readouterr().out.split())

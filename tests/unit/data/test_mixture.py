@@ -321,7 +321,7 @@ def test_every_source_can_be_mixed() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "5", "-5", "5-3", "a-b", "0-5-7", "0 - 5", "[0, 5]", "0-5\n"])
-def test_what_is_no_range_of_rows_is_refused(text: str) -> None:
+def test_text_that_is_not_a_range_of_rows_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^calibration\.rows"):
         RowRange.parse(text, "calibration.rows")
 

@@ -338,7 +338,7 @@ def test_validation_samples_come_once_in_the_same_micro_batches(data: TrainingDa
     assert sorted(first) == sorted(rows(data.samples.validation))
 
 
-def test_no_validation_samples_are_no_loaders(
+def test_no_validation_samples_give_no_loaders(
     samples: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     assert instruction_data(samples, tokenizer, num_validation=0).val_dataloader() == []

@@ -52,7 +52,7 @@ def run(task_data: Path, **settings: int) -> TaskRun:
     return harness.run(tiny_model(), byte_tokenizer(), "openbookqa")
 
 
-def test_accuracy_is_that_of_the_likeliest_answers(task_data: Path) -> None:
+def test_accuracy_counts_the_likeliest_answers(task_data: Path) -> None:
     result = run(task_data).results["openbookqa"]
     model, tokenizer = tiny_model(), byte_tokenizer()
     correct = []
@@ -155,7 +155,7 @@ def test_documents_that_a_task_cannot_use_are_named_before_a_model_runs(
     assert message in str(caught.value)
 
 
-def test_nan_is_no_accuracy(task_data: Path) -> None:
+def test_nan_is_not_an_accuracy(task_data: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
         next(model.model.layers[2].parameters()).fill_(float("nan"))
@@ -164,7 +164,7 @@ def test_nan_is_no_accuracy(task_data: Path) -> None:
         harness.run(model, byte_tokenizer(), "openbookqa")
 
 
-def test_a_task_s_own_number_of_examples_is_told(
+def test_a_fixed_number_of_examples_is_reported(
     task_data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = task_data / "gsm8k_cot_zeroshot"

@@ -48,7 +48,7 @@ eye = torch.eye(3, dtype=torch.float64)
         ),
     ],
 )
-def test_matrix_that_is_no_gram_is_refused(gram: Tensor, message: str) -> None:
+def test_matrix_that_is_not_a_gram_is_refused(gram: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         damped_root(gram, 1e-10)
 
@@ -113,7 +113,7 @@ def test_truncation_prefers_what_the_metric_weighs() -> None:
         (torch.tensor([1.0, math.inf, 1]), "right has entries that are not finite"),
     ],
 )
-def test_tensor_that_is_no_root_is_refused(root: Tensor, message: str) -> None:
+def test_tensor_that_is_not_a_root_is_refused(root: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         weighted_svd(torch.ones(2, 3), None, root)
 

@@ -151,7 +151,7 @@ def test_the_widest_mlp_counts() -> None:
     assert model_shape(view).inner == 48
 
 
-def test_dropped_layers_are_gone() -> None:
+def test_dropped_layers_do_not_exist() -> None:
     planned = shape_after(shape(), (DropLayers(layers=(0, 2)),), 1000)
     assert len(planned.layers) == 2
     assert planned.weights == 4000

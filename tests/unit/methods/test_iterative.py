@@ -176,7 +176,7 @@ def test_magnitude_chooses_the_same_by_either_schedule(family: str) -> None:
     ("family", "keep_ratio", "removed_ratio"),
     [*((family, 0.3, None) for family in FAMILIES), ("llama", None, 0.12)],
 )
-def test_a_run_goes_on_after_every_step_to_the_same_bytes(
+def test_a_run_resumes_after_every_step_to_the_same_bytes(
     family: str, keep_ratio: float | None, removed_ratio: float | None
 ) -> None:
     config = MethodConfig(

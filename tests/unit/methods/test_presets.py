@@ -123,7 +123,7 @@ LARGEST = "keeps the largest components"
         ),
     ],
 )
-def test_options_of_another_method_tell_its_name(
+def test_options_of_another_method_name_it(
     config: MethodConfig, keys: str, reason: str, owner: str
 ) -> None:
     with pytest.raises(ConfigError) as error:

@@ -213,7 +213,7 @@ def test_channels_and_ranks_share_the_budget() -> None:
     assert cut.ranks["a"] == 8
 
 
-def test_what_goes_as_a_whole_takes_the_rest_of_its_layer_along() -> None:
+def test_a_removed_layer_includes_the_rest_of_its_parameters() -> None:
     mlp = narrowable("down", num_channels=40)
     layer = Removable(name="layer", layer=1, linears=("a", "up", "down"), parameters=5000)
     # 200 of the parameters of the MLP's channels are biases, which stay.

@@ -257,7 +257,7 @@ def test_what_a_mixture_of_experts_keeps_is_named_in_one_warning(
     assert ", ".join(SKIPPED[family].split()) in message
 
 
-def test_dense_layers_beside_sparse_ones_are_offered_whole(
+def test_dense_layers_next_to_sparse_ones_are_offered_whole(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     view = DecoderView(tiny_model("qwen3_moe", mlp_only_layers=[1]))
@@ -283,7 +283,7 @@ def test_experts_that_are_many_small_linears_are_left_out_with_their_router() ->
     assert view.skipped(3) == ("model.layers.3.router",)
 
 
-def test_convolutions_are_no_experts() -> None:
+def test_convolutions_are_not_experts() -> None:
     model = tiny_model()
     model.get_submodule("model.layers.2.mlp").add_module("conv", nn.Conv1d(4, 4, 3))
     assert len(DecoderView(model).linears(2)) == 7

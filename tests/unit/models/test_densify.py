@@ -77,7 +77,7 @@ def test_dropped_layers_stay_dropped() -> None:
     assert count_parameters(model) == count_parameters(tiny_model()) - layer
 
 
-def test_biases_are_kept_as_they_are() -> None:
+def test_biases_are_kept_unchanged() -> None:
     model = compressed("opt")
     before = {name: module.left.bias for name, module in low_rank_linears(model).items()}
     assert all(bias is not None for bias in before.values())
@@ -215,7 +215,7 @@ def test_biases_are_filled_up_with_zeros_and_that_of_the_reader_is_kept(family: 
             assert not new[2:].any()
 
 
-def test_a_narrowed_linear_without_a_reader_beside_it_is_named() -> None:
+def test_a_narrowed_linear_without_a_reader_in_its_module_is_named() -> None:
     model = tiny_model()
     model.set_submodule(UP, NarrowedLinear(32, 20, bias=False))
     with pytest.raises(

@@ -114,7 +114,7 @@ def test_a_gguf_file_cut_short_anywhere_is_one_line(
         load_meta_model(cpu(cut))
 
 
-def test_bytes_that_are_no_gguf_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_not_gguf_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "text.gguf"
     file.write_bytes(b"not a model " * 1000)
 

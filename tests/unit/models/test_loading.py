@@ -266,7 +266,7 @@ def test_a_pickle_or_a_foreign_file_is_not_opened(
         ("{", "is not JSON"),
     ],
 )
-def test_an_index_names_files_beside_it(
+def test_an_index_names_files_next_to_it(
     tiny_folder: Path, content: dict[str, object] | str, reason: str
 ) -> None:
     (tiny_folder / "model.safetensors").unlink()
@@ -290,7 +290,7 @@ def test_a_link_to_nothing_and_a_fifo_are_named(tiny_folder: Path) -> None:
     assert "is a FIFO; expected a file" in message(cpu(tiny_folder))
 
 
-def test_a_shard_beside_its_index_is_loaded(tiny_folder: Path) -> None:
+def test_a_shard_next_to_its_index_is_loaded(tiny_folder: Path) -> None:
     tiny_model().save_pretrained(tiny_folder, max_shard_size="20kB")
     (tiny_folder / "model.safetensors").unlink(missing_ok=True)
 
@@ -302,7 +302,7 @@ def test_a_shard_beside_its_index_is_loaded(tiny_folder: Path) -> None:
     assert loaded.origin.source_bytes == sum(file.stat().st_size for file in shards)
 
 
-def test_a_model_that_is_no_language_model_is_one_line(tiny_folder: Path) -> None:
+def test_a_model_that_is_not_a_language_model_is_one_line(tiny_folder: Path) -> None:
     (tiny_folder / "config.json").write_text('{"model_type": "vit"}')
 
     text = message(cpu(tiny_folder))

@@ -88,7 +88,7 @@ def test_links_of_the_hubs_cache_are_followed(source: Path, tmp_path: Path) -> N
     assert (copy / "LICENSE").read_text() == "LICENSE"
 
 
-def test_a_file_that_is_gone_is_named(source: Path, tmp_path: Path) -> None:
+def test_a_missing_file_is_named(source: Path, tmp_path: Path) -> None:
     files = side_files(source)
     (source / "LICENSE").unlink()
 

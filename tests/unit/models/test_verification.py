@@ -72,7 +72,7 @@ def test_a_model_that_was_saved_well_passes_and_is_left_as_it_was(
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_otherwise_in_the_folder_is_told_in_one_line(damage: str, tmp_path: Path) -> None:
+def test_other_content_of_the_folder_is_reported_in_one_line(damage: str, tmp_path: Path) -> None:
     change, message = DAMAGES[damage]
     model = tiny_model()
     save_model(model, tmp_path)

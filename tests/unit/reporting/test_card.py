@@ -49,7 +49,7 @@ def test_front_matter_is_what_the_hub_reads() -> None:
     }
 
 
-def test_card_tells_what_was_done_and_what_it_cost() -> None:
+def test_card_says_what_was_done_and_what_it_cost() -> None:
     text = card()
     for expected in (
         "56 linears in decoder layers 17, 19-24, 26",
@@ -72,7 +72,7 @@ def test_low_rank_layers_need_the_package_or_remote_code() -> None:
     assert "trust_remote_code=True" in card()
 
 
-def test_narrowed_mlps_are_counted_beside_low_rank_linears() -> None:
+def test_narrowed_mlps_are_counted_apart_from_low_rank_linears() -> None:
     text = card(narrowing_metrics(), plan=narrowing_plan())
     assert "decoder layers 3, 5 have\n1 low-rank linear, 2 narrowed MLPs, and 19.0% of" in text
     assert "open the low-rank layers" in text
@@ -124,7 +124,7 @@ def test_a_local_model_shows_no_path_and_no_base_model(origin_name: str) -> None
         assert f"`{private}" not in text
 
 
-def test_a_gguf_file_in_a_folder_is_no_hub_name() -> None:
+def test_a_gguf_file_in_a_folder_is_not_a_hub_name() -> None:
     assert "base_model" not in front_matter(card(origin_name="folder/model.Q4_1.gguf"))
 
 

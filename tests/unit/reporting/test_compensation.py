@@ -164,7 +164,7 @@ def test_table_prints_every_row_and_what_was_measured() -> None:
     assert "312,345 predicted tokens of samples set aside" in text
 
 
-def test_notes_tell_what_became_of_the_samples_and_which_weights_are_kept() -> None:
+def test_notes_say_how_samples_were_used_and_which_weights_are_kept() -> None:
     metrics = example_compensation(
         best_step=75, samples={"strange_ones": 3, "train": 1200, "cut": 0}
     )
@@ -194,7 +194,7 @@ def test_summary_names_what_is_trained_on_what(changes: dict, start: str) -> Non
     assert summary(example_compensation(**changes)).startswith(start)
 
 
-def test_brackets_in_a_model_name_are_printed_as_they_are() -> None:
+def test_brackets_in_a_model_name_are_printed_unchanged() -> None:
     assert "evil[/bold][red]name" in printed(example_compensation(model="evil[/bold][red]name"))
 
 
@@ -246,7 +246,7 @@ def html() -> str:
     return render_compensation_report(example_compensation(), CONFIG)
 
 
-def test_page_tells_numbers_settings_times_and_versions(html: str) -> None:
+def test_page_shows_numbers_settings_times_and_versions(html: str) -> None:
     text = Page(html).text
     for expected in (
         "Compensation report",
@@ -370,7 +370,7 @@ def sections(text: str) -> list[str]:
     return re.findall(r"^## (.*)$", text, re.MULTILINE)
 
 
-def test_card_keeps_the_compressed_model_s_card_and_tells_of_the_training() -> None:
+def test_card_keeps_the_compressed_model_s_card_and_describes_the_training() -> None:
     source, text = compressed_card(), card(compressed_card())
     expected = sections(source)
     expected.insert(expected.index("How to load"), "Compensation")
@@ -395,7 +395,7 @@ def test_card_keeps_the_compressed_model_s_card_and_tells_of_the_training() -> N
     assert "not trained after" not in text
 
 
-def test_licence_of_the_data_stands_beside_that_of_the_base_model() -> None:
+def test_licence_of_the_data_is_next_to_that_of_the_base_model() -> None:
     _, licences = card(compressed_card()).split("## Licence\n")
     licences, _ = licences.split("## Citation")
     assert "base model's licence is `Apache-2.0`" in licences
@@ -511,7 +511,7 @@ def test_a_second_compensation_has_a_section_of_its_own() -> None:
         ({"best_step": 75}, {}, "Weights: from step 75."),
     ],
 )
-def test_card_tells_what_was_trained(changes: dict, lora: dict, expected: str) -> None:
+def test_card_says_what_was_trained(changes: dict, lora: dict, expected: str) -> None:
     text = card(None, example_compensation(**changes), config={**CONFIG, "lora": lora})
     assert expected in text
 

@@ -44,7 +44,7 @@ def compressed_card(origin_name: str) -> str:
     )
 
 
-def test_the_card_says_that_nothing_is_gained() -> None:
+def test_the_card_says_that_the_copy_is_not_smaller() -> None:
     text = card()
     for expected in (
         "**This copy is neither smaller nor faster**",
@@ -77,7 +77,7 @@ def test_front_matter_names_base_model_and_licence() -> None:
     assert "base_model" not in front_matter(card("llama"))
 
 
-def test_what_is_not_known_is_said_so() -> None:
+def test_unknown_facts_are_stated() -> None:
     text = card(licence=None, source_card=None)
     assert "license" not in front_matter(text)
     assert "does not know the licence of the base model" in text

@@ -55,7 +55,7 @@ def test_the_plot_names_total_and_worst() -> None:
     assert ET.fromstring(plot.svg).tag.endswith("svg")
 
 
-def test_the_report_tells_predicted_beside_measured() -> None:
+def test_the_report_shows_predicted_next_to_measured() -> None:
     change = LossChange(predicted=0.18, measured=math.log(2))
     metrics = example_metrics(method="grasp_plus", layers=(2, 3, 4), loss_change=change)
     page = render_report(metrics, PLAN, SCORES, CONFIG)

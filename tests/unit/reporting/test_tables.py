@@ -62,7 +62,7 @@ def test_unmeasured_perplexity_is_said_so() -> None:
     assert "held-out" not in " ".join(comparison_notes(metrics))
 
 
-def test_brackets_in_a_model_name_are_printed_as_they_are() -> None:
+def test_brackets_in_a_model_name_are_printed_unchanged() -> None:
     assert "evil[/bold][red]name" in printed(example_metrics(model="evil[/bold][red]name"))
 
 

@@ -41,7 +41,7 @@ def test_numbers_are_whole_at_eighty_columns() -> None:
         assert number in text
 
 
-def test_the_caption_tells_what_was_measured_and_how() -> None:
+def test_the_caption_says_what_was_measured_and_how() -> None:
     notes = throughput_notes(example_throughput())
     assert notes[:2] == (
         "A: dense, 134.5 M parameters, float32",

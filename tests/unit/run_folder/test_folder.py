@@ -45,7 +45,7 @@ def test_an_empty_folder_is_a_new_run(root: Path) -> None:
     assert RunFolder.open(root, CONFIG).state == "new"
 
 
-def test_an_unfinished_run_with_the_same_configuration_goes_on(root: Path) -> None:
+def test_an_unfinished_run_with_the_same_configuration_resumes(root: Path) -> None:
     write_run(root, finish=False)
 
     with RunFolder.open(root, CONFIG) as run:
@@ -77,7 +77,7 @@ def test_a_key_that_only_one_side_has_is_named(root: Path) -> None:
         {**CONFIG, "seed": 0.0},
     ],
 )
-def test_where_a_run_goes_and_how_a_value_is_written_do_not_count(
+def test_where_a_run_is_written_and_how_a_value_is_spelled_do_not_count(
     root: Path, config: dict[str, Any]
 ) -> None:
     write_run(root)
@@ -137,7 +137,7 @@ def test_keys_that_came_later_count_only_where_they_are_set(root: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "{", "- 1\n"])
-def test_a_configuration_that_is_gone_or_damaged_is_said(root: Path, text: str | None) -> None:
+def test_a_missing_or_damaged_configuration_is_reported(root: Path, text: str | None) -> None:
     write_run(root)
     if text is None:
         (root / "config.yaml").unlink()
@@ -198,7 +198,7 @@ def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(
     }
 
 
-def test_overwrite_refuses_before_deleting_if_a_foreign_file_lies_in_the_model(root: Path) -> None:
+def test_overwrite_refuses_before_deleting_if_a_foreign_file_is_in_the_model(root: Path) -> None:
     write_run(root)
     (root / "model" / "notes.txt").write_text("mine")
     before = content(root)
@@ -278,7 +278,7 @@ def test_the_models_folder_is_refused_also_through_links(tmp_path: Path) -> None
     assert set(content(tmp_path / "models" / "llama")) == {"m.gguf"}
 
 
-def test_folders_beside_the_model_and_absent_protected_ones_are_fine(tmp_path: Path) -> None:
+def test_folders_next_to_the_model_and_absent_protected_ones_are_fine(tmp_path: Path) -> None:
     (tmp_path / "llama").mkdir()
     protected = [str(tmp_path / "llama"), "org/name", "smollm2"]
 
@@ -326,7 +326,7 @@ def test_a_loop_of_links_is_one_line(tmp_path: Path) -> None:
     assert str(tmp_path) in refusal(tmp_path / "a")
 
 
-def test_the_lock_file_is_gone_after_closing(root: Path) -> None:
+def test_the_lock_file_is_deleted_after_closing(root: Path) -> None:
     with RunFolder.open(root, CONFIG):
         assert (root / ".lock").exists()
     assert not (root / ".lock").exists()
@@ -352,7 +352,7 @@ def test_a_failed_write_leaves_neither_a_file_nor_the_old_one_damaged(root: Path
         assert run.path("plan.json").read_text() == "old"
 
 
-def test_a_fault_inside_a_new_folder_is_passed_on_and_the_folder_is_gone(root: Path) -> None:
+def test_an_error_inside_a_new_folder_is_raised_and_the_folder_deleted(root: Path) -> None:
     with RunFolder.open(root, CONFIG) as run:
         with pytest.raises(ZeroDivisionError), run.new_folder("model"):
             _ = 1 / 0

@@ -87,7 +87,7 @@ def test_a_link_where_a_run_writes_is_named(name: str, tmp_path: Path) -> None:
     )
 
 
-def test_a_lock_that_is_no_lock_is_not_deleted(tmp_path: Path) -> None:
+def test_a_foreign_file_in_place_of_the_lock_is_not_deleted(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("of another program")
 
     assert ".lock already exists and was not written by this program" in refusal(
@@ -144,7 +144,7 @@ def test_all_that_a_run_writes_has_the_usual_permissions(
         assert path.stat().st_mode & 0o777 == usual & ~umask, path
 
 
-def test_a_file_beside_a_result_is_no_link_to_another(tmp_path: Path) -> None:
+def test_a_file_next_to_a_result_is_not_a_link_to_another(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "result.json").symlink_to(tmp_path / "precious")
 

@@ -80,7 +80,7 @@ def test_a_second_process_is_refused_while_the_first_one_lives(
 
 
 @pytest.mark.parametrize("act", [HALF_FILE, HALF_FOLDER])
-def test_a_killed_run_is_unfinished_and_its_half_written_part_is_gone(
+def test_a_killed_run_is_unfinished_and_its_half_written_part_is_deleted(
     root: Path, act: str, start_writer: Callable[..., subprocess.Popen[str]]
 ) -> None:
     kill(start_writer(act))

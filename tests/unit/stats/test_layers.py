@@ -73,7 +73,7 @@ def test_the_mean_is_over_tokens_not_over_batches(metric: LayerMetric) -> None:
     torch.testing.assert_close(measure(view, [batch], metric), measure(view, rows, metric))
 
 
-def test_hooks_are_gone_afterwards() -> None:
+def test_hooks_are_removed_afterwards() -> None:
     view = DecoderView(tiny_model())
     measure(view, [random_batch()], "similarity")
     assert not any(module._forward_hooks for module in view.model.modules())
@@ -84,7 +84,7 @@ def test_a_span_longer_than_the_model_is_refused() -> None:
         LayerMetricCollector(DecoderView(tiny_model()), "angular", 5)
 
 
-def test_no_token_is_no_mean() -> None:
+def test_no_token_gives_no_mean() -> None:
     collector = LayerMetricCollector(DecoderView(tiny_model()), "similarity")
     with pytest.raises(ValueError, match="nothing to average"):
         collector.mean()

@@ -296,14 +296,14 @@ def test_a_linear_of_rank_1_gets_an_adapter_of_rank_1() -> None:
     assert {len(adapter(view.model, name)[1]) for name in trained.modules} == {1}
 
 
-def test_a_rank_that_fits_everywhere_is_no_reason_for_a_warning(
+def test_a_rank_that_fits_everywhere_causes_no_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     make_trainable(compressed(), "lora", LoraSettings(rank=RANK // 2))
     assert not caplog.records
 
 
-def test_transposed_linears_beside_ordinary_ones_are_no_reason_for_a_warning() -> None:
+def test_transposed_linears_next_to_ordinary_ones_cause_no_warning() -> None:
     view = compressed("gpt2")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -543,7 +543,7 @@ def test_a_usual_name_that_a_family_has_no_linear_for_is_an_error() -> None:
         make_trainable(compressed("opt"), "lora", LoraSettings(targets=("gate_proj",)))
 
 
-def test_a_target_that_was_not_compressed_is_no_factor() -> None:
+def test_a_target_that_was_not_compressed_is_not_a_factor() -> None:
     view = DecoderView(tiny_model())
     operations, tensors = factorize_layers(view, [1], RANK)
     apply_operations(view, operations[:1], tensors)  # its q_proj

@@ -413,7 +413,7 @@ def test_a_teacher_that_is_the_model_itself_has_nothing_to_teach(
         assert torch.equal(parameter, recorder.first[name])
 
 
-def test_a_teacher_is_learned_from_and_stays_as_it_is() -> None:
+def test_a_teacher_is_learned_from_and_does_not_change() -> None:
     samples, model, other = random_samples(), compressed(), compressed(seed=1)
     module = CompensationModule(model, PLAIN, teacher=Teacher(other, temperature=2.0, mix=0.25))
     before = {name: p.clone() for name, p in other.named_parameters()}
@@ -484,7 +484,7 @@ def saved(folder: Path, module: CompensationModule, data: TrainingData) -> Path:
     return folder / "a.ckpt"
 
 
-def test_a_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+def test_a_training_resumes_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     config = OptimizerConfig(warmup_steps=1)
     data = GivenData(random_samples(), training=steps_of(4, 3, epochs=2))
     whole = CompensationModule(compressed(), config)

@@ -91,7 +91,7 @@ def test_layers_that_compute_with_their_numbers_stay() -> None:
         removable_parts(view, view.layer_indices, "layers")
 
 
-def test_one_layer_is_left_whatever_goes() -> None:
+def test_one_layer_always_remains() -> None:
     view = DecoderView(tiny_model())
     layers = [p.layer for p in removable_parts(view, view.layer_indices, "layers")]
     assert layers == [1, 2, 3]
