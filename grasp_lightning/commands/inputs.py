@@ -152,7 +152,7 @@ def _calibration(
 def _load(config: CompressConfig, given: ModelInMemory | None) -> tuple[LoadedModel, str]:
     """Return the model and the hash of its weights.
 
-    The processes of a node read a sharded model in turns: memory holds one whole model at a time,
+    The processes of a node read a sharded model one by one: memory holds one whole model at a time,
     and no device ever does.
 
     Raises:

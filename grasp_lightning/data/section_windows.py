@@ -87,7 +87,7 @@ def evaluation_windows(
 ) -> TokenWindows:
     """Return the first ``num_samples`` windows of the held-out text; None takes all.
 
-    Errors are those of ``calibration_windows``.
+    Raises the errors of ``calibration_windows``.
     """
     check_values(config, "evaluation.")
     documents = read_documents(config, "evaluation")

@@ -51,7 +51,7 @@ class ModelOrigin:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A resolved ``ModelConfig.path``; ``name`` and ``folder`` are those of ``ModelOrigin``.
+    """A resolved ``ModelConfig.path``; ``name`` and ``folder`` are as in ``ModelOrigin``.
 
     Attributes:
         location: What transformers opens: a local folder, or a hub name.

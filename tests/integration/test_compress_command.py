@@ -603,7 +603,7 @@ def test_plan_solves_a_share_of_llama_2_7b(
 
 
 def memory_rows(lines: list[str]) -> dict[str, list[float]]:
-    """Return the numbers of every strategy; names may hold spaces, numbers stand at the end."""
+    """Return the numbers of every strategy; names may hold spaces, numbers come at the end."""
     rows = {}
     for line in lines:
         cells = re.split(r"  +", line.strip())
