@@ -80,7 +80,7 @@ class StepProgressBar(ProgressBar):
             self._count()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the bar, unless the training goes on."""
+        """Close the bar, unless the training continues."""
         if trainer.state.fn is not TrainerFn.FITTING:
             self._end()
 

@@ -1,7 +1,7 @@
 """The stages of ``compress`` and ``compensate``, and their work, for the bar of a run.
 
-Work is counted in forward passes of one token through the model. It only has to be about right: it
-tells how long stages take that have not begun, from the measured speed of those before them.
+Work is counted in forward passes of one token through the model. A rough number is enough: with the measured
+speed of earlier stages it gives the time that later stages will take.
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ from grasp_lightning.training.finish import CUT_LOSSES, REFIT
 LOAD, EVALUATE, FACTORIZE, TRAIN, SAVE = "load", "evaluate", "factorize", "train", "save"
 PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
 
-# Forward passes per token. The ratios are those of the table "Calibration text" in docs/results.md;
-# so is the share of decompositions.
+# Forward passes per token. The ratios and the share of decompositions come from the table
+# "Calibration text" in docs/results.md.
 _FORWARD_AND_BACKWARD = 3.0
 _CURVATURE = 4.5
 _REFIT = 3.2

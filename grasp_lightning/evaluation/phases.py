@@ -13,7 +13,7 @@ class Phases:
     """Sums the seconds spent in named phases.
 
     Args:
-        follow: Called with the phase that begins or goes on, and the phases inside it.
+        follow: Called with the phase that begins or continues, and the phases inside it.
     """
 
     def __init__(self, follow: Callable[[str, tuple[str, ...]], object] = lambda *_: None) -> None:

@@ -28,7 +28,7 @@ from grasp_lightning.progress.estimate import Estimate, Stage, Work
 T = TypeVar("T")
 _WIDTH = 24
 _PERCENT = 100
-_ALMOST = 99  # percent, while the run goes on
+_ALMOST = 99  # percent, while the run is active
 
 
 class PassBar:
@@ -109,7 +109,7 @@ class RunBar:
     def pass_bar(
         self, description: str, total: float | None, *, done: float, console: Console | None
     ) -> Iterator[PassBar]:
-        """Show the bar of a pass; the outermost one tells how much of the stage is done."""
+        """Show the bar of a pass; the outermost one shows how much of the stage is done."""
         counts = self._num_open == 0 and bool(total)
 
         def on_update(done: float) -> None:
@@ -144,7 +144,7 @@ class RunBar:
 
 
 _shown: list[RunBar] = []
-"""Bars of runs, the innermost last. There is one terminal, so passes need not be told of it."""
+"""Bars of runs, the innermost last. There is one terminal, so passes find the bar here."""
 
 
 def pass_bar(

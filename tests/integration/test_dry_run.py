@@ -60,7 +60,7 @@ def test_it_says_that_an_unfinished_run_would_go_on(
     begun(settings).close()
     before = contents(tmp_path)
     assert main(["compress", *settings, "--dry_run"]) == 0
-    assert "an unfinished run of this configuration, which would go on" in capsys.readouterr().out
+    assert "an unfinished run of this configuration, which would resume" in capsys.readouterr().out
     assert main(["compress", *settings, "--dry_run", "--overwrite"]) == 0
     assert "would be deleted first" in capsys.readouterr().out
     assert main(["compress", *settings, "--dry_run", "--seed=1"]) == 2
