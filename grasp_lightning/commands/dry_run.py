@@ -102,9 +102,7 @@ def _check_calibration(
 def _folder_lines(config: CompressConfig, root: Path, state: RunState, needed: int) -> list[str]:
     lines = [f"The run would write about {needed / 1e6:.1f} MB to {root}."]
     if state == "unfinished":
-        lines.append(
-            "The folder holds an unfinished run of this configuration, which would resume."
-        )
+        lines.append("The folder has an unfinished run of this configuration, which would resume.")
     if config.overwrite and (root / CONFIG).exists():
         lines.append("The earlier run in the folder would be deleted first.")
     return lines

@@ -1,7 +1,7 @@
 """The stages of ``compress`` and ``compensate``, and their work, for the bar of a run.
 
-Work is counted in forward passes of one token through the model. A rough number is enough: with the measured
-speed of earlier stages it gives the time that later stages will take.
+Work is counted in forward passes of one token through the model. A rough number is
+enough: with the measured speed of earlier stages it gives the time of later ones.
 """
 
 from collections.abc import Mapping

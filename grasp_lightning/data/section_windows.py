@@ -64,7 +64,7 @@ def local_calibration_windows(
 ) -> list[tuple[str, TokenWindows | None]]:
     """Return the calibration windows of each source that needs neither the hub nor the model.
 
-    Raises the errors of ``calibration_windows``. For a corpus on the hub, only its keys are checked.
+    Raises the errors of ``calibration_windows``. Of a corpus on the hub, only the keys are checked.
 
     Returns:
         Pairs of a source and its windows, None if they are not local.
