@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger
-from rich.progress import track
 
 from grasp_lightning import processes
 from grasp_lightning.callbacks.attribution import SingularAttribution, group_scores
@@ -35,6 +34,7 @@ from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
+from grasp_lightning.progress import expect_passes, skip_pass, track
 from grasp_lightning.stats.base import MergedMoments, Moments, Removable, Statistics, Step
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
@@ -124,17 +124,20 @@ class TrainerMeasure:
         return removal_losses(view, removables, batches, self._track)
 
     def _track(self, items: Sequence[str], description: str) -> Iterable[str]:
-        return track(items, description=description) if self._progress else items
+        return track(items, description) if self._progress else items
 
     def _moments(self, view: DecoderView, step: Step) -> Mapping[str, Moments]:
         """Measure moments, in as many passes as their memory requires."""
         sources = shared_inputs(view, step.needs.moments)
         groups = layer_groups(view, step.needs, self._max_bytes, sources)
+        expect_passes(len(groups) + bool(step.needs.removables) * self._priced_windows)
         found: list[Mapping[str, Moments]] = []
         for number, group in enumerate(groups, start=1):
             part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
             moments = None if self._store is None else self._store.load_moments(part)
-            if moments is None:
+            if moments is not None:
+                skip_pass()
+            else:
                 narrowed = replace(step, needs=replace(step.needs, moments=group))
                 measurement = LinearMoments(narrowed, sources)
                 moments = self._pass(view, narrowed, measurement, part).moments
@@ -176,7 +179,8 @@ class TrainerMeasure:
             return
         device = module.view.model.device
         with expected_warnings():
-            trainer = self._trainer(module, measurement, step, store)
+            share_done = len(rest.done) / len(rest.windows)
+            trainer = self._trainer(module, measurement, step, store, share_done)
             if step.needs.is_backward:
                 with self._cached(module, step, rest):
                     trainer.fit(module, datamodule=rest)
@@ -213,10 +217,12 @@ class TrainerMeasure:
         measurement: Measurement,
         step: Step,
         store: PassStore | None,
+        share_done: float,
     ) -> L.Trainer:
         callbacks: list[L.Callback] = [measurement]
         if self._progress:
-            callbacks.append(StepProgressBar(_DESCRIPTIONS.get(step.name, step.name)))
+            description = _DESCRIPTIONS.get(step.name, step.name)
+            callbacks.append(StepProgressBar(description, share_done))
         if store is not None:
             seconds = self._config.checkpoint_seconds
             callbacks.append(
@@ -273,19 +279,34 @@ def check_trainer(
     """Refuse Trainer settings that no pass of a stage can follow.
 
     Raises:
-        ConfigError: If the number of processes or the device differs from the settings, or the
-            stage does not support the strategy.
+        ConfigError: If the number of processes differs from the settings, or as in
+            ``check_placement``.
     """
-    if config.strategy not in strategies:
-        raise ConfigError(
-            f"trainer.strategy is {config.strategy}, which {stage} does not support; expected one "
-            f"of {', '.join(strategies)}"
-        )
+    check_placement(config, device, strategies, stage)
     wanted_processes = config.devices * config.num_nodes
     if wanted_processes != processes.num_processes():
         raise ConfigError(
             f"trainer.devices times trainer.num_nodes is {wanted_processes}, but there are "
             f"{processes.num_processes()} processes: start that many with torchrun or srun"
+        )
+
+
+def check_placement(
+    config: TrainerConfig,
+    device: torch.device,
+    strategies: Sequence[Strategy] = CALIBRATION_STRATEGIES,
+    stage: str = "calibration",
+) -> None:
+    """Refuse Trainer settings that do not fit the stage or the device.
+
+    Raises:
+        ConfigError: If the stage does not support the strategy, or the accelerator is another
+            kind of device.
+    """
+    if config.strategy not in strategies:
+        raise ConfigError(
+            f"trainer.strategy is {config.strategy}, which {stage} does not support; expected one "
+            f"of {', '.join(strategies)}"
         )
     wanted = "cuda" if config.accelerator == "gpu" else config.accelerator
     if wanted not in ("auto", device.type):

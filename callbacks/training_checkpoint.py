@@ -19,7 +19,7 @@ class TrainingCheckpoint(L.Callback):
     repeated.
 
     Args:
-        store: Lets a function write the checkpoint to a path, in place of an earlier one.
+        store: Lets a function write the checkpoint to a path, replacing an earlier one.
     """
 
     def __init__(

@@ -110,7 +110,7 @@ def compress(
     Args:
         model: Folder, hub name, .gguf file or ``smollm2``; the section ``model`` as a mapping; or a
             ``PreTrainedModel``. The given object does not change: a copy on the same device is
-            compressed. Its content identifies it in place of a path. With ``from_scores``, None is
+            compressed. Its content identifies it instead of a path. With ``from_scores``, None is
             the model of that run.
         tokenizer: The tokenizer of a ``PreTrainedModel``.
         output_dir: Run folder to write.
@@ -148,7 +148,7 @@ def compensate(
 ) -> Run:
     """Train a compressed model briefly like the command ``compensate``, and return the run.
 
-    Keywords, errors and interruptions are those of ``compress``::
+    Keywords, errors and interruptions work as in ``compress``::
 
         trained = compensate(run, objective="text", text="pydoc", output_dir="runs/x-text")
 

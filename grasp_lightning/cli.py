@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, NamedTuple, NoReturn
+from typing import Final, NamedTuple, NoReturn, TextIO
 
 from grasp_lightning import __version__
 from grasp_lightning.config import (
@@ -58,6 +58,12 @@ def _check_source(model: ModelConfig) -> None:
 def _compress(prog: str, argv: Sequence[str]) -> None:
     config = parse(CompressConfig, prog, with_run_config(argv))
     _check_source(config.model)
+    if config.dry_run:
+        from grasp_lightning.commands.dry_run import dry_run_compress  # noqa: PLC0415
+
+        begin()
+        print("\n".join(dry_run_compress(config)))
+        return
     with joined(config.trainer, config.model.device, "compress", argv) as speaks:
         from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
 
@@ -275,12 +281,20 @@ def _usage() -> str:
     return "\n".join([*lines, "", f"{_program()} COMMAND --help lists a command's options."])
 
 
+class _StandardErrorHandler(logging.StreamHandler[TextIO]):
+    """Writes to the standard error of the moment: above a progress bar while there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _configure_logging() -> None:
     root = logging.getLogger()
     if any(handler.name == _HANDLER for handler in root.handlers):
         return  # main was called before in this process
     # The level is set on the handler: libraries set their own loggers to INFO when imported.
-    handler = logging.StreamHandler()
+    handler = _StandardErrorHandler()
     handler.name = _HANDLER
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

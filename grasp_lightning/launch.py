@@ -54,7 +54,7 @@ def joined(
                 f"trainer.num_nodes is {trainer.num_nodes}: start the command on every node, with "
                 "torchrun or srun"
             )
-        _check_number(trainer.devices)
+        check_number(trainer.devices)
         begin()
         raise SystemExit(_launch(command, argv, trainer.devices))
     with among_started(device) as speaks:
@@ -111,7 +111,7 @@ class _Child(NamedTuple):
     errors: IO[bytes] | None
 
 
-def _check_number(devices: int) -> None:
+def check_number(devices: int) -> None:
     """Refuse more processes than this machine can run; each counts its GPUs later."""
     cores = os.cpu_count() or 1
     most = max(_PROCESSES, _PROCESSES_PER_CORE * cores)

@@ -1,7 +1,7 @@
 """The plan: a method's decisions, as data to store, compare byte by byte, and replay.
 
 A plan has no floats computed from data, no timestamps and no paths, so equal inputs give equal
-bytes. Layer indices and module names are those of the original model.
+bytes. Layer indices and module names refer to the original model.
 """
 
 import json

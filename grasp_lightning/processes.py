@@ -111,7 +111,7 @@ def _told(tell: Callable[[], T], error: Exception | None) -> T:
 
 
 def in_turns(work: Callable[[], T]) -> T:
-    """Run ``work`` in the processes of each node in turns; an error of any is raised in all."""
+    """Run ``work`` in the processes of each node one by one; an error of any is raised in all."""
     if num_processes() == 1:
         return work()
     own_turn = int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,4 +1,4 @@
-"""``benchmark``: throughput and memory of models, measured in turns in one process."""
+"""``benchmark``: throughput and memory of models, measured alternately in one process."""
 
 import json
 import os

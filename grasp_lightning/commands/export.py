@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 
 from grasp_lightning.config import ExportConfig, ModelConfig
 from grasp_lightning.config.parsing import to_dict
@@ -18,6 +17,7 @@ from grasp_lightning.models.lowrank import ranks_of, shapes_of
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.verification import can_generate
 from grasp_lightning.models.weight_files import weight_files
+from grasp_lightning.progress import track
 from grasp_lightning.reading.text import read_json
 from grasp_lightning.reading.typed import as_type, to_plain
 from grasp_lightning.reporting.card import base_model_of, export_card
@@ -169,4 +169,4 @@ def _fingerprint(source: Path) -> str:
 
 def _track(description: str, linears: Sequence[str]) -> Iterable[str]:
     # On standard error: standard output is for the result.
-    return track(linears, description=description, console=Console(stderr=True))
+    return track(linears, description, console=Console(stderr=True))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grasp_lightning import __version__
 from grasp_lightning.callbacks.history import TrainingHistory
+from grasp_lightning.commands.stages import SAVE
 from grasp_lightning.config import CompensateConfig
 from grasp_lightning.config.compensate_settings import uses_instructions
 from grasp_lightning.config.parsing import to_dict
@@ -232,7 +233,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
 
 def write_outputs(run: RunFolder, outcome: RunOutcome[M], phases: Phases) -> M:
     """Write model, decisions, report and metrics; return the metrics as written."""
-    with phases("save", excluding=(VERIFY,)):
+    with phases(SAVE, excluding=(VERIFY,)):
         card = outcome.card(outcome.metrics(phases))
         write_model(run, outcome.loaded, card, generates=outcome.generates, phases=phases)
         outcome.write_decisions(run)

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from grasp_lightning import processes
@@ -20,6 +19,7 @@ from grasp_lightning.errors import ConfigError, GraspError, Interrupted, ModelEr
 from grasp_lightning.evaluation.perplexity import evaluate_perplexity
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded
+from grasp_lightning.progress import track
 from grasp_lightning.reading.text import read_json
 from grasp_lightning.run_folder import FollowedRun, RunFolder
 from grasp_lightning.run_folder.folder import RunState
@@ -134,12 +134,8 @@ def tracked_perplexity(
     ``console``.
     """
     shares = processes.own_batches(range(len(windows)), batch_size)
-    stream = track(
-        _windows(windows, shares, is_padded=is_sharded(view.model)),
-        total=len(shares),
-        description=description,
-        console=console,
-    )
+    batches = _windows(windows, shares, is_padded=is_sharded(view.model))
+    stream = track(batches, description, total=len(shares), console=console)
     return evaluate_perplexity(view, stream)
 
 

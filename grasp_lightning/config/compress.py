@@ -42,6 +42,7 @@ class CompressConfig:
     Attributes:
         output_dir: Run folder to write; ``plan`` needs none.
         overwrite: Delete what an earlier run wrote there.
+        dry_run: Check everything that is quick, print what ``plan`` prints, and write nothing.
         seed: Seed of the choice of calibration windows.
         from_scores: Finished run whose stored scores are used instead of a pass over the data;
             unset keys are taken from its configuration. model: Model to compress. method:
@@ -52,6 +53,7 @@ class CompressConfig:
 
     output_dir: PathName | None = None
     overwrite: bool = False
+    dry_run: bool = False
     seed: Seed = 0
     from_scores: PathName | None = None
     model: ModelConfig

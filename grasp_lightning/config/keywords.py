@@ -46,8 +46,8 @@ def parse_keywords(config_type: type[C], keywords: Keys, call: str) -> C:
     given come from that run, as on the command line.
 
     Raises:
-        ConfigError: If a key or value is wrong. Messages are those of ``parse``; they name ``call``
-            as the source.
+        ConfigError: If a key or value is wrong. The message is the same as from
+            ``parse``; it names ``call`` as the source.
     """
     schema = dict(leaves(config_type))
     has_method = "method.name" in schema

@@ -16,7 +16,7 @@ from grasp_lightning.models.decoder import frozen
 from grasp_lightning.models.next_token import forward_inputs
 
 PackingForm = Literal["positions", "mask"]
-"""How a model is told where the samples of a packed row begin."""
+"""How a model learns where the samples of a packed row begin."""
 
 _LEAST_ROW = 8  # tokens; the samples of the trial below must fit
 # A full row, which reveals a missing sliding window, and a mixed row.

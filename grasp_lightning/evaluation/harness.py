@@ -67,7 +67,7 @@ class Harness:
     """Runs tasks of lm-eval on models in memory.
 
     A task with a folder in ``task_data`` reads its data from there; its prompts, metrics and name
-    stay those of the installed lm-eval. Other tasks use the hub. An unknown name or a number out of
+    come from the installed lm-eval. Other tasks use the hub. An unknown name or a number out of
     range is a ``ConfigError``.
 
     Args:

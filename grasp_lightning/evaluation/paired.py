@@ -16,7 +16,7 @@ def paired_difference(samples: Sequence[float], reference: Sequence[float]) -> E
     """Return the mean of ``samples - reference``: two models' metric on the same samples, in order.
 
     Samples that are hard are hard for both models, so the error of the mean difference is smaller
-    than the errors of both means suggest. The standard error is that of independent draws, with n -
+    than the errors of both means suggest. The standard error assumes independent draws, with n -
     1 degrees of freedom; None for a single sample.
 
     Raises:

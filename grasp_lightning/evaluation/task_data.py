@@ -87,7 +87,7 @@ def _num_shots(config: TaskConfig, wanted: int | None) -> int:
 def _columns(config: TaskConfig) -> set[str]:
     """Return the fields that templates name directly: lm-eval prints the name of a missing one."""
     if "process_docs" in config:
-        return set()  # the names are those of rows that code has changed
+        return set()  # the names belong to rows that code has changed
     texts = [config.get(key) for key in _TEMPLATES]
     return {text for text in texts if isinstance(text, str) and text.isidentifier()}
 

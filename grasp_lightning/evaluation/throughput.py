@@ -1,4 +1,4 @@
-"""Throughput of several models, measured in turns and compared round by round."""
+"""Throughput of several models, measured alternately and compared round by round."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -127,9 +127,9 @@ class Throughput:
 def measure_throughput(
     models: Mapping[str, PreTrainedModel], workload: Workload, track: Track
 ) -> dict[str, tuple[Timing, ...]]:
-    """Measure models in turns, so that anything that slows the machine affects all of them.
+    """Measure models alternately, so that anything that slows the machine affects all of them.
 
-    Errors are those of ``time_setting``, and a ``ModelError`` for a device that is too small.
+    Raises the errors of ``time_setting``, and a ``ModelError`` for a device that is too small.
 
     Args:
         models: Models in eval mode by name; the others are compared to the first. The caller may

@@ -4,7 +4,7 @@ Legend: ``W`` weight of the linear that reads the channels, ``(N, I)``, with ``N
 channels; ``A`` output metric ``(N, N)`` with root ``L``, ``A = L L^T``; ``C`` the Gram matrix of
 the channels, ``(I, I)``. A channel that is not read need not be written: removing it saves a row of
 each linear that writes it and a column of ``W``, and adds no parameters, whereas factors of a
-matrix need ``k (N + M)`` in place of ``N M``.
+matrix need ``k (N + M)`` instead of ``N M``.
 
 The kept channels are refitted to replace the removed ones. With ``C`` damped, kept channels ``K``
 and removed ones ``S``, the weight ``W'`` that minimises ``tr(A (W - W') C (W - W')^T)`` is
@@ -114,7 +114,7 @@ def narrowed_weight(
     gone = is_gone.nonzero().squeeze(1)
     gram = channel_gram.detach().double()
     full = weight.detach().double()
-    # The jitter is that of the whole matrix: its kept part may have another mean diagonal.
+    # The jitter of the whole matrix: its kept part may have another mean diagonal.
     jitter = damped_cholesky(gram, damping).jitter
     root = torch.linalg.cholesky(gram[keep][:, keep] + jitter * torch.eye(len(keep)).to(gram))
     stand_in = torch.cholesky_solve(gram[keep][:, gone], root)  # (K, S)

@@ -185,11 +185,11 @@ def activation_scales(mean_modulus: Tensor, alpha: float = 0.5) -> Tensor:
     ``mean(|x_j|)^alpha + 1e-6``.
 
     Source: Yuan et al., "ASVD", arXiv:2312.05821, with the ``abs_mean`` scaling of its code, which
-    sums the means of its batches instead of averaging them: that scales all inputs alike.
+    sums the means of its batches instead of averaging them: that scales all inputs equally.
 
     Args:
         mean_modulus: Mean modulus of every input of the linear, not negative, ``(M,)``.
-        alpha: Exponent; 0 weights all inputs alike.
+        alpha: Exponent; 0 weights all inputs equally.
 
     Returns:
         ``right`` root for ``weighted_svd``, ``(M,)``, float64, positive.

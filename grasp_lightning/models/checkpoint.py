@@ -20,6 +20,7 @@ from grasp_lightning.models.lowrank import (
     config_of,
     has_replaced,
 )
+from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.rebuilding import rebuild_problem
 from grasp_lightning.models.source import first_line
 
@@ -85,9 +86,10 @@ def save_model(
     # Keep the keys of the model in memory: transformers' reverse conversions to an older layout may
     # split or permute tensors, and do not know factors.
     save_original_format = not has_replaced(model)
-    model.save_pretrained(
-        path, max_shard_size=max_shard_size, save_original_format=save_original_format
-    )
+    with quiet_transformers():
+        model.save_pretrained(
+            path, max_shard_size=max_shard_size, save_original_format=save_original_format
+        )
     if has_replaced(model):
         _write_remote_code(model, path)
     if tokenizer is not None:

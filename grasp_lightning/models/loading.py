@@ -1,6 +1,5 @@
 """Load a causal language model completely, or not at all."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ from pickle import PickleError
 from typing import Any, cast
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
+from rich.console import Console
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -32,6 +31,7 @@ from grasp_lightning.models.integrity import check_finite, model_hash
 
 # The import also makes compressed models known to transformers.
 from grasp_lightning.models.lowrank import QUANT_METHOD
+from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.side_files import fetch_side_files
 from grasp_lightning.models.source import (
     ModelOrigin,
@@ -43,6 +43,7 @@ from grasp_lightning.models.source import (
     resolve_source,
 )
 from grasp_lightning.models.stored_shapes import stored_shapes
+from grasp_lightning.progress import pass_bar
 from grasp_lightning.reading.text import check_file
 
 __all__ = [
@@ -51,8 +52,8 @@ __all__ = [
     "check_finite",
     "load_meta_model",
     "load_model",
+    "load_without_weights",
     "model_hash",
-    "quiet_transformers",
     "resolve_device",
 ]
 
@@ -104,7 +105,8 @@ def load_model(config: ModelConfig) -> LoadedModel:
     hf_config = _read_config(source, config)
     tokenizer = _read_tokenizer(source, config)
     architectures = hf_config.architectures
-    model, report = _read_weights(source, config, hf_config)
+    with pass_bar(f"loading {source.name}", None, console=Console(stderr=True)):
+        model, report = _read_weights(source, config, hf_config)
     check_complete(source.name, report)
     with _as_model_error(source):
         check_config_builds(source.name, model)
@@ -120,6 +122,17 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if source.is_hub:  # licence and size are only known once its files are cached
         fetch_side_files(source.location, source.revision, source.local_folder())
     return LoadedModel(model=model, tokenizer=tokenizer, origin=origin or describe_origin(source))
+
+
+def load_without_weights(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model on the meta device and its tokenizer.
+
+    Fails like ``load_model``, except for the values of weights.
+    """
+    resolve_device(config.device)
+    source = pinned(resolve_source(config))
+    _require_parts(source)
+    return load_meta_model(config, warns=True), _read_tokenizer(source, config)
 
 
 def load_meta_model(config: ModelConfig, *, warns: bool = False) -> PreTrainedModel:
@@ -261,17 +274,6 @@ def _dtype_of(config: ModelConfig, source: ModelSource) -> torch.dtype | str:
     if config.dtype != "auto":
         return cast(torch.dtype, getattr(torch, config.dtype))
     return torch.float32 if source.gguf_file is not None else "auto"
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence logs of transformers below an error; progress bars stay."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
 
 
 @contextmanager

@@ -353,7 +353,7 @@ def _save_with_code(
     **options: object,
 ) -> None:
     """Save a model together with the code that opens it without the package."""
-    save: Any = type(model).save_pretrained  # Any: options are those of transformers
+    save: Any = type(model).save_pretrained  # Any: options of transformers
     earlier = dict(getattr(model.config, "auto_map", None) or {})
     needed = has_replaced(model)
     _set_auto_map(model.config, {**earlier, **auto_map} if needed else earlier)

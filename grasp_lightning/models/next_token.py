@@ -60,7 +60,7 @@ def fisher_losses(
     information); Kunstner et al., "Limitations of the empirical Fisher approximation",
     arXiv:1905.12558 (why labels of the text do not give it).
 
-    Other arguments, result and side effects are those of ``next_token_losses``.
+    Other arguments, result and side effects: see ``next_token_losses``.
 
     Args:
         seeds: Seed of the signs of each window, ``B``; its signs depend on nothing else.
@@ -98,7 +98,7 @@ def distillation_losses(
 
     Per predicted token ``mix * t^2 * KL(teacher || student) + (1 - mix) * cross-entropy``, where
     the temperature t softens both distributions of the divergence. Other arguments, result and side
-    effects are those of ``next_token_losses``.
+    effects: see ``next_token_losses``.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section
     2 (the factor t^2 keeps the size of gradients).

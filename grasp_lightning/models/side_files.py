@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 
 from grasp_lightning.errors import OutputError
+from grasp_lightning.models.quiet import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +61,10 @@ def fetch_side_files(name: str, revision: str | None, folder: Path | None) -> No
     if folder is not None and (folder / "README.md").exists():  # already fetched
         return
     try:
-        huggingface_hub.snapshot_download(
-            name, revision=revision, ignore_patterns=[*_LEFT_OUT[:-2], "*/*"]
-        )
+        with quiet_transformers():
+            huggingface_hub.snapshot_download(
+                name, revision=revision, ignore_patterns=[*_LEFT_OUT[:-2], "*/*"]
+            )
     except OSError as error:  # covers all errors of the hub; the weights are already cached
         reason = " ".join(str(error).split())
         logger.warning("files next to the weights of %s cannot be fetched: %.200s", name, reason)

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ConfigError, DataError, ModelError
 from grasp_lightning.models import gguf
+from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.side_files import is_licence, side_files
 from grasp_lightning.models.weight_files import weight_files
 from grasp_lightning.reading.text import user_path
@@ -50,7 +51,7 @@ class ModelOrigin:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A resolved ``ModelConfig.path``; ``name`` and ``folder`` are those of ``ModelOrigin``.
+    """A resolved ``ModelConfig.path``; ``name`` and ``folder`` are as in ``ModelOrigin``.
 
     Attributes:
         location: What transformers opens: a local folder, or a hub name.
@@ -171,7 +172,8 @@ def _hub_source(config: ModelConfig) -> ModelSource:
         return ModelSource(location=config.path, name=config.path, revision=config.revision)
     revision = _commit(config.path, config.revision)
     try:
-        file = Path(hf_hub_download(config.path, config.gguf_file, revision=revision))
+        with quiet_transformers():
+            file = Path(hf_hub_download(config.path, config.gguf_file, revision=revision))
     except (OSError, HFValidationError) as error:
         raise hub_error(config.path, error) from error
     return ModelSource(

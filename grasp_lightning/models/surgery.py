@@ -42,7 +42,7 @@ def replacements(
 ) -> dict[str, nn.Module]:
     """Return the modules that operations would put into a model, by the linears they replace.
 
-    The model stays unchanged and shares its biases with them. Arguments and errors are those of
+    The model stays unchanged and shares its biases with them. Arguments and errors: see
     ``apply_operations``.
     """
     replaced = {name: view.module(name) for operation in operations for name in operation.linears}

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from grasp_lightning.errors import ModelError, OutputError
 from grasp_lightning.models import reloading
 from grasp_lightning.models.integrity import tensor_hashes
-from grasp_lightning.models.loading import quiet_transformers
+from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.source import first_line
 
 logger = logging.getLogger(__name__)

@@ -148,7 +148,7 @@ def _is_folder(name: str, folder: int) -> bool:
 
 @contextmanager
 def _unless_absent() -> Iterator[None]:
-    """Leave the block if a path is absent, or has a link in place of a folder."""
+    """Leave the block if a path is absent, or has a link instead of a folder."""
     try:
         yield
     except OSError as error:

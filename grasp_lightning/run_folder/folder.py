@@ -15,7 +15,14 @@ import yaml
 from grasp_lightning.errors import OutputError
 from grasp_lightning.run_folder import names
 from grasp_lightning.run_folder.files import as_output_error, remove_partials
-from grasp_lightning.run_folder.lock import FolderLock, make_folders, remove_made, safe_root
+from grasp_lightning.run_folder.lock import (
+    FolderLock,
+    check_unlocked,
+    check_writable,
+    make_folders,
+    remove_made,
+    safe_root,
+)
 from grasp_lightning.run_folder.manifest import Manifest
 from grasp_lightning.run_folder.rules import RunState, classify, config_hash
 from grasp_lightning.run_folder.writer import RunWriter
@@ -95,6 +102,26 @@ class RunFolder(RunWriter):
             folder.close()
         return folder
 
+    @staticmethod
+    def look_up(
+        output_dir: str | Path,
+        config: Mapping[str, Any],  # Any: resolved configuration
+        *,
+        overwrite: bool = False,
+        protected: Sequence[str | Path] = (),
+    ) -> tuple[Path, RunState]:
+        """Return the absolute folder and the state that ``open`` would find; write nothing.
+
+        It refuses what ``open`` refuses.
+        """
+        with as_output_error(Path(output_dir)):
+            root = safe_root(output_dir, protected)
+            _, state = classify(root, config, overwrite)
+        if state != "finished":
+            check_writable(root)
+            check_unlocked(root)
+        return root, state
+
     @classmethod
     def reopen(cls, root: Path) -> Self | None:
         """Open and lock a finished run to amend its files; None if the folder holds none."""
@@ -169,14 +196,20 @@ class RunFolder(RunWriter):
         remove_made(self._made)
 
     def check_free_space(self, bytes_needed: int) -> None:
-        """Check that the disk has room before time is spent on results that could not be saved.
+        """Raise an ``OutputError`` if the disk has too little room, before time is spent."""
+        check_free_space(self.root, bytes_needed)
 
-        Raises:
-            OutputError: If it does not.
-        """
-        free = shutil.disk_usage(self.root).free
-        if free < bytes_needed:
-            raise OutputError(
-                f"{self.root} needs {bytes_needed / _MEGABYTE:.1f} MB, but "
-                f"{free / _MEGABYTE:.1f} MB are free; free some space or use another output_dir"
-            )
+
+def check_free_space(root: Path, bytes_needed: int) -> None:
+    """Check that the disk of a folder, which may be absent, has room.
+
+    Raises:
+        OutputError: If it does not.
+    """
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < bytes_needed:
+        raise OutputError(
+            f"{root} needs {bytes_needed / _MEGABYTE:.1f} MB, but {free / _MEGABYTE:.1f} MB are "
+            "free; free some space or use another output_dir"
+        )

@@ -1,5 +1,6 @@
 """The checks of an output folder, and the lock that keeps other processes out of it."""
 
+import errno
 import fcntl
 import os
 import stat
@@ -25,9 +26,7 @@ class FolderLock:
         try:
             self._descriptor = self._take()
         except BlockingIOError as error:
-            raise OutputError(
-                f"another process is writing to {root}; wait for it, or use another output_dir"
-            ) from error
+            raise OutputError(_in_use(root)) from error
         except OSError as error:
             raise OutputError(f"cannot lock {self._file}: {error.strerror}") from error
 
@@ -56,6 +55,31 @@ class FolderLock:
         """Remove the lock file and release the folder."""
         self._file.unlink(missing_ok=True)
         os.close(self._descriptor)
+
+
+def check_unlocked(root: Path) -> None:
+    """Raise an ``OutputError`` if another process holds the lock; write nothing."""
+    try:
+        descriptor = os.open(root / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # no run holds it
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(_in_use(root)) from error
+    finally:
+        os.close(descriptor)
+
+
+def _in_use(root: Path) -> str:
+    return f"another process is writing to {root}; wait for it, or use another output_dir"
+
+
+def check_writable(root: Path) -> None:
+    """Raise the ``OutputError`` of ``make_folders`` if a folder cannot be made or written."""
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot create output_dir {root}: {os.strerror(errno.EACCES)}")
 
 
 def safe_root(output_dir: str | Path, protected: Sequence[str | Path]) -> Path:

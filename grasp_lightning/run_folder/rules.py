@@ -19,7 +19,7 @@ RunState = Literal["new", "unfinished", "finished"]
 
 _ADVICE = "use another output_dir or --overwrite"
 # Keys that only say where a run is written.
-_NOT_COMPARED = {"output_dir", "overwrite", "push_to_hub"}
+_NOT_COMPARED = {"output_dir", "overwrite", "dry_run", "push_to_hub"}
 # Commands themselves compare what depends on the number of processes.
 _NOT_COMPARED |= {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}
 # Keys that earlier versions did not have: unset, they count as absent.

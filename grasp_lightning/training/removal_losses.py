@@ -26,7 +26,7 @@ def removal_losses(
 ) -> dict[str, float]:
     """Return how far each removal alone moves the predictions of the dense model.
 
-    The distance is that of ``cut_losses``. Processes share the removals unless the model is
+    The distance is the same as in ``cut_losses``. Processes share the removals unless the model is
     sharded. Layer inputs are cached, so only the layers above a removal run again.
 
     Args:

@@ -403,14 +403,19 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 }
 
 
+@pytest.mark.parametrize("options", [[], ["--dry_run"]], ids=["run", "dry run"])
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_every_mistake_is_one_line_and_leaves_nothing(
-    mistake: str, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mistake: str,
+    options: list[str],
+    settings: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     change, message = MISTAKES[mistake]
     work = tmp_path / "work"
     work.mkdir()
-    assert main(["compress", *settings, *change(work)]) == 2
+    assert main(["compress", *settings, *change(work), *options]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
     assert message in lines[-1]
@@ -598,7 +603,7 @@ def test_plan_solves_a_share_of_llama_2_7b(
 
 
 def memory_rows(lines: list[str]) -> dict[str, list[float]]:
-    """Return the numbers of every strategy; names may hold spaces, numbers stand at the end."""
+    """Return the numbers of every strategy; names may hold spaces, numbers come at the end."""
     rows = {}
     for line in lines:
         cells = re.split(r"  +", line.strip())

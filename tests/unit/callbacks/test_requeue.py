@@ -90,7 +90,7 @@ def test_outside_of_a_job_the_signal_is_not_handled(monkeypatch: pytest.MonkeyPa
 def test_where_nothing_is_in_flight_the_run_ends_at_once() -> None:
     def work(_: StopRequest) -> None:
         send(USR1)
-        pytest.fail("it went on")
+        pytest.fail("it continued")
 
     assert end_of(work, in_flight=False) == USR1
 
@@ -121,7 +121,7 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
         send(INT)
         assert stop.signal_number == INT
         send(INT)
-        pytest.fail("it went on")
+        pytest.fail("it continued")
 
     assert end_of(work) == INT
 

@@ -1,4 +1,4 @@
-"""The divergence of single cuts is that of a model with this cut alone."""
+"""The divergence of a single cut equals the divergence of a model with this cut alone."""
 
 import pytest
 import torch
