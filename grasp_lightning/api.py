@@ -237,7 +237,7 @@ def load(folder: str | Path, *, device: str = "auto", trust_remote_code: bool = 
         raise OutputError(f"load: the run in {folder} is not finished; run it again to resume it")
     if manifest is None or "metrics.json" not in manifest.files:
         raise OutputError(
-            f"load: {folder} holds no run of compress or compensate; expected its output_dir"
+            f"load: {folder} contains no run of compress or compensate; expected its output_dir"
         )
     return Run(root, device=device, trust_remote_code=trust_remote_code)
 
@@ -286,7 +286,7 @@ def _among_processes(device: str) -> Iterator[None]:
     except Interrupted as stop:
         if stop.signal_number != signal.SIGINT:
             raise
-        then = "it resumes from what is saved" if stop.has_saved else "nothing was saved"
+        then = "it resumes from what was saved" if stop.has_saved else "nothing was saved"
         raise KeyboardInterrupt(f"call it again with the same arguments: {then}") from stop
     finally:
         for logger, level in levels.items():

@@ -277,7 +277,7 @@ def _program() -> str:
 def _usage() -> str:
     lines = [f"usage: {_program()} COMMAND [--config FILE.yaml] [--key value ...]", "", "commands:"]
     lines += [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
-    lines.append(f"  {'completion':10} completion of commands, keys and values in bash and zsh")
+    lines.append(f"  {'completion':10} print a completion script for bash or zsh")
     return "\n".join([*lines, "", f"{_program()} COMMAND --help lists a command's options."])
 
 

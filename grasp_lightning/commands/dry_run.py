@@ -49,7 +49,7 @@ def dry_run_compress(config: CompressConfig) -> list[str]:
     )
     if state == "finished":
         return [
-            f"{root} holds the finished run of this configuration.",
+            f"{root} contains the finished run of this configuration.",
             "Dry run: nothing was written. The command would only print the results.",
         ]
     check_values(config)

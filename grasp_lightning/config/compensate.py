@@ -187,9 +187,13 @@ class CompensateConfig:
             linears), or lora_on_factors (adapters on these only).
         objective: What to train on: instruction, text, or distill (a teacher's distribution).
         push_to_hub: Hub repository to upload the finished model to.
-        model: The compressed model. lora: LoRA adapters. data: Instructions to train on. text:
-        Plain text to train on. distillation: Distillation from a teacher.
-        optimizer: AdamW and its learning rate. training: Steps, batches, and weights to keep.
+        model: The compressed model.
+        lora: LoRA adapters.
+        data: Instructions to train on.
+        text: Plain text to train on.
+        distillation: Distillation from a teacher.
+        optimizer: AdamW and its learning rate.
+        training: Steps, batches, and weights to keep.
         evaluation: Held-out text for perplexity, before and after.
         trainer: Lightning settings.
         loggers: Where losses are logged.

@@ -45,10 +45,13 @@ class CompressConfig:
         dry_run: Check everything that is quick, print what ``plan`` prints, and write nothing.
         seed: Seed of the choice of calibration windows.
         from_scores: Finished run whose stored scores are used instead of a pass over the data;
-            unset keys are taken from its configuration. model: Model to compress. method:
-            Compression method. calibration: Calibration text. evaluation: Held-out text for
-            perplexity.
-        trainer: Lightning settings. statistics: Measurements and their limits.
+            unset keys are taken from its configuration.
+        model: Model to compress.
+        method: Compression method.
+        calibration: Calibration text.
+        evaluation: Held-out text for perplexity.
+        trainer: Lightning settings.
+        statistics: Measurements and their limits.
     """
 
     output_dir: PathName | None = None

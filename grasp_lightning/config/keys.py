@@ -80,7 +80,7 @@ def allowed_keys(key: str, schema: Mapping[str, Any]) -> str:
 
 
 def _refuse_nulls(parsed: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
-    """Refuse null where the type does not allow it: the parser always does."""
+    """Refuse null where the type does not allow it: the parser always allows it."""
     for key, kind in schema.items():
         value: Any = parsed
         for part in key.split("."):

@@ -93,7 +93,7 @@ class ModelInMemory:
         name = self.model.name_or_path or type(self.model).__name__
         try:
             origin = describe_origin(resolve_source(ModelConfig(path=name)))
-        except GraspError:  # the folder is gone, or the name is not one of a model
+        except GraspError:  # the folder no longer exists, or the name is not that of a model
             return ModelOrigin(
                 name=Path(name).name,
                 licence=None,

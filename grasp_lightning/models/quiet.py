@@ -1,4 +1,4 @@
-"""Silence around calls of transformers and of the hub's client; progress is shown by us."""
+"""Silence around calls of transformers and of the hub's client: this package shows progress."""
 
 import logging
 from collections.abc import Callable, Iterator

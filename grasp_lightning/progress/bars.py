@@ -53,7 +53,7 @@ class RunBar:
 
     Args:
         stages: The stages, in order.
-        is_shown: Whether this process speaks to the user; otherwise it shows no bar at all.
+        is_shown: Whether this process prints to the terminal; otherwise it shows no bar at all.
     """
 
     def __init__(self, stages: Sequence[Stage], *, is_shown: bool = True) -> None:
@@ -64,7 +64,7 @@ class RunBar:
         self._task: TaskID | None = None
         self._percent = 0.0
         self._num_open = 0
-        self._display: Progress | None = None  # it draws once while it is made
+        self._display: Progress | None = None  # it draws once when it is created
         if is_drawn:
             self._display = _Display(console, self._refresh)
 
@@ -180,19 +180,19 @@ def track(
 
 
 def expect_work(work: Mapping[str, Work]) -> None:
-    """Tell the bar of the run, if any, the work of its stages by phase."""
+    """Give the bar of the run, if any, the work of its stages by phase."""
     if _shown:
         _shown[-1].expect_work(work)
 
 
 def expect_passes(number: int) -> None:
-    """Tell the bar of the run, if any, how many passes the current stage has."""
+    """Give the bar of the run, if any, the number of passes of the current stage."""
     if _shown:
         _shown[-1].expect_passes(number)
 
 
 def skip_pass() -> None:
-    """Tell the bar of the run, if any, that an earlier start has finished the next pass."""
+    """Count the next pass as finished by an earlier start, in the bar of the run, if any."""
     if _shown:
         _shown[-1].skip_pass()
 
@@ -231,7 +231,7 @@ class _Display(Progress):
 
     def __init__(self, console: Console, before: Callable[[], None]) -> None:
         self._before = before
-        # A standard output that is redirected elsewhere stays there.
+        # A redirected standard output stays redirected.
         super().__init__(*_columns(), console=console, redirect_stdout=sys.stdout.isatty())
 
     def get_renderables(self) -> Iterable[RenderableType]:

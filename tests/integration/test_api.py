@@ -92,7 +92,7 @@ def test_a_run_is_found_by_the_content_of_its_model(tmp_path: Path) -> None:
     different = tiny_model()
     different.config.rms_norm_eps = 1e-3  # the same weights compute something else
     for other in (tiny_model(seed=1), different):
-        with pytest.raises(OutputError, match=r"another configuration: model\.path is"):
+        with pytest.raises(OutputError, match=r"a different configuration: model\.path is"):
             compress(other, tokenizer=byte_tokenizer(), output_dir=tmp_path / "a", **KEYS)
 
 
@@ -154,7 +154,7 @@ def test_models_to_evaluate_are_positional(call: Callable[..., object]) -> None:
 
 
 def test_several_processes_need_a_launcher(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="start as many with torchrun or srun"):
+    with pytest.raises(ConfigError, match="start that many with torchrun or srun"):
         compress(dense, output_dir=tmp_path / "x", trainer={"devices": 2}, **KEYS)
     assert not (tmp_path / "x").exists()
 
@@ -179,11 +179,11 @@ def test_what_is_no_finished_run_is_not_loaded(run: Run, tmp_path: Path) -> None
     with pytest.raises(OutputError, match="no such folder"):
         load(tmp_path / "absent")
     for folder in (tmp_path, run.model_folder):
-        with pytest.raises(OutputError, match=r"holds no run of compress .* its output_dir$"):
+        with pytest.raises(OutputError, match=r"contains no run of compress .* its output_dir$"):
             load(folder)
     argv = [f"--model={run.model_folder}", f"--output_dir={tmp_path / 'dense'}"]
     assert main(["export", *argv]) == 0
-    with pytest.raises(OutputError, match="holds no run of compress or compensate"):
+    with pytest.raises(OutputError, match="contains no run of compress or compensate"):
         load(tmp_path / "dense")
 
 
@@ -197,7 +197,7 @@ def test_ctrl_c_leaves_a_run_that_the_same_call_resumes(
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(command, "write_outputs", interrupt)
-        with pytest.raises(KeyboardInterrupt, match="it resumes from what is saved"):
+        with pytest.raises(KeyboardInterrupt, match="it resumes from what was saved"):
             compress(dense, output_dir=tmp_path / "run", **KEYS)
     assert signal.getsignal(signal.SIGINT) is handler
     with pytest.raises(OutputError, match="is not finished; run it again to resume it"):

@@ -75,7 +75,7 @@ def test_it_says_that_a_run_is_finished(
         run.finish()
     before = contents(tmp_path)
     assert main(["compress", *settings, "--dry_run"]) == 0
-    assert "holds the finished run of this configuration" in capsys.readouterr().out
+    assert "contains the finished run of this configuration" in capsys.readouterr().out
     assert contents(tmp_path) == before
 
 
@@ -84,7 +84,7 @@ def test_it_refuses_a_folder_that_another_process_writes(
 ) -> None:
     with begun(settings):
         assert main(["compress", *settings, "--dry_run"]) == 2
-        assert "another process writes to" in capsys.readouterr().err
+        assert "another process is writing to" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_an_error(
