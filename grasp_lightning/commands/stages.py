@@ -97,13 +97,17 @@ def compress_work(
         blocks = 2 * len(prediction.layers)
         left = 1 - len(plan.operations) / max(len(prediction.operations), 1)
         attribution = Work(attribution.amount * blocks / 2, max(round(2 * blocks * left), 1))
-    is_stored = config.from_scores is not None
-    return {
-        EVALUATE: Work(held_out.num_tokens),
-        "similarity": Work(0 if is_stored else tokens),
-        "curvature": Work(0 if is_stored else _CURVATURE * tokens),
-        FACTORIZE: Work(_DECOMPOSITION * decomposed / (2 * count_parameters(view.model))),
+    measuring = {
+        "similarity": Work(tokens),
+        "curvature": Work(_CURVATURE * tokens),
         "attribution": attribution,
+    }
+    if config.from_scores is not None:  # it reads what an earlier run has measured
+        measuring = dict.fromkeys(measuring, Work(0))
+    return {
+        **measuring,
+        EVALUATE: Work(held_out.num_tokens),
+        FACTORIZE: Work(_DECOMPOSITION * decomposed / (2 * count_parameters(view.model))),
         CUT_LOSSES: Work(cuts * measured),
         REFIT: Work(_REFIT * tokens),
     }
