@@ -27,12 +27,11 @@ from grasp_lightning.training.finish import CUT_LOSSES, REFIT
 LOAD, EVALUATE, FACTORIZE, TRAIN, SAVE = "load", "evaluate", "factorize", "train", "save"
 PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
 
-# Forward passes per token. The ratios and the share of decompositions come from the table
-# "Calibration text" in docs/results.md.
+# Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
 _FORWARD_AND_BACKWARD = 3.0
-_CURVATURE = 4.5
-_REFIT = 3.2
-_DECOMPOSITION = 70.0  # multiplications, per N x M x min(N, M)
+_CURVATURE = 3.3
+_REFIT = 2.5
+_DECOMPOSITION = 65.0  # multiplications of a forward pass, per N x M x min(N, M)
 _PASSES_OF_BUDGET = 4  # losses, order of channels, factors, narrowed MLPs
 _SAVING = (
     Stage(phase=SAVE, label="save", like=LOAD),
@@ -98,13 +97,17 @@ def compress_work(
         blocks = 2 * len(prediction.layers)
         left = 1 - len(plan.operations) / max(len(prediction.operations), 1)
         attribution = Work(attribution.amount * blocks / 2, max(round(2 * blocks * left), 1))
-    is_stored = config.from_scores is not None
-    return {
-        EVALUATE: Work(held_out.num_tokens),
-        "similarity": Work(0 if is_stored else tokens),
-        "curvature": Work(0 if is_stored else _CURVATURE * tokens),
-        FACTORIZE: Work(_DECOMPOSITION * decomposed / (2 * count_parameters(view.model))),
+    measuring = {
+        "similarity": Work(tokens),
+        "curvature": Work(_CURVATURE * tokens),
         "attribution": attribution,
+    }
+    if config.from_scores is not None:  # it reads what an earlier run has measured
+        measuring = dict.fromkeys(measuring, Work(0))
+    return {
+        **measuring,
+        EVALUATE: Work(held_out.num_tokens),
+        FACTORIZE: Work(_DECOMPOSITION * decomposed / (2 * count_parameters(view.model))),
         CUT_LOSSES: Work(cuts * measured),
         REFIT: Work(_REFIT * tokens),
     }

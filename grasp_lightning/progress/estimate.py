@@ -36,7 +36,7 @@ class _Timed:
     """A stage, and what was measured of it.
 
     Attributes:
-        work: Expected work; 0 if unknown.
+        work: Expected work; None if unknown.
         passes: Expected number of passes.
         share: Share of its work that is done, earlier starts included.
         seconds: Its duration when ``share`` was last set.
@@ -44,7 +44,7 @@ class _Timed:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.work = 0.0
+        self.work: float | None = None
         self.passes = stage.passes
         self.share = 0.0
         self.seconds = 0.0
@@ -151,7 +151,7 @@ class Estimate:
         own = self._now.own_share
         spent = self._spent * self._now.share / own if own else self._spent
         for timed in self._stages[: self._current]:
-            spent += timed.seconds or pace * timed.work
+            spent += timed.seconds or pace * (timed.work or 0.0)
         return spent / (spent + left) if spent else 0.0
 
     @property
@@ -167,14 +167,16 @@ class Estimate:
     def _pace(self) -> float | None:
         """Seconds per unit of work, over all stages whose speed is known."""
         known = [timed for timed in self._stages if timed.work and timed.own_share]
-        work = sum(timed.work * timed.own_share for timed in known)
+        work = sum((timed.work or 0.0) * timed.own_share for timed in known)
         return sum(timed.seconds for timed in known) / work if work else None
 
     def _expected(self, timed: _Timed) -> float | None:
         """Return the expected duration of a stage in this start, in seconds; None if unknown."""
         if timed.own_share:
             return timed.seconds * (1 + (1 - timed.share) / timed.own_share)
-        if timed.work:
+        if timed.work == 0:
+            return 0.0
+        if timed.work is not None:
             return None if self._pace is None else self._pace * timed.work
         alike = [other for other in self._stages if other.stage.phase == timed.stage.like]
         return sum(other.seconds for other in alike) or None

@@ -58,6 +58,14 @@ def test_the_speed_of_a_stage_tells_the_time_of_later_ones(
     assert estimate.share_done == pytest.approx(18 / (18 + 102))
 
 
+def test_a_stage_without_work_takes_no_time(clock: Clock, estimate: Estimate) -> None:
+    estimate.expect_work({"measure": Work(0)})
+    estimate.advance(0.0)
+    clock.now += 5
+    estimate.advance(0.25)
+    assert estimate.seconds_left == pytest.approx(15 + 0 + 20 + 10)
+
+
 def test_several_passes_are_one_stage(clock: Clock, estimate: Estimate) -> None:
     estimate.follow("measure")
     estimate.advance(0.0)
