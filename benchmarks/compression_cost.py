@@ -1,7 +1,7 @@
 """Measures what compression costs against the released procedure and against a lower bound.
 
 Rounds of all variants in random order, each measurement in a fresh process. Every measurement is
-appended to the output at once, so that a killed run goes on when the same command is run again.
+appended to the output at once, so a killed run resumes when the same command is run again.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from _cost_variants import CostSettings, choose_layers, measure
 
 from grasp_lightning.errors import ConfigError, OutputError
 
-# What similarity chooses in the quickstart: 8 of SmolLM2's 30 layers.
+# The layers that similarity chooses in the quickstart: 8 of SmolLM2's 30 layers.
 QUICKSTART_LAYERS = (3, 12, 13, 14, 15, 17, 25, 26)
 LABELS: Mapping[str, str] = {
     "reference_frozen": "reference, only s trainable",
@@ -39,7 +39,7 @@ LABELS: Mapping[str, str] = {
     "iterative": "iterative (preset released)",
     "floor": "floor: SVDs, one forward, one backward",
 }
-_PAIRS = (  # of what is told as a ratio: slower, faster
+_PAIRS = (  # pairs whose ratio is reported: slower, faster
     ("reference_frozen", "one_shot"),
     ("reference_factors", "one_shot"),
     ("reference_all", "one_shot"),
@@ -53,7 +53,7 @@ Record = dict[str, Any]  # one measurement, as in the output: values of JSON
 
 
 def main() -> None:
-    """Measure what is missing in the output, then print the table."""
+    """Make the measurements that the output lacks, then print the table."""
     arguments = _parser().parse_args()
     settings = _settings(arguments)
     output = Path(arguments.output)
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--estimate_blocks",
         type=int,
-        help="time the reference on so many blocks and scale up; default: all blocks",
+        help="time the reference on this many blocks and scale up; default: all blocks",
     )
     parser.add_argument("--output", required=True, help="JSON lines, one per measurement")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="for a converted model")
@@ -128,7 +128,7 @@ def _settings(arguments: argparse.Namespace) -> CostSettings:
 
 
 def _schedule(rounds: int, variants: Sequence[str], seed: int) -> Iterator[tuple[int, str]]:
-    """Yield (round, variant); the order within a round does not depend on where a run goes on."""
+    """Yield (round, variant); the order within a round does not depend on where a run resumes."""
     for round_index in range(rounds):
         order = sorted(variants)
         random.Random(f"{seed} {round_index}").shuffle(order)
@@ -159,7 +159,7 @@ def _append(output: Path, record: Record) -> None:
 
 
 def _stored(output: Path, settings: CostSettings) -> list[Record]:
-    """Return the measurements of earlier runs; a line that a kill cut short is removed."""
+    """Return the measurements of earlier runs; a line that a kill truncated is removed."""
     if not output.exists():
         return []
     text = output.read_text(encoding="utf-8")
@@ -173,8 +173,8 @@ def _stored(output: Path, settings: CostSettings) -> list[Record]:
         if differing:
             key = differing[0]
             raise OutputError(
-                f"{output} holds measurements with {key} {record['settings'].get(key)}, now it is "
-                f"{now[key]}; name another --output"
+                f"{output} contains measurements with {key} {record['settings'].get(key)}, now it "
+                f"is {now[key]}; name another --output"
             )
     return records
 
@@ -210,7 +210,7 @@ def _medians(records: Sequence[Record], variant: str) -> dict[str, float]:
 def _row(records: Sequence[Record], variant: str, values: Mapping[str, float]) -> list[str]:
     runs = _of(records, variant)
     seconds = [run["seconds"] for run in runs]
-    # The peak of some blocks is not the peak of all: the lowest has the longest backward.
+    # The peak of some blocks is not the peak of all: the lowest has the longest backward pass.
     is_estimate = any(run["scale"] != 1 for run in runs)
     peak, loaded = values["peak_bytes"] / 1e6, values["loaded_bytes"] / 1e6
     return [
@@ -235,7 +235,7 @@ def _ratios(median: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
 
 
 def _floor_parts(records: Sequence[Record]) -> Iterator[str]:
-    """Tell the floor without its forward pass, which only a choice of layers needs."""
+    """Report the floor without its forward pass, which only a choice of layers needs."""
     floors = _of(records, "floor")
     if not floors:
         return
@@ -249,7 +249,7 @@ def _floor_parts(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _agreement(records: Sequence[Record]) -> Iterator[str]:
-    """Tell how many components iterative keeps that the reference keeps too."""
+    """Report how many components iterative and the reference both keep."""
     ours = _of(records, "iterative")
     for variant in ("reference_frozen", "reference_factors", "reference_all"):
         reference = _of(records, variant)

@@ -1,4 +1,4 @@
-"""Measures the peak memory of calibration and compensation, and compares it with what plan tells.
+"""Measures the peak memory of calibration and compensation, and compares it with the forecast.
 
 Every measurement runs in fresh processes and is appended to the output at once; what is in the
 output is not measured again.
@@ -32,8 +32,8 @@ from grasp_lightning.training.strategies import is_sharded_strategy
 Record = dict[str, Any]  # a case, measured and predicted bytes by part
 
 _MEGA = 1e6
-# From this size on glibc gives memory back to the system at once. Left alone, it raises the bound
-# by itself and keeps what is freed: a resident set then holds more than what is in use.
+# From this size on glibc gives memory back to the system at once. By default it raises this bound
+# automatically and keeps freed memory: the resident set is then larger than the memory in use.
 _RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
@@ -57,14 +57,16 @@ def cases() -> Iterator[Case]:
 
 
 def main() -> None:
-    """Measure what is missing, then print the table."""
+    """Make the missing measurements, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2", help="smollm2, a .gguf file or a folder")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, appended to")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="for a converted model")
     parser.add_argument("--shrink", type=int, default=1, help="divide seqlen and layers by this")
     parser.add_argument(
-        "--keep_freed", action="store_true", help="let the allocator keep what is freed, as usual"
+        "--keep_freed",
+        action="store_true",
+        help="let the allocator keep freed memory, as it does by default",
     )
     arguments = parser.parse_args()
     os.environ.update({"OMP_NUM_THREADS": "1", **({} if arguments.keep_freed else _RETURN_FREED)})
@@ -116,7 +118,7 @@ def report(records: Sequence[Record], predicted: Sequence[Mapping[str, int]]) ->
 
     Args:
         records: Cases with measured bytes.
-        predicted: Bytes of every part by the model, beside what libraries take.
+        predicted: Predicted bytes of every part, without libraries.
 
     Returns:
         The text.

@@ -1,8 +1,7 @@
 """Measures methods at several shares of removed parameters, on two texts, as one table.
 
-Each cell is a run folder as ``compress`` writes it, and a file with the perplexities of its model.
-What is finished is read, not measured again, so that a killed run goes on when the same command is
-run again.
+Each cell is a run folder of ``compress``, and a file with the perplexities of its model. Finished
+cells are only read, so a killed run resumes when the same command is run again.
 """
 
 import argparse
@@ -49,7 +48,7 @@ _C4_CALIBRATION, _C4_TEST = "0-259", "260-519"
 _SOURCES = ("both", "wikitext2", "c4", "instructions", "self", "both_and_self")
 _WORK = ("sample", "similarity", "attribution", "curvature", "factorize", "refit")
 _DEFAULT_RATIO = 0.2
-# The parts of a method that its pass depends on.
+# The options of a method that its pass depends on.
 _MEASURED_KEYS = (
     *("fisher=", "mlp=", "ranks=", "removable="),
     *("weighting=fisher_rows", "weighting=scale_columns"),
@@ -61,12 +60,12 @@ class Cell:
     """One method at one size, calibrated on one draw of windows.
 
     Attributes:
-        method: A key of ``METHODS``, and after a colon the keys of the method that are set
-            otherwise, such as ``grasp_plus:refit=none,mlp=factors``.
-        removed_ratio: Share of all parameters that goes; of deleted layers the nearest.
+        method: A key of ``METHODS``, and after a colon any changed keys of the method, such as
+            ``grasp_plus:refit=none,mlp=factors``.
+        removed_ratio: Share of all parameters to remove; for deleted layers, the nearest.
         sources: Calibration text.
-        windows: How many of it.
-        seed: Seed of their choice.
+        windows: Number of windows.
+        seed: Seed of the choice of windows.
     """
 
     method: str
@@ -93,7 +92,7 @@ class Cell:
 
     @property
     def measured(self) -> "Cell":
-        """The cell whose statistics this one is cut from; itself, if it measures its own."""
+        """The cell whose statistics this one uses; itself, if it measures its own."""
         name, _, changes = self.method.partition(":")
         if name != "grasp_plus":
             return self
@@ -104,12 +103,12 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What was measured of one cell.
+    """The measurements of one cell.
 
     Attributes:
         cell: Which one.
         metrics: Content of its metrics.json.
-        seconds: Time of measuring and replacing, including a pass that another cell has made.
+        seconds: Time of measuring and replacing, including a pass made by another cell.
         perplexity: By text.
     """
 
@@ -120,7 +119,7 @@ class Result:
 
 
 def main() -> None:
-    """Make the cells that are missing, then print the table."""
+    """Run the missing cells, then print the table."""
     arguments = _parser().parse_args()
     data = _data_folder(arguments.data)
     model = str(loadable_folder(arguments.model, arguments.cache))
@@ -176,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--test_windows", type=int, default=64, help="from the start of each text")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens per window, all texts")
     parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--output", required=True, help="JSON file with all that was measured")
+    parser.add_argument("--output", required=True, help="JSON file with all measurements")
     parser.add_argument("--runs", type=Path, default=DEFAULT_CACHE / "methods")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="for a converted model")
     return parser
@@ -190,7 +189,7 @@ def _method(text: str) -> str:
     for change in changes.split(",") if changes else ():
         key, _, value = change.partition("=")
         if key not in known or not value:
-            raise argparse.ArgumentTypeError(f"{change!r} is no KEY=VALUE of a method")
+            raise argparse.ArgumentTypeError(f"{change!r} is not a KEY=VALUE of a method")
     return text
 
 
@@ -205,7 +204,9 @@ def _number_or_word(text: str) -> Any:  # noqa: ANN401  the type that its key ha
 
 def _data_folder(data: str | None) -> Path:
     if not data or data == "none":
-        raise ConfigError("--data is not set: it names the folder with wikitext2_raw/ and c4/")
+        raise ConfigError(
+            "--data is not set; set it to the folder that contains wikitext2_raw/ and c4/"
+        )
     for name in (_WIKITEXT.format(part="validation"), _WIKITEXT.format(part="test"), _C4):
         if not (Path(data) / name).is_file():
             raise ConfigError(f"--data: there is no {Path(data) / name}")

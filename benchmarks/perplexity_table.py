@@ -1,7 +1,7 @@
 """Measures perplexity on WikiText-2 after replacing layers in several ways, as one table.
 
-Each row is a run folder as ``compress`` writes it. Rows that are finished are read, not measured
-again, so that a killed run goes on when the same command is run again.
+Each row is a run folder of ``compress``. Finished rows are only read, so a killed run resumes when
+the same command is run again.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Row:
 
     Attributes:
         name: Name of its run folder.
-        label: What the table calls it.
+        label: Its name in the table.
         schedule: When components are scored, for the table.
         method: Options; number of layers and keep ratio are added.
     """
@@ -88,7 +88,7 @@ ROWS = (
 
 
 def main() -> None:
-    """Make the runs that are missing, then print the table."""
+    """Run the missing rows, then print the table."""
     arguments = _parser().parse_args()
     data = _data_files(arguments.data)
     model = loadable_folder(arguments.model, arguments.cache)
@@ -123,18 +123,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="JSON file with the metrics of all rows")
     parser.add_argument("--runs", type=Path, default=DEFAULT_CACHE / "perplexity")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="for a converted model")
-    parser.add_argument("--overwrite", action="store_true", help="make finished rows again")
+    parser.add_argument("--overwrite", action="store_true", help="run finished rows again")
     return parser
 
 
 def _data_files(data: str | None) -> tuple[str, str]:
     """Return the calibration and the test text."""
     if not data or data == "none":
-        raise ConfigError("--data is not set: it names the folder that holds wikitext2_raw/")
+        raise ConfigError("--data is not set; set it to the folder that contains wikitext2_raw/")
     files = [Path(data) / "wikitext2_raw" / f"{part}.txt" for part in ("validation", "test")]
     for file in files:
         if not file.is_file():
-            raise ConfigError(f"--data: there is no {file}")
+            raise ConfigError(f"--data: {file} does not exist")
     return str(files[0]), str(files[1])
 
 
@@ -215,7 +215,7 @@ def _cells(row: Row, metrics: Metrics) -> list[str]:
 
 
 def _work_seconds(seconds: Mapping[str, float | None]) -> float:
-    """Return the time of compression itself: without loading, saving, and evaluating."""
+    """Return the time of the compression alone, without loading, saving and evaluating."""
     return sum(seconds[phase] or 0.0 for phase in ("similarity", "attribution", "factorize"))
 
 

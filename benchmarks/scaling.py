@@ -1,7 +1,7 @@
 """Measures how the time of a calibration grows with windows, their length, layers and processes.
 
 Every measurement is a run of ``compress`` in processes of one thread each. Its result is appended
-to the output at once; what is in the output is not measured again.
+to the output at once; measurements in the output are not repeated.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def cases() -> Iterator[Case]:
 
 
 def main() -> None:
-    """Measure what is missing, then print the table."""
+    """Make the missing measurements, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2", help="smollm2, a .gguf file or a folder")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, appended to")
@@ -108,7 +108,7 @@ def _measure(case: Case, model: Path) -> Record:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise GraspError(f"{case} has failed: {done.stderr.strip().splitlines()[-1]}")
+            raise GraspError(f"{case} failed: {done.stderr.strip().splitlines()[-1]}")
         seconds = json.loads((run / "metrics.json").read_text())["seconds"]
     return {**asdict(case), **{phase: seconds[phase] for phase in _PHASES}}
 

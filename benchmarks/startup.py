@@ -1,7 +1,7 @@
 """Measures the CPU time of commands that need no model, and of the imports that others wait for.
 
-Each measurement is a process of its own. ``--against`` measures another checkout in turns with
-this one.
+Each measurement is a process of its own. ``--against`` also measures another
+checkout, alternately with this one.
 """
 
 import argparse

@@ -109,7 +109,7 @@ def group_scores(
     measure: Callable[[Step, str], Statistics],
     store: GroupStore | None,
 ) -> dict[str, Tensor]:
-    """Return scores and singular values, as stored, for layers beyond those to be decided on.
+    """Return scores and singular values, as stored, of layers other than the chosen ones.
 
     Args:
         step_of: Maps the modules of a group to the step that scores them.

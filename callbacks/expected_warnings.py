@@ -13,7 +13,7 @@ _MESSAGES = (
     ".*treespec, LeafSpec.*",  # inside Lightning, with torch 2.13
     ".*returned a view tensor. An in-place op on this view.*",  # no model here has such an op
     ".*all_gather_into_tensor` is deprecated.*",  # inside DeepSpeed, with torch 2.13
-    ".*self.log\\('validation_loss', ..., sync_dist=True\\).*",  # it is that of all processes
+    ".*self.log\\('validation_loss', ..., sync_dist=True\\).*",  # it covers all processes already
 )
 
 

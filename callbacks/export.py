@@ -30,7 +30,7 @@ class ExportMergedModel(L.Callback):
         """Merge and write; if nothing was made trainable, this is a RuntimeError."""
         module = compensation_module(pl_module)
         if module.trained is None:
-            raise RuntimeError("nothing was trained: put TrainableParameters among the callbacks")
+            raise RuntimeError("nothing was trained: add TrainableParameters to the callbacks")
         merge_adapters(module.trained)
         if self._folder is not None and trainer.is_global_zero:
             save_model(module.model, self._folder, tokenizer=self._tokenizer)

@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger
-from rich.progress import track
 
 from grasp_lightning import processes
 from grasp_lightning.callbacks.attribution import SingularAttribution, group_scores
@@ -35,6 +34,7 @@ from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
+from grasp_lightning.progress import expect_passes, skip_pass, track
 from grasp_lightning.stats.base import MergedMoments, Moments, Removable, Statistics, Step
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
@@ -57,9 +57,9 @@ class TrainerMeasure:
         log_dir: Folder for the CSV log of the calibration loss; None writes none.
         store: Keeps measurements for a later start; None keeps none.
         max_bytes: Memory limit for the moments of one pass; more are measured in several passes.
-        priced_windows: Number of windows on which removals are priced.
+        priced_windows: Number of windows on which the cost of removals is measured.
         caches: Keep the inputs of layers for later passes, see ``HiddenCache``; not for models
-            whose layers pass on more than hidden states.
+            whose layers pass each other more than hidden states.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class TrainerMeasure:
         check_trainer(self._config, view.model.device)
         if is_split(self._config) and not is_sharded(view.model):
             raise ValueError(
-                "trainer.strategy is fsdp, but the model is whole in every process: shard it first"
+                "trainer.strategy is fsdp, but every process holds the whole model: shard it first"
             )
         if step.needs.moment_kinds:
             return Statistics(
@@ -115,7 +115,7 @@ class TrainerMeasure:
         return replace(stats, more_scores=more)
 
     def _prices(self, view: DecoderView, removables: Sequence[Removable]) -> dict[str, float]:
-        """Price removals on the first windows, in which the sources of a mixture take turns."""
+        """Price removals on the first windows, which interleave the sources of a mixture."""
         if not removables:
             return {}
         windows = self._data.windows
@@ -124,17 +124,20 @@ class TrainerMeasure:
         return removal_losses(view, removables, batches, self._track)
 
     def _track(self, items: Sequence[str], description: str) -> Iterable[str]:
-        return track(items, description=description) if self._progress else items
+        return track(items, description) if self._progress else items
 
     def _moments(self, view: DecoderView, step: Step) -> Mapping[str, Moments]:
         """Measure moments, in as many passes as their memory requires."""
         sources = shared_inputs(view, step.needs.moments)
         groups = layer_groups(view, step.needs, self._max_bytes, sources)
+        expect_passes(len(groups) + bool(step.needs.removables) * self._priced_windows)
         found: list[Mapping[str, Moments]] = []
         for number, group in enumerate(groups, start=1):
             part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
             moments = None if self._store is None else self._store.load_moments(part)
-            if moments is None:
+            if moments is not None:
+                skip_pass()
+            else:
                 narrowed = replace(step, needs=replace(step.needs, moments=group))
                 measurement = LinearMoments(narrowed, sources)
                 moments = self._pass(view, narrowed, measurement, part).moments
@@ -158,7 +161,8 @@ class TrainerMeasure:
         if sorted(measurement.windows) != list(range(len(self._data.windows))):
             raise RuntimeError(f"windows counted: {measurement.windows}, expected each one once")
         ((_, stats),) = module.measured
-        module.measured.clear()  # Trainer and module hold each other, and would hold the bases
+        # Trainer and module reference each other, which would keep the bases in memory.
+        module.measured.clear()
         return stats
 
     def _run(
@@ -169,13 +173,14 @@ class TrainerMeasure:
         rest: CalibrationData,
         store: PassStore | None,
     ) -> None:
-        if not rest.batches:  # the pass was complete, and ended before its decision
+        if not rest.batches:  # the pass was complete, but the run ended before the decision
             measurement.start(module)
             measurement.finish(module)
             return
         device = module.view.model.device
         with expected_warnings():
-            trainer = self._trainer(module, measurement, step, store)
+            share_done = len(rest.done) / len(rest.windows)
+            trainer = self._trainer(module, measurement, step, store, share_done)
             if step.needs.is_backward:
                 with self._cached(module, step, rest):
                     trainer.fit(module, datamodule=rest)
@@ -197,7 +202,7 @@ class TrainerMeasure:
         windows = [window for batch in data.batches for window in batch]
         start = self._cache.start_layer(max(step.layers), windows)
         if len(set(processes.gather(start))) > 1:
-            # After a resume each may have other windows; a sharded model runs in all or in none.
+            # After a resume processes may have other windows; a sharded model runs in all or none.
             start = None
         if start is None:
             with self._cache.capturing(step.layers, len(windows)):
@@ -212,10 +217,12 @@ class TrainerMeasure:
         measurement: Measurement,
         step: Step,
         store: PassStore | None,
+        share_done: float,
     ) -> L.Trainer:
         callbacks: list[L.Callback] = [measurement]
         if self._progress:
-            callbacks.append(StepProgressBar(_DESCRIPTIONS.get(step.name, step.name)))
+            description = _DESCRIPTIONS.get(step.name, step.name)
+            callbacks.append(StepProgressBar(description, share_done))
         if store is not None:
             seconds = self._config.checkpoint_seconds
             callbacks.append(
@@ -248,8 +255,8 @@ class TrainerMeasure:
 
 def placement(config: TrainerConfig, device: torch.device) -> dict[str, Any]:
     """Return the Trainer arguments ``devices``, ``num_nodes``, ``strategy`` and ``plugins``."""
-    # The environment was read when the processes joined. Lightning's own plugin for SLURM would
-    # requeue from a signal handler, in the middle of a batch.
+    # The environment was read when the process group was formed. Lightning's own plugin for SLURM
+    # would requeue from a signal handler, in the middle of a batch.
     plugins = [LightningEnvironment()]
     if processes.num_processes() > 1:
         group = {"devices": config.devices, "num_nodes": config.num_nodes}
@@ -272,19 +279,34 @@ def check_trainer(
     """Refuse Trainer settings that no pass of a stage can follow.
 
     Raises:
-        ConfigError: If the number of processes or the device differs from the settings, or the
-            stage does not support the strategy.
+        ConfigError: If the number of processes differs from the settings, or as in
+            ``check_placement``.
+    """
+    check_placement(config, device, strategies, stage)
+    wanted_processes = config.devices * config.num_nodes
+    if wanted_processes != processes.num_processes():
+        raise ConfigError(
+            f"trainer.devices times trainer.num_nodes is {wanted_processes}, but there are "
+            f"{processes.num_processes()} processes: start that many with torchrun or srun"
+        )
+
+
+def check_placement(
+    config: TrainerConfig,
+    device: torch.device,
+    strategies: Sequence[Strategy] = CALIBRATION_STRATEGIES,
+    stage: str = "calibration",
+) -> None:
+    """Refuse Trainer settings that do not fit the stage or the device.
+
+    Raises:
+        ConfigError: If the stage does not support the strategy, or the accelerator is another
+            kind of device.
     """
     if config.strategy not in strategies:
         raise ConfigError(
             f"trainer.strategy is {config.strategy}, which {stage} does not support; expected one "
             f"of {', '.join(strategies)}"
-        )
-    wanted_processes = config.devices * config.num_nodes
-    if wanted_processes != processes.num_processes():
-        raise ConfigError(
-            f"trainer.devices times trainer.num_nodes is {wanted_processes}, but there are "
-            f"{processes.num_processes()} processes: start as many with torchrun or srun"
         )
     wanted = "cuda" if config.accelerator == "gpu" else config.accelerator
     if wanted not in ("auto", device.type):

@@ -42,7 +42,7 @@ class Measurement(L.Callback):
 
     @abstractmethod
     def start_batch(self, batch: Batch) -> None:
-        """Read what the hooks cannot see: masks and targets."""
+        """Read what hooks do not see: masks and targets."""
 
     @abstractmethod
     def statistics(self) -> Statistics:
@@ -58,7 +58,7 @@ class Measurement(L.Callback):
 
     @abstractmethod
     def release(self) -> None:
-        """Release the memory of the measurement: a Trainer may live on."""
+        """Release the memory of the measurement: its Trainer may be kept."""
 
     def check_seen(self) -> None:
         """Refuse a linear that was not called in the first batch; the default checks nothing."""
@@ -70,7 +70,7 @@ class Measurement(L.Callback):
     def go_on_from(self, state: Mapping[str, Tensor]) -> None:
         """Start the coming epoch with the ``state`` of an earlier, interrupted one.
 
-        With several processes only the first does so, since sums are added up at the end.
+        With several processes only rank 0 does so, since the sums are added at the end.
         """
         if not processes.is_first():
             return
@@ -120,7 +120,7 @@ class Measurement(L.Callback):
         """Announce the batch to the hooks."""
         if self._step is None or self._done:
             return
-        if len(batch["index"]) == 0:  # padding runs, and counts nothing: it has no target either
+        if len(batch["index"]) == 0:  # padding runs but does not count: it has no target either
             batch = {**batch, "mask": torch.zeros_like(batch["mask"])}
         self.start_batch(batch)
 

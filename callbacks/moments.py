@@ -19,7 +19,7 @@ class LinearMoments(Measurement):
     """Measures Gram matrices of inputs and output gradients, as a step of a method requires.
 
     Args:
-        sources: Module -> the module whose input stands for its own, from ``shared_inputs``.
+        sources: Module -> the module whose input it shares, from ``shared_inputs``.
     """
 
     def __init__(self, step: Step, sources: Mapping[str, str]) -> None:

@@ -37,11 +37,12 @@ class ReplaceRedundantLayers(L.Callback):
         choice, scoring = module.layer_choice, _scoring(module)
         if choice is None or scoring is None:
             raise ConfigError(
-                "nothing was scored: LayerSimilarity needs one epoch and SingularAttribution the "
-                f"next, so use max_epochs=2 (got {trainer.max_epochs}) and both callbacks"
+                "no layer was scored: LayerSimilarity needs the first epoch and "
+                f"SingularAttribution the second, so use max_epochs=2 (got {trainer.max_epochs}) "
+                "and both callbacks"
             )
         rule = UniformRanks(keep_ratio=self._keep_ratio)
-        module.teardown("fit")  # first: factors take over what the weights are, not what is frozen
+        module.teardown("fit")  # first: factors inherit whether a weight is frozen
         method = Grasp(layers=choice, scoring=scoring, rank_rule=rule)
         inputs = {"model": model_hash(module.model)} | _fingerprint(trainer)
         plan = Plan(method=method.name, options=method.options, inputs=inputs)

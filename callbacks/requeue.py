@@ -1,4 +1,4 @@
-"""Puts a SLURM job that has to end back into the queue, after its work was saved."""
+"""Requeues a SLURM job that has to end, after its work was saved."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ def is_slurm_job() -> bool:
 
 def job_name() -> str:
     """Return the SLURM job id of this process, ARRAY_TASK for an array, empty outside of a job."""
-    # The number of an array's last task is that of the whole array, too.
+    # The job id of an array's last task is also that of the whole array.
     array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
     return os.environ.get(_JOB, "") if array is None else f"{array}_{task}"
 
@@ -30,7 +30,7 @@ def is_requeued() -> bool:
 
 
 def requeue_job() -> str | None:
-    """Put the job of this process back into the queue; rank 0 does it for all ranks.
+    """Requeue the job of this process; rank 0 does it for all ranks.
 
     SLURM then sends SIGTERM to every process of the job, including this one and ``scontrol``, and
     SIGKILL after a while (``KillWait``, 30 seconds by default), in which other ranks may still
@@ -41,7 +41,7 @@ def requeue_job() -> str | None:
         Why the job was not requeued, in one line; None if it was, or on another rank.
     """
     for number in (signal.SIGTERM, REQUEUE_SIGNAL):
-        signal.signal(number, signal.SIG_IGN)  # unlike a handler, scontrol inherits that
+        signal.signal(number, signal.SIG_IGN)  # scontrol inherits this, unlike a handler
     if _rank() != 0:
         return None
     job = job_name()
@@ -54,7 +54,7 @@ def requeue_job() -> str | None:
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split())
         return f"scontrol requeue {job}: {said or f'exit code {done.returncode}'}"
-    logger.warning("job %s is in the queue again", job)
+    logger.warning("job %s was requeued", job)
     return None
 
 

@@ -50,7 +50,7 @@ class LayerSimilarity(Measurement):
     def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
         """Return the hooks on all decoder layers; a step without a layer metric is a ValueError."""
         if step.needs.layer_metric is None:
-            raise ValueError(f"step {step.name!r} asks for no layer metric")
+            raise ValueError(f"step {step.name!r} needs no layer metric")
         self._collector = LayerMetricCollector(
             module.view, step.needs.layer_metric, step.needs.span
         )

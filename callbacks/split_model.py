@@ -1,4 +1,4 @@
-"""Fit callbacks for a model that is split over processes and whole in none."""
+"""Fit callbacks for a model that is split over processes, so that none holds all of it."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +29,7 @@ class Notes(Protocol):
 class MeasureInFit(L.Callback):
     """Measures perplexity and validation loss before and after training, inside the fit.
 
-    A split model can run only there. This callback must follow the one that chooses the weights to
+    A split model can only run there. This callback must follow the one that chooses the weights to
     keep.
 
     Args:
@@ -81,7 +81,8 @@ class MeasureInFit(L.Callback):
             return math.exp(loss), validation
         except OverflowError as error:
             raise NumericsError(
-                f"the loss on the evaluation text is {loss}: its perplexity is beyond float64"
+                f"the loss on the evaluation text is {loss}: its perplexity is too large for "
+                "float64"
             ) from error
 
 
@@ -107,7 +108,7 @@ class GatherTrained(L.Callback):
 def _mean_loss(
     trainer: L.Trainer,
     pl_module: L.LightningModule,
-    batches: Iterable[MicroBatch | object],  # as a loader of no certain type gives them
+    batches: Iterable[MicroBatch | object],  # from a loader of any type
 ) -> float:
     """Return the mean cross-entropy, from forward passes of the strategy."""
     module = compensation_module(pl_module)

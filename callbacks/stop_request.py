@@ -65,14 +65,14 @@ class StopRequest:
         """Defer signals until ``check`` is called, during a ``with`` block.
 
         Raises:
-            Interrupted: If a signal came, also if a process that got it too has already ended.
+            Interrupted: If a signal was received, even if another process ended because of it.
             RuntimeError: Any other one from the block.
         """
         self._is_deferred = True
         try:
             yield
         except RuntimeError as error:
-            # torch raises no narrower class where a process waits for another one that is gone.
+            # torch raises no narrower class if a process waits for another one that has died.
             if self.signal_number is None or processes.num_processes() == 1:
                 raise
             self._ends = True
@@ -89,12 +89,12 @@ class StopRequest:
         told = [number for number in processes.gather(self.signal_number) if number is not None]
         ends = [number for number in told if number != REQUEUE_SIGNAL]
         number = next(iter(ends or told), None)
-        if number is not None:  # else one may have come meanwhile, which counts next time
+        if number is not None:  # a signal that arrives meanwhile counts next time
             self.signal_number = number
         return number
 
     def check(self) -> None:
-        """Raise ``Interrupted`` if a signal came."""
+        """Raise ``Interrupted`` if a signal was received."""
         if self.signal_number is not None:
             self._ends = True
             raise Interrupted(self.signal_number)
@@ -105,7 +105,7 @@ class StopRequest:
         if self.signal_number is None or not (self._ends or number == REQUEUE_SIGNAL):
             self.signal_number = number
         if not self._ends:
-            # A Trainer's handler talks to other processes, which may be gone when SIGTERM follows.
+            # A Trainer's handler talks to other processes, which may have ended already.
             self.take_over()
         if is_impatient or not (self._is_deferred or self._ends):
             self.check()

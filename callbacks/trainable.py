@@ -17,7 +17,7 @@ class TrainableParameters(L.Callback):
 
     Args:
         train: ``lora``: adapters on all linears; ``factors``: the factors of low-rank linears and
-            the narrowed linears; ``lora_on_factors``: adapters on these alone.
+            the narrowed linears; ``lora_on_factors``: adapters on these only.
         lora: Rank, scale, dropout and targets of adapters.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         seed: Seed for the initial adapters.

@@ -19,7 +19,7 @@ class TrainingCheckpoint(L.Callback):
     repeated.
 
     Args:
-        store: Lets a function write the checkpoint to a path, in place of an earlier one.
+        store: Lets a function write the checkpoint to a path, replacing an earlier one.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class TrainingCheckpoint(L.Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Save, if it is time or the run should end, unless a validation comes first."""
+        """Save, if it is time or the run should end, unless a validation is due first."""
         interval = trainer.val_check_batch
         validates = trainer.enable_validation and any(trainer.num_val_batches)
         if not (validates and interval and (batch_idx + 1) % interval == 0):
@@ -59,7 +59,7 @@ class TrainingCheckpoint(L.Callback):
 
     def _save(self, trainer: L.Trainer) -> None:
         is_due = time.monotonic() - self._saved_at >= self._every_seconds
-        # All save the same step, when rank 0 finds it due, and end after the same one.
+        # All ranks save and stop at the same step; rank 0 decides when.
         is_due, number = processes.gather(is_due)[0], self._stop.agreed()
         if is_due or number is not None:
             self._store(partial(trainer.save_checkpoint, weights_only=False))

@@ -1,9 +1,13 @@
 """Compress large language models by replacing redundant layers with low-rank linears.
 
-Importing this package lets ``from_pretrained`` of transformers open compressed models.
+``compress``, ``compensate``, ``evaluate`` and ``load`` do what the program does. Importing this
+package lets ``from_pretrained`` of transformers open compressed models.
 """
 
+from grasp_lightning.api import Run, compensate, compress, evaluate, load
 from grasp_lightning.registration import register_with_transformers
+
+__all__ = ["Run", "compensate", "compress", "evaluate", "load"]
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, NamedTuple, NoReturn
+from typing import Final, NamedTuple, NoReturn, TextIO
 
 from grasp_lightning import __version__
 from grasp_lightning.config import (
@@ -34,7 +34,7 @@ FAILED = 1
 BAD_INPUT = 2
 _HANDLER = "grasp-lightning"
 _SOON = 0.01  # seconds
-_GOES_ON = "run the same command again, without --overwrite: it goes on from what is saved"
+_GOES_ON = "run the same command again without --overwrite: it resumes from what was saved"
 _STARTS_ANEW = "nothing was saved, so the same command starts from the beginning"
 _AGAIN = "run the same command again"
 SIGNALLED = 128  # plus the number of the signal, as shells count
@@ -58,6 +58,12 @@ def _check_source(model: ModelConfig) -> None:
 def _compress(prog: str, argv: Sequence[str]) -> None:
     config = parse(CompressConfig, prog, with_run_config(argv))
     _check_source(config.model)
+    if config.dry_run:
+        from grasp_lightning.commands.dry_run import dry_run_compress  # noqa: PLC0415
+
+        begin()
+        print("\n".join(dry_run_compress(config)))
+        return
     with joined(config.trainer, config.model.device, "compress", argv) as speaks:
         from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
 
@@ -142,20 +148,24 @@ def _benchmark(prog: str, argv: Sequence[str]) -> None:
 
 COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
     {
-        "compress": Command("calibrate, decide, replace, save and report", _compress, _AGAIN),
+        "compress": Command(
+            "compress a model: calibrate, decide, replace, save, report", _compress, _AGAIN
+        ),
         "compensate": Command(
-            "train a compressed model for a while, merge, save and report", _compensate, _AGAIN
+            "train a compressed model briefly, then save and report", _compensate, _AGAIN
         ),
         "plan": Command(
-            "what would be removed, and memory per process, from the model's config alone", _plan
+            "predict what would be removed and the memory per process; reads no weights", _plan
         ),
         "evaluate": Command(
-            "perplexity, tasks and cost of models, side by side",
+            "compare models: perplexity, task accuracy and cost",
             _evaluate,
-            "run the same command again: with --output, and without --overwrite, it goes on",
+            "run the same command again: with --output and without --overwrite, it resumes",
         ),
-        "benchmark": Command("prefill and decode throughput of models, in turns", _benchmark),
-        "export": Command("a compressed model in another format, for other runtimes", _export),
+        "benchmark": Command("compare models: prefill and decode throughput", _benchmark),
+        "export": Command(
+            "write a compressed model in a format that other runtimes can read", _export
+        ),
     }
 )
 
@@ -163,9 +173,8 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code.
 
-    0 on success, also if a SLURM job is back in its queue; 2 on bad input, with one line on
-    standard error; 130 after Ctrl-C and 143 after SIGTERM. ``argv`` is None for the arguments of
-    this process.
+    0 on success, also if a SLURM job was requeued; 2 on bad input, with one line on standard error;
+    130 after Ctrl-C and 143 after SIGTERM. ``argv`` is None for the arguments of this process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
@@ -193,12 +202,12 @@ def run_program(argv: Sequence[str] | None = None) -> NoReturn:
         complete({name: command.help for name, command in COMMANDS.items()})
     try:
         code = main(argv)
-    except KeyboardInterrupt:  # a second one, while the first was told
+    except KeyboardInterrupt:  # a second one, while the first was being reported
         code = SIGNALLED + signal.SIGINT
-    except Exception:  # noqa: BLE001  a fault of the program: told as Python tells it
+    except Exception:  # noqa: BLE001  a bug: reported as Python does
         sys.excepthook(*sys.exc_info())
         code = FAILED
-    # All is told: from here on Ctrl-C only makes it shorter.
+    # Everything is printed: from here on Ctrl-C only ends the process sooner.
     signal.signal(signal.SIGINT, lambda *_: os._exit(code))
     if "grasp_lightning.processes" in sys.modules:  # else there is no group to leave
         from grasp_lightning import processes  # noqa: PLC0415
@@ -251,7 +260,7 @@ def _interrupted(name: str, stop: Interrupted | KeyboardInterrupt) -> int:
         if refusal is None:
             # Any other code would let srun, or our own launcher, end the ranks that still save.
             return 0
-        how = f"interrupted, and not back in the queue ({refusal})"
+        how = f"interrupted, and the job could not be requeued ({refusal})"
     _fail(f"{how}; {then}")
     return SIGNALLED + number
 
@@ -262,7 +271,7 @@ def _fail(message: str) -> int:
 
 
 def _program() -> str:
-    return os.path.basename(sys.argv[0]) or "grasp-lightning"  # noqa: PTH119  a string, no path
+    return os.path.basename(sys.argv[0]) or "grasp-lightning"  # noqa: PTH119  a string, not a path
 
 
 def _usage() -> str:
@@ -272,12 +281,20 @@ def _usage() -> str:
     return "\n".join([*lines, "", f"{_program()} COMMAND --help lists a command's options."])
 
 
+class _StandardErrorHandler(logging.StreamHandler[TextIO]):
+    """Writes to the standard error of the moment: above a progress bar while there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _configure_logging() -> None:
     root = logging.getLogger()
     if any(handler.name == _HANDLER for handler in root.handlers):
         return  # main was called before in this process
-    # The level stands on the handler: libraries set their own loggers to INFO when imported.
-    handler = logging.StreamHandler()
+    # The level is set on the handler: libraries set their own loggers to INFO when imported.
+    handler = _StandardErrorHandler()
     handler.name = _HANDLER
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

@@ -5,12 +5,12 @@ The command line prints that line and exits with code 2; tracebacks are for our 
 
 import re
 
-# What stands before the host of a URL: a token, or a user with a password.
+# The part of a URL before its host: a token, or a user with a password.
 _CREDENTIALS = re.compile(r"://(?:[^\s/]*|\S*:\S*)@")
 
 
 class GraspError(Exception):
-    """A problem that a caller can handle; it says what was expected, what came and what to do."""
+    """A problem that a caller can handle; says what was expected, what was given, what to do."""
 
     def __str__(self) -> str:
         """Return the message, without passwords in URLs."""

@@ -21,8 +21,8 @@ from grasp_lightning.starting import begin
 
 _PARENT = "GRASP_LIGHTNING_PARENT"
 _POLL = 0.1  # seconds
-_GRACE = 5.0  # seconds in which the first process may end by itself, and tell why
-_PATIENCE = 30.0  # seconds in which a process may save what it has
+_GRACE = 5.0  # seconds for the first process to end and report its own error
+_PATIENCE = 30.0  # seconds for a process to save its work
 _FAILED = 1
 _PROCESSES, _PROCESSES_PER_CORE = 16, 4  # more than any machine has GPUs
 
@@ -54,13 +54,25 @@ def joined(
                 f"trainer.num_nodes is {trainer.num_nodes}: start the command on every node, with "
                 "torchrun or srun"
             )
-        _check_number(trainer.devices)
+        check_number(trainer.devices)
         begin()
         raise SystemExit(_launch(command, argv, trainer.devices))
-    if int(os.environ["WORLD_SIZE"]) == 1:
+    with among_started(device) as speaks:
+        yield speaks
+
+
+@contextmanager
+def among_started(device: str) -> Iterator[bool]:
+    """Run a ``with`` block in every process that torchrun or srun has started.
+
+    Yields:
+        Whether this process is rank 0; a single process always is.
+    """
+    _take_slurm_environment()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True
         return
-    # Imported here: a process that only starts others does without.
+    # Imported here: a process that only starts others does not need it.
     from grasp_lightning import processes  # noqa: PLC0415
     from grasp_lightning.models.device import resolve_device  # noqa: PLC0415
 
@@ -74,7 +86,7 @@ def joined(
 
 def _take_slurm_environment() -> None:
     """Set the variables of torchrun from those of srun."""
-    # Of a step that srun has started: the batch script itself has no such number.
+    # Only steps that srun has started have this number, not the batch script itself.
     number = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in os.environ or int(number) == 1:
         return
@@ -99,7 +111,7 @@ class _Child(NamedTuple):
     errors: IO[bytes] | None
 
 
-def _check_number(devices: int) -> None:
+def check_number(devices: int) -> None:
     """Refuse more processes than this machine can run; each counts its GPUs later."""
     cores = os.cpu_count() or 1
     most = max(_PROCESSES, _PROCESSES_PER_CORE * cores)
@@ -117,14 +129,14 @@ def _launch(command: str, argv: Sequence[str], number: int) -> int:
     try:
         for rank in range(number):
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # What is not rank 0 says the same; it is shown where it alone fails.
+            # Other ranks print the same as rank 0; their output is shown only if they fail alone.
             errors = None if rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115
             process = subprocess.Popen(
                 words,
                 env=own,
                 stdout=None if rank == 0 else subprocess.DEVNULL,
                 stderr=errors,
-                start_new_session=True,  # Ctrl-C comes here, and is passed on once
+                start_new_session=True,  # Ctrl-C arrives here and is passed on once
             )
             children.append(_Child(rank, process, errors))
         with _passing_signals_on(children):
@@ -210,13 +222,13 @@ def _what_happened(child: _Child, number: int) -> str:
         lines = child.errors.read().decode(errors="replace").strip().splitlines()
         text = f" ({lines[-1].removeprefix('error: ')})" if lines else ""
     return (
-        f"process {child.rank} of {number} {end}{text}, and the others were ended; run the same "
-        "command again, without --overwrite: it goes on from what is saved, if anything is"
+        f"process {child.rank} of {number} {end}{text}, and the others were stopped; run the same "
+        "command again without --overwrite: it resumes from what was saved, if anything"
     )
 
 
 def _end_with_parent() -> None:
-    """Save and end if the process that started this one is gone."""
+    """Save and end if the process that started this one has died."""
     parent = os.environ.get(_PARENT)
     if parent is None:
         return

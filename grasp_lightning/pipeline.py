@@ -32,14 +32,14 @@ def compress(
     The operations of ``plan``, which is empty at the start, must be applied to the model already.
 
     Raises:
-        ValueError: If a method asks for a refit without ``finish``.
+        ValueError: If a method requests a refit without ``finish``.
     """
     while (step := method.next_step(model, plan)) is not None:
         decision = method.decide(step, model, measure(model, step))
         if finish is not None:
             decision = finish(model, decision)
         elif decision.refit != "none":
-            raise ValueError(f"method {method.name} asks for a refit, which needs windows")
+            raise ValueError(f"method {method.name} requests a refit, which needs windows")
         apply_operations(model, decision.operations, decision.tensors)
         plan = plan.extended(decision.operations)
         on_step(plan, decision)

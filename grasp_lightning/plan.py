@@ -1,7 +1,7 @@
 """The plan: a method's decisions, as data to store, compare byte by byte, and replay.
 
 A plan has no floats computed from data, no timestamps and no paths, so equal inputs give equal
-bytes. Layer indices and module names are those of the original model.
+bytes. Layer indices and module names refer to the original model.
 """
 
 import json
@@ -235,7 +235,7 @@ class Plan:
         """Return the plan that ``to_json`` wrote.
 
         Raises:
-            PlanError: If the text is no plan of this version, or its method is not installed.
+            PlanError: If the text is not a plan of this version, or its method is not installed.
         """
         stored = as_type(_Stored, parse_json(text, *_TOLD), *_TOLD)
         if stored.version != PLAN_VERSION:

@@ -33,7 +33,7 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Return whether this process writes files and speaks to the user."""
+    """Return whether this process writes files and prints to the terminal."""
     return rank() == 0
 
 
@@ -48,8 +48,7 @@ def own_batches(items: Sequence[T], size: int) -> list[tuple[Sequence[T], bool]]
     A model that is split over processes needs all of them in each forward pass.
 
     Returns:
-        Batches of at most ``size`` items, and whether each counts: the others only fill up the
-            number,
+        Batches of at most ``size`` items, and whether each counts: the others only pad the number,
         with the first item.
     """
     own = own_share(items)
@@ -105,14 +104,14 @@ def _told(tell: Callable[[], T], error: Exception | None) -> T:
     """Share an error with the other processes; an interruption may have ended them already."""
     try:
         return tell()
-    except RuntimeError:  # torch raises no narrower class where a process is gone
+    except RuntimeError:  # torch raises no narrower class if a process has died
         if isinstance(error, Interrupted):
             raise error from None
         raise
 
 
 def in_turns(work: Callable[[], T]) -> T:
-    """Run ``work`` in the processes of each node in turns; an error of any is raised in all."""
+    """Run ``work`` in the processes of each node one by one; an error of any is raised in all."""
     if num_processes() == 1:
         return work()
     own_turn = int(os.environ.get("LOCAL_RANK", "0"))
@@ -186,7 +185,7 @@ def end(code: int) -> NoReturn:
     threading._shutdown()  # type: ignore[attr-defined]  # joins the other threads
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody listens any more
+        with suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()
     os._exit(code)
 

@@ -16,7 +16,7 @@ _REGISTERS: Final = "grasp_lightning.models.lowrank"
 def register_with_transformers() -> None:
     """Register low-rank linears now if transformers is imported, else when it is.
 
-    ``--help`` and mistyped keys need not wait seconds for transformers and torch.
+    This saves ``--help`` and mistyped keys the seconds that importing transformers and torch takes.
     """
     if _AWAITED in sys.modules:
         import_module(_REGISTERS)

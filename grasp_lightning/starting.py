@@ -10,7 +10,7 @@ _LINE = b"error: interrupted while the program was starting: nothing was saved o
 def leave_on_interrupt() -> None:
     """End the process at the first Ctrl-C, until ``begin``.
 
-    An exception could come out of any import: some swallow it, others print pages.
+    Raised during an import, an exception could be swallowed, or end in pages of traceback.
     """
     signal.signal(signal.SIGINT, _leave)
 

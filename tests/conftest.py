@@ -182,7 +182,7 @@ def tiny_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def grasp_data() -> Path:
-    """Folder of the real development data; the test skips where it is not given."""
+    """Folder of the real development data; the test skips if it is not set."""
     folder = os.environ.get("GRASP_DATA", "")
     if folder in ("", "none"):
         pytest.skip("GRASP_DATA is not set: it names the folder with the real development data")

@@ -1,4 +1,4 @@
-"""``benchmark``: throughput and memory of models, measured in turns in one process."""
+"""``benchmark``: throughput and memory of models, measured alternately in one process."""
 
 import json
 import os
@@ -83,9 +83,9 @@ def _amend(config: BenchmarkConfig, result: Throughput) -> list[Path]:
 
 
 def variant_names(paths: Sequence[str]) -> list[str]:
-    """Return distinct names of models for a table: their paths, or what distinguishes these.
+    """Return distinct names of models for a table: their paths, or their distinguishing parts.
 
-    ``runs/x/model`` and ``runs/y/model``, which end alike, become ``x`` and ``y``.
+    ``runs/x/model`` and ``runs/y/model``, which have the same last part, become ``x`` and ``y``.
     """
     names = list(paths)
     for last, count in Counter(PurePath(path).name for path in paths).items():
@@ -118,7 +118,7 @@ def _check_numbers(config: BenchmarkConfig) -> None:
             raise ConfigError(f"{key} is empty; expected a list of numbers such as [1, 4]")
         value, count = Counter(values).most_common(1)[0]
         if count > 1:
-            raise ConfigError(f"{key} holds {value} more than once")
+            raise ConfigError(f"{key} contains {value} more than once")
     check_values(config)
     cores = os.cpu_count() or 1
     if config.threads is not None and config.threads > cores:
@@ -126,13 +126,13 @@ def _check_numbers(config: BenchmarkConfig) -> None:
 
 
 def _variants(config: BenchmarkConfig) -> tuple[_Variant, ...]:
-    """Return the models in the order of the tables: the first one, its control, the others."""
+    """Return the models in the order of the tables: the first, its control, the others."""
     paths = (config.model, *config.against)
     if len(set(paths)) < len(paths):
         twice = Counter(paths).most_common(1)[0][0]
         raise ConfigError(
-            f"against: {twice} is given more than once; the first model is measured twice anyway, "
-            f"as a control"
+            f"against: {twice} is given more than once; the first model is always measured twice, "
+            "as a control"
         )
     keys = ("model", *("against" for _ in config.against))
     settings = all_settings(config, paths, keys)
@@ -176,7 +176,7 @@ def _check_positions(config: BenchmarkConfig, name: str, model: PreTrainedModel)
     longest = max(config.prefill_lengths)
     if longest > positions:
         raise ConfigError(
-            f"prefill_lengths has {longest}, but {name} has {positions} positions; leave it out"
+            f"prefill_lengths has {longest}, but {name} has only {positions} positions; remove it"
         )
     if config.prompt_length + config.new_tokens > positions:
         raise ConfigError(
@@ -188,7 +188,7 @@ def _check_positions(config: BenchmarkConfig, name: str, model: PreTrainedModel)
 def _measure(variants: Sequence[_Variant], workload: Workload) -> Throughput:
     threads = torch.get_num_threads()
     memory = {}
-    # Before this process holds models itself: a GPU has to have room.
+    # Before this process loads models itself: the GPU needs room.
     for variant in _track(variants, "peak memory"):
         with named_by(variant.key):
             memory[variant.name] = measure_peak_memory(variant.settings, workload, threads)
@@ -225,7 +225,7 @@ def _torch_threads(number: int | None) -> Iterator[None]:
 
 
 def _track(items: Sequence[T], description: str) -> Iterable[T]:
-    # On standard error: standard output is for the result. Drawn between the items only: a thread
-    # that draws would take time from what is measured.
+    # On standard error: standard output is for the result. Updated between items only: a thread
+    # that draws would disturb the measurement.
     console = Console(stderr=True)
     return track(items, description=description, console=console, auto_refresh=False)

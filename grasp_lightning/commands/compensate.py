@@ -11,6 +11,14 @@ from grasp_lightning.callbacks.measure import check_trainer
 from grasp_lightning.callbacks.split_model import MeasureInFit
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.commands.outputs import CompensationOutcome, write_outputs
+from grasp_lightning.commands.stages import (
+    EVALUATE,
+    LOAD,
+    SAVE,
+    TRAIN,
+    compensate_stages,
+    compensate_work,
+)
 from grasp_lightning.commands.training import TrainingRun
 from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
 from grasp_lightning.config import CompensateConfig, ModelConfig, Strategy
@@ -28,6 +36,7 @@ from grasp_lightning.models.model_settings import named_by
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.models.verification import can_generate
+from grasp_lightning.progress import RunBar, expect_work
 from grasp_lightning.reporting.metrics import Change, CompensationMetrics
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.training import RunNotes, check_inputs
@@ -41,7 +50,7 @@ _MEMORY_KEYS = (
 )
 # Perplexity and validation loss.
 _Measured = tuple[Change[float | None], Change[float | None]]
-_SAFETY = 1.1  # tokenizer, report and logs, beside weights and checkpoint
+_SAFETY = 1.1  # tokenizer, report and logs, in addition to weights and checkpoint
 _CHECKPOINT_BYTES = 4 * 4 * 2  # per trained parameter: Adam's two, itself, its best; twice, to swap
 
 
@@ -73,16 +82,19 @@ def run_compensate(config: CompensateConfig) -> CompensateRun:
     step. SIGINT and SIGTERM save at the next step and raise ``Interrupted``. A wrong configuration,
     model, text or number is a ``GraspError``, which leaves nothing of a new run.
     """
-    folder, uploaded, phases = Path(output_folder(config, "runs/second")), None, Phases()
+    folder, uploaded = Path(output_folder(config, "runs/second")), None
     check_settings(config)
-    metrics = run_in_folder(
-        config,
-        protected=_protected(config),
-        memory_advice=_MEMORY_KEYS,
-        prepare=lambda _: _prepare(config, phases),
-        execute=lambda run, inputs, stop: _execute(config, run, inputs, phases, stop),
-        read=CompensationMetrics.from_dict,
-    )
+    stages = compensate_stages(is_split=is_sharded_strategy(config.trainer.strategy))
+    with RunBar(stages, is_shown=processes.is_first()) as bar:
+        phases = Phases(bar.follow)
+        metrics = run_in_folder(
+            config,
+            protected=_protected(config),
+            memory_advice=_MEMORY_KEYS,
+            prepare=lambda _: _prepare(config, phases),
+            execute=lambda run, inputs, stop: _execute(config, run, inputs, phases, stop),
+            read=CompensationMetrics.from_dict,
+        )
     if config.push_to_hub is not None:
         name = config.push_to_hub
         uploaded = processes.on_first(lambda: push_folder(folder / "model", name))
@@ -101,6 +113,7 @@ def _execute(
     config: CompensateConfig, run: RunFolder, inputs: _Inputs, phases: Phases, stop: StopRequest
 ) -> CompensationMetrics:
     processes.on_first(lambda: run.check_free_space(inputs.bytes_needed))
+    expect_work(compensate_work(config, inputs.data, inputs.held_out))
     notes, view = RunNotes(run), inputs.view
     parameters = count_parameters(view.model)
     module = CompensationModule(view, config.optimizer, teacher=inputs.teacher, seed=config.seed)
@@ -111,10 +124,10 @@ def _execute(
     perplexity, validation_loss = train(config, inputs, training, notes, phases)
 
     def write() -> CompensationMetrics:
-        # Here, so that rank 0 alone loads a whole model.
+        # Done here, so that only rank 0 loads a whole model.
         loaded = inputs.loaded
         if is_sharded_strategy(config.trainer.strategy):
-            with phases("save"):
+            with phases(SAVE):
                 loaded = consolidated(config, training.gathered.state)
         outcome = CompensationOutcome(
             config=config,
@@ -149,13 +162,13 @@ def _train(
         before = _perplexity(config, inputs, phases, "before")
         notes.note("perplexity_before", before)
     if loss_before is None and training.can_validate:
-        with phases("evaluate"):
+        with phases(EVALUATE):
             loss_before = training.validation_loss()
         notes.note("loss_before", loss_before)
-    with phases("train"):
+    with phases(TRAIN):
         training.fit()
     after = _perplexity(config, inputs, phases, "after")
-    with phases("evaluate"):
+    with phases(EVALUATE):
         loss_after = training.validation_loss() if training.can_validate else None
     return Change(before=before, after=after), Change(before=loss_before, after=loss_after)
 
@@ -169,8 +182,8 @@ def _train_split(
 ) -> _Measured:
     """Do what ``_train`` does inside one fit, where a split model is ready to run."""
     held_out = own_micro_batches(inputs.held_out, config.evaluation.batch_size)
-    measure = MeasureInFit(held_out, notes, lambda: phases("evaluate"))
-    with phases("train", excluding=["evaluate"]):
+    measure = MeasureInFit(held_out, notes, lambda: phases(EVALUATE))
+    with phases(TRAIN, excluding=[EVALUATE]):
         training.fit(measure)
     assert measure.before is not None  # the fit has begun and ended
     assert measure.after is not None
@@ -182,8 +195,8 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
     device, strategy = resolve_device(config.model.device), config.trainer.strategy
     check_trainer(config.trainer, device, get_args(Strategy), "compensation")
     check_strategy(strategy, device)
-    with phases("load"):
-        # A model that is going to be split need not fit on the device.
+    with phases(LOAD):
+        # A model that will be split need not fit on the device.
         loaded = load_model(
             replace(config.model, device="cpu") if is_sharded_strategy(strategy) else config.model
         )
@@ -227,13 +240,13 @@ def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
     is_coarse = loaded.model.dtype.itemsize < torch.float32.itemsize
     if config.train == "factors" and is_coarse:
         raise ConfigError(
-            f"train: factors would change weights in {loaded.model.dtype}, which is too coarse for "
+            f"train: factors would train weights in {loaded.model.dtype}, which is too coarse for "
             "small steps; set model.dtype: float32 (trainer.precision: bf16-mixed computes in "
             "bfloat16), or train: lora"
         )
     if is_deepspeed(trainer.strategy) and trainer.precision == "32-true" and is_coarse:
         raise ConfigError(
-            f"trainer.strategy {trainer.strategy} with precision 32-true would turn the weights "
+            f"trainer.strategy {trainer.strategy} with precision 32-true would convert the weights "
             f"from {loaded.model.dtype} into float32; set trainer.precision: bf16-mixed, or "
             "model.dtype: float32"
         )
@@ -249,7 +262,7 @@ def _check_steps(config: CompensateConfig, data: TrainingData) -> None:
 
 
 def _teacher_settings(config: CompensateConfig) -> ModelConfig:
-    assert config.distillation.teacher is not None  # checked with the settings
+    assert config.distillation.teacher is not None  # checked with the other settings
     device = config.distillation.device
     return replace(
         config.model,
@@ -266,8 +279,8 @@ def _teacher(config: CompensateConfig, loaded: LoadedModel) -> Teacher:
     sizes = [m.config.get_text_config().vocab_size for m in (teacher.model, loaded.model)]
     if sizes[0] != sizes[1] or teacher.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
         raise ModelError(
-            f"distillation.teacher: {teacher.origin.name} has another vocabulary than the model "
-            f"({sizes[0]} and {sizes[1]} tokens); use the dense model that was compressed"
+            f"distillation.teacher: {teacher.origin.name} has a different vocabulary from the "
+            f"model ({sizes[0]} and {sizes[1]} tokens); use the dense model that was compressed"
         )
     teacher.model.requires_grad_(False)
     return Teacher(
@@ -278,7 +291,7 @@ def _teacher(config: CompensateConfig, loaded: LoadedModel) -> Teacher:
 
 
 def _perplexity(config: CompensateConfig, inputs: _Inputs, phases: Phases, when: str) -> float:
-    with phases("evaluate"):
+    with phases(EVALUATE):
         return tracked_perplexity(
             inputs.view, inputs.held_out, config.evaluation.batch_size, f"perplexity, {when}"
         )

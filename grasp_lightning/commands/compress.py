@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.progress import track
 from torch import Tensor
 
 from grasp_lightning import processes
@@ -14,16 +13,22 @@ from grasp_lightning.callbacks.measure import TrainerMeasure
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.commands.inputs import Inputs, prepare
 from grasp_lightning.commands.outputs import Outcome, write_outputs
+from grasp_lightning.commands.stages import (
+    EVALUATE,
+    FACTORIZE,
+    LOAD,
+    PHASE_OF_STEP,
+    compress_stages,
+    compress_work,
+)
 from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
 from grasp_lightning.config import CompressConfig, MethodConfig
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods import resolve_method
-from grasp_lightning.methods.attribution import ATTRIBUTION
-from grasp_lightning.methods.layer_choice import SELECT
-from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.in_memory import ModelInMemory
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.models.size import count_inputs, measure_size
@@ -31,6 +36,7 @@ from grasp_lightning.models.source import resolve_source
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.pipeline import Finish, Measure, compress
 from grasp_lightning.plan import Plan
+from grasp_lightning.progress import RunBar, expect_work, track
 from grasp_lightning.reporting.metrics import Metrics, Pair
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Statistics, Step
@@ -38,7 +44,6 @@ from grasp_lightning.storage.progress import RunProgress
 from grasp_lightning.training.finish import CUT_LOSSES, REFIT, FinishDecision
 from grasp_lightning.training.hidden_cache import pass_on_hidden_states_only
 
-_PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
 _MEMORY_KEYS = "calibration.batch_size, calibration.seqlen or evaluation.batch_size"
 
 
@@ -50,34 +55,53 @@ class CompressRun:
     metrics: Metrics
 
 
-def run_compress(config: CompressConfig) -> CompressRun:
+def run_compress(config: CompressConfig, given: ModelInMemory | None = None) -> CompressRun:
     """Compress a model as a configuration says, and write its run folder.
+
+    With a ``given`` model, a copy of it is compressed, and ``config`` has its settings.
 
     The metrics of a finished run are only read; an unfinished run resumes. SIGINT and SIGTERM save
     at the next batch and raise ``Interrupted``. A wrong configuration, model, corpus or number is a
     ``GraspError``, which leaves nothing of a new run.
 
     Raises:
-        ConfigError: If ``output_dir`` is what ``from_scores`` names.
+        ConfigError: If ``dry_run`` is set.
+    """
+    if config.dry_run:
+        raise ConfigError("dry_run is set: use dry_run_compress, or leave it out to make a run")
+    config, protected = resolved(config, given)
+    assert config.output_dir is not None  # resolved has checked it
+    with RunBar(compress_stages(config), is_shown=processes.is_first()) as bar:
+        phases = Phases(bar.follow)
+        metrics = run_in_folder(
+            config,
+            protected=protected,
+            memory_advice=_MEMORY_KEYS,
+            prepare=lambda run: prepare(config, phases, run, given),
+            execute=lambda run, inputs, stop: _execute(config, run, inputs, phases, stop),
+            read=Metrics.from_dict,
+        )
+    return CompressRun(folder=Path(config.output_dir), metrics=metrics)
+
+
+def resolved(
+    config: CompressConfig, given: ModelInMemory | None = None
+) -> tuple[CompressConfig, list[Path]]:
+    """Return a configuration with its method resolved, and the folders that a run must not touch.
+
+    Raises:
+        ConfigError: If ``output_dir`` is missing, or is what ``from_scores`` names.
     """
     output_dir = output_folder(config, "runs/first")
     if config.from_scores is not None:
         folders = [Path(path).expanduser().resolve() for path in (output_dir, config.from_scores)]
         if folders[0] == folders[1]:
             raise ConfigError(
-                f"from_scores: {config.from_scores} is output_dir itself; name another output_dir"
+                f"from_scores: {config.from_scores} is also output_dir; use another output_dir"
             )
     config = replace(config, method=_resolved_method(config))
-    model_folder, phases = resolve_source(config.model).folder, Phases()
-    metrics = run_in_folder(
-        config,
-        protected=[] if model_folder is None else [model_folder],
-        memory_advice=_MEMORY_KEYS,
-        prepare=lambda run: prepare(config, phases, run),
-        execute=lambda run, inputs, stop: _execute(config, run, inputs, phases, stop),
-        read=Metrics.from_dict,
-    )
-    return CompressRun(folder=Path(output_dir), metrics=metrics)
+    source = resolve_source(config.model) if given is None else given.origin
+    return config, [] if source.folder is None else [source.folder]
 
 
 def _resolved_method(config: CompressConfig) -> MethodConfig:
@@ -87,8 +111,7 @@ def _resolved_method(config: CompressConfig) -> MethodConfig:
         if config.from_scores is None:
             raise
         raise ConfigError(
-            f"{error} (keys that are not set here are those of {config.from_scores}; =null unsets "
-            "one)"
+            f"{error} (keys that are not set here come from {config.from_scores}; =null unsets one)"
         ) from error
 
 
@@ -101,6 +124,8 @@ def _execute(
     progress = RunProgress(
         run, Plan(method=method.name, options=method.options, inputs=inputs.hashes)
     )
+    prediction = method.predict(view)
+    expect_work(compress_work(config, view, prediction, inputs.held_out, progress.plan))
     dense_size, num_inputs = measure_size(view), count_inputs(view)
     dense_perplexity = progress.noted("dense_perplexity")
     if dense_perplexity is None:
@@ -109,7 +134,7 @@ def _execute(
     apply_operations(view, progress.plan.operations, progress.factors)
     with TemporaryDirectory() as logs:
         measure = _timed(_measure(config, inputs, Path(logs), progress, stop), phases)
-        with phases("factorize", excluding=(*_PHASE_OF_STEP.values(), CUT_LOSSES, REFIT)):
+        with phases(FACTORIZE, excluding=(*PHASE_OF_STEP.values(), CUT_LOSSES, REFIT)):
             finish = _finish(config, inputs, phases, progress)
             plan = compress(view, method, measure, progress.plan, progress.add_step, finish=finish)
         with run.new_folder("logs") as folder:
@@ -120,7 +145,7 @@ def _execute(
     )
 
     def write() -> Metrics:
-        with phases("load"):
+        with phases(LOAD):
             loaded = _compressed(config, inputs, plan, progress.factors)
         outcome = Outcome(
             loaded=loaded,
@@ -158,7 +183,7 @@ def _compressed(
         return inputs.loaded
     loaded = load_model(replace(config.model, device="cpu"))
     if model_hash(loaded.model) != inputs.hashes["model"]:
-        raise ModelError(f"{loaded.origin.name} has changed since this command was started")
+        raise ModelError(f"{loaded.origin.name} has changed since the command started")
     apply_operations(DecoderView(loaded.model), plan.operations, factors)
     return loaded
 
@@ -184,7 +209,7 @@ def _measure(
 def _finish(
     config: CompressConfig, inputs: Inputs, phases: Phases, progress: RunProgress
 ) -> Finish:
-    # Only curvature predicts what a measurement can be compared with.
+    # Only predictions by curvature can be compared with a measurement.
     count = config.statistics.measured_windows if config.method.weighting == "kfac" else 0
     return FinishDecision(
         held_out=inputs.held_out.select(range(min(count, len(inputs.held_out)))) if count else None,
@@ -197,7 +222,7 @@ def _finish(
 
 
 def _perplexity(config: CompressConfig, inputs: Inputs, phases: Phases, which: str) -> float:
-    with phases("evaluate"):
+    with phases(EVALUATE):
         return tracked_perplexity(
             inputs.view, inputs.held_out, config.evaluation.batch_size, f"perplexity, {which}"
         )
@@ -207,7 +232,7 @@ def _timed(measure: Measure, phases: Phases) -> Measure:
     def timed(view: DecoderView, step: Step) -> Statistics:
         if step.needs.is_empty:  # explicit layers, or scores that need no data
             return measure(view, step)
-        with phases(_PHASE_OF_STEP.get(step.name, step.name)):
+        with phases(PHASE_OF_STEP.get(step.name, step.name)):
             return measure(view, step)
 
     return timed

@@ -55,7 +55,7 @@ class EvaluateRun:
 
 
 def run_evaluate(config: EvaluateConfig) -> EvaluateRun:
-    """Measure models one after the other, but nothing that ``output`` holds already."""
+    """Measure models one after the other, except for results that ``output`` contains already."""
     models = _check(config)
     corpora = {corpus: _corpus_config(corpus, config) for corpus in config.corpora}
     harness = None
@@ -84,7 +84,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluateRun:
 def _check(config: EvaluateConfig) -> list[ModelConfig]:
     """Return how to load each model, after checks that need no weights."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("evaluate runs in one process; start it without torchrun")
+        raise ConfigError("evaluate runs in a single process; start it without torchrun")
     check_values(config)
     _check_names(config)
     models = all_settings(config, config.model, ["model"] * len(config.model))
@@ -157,8 +157,8 @@ def _evaluate(
         stored = evaluation.corpora.get(corpus)
         if stored is not None and stored.windows_sha256 != windows.sha256:
             raise OutputError(
-                f"output: {config.output} holds the perplexity on what {corpus} was before; name "
-                "another file, or measure again with --overwrite"
+                f"output: {config.output} contains the perplexity on an earlier version of "
+                f"{corpus}; name another file, or measure again with --overwrite"
             )
     can_forget = forget_peak(loaded.model.device)
     try:

@@ -1,4 +1,4 @@
-"""``export``: a compressed model in a format for runtimes that do not know its layers."""
+"""``export``: a compressed model in a format for runtimes without support for its layers."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 
 from grasp_lightning.config import ExportConfig, ModelConfig
 from grasp_lightning.config.parsing import to_dict
@@ -18,6 +17,7 @@ from grasp_lightning.models.lowrank import ranks_of, shapes_of
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.verification import can_generate
 from grasp_lightning.models.weight_files import weight_files
+from grasp_lightning.progress import track
 from grasp_lightning.reading.text import read_json
 from grasp_lightning.reading.typed import as_type, to_plain
 from grasp_lightning.reporting.card import base_model_of, export_card
@@ -29,7 +29,7 @@ FACTS_NAME = "export.json"
 SOURCE_CARD_NAME = "COMPRESSED_MODEL_CARD.md"
 
 _MODEL_NAME = "model"
-_SAFETY = 1.1  # tokenizer and cards, beside the weights
+_SAFETY = 1.1  # tokenizer and cards, in addition to the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,7 @@ class ExportFacts:
         source_sha256: Fingerprint of the compressed model's config.json and weight files.
         ranks: Rank of each linear whose factors were multiplied, by full name.
         parameters: Of the copy (dense) and of the compressed model.
-        shapes: [out_features, in_features] of each narrowed linear filled up with zeros, by full
-            name.
+        shapes: [out_features, in_features] of each narrowed linear padded with zeros, by full name.
     """
 
     source_sha256: str
@@ -60,13 +59,13 @@ class ExportRun:
 
     @property
     def lines(self) -> list[str]:
-        """Text for the user: where the copy is, and that it is not smaller."""
+        """Text for the user: the path of the copy, and that it is not smaller."""
         ranks, shapes, parameters = self.facts.ranks, self.facts.shapes, self.facts.parameters
         done = [f"factors of {len(ranks)} linears multiplied"] if ranks or not shapes else []
-        done += [f"{len(shapes)} narrowed linears filled up with zeros"] if shapes else []
+        done += [f"{len(shapes)} narrowed linears padded with zeros"] if shapes else []
         first = (
-            f"{', '.join(done)}: {parameters.dense:,} parameters, the "
-            f"compressed model has {parameters.compressed:,}; this copy has no gain in size"
+            f"{', '.join(done)}: {parameters.dense:,} parameters, the compressed model has "
+            f"{parameters.compressed:,}; this copy is not smaller"
         )
         return [first, f"model:  {self.folder / _MODEL_NAME}"]
 
@@ -75,7 +74,7 @@ def run_export(config: ExportConfig) -> ExportRun:
     """Write a copy of a compressed model as an ordinary checkpoint; a finished export is only read.
 
     Raises:
-        GraspError: If model or output folder does not fit; nothing of the export remains.
+        GraspError: If model or output folder does not fit; no file of the export remains.
     """
     source = _source_folder(config.model)
     with RunFolder.open(
@@ -96,7 +95,7 @@ def _source_folder(model: str) -> Path:
     folder = Path(model).expanduser()
     expected = "expected the model/ folder of a compressed model"
     if not folder.is_dir():
-        came = "is a file" if folder.is_file() else "there is no such folder"
+        came = "is a file" if folder.is_file() else "the folder does not exist"
         raise ModelError(f"model: {model}: {came}; {expected}")
     if not (folder / "config.json").is_file():
         inner = folder / _MODEL_NAME
@@ -110,17 +109,17 @@ def _stored_facts(run: RunFolder, source: Path) -> ExportFacts:
     try:
         facts = as_type(ExportFacts, read_json(file), FACTS_NAME)
     except GraspError as error:
-        raise OutputError(f"{file} is gone or damaged; export again with --overwrite") from error
+        raise OutputError(f"{file} is missing or damaged; export again with --overwrite") from error
     if facts.source_sha256 != _fingerprint(source):
         raise OutputError(
-            f"{run.root} holds an export of what {source} was before; use another output_dir or "
-            f"--overwrite"
+            f"{run.root} contains an export of an earlier version of {source}; use another "
+            "output_dir or --overwrite"
         )
     return facts
 
 
 def _execute(source: Path, target: Format, run: RunFolder) -> ExportFacts:
-    # On the CPU: one product per linear is quick, and the dense model need not fit a GPU.
+    # On the CPU: one product per linear is fast, and the dense model need not fit on a GPU.
     settings = ModelConfig(path=str(source), device="cpu")
     empty = load_meta_model(settings)
     refusal = target.refusal(empty)
@@ -170,4 +169,4 @@ def _fingerprint(source: Path) -> str:
 
 def _track(description: str, linears: Sequence[str]) -> Iterable[str]:
     # On standard error: standard output is for the result.
-    return track(linears, description=description, console=Console(stderr=True))
+    return track(linears, description, console=Console(stderr=True))

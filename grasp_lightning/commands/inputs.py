@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.progress import track
+import torch
 
 from grasp_lightning import processes
 from grasp_lightning.callbacks.measure import check_trainer, is_split
+from grasp_lightning.commands.stages import LOAD
 from grasp_lightning.config import CompressConfig
 from grasp_lightning.config.values import check_values
 from grasp_lightning.data.datamodules import CalibrationData
@@ -18,18 +19,21 @@ from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods import build_method, predict
 from grasp_lightning.methods.base import CompressionMethod
+from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.calls import check_length, check_vocabulary, leave_uncalled
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.in_memory import ModelInMemory
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
 from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard
 from grasp_lightning.models.verification import can_generate
+from grasp_lightning.progress import track
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.progress import check_same_model
 from grasp_lightning.storage.recut import StoredScores
 from grasp_lightning.storage.sampled_text import SAMPLE, SampledText
 from grasp_lightning.training.hidden_cache import check_independent
 
-_SAFETY = 1.1  # tokenizer, report and logs, beside weights and factors
+_SAFETY = 1.1  # tokenizer, report and logs, in addition to weights and factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +60,27 @@ class Inputs:
     generates: bool
 
 
-def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None) -> Inputs:
-    """Load model and text; whatever does not fit is an early ``GraspError``.
+def prepare(
+    config: CompressConfig,
+    phases: Phases,
+    run: RunFolder | None = None,
+    given: ModelInMemory | None = None,
+) -> Inputs:
+    """Load model and text; input that does not fit is a ``GraspError`` before anything is measured.
 
-    The method of ``config`` must be resolved. ``run`` keeps text from the model once it is open.
+    The method of ``config`` must be resolved. ``run`` stores generated text once it is open. A
+    ``given`` model is copied, and none is loaded.
     """
     check_values(config)
-    mixture_parts(config.calibration, "calibration")  # keys that do not fit together end the run
+    mixture_parts(config.calibration, "calibration")  # conflicting keys are an error
     check_trainer(config.trainer, resolve_device(config.model.device))
     stored = None
     if config.from_scores is not None:
         stored = StoredScores(config.from_scores)
-        # What is asked for is scored already, or cannot be had.
+        # The requested scores are stored already, or not available.
         config = replace(config, method=replace(config.method, score_all_layers=None))
-    with phases("load", excluding=(SAMPLE,)):
-        loaded, digest = _load(config)
+    with phases(LOAD, excluding=(SAMPLE,)):
+        loaded, digest = _load(config, given)
         view = DecoderView(loaded.model)
         leave_uncalled(view)
         check_independent(view, config.method)
@@ -101,7 +111,6 @@ def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None
                 stored.check_windows(data.fingerprint)
             hashes |= data.fingerprint
         generates = is_sharded(loaded.model) or can_generate(loaded.model)
-    needed = (prediction.most + prediction.factors) * loaded.model.dtype.itemsize
     return Inputs(
         loaded=loaded,
         view=view,
@@ -111,31 +120,51 @@ def prepare(config: CompressConfig, phases: Phases, run: RunFolder | None = None
         data=data,
         stored=stored,
         hashes=hashes,
-        bytes_needed=int(_SAFETY * needed),
+        bytes_needed=bytes_needed(prediction, loaded.model.dtype),
         generates=generates,
     )
+
+
+def bytes_needed(prediction: Prediction, dtype: torch.dtype) -> int:
+    """Return the bytes that a run writes, about."""
+    return int(_SAFETY * (prediction.most + prediction.factors) * dtype.itemsize)
+
+
+def check_num_windows(config: CompressConfig, num_processes: int) -> None:
+    """Raise a ``ConfigError`` if there are fewer calibration windows than processes."""
+    if config.calibration.num_samples < num_processes:
+        raise ConfigError(
+            f"calibration.num_samples is {config.calibration.num_samples}, fewer than the "
+            f"{num_processes} processes: use fewer processes or more windows"
+        )
 
 
 def _calibration(
     config: CompressConfig, loaded: LoadedModel, view: DecoderView, text: SampledText
 ) -> CalibrationData:
     check_length(view, config.calibration.seqlen, "calibration.seqlen")
-    if config.calibration.num_samples < processes.num_processes():
-        raise ConfigError(
-            f"calibration.num_samples is {config.calibration.num_samples}, fewer than the "
-            f"{processes.num_processes()} processes: use fewer processes or more windows"
-        )
+    check_num_windows(config, processes.num_processes())
     data = CalibrationData(config.calibration, loaded.tokenizer, config.seed, sample=text)
     check_vocabulary(view, data.windows.input_ids)
     return data
 
 
-def _load(config: CompressConfig) -> tuple[LoadedModel, str]:
+def _load(config: CompressConfig, given: ModelInMemory | None) -> tuple[LoadedModel, str]:
     """Return the model and the hash of its weights.
 
-    The processes of a node read a sharded model in turns: memory holds one whole model at a time,
+    The processes of a node read a sharded model one by one: memory holds one whole model at a time,
     and no device ever does.
+
+    Raises:
+        ConfigError: If a given model would have to be sharded.
     """
+    if given is not None:
+        if is_split(config.trainer):
+            raise ConfigError(
+                f"trainer.strategy is {config.trainer.strategy}, but the model is already in "
+                "memory: give its path instead"
+            )
+        return given.copied(), given.digest
     if not is_split(config.trainer):
         loaded = load_model(config.model)
         return loaded, model_hash(loaded.model)

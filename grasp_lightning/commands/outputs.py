@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grasp_lightning import __version__
 from grasp_lightning.callbacks.history import TrainingHistory
+from grasp_lightning.commands.stages import SAVE
 from grasp_lightning.config import CompensateConfig
 from grasp_lightning.config.compensate_settings import uses_instructions
 from grasp_lightning.config.parsing import to_dict
@@ -73,7 +74,7 @@ class RunOutcome(ABC, Generic[M]):
         """Return the report page."""
 
     def write_decisions(self, run: RunFolder) -> None:
-        """Write what the model was made from, if anything."""
+        """Write the data that the model was made from, if there is any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
     def metrics(self, phases: Phases) -> CompensationMetrics:
         """Return the numbers, with the times so far."""
         config, samples, steps = self.config, self.data.samples, self.history.steps
-        assert self.module.trained is not None  # it was trained
+        assert self.module.trained is not None  # a compensation trains it
         before, after = self.parameters_before, count_parameters(self.loaded.model)
         item = self.loaded.model.dtype.itemsize
         data, licence = _describe_data(config)
@@ -232,7 +233,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
 
 def write_outputs(run: RunFolder, outcome: RunOutcome[M], phases: Phases) -> M:
     """Write model, decisions, report and metrics; return the metrics as written."""
-    with phases("save", excluding=(VERIFY,)):
+    with phases(SAVE, excluding=(VERIFY,)):
         card = outcome.card(outcome.metrics(phases))
         write_model(run, outcome.loaded, card, generates=outcome.generates, phases=phases)
         outcome.write_decisions(run)
@@ -271,7 +272,7 @@ def _describe_data(config: CompensateConfig) -> tuple[str, str | None]:
 def _write_tensors(
     run: RunFolder, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
-    """Write tensors, if there are any (a method that only drops layers has none)."""
+    """Write tensors, if any: a method that only drops layers has none."""
     if tensors:
         # Copies: two names may stand for one tensor, which safetensors refuses.
         stored = {key: value.to(dtype).cpu().contiguous().clone() for key, value in tensors.items()}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from grasp_lightning.config import PlanConfig
+from grasp_lightning.config import CompensateConfig, PlanConfig
 from grasp_lightning.memory.forecast import (
     calibration_plan,
     compensation_plan,
@@ -41,7 +41,15 @@ def run_plan(config: PlanConfig) -> Planned:
     """Return what a configuration would remove and the memory it takes; reads no weights."""
     config = replace(config, method=resolve_method(config.method))
     compensate = compensation_settings(config)
-    view = DecoderView(load_meta_model(config.model, warns=True))
+    return planned(config, compensate, DecoderView(load_meta_model(config.model, warns=True)))
+
+
+def planned(config: PlanConfig, compensate: CompensateConfig, view: DecoderView) -> Planned:
+    """Return the forecast of a configuration with its method resolved, and of a compensation.
+
+    Args:
+        view: The dense model; its weights may be on the meta device.
+    """
     prediction = predict(view, config.method)
     dense = model_shape(view)
     compressed = shape_after(dense, prediction.operations, prediction.most)

@@ -58,7 +58,7 @@ class TrainingRun:
 
     @property
     def can_validate(self) -> bool:
-        """Whether samples were set aside."""
+        """Whether samples were set aside for validation."""
         return len(self.data.samples.validation) > 0
 
     @property
@@ -83,7 +83,7 @@ class TrainingRun:
         if not self._is_sharded:
             self._back_to_device()
         elif processes.num_processes() == 1:
-            processes.leave()  # a group of one, which the strategy has formed
+            processes.leave()  # a process group of one, which the strategy formed
 
     def _back_to_device(self) -> None:
         # A Trainer leaves its module on the CPU.
@@ -111,12 +111,12 @@ class TrainingRun:
     def _save(self, write: Callable[[Path], None]) -> None:
         if processes.is_first():
             self.run.write_with(TRAINING_CHECKPOINT, write)
-        else:  # it takes part, and writes nothing
+        else:  # other ranks take part and write nothing
             write(self.run.path(TRAINING_CHECKPOINT))
 
     def _loggers(self) -> list[Logger]:
         logs, settings = self.run.live_folder(LOGS), self.config.loggers
-        # One per start: a logger deletes what it finds under its own name. Rank 0 alone makes logs.
+        # One per start: a logger deletes earlier logs of its own name. Only rank 0 writes logs.
         taken = {path.name for path in logs.glob("start_*")}
         version = next(name for n in count(1) if (name := f"start_{n}") not in taken)
         loggers: list[Logger] = [

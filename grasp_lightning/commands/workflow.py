@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from grasp_lightning import processes
@@ -20,6 +19,7 @@ from grasp_lightning.errors import ConfigError, GraspError, Interrupted, ModelEr
 from grasp_lightning.evaluation.perplexity import evaluate_perplexity
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded
+from grasp_lightning.progress import track
 from grasp_lightning.reading.text import read_json
 from grasp_lightning.run_folder import FollowedRun, RunFolder
 from grasp_lightning.run_folder.folder import RunState
@@ -34,7 +34,9 @@ Result = TypeVar("Result")
 def output_folder(config: CompressConfig | CompensateConfig, example: str) -> str:
     """Return the run folder of a configuration, which must name one, such as ``example``."""
     if config.output_dir is None:
-        raise ConfigError(f"output_dir is not set: name the run folder to write, e.g. {example}")
+        raise ConfigError(
+            f"output_dir is not set; name the run folder to write, for example {example}"
+        )
     return config.output_dir
 
 
@@ -47,7 +49,7 @@ def run_in_folder(
     execute: Callable[[RunFolder, Inputs, StopRequest], Result],
     read: Callable[[Settings], Result],
 ) -> Result:
-    """Do the work of a run in its folder once, and return its result; a finished run is only read.
+    """Do the work of a run in its folder once, and return the result; a finished run is only read.
 
     Every process of the run must call it. SIGINT and SIGTERM end the work at the next safe point. A
     run that ``overwrite`` replaces is only deleted after the new inputs are prepared.
@@ -67,7 +69,7 @@ def run_in_folder(
         with _open_together(output_dir, settings, overwrite=anew, protected=protected) as run:
             if run.state == "finished":
                 what = f"the finished run in {run.root} has no readable metrics.json: it"
-                advice = "make it again with --overwrite"
+                advice = "run it again with --overwrite"
                 return read(read_json(run.path("metrics.json"), OutputError, what, advice))
             with _attempt(run, memory_advice):
                 return execute(run, inputs[0] if inputs else prepare(run), stop)
@@ -102,12 +104,12 @@ def _open_together(
 
 @contextmanager
 def _attempt(run: RunFolder, memory_advice: str) -> Iterator[None]:
-    """Leave behind a result, or something to resume from, or nothing."""
+    """Leave a finished run, a run that can be resumed, or no trace."""
     is_new = run.state == "new"
     try:
         yield
     except BaseException as error:
-        # A wrong input makes what was measured worthless; a full disk or a crash does not.
+        # A wrong input makes earlier measurements worthless; a full disk or a crash does not.
         is_wrong_input = isinstance(error, GraspError) and not isinstance(error, OutputError)
         has_saved = has_progress(run)
         if isinstance(error, Interrupted):
@@ -132,12 +134,8 @@ def tracked_perplexity(
     ``console``.
     """
     shares = processes.own_batches(range(len(windows)), batch_size)
-    stream = track(
-        _windows(windows, shares, is_padded=is_sharded(view.model)),
-        total=len(shares),
-        description=description,
-        console=console,
-    )
+    batches = _windows(windows, shares, is_padded=is_sharded(view.model))
+    stream = track(batches, description, total=len(shares), console=console)
     return evaluate_perplexity(view, stream)
 
 

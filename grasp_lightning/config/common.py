@@ -47,18 +47,19 @@ class CalibrationConfig:
 
     Attributes:
         source: pydoc (embedded), wikitext2, c4, ptb (hub), file (see ``path``); with answers:
-            alpaca (hub), instructions (see ``path``); self: text written by the model. A list mixes
-            sources; the default is a list, since calibration on one kind of text hurts the others.
+            alpaca (hub), instructions (see ``path``); self: text that the model generates. A list
+            mixes sources; the default is a list, since calibrating on one kind of text makes the
+            model worse on others.
         path: A .txt, .jsonl or .parquet file for ``source: file``, a .jsonl, .json or .parquet file
             for ``source: instructions``; a list has one for each of these, in order.
-        weights: Share of windows per source of a list, in any unit; None: equal shares.
+        weights: Relative number of windows from each source of a list; None: equal.
         rows: Rows of the file to read, from 0, such as 0-259 or 260-; a list has one range per
             ``path``. None: all rows.
-        split: Split of the corpora; None: the one each corpus has for calibration.
+        split: Split of the corpora; None: the calibration split of each.
         field: Text column of .jsonl and .parquet files, for ``source: file``.
         num_samples: Number of windows, over all sources.
         seqlen: Tokens per window.
-        batch_size: Windows per forward pass; changes speed and memory, never scores.
+        batch_size: Windows per forward pass; affects speed and memory, never scores.
         add_bos: Start every window with the beginning-of-sequence token.
     """
 
@@ -76,7 +77,7 @@ class CalibrationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSource:
-    """Where plain text comes from.
+    """Source of plain text.
 
     Attributes:
         source: Corpus: pydoc (embedded), wikitext2, c4, ptb (hub), or file (see ``path``).
@@ -93,7 +94,7 @@ class CorpusWindows:
 
     Attributes:
         rows: Rows of the file to read, from 0, such as 0-259 or 260-; None: all.
-        split: Split of the corpus; None: its held-out one.
+        split: Split of the corpus; None: its held-out split.
         field: Text column of .jsonl and .parquet files.
         num_samples: Number of windows, from the start of the corpus; None: all.
         seqlen: Tokens per window.
@@ -125,10 +126,10 @@ class TrainerConfig:
         accelerator: Lightning accelerator; auto follows ``model.device``.
         devices: Devices per node.
         num_nodes: Number of nodes.
-        strategy: auto, ddp: the whole model on each device; fsdp: a part of every weight on each;
+        strategy: auto, ddp: each device holds the whole model; fsdp: devices shard the weights;
             deepspeed_stage_1, _2, _3, _2_offload, _3_offload: compensation only.
         precision: 32-true runs in the model's own dtype, bf16-mixed computes in bfloat16.
-        checkpoint_seconds: Seconds between checkpoints of a running pass, to resume after a kill.
+        checkpoint_seconds: Seconds between checkpoints, from which a killed run resumes.
     """
 
     accelerator: Literal["auto", "cpu", "cuda", "gpu"] = "auto"

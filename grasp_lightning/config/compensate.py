@@ -49,10 +49,11 @@ class InstructionConfig:
         num_train: Number of training samples; None: all that are not set aside.
         num_validation: Number of samples set aside for validation.
         max_length: Maximum tokens of a sample; longer ones lose their end.
-        train_on_inputs: Learn the prompt, too, not only the answer.
+        train_on_inputs: Train on the prompt as well as on the answer.
         add_eos: End samples with the end-of-sequence token.
-        add_bos: Start samples with the beginning-of-sequence token; None does as the tokenizer.
-        order: shuffled, length_grouped (less padding) or packed (several samples per row, apart).
+        add_bos: Start samples with the beginning-of-sequence token; None: the tokenizer's default.
+        order: shuffled, length_grouped (less padding) or packed (several samples per row, without
+            attention between them).
         licence: Licence of a local file, for the model card.
     """
 
@@ -73,7 +74,7 @@ class TextConfig(CorpusSource):
     """Plain text, in windows of equal length.
 
     Attributes:
-        split: Split of the corpus; None: the one it has for calibration.
+        split: Split of the corpus; None: its calibration split.
         field: Text column of .jsonl and .parquet files.
         num_samples: Number of training windows.
         num_validation: Number of other windows, for validation.
@@ -93,14 +94,14 @@ class TextConfig(CorpusSource):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """Learning from the output distribution of a teacher, along with the text itself.
+    """Learning from the output distribution of a teacher, and from the text itself.
 
     Attributes:
         teacher: The dense model: a folder, hub name, .gguf file, or the alias ``smollm2``.
-        data: What both models read: instruction (section ``data``) or text (section ``text``).
+        data: Text that both models read: instruction (section ``data``) or text (section ``text``).
         temperature: Softmax temperature of both distributions, above 0.
         mix: Share of the teacher in the loss, in (0, 1]; the rest is the usual cross-entropy.
-        device: Device of the teacher: auto (the model's), or another one, such as cpu.
+        device: Device of the teacher: auto (the model's), or another, such as cpu.
     """
 
     teacher: PathName | None = None
@@ -122,7 +123,7 @@ class OptimizerConfig:
         epsilon: Added to the root of that mean.
         schedule: Learning rate after the warm-up: constant, linear or cosine to 0.
         warmup_steps: Optimizer steps in which the learning rate rises from 0.
-        gradient_clip: Maximum norm of all gradients together; None: no clipping.
+        gradient_clip: Maximum norm of the whole gradient; None: no clipping.
     """
 
     learning_rate: Share = 3e-4
@@ -137,13 +138,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long to train, in which steps, and what to keep.
+    """Training length, step size, and which weights to keep.
 
     Attributes:
         epochs: Passes over the samples.
         max_steps: Maximum optimizer steps; None: ``epochs`` decides.
         batch_size: Rows per optimizer step.
-        micro_batch_size: Rows per forward pass; changes memory and speed, not what is learned.
+        micro_batch_size: Rows per forward pass; affects memory and speed, not the result.
         validate_every: Optimizer steps between validations; None: only before and after.
         patience: Stop after this many validations without a lower loss; None: never.
         keep: Weights to keep: last, or best (lowest validation loss).
@@ -184,15 +185,11 @@ class CompensateConfig:
         preset: Named set of defaults: paper, the settings of arXiv:2501.00339, Table 6.
         train: What to train: lora (adapters on all linears), factors (low-rank factors and narrowed
             linears), or lora_on_factors (adapters on these only).
-        objective: What to learn: instruction, text, or distill (a teacher's distribution).
+        objective: What to train on: instruction, text, or distill (a teacher's distribution).
         push_to_hub: Hub repository to upload the finished model to.
-        model: The compressed model.
-        lora: Adapters.
-        data: Instructions to learn.
-        text: Text to learn.
-        distillation: The teacher.
-        optimizer: AdamW and its learning rate.
-        training: Steps, batches, and what to keep.
+        model: The compressed model. lora: LoRA adapters. data: Instructions to train on. text:
+        Plain text to train on. distillation: Distillation from a teacher.
+        optimizer: AdamW and its learning rate. training: Steps, batches, and weights to keep.
         evaluation: Held-out text for perplexity, before and after.
         trainer: Lightning settings.
         loggers: Where losses are logged.

@@ -25,7 +25,7 @@ def check_settings(config: CompensateConfig) -> None:
 
 
 def uses_instructions(config: CompensateConfig) -> bool:
-    """Return whether the model is trained on instructions, not on plain text."""
+    """Return whether the model is trained on instructions rather than plain text."""
     if config.objective == "distill":
         return config.distillation.data == "instruction"
     return config.objective == "instruction"
@@ -45,9 +45,9 @@ def _refuse_ignored(config: CompensateConfig) -> None:
             "name, .gguf file or smollm2"
         )
     if reads_instructions:
-        unread.append(("text", TextConfig(), "instructions are learned"))
+        unread.append(("text", TextConfig(), "the model is trained on instructions"))
     else:
-        unread.append(("data", InstructionConfig(), "plain text is learned"))
+        unread.append(("data", InstructionConfig(), "the model is trained on plain text"))
     for section, defaults, reason in unread:
         for key in fields(defaults):
             value = getattr(getattr(config, section), key.name)

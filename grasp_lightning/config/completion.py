@@ -10,9 +10,9 @@ from argcomplete.shell_integration import shellcode
 
 from grasp_lightning.config.compensate import CompensateConfig
 from grasp_lightning.config.compress import CompressConfig, ExportConfig, PlanConfig
+from grasp_lightning.config.keys import leaves
 from grasp_lightning.config.measure import BenchmarkConfig, EvaluateConfig
 from grasp_lightning.config.method import METHOD_OPTIONS
-from grasp_lightning.config.parsing import leaves
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.plugins import method_plugins
 from grasp_lightning.reading.text import one_line

@@ -18,13 +18,15 @@ class StatisticsConfig:
     """What grasp_plus and low_rank measure.
 
     Attributes:
-        max_memory: GB for Gram matrices, then for hidden states of a refit; beyond it, layers are
-            measured in several passes, or hidden states are kept in files.
-        store: Keep Gram matrices in the run folder: ``from_scores`` can then cut at another ratio.
-        measured_windows: Held-out windows to measure each cut on by itself, for comparison with the
-            prediction of curvature; 0: none.
-        priced_windows: Calibration windows to price the removal of each layer and block on, if
-            ``method.removable`` allows it.
+        max_memory: Memory limit in GB, for Gram matrices and later for the hidden states of a
+            refit; above it, layers are measured in several passes, and hidden states are stored on
+            disk.
+        store: Keep Gram matrices in the run folder, so that ``from_scores`` can compress to another
+            ratio.
+        measured_windows: Held-out windows on which each cut is measured alone, to compare with its
+            predicted loss; 0: none.
+        priced_windows: Calibration windows on which the removal of each layer and block is
+            measured, if ``method.removable`` allows it.
     """
 
     max_memory: Positive = 8.0
@@ -40,19 +42,18 @@ class CompressConfig:
     Attributes:
         output_dir: Run folder to write; ``plan`` needs none.
         overwrite: Delete what an earlier run wrote there.
+        dry_run: Check everything that is quick, print what ``plan`` prints, and write nothing.
         seed: Seed of the choice of calibration windows.
-        from_scores: Run folder whose stored scores are cut again, without a pass over the data;
-            keys that are not set are taken from its configuration.
-        model: Which model.
-        method: What to remove.
-        calibration: Text to measure on.
-        evaluation: Held-out text.
-        trainer: Lightning settings.
-        statistics: Limits of what is measured.
+        from_scores: Finished run whose stored scores are used instead of a pass over the data;
+            unset keys are taken from its configuration. model: Model to compress. method:
+            Compression method. calibration: Calibration text. evaluation: Held-out text for
+            perplexity.
+        trainer: Lightning settings. statistics: Measurements and their limits.
     """
 
     output_dir: PathName | None = None
     overwrite: bool = False
+    dry_run: bool = False
     seed: Seed = 0
     from_scores: PathName | None = None
     model: ModelConfig
@@ -65,10 +66,10 @@ class CompressConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(CompressConfig):
-    """Everything that ``plan`` reads: what ``compress`` does, and a later compensation.
+    """Everything that ``plan`` reads: the keys of ``compress``, and a later compensation.
 
     Attributes:
-        compensate: YAML file of ``compensate``, whose memory is predicted; None: the defaults.
+        compensate: YAML file of a later ``compensate``, to predict its memory; None: the defaults.
     """
 
     compensate: PathName | None = None
@@ -81,7 +82,7 @@ class ExportConfig:
     Attributes:
         model: Folder of a compressed model, such as ``runs/x/model``.
         format: Format of the copy; dense multiplies the factors back into ordinary weights.
-        output_dir: Run folder to write; the copy is in its folder ``model``.
+        output_dir: Run folder to write; the copy is in its subfolder ``model``.
         overwrite: Delete what an earlier run wrote there.
     """
 

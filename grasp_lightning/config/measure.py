@@ -27,11 +27,11 @@ class EvaluateConfig:
         tasks: Names of lm-eval tasks, tags or groups; needs the extra ``eval``.
         task_data: Folder with task data, ``<task>/<split>.jsonl``; other tasks read the hub.
         limit: Number of documents per task, from the start; None: all.
-        num_fewshot: Examples before each question; None: each task's own number.
+        num_fewshot: Examples before each question; None: the default of each task.
         batch_size: Requests of a task per forward pass.
-        seed: Seed of few-shot examples and of sampling; 1234 is lm-eval's own.
-        output: JSON file for the results; what it holds already is not measured again.
-        overwrite: Measure again what ``output`` holds.
+        seed: Seed of few-shot examples and of sampling; 1234 is lm-eval's default.
+        output: JSON file for the results; results that it already contains are not measured again.
+        overwrite: Measure again even if ``output`` contains the result.
     """
 
     model: tuple[PathName, ...]
@@ -63,7 +63,7 @@ class BenchmarkConfig:
         device: Device of the models: auto, cpu, cuda, cuda:1, ...
         trust_remote_code: Run model code that comes with the checkpoints.
         threads: Threads of torch on the CPU; None: torch's default.
-        prefill_lengths: Prompt lengths, in tokens, to time the prefill of, one prompt at a time.
+        prefill_lengths: Prompt lengths in tokens whose prefill is timed, one prompt at a time.
         decode_batch_sizes: Numbers of sequences to decode together.
         prompt_length: Tokens per sequence before decoding.
         new_tokens: Tokens to decode per sequence.

@@ -28,9 +28,9 @@ class MethodOptions:
     """Which method, on which layers: what every method reads.
 
     Attributes:
-        name: grasp_plus, ranks and channels by loss curvature under one budget; grasp, the paper's;
-            low_rank, parts or a preset of your choice; drop, deletion of layers; or a method of
-            another installed package.
+        name: grasp_plus: ranks and MLP channels by loss curvature, under one budget; grasp: the
+            method of the paper; low_rank: a preset, or parts of your choice; drop: deletes layers;
+            or a method of another installed package.
         layer_metric: How to find redundant layers when ``num_layers`` is given.
         num_layers: Number of decoder layers to replace or delete.
         layers: Indices of decoder layers, instead of ``num_layers``.
@@ -46,7 +46,7 @@ class MethodOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepOptions:
-    """How much stays.
+    """How much is kept.
 
     Attributes:
         keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1), where 0
@@ -62,7 +62,7 @@ class PresetOptions:
     """Sets of options under one name.
 
     Attributes:
-        preset: Named set of options of grasp or low_rank; fills only keys that are not set.
+        preset: Named set of options of grasp or low_rank; keys that you set override it.
     """
 
     preset: PresetName | None = None
@@ -88,8 +88,8 @@ class GraspOptions(GradientOptions, PresetOptions, KeepOptions, MethodOptions):
     Attributes:
         score: taylor multiplies each gradient by its parameter, gradient does not, magnitude takes
             only the singular values.
-        schedule: one_shot scores all chosen layers in one pass; iterative goes from the last layer
-            down, MLP before attention, and scores each with those above replaced.
+        schedule: one_shot scores all chosen layers in one pass; iterative works from the last layer
+            down, MLP before attention, and scores each block after those above it are replaced.
         score_all_layers: Score all layers, so that ``from_scores`` can choose any of them later;
             one_shot only.
     """
@@ -120,9 +120,9 @@ class MetricOptions(DampingOptions):
     Attributes:
         weighting: Metric of the decompositions of low_rank and grasp_plus: none, fisher_rows
             (FWSVD), scale_columns (ASVD), input_gram (SVD-LLM), or kfac, the curvature of the loss.
-        fisher: Gradients for the curvature of kfac: sampled, random ones with the covariance of
-            labels drawn from the model's predictions (Fisher information); empirical, those of the
-            text's labels.
+        fisher: Gradients for the curvature of kfac: sampled: random gradients with the covariance
+            that labels drawn from the model's predictions would give (Fisher information);
+            empirical: gradients of the text's labels.
     """
 
     weighting: Weighting | None = None
@@ -134,11 +134,11 @@ class BudgetOptions:
     """What one budget is spent on.
 
     Attributes:
-        mlp: Under a global budget, turn MLPs into factors, like other matrices, or into narrower
-            MLPs without the channels that cost the loss least.
-        removable: Under a global budget, what may be removed as a whole where that costs less than
-            cutting: nothing, layers, or layers and their attention and MLP blocks. Needs weighting
-            kfac, whose losses have the unit of the price.
+        mlp: Under a global budget, factors: factorize the matrices of MLPs like all others;
+            channels: remove the hidden channels of MLPs that affect the loss least.
+        removable: Under a global budget, parts that may be removed whole where that costs less loss
+            than compressing them: none, layers, or layers_and_blocks (also attention and MLP
+            blocks). Needs weighting kfac, whose losses have the unit of a measured removal.
         multiple_of: Ranks and numbers of channels are multiples of this number.
     """
 
@@ -152,11 +152,11 @@ class LowRankOptions(BudgetOptions, MetricOptions, PresetOptions, KeepOptions, M
     """What low_rank and grasp_plus read.
 
     Attributes:
-        ranks: uniform: one keep ratio for all matrices; global: the budget is spent where it hurts
-            least.
-        refit: Fit what was cut again, layer by layer, on its inputs in the compressed model:
-            prefix, to the output of the dense linear in the dense model; residual, to what the
-            residual stream lacks.
+        ranks: uniform: one keep ratio for all matrices; global: one budget for all, spent where it
+            reduces the predicted loss most.
+        refit: Refit the compressed linears layer by layer, on their inputs in the compressed model.
+            prefix fits each to its output in the dense model; residual refits the linears that
+            write to the residual stream, to reduce the accumulated error.
     """
 
     ranks: RankChoice | None = None

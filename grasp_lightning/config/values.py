@@ -73,7 +73,7 @@ def check_values(config: Any, prefix: str = "") -> None:  # noqa: ANN401  a data
     NUL bytes; paths possible file names. ``prefix`` goes before the keys in messages.
 
     Raises:
-        ConfigError: With the key, what was expected, and what came.
+        ConfigError: With the key, the expected values, and the given one.
     """
     hints = get_type_hints(type(config), include_extras=True)
     for field in fields(config):
@@ -125,7 +125,7 @@ def _refusal(value: object, key: str, marks: list[object]) -> str | None:
 
 def _text_refusal(value: str, key: str, marks: list[object]) -> str | None:
     if "\0" in value:
-        return "holds a NUL byte"
+        return "contains a NUL byte"
     if not value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in value):
         return "is not UTF-8 text"
     if any(isinstance(mark, _Path) for mark in marks):

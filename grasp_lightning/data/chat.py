@@ -36,7 +36,7 @@ def calibration_documents(
     instructions = _instructions(corpus, part)
     answered = [sample for sample in instructions.samples if sample.output.strip()]
     if not answered:
-        raise DataError(f"{instructions.name}: every sample has a blank output; name another file")
+        raise DataError(f"{instructions.name}: every sample has a blank output; use another file")
     texts = tuple(chat_text(sample, tokenizer) for sample in answered)
     return Documents(texts, instructions.name)
 
@@ -63,8 +63,8 @@ def chat_text(sample: InstructionSample, tokenizer: PreTrainedTokenizerBase) -> 
     except (TemplateError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"the tokenizer's chat template gives no text for a request and its answer: {reason}; "
-            "use plain text"
+            "the tokenizer's chat template cannot render an instruction with its answer: "
+            f"{reason}; use plain text"
         ) from error
     return str(text)
 

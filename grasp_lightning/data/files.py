@@ -39,7 +39,7 @@ def join_rows(rows: Sequence[str]) -> str:
 def _documents(path: Path, field: str) -> Iterator[str]:
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        # utf-8-sig: the byte-order mark that some editors write is no part of the text.
+        # utf-8-sig: the byte-order mark that some editors write is not part of the text.
         yield join_rows(read_text(path, encoding="utf-8-sig").splitlines(keepends=True))
     elif suffix == ".jsonl":
         for place, record in read_records(path, [field]):

@@ -1,11 +1,15 @@
 """Corpora on the Hugging Face hub, each pinned to one revision."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from grasp_lightning.data.files import join_rows
 from grasp_lightning.errors import DataError
+from grasp_lightning.models.quiet import quiet_transformers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +108,25 @@ def load_from_hub(repository: str, label: str, advice: str, **options: Any) -> A
     import datasets  # noqa: PLC0415  # slow to import, so loaded on use
 
     try:
-        return datasets.load_dataset(repository, **options)
-    # ValueError: what the library raises offline for a data set that is not in its cache.
+        with quiet_transformers(), _without_bars(datasets):
+            return datasets.load_dataset(repository, **options)
+    # ValueError: raised offline for a data set that is not in the cache.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"{label} cannot be loaded from the Hugging Face hub: {reason}; "
             f"without internet, use {advice}"
         ) from error
+
+
+@contextmanager
+def _without_bars(datasets: ModuleType) -> Iterator[None]:
+    """Hide the progress bars of datasets, unless the user's environment decides on them."""
+    if datasets.are_progress_bars_disabled() or "HF_DATASETS_DISABLE_PROGRESS_BARS" in os.environ:
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

@@ -65,7 +65,7 @@ def read_instructions(
     """Read the samples that a section of the configuration names; there is at least one.
 
     A sample may lack ``input``, or have null there; fields that ``InstructionSample`` lacks are
-    ignored. A source that is unreadable or empty, or a sample without instruction or output, is a
+    ignored. An unreadable or empty source, or a sample without instruction or output, is a
     ``DataError`` that names file and line.
 
     Args:

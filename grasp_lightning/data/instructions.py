@@ -13,7 +13,7 @@ from grasp_lightning.data.instruction_files import Instructions, InstructionSamp
 from grasp_lightning.data.windows import MIN_TOKENS, bos_prefix
 from grasp_lightning.errors import ConfigError, DataError
 
-# Source: the template "alpaca" of Alpaca-LoRA, which the published procedure uses: that of
+# Source: the template "alpaca" of Alpaca-LoRA, which the published procedure uses: the template of
 # Taori et al., "Stanford Alpaca", plus a line feed after the last colon.
 _PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -73,8 +73,8 @@ def split_instructions(
     least = 1 if num_train is None else num_train
     if num_validation + least > len(instructions):
         raise ConfigError(
-            f"{section}.num_validation is {num_validation}, which with {least} to train on is more "
-            f"than the {len(instructions)} samples of {instructions.name}; lower "
+            f"{section}.num_validation is {num_validation}: with {least} for training, more than "
+            f"the {len(instructions)} samples of {instructions.name}; lower "
             f"{section}.num_validation" + (f" or {section}.num_train" if num_train else "")
         )
     order = torch.randperm(len(instructions), generator=torch.Generator().manual_seed(seed))
@@ -113,9 +113,9 @@ class SampleCounts:
 
     def __str__(self) -> str:
         return (
-            f"{self.kept} of {self.read} samples; {self.cut} too long and cut, {self.cut_prompts} "
-            f"of them inside the prompt; left out: {self.no_answer} whose answer was cut off, "
-            f"{self.empty} with a blank output"
+            f"{self.kept} of {self.read} samples; {self.cut} were too long and were cut, "
+            f"{self.cut_prompts} of them inside the prompt; skipped: {self.no_answer} whose answer "
+            f"was cut off, {self.empty} with a blank output"
         )
 
 

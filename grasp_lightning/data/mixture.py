@@ -69,7 +69,7 @@ def mixture_parts(config: CalibrationConfig, part: Part) -> tuple[MixturePart, .
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:
-    """Split a total by weight into whole numbers (largest-remainder method; first wins ties)."""
+    """Split a total by weight into whole numbers (largest remainder; ties go to the first)."""
     exact = [Fraction(weight) for weight in weights]
     quotas = [total * weight / sum(exact) for weight in exact]
     counts = [math.floor(quota) for quota in quotas]
@@ -131,8 +131,8 @@ def _counts(config: CalibrationConfig, part: Part, sources: Sequence[str]) -> li
     counts = shares(num_samples, weights)
     if 0 in counts:
         raise ConfigError(
-            f"{part}.weights give {sources[counts.index(0)]} none of {num_samples} windows; raise "
-            f"its weight or {part}.num_samples, or leave it out"
+            f"{part}.weights give {sources[counts.index(0)]} none of the {num_samples} windows; "
+            f"raise its weight or {part}.num_samples, or leave it out"
         )
     return counts
 
@@ -141,7 +141,7 @@ def _single(value: str | tuple[str, ...] | None, key: str) -> str | None:
     if not isinstance(value, tuple):
         return value
     if len(value) != 1:
-        raise ConfigError(f"{key} must have one value, as there is one source; got {len(value)}")
+        raise ConfigError(f"{key} must have one value for one source, got {len(value)}")
     return value[0]
 
 
@@ -156,7 +156,7 @@ def _by_file(
     if not files:
         raise ConfigError(
             f"{key} {', '.join(values)!r} has no effect with {part}.source {', '.join(sources)}; "
-            f"remove it, or name {' or '.join(_WITH_FILE)} in {part}.source"
+            f"remove it, or add {' or '.join(_WITH_FILE)} in {part}.source"
         )
     if len(values) != len(files):
         raise ConfigError(
@@ -181,12 +181,12 @@ def _refuse_unread(config: CalibrationConfig, parts: Sequence[MixturePart], part
     if config.field != DEFAULT_FIELD and all(one.field == DEFAULT_FIELD for one in parts):
         raise ConfigError(
             f"{part}.field {config.field!r} has no effect with {part}.source {sources}: no .jsonl "
-            "or .parquet file of source file is read; remove it"
+            "or .parquet file is read as source file; remove it"
         )
 
 
 def _refuse_repeats(parts: Sequence[MixturePart], part: Part) -> None:
-    """Refuse text that would be read twice, so that no window can be drawn twice."""
+    """Refuse text that would be read twice: a window could then be drawn twice."""
     read = [
         (
             one.source if one.path is None else str(Path(one.path).expanduser().resolve()),
@@ -198,6 +198,6 @@ def _refuse_repeats(parts: Sequence[MixturePart], part: Part) -> None:
         if first == second and rows.overlaps(other_rows):
             which = "" if rows == other_rows else f", with rows {rows} and {other_rows}"
             raise ConfigError(
-                f"{part}.source names {first} twice{which}; name each text once, and set its share "
+                f"{part}.source names {first} twice{which}; name each text once and set its share "
                 f"with {part}.weights"
             )

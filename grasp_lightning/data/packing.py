@@ -16,10 +16,11 @@ from grasp_lightning.models.decoder import frozen
 from grasp_lightning.models.next_token import forward_inputs
 
 PackingForm = Literal["positions", "mask"]
-"""How a model learns where a packed row changes from one sample to the next."""
+"""How a model learns where the samples of a packed row begin."""
 
 _LEAST_ROW = 8  # tokens; the samples of the trial below must fit
-_TRIAL: Rows = [[0], [1, 2, 3]]  # a full row, which reveals a lost sliding window, and a mixed one
+# A full row, which reveals a missing sliding window, and a mixed row.
+_TRIAL: Rows = [[0], [1, 2, 3]]
 # Maximum difference between the logits of a sample in a packed row and alone, relative to their
 # norm, averaged over its tokens (a router that picks another expert changes a single token).
 # SmolLM2-135M: 2e-6 from rounding in float32, 0.03 in bfloat16; 0.5 if samples see each other.
@@ -86,8 +87,8 @@ def packing_form(model: PreTrainedModel, row_length: int) -> PackingForm:
                 return form
     raise ModelError(
         f"packing does not work with {model.config.model_type} models and attention "
-        f"{model.config._attn_implementation}: samples that share a row do not get the logits that "
-        "they get alone; choose length_grouped or shuffled batches"
+        f"{model.config._attn_implementation}: samples in a shared row do not get the same logits "
+        "as alone; use length_grouped or shuffled batches"
     )
 
 

@@ -24,7 +24,7 @@ def paragraphs(text: str) -> list[str]:
 def pydoc_documents(split: PydocSplit) -> tuple[str, ...]:
     """Return the topics of a part as documents, sorted by name; the parts share no paragraph.
 
-    The text is that of the running CPython, so it differs slightly between Python versions.
+    The text comes with the running CPython, so it differs slightly between Python versions.
     """
     from pydoc_data.topics import topics  # noqa: PLC0415  # half a megabyte, so loaded on use
 

@@ -53,7 +53,7 @@ def read_records(
 def text_of(record: object, field: str, place: str, expected: str) -> str:
     """Return the text of a field; ``place`` and ``expected`` describe the record in messages."""
     if not isinstance(record, Mapping):
-        raise DataError(f"{place} is no JSON object; expected one with {expected}")
+        raise DataError(f"{place} is not a JSON object; expected one with {expected}")
     if field not in record:
         raise DataError(f"{place} has no field {field!r}; it has: {_names(record)}")
     text = record[field]
@@ -63,7 +63,7 @@ def text_of(record: object, field: str, place: str, expected: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place}: field {field!r} holds half of a surrogate pair, which is no text"
+            f"{place}: field {field!r} contains half of a surrogate pair, which is not text"
         ) from error
     return text
 
@@ -93,7 +93,7 @@ def read_columns(
         for name, column in columns.items() if are_texts else ():
             _check_texts(path, name, column)
         return {name: column.to_pylist() for name, column in columns.items()}
-    # OSError and ValueError, which what is not UTF-8 raises, come from pyarrow, too.
+    # pyarrow also raises OSError and ValueError, for example where text is not UTF-8.
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise DataError(f"{path} is not a readable parquet file: {one_line(error)}") from error
 
@@ -114,7 +114,7 @@ def _check_texts(path: Path, name: str, column: Any) -> None:  # noqa: ANN401  p
     import pyarrow as pa  # noqa: PLC0415
 
     kind = column.type
-    if pa.types.is_dictionary(kind):  # repeated strings, each of them stored once
+    if pa.types.is_dictionary(kind):  # repeated strings, each stored once
         kind = kind.value_type
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):
         raise DataError(f"{path}: column {name!r} is {column.type}; expected strings")
@@ -131,7 +131,7 @@ def _json_list(path: Path) -> list[object]:
     expected = "expected a list of objects; one object per line belongs in a .jsonl file"
     records = parse_json(text, str(path), DataError, expected, is_strict=False)
     if not isinstance(records, list):
-        raise DataError(f"{path} holds no JSON list; {expected}")
+        raise DataError(f"{path} is not a JSON list; {expected}")
     return records
 
 

@@ -29,12 +29,12 @@ class RowRange(NamedTuple):
         found = _RANGE.fullmatch(text)
         if found is None:
             raise ConfigError(
-                f"{key} {text!r} is no range of rows; expected the first and the last one, as in "
-                "0-259, or 260- for all from 260 on"
+                f"{key} {text!r} is not a range of rows; expected the first and the last row, as "
+                "in 0-259, or 260- for all from 260 on"
             )
         first, last = int(found[1]), None if found[2] is None else int(found[2])
         if last is not None and last < first:
-            raise ConfigError(f"{key} {text!r} ends before it begins")
+            raise ConfigError(f"{key} {text!r} ends before it starts")
         return cls(first, last)
 
     def __str__(self) -> str:

@@ -8,9 +8,11 @@ from transformers import PreTrainedTokenizerBase
 from grasp_lightning.config import CalibrationConfig, EvaluationConfig
 from grasp_lightning.config.values import check_values
 from grasp_lightning.data.chat import calibration_documents
+from grasp_lightning.data.hub import HUB_CORPORA
+from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.mixture import SELF, interleaved, mixture_parts
 from grasp_lightning.data.self_text import Sampler, self_text
-from grasp_lightning.data.sources import MixturePart, Part, read_documents
+from grasp_lightning.data.sources import MixturePart, Part, check_corpus, read_documents
 from grasp_lightning.data.windows import TokenWindows, pack_windows
 from grasp_lightning.errors import DataError
 
@@ -38,7 +40,7 @@ def calibration_windows(
     Args:
         seed: Seed for all draws.
         part: Name of the section, for messages.
-        asked: How the section asks for this many windows; None: by its ``num_samples``.
+        asked: How the section specifies the number of windows; None: by its ``num_samples``.
         sample: Writes text with the model, for ``source: self``.
 
     Returns:
@@ -49,7 +51,7 @@ def calibration_windows(
     drawn = []
     for source in sources:
         if len(sources) > 1:
-            asked = f"num_samples is {config.num_samples}, {source.num_samples} of {source.source}"
+            asked = _asked(config, source)
         if source.source == SELF:
             drawn.append(_written(source, config, tokenizer, seed, sample))
         else:
@@ -57,12 +59,35 @@ def calibration_windows(
     return _joined(drawn).select(interleaved([len(windows) for windows in drawn]))
 
 
+def local_calibration_windows(
+    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> list[tuple[str, TokenWindows | None]]:
+    """Return the calibration windows of each source that needs neither the hub nor the model.
+
+    Raises the errors of ``calibration_windows``. Of a corpus on the hub, only the keys are checked.
+
+    Returns:
+        Pairs of a source and its windows, None if they are not local.
+    """
+    check_values(config, "calibration.")
+    sources, found = mixture_parts(config, "calibration"), []
+    for source in sources:
+        windows = None
+        if source.source in HUB_CORPORA:
+            check_corpus(source, "calibration")
+        elif source.source != SELF and source.source not in HUB_INSTRUCTIONS:
+            asked = _asked(config, source) if len(sources) > 1 else None
+            windows = _drawn(source, config, tokenizer, seed, part="calibration", asked=asked)
+        found.append((source.source, windows))
+    return found
+
+
 def evaluation_windows(
     config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
 ) -> TokenWindows:
     """Return the first ``num_samples`` windows of the held-out text; None takes all.
 
-    Errors are those of ``calibration_windows``.
+    Raises the errors of ``calibration_windows``.
     """
     check_values(config, "evaluation.")
     documents = read_documents(config, "evaluation")
@@ -78,6 +103,10 @@ def evaluation_windows(
     if config.num_samples is not None:
         windows = windows.select(range(config.num_samples))
     return _with_targets(windows, documents.name)
+
+
+def _asked(config: CalibrationConfig, source: MixturePart) -> str:
+    return f"num_samples is {config.num_samples}, {source.num_samples} of {source.source}"
 
 
 def _drawn(
@@ -154,4 +183,4 @@ def _require_windows(
 def _with_targets(windows: TokenWindows, corpus: str) -> TokenWindows:
     if windows.num_targets > 0:
         return windows
-    raise DataError(f"{corpus} has no token to predict: each of its documents is one token")
+    raise DataError(f"{corpus} has no token to predict: each document is a single token")

@@ -41,8 +41,8 @@ def self_text(
     """Return windows sampled from the model, ``(num_windows, seqlen)`` int64.
 
     Source: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training", arXiv:2305.17888: a random
-    first token, then the model's own. The paper takes the next few tokens greedily; here all are
-    sampled, at temperature 1. Ids unknown to the tokenizer are never drawn.
+    first token, followed by tokens of the model. The paper chooses the first few of them greedily;
+    here all are sampled, at temperature 1. Ids unknown to the tokenizer are never drawn.
 
     Args:
         add_bos: Begin with the beginning-of-sequence token; otherwise with a random token that is

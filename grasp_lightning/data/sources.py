@@ -57,6 +57,22 @@ def source_licence(source: str) -> str | None:
     return HUB_CORPORA[source].licence if source in HUB_CORPORA else None
 
 
+def check_corpus(corpus: Corpus, part: Part) -> str | None:
+    """Check the keys of a section without reading text; return the split of a named corpus.
+
+    Raises:
+        ConfigError: If the source or the split is unknown, or a key has no effect.
+    """
+    if corpus.source not in SOURCES:
+        raise ConfigError(
+            f"{part}.source {corpus.source!r} is unknown; expected one of {', '.join(SOURCES)}"
+        )
+    if corpus.source == "file":
+        return None
+    _refuse_file_keys(corpus, part)
+    return _split(corpus, part)
+
+
 def read_documents(corpus: Corpus, part: Part) -> Documents:
     """Read the text that a section of the configuration names, in the order of the source.
 
@@ -64,17 +80,11 @@ def read_documents(corpus: Corpus, part: Part) -> Documents:
         part: The section; chooses the default split and names the keys in messages.
 
     Raises:
-        ConfigError: If the source or the split is unknown, or a key has no effect.
-        DataError: If the corpus is unreadable or has no text.
+        DataError: If the corpus is unreadable or has no text; and as ``check_corpus``.
     """
-    if corpus.source not in SOURCES:
-        raise ConfigError(
-            f"{part}.source {corpus.source!r} is unknown; expected one of {', '.join(SOURCES)}"
-        )
-    if corpus.source == "file":
+    split = check_corpus(corpus, part)
+    if split is None:
         return _file_documents(corpus, part)
-    _refuse_file_keys(corpus, part)
-    split = _split(corpus, part)
     name = f"{corpus.source} ({split})"
     if corpus.source == "pydoc":
         texts = pydoc_documents("test" if split == "test" else "train")
@@ -91,7 +101,7 @@ def _file_documents(corpus: Corpus, part: Part) -> Documents:
     if corpus.split is not None:
         raise ConfigError(
             f"{part}.split {corpus.split!r} has no effect with {part}.source file; remove it, and "
-            f"let {part}.path name the file of that split"
+            f"set {part}.path to the file of that split"
         )
     path = Path(corpus.path).expanduser()
     rows = RowRange.parse(corpus.rows, f"{part}.rows")

@@ -80,7 +80,7 @@ class TrainingSteps:
     def __iter__(self) -> Iterator[StepBatch]:
         while self._position < len(self):
             rows = self.rows(self._position)
-            self._position += 1  # before the step: a state that is saved after it counts it
+            self._position += 1  # before the step, so that a state saved after it includes it
             batches = processes.own_batches(rows, self._options.micro_batch_size)
             parts = [collate(self._samples, list(own), counts=counts) for own, counts in batches]
             targets = self._samples.num_targets_of

@@ -82,7 +82,7 @@ class TokenWindows:
         }
 
     def padding(self) -> dict[str, Tensor]:
-        """Return a batch for a process that has run out of windows while others have some.
+        """Return a batch for a process that runs out of windows before the others.
 
         It is the first window without targets, and ``index`` is empty: the model runs, but nothing
         counts.

@@ -1,1 +1,1 @@
-"""What a model is worth (perplexity, tasks) and what it costs (memory, throughput)."""
+"""Quality of a model (perplexity, tasks) and its cost (memory, throughput)."""

@@ -19,7 +19,7 @@ class ModelCost:
         bytes: Size of all parameters at the model's dtype.
         flops_per_token: Floating point operations of the matrix products for one token,
             language-model head included; a multiply-add counts as two. Attention to a context is
-            left out: it is the same for all models of one shape.
+            not counted: it is the same for all models of one shape.
         disk_bytes: Size of the weight files; None if unknown.
     """
 

@@ -1,4 +1,4 @@
-"""How much each cut of a compression changes the predictions by itself."""
+"""How much each cut of a compression changes the predictions on its own."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -12,7 +12,8 @@ from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.models.surgery import in_place_of_linears, replacements
 from grasp_lightning.plan import Replacement
 
-_MAX_TOKENS = 512
+MAX_TOKENS = 512
+"""Tokens of each window, so that two sets of logits fit into memory."""
 
 
 @torch.no_grad()
@@ -65,4 +66,4 @@ def divergence(logits: Tensor, dense: Tensor, batch: Mapping[str, Tensor]) -> fl
 
 def first_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Truncate a batch to 512 tokens per window, so that two sets of logits fit into memory."""
-    return {k: value[:, :_MAX_TOKENS] if value.dim() > 1 else value for k, value in batch.items()}
+    return {k: value[:, :MAX_TOKENS] if value.dim() > 1 else value for k, value in batch.items()}

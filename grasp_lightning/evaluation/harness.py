@@ -23,7 +23,7 @@ from grasp_lightning.evaluation.task_results import TaskRun, task_result
 
 logger = logging.getLogger(__name__)
 
-_RANDOM_SEED = 0  # lm-eval's own, of Python's generator
+_RANDOM_SEED = 0  # lm-eval's default seed of Python's generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class TaskSettings:
 
     Attributes:
         limit: Documents per task, from its start; None takes all.
-        num_fewshot: Examples before each question; None takes each task's own number.
+        num_fewshot: Examples before each question; None takes each task's default.
         batch_size: Requests per forward pass.
         seed: Seed of few-shot examples and of sampling.
     """
@@ -67,7 +67,7 @@ class Harness:
     """Runs tasks of lm-eval on models in memory.
 
     A task with a folder in ``task_data`` reads its data from there; its prompts, metrics and name
-    stay those of the installed lm-eval. Other tasks use the hub. An unknown name or a number out of
+    come from the installed lm-eval. Other tasks use the hub. An unknown name or a number out of
     range is a ``ConfigError``.
 
     Args:
@@ -85,7 +85,9 @@ class Harness:
         self._settings = settings
         self._folder = None if task_data is None else Path(task_data).expanduser().absolute()
         if self._folder is not None and not self._folder.is_dir():
-            raise DataError(f"task_data: {task_data} is no folder; expected <task>/<split>.jsonl")
+            raise DataError(
+                f"task_data: {task_data} is not a folder; expected <task>/<split>.jsonl"
+            )
         self._manager = _task_manager()
         # Bad names and local files fail here, before a model runs.
         self._files: dict[str, Path] = {}
@@ -125,7 +127,7 @@ class Harness:
             found[task] = result = task_result(task, values, results, model.dtype)
             if wanted is not None and result.num_fewshot not in (None, wanted):
                 logger.warning(
-                    "%s has its own number of examples, %s, instead of num_fewshot %s",
+                    "%s has a fixed number of examples, %s, which replaces num_fewshot %s",
                     task,
                     result.num_fewshot,
                     wanted,
@@ -231,8 +233,8 @@ class Harness:
             if task == name and field and (line := first_line_without(file, field)):
                 return DataError(f"{file}, line {line}: no field {field!r}, which {task} reads")
         return DataError(
-            f"{name}: its data lacks something that lm-eval reads ({error}); expected the fields "
-            "of the data set that it takes from the hub"
+            f"{name}: its data lacks something that lm-eval reads ({error}); expected the same "
+            "fields as in its data set on the hub"
         )
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of one model, measured in a process of its own."""
+"""Peak memory of one model, measured in a separate process."""
 
 import logging
 import multiprocessing
@@ -54,9 +54,9 @@ def _received(receiver: Connection, process: BaseProcess, name: str) -> PeakMemo
     if exit_code < 0:
         raise ModelError(
             f"the process that measures the memory of {name} was killed (signal {-exit_code}), "
-            f"probably for want of memory; use smaller prefill_lengths and decode_batch_sizes"
+            "probably because memory ran out; use smaller prefill_lengths and decode_batch_sizes"
         )
-    raise RuntimeError(f"measuring the memory of {name} failed, its traceback is above")
+    raise RuntimeError(f"measuring the memory of {name} failed; its traceback is above")
 
 
 def _report(sender: Connection, model: ModelConfig, workload: Workload, num_threads: int) -> None:

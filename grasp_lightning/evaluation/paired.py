@@ -16,7 +16,7 @@ def paired_difference(samples: Sequence[float], reference: Sequence[float]) -> E
     """Return the mean of ``samples - reference``: two models' metric on the same samples, in order.
 
     Samples that are hard are hard for both models, so the error of the mean difference is smaller
-    than the errors of both means suggest. The standard error is that of independent draws, with n -
+    than the errors of both means suggest. The standard error assumes independent draws, with n -
     1 degrees of freedom; None for a single sample.
 
     Raises:
@@ -24,7 +24,7 @@ def paired_difference(samples: Sequence[float], reference: Sequence[float]) -> E
     """
     if len(samples) != len(reference) or not samples:
         raise ValueError(
-            f"expected as many samples as of the reference, at least one, got {len(samples)} and "
+            f"expected as many samples as the reference has, at least one, got {len(samples)} and "
             f"{len(reference)}"
         )
     differences = [one - other for one, other in zip(samples, reference, strict=True)]
@@ -37,7 +37,7 @@ def paired_difference(samples: Sequence[float], reference: Sequence[float]) -> E
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """Return the unweighted mean of independent estimates; its error is None if one of theirs is.
+    """Return the unweighted mean of independent estimates; its error is None if any of theirs is.
 
     Raises:
         ValueError: If there are none.

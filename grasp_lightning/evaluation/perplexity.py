@@ -54,7 +54,7 @@ def evaluate_perplexity(view: DecoderView, batches: Iterable[Mapping[str, Tensor
         NumericsError: If a loss is NaN or infinite, or the perplexity is too large for float64.
     """
     model = view.model
-    metric = Perplexity().to(model.device)  # where a process group can reduce it
+    metric = Perplexity().to(model.device)  # where the process group can reduce it
     with frozen(model), torch.no_grad():
         for batch in batches:
             moved = {key: value.to(model.device) for key, value in batch.items()}

@@ -24,15 +24,15 @@ def local_config(
     Args:
         config: Its configuration in lm-eval.
         folder: Folder with ``<split>.jsonl`` files.
-        num_fewshot: Number of examples; None for the task's own.
+        num_fewshot: Number of examples; None for the task's default.
 
     Raises:
-        ConfigError: If the task loads its data by code of its own, or has fewer rows than examples.
+        ConfigError: If the task loads its data with its own code, or has fewer rows than examples.
         DataError: If a file or a field is missing.
     """
     if "class" in config or "custom_dataset" in config:
         raise ConfigError(
-            f"tasks: {task} loads its data by its own code, so task_data cannot replace it; "
+            f"tasks: {task} loads its data with its own code, so task_data cannot replace it; "
             f"remove {folder} to take the data from the hub"
         )
     files = {file.stem: file for file in sorted(folder.glob("*.jsonl"))}
@@ -109,7 +109,7 @@ def _check_rows(file: Path, task: str, fields: set[str]) -> int:
     for number, row in _rows(file):
         count += 1
         if count == 1:
-            # A row without a field of the others would be read as null.
+            # A field that is missing in one row would be read as null.
             fields = fields | row.keys()
         missing = sorted(fields - row.keys())
         if missing:

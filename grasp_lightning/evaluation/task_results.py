@@ -27,7 +27,7 @@ class TaskResult:
         version: Version of the task's definition in lm-eval.
         samples: Values per document of each numeric metric, in the order of documents.
         documents: Hash of all documents, prompts and targets; samples of two models can be paired
-            if it is equal.
+            if their hashes are equal.
     """
 
     metrics: Mapping[str, Estimate]

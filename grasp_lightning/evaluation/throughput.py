@@ -1,4 +1,4 @@
-"""Throughput of several models, measured in turns and compared round by round."""
+"""Throughput of several models, measured alternately and compared round by round."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,7 +82,7 @@ class ModelThroughput:
 
     Attributes:
         name: Name among the compared models.
-        is_control: True for the first model's second measurement, whose difference is pure chance.
+        is_control: True for the first model's second measurement, whose difference is pure noise.
         parameters: Tied parameters count once.
         peak_memory: Of a process that runs the largest settings.
         timings: One per setting, in the order of the workload.
@@ -127,9 +127,9 @@ class Throughput:
 def measure_throughput(
     models: Mapping[str, PreTrainedModel], workload: Workload, track: Track
 ) -> dict[str, tuple[Timing, ...]]:
-    """Measure models in turns, so that whatever slows the machine down affects all alike.
+    """Measure models alternately, so that anything that slows the machine affects all of them.
 
-    Errors are those of ``time_setting``, and a ``ModelError`` for a device that is too small.
+    Raises the errors of ``time_setting``, and a ``ModelError`` for a device that is too small.
 
     Args:
         models: Models in eval mode by name; the others are compared to the first. The caller may
@@ -164,8 +164,8 @@ def measure_throughput(
 def turns(names: Sequence[str], workload: Workload) -> Iterator[Turn]:
     """Yield every model at every setting, first as a warm-up and then once per round.
 
-    Each round shuffles the settings, and each setting the models, so that the models that are
-    compared run one right after the other.
+    Each round shuffles the settings, and each setting shuffles the models, so that compared models
+    run one right after another.
     """
     order = random.Random(workload.seed)
     for round_index in range(-1, workload.num_rounds):

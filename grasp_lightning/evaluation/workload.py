@@ -1,4 +1,4 @@
-"""The work of a throughput measurement: prefill of one prompt, decoding of a batch with its cache.
+"""The work of a throughput measurement: prefill of one prompt, cached decoding of a batch.
 
 Legend: B sequences, T tokens of a prompt.
 """
@@ -93,7 +93,7 @@ class Workload:
 
 
 class Stopwatch:
-    """Times work on a device; CUDA events spare the device a wait for the host."""
+    """Times work on a device; CUDA events avoid waits for the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -214,5 +214,5 @@ def out_of_memory_as_model_error(name: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"the device has too little memory to run {name}; use smaller prefill_lengths and "
-            f"decode_batch_sizes, or fewer models at a time"
+            "decode_batch_sizes, or compare fewer models"
         ) from error

@@ -65,8 +65,8 @@ def allocate(choices: Sequence[Choice], budget: float) -> Allocation:
 
     It stays within the budget, and the remainder is too small for the next rank that would lower
     the loss of any kept matrix. The loss exceeds the optimum by at most ``loss - loss_bound``, and
-    a larger budget never has a larger loss. Ties go by name, so the order of ``choices`` does not
-    matter.
+    a larger budget never has a larger loss. Ties are broken by name, so the order of ``choices``
+    does not matter.
 
     Losses add up: interactions between two removed groups are ignored.
 
@@ -86,7 +86,7 @@ def allocate(choices: Sequence[Choice], budget: float) -> Allocation:
     if not budget >= least:
         raise ValueError(
             f"the budget must be at least {least:.12g}, the smallest size that these choices "
-            f"allow, and is of use up to {dense_size(tree):.12g}, got {budget:.12g}"
+            f"allow, and at most {dense_size(tree):.12g} is of use, got {budget:.12g}"
         )
     over, within = _bracket(lambda multiplier: solve(tree, multiplier), budget)
     if over is None:
@@ -94,7 +94,7 @@ def allocate(choices: Sequence[Choice], budget: float) -> Allocation:
     bound = within.loss + within.multiplier * (within.size - budget)
     filled = [_filled(tree, flags, budget) for flags in _between(within.flags, over.flags)]
     best = min((s for s in filled if s is not None), key=lambda s: (s.loss, s.size))
-    # Rounding may put the bound a last bit above the optimal loss.
+    # Rounding may put the bound one bit above the optimal loss.
     return best._replace(multiplier=within.multiplier).allocation(min(bound, best.loss))
 
 
@@ -109,7 +109,7 @@ class Solution(NamedTuple):
     Attributes:
         options: Kept matrices with the index of their option.
         removed: Names of the removed groups, without nested groups.
-        flags: For the name of every removable group, whether it is worth removing by itself.
+        flags: For the name of every removable group, whether removing it alone pays off.
     """
 
     options: list[tuple[Curve, int]]
@@ -168,7 +168,7 @@ def _kept_or_removed(
     if choice.removal_loss is None:
         return kept
     if removals is None:
-        # Infinity times a size of zero has no value.
+        # Infinity times a size of zero is not defined.
         saved = kept.size - choice.removed_size
         price = kept.multiplier * saved if saved else 0.0
         is_removed = choice.removal_loss <= kept.loss + price
@@ -208,7 +208,7 @@ def _bracket(solve: Callable[[float], Solution], budget: float) -> tuple[Solutio
 def _between(within: dict[str, bool], over: dict[str, bool]) -> list[dict[str, bool]]:
     """Return the removals within the budget, then with one group after the other restored.
 
-    Several groups change sides at one multiplier only if they are equal.
+    Several groups switch at the same multiplier only if they are equal.
     """
     changed = [name for name in sorted(within) if within[name] != over[name]]
     restored = (changed[:count] for count in range(len(changed) + 1))
@@ -229,10 +229,11 @@ def _filled(tree: Group, removals: Mapping[str, bool], budget: float) -> Solutio
 def _fill(solution: Solution, budget: float) -> Solution:
     """Return a solution with larger options, taking the largest savings per size first.
 
-    An option that does not fit is dropped for good: a smaller option of its matrix that is taken
-    meanwhile spends as much of the budget as it makes the dropped one cheaper. If a larger budget
-    takes an option that does not fit a smaller one, it saves at least as much as everything that
-    the smaller one takes instead, which has a lower rate and a smaller total size.
+    An option that does not fit is dropped for good. It never fits later: taking a smaller option of
+    the same matrix lowers its extra cost and the remaining budget by the same amount. A larger
+    budget never gives a larger loss: an option that fits only the larger budget saves at least as
+    much as everything that the smaller budget buys instead, because that has a lower rate and a
+    smaller total size.
     """
     curves = [curve for curve, _ in solution.options]
     options = [option for _, option in solution.options]

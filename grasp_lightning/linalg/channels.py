@@ -3,11 +3,11 @@
 Legend: ``W`` weight of the linear that reads the channels, ``(N, I)``, with ``N`` outputs and ``I``
 channels; ``A`` output metric ``(N, N)`` with root ``L``, ``A = L L^T``; ``C`` the Gram matrix of
 the channels, ``(I, I)``. A channel that is not read need not be written: removing it saves a row of
-each linear that writes it and a column of ``W``, and adds nothing, while factors of a matrix need
-``k (N + M)`` of ``N M`` parameters.
+each linear that writes it and a column of ``W``, and adds no parameters, whereas factors of a
+matrix need ``k (N + M)`` instead of ``N M``.
 
 The kept channels are refitted to replace the removed ones. With ``C`` damped, kept channels ``K``
-and removed ones ``S``, the weight ``W'`` of the least ``tr(A (W - W') C (W - W')^T)`` is
+and removed ones ``S``, the weight ``W'`` that minimises ``tr(A (W - W') C (W - W')^T)`` is
 ``W_K + W_S C_SK C_KK^-1``, whatever ``A`` is. In terms of the inverse ``B = C^-1`` the minimum is
 ``|L^T W_S B_SS^-1/2|^2``, and removing channels one by one takes Schur complements of ``B``.
 
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from grasp_lightning.linalg.weightings import check_root, damped_cholesky, left_weighted, to_dtype
 
-_BLOCKS = 64  # full updates of the inverse; one per channel would move I^3 numbers
-_CANDIDATES = 4  # pool that a block is drawn from, in blocks
+_BLOCKS = 64  # full updates of the inverse; with one per channel, I^3 numbers would be moved
+_CANDIDATES = 4  # size of the pool that a block is chosen from, in blocks
 
 
 class Removal(NamedTuple):
@@ -35,7 +35,7 @@ class Removal(NamedTuple):
         order: All channels, the least important first, ``(I,)``, int64.
         losses: Additional loss of each removal, ``(I,)``, float64. A running maximum makes them
             ascend, so their sum up to any channel is at least the loss of removing all up to it,
-            and equal to it if they ascend by themselves.
+            and equal to it if they ascend anyway.
     """
 
     order: Tensor
@@ -48,10 +48,10 @@ def removal_order(
     """Return all channels in a greedy order: each removal costs least given those before it.
 
     A loss is the increase of ``tr(A (W - W') C (W - W')^T)`` with the rest refitted, ``C`` damped.
-    Equal losses go by the channel's number. Blocks of channels share an update of the inverse: a
-    block is drawn, one by one, from the four times as many that cost least at its beginning. This
-    is almost as good as searching all channels each time, unless there are fewer than about 32
-    outputs: then one removal changes the order of the others considerably.
+    Ties are broken by the channel's number. Blocks of channels share an update of the inverse: the
+    channels of a block are chosen, one by one, from a pool of four times as many that cost least at
+    its start. This is almost as good as searching all channels each time, unless there are fewer
+    than about 32 outputs: then one removal changes the order of the others considerably.
 
     Args:
         weight: ``W``, ``(N, I)``, finite, any float dtype.

@@ -67,8 +67,8 @@ class GroupChoice:
         name: Unique among all choices of an allocation.
         removal_loss: Measured loss of removing the whole group, in the unit of all losses; may
             be negative. None if the group must stay.
-        own_size: Size that is removed besides the children, e.g. of norms.
-        removed_size: Size that stays after the removal, e.g. of biases; not negative.
+        own_size: Size of the group outside its children, such as norms; removed with it.
+        removed_size: Size that remains after the removal, such as biases; not negative.
     """
 
     name: str
@@ -140,7 +140,7 @@ class Curve:
         last = min(range(dense), key=lambda option: self.saved_per_size(option, dense))
         hull = [*range(last + 1), dense]
         slopes = (-self.saved_per_size(start, end) for start, end in pairwise(hull))
-        # Rounding of the tails may leave neighbouring slopes out of order by a last bit.
+        # Rounding of the tails may leave neighbouring slopes out of order by one bit.
         return hull, list(accumulate(slopes, max))
 
 
@@ -157,7 +157,7 @@ def prepared(choices: Sequence[Choice]) -> Group:
 
     def node(choice: Choice) -> "Curve | Group":
         if choice.name in names:
-            raise ValueError(f"matrices and groups need different names, {choice.name!r} recurs")
+            raise ValueError(f"matrices and groups need distinct names, got {choice.name!r} twice")
         names.add(choice.name)
         return group(choice) if isinstance(choice, GroupChoice) else Curve(choice)
 
@@ -167,7 +167,7 @@ def prepared(choices: Sequence[Choice]) -> Group:
         if not (is_finite and math.isfinite(choice.removal_loss or 0)):
             raise ValueError(
                 f"{choice.name} must have a finite removal_loss or None, got "
-                f"{choice.removal_loss}, and a finite own_size and removed_size from 0 on, got "
+                f"{choice.removal_loss}, and finite own_size and removed_size of at least 0, got "
                 f"{choice.own_size} and {choice.removed_size}"
             )
         children = sorted(choice.children, key=lambda child: child.name)

@@ -62,14 +62,15 @@ def window_scores(
     score: GradientScore,
     squared: bool,
 ) -> Tensor:
-    """Score every singular component by its share in the gradient of one calibration window.
+    """Score every singular component by the gradient of one calibration window.
 
     With ``theta`` running over the parameters of component k, ``terms="full"`` returns
     ``|s_k dL/ds_k| + sum_i |u_ik dL/du_ik| + sum_j |v_jk dL/dv_jk|``, the first-order loss change,
-    and ``terms="sigma"`` its first addend alone.
+    and ``terms="sigma"`` its first term alone.
 
-    Moduli do not add up over windows: sum these scores over windows for the reductions
-    ``absolute`` and ``squared``, and pass the gradient summed over windows for ``signed``.
+    Absolute values do not commute with sums over windows: sum these scores over windows for the
+    reductions ``absolute`` and ``squared``, and pass the gradient summed over windows for
+    ``signed``.
 
     Source: Liu et al., "GRASP", arXiv:2501.00339, Eq. 6.
 
@@ -79,7 +80,7 @@ def window_scores(
             windows), ``(N, M)``, any float dtype, or its tokens.
         terms: ``full`` scores u, s and v of a component, ``sigma`` its singular value alone.
         score: ``taylor`` takes ``theta dL/dtheta`` of each parameter, ``gradient`` ``dL/dtheta``.
-        squared: Square every addend instead of taking its modulus.
+        squared: Square every term instead of taking its absolute value.
 
     Returns:
         Scores, not negative, ``(K,)``, float32 or better: in the unit of the loss for ``taylor``
@@ -88,7 +89,7 @@ def window_scores(
     Raises:
         ValueError: If ``terms`` or ``score`` is unknown.
     """
-    # Unchecked, an unknown word would silently compute another score.
+    # Without a check, an unknown word would silently give another score.
     if terms not in get_args(ScoredTerms):
         raise ValueError(f"terms must be one of {get_args(ScoredTerms)}, got {terms!r}")
     if score not in get_args(GradientScore):

@@ -63,7 +63,7 @@ def factorize(weight: Tensor) -> SVD:
 
 
 def balanced_factors(svd: SVD, components: Sequence[int]) -> Factors:
-    """Return factors of the chosen singular components, each singular value split evenly.
+    """Return factors of the chosen singular components, with each singular value split evenly.
 
     ``left = U_c sqrt(s_c)`` and ``right = sqrt(s_c) V_c^T``: the columns of one and the rows of the
     other have equal norms, which suits low-precision copies and further training.

@@ -28,7 +28,7 @@ def angular_distance_sum(hidden_in: Tensor, hidden_out: Tensor, mask: Tensor) ->
     It is in ``[0, n]``, and exactly 0 if nothing changes.
 
     Source: Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers",
-    arXiv:2403.17887, angular distance; there of the last token, here of every token.
+    arXiv:2403.17887, angular distance, which uses the last token there and every token here.
     """
     return _masked_sum(_cosines(hidden_in, hidden_out, mask).arccos() / math.pi, mask)
 

@@ -18,8 +18,8 @@ def rank_for_keep_ratio(keep_ratio: float, out_features: int, in_features: int) 
     """Return the largest rank whose factors stay within a share of the dense parameters.
 
     The rank is ``max(1, floor(keep_ratio m n / (m + n)))``, computed from the decimal number that
-    ``keep_ratio`` prints as: in floating point 0.7 * 45 * 90 / 135 = 21 falls just short of 21.
-    It exceeds the budget only if the budget is below rank one.
+    ``keep_ratio`` prints as: in floating point, 0.7 * 45 * 90 / 135 comes out just below 21. It
+    exceeds the budget only if the budget is below rank one.
 
     Raises:
         ValueError: If ``keep_ratio`` is outside ``(0, 1]``, or a size is below one.
@@ -70,7 +70,7 @@ def ranks_for_budget(shapes: Sequence[tuple[int, int]], kept: int) -> list[int]:
     costs = [factor_parameters(1, *shape) for shape in shapes]
     if kept < sum(costs):
         raise ValueError(f"rank 1 needs {sum(costs)} parameters, the budget is {kept}")
-    exact = [m * n / (m + n) for m, n in shapes]  # rank at which factors cost what the weight does
+    exact = [m * n / (m + n) for m, n in shapes]  # rank at which factors are as large as the weight
     largest = [max(1, largest_useful_rank(m, n)) for m, n in shapes]
 
     def floored(ratio: float) -> list[int]:

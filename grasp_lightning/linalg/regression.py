@@ -15,12 +15,12 @@ from grasp_lightning.linalg.weightings import damped_cholesky
 def pulled_regression(
     cross: Tensor, gram: Tensor, prior: Tensor, *, pull: float, ridge: float
 ) -> Tensor:
-    """Return the weight that maps inputs to outputs best, pulled to a prior weight.
+    """Return the weight that best maps inputs to outputs, pulled towards a prior weight.
 
     It minimises ``|Y - W' X|^2 + pull |(W' - prior) X|^2 + rho |W' - prior|^2`` with ``rho`` the
     ridge times the mean diagonal of ``gram``. A pull of 1 goes halfway from the prior to the
-    least-squares solution in all directions; the ridge keeps the prior in directions that the
-    inputs hardly have.
+    least-squares solution in all directions; the ridge keeps the prior in directions where the
+    inputs are small.
 
     Args:
         cross: ``Y X^T``, summed over tokens, ``(N, M)``, any float dtype.

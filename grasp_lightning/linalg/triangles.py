@@ -28,7 +28,7 @@ def unpack_triangle(packed: Tensor) -> Tensor:
     """Return the symmetric matrix ``(M, M)`` of a packed triangle ``(M (M + 1) / 2,)``."""
     size = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
     if packed.ndim != 1 or triangle_size(size) != packed.numel():
-        raise ValueError(f"{tuple(packed.shape)} is the shape of no packed triangle")
+        raise ValueError(f"{tuple(packed.shape)} is not the shape of a packed triangle")
     matrix = packed.new_empty(size, size)
     for row in range(size):
         start = triangle_size(row)

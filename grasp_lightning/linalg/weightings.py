@@ -23,7 +23,7 @@ from torch import Tensor
 from grasp_lightning.linalg.factors import SVD, factorize
 
 _MATRIX_NDIM = 2
-_ASYMMETRY = 1e-5  # of the largest entry: float32 sums depend on their order
+_ASYMMETRY = 1e-5  # relative to the largest entry: float32 sums depend on their order
 _FIRST_DAMPING = 1e-10  # if a damping of zero fails
 _ATTEMPTS = 7
 _FLOOR = 1e-6  # of ASVD: an input that is never active has a scale above zero
@@ -52,8 +52,8 @@ def damped_cholesky(gram: Tensor, damping: float) -> DampedRoot:
     """Return ``R`` with ``R R^T = gram + damping mean(diag(gram)) I``, and the added amount.
 
     The metric may have any rank. A metric of zeros, as of a linear that saw no token, counts as
-    having a mean diagonal of 1, so its root is ``sqrt(damping) I``. If rounding leaves the damped
-    metric indefinite, the damping is raised tenfold, up to six times, with a warning.
+    having a mean diagonal of 1, so its root is ``sqrt(damping) I``. If the damped metric is
+    indefinite because of rounding, the damping is raised tenfold, up to six times, with a warning.
 
     Args:
         gram: Symmetric positive semidefinite matrix ``(M, M)``, or the diagonal of one ``(M,)``,
@@ -81,12 +81,12 @@ def damped_cholesky(gram: Tensor, damping: float) -> DampedRoot:
         if root is not None:
             if tried != damping:
                 _logger.warning(
-                    "damping %g left a metric indefinite, it was raised to %g", damping, tried
+                    "damping %g left a metric indefinite; it was raised to %g", damping, tried
                 )
             return DampedRoot(root, jitter)
         tried = max(10 * tried, _FIRST_DAMPING)
     raise ValueError(
-        f"gram must be positive semidefinite, it is indefinite even with {jitter:g} added to its "
+        f"gram must be positive semidefinite; it is indefinite even with {jitter:g} added to its "
         f"diagonal, whose mean is {mean:g}"
     )
 
@@ -185,11 +185,11 @@ def activation_scales(mean_modulus: Tensor, alpha: float = 0.5) -> Tensor:
     ``mean(|x_j|)^alpha + 1e-6``.
 
     Source: Yuan et al., "ASVD", arXiv:2312.05821, with the ``abs_mean`` scaling of its code, which
-    sums the means of its batches instead of averaging them: that scales all inputs alike.
+    sums the means of its batches instead of averaging them: that scales all inputs equally.
 
     Args:
         mean_modulus: Mean modulus of every input of the linear, not negative, ``(M,)``.
-        alpha: Exponent; 0 weights all inputs alike.
+        alpha: Exponent; 0 weights all inputs equally.
 
     Returns:
         ``right`` root for ``weighted_svd``, ``(M,)``, float64, positive.
@@ -247,7 +247,7 @@ def _check_gram(gram: Tensor) -> None:
     asymmetry = float((gram - gram.mT).abs().max())
     if asymmetry > _ASYMMETRY * largest:
         raise ValueError(
-            f"gram must be symmetric, two mirrored entries differ by {asymmetry:g} where the "
+            f"gram must be symmetric; two mirrored entries differ by {asymmetry:g} where the "
             f"largest entry is {largest:g}"
         )
 

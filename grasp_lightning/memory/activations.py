@@ -14,7 +14,7 @@ from grasp_lightning.memory.shapes import ModelShape, Pass
 FLOAT32 = 4
 FLOAT64 = 8
 HALF = 2
-# The loss copies a few rows of logits at a time: as they are, in float32, and as probabilities.
+# The loss copies a few rows of logits at a time: in their dtype, in float32, and as probabilities.
 LOSS_PARTS = 3 * FLOAT32 * 2**20
 
 

@@ -90,8 +90,8 @@ def calibration_activations(model: ModelShape, run: Pass, scored: Scored) -> int
 
     From the lowest scored layer up, autograd keeps ``layer_bytes``. Each scored layer also holds
     the inputs of its linears, ``(2 D + I) c`` per token (autograd keeps that of the output
-    projection already). On top come the logits, or the gradients of one MLP and the scoring of one
-    window, whichever is larger.
+    projection already). Added to that are the logits, or the gradients of one MLP and the scoring
+    of one window, whichever is larger.
     """
     computed = computed_size(model, run)
     if scored.lowest is None:

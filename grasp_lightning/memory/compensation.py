@@ -66,9 +66,10 @@ def compensation_memory(
     """Return what one compensation process needs on its device, by kind, and on its host.
 
     - auto and ddp: every process holds everything. DDP adds buckets as large as the gradients, and
-      at its start copies some of the weights, before anything else is there.
-    - fsdp: every process holds its shard of everything, the weights outside decoder layers whole
-      during a pass, and one gathered decoder layer with its buffer and that of the layer before.
+      at its start copies some of the weights, before anything else is allocated.
+    - fsdp: every process holds its shard of everything; during a pass also the whole weights
+      outside decoder layers, one gathered decoder layer with its buffer, and the buffer of the
+      layer before.
     - stage 3: its shard of everything, at most 10^9 gathered parameters, and a prefetch buffer.
     - stages 1 and 2: sharded optimizer states, in stage 2 also gradients; DeepSpeed's optimizer
       works on a float32 copy of the trained parameters.
@@ -167,7 +168,7 @@ def _trained(layer: Layer, adapters: Adapters) -> Iterable[LinearShape]:
 
 
 def _gathered(model: ModelShape, strategy: Strategy, new: int) -> int:
-    """Return the most bytes of weights that a process holds besides its shard."""
+    """Return the most bytes of weights that a process holds in addition to its shard."""
     if strategy == "fsdp":
         layer = model.largest_layer + part_of(new, max(len(model.layers), 1))
         return model.outside + FSDP_LAYERS * layer

@@ -45,7 +45,7 @@ def compensation_settings(config: PlanConfig) -> CompensateConfig:
         return CompensateConfig(model=config.model)
     if not user_path(file, "--compensate", ConfigError).is_file():
         raise ConfigError(f"--compensate {file}: no such file")
-    # The compressed model is not there yet; a file need not name it.
+    # The compressed model does not exist yet, so the file need not name it.
     argv = [f"--config={file}", f"--model.path={config.model.path}"]
     settings = parse(CompensateConfig, "plan", argv)
     check_settings(settings)
@@ -118,7 +118,7 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
     if (method.score is None and method.weighting is None) or method.keep_ratio == 0:
         return Scored(linears=(), lowest=None, num_layers=0)
     positions = layers
-    if method.score_all_layers:  # as many others at a time
+    if method.score_all_layers:  # as many other layers at a time
         positions = tuple(range(min(len(dense.layers), 2 * len(layers))))
     if method.schedule == "iterative":
         linears = max((b for i in positions for b in dense.layers[i].blocks), key=bases_bytes)
@@ -217,7 +217,7 @@ def compensation_pass(config: CompensateConfig) -> Pass:
 def _cache_bytes(
     config: CompressConfig, model: ModelShape, layers: tuple[int, ...], processes: int
 ) -> int:
-    """Return the size of ``HiddenCache``: the inputs of as many replaced layers as fit into it."""
+    """Return the size of ``HiddenCache``: the inputs of as many replaced layers as fit."""
     if config.method.schedule != "iterative" or config.method.score == "magnitude":
         return 0
     windows = -(-config.calibration.num_samples // processes)

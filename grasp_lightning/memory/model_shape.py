@@ -13,7 +13,7 @@ from grasp_lightning.models.size import LinearShape, count_parameters, count_tie
 from grasp_lightning.plan import Operation
 
 _INNER_SIZES = 4  # times the hidden size, for layers without linears in their MLP
-# Layers of these types keep a state of fixed size, or nothing, in place of keys and values.
+# Layers of these types keep a state of fixed size, or nothing, instead of keys and values.
 _WITHOUT_KEYS = ("linear_attention", "mamba", "conv", "moe", "mlp")
 
 

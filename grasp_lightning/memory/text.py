@@ -73,7 +73,7 @@ def memory_lines(calibration: CalibrationPlan, compensation: CompensationPlan) -
     largest = max(row.memory.total for row in compensation.rows.values())
     unit, name = (_GIGA, "GB") if largest >= _GIGA else (_MEGA, "MB")
     return [
-        f"Memory per process, in {name}; interpreter, libraries and device context come on top",
+        f"Memory per process, in {name}; without interpreter, libraries and device context",
         "",
         *_calibration_lines(calibration, unit, name),
         "",
@@ -84,7 +84,7 @@ def memory_lines(calibration: CalibrationPlan, compensation: CompensationPlan) -
 def _calibration_lines(plan: CalibrationPlan, unit: int, name: str) -> list[str]:
     reach = "no backward pass"
     if plan.lowest is not None:
-        reach = f"backward to layer {plan.lowest}"
+        reach = f"backward pass down to layer {plan.lowest}"
     header = ("weights", "statistics", "factors", "activations", "cache", "total")
     rows = {label: _cells((*row, row.total), unit) for label, row in plan.rows.items()}
     evaluation, sampling = _cells([plan.evaluation, plan.sampling], unit)
@@ -96,7 +96,7 @@ def _calibration_lines(plan: CalibrationPlan, unit: int, name: str) -> list[str]
     ]
     if plan.sampled_texts:
         size = f"{plan.sampled_texts} x {plan.seqlen} tokens"
-        lines.append(f"text that the model writes, {size}: {sampling} {name}, weights included")
+        lines.append(f"text that the model generates, {size}: {sampling} {name}, weights included")
     return lines
 
 
@@ -109,11 +109,11 @@ def _compensation_lines(plan: CompensationPlan, unit: int) -> list[str]:
     (activations,) = _cells([plan.activations_checkpointed], unit)
     size = f"{plan.batch_size} x {plan.seqlen} tokens"
     return [
-        f"compensation by {source}, {plan.processes} processes, {size} at a time,",
+        f"compensation with {source}, {plan.processes} processes, {size} at a time,",
         f"train: {plan.train}, {plan.trained:,} parameters trained",
         *_aligned(header, rows),
         f"checkpointed: total with training.gradient_checkpointing, activations {activations};",
-        "host: what is offloaded from the device",
+        "host: memory offloaded from the device",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Gradient scores of singular components, and the factors of the best ones."""
+"""Gradient scores of singular components, and factors of the best components."""
 
 from collections.abc import Iterable, Mapping
 

@@ -13,7 +13,7 @@ from grasp_lightning.plan import Operation, OptionValue, Plan
 from grasp_lightning.stats.base import Statistics, Step
 
 Track = Callable[[Sequence[str], str], Iterable[str]]
-"""Shows progress: (items, what is done) -> the same items."""
+"""Shows progress: (items, description) -> the same items."""
 
 
 def untracked(items: Sequence[str], description: str) -> Iterable[str]:

@@ -48,8 +48,8 @@ def waiting_ranks(
     ranks = rule.ranks(weight_shapes(view, plan, layers))
     if not ranks:
         raise ModelError(
-            "no linear of the chosen layers gets smaller: their sides are too short; take other "
-            "layers, or a lower keep_ratio"
+            "no linear of the chosen layers would get smaller: their dimensions are too small; "
+            "choose other layers, or a lower keep_ratio"
         )
     return {module: rank for module, rank in ranks.items() if module not in plan.ranks}
 

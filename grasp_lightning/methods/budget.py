@@ -29,7 +29,9 @@ def resolve_num_layers(config: MethodConfig, view: DecoderView) -> MethodConfig:
         return config
     keep_ratio = config.keep_ratio or 0.0
     if view.num_layers == 1 and not keep_ratio:
-        raise ConfigError("method.removed_ratio: the model has one decoder layer, none can go")
+        raise ConfigError(
+            "method.removed_ratio: the model has only one decoder layer, so none can be removed"
+        )
     dense = count_parameters(view.model)
     saved = sorted(
         dense - parameters_after(view, _layer_operations(view, index, keep_ratio))
@@ -49,14 +51,15 @@ def _layer_operations(view: DecoderView, index: int, keep_ratio: float) -> tuple
 
 def _fewest(config: MethodConfig, dense: int, totals: Sequence[int]) -> int:
     """Return the smallest number of layers that save enough; n layers save ``totals[n - 1]``."""
-    # Rounded to whole parameters, so that the share that a run reports can be requested again.
+    # Rounded to whole parameters, so that the share reported by a run can be requested again.
     target = round((config.removed_ratio or 0.0) * dense)
     count = next((n for n, total in enumerate(totals, 1) if total >= target), None)
     if count is None:
         raise ConfigError(
             f"method.removed_ratio {config.removed_ratio} is out of reach at method.keep_ratio "
             f"{config.keep_ratio}: the feasible range is 0 to "
-            f"{math.floor(1e4 * totals[-1] / dense) / 1e4:.4f}, which all {len(totals)} layers give"
+            f"{math.floor(1e4 * totals[-1] / dense) / 1e4:.4f}, the latter with all {len(totals)} "
+            "layers"
         )
     return count
 

@@ -1,4 +1,4 @@
-"""Work on many weights, split over the processes of a run."""
+"""Work on many weights, shared by the processes of a run."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar

@@ -1,4 +1,4 @@
-"""One budget for all matrices and MLPs, spent where it hurts least."""
+"""One budget for all matrices and MLPs, spent where it reduces the predicted loss most."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -80,7 +80,7 @@ class GlobalRanks:
         keep_ratio: Share to keep of the linears of the chosen layers.
         num_parameters: Parameters of the whole dense model.
         multiple_of: Ranks and numbers of channels are multiples of this number.
-        mlp: Whether MLPs lose channels, or their matrices become factors like all others.
+        mlp: Whether MLPs lose channels, or their matrices are factorized like all others.
         removable: What may be removed as a whole.
     """
 
@@ -197,5 +197,7 @@ class GlobalRanks:
                 f"method.{key} is out of reach: the feasible range of these linears is {feasible}"
             )
         if kept == dense:
-            raise ConfigError(f"method.{key} removes less than one parameter: nothing would go")
+            raise ConfigError(
+                f"method.{key} removes less than one parameter: nothing would be removed"
+            )
         return kept

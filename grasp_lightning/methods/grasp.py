@@ -157,13 +157,13 @@ def _check_amount(config: MethodConfig) -> None:
     key = named_layers(config)
     if key is not None and config.keep_ratio is not None:
         raise ConfigError(
-            f"method.removed_ratio, method.keep_ratio and {key} say more than can hold at "
-            "once; leave one of them unset"
+            f"method.removed_ratio, method.keep_ratio and {key} cannot all be set; leave one of "
+            "them unset"
         )
     if key is None and config.keep_ratio is None:
         raise ConfigError(
-            "method.removed_ratio needs one of method.num_layers, method.layers and "
-            "method.keep_ratio beside it"
+            "method.removed_ratio also needs one of method.num_layers, method.layers and "
+            "method.keep_ratio"
         )
 
 
@@ -196,7 +196,7 @@ def _built(config: MethodConfig, view: DecoderView, track: Track) -> Compression
 
 GRASP: Final = Registered(
     name="grasp",
-    ignores="scores plain components; see grasp_plus and low_rank",
+    ignores="scores components of the plain SVD; see grasp_plus and low_rank",
     resolve=_resolved,
     build=_built,
 )

@@ -3,12 +3,12 @@
 A change ``D`` of a weight costs ``tr(A D C D^T) / 2`` nats per token. ``C`` is the mean of
 ``x x^T`` over the inputs of the linear, and ``A`` that of ``g g^T`` over the gradients of its
 outputs. By default these gradients are random, with the covariance that labels drawn from the
-model's predictions give (``metric.fisher``). The singular components in this metric have losses
-that are comparable across all matrices of the model. MLPs lose hidden channels, priced in the same
-metric with the other channels refitted. One Lagrange multiplier decides what stays dense, and the
-rank or width of the rest. Finally, the linears that write into the residual stream are refitted to
-what the stream lacks. There is no separate choice of layers, and no score beside the singular
-value.
+model's predictions would give (``metric.fisher``). The singular components in this metric have
+losses that are comparable across all matrices of the model. MLPs lose hidden channels, priced in
+the same metric with the other channels refitted. One Lagrange multiplier decides what stays dense,
+and the rank or width of the rest. Finally, the linears that write to the residual stream are
+refitted to reduce the accumulated error. There is no separate choice of layers, and no score other
+than the singular value.
 
 Sources: loss gradients on little text, GRASP (arXiv:2501.00339); the Gram matrix of inputs as a
 metric, SVD-LLM (arXiv:2403.07378); curvature as a product of two Gram matrices, K-FAC

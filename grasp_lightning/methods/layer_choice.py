@@ -125,7 +125,7 @@ class LayerChoice:
                 f"no {self.count} layers can be deleted ({problem}); lower method.num_layers, or "
                 "replace layers with a keep_ratio above 0"
             )
-        message = "layers %s are deleted, not %s, which score better: %s"
+        message = "layers %s are deleted, not %s, which have better scores: %s"
         logger.warning(message, list(others), list(layers), problem)
         return others
 
@@ -147,7 +147,7 @@ class LayerChoice:
 
 
 def _most_similar(values: Tensor) -> list[int]:
-    # A stable sort gives ties to the lower index, whatever the number of threads.
+    # A stable sort gives ties to the lower index, for any number of threads.
     order: list[int] = torch.sort(values, descending=True, stable=True).indices.tolist()
     return order
 
@@ -162,6 +162,6 @@ def _check_metric(values: Tensor) -> None:
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise NumericsError(
-            f"hidden states at layer {bad[0]} are NaN or infinite; check the checkpoint, or "
-            "set model.dtype to float32 if it is not"
+            f"hidden states at layer {bad[0]} are NaN or infinite; check the checkpoint, or set "
+            "model.dtype to float32 if it is narrower"
         )

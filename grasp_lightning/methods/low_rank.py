@@ -120,7 +120,7 @@ def _check_budget(config: MethodConfig, metric: Metric) -> None:
     if config.removable not in (None, "none") and metric.weighting != "kfac":
         raise ConfigError(
             f"method.removable {config.removable} needs method.weighting kfac, got "
-            f"{metric.weighting}: prices are nats, and only its losses are"
+            f"{metric.weighting}: removals are measured in nats, and only its losses have that unit"
         )
     if config.mlp == "channels" and not metric.orders_channels:
         raise ConfigError(

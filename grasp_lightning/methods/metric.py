@@ -32,7 +32,7 @@ _KINDS: dict[Weighting, frozenset[MomentKind]] = {
 class Metric:
     """How much a change of a weight counts.
 
-    ``none`` counts every entry alike. ``fisher_rows`` (FWSVD, arXiv:2207.00112) weights every input
+    ``none`` counts entries equally. ``fisher_rows`` (FWSVD, arXiv:2207.00112) weights every input
     by its Fisher information: the inputs are the rows of that paper's weights. ``scale_columns``
     (ASVD, arXiv:2312.05821) weights every input by the root of its mean modulus. ``input_gram``
     (SVD-LLM, arXiv:2403.07378) counts the squared error of the outputs. ``kfac`` counts half the

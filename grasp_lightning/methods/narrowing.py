@@ -1,4 +1,4 @@
-"""MLPs with fewer hidden channels: the loss of each channel, and the removal of the cheapest."""
+"""MLPs with fewer hidden channels: the loss of each channel, and removal of the cheapest."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

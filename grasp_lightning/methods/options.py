@@ -68,7 +68,7 @@ def check_share(ratio: float | None) -> None:
     if ratio is not None and not 0 < ratio < 1:
         raise ConfigError(
             f"method.removed_ratio must be above 0 and below 1, got {ratio}: it is the share of "
-            "the whole model that goes"
+            "the whole model to remove"
         )
 
 

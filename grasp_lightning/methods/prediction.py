@@ -58,7 +58,7 @@ class Prediction:
             widths = [f"{len(widths)} MLPs are narrowed:", *widths]
         if self.is_budget:
             where = f"all linears of {self.num_layers} layers share one budget"
-            more = ", on what goes as a whole" if self.is_removable else ""
+            more = ", on what is removed whole" if self.is_removable else ""
             return [first, f"{where}: the data decides on ranks{more}, and on what stays dense"]
         if self.ranks:
             rows = [f"  {name}: rank {rank}" for name, rank in self.ranks.items()]
@@ -84,7 +84,7 @@ class Outlook(NamedTuple):
 def outlook_of(view: DecoderView, operations: tuple[Operation, ...]) -> Outlook:
     """Return the outlook of operations that are known in advance."""
     ranks = {module: rank for op in operations for module, rank in op.ranks.items()}
-    linears = view.all_linears() if ranks else {}  # where none is cut, none is named as skipped
+    linears = view.all_linears() if ranks else {}  # without cuts, no linear is reported as skipped
     cut = [(rank, linears[module]) for module, rank in ranks.items()]
     factors = sum(factor_parameters(k, x.out_features, x.in_features) for k, x in cut)
     return Outlook(operations, parameters_after(view, operations), factors)

@@ -56,7 +56,7 @@ class UniformRanks(RankRule):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BudgetRanks(RankRule):
-    """One keep ratio for all weights, solved so that a number of parameters is removed.
+    """One keep ratio for all weights, solved for a number of parameters to remove.
 
     Parameters left over by rounding are spent on ranks until less than one rank unit is missing.
 

@@ -24,11 +24,11 @@ def removable_parts(
 ) -> tuple[Removable, ...]:
     """Return every layer that may be removed as a whole, each followed by its blocks.
 
-    If all layers of the model may be compressed, the first one stays, so that one is left. Layers
-    that the model needs to save, load or generate stay as well, and so do all layers of a model
-    whose layers compute with their numbers. Blocks are the linears of attention, and those of an
-    MLP with separable channels, if nothing in them is replaced yet: no mixture of experts, no
-    convolution. The weights may be on the meta device.
+    If all layers of the model may be compressed, the first is kept, so that one remains. Layers
+    without which the model cannot be saved, loaded or run are kept as well, and so are all layers
+    of a model whose layers compute with their numbers. Blocks are the linears of attention, and
+    those of an MLP with separable channels, if nothing in them is replaced yet: no mixture of
+    experts, no convolution. The weights may be on the meta device.
 
     Raises:
         ConfigError: If only layers are requested, and none of this model can be dropped.
@@ -41,8 +41,8 @@ def removable_parts(
         if choice == "layers":
             raise ConfigError(
                 f"method.removable is layers, but {type(view.model).__name__} has {option}: its "
-                "decoder layers compute with their numbers, so none can be dropped; set "
-                "method.removable=layers_and_blocks for blocks alone, or none"
+                "decoder layers compute with their layer numbers, so none can be dropped; set "
+                "method.removable=layers_and_blocks to remove blocks only, or none"
             )
         droppable = ()
     droppable = droppable_layers(view, droppable)

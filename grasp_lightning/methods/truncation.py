@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Measured:
-    """Dense weights with their moments, and the metric that judges changes of them."""
+    """Dense weights with their moments, and the metric for changes of them."""
 
     view: DecoderView
     metric: Metric

@@ -1,4 +1,4 @@
-"""How decoder layers are called: their inputs, their outputs, and where these stop being finite."""
+"""How decoder layers are called: inputs, outputs, and where these are no longer finite."""
 
 import logging
 from collections import Counter
@@ -43,8 +43,8 @@ def _hidden(hidden: object, place: str) -> Tensor:
 def leave_uncalled(view: DecoderView) -> None:
     """Find the linears that the model does not call, by a short pass, and leave them dense.
 
-    Mamba, for one, multiplies by the weight of a linear itself: nothing can be measured there, and
-    factors would save no time. Processes that share a model must call this together.
+    Mamba, for example, uses the weight of a linear without calling it: nothing can be measured
+    there, and factors would save no time. Processes that share a model must call this together.
 
     Raises:
         ModelError: If the model calls none of its linears.
@@ -73,13 +73,13 @@ def leave_uncalled(view: DecoderView) -> None:
             {name.removeprefix(f"{view.layers_name}.").partition(".")[2] for name in left}
         )
         logger.warning(
-            "%s does not call %s once per pass: these linears stay as they are",
+            "%s does not call %s once per pass: these linears are left unchanged",
             type(view.model).__name__,
             ", ".join(kinds),
         )
     if len(left) == len(names) > 0:
         raise ModelError(
-            f"{type(view.model).__name__} calls none of its linears, so none can be measured"
+            f"{type(view.model).__name__} calls none of its linears, so nothing can be measured"
         )
 
 
@@ -98,8 +98,8 @@ def check_vocabulary(view: DecoderView, input_ids: Tensor) -> None:
     largest = int(input_ids.max())
     if largest >= size:
         raise ModelError(
-            f"the tokenizer gives token {largest}, but the model knows {size} tokens: they do not "
-            "belong together"
+            f"the tokenizer gives token {largest}, but the model has only {size} tokens: they do "
+            "not belong together"
         )
 
 

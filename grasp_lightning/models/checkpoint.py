@@ -20,6 +20,7 @@ from grasp_lightning.models.lowrank import (
     config_of,
     has_replaced,
 )
+from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.rebuilding import rebuild_problem
 from grasp_lightning.models.source import first_line
 
@@ -33,8 +34,8 @@ _AUTO_CLASSES = {
     "AutoModelForTokenClassification": transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 }
 
-# Bound methods of the family's own class: it does the loading, so that its key conversions and
-# other rules that transformers ties to its classes apply.
+# Bound methods of the family's own class: it does the loading, so that key conversions and other
+# rules that transformers ties to its classes apply.
 _REMOTE_CLASS = '''
 
 class Grasp{name}({origin}):
@@ -67,8 +68,8 @@ def save_model(
         max_shard_size: Maximum size of a weight file, in bytes or as text such as ``5GB``.
 
     Raises:
-        ModelError: If another method quantized the model, a low-rank linear has as many ranks as
-            output features, or the config would rebuild another model.
+        ModelError: If another method quantized the model, a low-rank linear has as high a rank as
+            it has outputs, or the config would rebuild another model.
     """
     path = Path(folder)
     check_not_quantized(model, ModelError)
@@ -85,9 +86,10 @@ def save_model(
     # Keep the keys of the model in memory: transformers' reverse conversions to an older layout may
     # split or permute tensors, and do not know factors.
     save_original_format = not has_replaced(model)
-    model.save_pretrained(
-        path, max_shard_size=max_shard_size, save_original_format=save_original_format
-    )
+    with quiet_transformers():
+        model.save_pretrained(
+            path, max_shard_size=max_shard_size, save_original_format=save_original_format
+        )
     if has_replaced(model):
         _write_remote_code(model, path)
     if tokenizer is not None:
@@ -124,13 +126,13 @@ def check_not_quantized(model: PreTrainedModel, error: type[GraspError]) -> None
     foreign = foreign_quantizer(model)
     if foreign is not None:
         raise error(
-            f"the model is quantized with {foreign}; expected floating-point weights, so load it "
-            f"dequantized and without its quantization state"
+            f"the model is quantized with {foreign}; expected floating-point weights; load it "
+            "dequantized, without its quantization state"
         )
 
 
 def _delete_earlier_save(path: Path) -> None:
-    """Delete weights that from_pretrained would prefer to, or mix with, the new ones."""
+    """Delete weights that from_pretrained would prefer to the new ones or mix with them."""
     stale = [path / "model.safetensors", path / "model.safetensors.index.json"]
     for file in (*stale, *path.glob("model-*-of-*.safetensors"), path / f"{REMOTE_MODULE}.py"):
         file.unlink(missing_ok=True)
@@ -173,7 +175,7 @@ def _model_classes(config_class: type[PreTrainedConfig]) -> dict[str, type]:
 
 
 def _is_remote(found: type) -> bool:
-    """Return whether transformers imported a class from the code of a checkpoint."""
+    """Return whether transformers imported a class from code in a checkpoint."""
     return found.__module__.startswith("transformers_modules.")
 
 

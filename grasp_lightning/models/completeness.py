@@ -41,8 +41,8 @@ def check_complete(name: str, report: Mapping[str, Any]) -> None:  # Any: mixed 
     for problem, names in problems:
         if names:
             raise ModelError(
-                f"the checkpoint of {name} {problem}: {_some(names)}; "
-                f"it does not fit its own config.json"
+                f"the checkpoint of {name} {problem}: {_some(names)}; it does not match its "
+                "config.json"
             )
 
 
@@ -57,8 +57,8 @@ def check_config_builds(name: str, model: PreTrainedModel) -> None:
         found, wanted = type(module).__name__, expected.get(path, "nothing")
         if found != wanted:
             raise ModelError(
-                f"{name} has {found} at {path}, where its config.json builds {wanted}: merge what "
-                f"was added to the model into its weights, and save it as a plain model"
+                f"{name} has {found} at {path}, where its config.json builds {wanted}: merge such "
+                "additions into the weights, and save a plain model"
             )
 
 
@@ -92,10 +92,10 @@ def warn_of_rest(
     own, loaded = (architectures or [type(model).__name__])[0], type(model).__name__
     is_text_only = own.endswith(("ForCausalLM", "Model"))
     if own != loaded and (rest or not stored) and not is_text_only:
-        parts = _some(_parts(rest, stored)) if rest else f"what else a {own} has"
+        parts = _some(_parts(rest, stored)) if rest else f"the other parts of a {own}"
         logger.warning(
-            "%s is a %s, loaded as %s: the result is a text-only model, without %s%s, and all "
-            "sizes and shares refer to what is left",
+            "%s is a %s, loaded as %s: the result is a text-only model without %s%s; all sizes "
+            "and shares refer to the loaded part",
             name,
             own,
             loaded,

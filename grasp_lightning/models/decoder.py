@@ -49,9 +49,7 @@ class DecoderView:
                 f"{family} has no list of decoder layers that grasp_lightning can find"
             )
         if not (has_replaced(layers) or any(True for _ in dense_modules(layers, ""))):
-            raise ModelError(
-                f"{family} is a model without linears in its layers, so it is not supported"
-            )
+            raise ModelError(f"{family} has no linears in its layers, so it is not supported")
         self.model = model
         self._layers = layers
         self.layers_name = next(name for name, module in model.named_modules() if module is layers)
@@ -129,7 +127,7 @@ class DecoderView:
         gone = set(indices)
         positions = {self._position(index) for index in gone}
         if len(positions) == len(self._layers):
-            raise ModelError(f"cannot drop all {len(positions)} decoder layers: one must be left")
+            raise ModelError(f"cannot drop all {len(positions)} decoder layers: one must remain")
         configs = _layer_configs(self.model)
         for position in sorted(positions, reverse=True):
             del self._layers[position]
@@ -151,7 +149,7 @@ class DecoderView:
         if option is not None:
             raise ModelError(
                 f"{type(self.model).__name__} has {option}: its decoder layers compute with their "
-                f"numbers, so none can be dropped; replace them with a keep_ratio above 0"
+                "layer numbers, so none can be dropped; replace them with a keep_ratio above 0"
             )
 
     def _layer_name(self, index: int) -> str:
@@ -163,8 +161,8 @@ class DecoderView:
         if skipped and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "%s is a mixture of experts: %s of its decoder layers stay as they are; only the "
-                "other linears can be replaced",
+                "%s is a mixture of experts: %s of its decoder layers are left unchanged; only "
+                "the other linears can be replaced",
                 type(self.model).__name__,
                 ", ".join(skipped),
             )
@@ -176,7 +174,8 @@ class DecoderView:
             )
         if index not in self.layer_indices:
             raise ModelError(
-                f"decoder layer {index} was dropped; left are {list(self.layer_indices)}"
+                f"decoder layer {index} was dropped; the remaining layers are "
+                f"{list(self.layer_indices)}"
             )
         return self.layer_indices.index(index)
 

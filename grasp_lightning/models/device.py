@@ -14,7 +14,7 @@ def resolve_device(name: str) -> torch.device:
             return torch.device("cpu")
         # Each process on this machine takes its own device.
         _check_devices(torch.cuda.device_count())
-        # The remainder, since srun may show each process only its own device.
+        # The remainder, because srun may show each process only its own device.
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     try:
@@ -26,14 +26,14 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cpu" and not device.index:
         return torch.device("cpu")
     if device.type == "cpu":
-        raise ConfigError(f"model.device: {name} is not available, there is one cpu; set it to cpu")
+        raise ConfigError(f"model.device: {name} is not available: there is one cpu; set it to cpu")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count() if accelerator else 0
     if accelerator is None or accelerator.type != device.type or (device.index or 0) >= count:
         available = f"cpu and {count} {accelerator.type} device(s)" if accelerator else "cpu only"
         raise ConfigError(
-            f"model.device: {name} is not available, this machine has {available}; "
-            f"set model.device to auto"
+            f"model.device: {name} is not available: this machine has {available}; set "
+            "model.device to auto"
         )
     _check_devices(count)
     return device

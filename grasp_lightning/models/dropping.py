@@ -63,7 +63,7 @@ def droppable_layers(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...
 
 
 def _find_droppable(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
-    if _are_alike(view):  # then one layer stands for all
+    if _are_alike(view):  # then one layer represents all
         return tuple(layers) if layers and drop_problem(view, layers[:1]) is None else ()
     found: list[int] = []
     for index in layers:

@@ -1,7 +1,7 @@
 """Checks of a GGUF file before transformers reads it.
 
 On a damaged file, transformers fails with unrelated errors, some after half a minute. So the header
-and the extent of every tensor are checked up front.
+and the extent of every tensor are checked first.
 """
 
 import importlib.util
@@ -50,13 +50,13 @@ def read_header(file: Path) -> GGUFHeader:
     # GGUFReader has no error class of its own.
     except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError) as error:
         raise ModelError(
-            f"{file} is no complete GGUF file ({file_bytes} bytes): it is cut short or damaged; "
-            f"fetch it again"
+            f"{file} is not a complete GGUF file ({file_bytes} bytes): it is truncated or damaged; "
+            "download it again"
         ) from error
     if not reader.tensors or end > file_bytes:
         raise ModelError(
-            f"{file} is no complete GGUF file: its tensors end at byte {end}, the file has "
-            f"{file_bytes} bytes; fetch it again"
+            f"{file} is not a complete GGUF file: its tensors end at byte {end}, but it has "
+            f"{file_bytes} bytes; download it again"
         )
     return GGUFHeader(
         file_bytes=file_bytes,
@@ -72,7 +72,7 @@ def display_name(file: Path) -> str:
 
 
 def find_alias() -> Path:
-    """Return the GGUF file in the wheel of the quickstart's model, without importing that."""
+    """Return the GGUF file in the wheel of the quickstart's model, without importing it."""
     spec = importlib.util.find_spec(_ALIAS_PACKAGE)
     folders = (spec.submodule_search_locations or []) if spec else []
     for folder in folders:

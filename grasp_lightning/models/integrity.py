@@ -16,8 +16,8 @@ def check_finite(model: nn.Module) -> None:
             bad, dtype = finite.numel() - int(finite.sum()), parameter.dtype
             narrow = f", or {dtype} is too narrow for it; try model.dtype=float32"
             raise NumericsError(
-                f"weight {name} holds NaN or infinity ({bad} of {finite.numel()} values): the "
-                f"checkpoint is damaged{'; fetch it again' if _is_wide(dtype) else narrow}"
+                f"weight {name} contains NaN or infinity ({bad} of {finite.numel()} values): the "
+                f"checkpoint is damaged{'; download it again' if _is_wide(dtype) else narrow}"
             )
 
 
@@ -51,6 +51,6 @@ def tensor_hashes(model: nn.Module) -> dict[str, str]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    # numpy has no bfloat16, so the bytes are taken before the tensor leaves torch.
+    # numpy has no bfloat16, so torch gives the bytes.
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data

@@ -18,7 +18,7 @@ _MATRIX_DIMENSIONS = 2
 
 
 class TransposedLinear:
-    """A ``Conv1D`` of transformers, which stores its weight as ``(M, N)``, seen as a linear."""
+    """A ``Conv1D`` of transformers, which stores its weight as ``(M, N)``, used as a linear."""
 
     def __init__(self, module: Conv1D) -> None:
         self._module = module
@@ -69,8 +69,7 @@ def dense_modules(module: nn.Module, name: str) -> Iterator[tuple[str, DenseModu
 def in_attention(name: str) -> bool:
     """Return whether a name in a decoder layer, such as ``self_attn.q_proj``, is in its attention.
 
-    That has "att" in its name (self_attn, attention, attn) in most families; others call it a
-    mixer.
+    Most families have "att" in the name (self_attn, attention, attn); the others call it a mixer.
     """
     return "att" in name.split(".", maxsplit=1)[0].lower()
 

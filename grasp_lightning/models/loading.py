@@ -1,6 +1,5 @@
 """Load a causal language model completely, or not at all."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ from pickle import PickleError
 from typing import Any, cast
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
+from rich.console import Console
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -32,6 +31,7 @@ from grasp_lightning.models.integrity import check_finite, model_hash
 
 # The import also makes compressed models known to transformers.
 from grasp_lightning.models.lowrank import QUANT_METHOD
+from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.side_files import fetch_side_files
 from grasp_lightning.models.source import (
     ModelOrigin,
@@ -43,6 +43,7 @@ from grasp_lightning.models.source import (
     resolve_source,
 )
 from grasp_lightning.models.stored_shapes import stored_shapes
+from grasp_lightning.progress import pass_bar
 from grasp_lightning.reading.text import check_file
 
 __all__ = [
@@ -51,12 +52,12 @@ __all__ = [
     "check_finite",
     "load_meta_model",
     "load_model",
+    "load_without_weights",
     "model_hash",
-    "quiet_transformers",
     "resolve_device",
 ]
 
-# What libraries raise if a value is not of the kind that they take for granted.
+# What libraries raise if a value is not of the type that they assume.
 _UNFORESEEN = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
 # What transformers, tokenizers, safetensors and torch raise on files they cannot use.
 _LOADING_ERRORS = (
@@ -104,7 +105,8 @@ def load_model(config: ModelConfig) -> LoadedModel:
     hf_config = _read_config(source, config)
     tokenizer = _read_tokenizer(source, config)
     architectures = hf_config.architectures
-    model, report = _read_weights(source, config, hf_config)
+    with pass_bar(f"loading {source.name}", None, console=Console(stderr=True)):
+        model, report = _read_weights(source, config, hf_config)
     check_complete(source.name, report)
     with _as_model_error(source):
         check_config_builds(source.name, model)
@@ -120,6 +122,17 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if source.is_hub:  # licence and size are only known once its files are cached
         fetch_side_files(source.location, source.revision, source.local_folder())
     return LoadedModel(model=model, tokenizer=tokenizer, origin=origin or describe_origin(source))
+
+
+def load_without_weights(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model on the meta device and its tokenizer.
+
+    Fails like ``load_model``, except for the values of weights.
+    """
+    resolve_device(config.device)
+    source = pinned(resolve_source(config))
+    _require_parts(source)
+    return load_meta_model(config, warns=True), _read_tokenizer(source, config)
 
 
 def load_meta_model(config: ModelConfig, *, warns: bool = False) -> PreTrainedModel:
@@ -173,20 +186,20 @@ def _require_config(source: ModelSource) -> None:
     has_config = source.is_hub or (folder / "config.json").is_file()
     if has_adapter and has_config:
         raise ModelError(
-            f"model.path: {source.location} has a PEFT adapter beside the model: merge it first, "
-            f"with peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(), or move "
-            f"adapter_config.json away to use the model without it"
+            f"model.path: {source.location} has a PEFT adapter next to the model: merge it first, "
+            "with peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(), or move "
+            "adapter_config.json elsewhere to use the model without the adapter"
         )
     if has_adapter:
         raise ModelError(
-            f"model.path: {source.location} is a PEFT adapter without its model: merge it first, "
-            f"with peft.AutoPeftModelForCausalLM.from_pretrained({source.location!r})"
-            f".merge_and_unload().save_pretrained(folder), and name that folder"
+            f"model.path: {source.location} is a PEFT adapter without its base model: merge it "
+            f"first, with peft.AutoPeftModelForCausalLM.from_pretrained({source.location!r})"
+            ".merge_and_unload().save_pretrained(folder), and name that folder"
         )
     if not has_config:
         files = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"; it has {files[0]}: set model.gguf_file" if files else ""
-        raise ModelError(f"model.path: {folder} is no model folder, it has no config.json{hint}")
+        raise ModelError(f"model.path: {folder} is not a model folder: it has no config.json{hint}")
 
 
 def _read_config(source: ModelSource, config: ModelConfig) -> PreTrainedConfig:
@@ -238,7 +251,7 @@ def _read_weights(
             **options,
         )
     if source.gguf_file is not None and hasattr(model, "hf_quantizer"):
-        # The older parser of transformers leaves it behind, and saving would fail.
+        # The older parser of transformers leaves it in place, and saving would fail.
         model.hf_quantizer.remove_quantization_config(model)
     return model, report
 
@@ -264,23 +277,12 @@ def _dtype_of(config: ModelConfig, source: ModelSource) -> torch.dtype | str:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence logs of transformers below an error; progress bars stay."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-
-
-@contextmanager
 def _as_model_error(source: ModelSource, part: str = "") -> Iterator[None]:
     """Turn the errors of libraries on unusable files into one line."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ModelError(f"{source.name} does not fit: {first_line(error)}") from error
+        raise ModelError(f"{source.name} cannot be used: {first_line(error)}") from error
     except Exception as error:
         # tokenizers has no class of its own for its errors.
         if not isinstance(error, _LOADING_ERRORS) and type(error) is not Exception:
@@ -294,5 +296,5 @@ def _as_model_error(source: ModelSource, part: str = "") -> Iterator[None]:
             raise hub_error(source.name, error) from error
         reason = first_line(error)
         if isinstance(error, _UNFORESEEN):
-            reason = f"{reason} ({type(error).__name__}); its files are damaged or do not fit"
+            reason = f"{reason} ({type(error).__name__}); its files are damaged or do not match"
         raise ModelError(f"cannot load {part}{source.name}: {reason}") from error

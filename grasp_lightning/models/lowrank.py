@@ -105,7 +105,7 @@ def is_low_rank(module: nn.Module) -> bool:
 
 def is_narrowed(module: nn.Module) -> bool:
     """Return whether a module is a narrowed linear, of this file or of a copy of it."""
-    # By name, as above; FSDP2 makes a subclass of the class of every module that it splits.
+    # By name, as above; FSDP2 creates a subclass for every module that it shards.
     return any(base.__name__ == NarrowedLinear.__name__ for base in type(module).__mro__)
 
 
@@ -143,7 +143,7 @@ class GraspConfig(QuantizationConfigMixin):
     Args:
         ranks: Rank of each low-rank linear.
         shapes: ``[out_features, in_features]`` of each narrowed linear.
-        **unknown: Refused: a newer format must not be read as if its additions did not matter.
+        **unknown: Refused: a newer format may have additions that must not be ignored.
     """
 
     def __init__(
@@ -160,12 +160,12 @@ class GraspConfig(QuantizationConfigMixin):
             )
         for module, rank in (ranks or {}).items():
             if not _is_size(rank, least=0):
-                raise ValueError(f"rank of {module} must be an integer from 0 on, got {rank!r}")
+                raise ValueError(f"rank of {module} must be an integer of at least 0, got {rank!r}")
         for module, shape in (shapes or {}).items():
             if not _is_shape(shape):
                 raise ValueError(f"shape of {module} must be two positive integers, got {shape!r}")
             if module in (ranks or {}):
-                raise ValueError(f"{module} has a rank and a shape: it must have one of them")
+                raise ValueError(f"{module} has both a rank and a shape; expected one of them")
         self.quant_method = quant_method  # type: ignore[assignment]  # its enum has no others
         self.ranks = dict(ranks or {})
         self.shapes = {module: list(shape) for module, shape in (shapes or {}).items()}
@@ -206,7 +206,7 @@ class GraspQuantizer(HfQuantizer):
             model.set_submodule(module, low_rank)
             self._modules[stored] = module
             for factor in (low_rank.left, low_rank.right):
-                # They are loaded: a family's initialisation of linears by name does not fit.
+                # They are loaded: a family's initialisation of linears by name does not apply.
                 factor._is_hf_initialized = True  # type: ignore[assignment]  # a flag, no module
         for stored, (rows, columns) in self.quantization_config.shapes.items():
             module, linear = _linear_in_model(model, names, stored)
@@ -278,15 +278,15 @@ def config_of(model: nn.Module) -> GraspConfig:
 
 
 def check_fails_closed(model: nn.Module) -> None:
-    """Raise a ``ValueError`` if a loader that does not know this format would not fail."""
+    """Raise a ``ValueError`` if a loader without this format would load it without an error."""
     # The right factor (r, M) must differ in shape from the dense weight: (N, M), or (M, N) for a
     # Conv1D, where they agree only if r = M = N. A narrowed weight (n, m) always differs: n <= N
     # and m <= M, one of them less, exclude n = M and m = N too.
     for module, linear in low_rank_linears(model).items():
         if linear.rank == linear.out_features:
             raise ValueError(
-                f"{module} has rank {linear.rank} for as many output features, which saves "
-                f"nothing; leave it dense"
+                f"{module} has rank {linear.rank}, as many as its output features, which saves "
+                "nothing; leave it dense"
             )
 
 
@@ -353,7 +353,7 @@ def _save_with_code(
     **options: object,
 ) -> None:
     """Save a model together with the code that opens it without the package."""
-    save: Any = type(model).save_pretrained  # Any: options are those of transformers
+    save: Any = type(model).save_pretrained  # Any: options of transformers
     earlier = dict(getattr(model.config, "auto_map", None) or {})
     needed = has_replaced(model)
     _set_auto_map(model.config, {**earlier, **auto_map} if needed else earlier)

@@ -28,8 +28,8 @@ def mlps(view: DecoderView, index: int) -> tuple[Mlp, ...]:
     or 2 I outputs in all (``down(act(gate(x)) * up(x))``, gate and up separate or fused). No other
     parameter of the layer, such as a norm in between, may have size I.
 
-    There are none in mixtures of experts, with replaced linears, and if D equals I, since then
-    shapes are ambiguous.
+    Mixtures of experts and layers with replaced linears have none, nor do layers where D equals I,
+    since shapes are then ambiguous.
     """
     prefix = f"{view.layers_name}.{index}."
     linears = {

@@ -35,7 +35,7 @@ def all_settings(
 
 @contextmanager
 def named_by(key: str) -> Iterator[None]:
-    """Name ``model.path`` by a command's own key in errors, and ``model.dtype`` as ``dtype``."""
+    """In errors, name ``model.path`` by the command's own key, and ``model.dtype`` as ``dtype``."""
     try:
         yield
     except (ConfigError, ModelError) as error:

@@ -54,13 +54,13 @@ def fisher_losses(
     The gradient of each loss by its logits is ``s * r - p (s . r)``, with ``p`` the predicted
     probabilities, ``s`` their roots, and ``r`` random signs. Its mean is zero and its covariance is
     ``diag(p) - p p^T``, the Fisher information of the prediction. Labels drawn from the prediction
-    would give the same with more noise, and rounding could change them.
+    would give the same covariance with more noise, and rounding could change them.
 
     Source: Dangel et al., "BackPACK", arXiv:1912.10985, appendix (the factor of the Fisher
     information); Kunstner et al., "Limitations of the empirical Fisher approximation",
     arXiv:1905.12558 (why labels of the text do not give it).
 
-    Other arguments, result and side effects are those of ``next_token_losses``.
+    Other arguments, result and side effects: see ``next_token_losses``.
 
     Args:
         seeds: Seed of the signs of each window, ``B``; its signs depend on nothing else.
@@ -73,7 +73,7 @@ def fisher_losses(
         log_probs = log_softmax(part, dim=-1)
         losses = -log_probs[_at(labels[place])]
         probs = log_probs.exp_()
-        # Row by row and on the CPU: signs depend neither on where parts begin nor on the device.
+        # Row by row, on the CPU: signs depend neither on how rows are split nor on the device.
         draws = [
             torch.randint(2, part.shape[1:], generator=generators[owner], dtype=torch.int8)
             for owner in owners[place]
@@ -98,7 +98,7 @@ def distillation_losses(
 
     Per predicted token ``mix * t^2 * KL(teacher || student) + (1 - mix) * cross-entropy``, where
     the temperature t softens both distributions of the divergence. Other arguments, result and side
-    effects are those of ``next_token_losses``.
+    effects: see ``next_token_losses``.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section
     2 (the factor t^2 keeps the size of gradients).
@@ -198,7 +198,7 @@ class _RowLosses(torch.autograd.Function):
         grad, ctx.grad = ctx.grad, None
         is_predicted = torch.zeros(len(grad), dtype=torch.bool, device=grad.device)
         is_predicted[ctx.rows] = True
-        grad[~is_predicted] = 0  # not by a product: a logit there may be infinite
+        grad[~is_predicted] = 0  # not by multiplication: a logit there may be infinite
         scale = grad.new_zeros(len(grad))
         scale[ctx.rows] = grad_losses.to(grad.dtype)
         return grad.mul_(scale[:, None]), None, None

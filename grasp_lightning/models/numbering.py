@@ -11,7 +11,7 @@ _NUMBER_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_
 _NUMBER_LISTS = ("mlp_only_layers", "moe_layers")
 # Options of a config that make layers compute with their own numbers.
 _NUMBER_OPTIONS = ("scale_attn_by_inverse_layer_idx",)
-# Attributes of a module that say how it is used, not what it computes.
+# Attributes of a module that describe its use, not what it computes.
 _STATES = ("training", "gradient_checkpointing")
 
 
@@ -23,8 +23,8 @@ def number_dependent_option(config: PreTrainedConfig) -> str | None:
 def numbered_settings(model: nn.Module) -> dict[str, bool | int | float | str]:
     """Return ``<module>.<attribute>`` -> value for plain attributes of modules with a layer number.
 
-    They may depend on that number, such as the choice of layers with a sliding window, so they tell
-    whether layers fit their numbers.
+    They may depend on that number, as a sliding window in some layers does, so they show whether
+    layers match their numbers.
     """
     return {
         f"{name}.{key}": value
@@ -48,7 +48,7 @@ def _plain(module: nn.Module) -> dict[str, bool | int | float | str]:
 
 
 def renumber_layer(layer: nn.Module, old: int, new: int) -> None:
-    """Replace a layer's old number in its modules; a different number means something else."""
+    """Replace a layer's old number in its modules; other numbers mean something else."""
     for module in layer.modules():
         for name in _NUMBER_NAMES:
             if getattr(module, name, None) == old:

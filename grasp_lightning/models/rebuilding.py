@@ -48,7 +48,7 @@ def _first_difference(
         return None
     key = min(key for key, _ in expected.items() ^ actual.items())
     there, here = expected.get(key), actual.get(key)
-    return f"{key} has {kind} {there} there and {here} in the model to save"
+    return f"{key} has {kind} {there} there but {here} in the model to save"
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -94,12 +94,12 @@ def _difference_in_behaviour(
         if not _are_close(*new, tolerance):
             return f"it computes other logits for new token {step + 1}, with its cache"
         if found["new_tokens"][step] != expected["new_tokens"][step]:
-            break  # two logits are nearly equal, so the texts differ from here on
+            break  # two logits are nearly equal, so the texts differ after this token
     return ""
 
 
 def _are_close(first: Tensor, second: Tensor, tolerance: float) -> bool:
-    finite = second.isfinite()  # families mask words by minus infinity
+    finite = second.isfinite()  # some families mask tokens with minus infinity
     if not torch.equal(first.isfinite(), finite):
         return False
     return bool(((first - second)[finite].abs() <= tolerance).all())

@@ -15,7 +15,7 @@ from grasp_lightning.models.integrity import nan_advice
 from grasp_lightning.models.sharding import is_sharded
 
 BATCH = 16
-"""Texts per batch. It is fixed, since other sizes round differently and so draw other tokens."""
+"""Texts per batch; fixed, because other sizes round differently and would draw other tokens."""
 
 # The first text of a batch, in a sequence of one, and whether the batch counts.
 Round = tuple[Sequence[int], bool]
@@ -64,7 +64,7 @@ def sample_text(
     first = starts[(draws[:, 0] * len(starts)).long()]
     done = first.new_empty(0, length) if written is None else written
     rounds = processes.own_batches(range(len(done), num_windows, BATCH), 1)
-    for batch, counts in track(rounds, "text of the model itself"):
+    for batch, counts in track(rounds, "generate text"):
         begin, end = batch[0], batch[0] + BATCH
         texts, bad = _continued(view, first[begin:end], draws[begin:end], vocabulary)
         parts = processes.gather((texts if counts else texts[:0], bad))
@@ -107,6 +107,6 @@ def _continued(
 def _refuse_non_finite(view: DecoderView, ids: Tensor) -> NoReturn:
     where = locate_non_finite(view, {"input_ids": ids.to(view.model.device)})
     raise NumericsError(
-        f"the model gives NaN or infinity, first in {where}, so that no text can be drawn from it; "
+        f"the model gives NaN or infinity, first in {where}, so it cannot generate text; "
         f"{nan_advice(view.model.dtype)}"
     )

@@ -81,8 +81,8 @@ def check_runs(model: PreTrainedModel) -> None:
         if "DTensor" not in str(error):
             raise
         raise ModelError(
-            f"{type(model).__name__} reads weights without calling the modules that hold them, "
-            f"which trainer.strategy fsdp does not support: use auto"
+            f"{type(model).__name__} reads weights without calling their modules, which "
+            "trainer.strategy fsdp does not support: use auto"
         ) from error
 
 
@@ -101,5 +101,5 @@ def _groups(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _shard_group(module: nn.Module, mesh: DeviceMesh) -> None:
-    # Without True, a group without a parent would stay whole after its first use.
+    # Without True, a group without a parent would stay gathered after its first use.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)

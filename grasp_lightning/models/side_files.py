@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 
 from grasp_lightning.errors import OutputError
+from grasp_lightning.models.quiet import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +61,13 @@ def fetch_side_files(name: str, revision: str | None, folder: Path | None) -> No
     if folder is not None and (folder / "README.md").exists():  # already fetched
         return
     try:
-        huggingface_hub.snapshot_download(
-            name, revision=revision, ignore_patterns=[*_LEFT_OUT[:-2], "*/*"]
-        )
-    except OSError as error:  # covers all errors of the hub; the weights are cached already
+        with quiet_transformers():
+            huggingface_hub.snapshot_download(
+                name, revision=revision, ignore_patterns=[*_LEFT_OUT[:-2], "*/*"]
+            )
+    except OSError as error:  # covers all errors of the hub; the weights are already cached
         reason = " ".join(str(error).split())
-        logger.warning("files beside the weights of %s cannot be fetched: %.200s", name, reason)
+        logger.warning("files next to the weights of %s cannot be fetched: %.200s", name, reason)
 
 
 def copy_side_files(files: Iterable[Path], folder: Path) -> None:
@@ -85,7 +87,8 @@ def copy_side_files(files: Iterable[Path], folder: Path) -> None:
             ) from error
     if elsewhere:
         logger.warning(
-            "not copied, since these are links out of the source's folder: %s", ", ".join(elsewhere)
+            "not copied, because these are links that leave the source folder: %s",
+            ", ".join(elsewhere),
         )
 
 

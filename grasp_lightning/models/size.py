@@ -42,7 +42,7 @@ class LinearShape(NamedTuple):
 
     @property
     def matrices(self) -> "tuple[LinearShape, ...]":
-        """The dense matrices that its input is multiplied by, in order."""
+        """The matrices that its input is multiplied by, in order."""
         if self.rank is None:
             return (self,)
         return (LinearShape(self.rank, self.columns), LinearShape(self.rows, self.rank))

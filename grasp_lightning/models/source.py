@@ -1,4 +1,4 @@
-"""Where a model comes from: its folder, hub repository or file, and its licence."""
+"""The source of a model: its folder, hub repository or file, and its licence."""
 
 import re
 import textwrap
@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ConfigError, DataError, ModelError
 from grasp_lightning.models import gguf
+from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.side_files import is_licence, side_files
 from grasp_lightning.models.weight_files import weight_files
 from grasp_lightning.reading.text import user_path
@@ -50,7 +51,7 @@ class ModelOrigin:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A resolved ``ModelConfig.path``; ``name`` and ``folder`` are those of ``ModelOrigin``.
+    """A resolved ``ModelConfig.path``; ``name`` and ``folder`` are as in ``ModelOrigin``.
 
     Attributes:
         location: What transformers opens: a local folder, or a hub name.
@@ -171,7 +172,8 @@ def _hub_source(config: ModelConfig) -> ModelSource:
         return ModelSource(location=config.path, name=config.path, revision=config.revision)
     revision = _commit(config.path, config.revision)
     try:
-        file = Path(hf_hub_download(config.path, config.gguf_file, revision=revision))
+        with quiet_transformers():
+            file = Path(hf_hub_download(config.path, config.gguf_file, revision=revision))
     except (OSError, HFValidationError) as error:
         raise hub_error(config.path, error) from error
     return ModelSource(
@@ -186,7 +188,7 @@ def pinned(source: ModelSource) -> ModelSource:
     """Pin a hub model to one commit, so that its files match; return other sources unchanged.
 
     A cached model is opened from its folder: transformers would ask the hub for each file that the
-    model lacks, and five times so without a network.
+    model lacks, and without a network five times for each.
     """
     if not source.is_hub:
         return source
@@ -197,7 +199,7 @@ def pinned(source: ModelSource) -> ModelSource:
 
 
 def _commit(name: str, revision: str | None) -> str:
-    """Ask the hub once; later downloads report problems with the name themselves."""
+    """Ask the hub once; later downloads report a wrong name themselves."""
     try:
         return huggingface_hub.resolve_revision(
             name, revision=revision, local_files_only=huggingface_hub.is_offline_mode()
@@ -246,7 +248,7 @@ def _card_licence(folder: Path) -> str | None:
     match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
     try:
         fields = parse_yaml(match[1], "", is_strict=False) if match else None
-    except DataError:  # a foreign model card, of which only the licence is needed
+    except DataError:  # the model card of someone else, of which only the licence is needed
         return None
     if not isinstance(fields, dict):
         return None

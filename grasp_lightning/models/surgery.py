@@ -42,7 +42,7 @@ def replacements(
 ) -> dict[str, nn.Module]:
     """Return the modules that operations would put into a model, by the linears they replace.
 
-    The model stays unchanged and shares its biases with them. Arguments and errors are those of
+    The model stays unchanged and shares its biases with them. Arguments and errors: see
     ``apply_operations``.
     """
     replaced = {name: view.module(name) for operation in operations for name in operation.linears}
@@ -115,7 +115,7 @@ def _checked(
         left.difference_update(operation.dropped)
     if not left:
         number = len(view.layer_indices)
-        raise PlanError(f"the plan drops all {number} decoder layers: one must be left")
+        raise PlanError(f"the plan drops all {number} decoder layers: one must remain")
     return new, set(view.layer_indices) - left
 
 

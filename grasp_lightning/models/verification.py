@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from grasp_lightning.errors import ModelError, OutputError
 from grasp_lightning.models import reloading
 from grasp_lightning.models.integrity import tensor_hashes
-from grasp_lightning.models.loading import quiet_transformers
+from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.source import first_line
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _PATIENCE, _PATIENCE_PER_GB = 600.0, 60.0  # seconds
 _BYTES_BESIDE = 10**9  # for an interpreter with torch, and activations
 _SAFETY = 1.2
-# The process computes alone and on the CPU, without the hub.
+# The process runs alone, on the CPU and without the hub.
 _SHARED = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -52,7 +52,7 @@ def can_generate(model: PreTrainedModel) -> bool:
         raise
     except _ERRORS as error:
         logger.warning(
-            "%s does not generate with its cache (%s), and neither will what is made of it",
+            "%s does not generate with its cache (%s), and neither will the model made from it",
             type(model).__name__,
             first_line(error),
         )
@@ -73,7 +73,7 @@ def verify_saved(model: PreTrainedModel, folder: Path, *, generates: bool = True
     free, needed = _free_memory(), copies * _SAFETY * size + _BYTES_BESIDE
     if free is not None and free < needed:
         logger.warning(
-            "the saved model is not loaded once more to verify it: %.1f GB of memory are free, and "
+            "the saved model is not loaded again to verify it: %.1f GB of memory are free, but "
             "that takes %.1f",
             free / 1e9,
             needed / 1e9,
@@ -108,8 +108,8 @@ def _judge(request: Path, code: int | None) -> None:
     if code is None or code < 0:
         how = "took too long" if code is None else f"was ended by {signal.Signals(-code).name}"
         raise OutputError(
-            f"the process that loads the saved model to verify it {how}, perhaps for want of "
-            "memory: run the same command again, it goes on from what is saved"
+            f"the process that loads the saved model to verify it {how}, possibly because memory "
+            "ran out: run the same command again, it resumes from what was saved"
         )
     if code > 0:
         lines = (request / reloading.ERRORS).read_text(errors="replace").strip().splitlines()
@@ -118,8 +118,8 @@ def _judge(request: Path, code: int | None) -> None:
         problem = (request / reloading.DIFFERENCE).read_text(encoding="utf-8")
     if problem:
         raise ModelError(
-            f"a fresh process that loads the saved model finds another one: {problem}; it is not "
-            f"kept, and this is a fault of grasp_lightning: please report it"
+            f"a fresh process that loads the saved model gets a different one: {problem}; it is "
+            "not kept; this is a bug in grasp_lightning: please report it"
         )
 
 
@@ -150,7 +150,7 @@ def _content(path: str) -> str:
 
 
 class _Interpreter:
-    """The process of ``reloading``, started when first needed, and kept."""
+    """The process of ``reloading``, started when first needed and then kept."""
 
     def __init__(self) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
@@ -167,7 +167,7 @@ class _Interpreter:
             bufsize=0,
             cwd=root,
             env=env,
-            start_new_session=True,  # Ctrl-C is for the process that waits
+            start_new_session=True,  # Ctrl-C is handled by the process that waits
         )
         atexit.register(self.end)
 

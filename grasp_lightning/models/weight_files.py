@@ -6,7 +6,7 @@ from grasp_lightning.errors import ModelError
 from grasp_lightning.reading.text import check_file, read_json
 
 _NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order of transformers
-ADVICE = "fetch it again"
+ADVICE = "download it again"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -47,6 +47,7 @@ def _shard_names(index: Path) -> list[str]:
     for name in names.values():
         if not isinstance(name, str) or name in {"", ".", ".."} or set(name) & set("/\\\0"):
             raise ModelError(
-                f"{fault(index)} names {name!r:.80}; expected files beside it, without any folder"
+                f"{fault(index)} names {name!r:.80}; expected names of files next to it, without "
+                "a folder"
             )
     return sorted(set(names.values()))

@@ -1,1 +1,1 @@
-"""Reads files of the user: one function for each format, whose every error is one line."""
+"""Reads files of the user: one function for each format; every error is one line."""

@@ -1,4 +1,4 @@
-"""Tensor files from the user or an earlier run; whatever is wrong with them is one line.
+"""Tensor files from the user or an earlier run; every error is one line.
 
 For the arguments, see ``text``.
 """
@@ -60,7 +60,7 @@ def read_metadata(
 def open_tensors(
     path: Path, raises: type[GraspError] = PlanError, what: str | None = None, advice: str = ""
 ) -> Iterator[Any]:  # Any: safe_open has no public type
-    """Open a safetensors file, to read some of its tensors; errors while reading are told alike."""
+    """Open a safetensors file, to read some of its tensors; errors of reading are one line."""
     with _damage(path, raises, what, advice):
         content = safe_open(path, framework="pt")
     with content:
@@ -92,7 +92,7 @@ def read_shapes(
 
 def _unpickled(path: Path, *, mmap: bool = False) -> Any:  # noqa: ANN401  whatever was saved
     with warnings.catch_warnings():
-        # Of files that it then refuses.
+        # Of files that torch then refuses.
         warnings.filterwarnings("ignore", message="Detected pickle protocol")
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
 
@@ -108,8 +108,8 @@ def _damage(path: Path, raises: type[GraspError], what: str | None, advice: str)
 
 
 def _line(path: Path, what: str | None, error: BaseException, advice: str) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # torch advises to open such files nonetheless
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to open such files anyway
         error = pickle.UnpicklingError(
-            "no tensors of torch, or more than these, which may run code"
+            "not a torch file, or it has objects other than tensors, which may run code"
         )
     return told(what or path, f"is damaged: {one_line(error)}", advice)

@@ -1,4 +1,4 @@
-"""Paths, text and JSON from the user; whatever is wrong with them is one line.
+"""Paths, text and JSON from the user; every error is one line.
 
 Arguments: ``raises``, the class of ``errors`` to raise; ``what``, the file's name in messages
 (None: its path); ``advice``, what to do, for the end of the message. No torch and no YAML here.
@@ -37,15 +37,15 @@ def told(what: object, reason: str, advice: str = "") -> str:
 
 
 def user_path(text: str, key: str, raises: type[GraspError] = DataError) -> Path:
-    """Return the path that a key names, ``~`` expanded; refuse what no file can be called."""
+    """Return the path that a key names, ``~`` expanded; refuse text that cannot be a path."""
     try:
         path = Path(text).expanduser()
         path.stat()
     except RuntimeError as error:
         user = text.partition("/")[0]
-        raise raises(f"{key}: {one_line(text)}: there is no home folder of {user}") from error
+        raise raises(f"{key}: {one_line(text)}: {user} has no home folder") from error
     except ValueError as error:  # a NUL byte, or half of a surrogate pair
-        raise raises(f"{key}: {text!r:.{_MAX_QUOTED}} is no path: {one_line(error)}") from error
+        raise raises(f"{key}: {text!r:.{_MAX_QUOTED}} is not a path: {one_line(error)}") from error
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise raises(f"{key}: {one_line(text)}: {_reason(error)}") from error
@@ -74,7 +74,7 @@ def check_file(
             reason = f"a link to {path.readlink()}, which does not exist"
         raise raises(told(what, f"cannot be read: {reason}", advice)) from error
     if not stat.S_ISREG(mode):
-        kind = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "no file")
+        kind = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "not a file")
         raise raises(told(what, f"is {kind}; expected a file", advice))
 
 
@@ -153,7 +153,7 @@ def parse_json(
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _reason(error: BaseException) -> str:

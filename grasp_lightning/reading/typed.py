@@ -41,7 +41,7 @@ def as_type(
 
 
 class _Mismatch(Exception):  # noqa: N818  never seen by a caller
-    """A value that is not of its type."""
+    """A value of the wrong type."""
 
 
 @dataclass(frozen=True)

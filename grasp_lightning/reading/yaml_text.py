@@ -1,4 +1,4 @@
-"""YAML from the user; whatever is wrong with it is one line. For the arguments, see ``text``."""
+"""YAML from the user; every error is one line. For the arguments, see ``text``."""
 
 from collections.abc import Hashable
 from pathlib import Path
@@ -15,7 +15,7 @@ _MAX_NODES = 100_000  # of a YAML file, each alias counted as often as it is use
 _MAX_BITS = 1024  # of a whole number in a YAML file
 _TEXT_TAG, _MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
-# What PyYAML raises beside its own errors: impossible dates, integers of thousands of digits, tags
+# What PyYAML raises besides its own errors: impossible dates, integers of thousands of digits, tags
 # that do not fit their text, nesting.
 _YAML_ERRORS = (
     yaml.YAMLError,
@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_yaml_int(self, node: ScalarNode) -> int:
-        """Return a whole number that can be written down again."""
+        """Return a whole number that Python can print again."""
         value = int(super().construct_yaml_int(node))
         if value.bit_length() > _MAX_BITS:
             raise ValueError(
@@ -76,10 +76,10 @@ class _Loader(yaml.SafeLoader):
         return value
 
     def get_single_node(self) -> Node | None:
-        """Return the whole content, if it is not too much."""
+        """Return the whole content, unless it is too large."""
         node: Node | None = super().get_single_node()
         if node is not None and _size(node, {}) > _MAX_NODES:
-            raise yaml.YAMLError(f"more than {_MAX_NODES} values, aliases counted as what they are")
+            raise yaml.YAMLError(f"more than {_MAX_NODES} values, counting every use of an alias")
         return node
 
 
@@ -87,7 +87,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 class _Strict(_Loader):
-    """Refuses keys that are no text, or repeated: Python would keep the last one."""
+    """Refuses keys that are not text or are repeated: Python would keep the last."""
 
     def compose_mapping_node(self, anchor: dict[Any, Node]) -> MappingNode:
         """Return the next mapping, its keys checked before merges add others."""
@@ -99,7 +99,7 @@ class _Strict(_Loader):
                 continue
             if not isinstance(key, ScalarNode) or key.tag != _TEXT_TAG:
                 came = key.value if isinstance(key, ScalarNode) else "a list or section"
-                raise yaml.YAMLError(f"line {line}: the key {one_line(came)} is no text; quote it")
+                raise yaml.YAMLError(f"line {line}: the key {one_line(came)} is not text; quote it")
             if key.value in seen:
                 raise yaml.YAMLError(f"line {line}: the key {one_line(key.value)} is given twice")
             seen.add(key.value)
@@ -109,7 +109,7 @@ class _Strict(_Loader):
 def _size(node: Node, known: dict[int, int]) -> int:
     """Return the number of values in a node; an alias to its own parent is endless."""
     if id(node) not in known:
-        known[id(node)] = _MAX_NODES + 1  # until it is counted: a node that is met in itself
+        known[id(node)] = _MAX_NODES + 1  # until it is counted: a node that contains itself
         parts: list[Node] = []
         if isinstance(node, MappingNode):
             parts = [value for _, value in node.value]

@@ -23,7 +23,7 @@ _LOADING = re.compile(r"^## How to load[ \t]*$", re.MULTILINE)
 _LICENCE = re.compile(r"^## Licen[cs]e[ \t]*$", re.MULTILINE)
 _HEADING = re.compile(r"^##? ", re.MULTILINE)
 _SECTION = re.compile(r"^## Compensation\b", re.MULTILINE)
-# What a card says of a compressed model, and what is true of one that was trained after it.
+# What a card says of a compressed model, and what it says once that model was trained.
 _ADAPTED = {
     "It was not trained after compression.": "It was trained after compression: see Compensation.",
     "`plan.json` of the run that wrote this model": "`plan.json` of the run that compressed it",
@@ -43,7 +43,7 @@ def model_card(
 ) -> str:
     """Return the README.md of a compressed model, without local paths and times."""
     base_model = phrases.public_name(origin_name)
-    # Linears are no longer what the family makes of them.
+    # Linears no longer have the shapes that the family builds.
     kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if plan.channels else ""
     special = f"the {'low-rank' if plan.ranks or not plan.channels else 'narrowed'} layers"
     text = _render(
@@ -56,7 +56,7 @@ def model_card(
         num_linears=len(plan.ranks),
         num_mlps=len(plan.channels),
         removed=_removed(plan),
-        gone=f"{100 * metrics.removed_ratio:.1f}% of all parameters are gone",
+        removed_share=f"{100 * metrics.removed_ratio:.1f}% of all parameters were removed",
         special=special if kind else None,
         options=_options(plan),
         calibration=phrases.text_source(config, "calibration"),
@@ -81,7 +81,7 @@ def export_card(
     licence_files: Sequence[str],
     source_card: str | None,
 ) -> str:
-    """Return the README.md of a dense copy, which says that the copy gains nothing."""
+    """Return the README.md of a dense copy, which says that the copy is not smaller."""
     text = _render(
         "card.md.jinja",
         kind="dense",
@@ -147,7 +147,7 @@ def _render(template: str, **content: object) -> str:
     """Return Markdown; foreign text in a template must pass the filter ``code``."""
     environment = Environment(
         loader=PackageLoader("grasp_lightning", "reporting"),
-        autoescape=False,  # Markdown: code_span quotes what is not ours
+        autoescape=False,  # Markdown: code_span quotes foreign text
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -169,7 +169,7 @@ def _parsed(card: str) -> RepoCard:
     text, empty = card.removeprefix("\ufeff").replace("\r\n", "\n"), "---\n{}\n---\n\n"
     try:
         return RepoCard(text if REGEX_YAML_BLOCK.search(text) else empty + text)
-    # A date that there is not, a key that is no string, thousands of brackets.
+    # An impossible date, a key that is not a string, thousands of brackets.
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return RepoCard(empty + text)
 
@@ -183,7 +183,7 @@ def _front_matter(
     }
     if phrases.is_hub_name(base_model):
         content["base_model"] = base_model
-    # The hub takes its own identifiers only, and a name of any other licence.
+    # The hub accepts only its own identifiers, and a name for any other licence.
     if licence is not None and _LICENCE_ID.fullmatch(licence.lower()):
         content["license"] = licence.lower()
     elif licence is not None:

@@ -22,7 +22,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _UNNAMED_SOURCES = {
     "file": "a local file",
     "instructions": "a local file of instructions",
-    "self": "text that the base model wrote",
+    "self": "text that the base model generated",
 }
 
 
@@ -71,12 +71,12 @@ def training_content(
     data = f"training data, {code_span(metrics.data)},"
     if metrics.data_licence:
         data_licence = (
-            f"The {data} has the licence {code_span(metrics.data_licence)}: check what it asks of "
+            f"The {data} has the licence {code_span(metrics.data_licence)}: check its terms for "
             "models that are trained on it."
         )
     else:
         data_licence = (
-            f"The licence of the {data} is not known to the program that wrote this card: look it "
+            f"The program that wrote this card does not know the licence of the {data} so look it "
             "up before you use or share this model."
         )
     return {
@@ -120,7 +120,7 @@ def _goal(metrics: CompensationMetrics, base_model: str, config: Values) -> str:
     learned = _section(config, "data").get("train_on_inputs")
     if learned is None:
         return "instructions with answers"
-    return "instructions and their answers" if learned else "answers to instructions alone"
+    return "instructions and their answers" if learned else "answers to instructions only"
 
 
 def _teacher(base_model: str, distillation: Values) -> str:

@@ -29,7 +29,7 @@ _LOSS_NOTE = (
     "refit. Linears that are not listed stay dense."
 )
 _SCORE_NOTE = (
-    "Score and squared norm: share of the linear's total that its kept components have. Beyond the "
+    "Score and squared norm: share of the linear's total in its kept components. Beyond the "
     "largest: kept components that plain truncation to the same rank would remove."
 )
 
@@ -63,7 +63,7 @@ def _layers(metrics: Metrics, plan: Plan) -> Details:
                 _KINDS.get(type(operation), "changed")
             )
     rows = []
-    has_parts = any(metrics.layer_changes.values())  # else there are deleted layers alone
+    has_parts = any(metrics.layer_changes.values())  # otherwise all changed layers are deleted
     for layer in sorted(metrics.layer_changes, key=int) if has_parts else ():
         change = metrics.layer_changes[layer]
         cells = ["deleted", "deleted"]
@@ -75,7 +75,7 @@ def _layers(metrics: Metrics, plan: Plan) -> Details:
         "Changes in each decoder layer",
         (("Layer", "row"), ("Attention", "text"), ("MLP", "text")),
         rows,
-        "Number of linears of each part. Layers that are not listed are those of the base model.",
+        "Number of linears of each part. Layers that are not listed are unchanged.",
     )
 
 
@@ -124,8 +124,8 @@ def _channels(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> Det
         f"Channels of all {len(rows)} narrowed MLPs",
         _columns("Linear that reads them", "Channels", "of", "Kept", *headings),
         rows,
-        "The linears that write the channels and the one that reads them keep the same share of "
-        "their weights.",
+        "The linears that write the channels and the linear that reads them keep the same share "
+        "of their weights.",
     )
 
 
@@ -133,11 +133,11 @@ def _removals(plan: Plan, scores: Mapping[str, Tensor]) -> Details:
     removed = removed_parts(plan, scores)
     plural = "s" if len(removed) > 1 else ""
     return Details(
-        f"What went as a whole: {len(removed)} layer{plural} or block{plural}",
+        f"Removed entirely: {len(removed)} layer{plural} or block{plural}",
         _columns("Part", "Measured loss, nats per token"),
         [(*_place(name), f"{loss:.4f}") for name, loss in removed.items()],
-        "Mean divergence from the dense predictions on calibration text, with this part alone "
-        "gone. The linears of a removed block have rank 0; a removed layer is no longer there.",
+        "Mean divergence from the dense predictions on calibration text, with only this part "
+        "removed. The linears of a removed block have rank 0; a removed layer is deleted.",
     )
 
 

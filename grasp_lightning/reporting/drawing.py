@@ -14,7 +14,7 @@ from grasp_lightning.reporting.linears import Array
 from grasp_lightning.reporting.metrics import History
 from grasp_lightning.reporting.tables import count_text
 
-WIDTH = 9.2  # inches; 883 CSS pixels, so that 10 points are legible at 100 %
+WIDTH = 9.2  # inches; 883 CSS pixels, so that text of 10 points is legible at 100 %
 # Okabe and Ito's palette, which stays apart for colour-blind readers.
 CHOSEN, OTHER, REST, LINE = "#D55E00", "#56B4E9", "#BBBBBB", "#0072B2"
 _TWO_DECADES = 100

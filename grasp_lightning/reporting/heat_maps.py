@@ -24,14 +24,14 @@ def ranks_plot(plan: Plan) -> Plot | None:
     low, high = min(ranks.values()), max(ranks.values())
     span = f"rank {low}" if low == high else f"ranks {low} to {high}"
     is_removed = plan.removed_blocks or plan.dropped_layers
-    more = [" or is narrowed"] * bool(plan.channels) + [" or is gone"] * bool(is_removed)
+    grey = ["dense"] + ["narrowed"] * bool(plan.channels) + ["removed"] * bool(is_removed)
     return _heat_map(
         ranks,
         plan,
         label="rank",
         title=f"{linears} in {layers} now {verb} {span}",
-        explanation="Rank of the factors that replace each linear; a grey field stays dense"
-        f"{''.join(more)}.",
+        explanation="Rank of the factors that replace each linear; linears in grey are "
+        f"{' or '.join(grey)}.",
         alt=("ranks", "the table of ranks has the same numbers"),
     )
 
@@ -59,7 +59,7 @@ def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
         label="% kept",
         title=f"{noun} {span} of the hidden channels",
         explanation="Share of the hidden channels that is kept, in percent, for each linear that "
-        "writes or reads them; a grey field is not narrowed.",
+        "writes or reads them; linears in grey are not narrowed.",
         alt=("shares", "the table of channels has the same numbers"),
     )
 
@@ -70,7 +70,7 @@ def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     if not losses:
         return None
     total, (worst, most) = sum(losses.values()), max(losses.items(), key=lambda entry: entry[1])
-    more = "; a layer or block that is gone has a row of its own, with what its removal costs alone"
+    more = "; a removed layer or block has its own row, with the measured cost of removing it alone"
     if not (plan.removed_blocks or plan.dropped_layers):
         more = ""
     return _heat_map(
@@ -78,10 +78,10 @@ def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
         {place: 1e3 * loss for place, loss in losses.items()},
         plan,
         label="nats / 1000",
-        title=f"All that went is predicted to cost {total:.2f} nats per token",
-        explanation="Predicted growth of the loss for each linear, in thousandths of a nat per "
-        "token: half the curvature of its change; a narrowed MLP stands under the linear that "
-        f"reads its channels{more}; a grey field costs nothing.",
+        title=f"All cuts together are predicted to cost {total:.2f} nats per token",
+        explanation="Predicted increase of the loss for each linear, in thousandths of a nat per "
+        "token: half the curvature of its change; a narrowed MLP is shown at the linear that reads "
+        f"its channels{more}; linears in grey cost nothing.",
         alt=("predicted losses", f"most, {most:.4f} nats, in {worst[1]} of layer {worst[0]}"),
     )
 
@@ -97,7 +97,7 @@ def _heat_map(
 ) -> Plot:
     """Draw numbers by layer and kind of linear; a field without one is grey.
 
-    All heat maps of a plan have the same layers. ``alt`` says what is drawn, and one more thing.
+    All heat maps of a plan have the same layers. ``alt`` is what is drawn, and a remark.
     """
     parts = (*plan.ranks, *plan.channels, *plan.removed_blocks)
     cut = {module_place(part)[0] for part in parts} | set(plan.dropped_layers)

@@ -70,7 +70,7 @@ def scored_linears(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[ScoredLine
 
 
 def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the predicted loss of what each linear and each removed part lost, in nats per token.
+    """Return the predicted loss of each cut linear and each removed part, in nats per token.
 
     Linears come in the order of the plan, then removed layers and blocks with their measured price.
     Empty if the method predicts no losses. ``scores`` has ``<module>.scores``, descending: the loss

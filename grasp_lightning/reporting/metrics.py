@@ -58,7 +58,7 @@ class LinearCount:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerChange:
-    """Changes of one decoder layer; everything but attention counts as MLP."""
+    """Changes of one decoder layer; everything outside attention counts as MLP."""
 
     attention: LinearCount
     mlp: LinearCount
@@ -66,7 +66,7 @@ class LayerChange:
 
 @dataclass(frozen=True, kw_only=True)
 class LossChange:
-    """Growth of the loss in nats per token, on calibration (predicted) and held-out text."""
+    """Increase of the loss in nats per token, on calibration (predicted) and held-out text."""
 
     predicted: float | None = None
     measured: float | None = None

@@ -20,15 +20,15 @@ from grasp_lightning.reporting.tables import NOT_MEASURED, AnyMetrics
 _ARROW = " \u2192 "
 _PHASES = {
     "load": "Load the model",
-    "sample": "Let the model write text",
-    "similarity": "Measure the decoder layers",
+    "sample": "Generate calibration text",
+    "similarity": "Measure decoder layers",
     "attribution": "Score singular components",
     "curvature": "Measure the curvature of the loss",
     "factorize": "Factorise and replace",
-    "cut_losses": "Measure each cut by itself",
-    "refit": "Fit what was cut once more",
+    "cut_losses": "Measure each cut alone",
+    "refit": "Refit the cut linears",
     "save": "Save the model",
-    "verify": "Load it in a fresh process",
+    "verify": "Verify the saved model",
     "evaluate": "Evaluate before and after",
 }
 _TRAINING_PHASES = {
@@ -36,7 +36,7 @@ _TRAINING_PHASES = {
     "train": "Train",
     "evaluate": "Evaluate before and after",
     "save": "Save the model",
-    "verify": "Load it in a fresh process",
+    "verify": "Verify the saved model",
 }
 
 
@@ -139,7 +139,7 @@ def _total(metrics: AnyMetrics) -> list[Headline]:
     if metrics.seconds.total is None:
         return []
     memory = metrics.peak_memory_bytes
-    detail = "" if memory is None else f"{tables.size_text(memory)} at its peak"
+    detail = "" if memory is None else f"peak memory {tables.size_text(memory)}"
     return [Headline("Time", tables.duration_text(metrics.seconds.total), detail)]
 
 
@@ -155,5 +155,5 @@ def _phases(metrics: AnyMetrics, names: Mapping[str, str]) -> list[tuple[str, st
 
 
 def _data_uri(plot: Plot) -> str:
-    # An image of its own keeps the identifiers of one SVG apart from those of the next.
+    # A separate image keeps the identifiers of one SVG apart from those of the others.
     return "data:image/svg+xml;base64," + base64.b64encode(plot.svg.encode()).decode()

@@ -1,4 +1,4 @@
-"""The plots of one run: which to draw, and the finding that each one states."""
+"""The plots of one run: which to draw, and the finding that each states."""
 
 from collections.abc import Mapping
 
@@ -36,12 +36,12 @@ def parameters_plot(metrics: Metrics) -> Plot:
     total, linears = metrics.parameters, metrics.decoder_linears.parameters
     inside = np.array(linears.values, dtype=float)
     outside = np.array(total.values, dtype=float) - inside
-    explanation = "Only linears inside decoder layers change; everything else is kept as it was."
-    # Norms of deleted layers are gone, too.
+    explanation = "Only linears inside decoder layers change; everything else is unchanged."
+    # Norms of deleted layers are removed, too.
     if total.dense - total.compressed != linears.dense - linears.compressed:
-        explanation = "Deleted layers take their norms with them; everything else is kept."
+        explanation = "Deleted layers include their norms; everything else is unchanged."
     return Plot(
-        title=f"{metrics.removed_ratio:.1%} of all parameters are gone: "
+        title=f"{metrics.removed_ratio:.1%} of all parameters were removed: "
         f"{count_text(total.dense)} before, {count_text(total.compressed)} after",
         explanation=explanation,
         alt=f"Two bars. Decoder linears: {linears.dense:,} parameters before, "
@@ -65,7 +65,7 @@ def layers_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
 
 
 def _similarity_plot(similarity: Array, chosen: tuple[int, ...]) -> Plot:
-    # Most layers lie close to 1: bars from zero would hide every difference that the choice used.
+    # Most layers are close to 1: bars from zero would hide the differences behind the choice.
     low, high = float(similarity.min()), float(similarity.max())
     bottom = float(np.floor((low - 0.05 * (1 - low) - 0.01) * 20) / 20)
     is_chosen = np.isin(np.arange(len(similarity)), chosen)
@@ -81,13 +81,13 @@ def _similarity_plot(similarity: Array, chosen: tuple[int, ...]) -> Plot:
 
     title = f"Chosen layers: {indices_text(chosen)}"
     if threshold is not None and (similarity[~is_chosen] <= threshold).all():
-        title = f"Layers {indices_text(chosen)} turn their input least"
+        title = f"Layers {indices_text(chosen)} change their input least"
         if len(chosen) == 1:
-            title = f"Layer {chosen[0]} turns its input least"
-    cut = f" Dashed: {threshold:.3f}, the least similar chosen layer." if chosen else ""
+            title = f"Layer {chosen[0]} changes its input least"
+    cut = f" Dashed line: {threshold:.3f}, the least similar chosen layer." if chosen else ""
     return Plot(
         title=title,
-        explanation="Mean cosine similarity between what enters and what leaves each decoder "
+        explanation="Mean cosine similarity between the input and the output of each decoder "
         f"layer; high means redundant.{cut} The axis starts at {bottom:.2f}.",
         alt=f"Bars of the similarity of {len(similarity)} layers, {low:.3f} to {high:.3f}. "
         f"Chosen: {indices_text(chosen)}.",
@@ -103,10 +103,10 @@ def _angular_plot(distance: Array, chosen: tuple[int, ...]) -> Plot:
 
     title = f"Chosen layers: {indices_text(chosen)}"
     if chosen and distance[chosen[0]] == distance.min():
-        title = f"Layers {indices_text(chosen)} together turn their input least"
+        title = f"Layers {indices_text(chosen)} together change their input least"
     return Plot(
         title=title,
-        explanation="Mean angle, as a share of pi, between what enters and what leaves a span of "
+        explanation="Mean angle, as a share of pi, between the input and the output of a span of "
         f"{len(chosen)} layers, for every start of the span; the smallest is chosen.",
         alt=f"Bars of the angular distance of {len(distance)} spans, {distance.min():.3f} to "
         f"{distance.max():.3f}. Chosen: layers {indices_text(chosen)}.",
@@ -150,8 +150,8 @@ def components_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     note = f" Scores of zero ({num_zero}) are drawn at the lower edge." if num_zero else ""
     return Plot(
         title=title,
-        explanation="Each point is a singular component: how large it is against how much the loss "
-        "depends on it. Plain truncation would keep the rightmost points of each panel. "
+        explanation="Each point is a singular component: its size, and how much the loss depends "
+        "on it. Plain truncation would keep the rightmost points of each panel. "
         f"Shown: layer {layer}; the title counts all linears.{note}",
         alt=f"Scatter plots of {len(panels)} linears of layer {layer}, logarithmic axes. Over all "
         f"{len(linears)} linears {num_kept} components are kept, {num_beyond} of them beyond the "
@@ -170,7 +170,7 @@ def training_plot(history: History, *, kept_step: int | None = None) -> Plot:
         ValueError: If the history has no step.
     """
     if not history.steps:
-        raise ValueError("history has no step, so there is nothing to draw")
+        raise ValueError("history has no steps, so there is nothing to draw")
     window = max(1, len(history.steps) // _MAX_POINTS)
 
     def draw(figure: Figure) -> None:
@@ -179,9 +179,9 @@ def training_plot(history: History, *, kept_step: int | None = None) -> Plot:
     mean = f"; the line is the mean of {window} steps" if window > 1 else ""
     explanation = f"Each small point is the mean loss of one optimizer step{mean}."
     if history.validation_steps:
-        explanation += " Validation is on samples that are not trained on."
+        explanation += " Validation uses samples that are not trained on."
     if kept_step is not None:
-        explanation += f" Dashed: step {kept_step:,}, whose weights are kept."
+        explanation += f" Dashed line: step {kept_step:,}, whose weights are kept."
     return Plot(
         title=_finding(history, kept_step),
         explanation=explanation,

@@ -17,20 +17,24 @@ AnyMetrics = Metrics | CompensationMetrics
 NOT_MEASURED = "not measured"
 _MEGA = 1_000_000
 _GIGA = 1_000_000_000
-_TRAINED = {"factors": "factor training", "lora_on_factors": "lora of the factors"}
+_TRAINED = {
+    "lora": "LoRA",
+    "factors": "factor training",
+    "lora_on_factors": "LoRA on the factors",
+}
 _LEARNED = {
     "instruction": "on instruction data",
     "text": "on text",
-    "distill": "on what a teacher predicts",
+    "distill": "on a teacher's predictions",
 }
 _SAMPLES = {
-    "train": "{:,} to train on",
-    "validation": "{:,} to validate on",
+    "train": "{:,} for training",
+    "validation": "{:,} for validation",
     "read": "{:,} read",
-    "empty": "{:,} left out as empty",
-    "cut": "{:,} cut to the maximal length",
+    "empty": "{:,} skipped as empty",
+    "cut": "{:,} cut at the maximum length",
     "cut_prompts": "{:,} of these inside the prompt",
-    "no_answer": "{:,} left out because no answer remained",
+    "no_answer": "{:,} skipped because no answer remained",
 }
 
 
@@ -60,7 +64,7 @@ def comparison_table(metrics: AnyMetrics) -> Table:
 
 
 def narrow_table(notes: Iterable[str], title: str | None = None) -> Table:
-    """Return an empty table that takes little room, with notes as caption."""
+    """Return an empty, narrow table, with notes as caption."""
     # Text, not str: a model's name may hold brackets, which rich would read as markup.
     caption = Text("\n".join(notes))
     return Table(
@@ -118,15 +122,15 @@ def _compression_notes(metrics: Metrics) -> list[str]:
     notes, change, dense = [], metrics.loss_change, metrics.bytes.dense
     if change.predicted is not None and change.measured is not None:
         notes.append(
-            f"The loss was predicted to grow by {change.predicted:.2f} nats per token "
-            f"on the calibration text, and grows by {change.measured:.2f} on the held-out text."
+            f"The loss was predicted to increase by {change.predicted:.2f} nats per token on the "
+            f"calibration text; it increased by {change.measured:.2f} on the held-out text."
         )
     if metrics.source_bytes is not None and metrics.source_bytes < dense:
         notes.append(
-            "The source stores its weights in fewer bits: "
-            f"{size_text(metrics.source_bytes)} on disk, against {size_text(dense)} "
-            f"for its own {metrics.dtype} copy and {size_text(metrics.bytes.compressed)} for the "
-            "compressed model. Sizes are compared at equal dtype."
+            f"The source stores its weights in fewer bits: {size_text(metrics.source_bytes)} on "
+            f"disk, compared with {size_text(dense)} for its {metrics.dtype} copy and "
+            f"{size_text(metrics.bytes.compressed)} for the compressed model. Sizes are compared "
+            "at equal dtype."
         )
     return notes
 
@@ -244,7 +248,7 @@ def samples_text(samples: Mapping[str, int]) -> str:
 
 
 def duration_text(seconds: float | None) -> str:
-    """Return seconds the way people say them, such as ``3 min 12 s``."""
+    """Return seconds as people say them, such as ``3 min 12 s``."""
     if seconds is None:
         return NOT_MEASURED
     minutes, rest = divmod(round(seconds), 60)

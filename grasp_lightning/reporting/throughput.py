@@ -23,11 +23,11 @@ _STEP = 0.05  # between the bars of two models, in powers of two
 # Okabe and Ito's palette, which stays apart for colour-blind readers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MEMORY_NOTES = {
-    "cuda": "Memory: the most that torch allocated on the device, weights included.",
-    "resident": "Memory: the most that was resident while the model ran alone in a process, "
-    "interpreter and libraries included.",
-    "resident_with_loading": "Memory: the most that was resident in a process with the model "
-    "alone, interpreter, libraries and loading included (this system cannot leave it out).",
+    "cuda": "Memory: peak that torch allocated on the device, including weights.",
+    "resident": "Memory: peak resident memory of a process that runs only this model, including "
+    "interpreter and libraries.",
+    "resident_with_loading": "Memory: peak resident memory of a process that runs only this model, "
+    "including interpreter, libraries and loading (which this system cannot exclude).",
 }
 
 
@@ -91,8 +91,8 @@ def throughput_notes(result: Throughput) -> tuple[str, ...]:
         f"once, with cache."
     )
     control = (
-        "Ratio: to A in the same round, above 1 is faster. A (again) is the same model loaded a "
-        "second time: what it differs by is chance."
+        "Ratio: relative to A in the same round; above 1 is faster. A (again) is the same model "
+        "loaded a second time: its difference is noise."
     )
     where = (
         f"{machine.device_name}, {machine.cores} cores, {machine.threads} threads, "
@@ -104,7 +104,7 @@ def throughput_notes(result: Throughput) -> tuple[str, ...]:
 
 def write_throughput_plot(result: Throughput, path: Path) -> None:
     """Write a PNG: prefill over prompt length, decoding over batch size."""
-    # A user's own matplotlib settings neither matter nor change.
+    # The user's matplotlib settings are neither used nor changed.
     with style.context(["default", STYLE, {"axes.grid": True}]):
         figure = Figure(figsize=(WIDTH, _HEIGHT), layout="constrained")
         prefill, decode = figure.subplots(1, 2)

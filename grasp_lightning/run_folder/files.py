@@ -1,8 +1,7 @@
 """Atomic writes that follow no links.
 
 A file is written under a random name in its folder and moved into place once complete. Folders are
-opened one by one from the run folder down, with relative paths, so a link is an error and not a way
-out.
+opened one by one from the run folder down, with relative paths, so a link cannot lead out of it.
 """
 
 import errno
@@ -37,10 +36,10 @@ def as_output_error(path: Path) -> Iterator[None]:
 
 
 def in_the_way(path: Path) -> str:
-    """Return the message about a foreign file where a run is going to write."""
+    """Return the message about a foreign file at a path that a run would write."""
     return (
-        f"{path} was not written by this program and is in the way; move it, or use another "
-        f"output_dir"
+        f"{path} already exists and was not written by this program; move it, or use another "
+        "output_dir"
     )
 
 
@@ -149,7 +148,7 @@ def _is_folder(name: str, folder: int) -> bool:
 
 @contextmanager
 def _unless_absent() -> Iterator[None]:
-    """Leave the block if a path is absent, or has a link in place of a folder."""
+    """Leave the block if a path is absent, or has a link instead of a folder."""
     try:
         yield
     except OSError as error:

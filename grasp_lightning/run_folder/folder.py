@@ -15,7 +15,14 @@ import yaml
 from grasp_lightning.errors import OutputError
 from grasp_lightning.run_folder import names
 from grasp_lightning.run_folder.files import as_output_error, remove_partials
-from grasp_lightning.run_folder.lock import FolderLock, make_folders, remove_made, safe_root
+from grasp_lightning.run_folder.lock import (
+    FolderLock,
+    check_unlocked,
+    check_writable,
+    make_folders,
+    remove_made,
+    safe_root,
+)
 from grasp_lightning.run_folder.manifest import Manifest
 from grasp_lightning.run_folder.rules import RunState, classify, config_hash
 from grasp_lightning.run_folder.writer import RunWriter
@@ -29,8 +36,8 @@ class RunFolder(RunWriter):
     """One run's folder, locked while it is written; ``open`` makes one.
 
     Every path is recorded in the manifest before it is written, and every file is written
-    atomically. So a killed run can be told from a finished one and resumed, and deleting a run
-    never touches a foreign file.
+    atomically. So a killed run is distinguished from a finished one and can be resumed, and
+    deleting a run never touches a foreign file.
 
     Attributes:
         state: What ``open`` found; new and unfinished become finished by ``finish``. A finished run
@@ -57,16 +64,16 @@ class RunFolder(RunWriter):
     ) -> Self:
         """Start a run in a folder, resume it, or find it finished.
 
-        An ``OutputError`` refuses a folder that is, holds or lies in a protected folder; is or
-        holds the home or working directory; has another configuration's run or foreign files;
-        cannot be created; or is in use by another process.
+        An ``OutputError`` refuses a folder that is, contains or is inside a protected folder; is or
+        contains the home or working directory; has foreign files or a run with a different
+        configuration; cannot be created; or is in use by another process.
 
         Args:
             output_dir: The run folder; absent folders are made.
             config: The resolved configuration as plain data, compared without keys that only say
-                where a run goes.
-            overwrite: Delete the files of an earlier run in any state, and start anew.
-            protected: Folders and files that must stay as they are; absent ones are ignored.
+                where a run is written.
+            overwrite: Delete the files of an earlier run in any state, and start again.
+            protected: Folders and files that must not change; absent ones are ignored.
             job: Batch job of this process; see ``is_begun_by``.
 
         Returns:
@@ -94,6 +101,26 @@ class RunFolder(RunWriter):
         if folder.state == "finished":
             folder.close()
         return folder
+
+    @staticmethod
+    def look_up(
+        output_dir: str | Path,
+        config: Mapping[str, Any],  # Any: resolved configuration
+        *,
+        overwrite: bool = False,
+        protected: Sequence[str | Path] = (),
+    ) -> tuple[Path, RunState]:
+        """Return the absolute folder and the state that ``open`` would find; write nothing.
+
+        It refuses what ``open`` refuses.
+        """
+        with as_output_error(Path(output_dir)):
+            root = safe_root(output_dir, protected)
+            _, state = classify(root, config, overwrite)
+        if state != "finished":
+            check_writable(root)
+            check_unlocked(root)
+        return root, state
 
     @classmethod
     def reopen(cls, root: Path) -> Self | None:
@@ -169,14 +196,20 @@ class RunFolder(RunWriter):
         remove_made(self._made)
 
     def check_free_space(self, bytes_needed: int) -> None:
-        """Check that the disk has room, before time is spent on results that could not be saved.
+        """Raise an ``OutputError`` if the disk has too little room, before time is spent."""
+        check_free_space(self.root, bytes_needed)
 
-        Raises:
-            OutputError: If it has not.
-        """
-        free = shutil.disk_usage(self.root).free
-        if free < bytes_needed:
-            raise OutputError(
-                f"{self.root} needs {bytes_needed / _MEGABYTE:.1f} MB, but "
-                f"{free / _MEGABYTE:.1f} MB are free; free some space or use another output_dir"
-            )
+
+def check_free_space(root: Path, bytes_needed: int) -> None:
+    """Check that the disk of a folder, which may be absent, has room.
+
+    Raises:
+        OutputError: If it does not.
+    """
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < bytes_needed:
+        raise OutputError(
+            f"{root} needs {bytes_needed / _MEGABYTE:.1f} MB, but {free / _MEGABYTE:.1f} MB are "
+            "free; free some space or use another output_dir"
+        )

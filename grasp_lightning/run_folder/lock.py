@@ -1,5 +1,6 @@
 """The checks of an output folder, and the lock that keeps other processes out of it."""
 
+import errno
 import fcntl
 import os
 import stat
@@ -17,7 +18,7 @@ class FolderLock:
 
     Raises:
         OutputError: If another process holds the lock, the folder is read-only, or something other
-            than an empty file is in the lock's place.
+            than an empty file is at the lock's path.
     """
 
     def __init__(self, root: Path) -> None:
@@ -25,9 +26,7 @@ class FolderLock:
         try:
             self._descriptor = self._take()
         except BlockingIOError as error:
-            raise OutputError(
-                f"another process writes to {root}; wait for it, or use another output_dir"
-            ) from error
+            raise OutputError(_in_use(root)) from error
         except OSError as error:
             raise OutputError(f"cannot lock {self._file}: {error.strerror}") from error
 
@@ -58,15 +57,40 @@ class FolderLock:
         os.close(self._descriptor)
 
 
+def check_unlocked(root: Path) -> None:
+    """Raise an ``OutputError`` if another process holds the lock; write nothing."""
+    try:
+        descriptor = os.open(root / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # no run holds it
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(_in_use(root)) from error
+    finally:
+        os.close(descriptor)
+
+
+def _in_use(root: Path) -> str:
+    return f"another process is writing to {root}; wait for it, or use another output_dir"
+
+
+def check_writable(root: Path) -> None:
+    """Raise the ``OutputError`` of ``make_folders`` if a folder cannot be made or written."""
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot create output_dir {root}: {os.strerror(errno.EACCES)}")
+
+
 def safe_root(output_dir: str | Path, protected: Sequence[str | Path]) -> Path:
-    """Return the absolute path of an output folder, links resolved, if writing it harms nothing.
+    """Return the absolute path of an output folder, links resolved, if it is safe to write.
 
     Args:
-        protected: Folders and files that must stay as they are; absent ones are ignored.
+        protected: Folders and files that must not change; absent ones are ignored.
 
     Raises:
-        OutputError: If the path is a file; is, holds or lies in a protected folder; or is or holds
-            the home or the working directory.
+        OutputError: If the path is a file; is, contains or is inside a protected folder; or is or
+            contains the home or the working directory.
     """
     try:
         root, home = Path(output_dir).expanduser().resolve(), Path.home()
@@ -76,13 +100,13 @@ def safe_root(output_dir: str | Path, protected: Sequence[str | Path]) -> Path:
         held = path.resolve()
         if path.exists() and (held.is_relative_to(root) or root.is_relative_to(held)):
             raise OutputError(
-                f"output_dir {root} is, holds or lies in {held}, which must stay as it is; "
-                f"use another output_dir"
+                f"output_dir {root} is, contains or is inside {held}, which must not change; use "
+                "another output_dir"
             )
     for name, folder in (("working", Path.cwd()), ("home", home)):
         if folder.resolve().is_relative_to(root):
             raise OutputError(
-                f"output_dir {root} is or holds the {name} directory; name a folder of its own"
+                f"output_dir {root} is or contains the {name} directory; use a separate folder"
             )
     existing = next(path for path in (root, *root.parents) if path.exists())
     if not existing.is_dir():
@@ -105,6 +129,6 @@ def make_folders(root: Path) -> list[Path]:
 
 
 def remove_made(made: Sequence[Path]) -> None:
-    """Remove the folders that ``make_folders`` made, as far as they are empty."""
+    """Remove those folders of ``make_folders`` that are empty."""
     for folder in reversed(made):
         remove_folder(folder.parent, folder.name, if_empty=True)

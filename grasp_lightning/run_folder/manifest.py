@@ -30,7 +30,7 @@ class Manifest:
 
     Attributes:
         config_hash: Fingerprint of the resolved configuration.
-        state: "deleting" means that a deletion has begun, and nothing of the run counts any more.
+        state: "deleting" means that a deletion has begun, and the run is no longer valid.
         folders: Folders that the run made; deleted only when empty.
         work: Temporary folders, deleted with their content.
         live: Folders that libraries write into, deleted with their content.
@@ -74,7 +74,8 @@ class Manifest:
             raise OutputError(f"cannot read {file}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise OutputError(
-                f"{file} is damaged, or not of this program ({error}); use another output_dir"
+                f"{file} is damaged, or was not written by this program ({error}); use another "
+                "output_dir"
             ) from error
 
     @classmethod

@@ -18,8 +18,8 @@ from grasp_lightning.run_folder.manifest import Manifest
 RunState = Literal["new", "unfinished", "finished"]
 
 _ADVICE = "use another output_dir or --overwrite"
-# Keys that only say where a run goes.
-_NOT_COMPARED = {"output_dir", "overwrite", "push_to_hub"}
+# Keys that only say where a run is written.
+_NOT_COMPARED = {"output_dir", "overwrite", "dry_run", "push_to_hub"}
 # Commands themselves compare what depends on the number of processes.
 _NOT_COMPARED |= {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}
 # Keys that earlier versions did not have: unset, they count as absent.
@@ -31,17 +31,17 @@ def classify(
     config: Mapping[str, Any],  # Any: resolved configuration
     overwrite: bool,
 ) -> tuple[Manifest | None, RunState]:
-    """Return what an output folder holds, which may be absent, without writing anything.
+    """Return what an output folder contains, which may be absent, without writing anything.
 
     Args:
-        overwrite: Start anew, whatever the earlier run's configuration and state.
+        overwrite: Start again, whatever the configuration and state of the earlier run.
 
     Returns:
         The earlier run's manifest, or None, and the state. New with a manifest means that its files
         must be deleted.
 
     Raises:
-        OutputError: If the folder holds another configuration's run, or foreign files.
+        OutputError: If the folder has foreign files, or a run with a different configuration.
     """
     manifest = Manifest.read(root) if root.is_dir() else None
     if manifest is None:
@@ -51,7 +51,7 @@ def classify(
         return manifest, "new"
     if manifest.config_hash != config_hash(config):
         raise OutputError(
-            f"{root} holds a run ({manifest.state}) with another configuration: "
+            f"{root} contains a run ({manifest.state}) with a different configuration: "
             f"{changed_key(config, root)}; {_ADVICE}"
         )
     if manifest.state == "finished":
@@ -83,7 +83,8 @@ def _refuse_foreign_folder(root: Path, overwrite: bool) -> None:
         )
     if foreign:
         raise OutputError(
-            f"{root} is not empty and holds no run of this program (it has {foreign[0]}); {_ADVICE}"
+            f"{root} is not empty and contains no run of this program (it has {foreign[0]}); "
+            f"{_ADVICE}"
         )
 
 
@@ -92,7 +93,7 @@ def _refuse_foreign_entries(root: Path, manifest: Manifest | None) -> None:
     found = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
     live = manifest.live if manifest is not None else set()
     for name in filter(names.is_reserved, found):
-        # Foreign files in checkpoints stay next to those of a run.
+        # Foreign files in checkpoints are kept next to those of a run.
         as_whole = name in (names.MODEL, names.LOGS) and name not in live
         refuse_foreign(root, manifest, name, as_whole=as_whole)
 
@@ -129,7 +130,7 @@ def refuse_foreign(
 
 
 def config_hash(config: Mapping[str, Any]) -> str:  # Any: resolved configuration
-    """Return the sha256 of a configuration without the keys that only say where a run goes."""
+    """Return the sha256 of a configuration without the keys that say where a run is written."""
     text = json.dumps(dict(_leaves(config)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -142,7 +143,7 @@ def changed_key(config: Mapping[str, Any], root: Path) -> str:  # Any: resolved 
     except (OSError, ValueError, yaml.YAMLError):
         stored = None
     if not isinstance(stored, Mapping):
-        return f"{file} is gone or damaged"
+        return f"{file} is missing or damaged"
     here, there = dict(_leaves(config)), dict(_leaves(stored))
     for key in sorted(here.keys() | there.keys()):
         if (mine := _shown(here, key)) != (theirs := _shown(there, key)):

@@ -75,7 +75,7 @@ class RunWriter:
 
     @contextmanager
     def new_folder(self, name: str) -> Iterator[Path]:
-        """Yield an empty private folder that takes its place, complete, when the block ends.
+        """Yield an empty private folder that is moved into place when the block ends.
 
         It replaces what the run wrote there before. After an error it is deleted, and the old
         content stays.
@@ -100,7 +100,8 @@ class RunWriter:
     def live_folder(self, name: str) -> Path:
         """Return a folder that libraries write into during the run; all of it belongs to the run.
 
-        Unlike ``new_folder``, it is visible meanwhile, and keeps the files of an earlier start.
+        Unlike ``new_folder``, it is visible during the run, and keeps the files of an earlier
+        start.
         """
         target = self.path(name)
         self._require_writable(name)

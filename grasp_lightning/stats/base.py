@@ -43,7 +43,7 @@ class Removable:
         layer: Number of the layer in the original model.
         linears: Full names of its dense linears, in module order.
         parameters: How many a removal saves.
-        is_block: True for a block, whose norms and biases stay.
+        is_block: True for a block, whose norms and biases are kept.
     """
 
     name: str
@@ -115,9 +115,9 @@ class Step:
 class Moments:
     """Means over tokens of the inputs and gradients of one linear of N outputs and M inputs.
 
-    Linears that read the same input (q, k and v; gate and up) share its tensors. A gradient is that
-    of a window's cross-entropy, summed over predicted tokens in nats, with respect to the output,
-    or a random one in its place (``Needs.fisher``).
+    Linears that read the same input (q, k and v; gate and up) share its tensors. A gradient is
+    the derivative of a window's cross-entropy, summed over predicted tokens in nats, with respect
+    to the output, or a random one instead (``Needs.fisher``).
 
     Attributes:
         input_gram: Mean of x x^T, ``(M, M)``.

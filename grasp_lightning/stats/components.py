@@ -86,8 +86,8 @@ class ComponentScores:
         for name, values in scores.items():
             if not values.isfinite().all():
                 raise NumericsError(
-                    f"the gradient of {name} is NaN or infinite; check the checkpoint, or "
-                    "compute in float32 (model.dtype, trainer.precision) if it is not"
+                    f"the gradient of {name} is NaN or infinite; check the checkpoint, or compute "
+                    "in float32 (model.dtype, trainer.precision) if it is narrower"
                 )
         return {name: values.float().cpu() for name, values in scores.items()}
 

@@ -108,7 +108,7 @@ class MomentSums:
                 module, _, kind = key.partition(":")
                 raise NumericsError(
                     f"the {kind} of {module} is NaN or infinite; check the checkpoint, or compute "
-                    "in float32 (model.dtype, trainer.precision) if it is not"
+                    "in float32 (model.dtype, trainer.precision) if it is narrower"
                 )
             value.div_(num_tokens)
         return {name: moments_of(name, self.sums, self._sources) for name in self._shapes}

@@ -1,4 +1,4 @@
-"""``statistics.safetensors``: moments of a curvature pass, for this run and for later ones.
+"""``statistics.safetensors``: moments of a curvature pass, for this run and later runs.
 
 Gram matrices are packed triangles, stored once for all linears that read the same input. If the
 linears did not fit into memory together, each group of layers has a file.
@@ -79,9 +79,9 @@ def _keys(file: TensorFile, metadata: Mapping[str, str]) -> dict[str, dict[str, 
         kinds = {kind for names in keys.values() for kind in names}
         tensors = {name for names in keys.values() for name in names.values()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise PlanError(file.damaged(f"it does not say what it holds ({error})")) from error
+        raise PlanError(file.damaged(f"its metadata cannot be read ({error})")) from error
     if not (kinds <= set(_KINDS) and tensors <= file.shapes.keys()):
-        raise PlanError(file.damaged("it does not hold what it says"))
+        raise PlanError(file.damaged("its tensors do not match its metadata"))
     return keys
 
 

@@ -111,7 +111,7 @@ def _added_up(files: list[TensorFile]) -> dict[str, Tensor] | None:
         state = file.read()
         file.check(state, _CONCATENATED, torch.int64, -1)
         if total and state.keys() != total.keys():
-            raise PlanError(file.damaged("it holds other sums than the files beside it"))
+            raise PlanError(file.damaged("its sums are not those of the files next to it"))
         for key, value in state.items():
             if key not in total:
                 total[key] = value

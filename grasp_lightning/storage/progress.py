@@ -22,7 +22,7 @@ from grasp_lightning.storage.training import TRAINING_CHECKPOINT, RunNotes
 _PLAN = f"{CHECKPOINTS}/steps.json"
 _STEP = CHECKPOINTS + "/step-{number:06d}.safetensors"
 _END, _KEY = "end", "key"
-_DECIDE_AGAIN = "delete it to do the steps from there on again"
+_DECIDE_AGAIN = "delete it to repeat the steps from there on"
 _SCORE_PREFIX, _FACTOR_PREFIX = "scores:", "factors:"
 
 
@@ -54,8 +54,8 @@ def _stored_plan(run: RunFolder) -> Plan | None:
 
 def _changed(run: RunFolder) -> str:
     return (
-        f"{run.root} holds a run whose model or calibration text has changed since it was "
-        "started; use another output_dir or --overwrite"
+        f"{run.root} contains a run whose model or calibration text has changed since it started; "
+        "use another output_dir or --overwrite"
     )
 
 
@@ -111,8 +111,8 @@ class RunProgress(RunNotes):
     """The finished steps of a run, and the state of the running pass.
 
     A step is one file with its scores and factors. It counts once the plan with its operations is
-    in place, so a crash loses at most one step, and of a pass what came after its last save. A
-    model or text that has changed since the run was started raises ``OutputError``.
+    in place. So a crash loses at most one step, and within a pass only the work after its last
+    save. A model or text that has changed since the run started raises ``OutputError``.
 
     Args:
         plan: The plan before the first step, with the hashes of its inputs.
@@ -165,7 +165,7 @@ class RunProgress(RunNotes):
         tensors = {f"{_SCORE_PREFIX}{key}": value for key, value in decision.scores.items()}
         tensors |= {f"{_FACTOR_PREFIX}{key}": value for key, value in decision.tensors.items()}
         stored = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
-        # Numbered by the operations before it: a step that is done again takes its old place.
+        # Numbered by the operations before it: a repeated step replaces its old file.
         self._run.write_with(
             _STEP.format(number=len(self.plan.operations)),
             lambda path: save_tensors(path, stored, {_END: str(len(plan.operations))}),

@@ -24,7 +24,7 @@ from grasp_lightning.storage.moments import stored_moments
 from grasp_lightning.storage.progress import step_key
 from grasp_lightning.storage.tensor_files import TensorFile
 
-# A second decomposition may differ in the last bits, with other threads or hardware.
+# With other threads or hardware, a second decomposition may differ in the last bits.
 _TOLERANCE: Final = 1e-4
 _ADVICE = "name another run, or measure without from_scores"
 
@@ -49,19 +49,20 @@ class StoredScores:
             _check_step(self.plan, self._moments.steps)
         except (OutputError, PlanError) as error:
             raise ConfigError(
-                f"from_scores: {folder} is no finished run with scores: {error}"
+                f"from_scores: {folder} is not a finished run with scores: {error}"
             ) from error
         schedule = self.plan.options.get("schedule")
         if schedule == "one_shot" or self._moments:
             return
         if schedule is None:
             raise ConfigError(
-                f"from_scores: {folder} has no scores of components and no statistics.safetensors, "
-                "which runs with a method.weighting leave if statistics.store is set"
+                f"from_scores: {folder} has neither scores of components nor "
+                "statistics.safetensors; runs with a method.weighting keep that file if "
+                "statistics.store is set"
             )
         raise ConfigError(
-            f"from_scores: {folder} was made with schedule {schedule}, whose scores hold only "
-            "for the layers that were replaced before them; only one_shot can be cut again"
+            f"from_scores: {folder} was made with schedule {schedule}, whose scores are valid only "
+            "with the layers replaced before them; only runs with one_shot can be cut again"
         )
 
     @property
@@ -77,10 +78,13 @@ class StoredScores:
         """
         if self.plan.inputs.get("model") != model_hash:
             raise ConfigError(
-                f"from_scores: {self._folder} scored another model, or this model in another dtype"
+                f"from_scores: {self._folder} has scores of a different model, or of this model in "
+                "a different dtype"
             )
         if options.get("schedule") not in (None, "one_shot"):
-            raise ConfigError("from_scores: schedule iterative must measure; use one_shot")
+            raise ConfigError(
+                "from_scores: schedule iterative needs new measurements; use one_shot"
+            )
         if "weighting" in options:
             self._check_fisher(options.get("fisher"))
             return
@@ -88,24 +92,24 @@ class StoredScores:
             here, there = options.get(key), self.plan.options.get(key)
             if here is not None and here != there:
                 raise ConfigError(
-                    f"from_scores: method.{key} is {here} here, but {self._folder} holds scores "
-                    f"with {there}"
+                    f"from_scores: method.{key} is {here} here, but {self._folder} has scores with "
+                    f"{there}"
                 )
 
     def _check_fisher(self, here: OptionValue) -> None:
-        there = self.plan.options.get("fisher", "empirical")  # runs of kfac had no such option once
+        there = self.plan.options.get("fisher", "empirical")  # not an option of earlier runs
         if self.plan.options.get("weighting") == "kfac" and here not in (None, there):
             raise ConfigError(
-                f"from_scores: method.fisher is {here} here, but {self._folder} holds gradients "
-                f"with {there}; set method.fisher={there}, or measure anew without from_scores"
+                f"from_scores: method.fisher is {here} here, but {self._folder} has gradients with "
+                f"{there}; set method.fisher={there}, or measure again without from_scores"
             )
 
     def check_windows(self, fingerprint: Mapping[str, str]) -> None:
         """Raise a ``ConfigError`` unless a refit uses the same windows as the scores."""
         if any(self.inputs.get(key) != value for key, value in fingerprint.items()):
             raise ConfigError(
-                f"from_scores: method.refit goes over the calibration text again, and this is not "
-                f"the text of {self._folder}; leave calibration and seed as they are there, or set "
+                "from_scores: method.refit reads the calibration text again, and this is not the "
+                f"text of {self._folder}; use its calibration settings and seed, or set "
                 "method.refit=none"
             )
 
@@ -134,13 +138,13 @@ class StoredScores:
         price = read_price(name, self._scores)
         if price is None:
             raise ConfigError(
-                f"from_scores: {self._folder} has not priced the removal of {name}; name a run "
-                "with the same method.removable and method.layers, or set method.removable=none"
+                f"from_scores: {self._folder} has no measured removal of {name}; name a run with "
+                "the same method.removable and method.layers, or set method.removable=none"
             )
         return price
 
     def _layer_metric(self, view: DecoderView, needs: Needs) -> Tensor:
-        assert needs.layer_metric is not None  # the caller asks only then
+        assert needs.layer_metric is not None  # the caller only asks in that case
         key = SCORE_KEYS[needs.layer_metric]
         values = self._scores.get(key)
         expected = view.num_layers - needs.span + 1
@@ -156,7 +160,7 @@ class StoredScores:
         if key not in self._scores:
             raise ConfigError(
                 f"from_scores: {self._folder} has no scores of {module}: more or other layers are "
-                "asked for than it has scored; score them all with method.score_all_layers"
+                "requested than it has scored; score all layers with method.score_all_layers"
             )
         return self._file.check(self._scores, key, torch.float32, number)
 
@@ -165,7 +169,7 @@ class StoredScores:
         if missing:
             raise ConfigError(
                 f"from_scores: {self._folder} has no {missing[0]} of {module}; name a run with the "
-                "same method.weighting on all layers that are asked for, and statistics.store"
+                "same method.weighting on all requested layers, and statistics.store"
             )
 
     def _check_basis(self, module: str, basis: SVD) -> None:
@@ -191,7 +195,7 @@ def _stored_plan(root: Path) -> Plan:
 def _check_finished(root: Path) -> None:
     manifest = Manifest.read(root)  # a copy of the files that are read here has none
     if manifest is not None and manifest.state != "finished":
-        raise PlanError(f"it is {manifest.state}; let it end, or {_ADVICE}")
+        raise PlanError(f"it is {manifest.state}; let it finish, or {_ADVICE}")
 
 
 def _check_plan(plan: Plan, root: Path) -> None:

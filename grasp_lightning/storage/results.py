@@ -54,7 +54,7 @@ class EvaluationFile:
         machine: The machine that measures now.
 
     Raises:
-        OutputError: If the file holds something else, or cannot be written.
+        OutputError: If the file contains something else, or cannot be written.
     """
 
     def __init__(self, path: str | None, request: Request, machine: Machine) -> None:
@@ -69,7 +69,7 @@ class EvaluationFile:
             raise OutputError(f"output: {path} is a folder; expected the path of a JSON file")
         check_parent(self._path)
         if self._path.exists():
-            stored = self._read()  # also before overwriting: only a file of ours is replaced
+            stored = self._read()  # also before overwriting: only an output of evaluate is replaced
             for evaluation in stored.models:
                 kept = self._kept(evaluation, stored.settings)
                 self._evaluations[evaluation.model] = kept
@@ -87,8 +87,8 @@ class EvaluationFile:
                 continue
             if not request.overwrite:
                 raise OutputError(
-                    f"output: {self._path} holds results with {difference}; name another file, or "
-                    "measure again with --overwrite"
+                    f"output: {self._path} contains results with {difference}; name another file, "
+                    "or measure again with --overwrite"
                 )
             evaluation = _without(evaluation, part)
         if not request.overwrite or evaluation.model not in request.models:
@@ -102,12 +102,14 @@ class EvaluationFile:
 
     def _read(self) -> "_Stored":
         assert self._path is not None
-        what = f"output: {self._path} exists and is no output of evaluate"
+        what = f"output: {self._path} exists and is not an output of evaluate"
         content = read_json(self._path, OutputError, f"{what}: it", _ANOTHER)
         if not isinstance(content, dict) or "format" not in content:
             raise OutputError(f"{what}; {_ANOTHER}")
         if content["format"] != _FORMAT:
-            raise OutputError(f"output: {self._path} is of another version of evaluate; {_ANOTHER}")
+            raise OutputError(
+                f"output: {self._path} was written by another version of evaluate; {_ANOTHER}"
+            )
         read = {key: content.get(key) for key in ("settings", "models")}
         return as_type(_Stored, read, what, OutputError, _ANOTHER)
 
@@ -122,8 +124,8 @@ class EvaluationFile:
             if self._request.overwrite:
                 return ModelEvaluation(model=model, sha256=sha256)
             raise OutputError(
-                f"output: {self._path} holds results of what {model} was before; name another "
-                "file, or measure again with --overwrite"
+                f"output: {self._path} contains results of an earlier version of {model}; name "
+                "another file, or measure again with --overwrite"
             )
         return found
 
@@ -259,7 +261,7 @@ class ResultFiles:
 
 
 def _check_is_result(file: Path) -> None:
-    what = f"output: {file} is no result of benchmark and is in the way"
+    what = f"output: {file} exists and is not a result of benchmark"
     content = read_json(file, OutputError, f"{what}: it", _ANOTHER)
     if not isinstance(content, dict) or content.keys() != _BENCHMARK_KEYS:
         raise OutputError(f"{what}; name another output")

@@ -33,7 +33,7 @@ class SampledText:
         model: The model, in ``eval()``.
         digest: Hash of its weights.
         phases: Times the generation, as ``sample``.
-        earlier: Folder of a finished run whose text is used if it was drawn alike.
+        earlier: Folder of a finished run whose text is used if it was drawn in the same way.
         track: Draws a progress bar.
     """
 
@@ -98,10 +98,10 @@ class SampledText:
             )
 
     def _found(self, key: str, length: int, vocabulary: Tensor) -> Tensor | None:
-        """Return the longest stored text that was drawn alike."""
+        """Return the longest stored text that was drawn in the same way."""
         folders = [self._run.root if self._run else None, self._earlier]
         files = [
-            TensorFile(folder / SAMPLED_TEXT, _KEY, advice="delete it to have the text drawn again")
+            TensorFile(folder / SAMPLED_TEXT, _KEY, advice="delete it to generate the text again")
             for folder in folders
             if folder is not None
         ]
@@ -111,7 +111,9 @@ class SampledText:
                 ids = file.check(file.read(), _IDS, torch.int64, -1, length)
                 # The first token of a text is one of the starts.
                 if not torch.isin(ids[:, 1:], vocabulary).all():
-                    raise PlanError(file.damaged("it holds tokens that the model was not let draw"))
+                    raise PlanError(
+                        file.damaged("it contains tokens that could not have been drawn")
+                    )
                 found.append(ids)
         return max(found, key=len, default=None)
 

@@ -53,9 +53,9 @@ class TensorFile:
             kinds = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
         missing = [key for key in self._keys if key not in metadata]
         if missing:
-            raise PlanError(self.damaged(f"it does not say its {missing[0]}"))
+            raise PlanError(self.damaged(f"its metadata lacks {missing[0]}"))
         if metadata.get(_LAYOUT, _layout(kinds)) != _layout(kinds):
-            raise PlanError(self.damaged("its tensors are not those that were saved in it"))
+            raise PlanError(self.damaged("its tensors are not the ones that were saved"))
         return metadata
 
     def read(self, names: Iterable[str] | None = None, ignoring: str = "\0") -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ def save_tensors(
 
 
 def _complete_header(path: Path) -> None:
-    """Insert the layout and sort the metadata: the library's order changes from call to call."""
+    """Insert the layout and sort the metadata: the library's order varies between calls."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(size))  # Any: JSON

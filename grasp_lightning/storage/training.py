@@ -40,7 +40,9 @@ class RunNotes:
         notes = read_json(path, PlanError, advice=MEASURE_AGAIN)
         values = notes.values() if isinstance(notes, dict) else [None]
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-            raise PlanError(told(path, "is damaged: it must hold numbers by name", MEASURE_AGAIN))
+            raise PlanError(
+                told(path, "is damaged: it must contain numbers by name", MEASURE_AGAIN)
+            )
         return {key: float(value) for key, value in notes.items()}
 
     def clear(self) -> None:
@@ -61,11 +63,11 @@ def check_inputs(run: RunFolder, hashes: Mapping[str, str]) -> None:
     if file.exists():
         stored = read_json(file, OutputError, advice=advice)
         if not isinstance(stored, dict):
-            raise OutputError(told(file, "is damaged: it must hold hashes by name", advice))
+            raise OutputError(told(file, "is damaged: it must contain hashes by name", advice))
         if stored != hashes:
             raise OutputError(
-                f"{run.root} holds a run whose model, teacher or training data has changed since "
-                "it was started; use another output_dir or --overwrite"
+                f"{run.root} contains a run whose model, teacher or training data has changed "
+                "since it started; use another output_dir or --overwrite"
             )
     run.write_json(_INPUTS, hashes)
 

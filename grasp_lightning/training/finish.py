@@ -19,11 +19,11 @@ CUT_LOSSES, REFIT = "cut_losses", "refit"
 
 @dataclass(frozen=True, kw_only=True)
 class FinishDecision:
-    """Measures the cuts of a decision one by one and refits its tensors, each if asked for.
+    """Measures the cuts of a decision one by one and refits its tensors, both if requested.
 
     Attributes:
         held_out: Windows to measure cuts on; None skips the measurement.
-        data: Windows of a refit; None where there is none.
+        data: Windows of a refit; None if there is no data.
         max_bytes: Memory for a refit's hidden states.
         store: Returns the store of refitted layers for a decision's operations; None keeps none.
     """
@@ -43,7 +43,7 @@ class FinishDecision:
             decision: The decision of a method.
 
         Raises:
-            ValueError: If a refit is asked for without windows.
+            ValueError: If a refit is requested without windows.
         """
         cuts = [op for op in decision.operations if isinstance(op, Replacement)]
         if self.held_out is not None and cuts:

@@ -129,8 +129,8 @@ def check_independent(view: DecoderView, method: MethodConfig) -> None:
     keys = [key for key in ("refit", "removable") if getattr(method, key) not in {None, "none"}]
     if keys and not pass_on_hidden_states_only(view):
         raise ModelError(
-            f"decoder layers of {type(view.model).__name__} hand on more than hidden states, such "
-            f"as keys and values, so they cannot be run one by one: set "
+            f"decoder layers of {type(view.model).__name__} pass on more than hidden states, such "
+            "as keys and values, so they cannot be run one by one: set "
             f"{' and '.join(f'method.{key}: none' for key in keys)}"
         )
 
@@ -139,7 +139,7 @@ def check_independent(view: DecoderView, method: MethodConfig) -> None:
 def pass_on_hidden_states_only(view: DecoderView) -> bool:
     """Return whether each decoder layer gives the same output while the others return their input.
 
-    It does not where a layer reads keys and values of an earlier one. Two tokens run through every
+    It does not if a layer reads keys and values of an earlier one. Two tokens are run through every
     layer alone. All processes that share a model must call this.
     """
     ids = torch.zeros((1, 2), dtype=torch.int64, device=view.model.device)
@@ -188,7 +188,7 @@ def handing_through(layer: nn.Module, length: int) -> Iterator[None]:
         hidden = hidden_input(args, kwargs)
         return (hidden, *[None] * (length - 1)) if length else hidden
 
-    layer.forward = forward  # the layer stays in place, since models read its attributes
+    layer.forward = forward  # the layer stays in the model, because models read its attributes
     try:
         yield
     finally:

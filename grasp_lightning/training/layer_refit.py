@@ -28,8 +28,8 @@ from grasp_lightning.training.layer_streams import COMPRESSED, DENSE, Streams
 
 PULL = 1.0
 RIDGE = 1e-2
-_UNEXPLAINED = 0.05  # share of a layer's change that its writers may leave out, with rounding
-_ROUNDING = 1e-4  # the same, where the writers' sum may replace a run of the layer
+_UNEXPLAINED = 0.05  # largest share of a layer's change that its writers may not explain
+_ROUNDING = 1e-4  # the same, for using the writers' sum instead of running the layer
 _LEAVING, _INNER = "leaving", "inner"
 
 
@@ -160,8 +160,8 @@ class LayerRefit:
     def advance(self) -> None:
         """Move the hidden states of both models through the layer.
 
-        The layer does not run again where the last writer's fit has kept its input and the rest of
-        the sum.
+        The layer does not run again if the last writer's fit has kept its input and the rest of the
+        sum.
         """
         hidden = self._streams.hidden
         summed = self._summed({cut.solved for cut in self._cuts})

@@ -106,7 +106,7 @@ class LayerRunner:
 
     @contextmanager
     def _without_head(self) -> Iterator[None]:
-        """Skip the logits, which cost more than a layer where the vocabulary is large."""
+        """Skip the logits, which cost more than a layer if the vocabulary is large."""
         head = self._view.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if head is None:
             yield

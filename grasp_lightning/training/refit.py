@@ -34,7 +34,7 @@ class Refitter:
     refitted. ``prefix`` targets the linear's output in the dense model. ``residual`` fits only the
     linears that write into the residual stream and lets them compensate for earlier errors: the
     target is the dense stream after the write minus the compressed stream before it. Each token is
-    weighted by the inverse mean square of the stream, because the following norm divides by it. In
+    weighted by the inverse mean square of the stream, because the next norm divides by it. In
     parallel blocks, attention counts as the first writer. Where a layer's change is not the sum of
     two linears' outputs (as with a norm after them), ``residual`` falls back to ``prefix``.
 

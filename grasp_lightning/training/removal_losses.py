@@ -26,7 +26,7 @@ def removal_losses(
 ) -> dict[str, float]:
     """Return how far each removal alone moves the predictions of the dense model.
 
-    The distance is that of ``cut_losses``. Processes share the removals unless the model is
+    The distance is the same as in ``cut_losses``. Processes share the removals unless the model is
     sharded. Layer inputs are cached, so only the layers above a removal run again.
 
     Args:
@@ -42,7 +42,7 @@ def removal_losses(
     with frozen(view.model):
         for number, batch in enumerate(batches, start=1):
             measure = _Removals(view, {by_name[name].layer for name in names}, batch)
-            for name in track(names, f"price removals, {number} of {len(batches)}"):
+            for name in track(names, f"measure removals, {number} of {len(batches)}"):
                 sums[name] += measure(by_name[name])
     means = {name: loss / len(batches) for name, loss in sums.items()}
     return processes.merged(means, by_name)
@@ -65,7 +65,7 @@ class _Removals:
     def __call__(self, part: Removable) -> float:
         start = self._cache.start_layer(part.layer, self._windows)
         with self._cache.starting_from(start), self._without(part):
-            # Rounding can make the divergence of what does nothing negative.
+            # Rounding can make the divergence negative if a part does nothing.
             return max(divergence(self._logits(), self._dense, self._batch), 0.0)
 
     def _logits(self) -> Tensor:

@@ -121,7 +121,7 @@ def split_weights(module: nn.Module, config: object, device: torch.device) -> No
     _deepspeed().zero.Init(module=module, config_dict_or_path=config)
     for child in module.children():
         if not any(True for _ in child.parameters()):
-            child.to(device)  # metrics, whose sums are no buffers
+            child.to(device)  # metrics, whose sums are not buffers
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
 

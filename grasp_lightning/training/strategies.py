@@ -42,13 +42,13 @@ class CalibrationDDP(DDPStrategy):
     """
 
     def configure_ddp(self) -> None:
-        """Leave the module as it is."""
+        """Return the module unchanged."""
 
 
 class CalibrationFSDP(ModelParallelStrategy):
     """One process per device, each with a shard of every weight and its own windows.
 
-    The module is sharded over the mesh already, and stays so between passes.
+    The module is already sharded over the mesh, and stays so between passes.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -187,12 +187,12 @@ def check_strategy(name: config.Strategy, device: torch.device) -> None:
         )
     if device.type not in CompensationDeepSpeed.device_types:
         raise ConfigError(
-            f"trainer.strategy {name} needs CUDA devices, and the model is on {device}; use fsdp"
+            f"trainer.strategy {name} needs CUDA devices, but the model is on {device}; use fsdp"
         )
     if processes.num_processes() == 1 and device.index:
         raise ConfigError(
-            f"trainer.strategy {name} takes the first CUDA device, and model.device is {device}: "
-            "leave it on auto, and set CUDA_VISIBLE_DEVICES"
+            f"trainer.strategy {name} uses the first CUDA device, but model.device is {device}: "
+            "set it to auto, and choose a device with CUDA_VISIBLE_DEVICES"
         )
 
 

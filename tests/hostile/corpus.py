@@ -1,4 +1,4 @@
-"""Files and texts that no command may stumble over, by kind of what they stand for."""
+"""Files and texts that no command may crash on, by kind."""
 
 import json
 import os
@@ -15,7 +15,7 @@ DEEP = "[" * 50_000
 LONG_NUMBER = "7" * 5000
 
 NAMES = ("~nouser/x", "a\0b", "n" * 300, "d/" * 3000, "\udcff")
-"""What no file can be called."""
+"""Texts that no file can have as a name."""
 
 YAML: Mapping[str, bytes] = {
     "nested": f"seed: {DEEP}".encode(),
@@ -65,7 +65,7 @@ RESULTS: Mapping[str, object] = {
     "another model": {"settings": {}, "models": [{"model": 3}]},
     "corpora as list": {"settings": {}, "models": [{"model": "m", "sha256": "", "corpora": []}]},
 }
-"""Beside the right ``format``, what an output of evaluate may not be."""
+"""Contents with the right ``format`` that are not an output of evaluate."""
 
 PLANS: Mapping[str, object] = {
     "inputs as list": {"inputs": ["a"]},
@@ -75,7 +75,7 @@ PLANS: Mapping[str, object] = {
     "operations as text": {"operations": "abc"},
     "unknown operation": {"operations": [{"kind": [1]}]},
 }
-"""What keys of a plan may not be."""
+"""Values that keys of a plan cannot have."""
 
 
 def _tensors(header: bytes, data: bytes = b"") -> bytes:
@@ -93,7 +93,7 @@ TENSORS: Mapping[str, bytes] = {
 
 
 class Foreign:
-    """What a pickle may not make."""
+    """An object that a pickle must not create."""
 
 
 CHECKPOINTS: Mapping[str, bytes] = {
@@ -122,7 +122,7 @@ MODEL_CONFIGS: Mapping[str, Mapping[str, object]] = {
 
 
 def place_odd_files(folder: Path, suffix: str = "") -> dict[str, Path]:
-    """Make what is no file although it has a name, and return it by kind."""
+    """Make paths that are not regular files, and return them by kind."""
     found = {
         kind: folder / f"{kind}{suffix}" for kind in ("fifo", "dangling", "loop", "folder", "null")
     }
@@ -135,7 +135,7 @@ def place_odd_files(folder: Path, suffix: str = "") -> dict[str, Path]:
 
 
 def data_files(folder: Path) -> dict[str, Path]:
-    """Write files of text and of instructions that hold none, and return them by kind."""
+    """Write files without the text or instructions they should contain, and return them by kind."""
     written = {
         "nested.jsonl": DEEP.encode(),
         "number.jsonl": f'{{"text": {LONG_NUMBER}}}'.encode(),
@@ -164,7 +164,7 @@ Damage = Callable[[Path], None]
 
 
 def damaged_models() -> dict[str, Damage]:
-    """Return what can be done to the folder of a model, by kind."""
+    """Return ways to damage the folder of a model, by kind."""
     index = json.dumps({"metadata": {}, "weight_map": {"a": "../../a.safetensors"}}).encode()
     weights, index_name = "model.safetensors", "model.safetensors.index.json"
     return {

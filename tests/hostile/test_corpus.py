@@ -1,4 +1,4 @@
-"""Every command, on everything that is wrong: exit code 2, one line, and nothing written."""
+"""Every command, on every kind of bad input: exit code 2, one line, and nothing written."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def words_of(command: str, given: Path, **changes: str) -> list[str]:
-    """A command line that would work, but for what is changed."""
+    """A command line that would work without the change."""
     text = "--{}.source=file --{}.path=../text.txt --{}.num_samples=2 --{}.seqlen=16"
     held_out = text.replace("{}", "evaluation").split()
     lines = {
@@ -73,7 +73,7 @@ def words_of(command: str, given: Path, **changes: str) -> list[str]:
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """What is in a folder, without following a link."""
+    """The content of a folder, without following links."""
     found = {}
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):

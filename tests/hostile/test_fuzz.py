@@ -19,7 +19,7 @@ from grasp_lightning.config import (
     ExportConfig,
     PlanConfig,
 )
-from grasp_lightning.config.parsing import leaves
+from grasp_lightning.config.keys import leaves
 from grasp_lightning.errors import PlanError
 from grasp_lightning.plan import Plan
 from grasp_lightning.reading.tensors import read_checkpoint, read_metadata, read_tensors
@@ -70,7 +70,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def absent(command: str) -> list[str]:
-    """A command line with a model that is not there, so that nothing can begin."""
+    """A command line with a missing model, so that no run can begin."""
     key = "model.path" if hasattr(TYPES[command], "trainer") else "model"
     has_output = "output_dir" in TYPES[command].__dataclass_fields__
     return [command, f"--{key}=./absent", *(["--output_dir=run"] if has_output else [])]

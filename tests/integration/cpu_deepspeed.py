@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from grasp_lightning.training.strategies import CompensationDeepSpeed
 
 # On the CPU DeepSpeed would compile an operation for shared memory, which takes minutes; a build
-# that is killed leaves a lock on which later runs wait for ever. Without it, plain gloo is used.
+# that is killed leaves a lock on which later runs wait forever. Without it, plain gloo is used.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 create_config = DeepSpeedStrategy._create_default_config

@@ -1,35 +1,12 @@
-"""Runs of the program in processes that end themselves in the middle."""
+"""Runs of the program that send themselves a signal in the middle."""
 
 import os
-import subprocess
 import sys
-import textwrap
-from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-# Counts the calls of one function and sends its own process a signal at one of them.
-CHILD = textwrap.dedent("""
-    import os, sys
-    import torch
-    torch.set_num_threads(1)
-    from importlib import import_module
-    from grasp_lightning.cli import run_program
-
-    where, owner, name, count, number = sys.argv[1:6]
-    target = getattr(import_module(where), owner) if owner else import_module(where)
-    original, calls = getattr(target, name), [0]
-
-    def counting(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == int(count):
-            os.kill(os.getpid(), int(number))
-        return original(*args, **kwargs)
-
-    setattr(target, name, counting)
-    run_program(sys.argv[6:])
-""")
 
 
 class Kill(NamedTuple):
@@ -47,9 +24,30 @@ class Kill(NamedTuple):
     name: str
     call: int
 
+    def arm(self, signal_number: int) -> None:
+        """Change the function so that it sends the signal."""
+        module = import_module(self.module)
+        target = getattr(module, self.owner) if self.owner else module
+        original, calls = getattr(target, self.name), [0]
 
-def killed(kill: Kill, number: int, argv: list[str], *, path: Sequence[Path] = ()) -> int:
-    """Run the program in a process that sends itself a signal, and return its exit code."""
-    words = [sys.executable, "-c", CHILD, *map(str, kill), str(int(number)), *argv]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path)))}
-    return subprocess.run(words, env=environment, capture_output=True, check=False).returncode
+        def counting(*args: object, **kwargs: object) -> object:
+            calls[0] += 1
+            if calls[0] == self.call:
+                os.kill(os.getpid(), signal_number)
+            return original(*args, **kwargs)
+
+        setattr(target, self.name, counting)
+
+
+def as_program(kill: Kill, signal_number: int) -> list[str]:
+    """Return the words after ``python`` or ``torchrun`` that run the program with a kill."""
+    return ["-m", __name__, *map(str, kill), str(int(signal_number))]
+
+
+if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(1)
+    where, owner, name, call, number = sys.argv[1:6]
+    Kill(where, owner, name, int(call)).arm(int(number))
+    import_module("grasp_lightning.cli").run_program(sys.argv[6:])

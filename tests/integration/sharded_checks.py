@@ -1,4 +1,4 @@
-"""What two processes check together of models whose weights they share; run by test_fsdp.py."""
+"""Checks by two processes on models whose weights they share; run by test_fsdp.py."""
 
 import sys
 import traceback
@@ -163,7 +163,7 @@ def check_perplexity_is_that_of_a_whole_model() -> None:
 
 
 def check_text_is_that_of_a_whole_model() -> None:
-    """Also where one process has a batch more than the other."""
+    """Also if one process has one batch more than the other."""
     num_windows, ids = 2 * BATCH + 3, torch.arange(256)
     first, second = (
         sample_text(view.model, num_windows, 12, starts=ids, vocabulary=ids, seed=0)
@@ -228,7 +228,7 @@ def check_a_whole_model_is_refused_where_a_shared_one_is_expected() -> None:
     view = DecoderView(tiny_model())
     fsdp = TrainerConfig(devices=2, strategy="fsdp")
     data = CalibrationData(CalibrationConfig(source="pydoc", num_samples=3), byte_tokenizer())
-    with pytest.raises(ValueError, match="the model is whole in every process"):
+    with pytest.raises(ValueError, match="every process holds the whole model"):
         TrainerMeasure(data, fsdp, progress=False)(view, SIMILARITY)
 
 
@@ -280,7 +280,7 @@ CHECKS: Sequence[Callable[[], None]] = [
 
 
 def main() -> None:
-    """Write what came of each check into a file per process; the first failure ends them."""
+    """Write the result of each check into a file per process, up to the first failure."""
     processes.join(CPU)
     folder = Path(sys.argv[1])
     for check in CHECKS:

@@ -207,7 +207,7 @@ class CustomForCausalLM(transformers.LlamaForCausalLM):
 
 
 def write_custom(scratch: Path, *, has_config: bool = True) -> None:
-    """Write a checkpoint with code of its own, for its config, too, or not."""
+    """Write a checkpoint with its own code, optionally for its config, too."""
     tiny_model().save_pretrained(scratch)
     config, modeling = read_config(scratch), MODELING
     config["auto_map"] = {
@@ -252,7 +252,7 @@ FAST: dict[str, Case] = {
 }
 SLOW: dict[str, Case] = {
     **{name: case for family in FAMILIES for name, case in cases_of(family).items()},
-    # What test_families.py does not do, in one case each.
+    # Cases that test_families.py does not cover, one of each.
     **{
         f"{family}-low-rank-then-dropped-bf16-saved-twice": all_at_once(family)
         for family in ALL_FAMILIES
@@ -340,7 +340,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def outcome(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """What one process of a mode saw on opening a model; one process per mode and tier."""
+    """What a process in one mode saw on opening a model; one process per mode and tier."""
 
     @cache
     def results(mode: str, tier: str) -> dict[str, dict[str, Any]]:
@@ -409,7 +409,7 @@ def test_a_model_with_code_of_its_own_opens_without_the_package_and_can_be_saved
 
 
 @pytest.mark.parametrize("name", names(fast=False))
-def test_remote_code_beside_the_package_changes_nothing(outcome: Outcome, name: str) -> None:
+def test_remote_code_next_to_the_package_changes_nothing(outcome: Outcome, name: str) -> None:
     assert result_is_good(outcome("package and trust", name))
 
 
@@ -436,7 +436,7 @@ def test_the_config_names_ranks_sorted_and_under_current_numbers(tmp_path: Path)
     quantization = read_config(tmp_path)["quantization_config"]
     assert quantization["quant_method"] == "grasp_lightning"
     assert list(quantization["ranks"]) == sorted(quantization["ranks"])
-    # Layers 0 and 2 are gone, so that layer 1 has become layer 0.
+    # Layers 0 and 2 were dropped, so layer 1 is now layer 0.
     assert {name.split(".")[2] for name in quantization["ranks"]} == {"0"}
     assert set(quantization["ranks"].values()) == {5}
 
@@ -552,10 +552,10 @@ def test_save_refuses_a_rank_whose_right_factor_would_pass_for_the_dense_weight(
     tmp_path: Path,
 ) -> None:
     model = low_rank(tiny_model(num_key_value_heads=1), rank=8)  # k_proj: 32 -> 8
-    with pytest.raises(ModelError, match=r"k_proj has rank 8 for as many output features"):
+    with pytest.raises(ModelError, match=r"k_proj has rank 8, as many as its output features"):
         save_model(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
-    with pytest.raises(ValueError, match=r"k_proj has rank 8 for as many output features"):
+    with pytest.raises(ValueError, match=r"k_proj has rank 8, as many as its output features"):
         model.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -569,7 +569,7 @@ def test_save_refuses_a_rank_of_a_transposed_linear_that_saves_nothing(
 ) -> None:
     model = tiny_model("gpt2")
     factorize_one(model, f"transformer.h.1.{module}", rank)
-    with pytest.raises(ModelError, match=rf"{module} has rank 32 for as many output features"):
+    with pytest.raises(ModelError, match=rf"{module} has rank 32, as many as its output features"):
         save_model(model, tmp_path / "model")
 
 
@@ -609,7 +609,7 @@ def test_save_refuses_a_config_that_would_rebuild_another_model(tmp_path: Path) 
 def test_save_refuses_a_layer_that_computes_otherwise_than_its_config_says(tmp_path: Path) -> None:
     model = tiny_model("gemma3_text")
     model.get_submodule("model.layers.2.self_attn").is_sliding = False  # type: ignore[assignment]  # plain attribute
-    with pytest.raises(ModelError, match=r"self_attn.is_sliding has value True there and False"):
+    with pytest.raises(ModelError, match=r"self_attn.is_sliding has value True there but False"):
         save_model(model, tmp_path / "model")
 
 
@@ -632,7 +632,11 @@ def test_save_draws_no_random_numbers(tmp_path: Path) -> None:
     [
         ("mlp.nothing", 5, "names model.layers.1.mlp.nothing, but LlamaForCausalLM has no such"),
         ("mlp.up_proj", 33, "rank 33 of model.layers.1.mlp.up_proj does not fit"),
-        ("mlp.up_proj", -1, "rank of model.layers.1.mlp.up_proj must be an integer from 0 on, got"),
+        (
+            "mlp.up_proj",
+            -1,
+            "rank of model.layers.1.mlp.up_proj must be an integer of at least 0, got",
+        ),
         ("mlp", 5, "model.layers.1.mlp must be a Linear, got LlamaMLP"),
     ],
 )

@@ -98,7 +98,7 @@ def names_alone(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_what_loading_refuses_is_told_by_the_process_that_measures_memory(
+def test_the_process_that_measures_memory_reports_what_loading_refuses(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     weights = load_file(tiny_folder / "model.safetensors")
@@ -154,7 +154,7 @@ def test_ctrl_c_is_not_for_the_process_that_measures_memory(
             ["--decode_batch_sizes=[2,0]"],
             "decode_batch_sizes must hold numbers of at least 1, got 0",
         ),
-        (["--prefill_lengths=[8,8]"], "prefill_lengths holds 8 more than once"),
+        (["--prefill_lengths=[8,8]"], "prefill_lengths contains 8 more than once"),
         (["--prompt_length=0"], "prompt_length must be at least 1, got 0"),
         (["--new_tokens=-1"], "new_tokens must be at least 1, got -1"),
         (["--rounds=0"], "rounds must be at least 1, got 0"),
@@ -163,7 +163,7 @@ def test_ctrl_c_is_not_for_the_process_that_measures_memory(
         (["--seed=-1"], "seed must be from 0 to"),
         (["--revision=main"], "revision has no effect: no model comes from the hub"),
         (["--device=abacus"], "device: unknown device 'abacus'"),
-        (["--prefill_lengths=[8,129]"], "prefill_lengths has 129, but .* has 128 positions"),
+        (["--prefill_lengths=[8,129]"], "prefill_lengths has 129, but .* has only 128 positions"),
         (
             ["--prefill_lengths=[8]", "--prompt_length=100"],
             "prompt_length 100 and new_tokens 32 need 132 positions, but .* has 128",
@@ -178,9 +178,11 @@ def test_a_wrong_value_is_refused_before_anything_is_measured(
         benchmark("--model", tiny_folder, *words)
 
 
-def test_a_folder_that_is_no_model_is_named_with_its_key(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_model_is_named_with_its_key(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"^against: .*empty is no model folder"):
+    with pytest.raises(ModelError, match=r"^against: .*empty is not a model folder"):
         benchmark("--model", tiny_folder, "--against", tmp_path / "empty", *QUICK)
     with pytest.raises(ModelError, match=r"^model: no such file or folder: .*nowhere"):
         benchmark("--model", tmp_path / "nowhere", *QUICK)
@@ -193,7 +195,9 @@ def test_a_model_given_twice_is_refused(tiny_folder: Path) -> None:
 
 def test_positions_are_those_of_every_model(tiny_folder: Path, tmp_path: Path) -> None:
     short = save_tiny(tmp_path / "short", max_position_embeddings=12)
-    with pytest.raises(ConfigError, match=r"prefill_lengths has 16, but .*short has 12 positions"):
+    with pytest.raises(
+        ConfigError, match=r"prefill_lengths has 16, but .*short has only 12 positions"
+    ):
         benchmark("--model", tiny_folder, "--against", short, *QUICK)
 
 
@@ -221,7 +225,7 @@ def test_an_output_that_exists_is_kept(tiny_folder: Path, tmp_path: Path, existi
 def test_overwrite_replaces_results_only(tiny_folder: Path) -> None:
     config = tiny_folder / "config.json"
     before = config.read_bytes()
-    with pytest.raises(GraspError, match=r"config\.json is no result of benchmark"):
+    with pytest.raises(GraspError, match=r"config\.json exists and is not a result of benchmark"):
         benchmark("--model", tiny_folder, *QUICK, "--output", config, "--overwrite")
     assert config.read_bytes() == before
 

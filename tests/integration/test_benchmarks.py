@@ -1,4 +1,4 @@
-"""The programs in ``benchmarks/`` on a tiny model: what they print, and that they go on."""
+"""The programs in ``benchmarks/`` on a tiny model: what they print, and that they resume."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def cost(model: Path, output: Path, *arguments: object) -> subprocess.CompletedP
     return run("compression_cost.py", *settings, *arguments, cwd=output.parent)
 
 
-def test_the_cost_program_goes_on_after_a_kill_and_compares_decisions(
+def test_the_cost_program_resumes_after_a_kill_and_compares_decisions(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "cost.jsonl"
@@ -58,7 +58,7 @@ def test_the_cost_program_goes_on_after_a_kill_and_compares_decisions(
     assert f"iterative keeps {num_kept} of the {num_kept} components" in done.stdout
     assert all(record["peak_bytes"] > record["loaded_bytes"] for record in measured.values())
 
-    # A kill while the second line was written: it alone is measured again.
+    # A kill while the second line was written: only that one is measured again.
     output.write_text(first + "\n" + second[:40])
     again = cost(tiny_folder, output, *variants)
     assert again.returncode == 0, again.stderr
@@ -69,10 +69,10 @@ def test_the_cost_program_goes_on_after_a_kill_and_compares_decisions(
 
     other = cost(tiny_folder, output, *variants, "--seed", 1)
     assert other.returncode == 2
-    assert "holds measurements with seed 0, now it is 1" in other.stderr
+    assert "contains measurements with seed 0, now it is 1" in other.stderr
 
 
-def test_the_floor_and_estimates_are_told(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_floor_and_estimates_are_reported(tiny_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "cost.jsonl"
     variants = ("--variants", "reference_all", "floor", "--estimate_blocks", 1)
     done = cost(tiny_folder, output, *variants)
@@ -127,7 +127,7 @@ def test_finished_rows_of_the_perplexity_table_are_read(tiny_folder: Path, tmp_p
     assert "Perplexity over 62 predicted tokens." in done.stdout
 
 
-def test_the_table_of_methods_goes_on_where_it_was(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_table_of_methods_resumes_where_it_was(tiny_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for folder in ("wikitext2_raw", "c4"):
         (data / folder).mkdir(parents=True)
@@ -159,13 +159,13 @@ def test_the_table_of_methods_goes_on_where_it_was(tiny_folder: Path, tmp_path: 
     other = runs / "grasp_plus-refit=none-fisher=empirical-0.3-both-4-0"
     plan = json.loads((other / "plan.json").read_text())
     assert "refit" not in plan["options"]
-    # Of what a pass depends on, its statistics are another cell's.
+    # Its pass depends on the same options as that of another cell, whose statistics it uses.
     config = yaml.safe_load((other / "config.yaml").read_text())
     assert config["from_scores"] == str(runs / "grasp_plus-fisher=empirical-0.2-both-4-0")
 
     wrong = run("methods_table.py", *settings, "--methods", "grasp_plus:nothing=1", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert "'nothing=1' is no KEY=VALUE of a method" in wrong.stderr
+    assert "'nothing=1' is not a KEY=VALUE of a method" in wrong.stderr
 
 
 def test_the_compensation_table_trains_in_four_ways(tmp_path: Path) -> None:
@@ -259,7 +259,9 @@ def test_the_memory_program_measures_what_is_missing(tiny_folder: Path, tmp_path
 def test_missing_data_is_one_line(tmp_path: Path) -> None:
     done = run("perplexity_table.py", "--data", tmp_path, "--output", "x.json", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == (f"error: --data: there is no {tmp_path}/wikitext2_raw/validation.txt\n")
+    assert done.stderr == (
+        f"error: --data: {tmp_path}/wikitext2_raw/validation.txt does not exist\n"
+    )
 
 
 def test_the_startup_program_measures_two_checkouts(tmp_path: Path) -> None:

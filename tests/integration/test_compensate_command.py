@@ -1,4 +1,4 @@
-"""``compensate`` as a user runs it: files, table, the model that is saved, a line per mistake."""
+"""``compensate`` as a user runs it: files, table, the saved model, and one line per mistake."""
 
 import csv
 import json
@@ -98,7 +98,7 @@ def test_a_finished_run_is_printed_and_not_done_again(
 
 
 class _LogitsBeforeMerging(L.Callback):
-    """Keeps what the trained module computes while it still has adapters."""
+    """Keeps the output of the trained module while it still has adapters."""
 
     logits: Tensor
 
@@ -264,7 +264,7 @@ def test_tensorboard_files_are_written_if_asked_for(settings: list[str], tmp_pat
 
 
 @pytest.mark.slow
-def test_a_compensated_model_goes_on_to_other_commands(settings: list[str], tmp_path: Path) -> None:
+def test_a_compensated_model_works_in_other_commands(settings: list[str], tmp_path: Path) -> None:
     assert main(["compensate", *settings]) == 0
     model = tmp_path / "run" / "model"
     assert main(["export", f"--model={model}", f"--output_dir={tmp_path / 'dense'}"]) == 0
@@ -365,11 +365,13 @@ def test_a_teacher_of_another_vocabulary_is_refused(
     other = save_tiny(tmp_path / "other", vocab_size=300)
     options = ["--objective=distill", f"--distillation.teacher={other}"]
     assert main(["compensate", *settings, *options]) == 2
-    assert "has another vocabulary than the model (300 and 260 tokens)" in capsys.readouterr().err
+    assert (
+        "has a different vocabulary from the model (300 and 260 tokens)" in capsys.readouterr().err
+    )
 
 
 def test_the_model_s_own_folder_is_not_written(
     compressed: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compensate", *settings, f"--output_dir={compressed}"]) == 2
-    assert "must stay as it is" in capsys.readouterr().err
+    assert "must not change" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A training that was killed goes on, and ends with the bytes of one that was not."""
+"""A killed training resumes and ends with the same bytes as an uninterrupted one."""
 
 import json
 import signal
@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
 from tests.integration.compensation import compensate_argv, compressed_folder
-from tests.integration.killing import Kill, killed
+from tests.integration.forked import killed
+from tests.integration.killing import Kill
 
 WRITER = "grasp_lightning.run_folder.writer"
 MODULE = ("grasp_lightning.training.compensation.module", "CompensationModule")
@@ -55,7 +56,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs that nothing interrupts, by what is trained."""
+    """Uninterrupted runs, by what is trained."""
     folders = {}
     for train, options in OPTIONS.items():
         folders[train] = tmp_path_factory.mktemp("whole") / train
@@ -97,7 +98,7 @@ def test_a_killed_training_ends_with_the_bytes_of_one_that_was_not(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("place", ["inside the first epoch", "in a validation"])
-def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(
+def test_a_signal_saves_at_the_next_step_and_the_same_command_resumes(
     place: str, number: int, settings: list[str], whole: dict[str, Path], tmp_path: Path
 ) -> None:
     argv = [*settings, *OPTIONS["lora"], f"--output_dir={tmp_path / 'run'}"]
@@ -123,4 +124,4 @@ def test_a_run_does_not_go_on_with_other_samples(
     )
     data.write_text(text.replace("word", "work"))
     assert main(["compensate", *argv]) == 2
-    assert "has changed since it was started" in capsys.readouterr().err
+    assert "has changed since it started" in capsys.readouterr().err

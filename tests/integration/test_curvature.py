@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
-from tests.integration.killing import Kill, killed
+from tests.integration.forked import killed
+from tests.integration.killing import Kill
+
+pytestmark = pytest.mark.slow  # every test runs the program several times
 
 PRESETS = ("svd_llm", "asvd", "fwsvd")
 
@@ -90,7 +93,7 @@ def test_another_ratio_from_stored_statistics_is_that_of_a_run_that_measures(
     assert main(["compress", *settings, *plus(0.3), f"--output_dir={measured}"]) == 0
     words = ["--from_scores", str(cut), "--calibration.num_samples=4"]
     assert main(["compress", *words, f"--output_dir={tmp_path / 'other'}"]) == 2
-    assert "method.refit goes over the calibration text again" in capsys.readouterr().err
+    assert "method.refit reads the calibration text again" in capsys.readouterr().err
     monkeypatch.setattr(
         "grasp_lightning.callbacks.measure.TrainerMeasure.__call__",
         lambda *_: pytest.fail("a pass was made"),
@@ -118,7 +121,7 @@ def test_input_moments_serve_another_method(settings: list[str], tmp_path: Path)
 
 
 @pytest.mark.parametrize("words", [plus(0.2), ["--method.name=low_rank", "--method.preset=asvd"]])
-def test_plan_tells_size_and_memory(
+def test_plan_shows_size_and_memory(
     words: list[str], settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", *settings, *words]) == 0
@@ -156,7 +159,6 @@ def test_little_memory_takes_more_passes_to_the_same_plan(
     assert read(tmp_path / "again", "plan.json") == read(cut, "plan.json")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     [
@@ -189,16 +191,16 @@ def test_statistics_are_not_kept_where_that_is_not_wanted(
     assert read(tmp_path / "run", "metrics.json")["seconds"]["cut_losses"] is None
     argv = [f"--from_scores={tmp_path / 'run'}", f"--output_dir={tmp_path / 'again'}"]
     assert main(["compress", *argv, "--method.removed_ratio=0.3"]) == 2
-    assert "no statistics.safetensors, which runs with" in capsys.readouterr().err
+    assert "statistics.safetensors; runs with a method.weighting" in capsys.readouterr().err
 
 
-def test_keys_of_an_earlier_run_that_do_not_fit_are_told_from_those_that_are_set(
+def test_keys_of_an_earlier_run_that_do_not_fit_are_distinguished_from_those_that_are_set(
     cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [f"--from_scores={cut}", "--method.keep_ratio=0.5", f"--output_dir={tmp_path / 'again'}"]
     assert main(["compress", *argv]) == 2
     said = "takes method.removed_ratio or method.keep_ratio, not both; leave one unset "
-    assert f"{said}(keys that are not set here are those of {cut}; =null unsets one)" in (
+    assert f"{said}(keys that are not set here come from {cut}; =null unsets one)" in (
         capsys.readouterr().err
     )
     assert main(["compress", *argv, "--method.removed_ratio=null"]) == 0
@@ -228,7 +230,7 @@ def test_keys_of_an_earlier_run_that_do_not_fit_are_told_from_those_that_are_set
         ),
         (
             ["--method.name=grasp", "--method.keep_ratio=0.1", "--method.weighting=kfac"],
-            "method.weighting would be ignored: method grasp scores plain components",
+            "method.weighting would be ignored: method grasp scores components of the plain SVD",
         ),
     ],
 )

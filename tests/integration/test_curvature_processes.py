@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
 from grasp_lightning.plan import Plan
-from tests.integration.killing import CHILD, ROOT
-from tests.integration.test_processes import TORCHRUN, run
+from tests.integration.forked import run_ranks
+from tests.integration.killing import Kill
+from tests.integration.test_processes import assert_success
 from tests.integration.test_removal import save_with_idle_parts
 
 pytestmark = pytest.mark.slow  # every process imports torch and transformers
@@ -49,14 +50,14 @@ def alone(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def assert_equal_decisions(first: Path, second: Path) -> None:
-    """Plans are the same, and losses and factors what float32 sums in another order give."""
+    """Plans are equal; losses and factors differ only as float32 sums in another order do."""
     assert (first / "plan.json").read_bytes() == (second / "plan.json").read_bytes()
     for name in ("scores.safetensors", "statistics.safetensors"):
         left, right = load_file(first / name), load_file(second / name)
         assert left.keys() == right.keys()
         for key, values in left.items():
             scale = float(values.abs().max())
-            # A divergence is what is left of terms as large as the loss itself.
+            # A divergence is a small difference of terms as large as the loss itself.
             is_divergence = key.endswith((".measured", ".removal"))
             rtol, atol = (1e-2, 1e-6) if is_divergence else (1e-5, 1e-5 * scale)
             torch.testing.assert_close(right[key], values, rtol=rtol, atol=atol, msg=key)
@@ -82,8 +83,8 @@ def replaced_weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_two_processes_decide_as_one_does(
     strategy: str, settings: list[str], alone: Path, tmp_path: Path
 ) -> None:
-    done = run("compress", *settings, *STRATEGIES[strategy], f"--output_dir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
+    argv = ["compress", *settings, *STRATEGIES[strategy], f"--output_dir={tmp_path / 'run'}"]
+    assert_success(argv, 2)
     assert_equal_decisions(alone, tmp_path / "run")
 
 
@@ -91,21 +92,18 @@ def test_two_processes_decide_as_one_does(
 def test_killed_processes_go_on_to_the_same_decisions(
     strategy: str, later: list[str], settings: list[str], alone: Path, tmp_path: Path
 ) -> None:
-    child = tmp_path / "child.py"
-    child.write_text(CHILD)
-    where = ("grasp_lightning.training.calibration", "CalibrationModule", "training_step")
-    words = [*settings, f"--output_dir={tmp_path / 'run'}"]
-    both = [str(child), *where, "2", str(int(signal.SIGKILL)), "compress", *words]
-    done = run(*both, *STRATEGIES[strategy], program=TORCHRUN, PYTHONPATH=str(ROOT))
-    assert done.returncode == 1
+    module = "grasp_lightning.training.calibration"
+    where = Kill(module, "CalibrationModule", "training_step", 2)
+    argv = ["compress", *settings, f"--output_dir={tmp_path / 'run'}"]
+    both = run_ranks([*argv, *STRATEGIES[strategy]], 2, where)
+    assert both.codes == [-signal.SIGKILL] * 2, both.text
     saved = [
         load_file(file)["windows"].tolist()
         for file in (tmp_path / "run" / "checkpoints").glob("pass-*")
     ]
     assert sorted(map(len, saved)) == [1, 1]  # each had counted one window
     assert saved[0] != saved[1]
-    done = run("compress", *words, *later)
-    assert done.returncode == 0, done.stderr
+    assert_success([*argv, *later], 2 if later else 1)
     assert_equal_decisions(alone, tmp_path / "run")
 
 
@@ -114,8 +112,7 @@ def test_a_refit_of_all_linears_in_two_processes_is_that_of_one(
 ) -> None:
     words = [*settings, f"--from_scores={alone}", "--method.refit=prefix"]
     assert main(["compress", *words, f"--output_dir={tmp_path / 'one'}"]) == 0
-    done = run("compress", *words, TWO, f"--output_dir={tmp_path / 'two'}")
-    assert done.returncode == 0, done.stderr
+    assert_success(["compress", *words, TWO, f"--output_dir={tmp_path / 'two'}"], 2)
     first, second = (replaced_weights(tmp_path / name) for name in ("one", "two"))
     for key, values in first.items():
         scale = float(values.abs().max())

@@ -85,6 +85,7 @@ def test_rows_of_a_file_are_a_setting_of_the_results(
     assert "evaluation.rows 0-3, now it is None" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_models_stand_side_by_side_with_paired_differences(
     tiny_folder: Path,
     corpus: Path,
@@ -112,6 +113,7 @@ def test_models_stand_side_by_side_with_paired_differences(
     assert f"results: {output}" in printed
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_measured_again(
     tiny_folder: Path, corpus: Path, task_data: Path, tmp_path: Path
 ) -> None:
@@ -130,7 +132,7 @@ def test_what_is_finished_is_not_measured_again(
     assert [model["model"] for model in read(output)["models"]] == [str(other), str(tiny_folder)]
     assert read(output)["models"][1] == content["models"][0]
     assert read(output)["differences"]["to"] == str(other)
-    # What is asked for is measured again, and nothing else is lost.
+    # Only the requested parts are measured again, and nothing else is lost.
     assert (
         evaluate(
             f"--model={other}",
@@ -146,6 +148,7 @@ def test_what_is_finished_is_not_measured_again(
     assert list(models[str(other)]["corpora"]) == [str(corpus)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -168,6 +171,7 @@ def test_other_settings_are_not_mixed_with_stored_results(
     assert evaluate(*argv, flag, "--overwrite") == 0
 
 
+@pytest.mark.slow
 def test_a_changed_text_or_task_is_noticed(
     tiny_folder: Path, corpus: Path, task_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,14 +181,15 @@ def test_a_changed_text_or_task_is_noticed(
     assert evaluate(*argv, *texts, *tasks) == 0
     corpus.write_text(TEXT[::-1])
     assert evaluate(*argv, *texts) == 2
-    assert f"the perplexity on what {corpus} was before" in capsys.readouterr().err
+    assert f"the perplexity on an earlier version of {corpus}" in capsys.readouterr().err
     file = task_data / "openbookqa" / "test.jsonl"
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
     assert evaluate(*argv, *tasks) == 2
-    assert "holds results with task_data.openbookqa" in capsys.readouterr().err
+    assert "contains results with task_data.openbookqa" in capsys.readouterr().err
 
 
-def test_a_killed_evaluation_goes_on_after_its_last_measurement(
+@pytest.mark.slow
+def test_a_killed_evaluation_resumes_after_its_last_measurement(
     tiny_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, second = tmp_path / "results.json", tmp_path / "second.txt"
@@ -207,6 +212,7 @@ def test_a_killed_evaluation_goes_on_after_its_last_measurement(
     assert read(output)["models"][0]["corpora"][str(corpus)] == stored[str(corpus)]
 
 
+@pytest.mark.slow
 def test_a_run_s_metrics_and_report_gain_the_evaluation(
     tiny_folder: Path, task_data: Path, tmp_path: Path
 ) -> None:
@@ -254,7 +260,7 @@ def workplace(tiny_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) 
     ("argv", "message"),
     [
         (["--tasks=openbook_qa"], "lm-eval has no task, tag or group 'openbook_qa'; the closest"),
-        (["--tasks=openbookqa", "--task_data=absent"], "task_data: absent is no folder"),
+        (["--tasks=openbookqa", "--task_data=absent"], "task_data: absent is not a folder"),
         (["--task_data=data"], "task_data has no effect without tasks"),
         (["--corpora=wikitext3"], "corpora: expected pydoc, wikitext2, c4, ptb, or a file"),
         (["--corpora=absent.txt"], "absent.txt does not exist"),
@@ -267,12 +273,12 @@ def workplace(tiny_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--corpora=short.txt"], "evaluation.seqlen is 48, but short.txt has only 9 tokens"),
         (["--corpora=pydoc,pydoc"], "corpora: pydoc is named twice"),
         (["--model=./absent/model"], "no such file or folder: ./absent/model"),
-        (["--model=empty"], "is no model folder, it has no config.json"),
+        (["--model=empty"], "is not a model folder: it has no config.json"),
         (["--model=bare"], "cannot load the tokenizer of bare"),
         (["--tasks"], "command line: --tasks needs a name"),
         (["--tasks=piqa", "--seed=-1"], "seed must be at least 0, got -1"),
         (["--revision=abc"], "revision has no effect: no model comes from the hub"),
-        (["--output=corpus.txt"], "corpus.txt exists and is no output of evaluate"),
+        (["--output=corpus.txt"], "corpus.txt exists and is not an output of evaluate"),
         (["--output=empty"], "is a folder"),
         (["--limit=0", "--tasks=piqa"], "limit must be at least 1, got 0"),
     ],
@@ -319,4 +325,4 @@ def test_other_weights_under_a_stored_name_are_refused(
     assert evaluate(*argv) == 0
     save_tiny(tiny_folder, seed=5)
     assert evaluate(*argv) == 2
-    assert f"holds results of what {tiny_folder} was before" in capsys.readouterr().err
+    assert f"contains results of an earlier version of {tiny_folder}" in capsys.readouterr().err

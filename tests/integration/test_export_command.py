@@ -182,19 +182,19 @@ def test_nothing_of_the_low_rank_format_is_left(
     }
 
 
-def test_the_user_is_told_where_the_copy_is_and_that_nothing_is_gained(
+def test_the_output_says_where_the_copy_is_and_that_it_is_not_smaller(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export(source) == 0
     captured = capsys.readouterr()
     first, second = captured.out.splitlines()
     assert first.startswith("factors of 14 linears multiplied: ")
-    assert "no gain in size" in first
+    assert "this copy is not smaller" in first
     assert second == f"model:  {source.parent / 'out' / 'model'}"
     assert "multiplying factors" in captured.err
 
 
-def test_narrowed_linears_are_told_and_noted(
+def test_narrowed_linears_are_reported_and_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "narrowed"
@@ -203,7 +203,7 @@ def test_narrowed_linears_are_told_and_noted(
     save_model(view.model, source, tokenizer=byte_tokenizer())
     for _ in range(2):  # the second time, from what is stored
         assert export(source) == 0
-        assert capsys.readouterr().out.startswith("2 narrowed linears filled up with zeros: ")
+        assert capsys.readouterr().out.startswith("2 narrowed linears padded with zeros: ")
     facts = json.loads((tmp_path / "out" / "export.json").read_text())
     assert facts["ranks"] == {}
     assert facts["shapes"] == {
@@ -212,7 +212,7 @@ def test_narrowed_linears_are_told_and_noted(
     }
 
 
-def test_a_compressed_run_gets_a_card_that_tells_where_it_comes_from(tmp_path: Path) -> None:
+def test_a_compressed_run_gets_a_card_that_names_its_source(tmp_path: Path) -> None:
     dense = save_tiny(tmp_path / "tiny-llama")
     (dense / "LICENSE").write_text("Do what you like.\n")
     (dense / "README.md").write_text("---\nlicense: mit\n---\nA tiny model.\n")
@@ -227,7 +227,7 @@ def test_a_compressed_run_gets_a_card_that_tells_where_it_comes_from(tmp_path: P
     card = (folder / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
     assert "# `tiny-llama`, compressed, in dense form" in card
-    assert "no gain in size or speed" in card
+    assert "This copy is neither smaller nor faster" in card
     assert "`COMPRESSED_MODEL_CARD.md`" in card
     assert "trust_remote_code" not in card
     for name in ("README.md", "LICENSE"):
@@ -255,7 +255,7 @@ def test_an_export_of_an_earlier_model_is_not_taken_for_this_one(
     shutil.rmtree(source)
     save_compressed("llama-dropped", source)
     assert export(source) == 2
-    assert "holds an export of what" in capsys.readouterr().err
+    assert "contains an export of an earlier version of" in capsys.readouterr().err
     assert export(source, "--overwrite") == 0
     copy = AutoModelForCausalLM.from_pretrained(source.parent / "out" / "model")
     assert copy.config.num_hidden_layers == 3
@@ -265,7 +265,7 @@ def test_a_damaged_export_is_named(source: Path, capsys: pytest.CaptureFixture[s
     assert export(source) == 0
     (source.parent / "out" / "export.json").unlink()
     assert export(source) == 2
-    assert "export.json is gone or damaged; export again with --overwrite" in (
+    assert "export.json is missing or damaged; export again with --overwrite" in (
         capsys.readouterr().err
     )
 
@@ -277,7 +277,7 @@ def test_foreign_files_are_neither_overwritten_nor_deleted(
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     assert export(source) == 2
-    assert "is not empty and holds no run of this program" in capsys.readouterr().err
+    assert "is not empty and contains no run of this program" in capsys.readouterr().err
     assert contents(out) == {"notes.txt": b"mine"}
     assert export(source, "--overwrite") == 0
     assert export(source, "--overwrite") == 0
@@ -285,15 +285,15 @@ def test_foreign_files_are_neither_overwritten_nor_deleted(
     (out / "model" / "mine.txt").write_text("mine")
     before = contents(out)
     assert export(source, "--overwrite") == 2
-    assert "mine.txt was not written by this program" in capsys.readouterr().err
+    assert "mine.txt already exists and was not written by this program" in capsys.readouterr().err
     assert contents(out) == before
 
 
-def test_the_source_stays_as_it_is(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_source_does_not_change(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(source)
     for output in (source, source / "inner", source.parent):
         assert main(["export", f"--model={source}", f"--output_dir={output}", "--overwrite"]) == 2
-        assert "must stay as it is" in capsys.readouterr().err
+        assert "must not change" in capsys.readouterr().err
     assert export(source) == 0
     assert contents(source) == before
 
@@ -305,7 +305,7 @@ def test_a_full_disk_is_found_before_the_weights_are_read(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     (source / "model.safetensors").write_bytes(b"not looked at")
     assert export(source) == 2
-    # 39,488 parameters or so at four bytes, and a tenth for what else is written.
+    # 39,488 parameters or so at four bytes, and a tenth for the other files.
     assert "needs 0.2 MB, but 0.1 MB are free" in capsys.readouterr().err
     assert not (source.parent / "out").exists()
 
@@ -321,15 +321,18 @@ def bad_sources(root: Path) -> dict[str, tuple[list[str], str]]:
     damaged = shutil.copytree(root / "run" / "model", root / "damaged")
     (damaged / "model.safetensors").write_bytes(b"damaged")
     return {
-        "absent": ([f"--model={root}/no", out], "no: there is no such folder; expected the model/"),
+        "absent": (
+            [f"--model={root}/no", out],
+            "no: the folder does not exist; expected the model/",
+        ),
         "file": ([f"--model={dense / 'config.json'}", out], "config.json: is a file; expected"),
         "run folder": ([f"--model={root / 'run'}", out], f"did you mean {root / 'run' / 'model'}?"),
         "empty": ([f"--model={root}", out], "has no config.json; expected the model/ folder"),
         "dense": (
             [f"--model={dense}", out],
-            "has no low-rank linears and no narrowed ones: it is an",
+            "has neither low-rank nor narrowed linears: it is an",
         ),
-        "dropped": ([f"--model={root / 'dropped'}", out], "has no low-rank linears"),
+        "dropped": ([f"--model={root / 'dropped'}", out], "has neither low-rank nor narrowed"),
         "damaged": ([f"--model={damaged}", out], "cannot load damaged"),
         "format": (["--format=gguf", f"--model={dense}", out], "format: expected one of dense"),
         "no output": ([f"--model={dense}"], "output_dir is not set"),

@@ -1,4 +1,4 @@
-"""The package that docs/extending.md builds: installed as it stands there, and used."""
+"""The package of docs/extending.md, installed and used exactly as written there."""
 
 import re
 import signal
@@ -18,7 +18,8 @@ from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import OPERATIONS, Plan
 from tests.conftest import save_tiny, tiny_model
-from tests.integration.killing import ROOT, Kill, killed
+from tests.integration.forked import killed
+from tests.integration.killing import ROOT, Kill
 from tests.integration.test_packaging import pip
 
 BLOCK = re.compile(r"^```(?:toml|python)\n# (\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -74,7 +75,7 @@ def test_the_method_is_planned_by_its_name(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_its_model_loads_with_equal_logits(
+def test_a_killed_run_resumes_and_its_model_loads_with_equal_logits(
     site: Path, settings: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

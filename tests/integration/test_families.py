@@ -29,9 +29,9 @@ Outcome = Callable[[str, str], dict[str, Any]]
 
 
 def compressed(name: str, root: Path, scratch: Path) -> None:
-    """Compress one family, and put its model beside what it computes before it is saved.
+    """Compress one family, and store its model with its outputs before saving.
 
-    The expected behaviour is that of the source with plan and factors applied in memory.
+    The source with plan and factors applied in memory gives the expected behaviour.
     """
     family, _, method = name.rpartition("-")
     source, run = save_tiny(scratch / f"{name}-source", family), scratch / name

@@ -1,4 +1,4 @@
-"""Two processes that share one model, by FSDP2, lead to what one process leads to."""
+"""Two processes that shard one model by FSDP2 give the same result as one process."""
 
 import filecmp
 import os
@@ -10,9 +10,17 @@ from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
-from tests.integration.killing import CHILD, ROOT
+from tests.integration.forked import run_ranks
+from tests.integration.killing import ROOT, Kill
 from tests.integration.sharded_checks import CHECKS
-from tests.integration.test_processes import TORCHRUN, assert_equal_runs, run, start, wait_for
+from tests.integration.test_processes import (
+    TORCHRUN,
+    assert_equal_runs,
+    assert_success,
+    run,
+    start,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow  # every process imports torch and transformers
 
@@ -53,7 +61,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 def alone(
     settings: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """Runs of one process, for which fsdp means nothing."""
+    """Runs of one process, for which fsdp has no effect."""
     folders = {}
     for name, words in settings.items():
         folders[name] = tmp_path_factory.mktemp("alone") / name
@@ -74,12 +82,13 @@ def assert_equal_models(first: Path, second: Path) -> None:
 def test_two_processes_that_share_a_model_decide_as_one_does(
     method: str, settings: dict[str, list[str]], alone: dict[str, Path], tmp_path: Path
 ) -> None:
-    done = run("compress", *settings[method], *SHARED, f"--output_dir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("model:  ") == 1
+    argv = ["compress", *settings[method], *SHARED, f"--output_dir={tmp_path / 'run'}"]
+    done = run_ranks(argv, 2)
+    assert done.codes == [0, 0], done.text
+    assert done.text.count("model:  ") == 1
     is_tied = MODELS[method] == "qwen2"
-    assert ("tied weights are whole in every process: model.embed" in done.stderr) == is_tied
-    assert "UserWarning" not in done.stderr
+    assert ("tied weights are whole in every process: model.embed" in done.text) == is_tied
+    assert "UserWarning" not in done.text
     assert_equal_runs(alone[method], tmp_path / "run")
     assert_equal_models(alone[method], tmp_path / "run")
 
@@ -101,25 +110,21 @@ def test_killed_processes_go_on_to_the_same_decisions(  # noqa: PLR0917  paramet
     alone: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    child = tmp_path / "child.py"
-    child.write_text(CHILD)
-    where = ("grasp_lightning.training.calibration", "CalibrationModule", place)
-    words = [*settings[method], f"--output_dir={tmp_path / 'run'}"]
-    both = [str(child), *where, str(call), str(int(signal.SIGKILL)), "compress", *words, *SHARED]
-    assert run(*both, program=TORCHRUN, PYTHONPATH=str(ROOT)).returncode == 1
+    where = Kill("grasp_lightning.training.calibration", "CalibrationModule", place, call)
+    argv = ["compress", *settings[method], f"--output_dir={tmp_path / 'run'}"]
+    assert run_ranks([*argv, *SHARED], 2, where).codes == [-signal.SIGKILL] * 2
     saved = [
         load_file(file)["windows"].tolist()
         for file in (tmp_path / "run" / "checkpoints").glob("pass-*")
     ]
     assert sorted(map(len, saved)) == [1, 1]  # each had counted one window
     assert saved[0] != saved[1]
-    done = run("compress", *words, *later)
-    assert done.returncode == 0, done.stderr
+    assert_success([*argv, *later], 2 if later else 1)
     assert_equal_runs(alone[method], tmp_path / "run")
     assert_equal_models(alone[method], tmp_path / "run")
 
 
-def test_ctrl_c_ends_both_at_the_same_batch_and_a_later_start_goes_on(
+def test_ctrl_c_ends_both_at_the_same_batch_and_a_later_start_resumes(
     settings: dict[str, list[str]], tmp_path: Path
 ) -> None:
     words = [
@@ -139,13 +144,12 @@ def test_ctrl_c_ends_both_at_the_same_batch_and_a_later_start_goes_on(
     ]
     assert len(saved) == 2
     assert saved[0] == saved[1] < 60
-    done = run("compress", *words)
-    assert done.returncode == 0, done.stderr
+    assert_success(["compress", *words], 2)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes have found in ``sharded_checks``, a file per check and process."""
+    """The results of two processes in ``sharded_checks``, a file per check and process."""
     folder = tmp_path_factory.mktemp("results")
     script = Path(__file__).with_name("sharded_checks.py")
     run(script, folder, program=TORCHRUN, PYTHONPATH=str(ROOT))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import save_tiny
-from tests.integration.killing import CHILD, ROOT, Kill
+from tests.integration.killing import ROOT, Kill, as_program
 
-# Sends itself Ctrl-C when a module is imported, and is the program otherwise.
+# The program, but it sends itself Ctrl-C when a module is imported.
 IMPORTING = """
 import os, runpy, signal, sys
 wanted, script = sys.argv[1:3]
@@ -45,15 +45,15 @@ def test_ctrl_c_during_imports_is_one_line(name: str, tmp_path: Path) -> None:
 LOADING = Kill("grasp_lightning.commands.inputs", "", "load_model", 1)
 MEASURING = Kill("grasp_lightning.training.calibration", "CalibrationModule", "training_step", 1)
 STARTS_ANEW = "error: interrupted; nothing was saved, so the same command starts from the beginning"
-GOES_ON = (
-    "error: interrupted; run the same command again, without --overwrite: it goes on from what is "
+RESUMES = (
+    "error: interrupted; run the same command again without --overwrite: it resumes from what was "
     "saved"
 )
 
 
-@pytest.mark.parametrize(("place", "told"), [(LOADING, STARTS_ANEW), (MEASURING, GOES_ON)])
+@pytest.mark.parametrize(("place", "told"), [(LOADING, STARTS_ANEW), (MEASURING, RESUMES)])
 @pytest.mark.slow
-def test_an_interrupted_run_tells_whether_anything_is_saved(
+def test_an_interrupted_run_says_whether_anything_is_saved(
     place: Kill, told: str, tmp_path: Path
 ) -> None:
     argv = [
@@ -62,9 +62,9 @@ def test_an_interrupted_run_tells_whether_anything_is_saved(
         *("--calibration.seqlen=32", "--evaluation.source=pydoc", "--evaluation.num_samples=2"),
         *("--evaluation.seqlen=32", f"--output_dir={tmp_path / 'run'}"),
     ]
-    words = [sys.executable, "-c", CHILD, *map(str, place), str(int(signal.SIGINT)), *argv]
+    words = [sys.executable, *as_program(place, signal.SIGINT), *argv]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 128 + signal.SIGINT
     assert done.stderr.splitlines()[-1] == told
-    assert (tmp_path / "run").exists() == (told == GOES_ON)
+    assert (tmp_path / "run").exists() == (told == RESUMES)

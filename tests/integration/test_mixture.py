@@ -1,4 +1,4 @@
-"""``compress`` on mixtures, instructions, and text that the model writes itself."""
+"""``compress`` on mixtures, instructions, and text that the model generates."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,8 @@ import pytest
 from grasp_lightning.cli import main
 from grasp_lightning.plan import Plan
 from tests.conftest import byte_tokenizer, save_tiny
+
+pytestmark = pytest.mark.slow  # every test runs the program several times
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_a_model_is_compressed_without_data(
     other = compress(settings, tmp_path / "other", *words, "--seed=1")
     assert other.inputs["calibration"] != first.inputs["calibration"]
     card = (tmp_path / "first" / "model" / "README.md").read_text()
-    assert "Calibration text: text that the base model wrote, 8 windows of 48 tokens." in card
+    assert "Calibration text: text that the base model generated, 8 windows of 48 tokens." in card
 
 
 def test_scores_of_a_mixture_are_cut_again(settings: list[str], tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_a_refit_of_a_stored_run_reads_the_text_that_is_stored_with_it(
     assert again.options["refit"] == "residual"
     argv[1:] = ["--seed=1"]
     assert main(["compress", *argv, f"--output_dir={tmp_path / 'other'}"]) == 2
-    assert "leave calibration and seed as they are there" in capsys.readouterr().err
+    assert "use its calibration settings and seed" in capsys.readouterr().err
 
 
 def test_instructions_take_the_chat_template_of_the_model(

@@ -45,7 +45,7 @@ def source_files() -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the tree: a build leaves files beside its sources."""
+    """The wheel, built from a copy of the tree: a build leaves files next to its sources."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, folder / "tree", ignore=NOT_SOURCE)
     pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, folder / "tree", cwd=folder)
@@ -99,7 +99,7 @@ def test_installed_program_ignores_a_callbacks_package_of_the_working_directory(
 
 
 @pytest.mark.slow
-def test_installed_library_lives_beside_a_callbacks_package_of_the_user(
+def test_installed_library_works_next_to_a_callbacks_package_of_the_user(
     installed: Path, hostile_folder: Path
 ) -> None:
     # What python -c and notebooks do: the working directory is searched first.

@@ -1,4 +1,4 @@
-"""Several processes, started by the program or by torchrun, lead to what one process leads to."""
+"""Several processes, started by the program or torchrun, give the same result as one process."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
 from tests.integration.compensation import compensate_argv, compressed_folder
-from tests.integration.killing import CHILD, ROOT, Kill, killed
+from tests.integration.forked import killed, run_ranks
+from tests.integration.killing import ROOT, Kill
 
 PROGRAM = [sys.executable, str(ROOT / "cli.py")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -79,19 +81,28 @@ def assert_equal_runs(first: Path, second: Path) -> None:
     assert not (second / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(("preset", "number"), [("paper", 2), ("paper", 3), ("released", 2)])
 def test_the_program_starts_its_own_processes(
-    preset: str, number: int, settings: list[str], alone: dict[str, Path], tmp_path: Path
+    settings: list[str], alone: dict[str, Path], tmp_path: Path
 ) -> None:
-    done = run(
-        "compress",
-        *settings,
-        f"--method.preset={preset}",
-        f"--trainer.devices={number}",
-        f"--output_dir={tmp_path / 'run'}",
-    )
+    done = run("compress", *settings, "--trainer.devices=2", f"--output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("model:  ") == 1
+    assert_equal_runs(alone["paper"], tmp_path / "run")
+
+
+def assert_success(argv: Sequence[str], number: int) -> None:
+    """Run a command in a number of processes; one of them prints the result."""
+    done = run_ranks([*argv, f"--trainer.devices={number}"], number)
+    assert done.codes == [0] * number, done.text
+    assert done.text.count("model:  ") == 1
+
+
+@pytest.mark.parametrize(("preset", "number"), [("paper", 3), ("released", 2)])
+def test_several_processes_decide_as_one_does(
+    preset: str, number: int, settings: list[str], alone: dict[str, Path], tmp_path: Path
+) -> None:
+    words = [*settings, f"--method.preset={preset}", f"--output_dir={tmp_path / 'run'}"]
+    assert_success(["compress", *words], number)
     assert_equal_runs(alone[preset], tmp_path / "run")
 
 
@@ -100,14 +111,12 @@ def test_processes_write_the_text_that_one_process_writes(
 ) -> None:
     own = [*settings, "--calibration.source=[pydoc,self]", "--calibration.num_samples=70"]
     assert main(["compress", *own, f"--output_dir={tmp_path / 'alone'}"]) == 0
-    done = run("compress", *own, "--trainer.devices=2", f"--output_dir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
+    assert_success(["compress", *own, f"--output_dir={tmp_path / 'run'}"], 2)
     assert_equal_runs(tmp_path / "alone", tmp_path / "run")
     writing = Kill("grasp_lightning.models.sampling", "", "_continued", 2)
     argv = ["compress", *own, f"--output_dir={tmp_path / 'more'}"]
     assert killed(writing, signal.SIGKILL, argv) == -signal.SIGKILL
-    done = run(*argv, "--trainer.devices=2")
-    assert done.returncode == 0, done.stderr
+    assert_success(argv, 2)
     assert_equal_runs(tmp_path / "alone", tmp_path / "more")
 
 
@@ -133,23 +142,16 @@ def test_killed_processes_go_on_as_another_number_of_them(  # noqa: PLR0917  par
     alone: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    child = tmp_path / "child.py"
-    child.write_text(CHILD)
-    where = ("grasp_lightning.training.calibration", "CalibrationModule", place)
-    settings = [*settings, "--calibration.batch_size=1"]
-    words = [*settings, "--trainer.devices=2", f"--output_dir={tmp_path / 'run'}"]
-    # Both kill themselves in this call: what each had saved before is there.
-    both = [str(child), *where, str(call + 1), str(int(signal.SIGKILL)), "compress", *words]
-    killed = run(*both, program=TORCHRUN, PYTHONPATH=str(ROOT))
-    assert killed.returncode == 1
+    where = Kill("grasp_lightning.training.calibration", "CalibrationModule", place, call + 1)
+    words = [*settings, "--calibration.batch_size=1", f"--output_dir={tmp_path / 'run'}"]
+    # Both kill themselves in this call: the earlier checkpoints of both exist.
+    both = ["compress", *words, "--trainer.devices=2"]
+    assert run_ranks(both, 2, where).codes == [-signal.SIGKILL] * 2
     saved = list((tmp_path / "run" / "checkpoints").glob("pass-*"))
     windows = [set(load_file(file)["windows"].tolist()) for file in saved]
     assert windows
     assert sum(map(len, windows)) == len(set().union(*windows))  # each one once
-    done = run(
-        "compress", *settings, f"--trainer.devices={number}", f"--output_dir={tmp_path / 'run'}"
-    )
-    assert done.returncode == 0, done.stderr
+    assert_success(["compress", *words], number)
     assert_equal_runs(alone["paper"], tmp_path / "run")
 
 
@@ -179,9 +181,7 @@ def history(folder: Path) -> dict[str, list[float]]:
 @pytest.fixture(scope="module")
 def trained_together(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together") / "run"
-    done = run("compensate", *training, "--trainer.devices=2", f"--output_dir={folder}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("model:  ") == 1
+    assert_success(["compensate", *training, f"--output_dir={folder}"], 2)
     return folder
 
 
@@ -214,18 +214,11 @@ def test_two_processes_train_as_one_does(
 def test_killed_trainings_of_two_processes_go_on_to_the_same_weights(
     call: int, training: list[str], trained_together: Path, tmp_path: Path
 ) -> None:
-    child = tmp_path / "child.py"
-    child.write_text(CHILD)
-    where = (
-        "grasp_lightning.training.compensation.module",
-        "CompensationModule",
-        "training_step",
-    )
-    words = [*training, "--trainer.devices=2", f"--output_dir={tmp_path / 'run'}"]
-    both = [str(child), *where, str(call), str(int(signal.SIGKILL)), "compensate", *words]
-    assert run(*both, program=TORCHRUN, PYTHONPATH=str(ROOT)).returncode == 1
-    done = run("compensate", *words)
-    assert done.returncode == 0, done.stderr
+    module = "grasp_lightning.training.compensation.module"
+    where = Kill(module, "CompensationModule", "training_step", call)
+    argv = ["compensate", *training, f"--output_dir={tmp_path / 'run'}"]
+    assert run_ranks([*argv, "--trainer.devices=2"], 2, where).codes == [-signal.SIGKILL] * 2
+    assert_success(argv, 2)
     assert history(tmp_path / "run") == history(trained_together)
     left, right = (
         load_file(folder / "model" / "model.safetensors")
@@ -280,7 +273,7 @@ def test_a_process_that_dies_ends_the_others_and_is_named(
     assert last.startswith("error: process 1 of 2 was ended by SIGKILL")
     assert "run the same command again" in last
     assert not Path(f"/proc/{first}").exists()
-    assert run("compress", *words).returncode == 0
+    assert_success(["compress", *words], 2)
     assert_equal_runs(long_alone, tmp_path / "run")
 
 
@@ -295,7 +288,7 @@ def test_a_signal_lets_all_processes_save(
     _, errors = program.communicate(timeout=60)
     assert program.returncode == 128 + number
     assert re.search(r"^error: interrupted; run the same command again", errors, re.MULTILINE)
-    assert run("compress", *words).returncode == 0
+    assert_success(["compress", *words], 2)
     assert_equal_runs(long_alone, tmp_path / "run")
 
 

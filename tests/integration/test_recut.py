@@ -1,4 +1,4 @@
-"""Another ratio from stored scores: the plan of a run that measures, without a pass."""
+"""Another ratio from stored scores gives the plan of a full run, without a pass."""
 
 import json
 import shutil
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
+
+pytestmark = pytest.mark.slow  # every test runs the program several times
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +78,14 @@ def test_the_plan_is_that_of_a_run_that_measures(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--method.num_layers=3"], "score them all with method.score_all_layers"),
+        (["--method.num_layers=3"], "score all layers with method.score_all_layers"),
         (["--method.reduction=signed"], "method.reduction is signed here"),
-        (["--method.schedule=iterative"], "schedule iterative must measure"),
+        (["--method.schedule=iterative"], "schedule iterative needs new measurements"),
         (["--method.layer_metric=angular"], "has no layer_angular_distance"),
-        (["--model.dtype=bfloat16"], "scored another model, or this model in another dtype"),
+        (
+            ["--model.dtype=bfloat16"],
+            "has scores of a different model, or of this model in a different dtype",
+        ),
     ],
 )
 def test_what_was_not_scored_is_refused(
@@ -128,7 +133,7 @@ def test_all_layers_can_be_scored_for_later(
     argv = ["--from_scores", str(tmp_path / "iterative"), f"--output_dir={tmp_path / 'no'}"]
     capsys.readouterr()
     assert main(["compress", *argv]) == 2
-    assert "only one_shot can be cut again" in capsys.readouterr().err
+    assert "only runs with one_shot can be cut again" in capsys.readouterr().err
 
 
 def test_a_folder_without_scores_is_named(
@@ -136,7 +141,7 @@ def test_a_folder_without_scores_is_named(
 ) -> None:
     argv = [*settings, "--method.num_layers=1", f"--from_scores={tmp_path / 'nowhere'}"]
     assert main(["compress", *argv, f"--output_dir={tmp_path / 'run'}"]) == 2
-    assert "is no finished run with scores: it has no config.yaml" in capsys.readouterr().err
+    assert "is not a finished run with scores: it has no config.yaml" in capsys.readouterr().err
 
 
 def test_a_run_does_not_take_the_place_of_its_own_scores(
@@ -145,7 +150,7 @@ def test_a_run_does_not_take_the_place_of_its_own_scores(
     plan = (scored / "plan.json").read_bytes()
     argv = [f"--from_scores={scored}", "--method.keep_ratio=0.2", f"--output_dir={scored}/."]
     assert main(["compress", *argv, "--overwrite"]) == 2
-    assert "is output_dir itself; name another output_dir" in capsys.readouterr().err
+    assert "is also output_dir; use another output_dir" in capsys.readouterr().err
     assert (scored / "plan.json").read_bytes() == plan
 
 

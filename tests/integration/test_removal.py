@@ -1,4 +1,4 @@
-"""Layers and blocks that go as a whole, from ``compress`` to an ordinary copy of its model."""
+"""Layers and blocks that are removed whole, from ``compress`` to an ordinary copy of the model."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,14 @@ from grasp_lightning.plan import Plan
 from tests.conftest import save_tiny
 from tests.integration.compensation import compensate_argv
 
+pytestmark = pytest.mark.slow  # every test runs the program several times
+
 IDS = torch.arange(12)[None]
 IDLE_LAYER, IDLE_ATTENTION = 2, 1
 
 
 def save_with_idle_parts(folder: Path, family: str, **options: int) -> Path:
-    """Save a tiny model in which one layer and one attention block do nothing, all else much."""
+    """Save a tiny model in which only one layer and one attention block do nothing."""
     source = save_tiny(folder, family, **options)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source)
     view = DecoderView(model)
@@ -55,7 +57,7 @@ def words(source: Path, run: Path, ratio: float, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
-def test_what_does_nothing_goes_as_a_whole(family: str, tmp_path: Path) -> None:
+def test_parts_that_do_nothing_are_removed_whole(family: str, tmp_path: Path) -> None:
     source, run = save_with_idle_parts(tmp_path / "source", family), tmp_path / "run"
     assert main(["compress", *words(source, run, 0.35)]) == 0
 
@@ -67,16 +69,16 @@ def test_what_does_nothing_goes_as_a_whole(family: str, tmp_path: Path) -> None:
     scores = load_file(run / "scores.safetensors")
     prices = {name: float(value) for name, value in scores.items() if name.endswith(".removal")}
     layers = DecoderView(AutoModelForCausalLM.from_pretrained(source)).num_layers
-    assert len(prices) == 3 * layers - 1  # the first layer cannot go, its blocks can
+    assert len(prices) == 3 * layers - 1  # the first layer cannot be removed, its blocks can
     gone = {name for name in prices if f".{IDLE_LAYER}." in name or plan.removed_blocks[0] in name}
     assert max(prices[name] for name in gone) < min(prices[n] for n in prices if n not in gone)
 
-    assert plan.ranks or plan.channels  # what goes as a whole is not enough
+    assert plan.ranks or plan.channels  # removing whole parts is not enough
     metrics = json.loads((run / "metrics.json").read_text())
     assert 0.35 <= metrics["removed_ratio"] < 0.37
-    assert "What went as a whole: 2 layers or blocks" in (run / "report.html").read_text()
+    assert "Removed entirely: 2 layers or blocks" in (run / "report.html").read_text()
     assert (
-        f"layer {IDLE_LAYER}, the attention of layer {IDLE_ATTENTION} went as a whole"
+        f"layer {IDLE_LAYER}, the attention of layer {IDLE_ATTENTION}. In total, "
         in (run / "model" / "README.md").read_text()
     )
 
@@ -114,7 +116,7 @@ def test_prices_are_stored_for_another_ratio(
     capsys.readouterr()
     wanted = [f"--from_scores={plain}", f"--output_dir={tmp_path / 'no'}"]
     assert main(["compress", *wanted, "--method.removable=layers"]) == 2
-    assert "has not priced the removal of model.layers.1.layer" in capsys.readouterr().err
+    assert "has no measured removal of model.layers.1.layer" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 

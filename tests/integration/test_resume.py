@@ -1,4 +1,4 @@
-"""A run that was killed goes on, and ends with the bytes of one that was not."""
+"""A killed run resumes and ends with the same bytes as an uninterrupted one."""
 
 import signal
 from pathlib import Path
@@ -13,7 +13,8 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.training.calibration import CalibrationModule
 from tests.conftest import save_tiny, tiny_model
-from tests.integration.killing import Kill, killed
+from tests.integration.forked import killed
+from tests.integration.killing import Kill
 
 CALIBRATION = "grasp_lightning.training.calibration"
 KILLS = {
@@ -23,7 +24,7 @@ KILLS = {
     "third block": Kill(CALIBRATION, "CalibrationModule", "training_step", 11),
     "between steps": Kill("grasp_lightning.pipeline", "", "apply_operations", 3),
     "last file": Kill("grasp_lightning.commands.outputs", "", "render_report", 1),
-    # That file of a run is written, complete, and not yet in its place.
+    # That file of a run is completely written, but not yet moved into place.
     "file write": Kill("grasp_lightning.run_folder.files", "", "replace_synced", 10),
     "late file write": Kill("grasp_lightning.run_folder.files", "", "replace_synced", 24),
 }
@@ -49,7 +50,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs that nothing interrupts, by preset."""
+    """Uninterrupted runs, by preset."""
     folders = {}
     for preset in ("paper", "released"):
         folders[preset] = tmp_path_factory.mktemp("whole") / preset
@@ -98,7 +99,7 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(
 def test_a_signal_saves_at_the_next_batch_and_says_how_to_go_on(
     place: str, number: int, settings: list[str], whole: dict[str, Path], tmp_path: Path
 ) -> None:
-    # Nothing is saved but what the signal asks for.
+    # Nothing is saved except because of the signal.
     argv = [*settings, "--trainer.checkpoint_seconds=1000", f"--output_dir={tmp_path / 'run'}"]
     assert killed(KILLS[place], number, ["compress", *argv]) == 128 + number
     state = load_file(tmp_path / "run" / "checkpoints" / "pass-0-0.safetensors")
@@ -131,7 +132,7 @@ def test_a_resumed_pass_does_only_what_is_left(
 
 
 @pytest.mark.slow
-def test_text_of_the_model_goes_on_where_it_was_killed(
+def test_text_of_the_model_resumes_where_it_was_killed(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*settings, "--calibration.source=[pydoc,self]", "--calibration.num_samples=70"]
@@ -149,7 +150,7 @@ def test_text_of_the_model_goes_on_where_it_was_killed(
 
 
 def crash(argv: list[str]) -> None:
-    """Run to the last step, and fail by a fault of our own when the outputs are written."""
+    """Run to the last step, and fail with an injected bug when the outputs are written."""
 
     def fail(*_: object) -> None:
         raise OSError("crash")
@@ -160,7 +161,8 @@ def crash(argv: list[str]) -> None:
             main(["compress", *argv])
 
 
-def test_a_changed_model_is_noticed_when_a_run_goes_on(
+@pytest.mark.slow
+def test_a_changed_model_is_noticed_when_a_run_resumes(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save_tiny(tmp_path / "model")
@@ -172,6 +174,7 @@ def test_a_changed_model_is_noticed_when_a_run_goes_on(
     assert main(["compress", *argv, "--overwrite"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("later", "goes_on"),
     [
@@ -236,6 +239,7 @@ def test_no_text_is_written_for_a_run_that_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_crash_after_the_last_step_repeats_no_pass(
     settings: list[str], whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

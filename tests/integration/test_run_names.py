@@ -1,4 +1,4 @@
-"""What real runs write is known before they start: no foreign file or link is in the way later."""
+"""Names that real runs write are known before they start, so no foreign file stops them later."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ TEXT = ["--evaluation.source=pydoc", "--evaluation.num_samples=2", "--evaluation
 
 
 def commands(base: Path) -> dict[str, Sequence[str]]:
-    """One run of each command, each on what the one before has made."""
+    """One run of each command, each on the result of the one before."""
     tiny = save_tiny(base / "tiny", max_position_embeddings=256)
     calibration = ["source=[pydoc,self]", "num_samples=4", "seqlen=32", "batch_size=2"]
     return {

@@ -1,4 +1,4 @@
-"""Strategies that split a training over processes lead to what one process leads to."""
+"""Strategies that shard a training over processes give the same result as one process."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from grasp_lightning.cli import main
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.models.loading import load_model
 from tests.integration.compensation import compensate_argv
+from tests.integration.forked import run_ranks
 from tests.integration.killing import ROOT, Kill
-from tests.integration.ranks import run_ranks
 from tests.integration.test_removal import save_with_idle_parts, words
 
 pytestmark = pytest.mark.slow
@@ -109,13 +109,13 @@ def test_two_processes_train_as_one_does_whether_killed_or_not(
 ) -> None:
     settings = [*settings, *LORA]
     whole = sharded(settings, strategy, tmp_path / "whole")
-    done = run_ranks(whole, 2, tmp_path)
+    done = run_ranks(whole, 2)
     assert done.codes == [0, 0], done.text
     assert_close_runs(alone["lora"], tmp_path / "whole")
     interrupted = sharded(settings, strategy, tmp_path / "killed")
-    assert run_ranks(interrupted, 2, tmp_path, STEP).codes == [-9, -9]
+    assert run_ranks(interrupted, 2, STEP).codes == [-9, -9]
     assert (tmp_path / "killed" / "checkpoints" / "last.ckpt").is_file()
-    done = run_ranks(interrupted, 2, tmp_path)
+    done = run_ranks(interrupted, 2)
     assert done.codes == [0, 0], done.text
     assert metrics(tmp_path / "killed")["history"] == metrics(tmp_path / "whole")["history"]
     left, right = weights(tmp_path / "whole"), weights(tmp_path / "killed")
@@ -132,7 +132,7 @@ def test_two_processes_train_as_one_does_whether_killed_or_not(
         ("deepspeed_stage_3_offload", "lora", 2),
     ],
 )
-def test_other_ways_to_train_and_offloading_lead_there_too(  # noqa: PLR0917  parameters of pytest
+def test_other_ways_to_train_and_offloading_give_the_same_result(  # noqa: PLR0917  parameters of pytest
     strategy: str,
     train: str,
     number: int,
@@ -141,7 +141,7 @@ def test_other_ways_to_train_and_offloading_lead_there_too(  # noqa: PLR0917  pa
     tmp_path: Path,
 ) -> None:
     argv = sharded([*settings, *TRAINED[train]], strategy, tmp_path / "run", number)
-    done = run_ranks(argv, number, tmp_path)
+    done = run_ranks(argv, number)
     assert done.codes == [0] * number, done.text
     assert_close_runs(alone[train], tmp_path / "run")
 
@@ -154,7 +154,7 @@ def test_other_ways_to_train_and_offloading_lead_there_too(  # noqa: PLR0917  pa
         (("fsdp", 2), ("auto", 1)),
     ],
 )
-def test_a_killed_training_goes_on_under_another_strategy_in_other_processes(
+def test_a_killed_training_resumes_under_another_strategy_in_other_processes(
     first: tuple[str, int],
     second: tuple[str, int],
     settings: list[str],
@@ -162,12 +162,10 @@ def test_a_killed_training_goes_on_under_another_strategy_in_other_processes(
     tmp_path: Path,
 ) -> None:
     settings = [*settings, *LORA]
-    killed = run_ranks(
-        sharded(settings, first[0], tmp_path / "run", first[1]), first[1], tmp_path, STEP
-    )
+    killed = run_ranks(sharded(settings, first[0], tmp_path / "run", first[1]), first[1], STEP)
     assert killed.codes == [-9] * first[1]
     argv = sharded(settings, second[0], tmp_path / "run", second[1])
-    done = run_ranks(argv, second[1], tmp_path)
+    done = run_ranks(argv, second[1])
     assert done.codes == [0] * second[1], done.text
     assert_close_runs(alone["lora"], tmp_path / "run")
 
@@ -177,9 +175,9 @@ def test_a_signal_saves_at_the_next_step_in_all_processes(
 ) -> None:
     argv = sharded([*settings, *LORA], "deepspeed_stage_2", tmp_path / "run")
     stopped = [*argv, "--trainer.checkpoint_seconds=1000"]  # nothing else saves
-    done = run_ranks(stopped, 2, tmp_path, STEP, signal.SIGTERM)
+    done = run_ranks(stopped, 2, STEP, signal.SIGTERM)
     assert done.codes == [128 + signal.SIGTERM] * 2, done.text
-    done = run_ranks(stopped, 2, tmp_path)
+    done = run_ranks(stopped, 2)
     assert done.codes == [0, 0], done.text
     assert_close_runs(alone["lora"], tmp_path / "run")
 
@@ -189,7 +187,7 @@ def test_the_exported_model_computes_what_the_trained_weights_do(
     strategy: str, settings: list[str], tmp_path: Path
 ) -> None:
     argv = sharded([*settings, *LORA, "--training.keep=last"], strategy, tmp_path / "run")
-    assert run_ranks(argv, 2, tmp_path, GATHER).codes == [-9, -9]
+    assert run_ranks(argv, 2, GATHER).codes == [-9, -9]
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     trained = checkpoint["state_dict"]
     assert all(value.dtype == torch.float32 for value in trained.values())
@@ -201,7 +199,7 @@ def test_the_exported_model_computes_what_the_trained_weights_do(
             right, left = trained[name], trained[name.replace("lora_A", "lora_B")]
             assert left.any()
             linear.weight += 16 / 4 * left @ right
-    done = run_ranks(argv, 2, tmp_path)
+    done = run_ranks(argv, 2)
     assert done.codes == [0, 0], done.text
     exported = load_model(ModelConfig(path=str(tmp_path / "run" / "model"))).model
     ids = torch.arange(40).view(2, 20)
@@ -224,7 +222,7 @@ def test_the_program_starts_the_processes_of_fsdp_itself(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.dtype=bfloat16"], "would turn the weights from torch.bfloat16 into float32"),
+        (["--model.dtype=bfloat16"], "would convert the weights from torch.bfloat16 into float32"),
         (["--optimizer.gradient_clip=-1"], "optimizer.gradient_clip must be above 0"),
     ],
 )
@@ -232,13 +230,13 @@ def test_settings_that_deepspeed_cannot_follow_are_one_line(
     options: list[str], message: str, settings: list[str], tmp_path: Path
 ) -> None:
     argv = sharded([*settings, *LORA, *options], "deepspeed_stage_2", tmp_path / "run", 1)
-    done = run_ranks(argv, 1, tmp_path)
+    done = run_ranks(argv, 1)
     assert done.codes == [2]
     assert [message in line for line in done.text.splitlines() if "error" in line] == [True]
     assert not (tmp_path / "run").exists()
 
 
-def test_deepspeed_is_refused_where_there_is_no_gpu(
+def test_deepspeed_is_refused_without_a_gpu(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if torch.cuda.is_available():

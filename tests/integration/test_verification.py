@@ -1,4 +1,4 @@
-"""A run is finished when a fresh process has found in its folder what was in memory."""
+"""A run is finished only if a fresh process finds in its folder the model that was in memory."""
 
 import json
 import os
@@ -54,6 +54,8 @@ def test_a_model_that_is_another_one_in_a_fresh_process_is_not_kept(
         ]
     assert main([command, *options]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: a fresh process that loads the saved model finds another one: ")
+    assert error.startswith(
+        "error: a fresh process that loads the saved model gets a different one: "
+    )
     assert "it computes other logits; it is not kept" in error
     assert not run.exists()

@@ -1,4 +1,4 @@
-"""Allocations against all that are possible, listed one by one.
+"""Allocations against all possible ones, listed one by one.
 
 Legend: an outcome is the size and the loss of one combination of options.
 """
@@ -180,7 +180,7 @@ def test_budget_of_an_optimum_gives_that_optimum(choices: list[Choice], multipli
 
 @quick
 @given(trees(), shares)
-def test_budget_is_kept_and_the_loss_lies_between_the_optimum_and_its_bound(
+def test_budget_is_kept_and_the_loss_is_between_the_optimum_and_its_bound(
     choices: list[Choice], share: float
 ) -> None:
     budget = budget_at(choices, share)
@@ -220,7 +220,7 @@ def test_fine_grained_gap_to_the_exact_knapsack_is_at_most_one_rank(
     allocation = allocate(choices, budget)
     gap = allocation.loss - best
     assert -1e-9 <= gap <= allocation.multiplier * max(units) * (1 + 1e-9) + 1e-9
-    # One rank of the matrix with the largest unit is all that may be left.
+    # At most one rank of the matrix with the largest unit may remain.
     is_complete = allocation.loss <= 1e-12
     assert is_complete or budget - allocation.size < max(units)
 
@@ -306,7 +306,7 @@ def test_a_matrix_stays_dense_exactly_where_no_rank_is_as_cheap(
 
 @quick
 @given(st.lists(matrices(), min_size=1, max_size=1), values, multipliers)
-def test_a_group_is_removed_exactly_where_that_is_no_dearer(
+def test_a_group_is_removed_exactly_where_that_costs_no_more(
     children: list[MatrixChoice], removal_loss: float, multiplier: float
 ) -> None:
     kept = min(loss + multiplier * size for size, loss in outcomes(children))

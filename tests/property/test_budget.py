@@ -1,4 +1,4 @@
-"""Every pair of keys that says how much goes, on models of several families and sizes."""
+"""Every pair of keys that sets how much is removed, on models of several families and sizes."""
 
 import functools
 import re
@@ -120,7 +120,7 @@ def test_a_share_at_a_keep_ratio_takes_the_fewest_layers_and_gives_back_the_rest
 
 @quick
 @given(families, widths, shares)
-def test_deletion_comes_as_near_as_whole_layers_can(family: str, width: int, share: float) -> None:
+def test_deletion_gets_as_close_as_whole_layers_can(family: str, width: int, share: float) -> None:
     view = dense_view(family, width)
     prediction = solved(view, MethodConfig(name="drop", removed_ratio=share))
     if prediction is None:

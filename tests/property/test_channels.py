@@ -94,7 +94,7 @@ def test_first_channel_is_the_one_whose_removal_costs_least(
 
 
 def one_at_a_time(weight: Tensor, a: Tensor, c: Tensor, count: int) -> Tensor:
-    """Losses by the definition: after each removal, all that is left is looked at anew."""
+    """Losses by the definition: after each removal, all remaining channels are searched again."""
     inverse, read = torch.linalg.inv(damped(c)), damped_root(a, 0).mT @ weight
     losses = []
     for _ in range(count):
@@ -119,10 +119,11 @@ def test_up_to_64_channels_go_one_at_a_time(seed: int, outputs: int, channels: i
     )
 
 
-# A block is drawn from what is cheap at its beginning. With few outputs a channel is cheap because
-# its few terms cancel by chance, and each removal upsets that: single cases then differ by up to
-# 40 % to either side. Of 32 outputs on, costs are sums of many terms, and their order lasts: 190
-# random cases differ by 0.03 % on average and by 2 % at most. Models have hundreds of outputs.
+# A block is chosen from the channels that are cheap at its start. With few outputs a channel is
+# cheap because its few terms cancel by chance, and each removal upsets that: single cases then
+# differ by up to 40 % to either side. Of 32 outputs on, costs are sums of many terms, and their
+# order lasts: 190 random cases differ by 0.03 % on average and by 2 % at most. Models have hundreds
+# of outputs.
 @quick
 @given(st.integers(0, 999), st.integers(32, 64), st.integers(65, 160))
 def test_blocks_lose_little_against_one_at_a_time(seed: int, outputs: int, channels: int) -> None:

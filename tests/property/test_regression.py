@@ -1,4 +1,4 @@
-"""Regression against a generic solver: its normal equations, and what leaves the prior as it is."""
+"""Regression against a generic solver: normal equations, and cases that keep the prior."""
 
 import math
 

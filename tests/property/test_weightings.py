@@ -162,7 +162,7 @@ def test_curvature_error_equals_the_trace(rows: int, columns: int, seed: int) ->
 
 @quick
 @given(sizes, sizes, seeds, st.sampled_from([1e-8, 1e-3, 1e6]))
-def test_even_norms_leave_every_component_as_it_is(
+def test_even_norms_leave_every_component_unchanged(
     rows: int, columns: int, seed: int, unit: float
 ) -> None:
     weight = random(rows, columns, seed=seed)

@@ -137,7 +137,7 @@ def test_no_window_is_in_both_splits(seed: int, seqlen: int, num_samples: int) -
         CalibrationConfig(source="pydoc", num_samples=num_samples, seqlen=seqlen), TOKENIZER, seed
     )
     evaluation = evaluation_windows(EvaluationConfig(source="pydoc", seqlen=seqlen), TOKENIZER)
-    # Lines that underline headings are alike everywhere: such a window is no text.
+    # Lines that underline headings are the same everywhere: such a window is not text.
     rows = [
         {tuple(row) for row in part.input_ids.tolist() if len(set(row)) > 8}
         for part in (calibration, evaluation)

@@ -1,4 +1,4 @@
-"""What a multiplier is worth: the minimum of a separable sum, without a budget."""
+"""The optimum for a multiplier: the minimum of a separable sum, without a budget."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,6 @@ from grasp_lightning.linalg.choices import Choice, prepared
 
 
 def allocation_at(choices: Sequence[Choice], multiplier: float) -> Allocation:
-    """Return the allocation of the smallest ``loss + multiplier size``, of equals the smallest."""
+    """Return the allocation of the least ``loss + multiplier size``; ties take the smaller size."""
     solution = solve(prepared(choices), multiplier)
     return solution.allocation(solution.loss)

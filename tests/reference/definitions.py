@@ -1,4 +1,4 @@
-"""Quantities of the field that tests alone ask for, by their definitions."""
+"""Quantities of the field that only tests need, by their definitions."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from grasp_lightning.linalg.layers import cosine_sum
 
 
 def block_influence(hidden_in: Tensor, hidden_out: Tensor, mask: Tensor) -> Tensor:
-    """Return one minus the mean cosine between what enters a decoder layer and what leaves it.
+    """Return one minus the mean cosine between the input and the output of a decoder layer.
 
     Source: Men et al., "ShortGPT", arXiv:2403.03853, definition of Block Influence.
     """

@@ -1,4 +1,4 @@
-"""A linear that really holds u, s, v as parameters, so that autograd gives their gradients."""
+"""A linear with u, s and v as parameters, so that autograd gives their gradients."""
 
 import torch
 from torch import Tensor, nn

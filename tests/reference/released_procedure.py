@@ -2,8 +2,8 @@
 
 For each given layer, last to first, its MLP and then its attention: every linear of the block runs
 as ``U diag(S) V^T``, rebuilt in each forward, with ``S`` a parameter; one pass over the windows
-sums dL/dS with its sign; the components with the largest ``|S dL/dS|`` stay, as two linears; the
-next block is scored on the model as it then is.
+sums dL/dS with its sign; the components with the largest ``|S dL/dS|`` are kept, as two linears;
+the next block is scored on the resulting model.
 
 Two faults of the public code are not reproduced: labels are shifted once, not twice, and a bias is
 kept.

@@ -31,7 +31,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # Without what an outer job or a user's defaults would say.
+        # Without settings of an outer job or the defaults of the user.
         outer = ("SLURM", "SBATCH", "SRUN")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
         self._environment = kept | {"PATH": _PATH, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -96,7 +96,7 @@ class Job:
         self._cluster.ask("scancel", "--signal=USR1", self._number)
 
     def fields(self) -> Mapping[str, str]:
-        """Return what SLURM knows of it."""
+        """Return what SLURM reports about it."""
         words = self._cluster.ask("scontrol", "show", "job", self._number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -105,7 +105,7 @@ class Job:
         return self._log.read_text() if self._log.exists() else ""
 
     def wait(self, has_come: Callable[[], object], what: str) -> None:
-        """Wait for something while it runs, and fail where it ends before that."""
+        """Wait for something while it runs, and fail if it ends before."""
 
         def is_over() -> bool:
             if has_come():
@@ -117,14 +117,14 @@ class Job:
         wait_until(is_over, what, self.explain, _PATIENCE)
 
     def explain(self) -> str:
-        """Return all there is to tell why it failed."""
+        """Return everything that may explain why it failed."""
         return f"{self.fields()}\n{self.output()}\n{self._cluster.logs()}"
 
 
 def wait_until(
     is_true: Callable[[], object], what: str, explain: Callable[[], str], seconds: float = 60
 ) -> None:
-    """Wait for something that must come."""
+    """Wait for something that must happen."""
     end = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}\n{explain()}"
@@ -132,7 +132,7 @@ def wait_until(
 
 
 def install() -> None:
-    """Install SLURM where it is missing, and skip the test where that cannot be done."""
+    """Install SLURM if it is missing, and skip the test if that fails."""
     if all(shutil.which(program, path=_PATH) for program in _PROGRAMS):
         return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
@@ -155,7 +155,7 @@ def _apt(*words: str) -> None:
 
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    """Start a cluster, and stop all that was started, for a ``with`` block."""
+    """Run a cluster for the duration of a ``with`` block."""
     install()
     # Not pytest's folder, which others may not enter: munged insists on that.
     folder = Path(tempfile.mkdtemp(prefix="grasp-slurm-"))

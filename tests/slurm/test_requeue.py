@@ -1,4 +1,4 @@
-"""The shipped batch scripts on a real SLURM: a job that is warned goes on, and loses nothing."""
+"""The shipped batch scripts on a real SLURM: a job that is warned resumes and loses nothing."""
 
 import sys
 from collections.abc import Iterator
@@ -39,13 +39,13 @@ def compression(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "--evaluation.source=pydoc",
         "--evaluation.num_samples=2",
         "--evaluation.seqlen=32",
-        "--trainer.checkpoint_seconds=1000",  # nothing but the signal saves
+        "--trainer.checkpoint_seconds=1000",  # only the signal causes a save
     ]
 
 
 @pytest.fixture(scope="module")
 def compressed(compression: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupts."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert main(["compress", *compression, f"--output_dir={folder}"]) == 0
     return folder
@@ -65,7 +65,7 @@ def submit(cluster: Cluster, command: str, argv: list[str], folder: Path, *optio
 
 
 def warn(job: Job) -> None:
-    """Warn a running job, and wait until it is back in the queue."""
+    """Warn a running job, and wait until it is requeued."""
     job.warn()
     job.wait(lambda: job.fields()["JobState"] == "PENDING", "the queue")
     assert job.fields()["Restarts"] == "1", job.explain()
@@ -75,15 +75,15 @@ def assert_ends_well(job: Job) -> None:
     job.wait(lambda: job.fields()["JobState"] == "COMPLETED", "the end")
     assert job.fields()["Restarts"] == "1"
     assert job.output().count("start 0 of job") == job.output().count("start 1 of job") == 1
-    assert job.output().count("is in the queue again") == 1, job.output()
+    assert job.output().count("was requeued") == 1, job.output()
     assert job.output().count("model:  ") == 1, job.output()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_compression_that_is_warned_goes_on_and_counts_each_window_once(
+def test_a_warned_compression_resumes_and_counts_each_window_once(
     ranks: int, cluster: Cluster, compression: list[str], compressed: Path, tmp_path: Path
 ) -> None:
-    argv = [*compression, "--overwrite=true"]  # which counts at the first start alone
+    argv = [*compression, "--overwrite=true"]  # which counts only at the first start
     job = submit(cluster, "compress", argv, tmp_path, f"--ntasks-per-node={ranks}")
     # The log of the attribution pass.
     log = "*/pass_1/metrics.csv"
@@ -99,9 +99,7 @@ def test_a_compression_that_is_warned_goes_on_and_counts_each_window_once(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_training_that_is_warned_goes_on_to_the_same_weights(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_a_warned_training_resumes_to_the_same_weights(cluster: Cluster, tmp_path: Path) -> None:
     argv = [
         *compensate_argv(compressed_folder(tmp_path), tmp_path),
         "--model.device=cpu",

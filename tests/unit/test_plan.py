@@ -74,7 +74,7 @@ def test_ranks_and_dropped_layers_are_gathered_from_all_operations() -> None:
     assert PLAN.dropped_layers == (0, 3, 7)
 
 
-def test_extending_leaves_the_old_plan_as_it_is() -> None:
+def test_extending_leaves_the_old_plan_unchanged() -> None:
     before = PLAN.to_json()
     longer = PLAN.extended((DropLayers(layers=(9,)),))
 
@@ -115,7 +115,7 @@ def test_a_plan_of_another_version_is_refused() -> None:
         edited(operations=[["drop_layers"]]),
     ],
 )
-def test_text_that_is_no_plan_is_one_line(text: str) -> None:
+def test_text_that_is_not_a_plan_is_one_line(text: str) -> None:
     with pytest.raises(PlanError, match=r"expected the content of a plan\.json") as caught:
         Plan.from_json(text)
 

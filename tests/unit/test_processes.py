@@ -42,7 +42,7 @@ def test_a_batch_for_company_has_no_targets(monkeypatch: pytest.MonkeyPatch) -> 
     assert company["mask"].all()
 
 
-# Seen in a process of its own; ``late`` goes when an interpreter is taken apart.
+# Seen in a separate process; ``late`` is freed when the interpreter shuts down.
 ENDING = textwrap.dedent("""
     import atexit, os, sys, threading, time
     import torch
@@ -99,7 +99,7 @@ def test_a_member_of_a_group_ends_without_taking_its_interpreter_apart(
     assert ("ValueError: the cause" in done.stderr) == (how == "fault")
 
 
-# Rank 1 is gone when rank 0 tells it that a signal has ended it, too.
+# Rank 1 has ended when rank 0 reports that a signal ended it, too.
 INTERRUPTED = textwrap.dedent("""
     import sys, time
     import torch

@@ -13,7 +13,7 @@ from grasp_lightning.models.formats.dense import dense_refusal, densify
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A way to write a compressed model for runtimes that do not know its layers.
+    """A way to write a compressed model for runtimes without support for its layers.
 
     Attributes:
         refusal: Why a model cannot be converted, as the rest of a sentence; None if it can.

@@ -26,8 +26,8 @@ def dense_refusal(model: PreTrainedModel) -> str | None:
     if has_replaced(model):
         return None
     return (
-        "has no low-rank linears and no narrowed ones: it is an ordinary checkpoint already, so "
-        "there is nothing to multiply or to fill up"
+        "has neither low-rank nor narrowed linears: it is an ordinary checkpoint already, so "
+        "there is nothing to export"
     )
 
 
@@ -36,11 +36,11 @@ def densify(
 ) -> tuple[str, ...]:
     """Multiply factors into dense weights and pad narrowed MLPs with zeros, in place.
 
-    The model becomes an ordinary one of its class and original size; biases stay as they are.
-    Products are computed in float32 or better and stored in the dtype and on the device of the
-    factors; the meta device works. Channels of an MLP have no order, so the kept ones come first.
-    The model changes only once all weights are finite; a ``NumericsError`` names a linear whose
-    product overflows.
+    The model becomes an ordinary one of its class and original size; biases do not change. Products
+    are computed in float32 or better and stored in the dtype and on the device of the factors; the
+    meta device works. Channels of an MLP have no order, so the kept ones come first. The model
+    changes only once all weights are finite; a ``NumericsError`` names a linear whose product
+    overflows.
 
     Args:
         model: A model with low-rank or narrowed linears.
@@ -55,8 +55,8 @@ def densify(
     factors, narrowed = low_rank_linears(model), narrowed_linears(model)
     if not factors and not narrowed:
         raise ModelError(
-            f"{type(model).__name__} has no low-rank linears, so there are no factors to multiply, "
-            f"and no narrowed ones: expected a model whose linears were replaced by compress"
+            f"{type(model).__name__} has neither low-rank nor narrowed linears, so there is "
+            "nothing to multiply or pad: expected a model whose linears were replaced by compress"
         )
     originals = dense_empty(model)
     dense = {name: _dense_original(originals, name) for name in (*factors, *narrowed)}
@@ -100,7 +100,8 @@ def _num_parts(
         if is_near and old % channels == 0 and old // channels * kept == new:
             return old // channels
     raise ModelError(
-        f"{name} has {new} of {old} outputs, but no linear beside it reads as many channels"
+        f"{name} has {new} of {old} outputs, but no linear in the same module reads that many "
+        "channels"
     )
 
 
@@ -135,7 +136,7 @@ def _product(name: str, factors: LowRankLinear, dense: DenseModule) -> DenseModu
     left, right = factors.left.weight.detach(), factors.right.weight.detach()
     wide = torch.promote_types(left.dtype, torch.float32)
     weight = (left.to(wide) @ right.to(wide)).to(left.dtype)  # (N, M)
-    # Finite factors can overflow in float16. Values on the meta device cannot be looked at.
+    # Finite factors can overflow in float16. Values on the meta device cannot be inspected.
     if not weight.is_meta and not torch.isfinite(weight).all():
         raise NumericsError(
             f"the product of the factors of {name} is not finite in {left.dtype}; "

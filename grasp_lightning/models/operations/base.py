@@ -80,8 +80,8 @@ def dense_module(view: DecoderView, module: str, verb: str = "changes") -> Dense
     index = view.layer_of(module)
     if index is not None and module not in view.dense_modules(index):
         raise PlanError(
-            f"the plan {verb} {module}: it is part of a mixture of experts, or of a linear that "
-            f"is low-rank already, or is narrowed already"
+            f"the plan {verb} {module}: it is part of a mixture of experts, or was already "
+            "replaced by factors or narrowed"
         )
     if not linear.weight.is_floating_point():
         raise PlanError(f"weight of {module} must be floating point, got {linear.weight.dtype}")

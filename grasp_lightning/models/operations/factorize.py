@@ -69,7 +69,7 @@ class Factorize(Applier[FactorizeLinear]):
 def set_factors(view: DecoderView, module: str, left: Tensor, right: Tensor) -> None:
     """Replace a linear by factors ``(N, r)`` and ``(r, M)``, and keep its bias."""
     old = dense_module(view, module)
-    # On the meta device first, without memory or random numbers for values replaced at once.
+    # On the meta device first: values that are replaced at once need no memory or random numbers.
     rows, columns = dense_shape(old)
     new = LowRankLinear(columns, rows, len(right), bias=old.bias is not None, device="meta")
     for factor, given in ((new.left, left), (new.right, right)):

@@ -45,13 +45,15 @@ class Narrow(Applier[NarrowMlp]):
             )
         for name in names:
             if name.rpartition(".")[0] != operation.mlp:
-                raise PlanError(f"the plan narrows {name}: it is not in one module with {names[0]}")
+                raise PlanError(
+                    f"the plan narrows {name}: it is not in the same module as {names[0]}"
+                )
         num_channels = site.dense[operation.reader].columns
         for name in operation.writers:
             rows = site.dense[name].rows
             if rows % num_channels:
                 raise PlanError(
-                    f"the plan narrows {name}: its {rows} outputs are no multiple of the "
+                    f"the plan narrows {name}: its {rows} outputs are not a multiple of the "
                     f"{num_channels} channels that {operation.reader} reads"
                 )
         _check_channels(operation, num_channels)
@@ -94,7 +96,7 @@ def _check_channels(operation: NarrowMlp, num_channels: int) -> None:
             f"{num_channels - 1}"
         )
     if any(low >= high for low, high in pairwise(kept)):
-        raise PlanError(f"the plan keeps channels of {reader} that are not ascending")
+        raise PlanError(f"the plan keeps channels of {reader} that are not in ascending order")
     if kept[0] < 0 or kept[-1] >= num_channels:
         raise PlanError(
             f"channels of {reader} must be from 0 to {num_channels - 1}, the plan keeps "

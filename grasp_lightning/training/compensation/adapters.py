@@ -72,8 +72,8 @@ def trainable_linears(
 ) -> dict[str, DenseModule]:
     """Return the linears that a training mode trains or puts adapters on, in model order.
 
-    Narrowed linears are trained with factors: compression put both in place of linears. Factors
-    are named ``<module>.left`` and ``<module>.right``. ``resolve_targets`` explains the targets.
+    Narrowed linears are trained with factors: both replaced linears in the compression. Factors are
+    named ``<module>.left`` and ``<module>.right``. ``resolve_targets`` explains the targets.
 
     Raises:
         ModelError: If factors are to be trained, and the model has nothing to train.
@@ -138,7 +138,7 @@ def merge_adapters(trained: Trained) -> None:
         trained.adapters.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise NumericsError(
-            f"training has led to NaN or infinity: {error}; lower optimizer.learning_rate"
+            f"training diverged to NaN or infinity: {error}; lower optimizer.learning_rate"
         ) from error
 
 
@@ -163,8 +163,8 @@ def _attach(
     capped = {name: limit for name, limit in limits.items() if limit < lora.rank}
     if capped:
         logger.warning(
-            "lora.rank %d is more than half the smaller side of %d of %d linears, and is capped "
-            "there (at %d to %d)",
+            "lora.rank %d is more than half the smaller dimension of %d of %d linears and is "
+            "capped there (at %d to %d)",
             lora.rank,
             len(capped),
             len(linears),

@@ -261,8 +261,8 @@ class CompensationModule(L.LightningModule):
         differing = sorted(key for key in own if stored.get(key) != own[key])
         if differing:
             raise ModelError(
-                f"the checkpoint belongs to another training: it differs in {', '.join(differing)};"
-                " start anew, or use what it was made with"
+                "the checkpoint belongs to a different training: it differs in "
+                f"{', '.join(differing)}; start again, or use the settings it was made with"
             )
         for name, value in self._trainable().items():
             if getattr(checkpoint["state_dict"].get(name), "shape", None) != whole_shape(value):

@@ -26,7 +26,7 @@ class Teacher(NamedTuple):
 
 
 class Objective:
-    """Losses of the trained model; no module, so a teacher is not moved, saved or wrapped.
+    """Losses of the trained model; not a module, so that a teacher is not moved, saved or wrapped.
 
     Attributes:
         model_hashes: Fingerprints of the ``model`` before training and of any ``teacher``.

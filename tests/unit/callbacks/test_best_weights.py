@@ -55,7 +55,7 @@ class Memory:
 
 
 class AtValidations(L.Callback):
-    """Keeps what the trained parameters were at each validation, by step."""
+    """Keeps the trained parameters at each validation, by step."""
 
     def __init__(self) -> None:
         self.states: dict[int, dict[str, Tensor]] = {}
@@ -171,7 +171,7 @@ def test_the_best_parameters_outlast_an_interruption(tmp_path: Path) -> None:
     assert all(torch.equal(value, expected[n]) for n, value in module.trained_state().items())
 
 
-def test_the_trainers_own_trial_is_no_validation() -> None:
+def test_the_trainers_own_trial_is_not_a_validation() -> None:
     history, best = TrainingHistory(), BestWeights(Memory())
     trainer = L.Trainer(
         accelerator="cpu",
@@ -200,7 +200,7 @@ def test_a_training_ends_after_validations_without_a_lower_loss(patience: int) -
     assert losses.index(min(losses)) == num_steps - 1 - patience
 
 
-def test_a_training_whose_loss_falls_goes_on_to_its_end() -> None:
+def test_a_training_whose_loss_falls_runs_to_its_end() -> None:
     history = TrainingHistory()
     fit(history, StopWithoutProgress(1), data=make_data(3))
     losses = [loss for _, loss in history.validations]

@@ -1,9 +1,7 @@
-"""A job that SLURM warns saves, goes back into the queue once, and is not cut by what follows."""
+"""A job that SLURM warns saves, is requeued once, and is not cut off by later signals."""
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,10 +16,11 @@ from grasp_lightning.callbacks.training_checkpoint import TrainingCheckpoint
 from grasp_lightning.cli import main
 from grasp_lightning.errors import Interrupted
 from tests.conftest import save_tiny
-from tests.integration.killing import CHILD, ROOT, Kill
+from tests.integration.forked import Outcome, run_ranks
+from tests.integration.killing import Kill
 
 INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-# Like SLURM, it ends every process of the job, itself too, as soon as the job is in the queue.
+# Like SLURM, it ends every process of the job, itself included, once the job is requeued.
 SCONTROL = """#!/bin/sh
 echo "$@" >> "$CALLS"
 [ -z "$REFUSAL" ] || { echo "$REFUSAL" >&2; exit 1; }
@@ -38,7 +37,7 @@ def as_before() -> Iterator[None]:
 
 
 def enter_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be in job 17, outside of a step that srun has started."""
+    """Run in job 17, outside of a step that srun has started."""
     for key in [key for key in os.environ if key.startswith("SLURM")] + ["RANK"]:
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -91,7 +90,7 @@ def test_outside_of_a_job_the_signal_is_not_handled(monkeypatch: pytest.MonkeyPa
 def test_where_nothing_is_in_flight_the_run_ends_at_once() -> None:
     def work(_: StopRequest) -> None:
         send(USR1)
-        pytest.fail("it went on")
+        pytest.fail("it continued")
 
     assert end_of(work, in_flight=False) == USR1
 
@@ -122,7 +121,7 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
         send(INT)
         assert stop.signal_number == INT
         send(INT)
-        pytest.fail("it went on")
+        pytest.fail("it continued")
 
     assert end_of(work) == INT
 
@@ -149,7 +148,7 @@ def test_a_warning_takes_the_signals_back_from_a_trainer() -> None:
 
 
 @pytest.mark.usefixtures("job")
-def test_the_end_of_another_rank_is_no_error_after_a_warning(
+def test_the_end_of_another_rank_is_not_an_error_after_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def work(_: StopRequest) -> None:
@@ -245,11 +244,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def warned(where: Kill, argv: list[str]) -> subprocess.CompletedProcess[str]:
+def warned(where: Kill, argv: list[str]) -> Outcome:
     """Run the program in a process that sends itself the signal at one place."""
-    words = [sys.executable, "-c", CHILD, *map(str, where), str(int(USR1)), *argv]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    return run_ranks(argv, 1, where, USR1)
 
 
 def windows_in(run: Path) -> list[int]:
@@ -259,13 +256,13 @@ def windows_in(run: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_warned_run_saves_requeues_and_goes_on_to_the_same_plan(
+def test_a_warned_run_saves_requeues_and_resumes_to_the_same_plan(
     calls: Path, settings: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     done = warned(IN_A_BATCH, [*settings, f"--output_dir={folder}"])
-    assert done.returncode == 0, done.stderr
-    assert "job 17 is in the queue again" in done.stderr
+    assert done.codes == [0], done.text
+    assert "job 17 was requeued" in done.text
     assert calls.read_text() == "requeue 17\n"
     assert windows_in(folder) == [0, 1, 2, 3]
     for run in (folder, tmp_path / "whole"):
@@ -279,7 +276,7 @@ def test_a_run_that_is_warned_before_its_first_batch_requeues_at_once(
     where: Kill, calls: Path, settings: list[str], tmp_path: Path
 ) -> None:
     done = warned(where, [*settings, f"--output_dir={tmp_path / 'run'}"])
-    assert done.returncode == 0, done.stderr
+    assert done.codes == [0], done.text
     assert calls.read_text() == "requeue 17\n"
     assert not (tmp_path / "run").exists()
 
@@ -290,11 +287,11 @@ def test_a_run_that_slurm_does_not_take_back_says_so(
 ) -> None:
     monkeypatch.setenv("REFUSAL", "Requested operation is presently disabled")
     done = warned(IN_A_BATCH, [*settings, f"--output_dir={tmp_path / 'run'}"])
-    assert done.returncode == 128 + USR1
+    assert done.codes == [128 + USR1]
     assert calls.read_text() == "requeue 17\n"
-    last = done.stderr.strip().splitlines()[-1]
+    last = done.text.strip().splitlines()[-1]
     assert last.startswith(
-        "error: interrupted, and not back in the queue (scontrol requeue 17: Requested operation "
-        "is presently disabled); run the same command again"
+        "error: interrupted, and the job could not be requeued (scontrol requeue 17: Requested "
+        "operation is presently disabled); run the same command again"
     )
     assert windows_in(tmp_path / "run") == [0, 1, 2, 3]

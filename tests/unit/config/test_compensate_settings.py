@@ -178,11 +178,17 @@ def test_a_teacher_alone_may_be_learned_from() -> None:
         ),
         (
             {"text": TextConfig(num_samples=7)},
-            ("text.num_samples is 7, but would be ignored: instructions are learned; leave it out"),
+            (
+                "text.num_samples is 7, but would be ignored: "
+                "the model is trained on instructions; leave it out"
+            ),
         ),
         (
             {"objective": "text", "data": InstructionConfig(source="file")},
-            ("data.source is 'file', but would be ignored: plain text is learned; leave it out"),
+            (
+                "data.source is 'file', but would be ignored: "
+                "the model is trained on plain text; leave it out"
+            ),
         ),
         (
             {
@@ -190,7 +196,10 @@ def test_a_teacher_alone_may_be_learned_from() -> None:
                 "distillation": DistillationConfig(teacher="dense"),
                 "text": TextConfig(seqlen=64),
             },
-            "text.seqlen is 64, but would be ignored: instructions are learned; leave it out",
+            (
+                "text.seqlen is 64, but would be ignored: "
+                "the model is trained on instructions; leave it out"
+            ),
         ),
         (
             {
@@ -198,7 +207,10 @@ def test_a_teacher_alone_may_be_learned_from() -> None:
                 "distillation": DistillationConfig(teacher="dense", data="text"),
                 "data": InstructionConfig(add_eos=True),
             },
-            "data.add_eos is True, but would be ignored: plain text is learned; leave it out",
+            (
+                "data.add_eos is True, but would be ignored: "
+                "the model is trained on plain text; leave it out"
+            ),
         ),
     ],
 )
@@ -260,7 +272,7 @@ def test_the_objective_says_whether_instructions_are_learned(
     ("key", "value"),
     [("patience", 3), ("keep", "best")],
 )
-def test_what_goes_by_validations_needs_some(key: str, value: object) -> None:
+def test_options_that_use_validations_need_some(key: str, value: object) -> None:
     without = with_key(config(), f"training.{key}", value)
     assert refusal(without) == (
         f"training.{key} is {value}, but would be ignored: set training.validate_every"

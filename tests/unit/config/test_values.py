@@ -50,7 +50,7 @@ def keys(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:  # noqa: A
 
 
 def refusal(config: Any, key: str, kind: Any, value: object) -> str:  # noqa: ANN401  any key
-    """What is said of a configuration in which one key has another value."""
+    """The message about a configuration in which one key has another value."""
     kinds = (kind,) if get_origin(kind) in (None, tuple) else get_args(kind)
     changed: Any = value if {int, float, str} & set(kinds) else (value,)
     section, _, name = key.rpartition(".")
@@ -81,10 +81,10 @@ def test_no_number_is_infinite_or_absurd_and_no_text_ends_early(command: str) ->
             for infinite in INFINITE:
                 assert "must " in refusal(config, key, kind, infinite)
         if holds(kind, str):
-            assert "holds a NUL byte" in refusal(config, key, kind, "a\0b")
+            assert "contains a NUL byte" in refusal(config, key, kind, "a\0b")
             assert "is not UTF-8 text" in refusal(config, key, kind, "a\udcff")
         if key in PATHS:
-            assert "no home folder of ~nouser" in refusal(config, key, kind, "~nouser/x")
+            assert "~nouser has no home folder" in refusal(config, key, kind, "~nouser/x")
             assert "File name too long" in refusal(config, key, kind, "a" * 300)
 
 
@@ -108,7 +108,7 @@ def test_a_count_is_named_with_its_bound() -> None:
     )
 
 
-def test_the_help_tells_the_range_of_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_shows_the_range_of_a_number(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(CompensateConfig, "cli.py", ["--help"])
     shown = " ".join(capsys.readouterr().out.split())

@@ -71,7 +71,7 @@ def test_a_template_that_refuses_the_conversation_is_one_line(
     with pytest.raises(DataError) as caught:
         chat_text(SAMPLE, tokenizer)
     assert str(caught.value) == (
-        "the tokenizer's chat template gives no text for a request and its answer: no; "
+        "the tokenizer's chat template cannot render an instruction with its answer: no; "
         "use plain text"
     )
 

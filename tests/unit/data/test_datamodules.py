@@ -71,7 +71,7 @@ def test_windows_are_those_of_the_config_and_the_seed_and_built_once(
     assert data.windows is data.windows
 
 
-def test_given_windows_are_used_as_they_are(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_given_windows_are_used_unchanged(tokenizer: PreTrainedTokenizerFast) -> None:
     windows = pack_windows(["abcdef"], tokenizer, seqlen=2, add_bos=False)
     data = CalibrationData(CONFIG, tokenizer, windows=windows)
     data.setup("fit")

@@ -25,7 +25,7 @@ def test_a_text_file_is_one_document_of_rows_joined_by_two_line_feeds(tmp_path: 
     assert read_file(path, "text") == (" = Title = \n\n\n\n\n\nFirst.\n\n\nLast",)
 
 
-def test_byte_order_mark_and_carriage_returns_are_no_part_of_the_text(tmp_path: Path) -> None:
+def test_byte_order_mark_and_carriage_returns_are_not_part_of_the_text(tmp_path: Path) -> None:
     assert read_file(write(tmp_path / "a.TXT", b"\xef\xbb\xbfa\r\nb"), "text") == ("a\n\n\nb",)
 
 
@@ -45,7 +45,7 @@ def test_the_field_of_json_lines_can_be_chosen(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"text": ', "line 3 is not JSON"),
-        ('["text"]', "line 3 is no JSON object; expected one with the field 'text'"),
+        ('["text"]', "line 3 is not a JSON object; expected one with the field 'text'"),
         ('{"url": 1, "body": 2}', "line 3 has no field 'text'; it has: url, body"),
         ("{}", "line 3 has no field 'text'; it has: nothing"),
         ('{"text": null}', "line 3: field 'text' is NoneType; expected a string"),

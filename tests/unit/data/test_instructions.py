@@ -184,8 +184,8 @@ def test_samples_without_an_answer_are_left_out_and_counted(
     assert (counts.read, counts.kept) == (5, 2)
     assert (counts.cut, counts.cut_prompts, counts.no_answer, counts.empty) == (3, 1, 2, 1)
     assert str(counts) == (
-        "2 of 5 samples; 3 too long and cut, 1 of them inside the prompt; left out: 2 whose answer "
-        "was cut off, 1 with a blank output"
+        "2 of 5 samples; 3 were too long and were cut, 1 of them inside the prompt; skipped: 2 "
+        "whose answer was cut off, 1 with a blank output"
     )
 
 
@@ -264,14 +264,14 @@ def test_no_validation_is_possible() -> None:
         (
             {"num_validation": 20},
             (
-                "data.num_validation is 20, which with 1 to train on is more than the 20 samples "
+                "data.num_validation is 20: with 1 for training, more than the 20 samples "
                 "of some samples; lower data.num_validation"
             ),
         ),
         (
             {"num_validation": 6, "num_train": 15},
             (
-                "data.num_validation is 6, which with 15 to train on is more than the 20 samples "
+                "data.num_validation is 6: with 15 for training, more than the 20 samples "
                 "of some samples; lower data.num_validation or data.num_train"
             ),
         ),
@@ -345,7 +345,7 @@ def test_a_tilde_in_a_path_is_the_home_folder(
         ('{"instruction": ', "line 3 is not JSON (Expecting value); expected one object per line"),
         (
             '["a", "b"]',
-            "line 3 is no JSON object; expected one with the fields instruction, output, input",
+            "line 3 is not a JSON object; expected one with the fields instruction, output, input",
         ),
         ('{"output": "a"}', "line 3 has no field 'instruction'; it has: output"),
         ('{"instruction": "a", "input": ""}', "line 3 has no field 'output'; it has: instruction,"),
@@ -364,7 +364,7 @@ def test_a_tilde_in_a_path_is_the_home_folder(
         ),
         (
             '{"instruction": "a", "output": "\\ud83d"}',
-            "line 3: field 'output' holds half of a surrogate pair, which is no text",
+            "line 3: field 'output' contains half of a surrogate pair, which is not text",
         ),
     ],
 )
@@ -393,8 +393,8 @@ def test_a_wrong_json_line_is_named_by_file_and_number(
                 "line belongs in a .jsonl file"
             ),
         ),
-        ('{"data": []}', " holds no JSON list; expected a list of objects"),
-        ('[{"instruction": "a", "output": "b"}, 5]', ", item 2 is no JSON object"),
+        ('{"data": []}', " is not a JSON list; expected a list of objects"),
+        ('[{"instruction": "a", "output": "b"}, 5]', ", item 2 is not a JSON object"),
         ("[{}]", ", item 1 has no field 'instruction'; it has: nothing"),
         ("[" * 100_000, " is not JSON (maximum recursion depth exceeded"),
     ],

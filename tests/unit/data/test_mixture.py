@@ -133,7 +133,7 @@ def test_a_list_of_one_source_is_that_source(
     assert len(hashes) == 1
 
 
-# Recorded before there were mixtures: single sources must give these windows for ever.
+# Recorded before there were mixtures: single sources must always give these windows.
 def test_a_single_source_gives_the_windows_of_before(
     tokenizer: PreTrainedTokenizerFast, write: Write
 ) -> None:
@@ -244,7 +244,7 @@ def test_field_and_split_reach_the_sources_that_have_them(write: Write, tmp_path
         ),
         (
             {"source": ("pydoc", "c4"), "weights": (100.0, 1.0), "num_samples": 10},
-            "calibration.weights give c4 none of 10 windows; raise its weight or",
+            "calibration.weights give c4 none of the 10 windows; raise its weight or",
         ),
         (
             {"source": ("file", "pydoc", "file"), "path": "a.jsonl"},
@@ -256,7 +256,7 @@ def test_field_and_split_reach_the_sources_that_have_them(write: Write, tmp_path
         ),
         (
             {"source": "file", "path": ("a.jsonl", "b.jsonl")},
-            "calibration.path must have one value, as there is one source; got 2",
+            "calibration.path must have one value for one source, got 2",
         ),
         (
             {"source": ("pydoc", "file")},
@@ -321,7 +321,7 @@ def test_every_source_can_be_mixed() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "5", "-5", "5-3", "a-b", "0-5-7", "0 - 5", "[0, 5]", "0-5\n"])
-def test_what_is_no_range_of_rows_is_refused(text: str) -> None:
+def test_text_that_is_not_a_range_of_rows_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^calibration\.rows"):
         RowRange.parse(text, "calibration.rows")
 

@@ -61,8 +61,8 @@ def test_looking_for_the_form_of_packing_leaves_the_model_as_it_was() -> None:
 
 def test_a_family_that_cannot_be_packed_is_named() -> None:
     message = (
-        "packing does not work with bloom models and attention eager: samples that share a row do "
-        "not get the logits that they get alone; choose length_grouped or shuffled batches"
+        "packing does not work with bloom models and attention eager: samples in a shared row do "
+        "not get the same logits as alone; use length_grouped or shuffled batches"
     )
     with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         packing_form(tiny_model("bloom"), 32)

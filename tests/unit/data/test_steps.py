@@ -105,9 +105,7 @@ def test_fewer_steps_are_the_first_ones() -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("done", [0, 1, 4, 5, 7])
-def test_iteration_goes_on_after_the_steps_that_were_given_out(
-    order: BatchOrder, done: int
-) -> None:
+def test_iteration_resumes_after_the_steps_that_were_yielded(order: BatchOrder, done: int) -> None:
     first = steps(order=order, batch_size=2)
     whole = list(first)
     assert len(whole) > 7

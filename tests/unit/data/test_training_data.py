@@ -156,7 +156,7 @@ def test_too_few_instructions_are_an_error_of_setup(
     with pytest.raises(ConfigError) as caught:
         data.setup("fit")
     assert str(caught.value) == (
-        "data.num_validation is 20, which with 1 to train on is more than the 20 samples of "
+        "data.num_validation is 20: with 1 for training, more than the 20 samples of "
         f"{samples}; lower data.num_validation"
     )
 
@@ -338,7 +338,7 @@ def test_validation_samples_come_once_in_the_same_micro_batches(data: TrainingDa
     assert sorted(first) == sorted(rows(data.samples.validation))
 
 
-def test_no_validation_samples_are_no_loaders(
+def test_no_validation_samples_give_no_loaders(
     samples: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     assert instruction_data(samples, tokenizer, num_validation=0).val_dataloader() == []

@@ -11,7 +11,7 @@ from grasp_lightning.errors import ConfigError
 BOS, PAD = 256, 258  # of the byte tokenizer
 
 
-def test_windows_run_through_documents_and_seams_are_no_targets(
+def test_windows_run_through_documents_and_seams_are_not_targets(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     windows = pack_windows(["abcde", "", "fgh", "i"], tokenizer, seqlen=3, add_bos=False)

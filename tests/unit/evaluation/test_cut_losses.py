@@ -1,4 +1,4 @@
-"""The divergence of single cuts is that of a model with this cut alone."""
+"""The divergence of a single cut equals the divergence of a model with this cut alone."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def predictions(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return found
 
 
-def test_each_cut_is_measured_by_itself() -> None:
+def test_each_cut_is_measured_alone() -> None:
     found = windows()
     cuts, tensors = decided(found)
     batch, view = found.batch(range(3)), DecoderView(tiny_model())

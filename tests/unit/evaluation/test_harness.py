@@ -21,6 +21,8 @@ from grasp_lightning.reading.typed import as_type, to_plain
 from tests.conftest import byte_tokenizer, tiny_model
 from tests.unit.models.helpers import factorize_layers
 
+pytestmark = pytest.mark.slow  # lm_eval takes seconds to import
+
 NUM_QUESTIONS = 24
 
 
@@ -50,7 +52,7 @@ def run(task_data: Path, **settings: int) -> TaskRun:
     return harness.run(tiny_model(), byte_tokenizer(), "openbookqa")
 
 
-def test_accuracy_is_that_of_the_likeliest_answers(task_data: Path) -> None:
+def test_accuracy_counts_the_likeliest_answers(task_data: Path) -> None:
     result = run(task_data).results["openbookqa"]
     model, tokenizer = tiny_model(), byte_tokenizer()
     correct = []
@@ -118,7 +120,7 @@ def test_numbers_out_of_range_are_refused(settings: dict[str, int], message: str
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no folder; expected <task>/<split>"):
+    with pytest.raises(DataError, match="is not a folder; expected <task>/<split>"):
         Harness(["piqa"], str(tmp_path / "absent"), TaskSettings())
 
 
@@ -153,7 +155,7 @@ def test_documents_that_a_task_cannot_use_are_named_before_a_model_runs(
     assert message in str(caught.value)
 
 
-def test_nan_is_no_accuracy(task_data: Path) -> None:
+def test_nan_is_not_an_accuracy(task_data: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
         next(model.model.layers[2].parameters()).fill_(float("nan"))
@@ -162,7 +164,7 @@ def test_nan_is_no_accuracy(task_data: Path) -> None:
         harness.run(model, byte_tokenizer(), "openbookqa")
 
 
-def test_a_task_s_own_number_of_examples_is_told(
+def test_a_fixed_number_of_examples_is_reported(
     task_data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = task_data / "gsm8k_cot_zeroshot"
@@ -174,7 +176,7 @@ def test_a_task_s_own_number_of_examples_is_told(
     found = harness.run(model, byte_tokenizer(), names[0]).results[names[0]]
     assert "exact_match,strict-match" in found.metrics
     assert found.num_fewshot == 0
-    assert "has its own number of examples, 0, instead of num_fewshot 1" in caplog.text
+    assert "has a fixed number of examples, 0, which replaces num_fewshot 1" in caplog.text
 
 
 def test_data_that_is_only_on_the_hub_says_how_to_go_without(task_data: Path) -> None:
@@ -191,7 +193,6 @@ def test_the_tasks_of_every_shipped_config_exist() -> None:
     Harness(names, None, TaskSettings())
 
 
-@pytest.mark.slow
 def test_lm_eval_s_own_command_line_gives_the_same_accuracies(
     task_data: Path, tmp_path: Path
 ) -> None:

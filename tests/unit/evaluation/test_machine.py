@@ -5,7 +5,7 @@ import torch
 from grasp_lightning.evaluation.machine import describe_machine
 
 
-def test_the_machine_is_told_with_the_threads_that_are_set() -> None:
+def test_the_machine_is_reported_with_the_threads_that_are_set() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -21,10 +21,10 @@ def test_a_single_sample_has_no_error() -> None:
 
 
 @pytest.mark.parametrize(("samples", "reference"), [([], []), ([1.0], [1.0, 0.0])])
-def test_samples_that_are_no_pairs_are_refused(
+def test_samples_that_are_not_pairs_are_refused(
     samples: list[float], reference: list[float]
 ) -> None:
-    with pytest.raises(ValueError, match="expected as many samples as of the reference"):
+    with pytest.raises(ValueError, match="expected as many samples as the reference has"):
         paired_difference(samples, reference)
 
 

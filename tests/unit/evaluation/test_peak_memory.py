@@ -11,7 +11,7 @@ SIZE = 200 * 2**20
 
 
 def hold_for_a_moment() -> None:
-    # New memory from the system: malloc may give what earlier tests have left.
+    # New memory from the system: malloc may return memory that earlier tests freed.
     with mmap.mmap(-1, SIZE) as memory:
         for place in range(0, SIZE, mmap.PAGESIZE):
             memory[place] = 1

@@ -81,7 +81,7 @@ def test_different_documents_are_not_paired() -> None:
     assert paper_mean_difference(SEVEN, others) is None
 
 
-def test_a_metric_that_is_no_mean_over_documents_has_no_paired_difference() -> None:
+def test_a_metric_that_is_not_a_mean_over_documents_has_no_paired_difference() -> None:
     likelihoods = {"perplexity": [-1.0, -2.0, -3.0, -2.0]}
     perplexity = {"perplexity": Estimate(7.39, None)}
     result = replace(RESULT, metrics=perplexity, samples=likelihoods)

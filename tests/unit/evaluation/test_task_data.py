@@ -116,7 +116,7 @@ def test_rows_that_code_reads_must_be_like_the_first(tmp_path: Path) -> None:
         ("[1, 2]", "line 2: expected a JSON object, got [1, 2]"),
     ],
 )
-def test_lines_that_are_no_objects_are_named(tmp_path: Path, line: str, message: str) -> None:
+def test_lines_that_are_not_objects_are_named(tmp_path: Path, line: str, message: str) -> None:
     file = write(tmp_path, "test", ROW, line)
     assert re.search(re.escape(f"{file}, {message}"), refusal(tmp_path))
 
@@ -128,5 +128,5 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 
 def test_tasks_that_load_their_data_by_code_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "test", ROW)
-    with pytest.raises(ConfigError, match="quiz loads its data by its own code"):
+    with pytest.raises(ConfigError, match="quiz loads its data with its own code"):
         local_config("quiz", {"task": "quiz", "class": "Quiz"}, tmp_path, num_fewshot=0)

@@ -38,7 +38,7 @@ def no_bar(items: Sequence[Turn], description: str) -> Iterable[Turn]:
 
 
 def wait_in(model: PreTrainedModel, seconds: Iterable[float]) -> PreTrainedModel:
-    """Let one forward pass after the other wait, and none after the last number."""
+    """Delay one forward pass after the other, and none after the last number."""
     waits = iter(seconds)
     model.register_forward_pre_hook(lambda *_: time.sleep(next(waits, 0.0)))
     return model

@@ -44,7 +44,7 @@ def embedded_shapes(model: PreTrainedModel) -> list[tuple[int, ...]]:
 
 
 def slow_prompts(model: PreTrainedModel, seconds: float) -> None:
-    """Let a forward pass wait if it is given more than one token per sequence."""
+    """Delay a forward pass if it gets more than one token per sequence."""
 
     def wait(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         del module

@@ -41,8 +41,8 @@ def test_more_than_everything_dense_keeps_it_dense() -> None:
 
 def test_budget_below_the_smallest_allocation_is_refused() -> None:
     message = (
-        "the budget must be at least 21, the smallest size that these choices allow, and is of use "
-        "up to 133, got 20.5"
+        "the budget must be at least 21, the smallest size that these choices allow, and at most "
+        "133 is of use, got 20.5"
     )
     choices = [
         GroupChoice("block", [matrix("a")], own_size=5),
@@ -125,10 +125,10 @@ def test_channels_and_ranks_share_a_budget() -> None:
             [ChannelChoice("a", 0, torch.ones(2))],
             "channel_size of a must be positive and finite, got 0",
         ),
-        ([matrix(), matrix()], "matrices and groups need different names, 'a' recurs"),
+        ([matrix(), matrix()], "matrices and groups need distinct names, got 'a' twice"),
         (
             [GroupChoice("a", [matrix()])],
-            "matrices and groups need different names, 'a' recurs",
+            "matrices and groups need distinct names, got 'a' twice",
         ),
         (
             [matrix(squared_singular_values=torch.tensor([1.0, math.nan]))],
@@ -157,15 +157,15 @@ def test_channels_and_ranks_share_a_budget() -> None:
         (
             [GroupChoice("g", [matrix()], removal_loss=math.nan)],
             (
-                "g must have a finite removal_loss or None, got nan, and a finite own_size "
-                "and removed_size from 0 on, got 0.0 and 0.0"
+                "g must have a finite removal_loss or None, got nan, and finite own_size "
+                "and removed_size of at least 0, got 0.0 and 0.0"
             ),
         ),
         (
             [GroupChoice("g", [matrix()], own_size=-1.0)],
             (
-                "g must have a finite removal_loss or None, got None, and a finite own_size "
-                "and removed_size from 0 on, got -1.0 and 0.0"
+                "g must have a finite removal_loss or None, got None, and finite own_size "
+                "and removed_size of at least 0, got -1.0 and 0.0"
             ),
         ),
     ],

@@ -26,7 +26,7 @@ def test_metric_of_the_outputs_decides() -> None:
     torch.testing.assert_close(losses[0], torch.tensor(0.09, dtype=torch.float64))
 
 
-def test_copy_of_another_channel_goes_for_nothing_and_its_weight_moves_over() -> None:
+def test_removing_a_copy_of_another_channel_costs_nothing_and_moves_its_weight() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(3, 50, generator=generator, dtype=torch.float64)
     inputs[2] = 2 * inputs[0]

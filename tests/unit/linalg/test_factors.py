@@ -12,7 +12,7 @@ def svd() -> SVD:
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (0, 3), (3, 0), ()])
-def test_weight_that_is_no_matrix_is_refused_with_its_shape(shape: tuple[int, ...]) -> None:
+def test_weight_that_is_not_a_matrix_is_refused_with_its_shape(shape: tuple[int, ...]) -> None:
     message = (
         f"weight must be a matrix with at least one row and one column, got shape {tuple(shape)}"
     )

@@ -69,7 +69,7 @@ def test_sums_are_float64_and_influence_is_float32(dtype: torch.dtype) -> None:
     assert dtypes == [torch.float64, torch.float64, torch.float32]
 
 
-def test_neighbouring_bfloat16_states_are_told_apart() -> None:
+def test_neighbouring_bfloat16_states_are_distinguished() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 3, 512, generator=generator).bfloat16()
     turned = (hidden * (1 + 0.01 * torch.randn(2, 3, 512, generator=generator))).bfloat16()

@@ -106,7 +106,7 @@ def test_largest_useful_rank_is_the_last_that_saves_parameters(
     assert stays_dense(rank + 1, out_features, in_features)
 
 
-def test_one_ratio_serves_all_shapes_and_the_rest_goes_to_those_cut_short_most() -> None:
+def test_one_ratio_serves_all_shapes_and_the_rest_goes_to_those_rounded_down_most() -> None:
     # Exact ranks at half the parameters: 8, 10.67 and 4; the second is cut short by 0.67.
     shapes = [(32, 32), (32, 64), (16, 16)]
     at_half = 8 * 64 + 10 * 96 + 4 * 32

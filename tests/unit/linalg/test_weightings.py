@@ -35,20 +35,20 @@ eye = torch.eye(3, dtype=torch.float64)
         (
             torch.tensor([[1.0, 0.5], [0.25, 1]]),
             (
-                "gram must be symmetric, two mirrored entries differ by 0.25 where the largest "
+                "gram must be symmetric; two mirrored entries differ by 0.25 where the largest "
                 "entry is 1"
             ),
         ),
         (
             torch.tensor([[1.0, 2], [2, 1]]),
             (
-                "gram must be positive semidefinite, it is indefinite even with 0.0001 added "
+                "gram must be positive semidefinite; it is indefinite even with 0.0001 added "
                 "to its diagonal, whose mean is 1"
             ),
         ),
     ],
 )
-def test_matrix_that_is_no_gram_is_refused(gram: Tensor, message: str) -> None:
+def test_matrix_that_is_not_a_gram_is_refused(gram: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         damped_root(gram, 1e-10)
 
@@ -75,7 +75,7 @@ def test_metric_of_zeros_counts_as_of_mean_one() -> None:
 def test_damping_is_raised_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         root, jitter = damped_cholesky(torch.ones(3, 3), 0)
-    assert caplog.messages == ["damping 0 left a metric indefinite, it was raised to 1e-10"]
+    assert caplog.messages == ["damping 0 left a metric indefinite; it was raised to 1e-10"]
     assert jitter == 1e-10
     torch.testing.assert_close(root @ root.mT, torch.ones(3, 3).double() + 1e-10 * eye)
 
@@ -113,7 +113,7 @@ def test_truncation_prefers_what_the_metric_weighs() -> None:
         (torch.tensor([1.0, math.inf, 1]), "right has entries that are not finite"),
     ],
 )
-def test_tensor_that_is_no_root_is_refused(root: Tensor, message: str) -> None:
+def test_tensor_that_is_not_a_root_is_refused(root: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         weighted_svd(torch.ones(2, 3), None, root)
 

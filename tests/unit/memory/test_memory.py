@@ -1,4 +1,4 @@
-"""The memory model against what torch holds: exact where it counts, close where it estimates."""
+"""The memory forecast against torch: exact where it counts, close where it estimates."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +69,7 @@ def linears_of(view: DecoderView, index: int) -> dict[str, Tensor]:
 
 @contextmanager
 def kept_by_autograd(model: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """Note every tensor that is kept for backward and is no parameter, by its memory."""
+    """Record every tensor other than a parameter that is kept for backward, by its memory."""
     kept: dict[int, Tensor] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -151,7 +151,7 @@ def test_the_widest_mlp_counts() -> None:
     assert model_shape(view).inner == 48
 
 
-def test_dropped_layers_are_gone() -> None:
+def test_dropped_layers_do_not_exist() -> None:
     planned = shape_after(shape(), (DropLayers(layers=(0, 2)),), 1000)
     assert len(planned.layers) == 2
     assert planned.weights == 4000

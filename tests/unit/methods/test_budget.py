@@ -1,4 +1,4 @@
-"""From ``removed_ratio`` and one thing more to layers and ranks; what cannot be is refused."""
+"""From ``removed_ratio`` and one more key to layers and ranks; impossible targets are refused."""
 
 import re
 
@@ -159,7 +159,7 @@ def test_both_ends_of_the_feasible_range_that_a_refusal_prints_can_be_had(
 
 def test_a_model_of_one_layer_has_none_to_delete() -> None:
     view = DecoderView(tiny_model("llama", num_hidden_layers=1))
-    with pytest.raises(ConfigError, match="one decoder layer, none can go"):
+    with pytest.raises(ConfigError, match="only one decoder layer, so none can be removed"):
         predicted(view, MethodConfig(name="drop", removed_ratio=0.2))
 
 
@@ -190,7 +190,7 @@ def test_layers_of_two_sizes_give_a_share_within_the_tolerance_whichever_are_cho
     prediction = predicted(view, MethodConfig(name="grasp", num_layers=1, removed_ratio=0.1))
     for size in (prediction.most, prediction.least):
         assert 1 - size / prediction.dense == pytest.approx(0.1, abs=80 / prediction.dense)
-    # Four small layers would do, but the share must be there for any choice.
+    # Four small layers would suffice, but the share must be reached for any choice.
     solved = predicted(view, MethodConfig(name="grasp", keep_ratio=0.3, removed_ratio=0.25))
     assert solved.most >= solved.least
     assert 1 - solved.most / count_parameters(model) == pytest.approx(0.25, abs=2e-3)

@@ -1,4 +1,4 @@
-"""Schedule ``iterative``: the order of its steps, what they are scored on, and how it goes on."""
+"""Schedule ``iterative``: the order of its steps, what they are scored on, and how it resumes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -176,7 +176,7 @@ def test_magnitude_chooses_the_same_by_either_schedule(family: str) -> None:
     ("family", "keep_ratio", "removed_ratio"),
     [*((family, 0.3, None) for family in FAMILIES), ("llama", None, 0.12)],
 )
-def test_a_run_goes_on_after_every_step_to_the_same_bytes(
+def test_a_run_resumes_after_every_step_to_the_same_bytes(
     family: str, keep_ratio: float | None, removed_ratio: float | None
 ) -> None:
     config = MethodConfig(
@@ -222,7 +222,7 @@ def test_a_linear_that_cannot_get_smaller_stays_and_ends_the_run() -> None:
     plan = compress(view, method, measure, Plan(method=method.name), recorded)
     names = {name.rpartition(".")[2] for name in plan.ranks}
     assert names == {"q_proj", "o_proj"}
-    assert len(recorded.decisions) == 3  # no step for MLP blocks that stay as they are
+    assert len(recorded.decisions) == 3  # no step for unchanged MLP blocks
     assert method.next_step(view, plan) is None
 
 

@@ -1,4 +1,4 @@
-"""The contract of every method: pure decisions, from statistics that could come from anywhere."""
+"""The contract of every method: pure decisions, from statistics of any origin."""
 
 import copy
 from dataclasses import replace
@@ -138,7 +138,7 @@ def test_magnitude_needs_no_pass_and_keeps_the_largest_singular_values() -> None
         assert op.components == tuple(range(op.rank))
 
 
-def test_a_run_goes_on_from_its_plan() -> None:
+def test_a_run_resumes_from_its_plan() -> None:
     whole, plans = DecoderView(tiny_model()), []
     method = build_method(method_config("grasp"), whole)
     final = compress(

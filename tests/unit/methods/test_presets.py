@@ -71,7 +71,7 @@ def test_resolving_twice_changes_nothing() -> None:
         ),
         (
             MethodConfig(name="grasp", num_layers=2, multiple_of=8),
-            "method.multiple_of would be ignored: method grasp scores plain components",
+            "method.multiple_of would be ignored: method grasp scores components of the plain SVD",
         ),
         (
             MethodConfig(name="drop", num_layers=2, multiple_of=8),
@@ -123,7 +123,7 @@ LARGEST = "keeps the largest components"
         ),
     ],
 )
-def test_options_of_another_method_tell_its_name(
+def test_options_of_another_method_name_it(
     config: MethodConfig, keys: str, reason: str, owner: str
 ) -> None:
     with pytest.raises(ConfigError) as error:

@@ -213,7 +213,7 @@ def test_channels_and_ranks_share_the_budget() -> None:
     assert cut.ranks["a"] == 8
 
 
-def test_what_goes_as_a_whole_takes_the_rest_of_its_layer_along() -> None:
+def test_a_removed_layer_includes_the_rest_of_its_parameters() -> None:
     mlp = narrowable("down", num_channels=40)
     layer = Removable(name="layer", layer=1, linears=("a", "up", "down"), parameters=5000)
     # 200 of the parameters of the MLP's channels are biases, which stay.
@@ -308,7 +308,9 @@ def test_the_end_of_the_range_can_be_asked_for(
     ],
 )
 def test_a_budget_that_takes_nothing_is_refused(rule: GlobalRanks) -> None:
-    with pytest.raises(ConfigError, match="removes less than one parameter: nothing would go"):
+    with pytest.raises(
+        ConfigError, match="removes less than one parameter: nothing would be removed"
+    ):
         rule.budget(Budgeted(shapes={"a": (40, 40), "b": (40, 40)}))
 
 

@@ -1,4 +1,4 @@
-"""What several tests of models need: models without weights, and random factors."""
+"""Helpers of several tests of models: models without weights, and random factors."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -67,7 +67,7 @@ def factorize_layers(
 def narrow_layers(
     view: DecoderView, layers: Sequence[int], channels: Sequence[int]
 ) -> tuple[list[Operation], dict[str, Tensor]]:
-    """Operations and weights that keep some channels of all MLPs of some layers as they are."""
+    """Operations and weights that keep some channels of all MLPs of some layers, unchanged."""
     operations, tensors = [], {}
     for layer in layers:
         for mlp in mlps(view, layer):

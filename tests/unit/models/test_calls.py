@@ -47,7 +47,10 @@ def test_linears_that_are_not_called_stay_dense(caplog: pytest.LogCaptureFixture
     names = {name.rpartition(".")[2] for name in view.linears(0)}
     assert names == {"in_proj", "x_proj", "out_proj"}
     assert [record.getMessage() for record in caplog.records if "grasp" in record.name] == [
-        "MambaForCausalLM does not call mixer.dt_proj once per pass: these linears stay as they are"
+        (
+            "MambaForCausalLM does not call mixer.dt_proj once per pass: these linears are left "
+            "unchanged"
+        )
     ]
 
 
@@ -72,7 +75,7 @@ def test_layers_that_share_keys_and_values_cannot_run_one_by_one() -> None:
     with pytest.raises(ModelError) as raised:
         check_independent(view, MethodConfig(refit="residual", removable="layers"))
     assert str(raised.value) == (
-        "decoder layers of Gemma4ForCausalLM hand on more than hidden states, such as keys "
+        "decoder layers of Gemma4ForCausalLM pass on more than hidden states, such as keys "
         "and values, so they cannot be run one by one: set method.refit: none and "
         "method.removable: none"
     )

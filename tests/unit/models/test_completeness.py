@@ -78,13 +78,13 @@ def test_what_is_left_out_of_a_model_with_vision_is_named_with_its_share(
     assert [record.getMessage() for record in caplog.records] == [
         (
             f"{tmp_path.name} is a {type(whole).__name__}, loaded as {loaded_as}: the result is a "
-            f"text-only model, without {left_out} ({share:.1%} of its parameters), and all sizes "
-            f"and shares refer to what is left"
+            f"text-only model without {left_out} ({share:.1%} of its parameters); all sizes and "
+            "shares refer to the loaded part"
         )
     ]
     caplog.clear()
     load_meta_model(cpu(tmp_path), warns=True)
-    assert f"without what else a {type(whole).__name__} has" in caplog.text
+    assert f"without the other parts of a {type(whole).__name__}" in caplog.text
 
 
 def test_an_adapter_is_to_be_merged_first(tiny_folder: Path, tmp_path: Path) -> None:
@@ -93,10 +93,10 @@ def test_an_adapter_is_to_be_merged_first(tiny_folder: Path, tmp_path: Path) -> 
     adapter.save_pretrained(str(tmp_path / "alone"))
 
     text = message(cpu(tiny_folder))
-    assert "tiny-llama has a PEFT adapter beside the model: merge it first, with peft." in text
-    assert ".merge_and_unload(), or move adapter_config.json away" in text
+    assert "tiny-llama has a PEFT adapter next to the model: merge it first, with peft." in text
+    assert ".merge_and_unload(), or move adapter_config.json elsewhere" in text
     text = message(cpu(tmp_path / "alone"))
-    assert "alone is a PEFT adapter without its model: merge it first, with peft." in text
+    assert "alone is a PEFT adapter without its base model: merge it first, with peft." in text
     assert "AutoPeftModelForCausalLM.from_pretrained(" in text
 
 

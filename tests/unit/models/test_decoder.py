@@ -141,7 +141,7 @@ def test_dropping_layers_renumbers_modules_and_config(
 
 
 class Skip(nn.Module):
-    """A decoder layer that returns what it is given, in the form that the family's layers have."""
+    """A decoder layer that returns its input, in the form that layers of the family return."""
 
     def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
@@ -205,7 +205,10 @@ def test_the_cache_of_keys_and_values_works_after_a_drop(family: str) -> None:
     [
         (lambda view: view.layer(4), "no decoder layer 4: the model has layers 0 to 3"),
         (lambda view: view.linears(-1), "no decoder layer -1"),
-        (lambda view: view.layer(1), r"decoder layer 1 was dropped; left are \[0, 2, 3\]"),
+        (
+            lambda view: view.layer(1),
+            r"decoder layer 1 was dropped; the remaining layers are \[0, 2, 3\]",
+        ),
         (lambda view: view.module("model.layers.1.mlp"), "decoder layer 1 was dropped"),
         (
             lambda view: view.module("model.layers.2.nothing"),
@@ -254,7 +257,7 @@ def test_what_a_mixture_of_experts_keeps_is_named_in_one_warning(
     assert ", ".join(SKIPPED[family].split()) in message
 
 
-def test_dense_layers_beside_sparse_ones_are_offered_whole(
+def test_dense_layers_next_to_sparse_ones_are_offered_whole(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     view = DecoderView(tiny_model("qwen3_moe", mlp_only_layers=[1]))
@@ -280,7 +283,7 @@ def test_experts_that_are_many_small_linears_are_left_out_with_their_router() ->
     assert view.skipped(3) == ("model.layers.3.router",)
 
 
-def test_convolutions_are_no_experts() -> None:
+def test_convolutions_are_not_experts() -> None:
     model = tiny_model()
     model.get_submodule("model.layers.2.mlp").add_module("conv", nn.Conv1d(4, 4, 3))
     assert len(DecoderView(model).linears(2)) == 7
@@ -305,7 +308,7 @@ def test_layers_that_compute_with_their_number_cannot_be_dropped() -> None:
     [
         (
             without_linears,
-            "LlamaForCausalLM is a model without linears in its layers",
+            "LlamaForCausalLM has no linears in its layers",
         ),
         (
             lambda: T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=2)),

@@ -77,7 +77,7 @@ def test_dropped_layers_stay_dropped() -> None:
     assert count_parameters(model) == count_parameters(tiny_model()) - layer
 
 
-def test_biases_are_kept_as_they_are() -> None:
+def test_biases_are_kept_unchanged() -> None:
     model = compressed("opt")
     before = {name: module.left.bias for name, module in low_rank_linears(model).items()}
     assert all(bias is not None for bias in before.values())
@@ -94,7 +94,7 @@ def test_the_product_is_rounded_once_to_the_dtype_of_the_factors(dtype: torch.dt
     weight = linear(model, UP).weight
     assert weight.dtype == dtype
     assert weight.is_contiguous()
-    # Half a unit in the last place, and what the sum may have lost before.
+    # Half a unit in the last place, plus the error of the sum before.
     lost = 1e-14 if dtype == torch.float64 else 1e-7
     error = (weight.double() - exact).abs()
     assert (error <= exact.abs() * torch.finfo(dtype).eps * 0.51 + lost).all()
@@ -139,7 +139,9 @@ def test_an_overflow_names_the_linear_and_changes_nothing() -> None:
 
 
 def test_a_model_without_factors_is_refused() -> None:
-    with pytest.raises(ModelError, match="LlamaForCausalLM has no low-rank linears"):
+    with pytest.raises(
+        ModelError, match="LlamaForCausalLM has neither low-rank nor narrowed linears"
+    ):
         densify(tiny_model())
 
 
@@ -213,10 +215,12 @@ def test_biases_are_filled_up_with_zeros_and_that_of_the_reader_is_kept(family: 
             assert not new[2:].any()
 
 
-def test_a_narrowed_linear_without_a_reader_beside_it_is_named() -> None:
+def test_a_narrowed_linear_without_a_reader_in_its_module_is_named() -> None:
     model = tiny_model()
     model.set_submodule(UP, NarrowedLinear(32, 20, bias=False))
-    with pytest.raises(ModelError, match=f"{UP} has 20 of 48 outputs, but no linear beside it"):
+    with pytest.raises(
+        ModelError, match=f"{UP} has 20 of 48 outputs, but no linear in the same module"
+    ):
         densify(model)
     assert list(narrowed_linears(model)) == [UP]
 

@@ -110,7 +110,7 @@ def test_a_share_of_zero_is_the_plain_cross_entropy() -> None:
     assert torch.equal(losses, next_token_losses(student, input_ids, targets))
 
 
-def test_divergence_goes_from_the_teacher_to_the_student() -> None:
+def test_divergence_is_from_the_teacher_to_the_student() -> None:
     """A single word that the teacher is sure of, and to which the student gives a quarter."""
     student = torch.zeros(1, 2, 4)
     teacher = torch.zeros(1, 2, 4)

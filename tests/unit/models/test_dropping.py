@@ -1,4 +1,4 @@
-"""Which layers a model can do without, as the layers that are left really behave."""
+"""Which layers a model can lose, by the actual behaviour of the remaining layers."""
 
 import re
 from typing import Any

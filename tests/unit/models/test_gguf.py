@@ -109,16 +109,16 @@ def test_a_gguf_file_cut_short_anywhere_is_one_line(
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(content[: int(len(content) * share)])
 
-    assert "is no complete GGUF file" in message(cpu(cut))
-    with pytest.raises(ModelError, match="is no complete GGUF file"):
+    assert "is not a complete GGUF file" in message(cpu(cut))
+    with pytest.raises(ModelError, match="is not a complete GGUF file"):
         load_meta_model(cpu(cut))
 
 
-def test_bytes_that_are_no_gguf_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_not_gguf_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "text.gguf"
     file.write_bytes(b"not a model " * 1000)
 
-    assert "is no complete GGUF file" in message(cpu(file))
+    assert "is not a complete GGUF file" in message(cpu(file))
 
 
 def test_a_missing_gguf_package_says_how_to_get_it(

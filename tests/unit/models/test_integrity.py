@@ -19,7 +19,7 @@ def test_infinity_counts_as_not_finite() -> None:
 @pytest.mark.parametrize(
     ("dtype", "weight", "output"),
     [
-        (torch.float32, "the checkpoint is damaged; fetch it again", "check the checkpoint"),
+        (torch.float32, "the checkpoint is damaged; download it again", "check the checkpoint"),
         (
             torch.bfloat16,
             (

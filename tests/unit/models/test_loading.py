@@ -27,7 +27,7 @@ LLAMA2_7B = {
 
 
 def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Replace, add or (None) delete tensors of a saved model; ``__`` in a name stands for a dot."""
+    """Replace, add or (None) delete tensors of a saved model; ``__`` in a name means a dot."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for name, tensor in changes.items():
@@ -111,8 +111,8 @@ def test_licence_is_read_from_the_front_matter_only(
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("~nouser/x", "~nouser/x: there is no home folder of ~nouser"),
-        ("a\0b", "'a\\x00b' is no path: embedded null byte"),
+        ("~nouser/x", "~nouser/x: ~nouser has no home folder"),
+        ("a\0b", "'a\\x00b' is not a path: embedded null byte"),
         ("x" * 300, "File name too long"),
         ("https://me:secret@host/a/b", "no such file or folder: https://***@host/a/b"),
         ("ssh://token@host/a b", "no such file or folder: ssh://***@host/a b"),
@@ -187,7 +187,7 @@ def test_keys_without_effect_are_refused(tiny_folder: Path) -> None:
 
 
 def test_a_folder_without_config_names_what_it_lacks(tmp_path: Path) -> None:
-    assert message(cpu(tmp_path)).endswith("is no model folder, it has no config.json")
+    assert message(cpu(tmp_path)).endswith("is not a model folder: it has no config.json")
     (tmp_path / "x.gguf").touch()
     assert message(cpu(tmp_path)).endswith("it has x.gguf: set model.gguf_file")
 
@@ -231,8 +231,8 @@ class Harmful:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (pickle.dumps({"a": Harmful()}), "no tensors of torch, or more than these, which may run"),
-        (b"<html>not found</html>", "no tensors of torch, or more than these, which may run"),
+        (pickle.dumps({"a": Harmful()}), "not a torch file, or it has objects other than tensors"),
+        (b"<html>not found</html>", "not a torch file, or it has objects other than tensors"),
         (b"", "EOFError"),
     ],
 )
@@ -245,22 +245,28 @@ def test_a_pickle_or_a_foreign_file_is_not_opened(
     text = message(cpu(tiny_folder))
 
     assert text.startswith(f"cannot load tiny-llama: pytorch_model.bin is damaged: {reason}")
-    assert text.endswith("; fetch it again")
+    assert text.endswith("; download it again")
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"weight_map": {"a": "/etc/passwd"}}, "names '/etc/passwd'; expected files beside it"),
-        ({"weight_map": {"a": "../a.safetensors"}}, "names '../a.safetensors'; expected files"),
-        ({"weight_map": {"a": 3}}, "names 3; expected files beside it"),
+        (
+            {"weight_map": {"a": "/etc/passwd"}},
+            "names '/etc/passwd'; expected names of files next to it",
+        ),
+        (
+            {"weight_map": {"a": "../a.safetensors"}},
+            "names '../a.safetensors'; expected names of files",
+        ),
+        ({"weight_map": {"a": 3}}, "names 3; expected names of files next to it"),
         ({"weight_map": {"a": "b.safetensors"}}, "b.safetensors cannot be read: No such file"),
         ({}, "lacks its metadata or weight_map"),
         ("{", "is not JSON"),
     ],
 )
-def test_an_index_names_files_beside_it(
+def test_an_index_names_files_next_to_it(
     tiny_folder: Path, content: dict[str, object] | str, reason: str
 ) -> None:
     (tiny_folder / "model.safetensors").unlink()
@@ -277,14 +283,14 @@ def test_a_link_to_nothing_and_a_fifo_are_named(tiny_folder: Path) -> None:
 
     assert message(cpu(tiny_folder)) == (
         "cannot load tiny-llama: model.safetensors cannot be read: a link to /nowhere/weights, "
-        "which does not exist; fetch it again"
+        "which does not exist; download it again"
     )
     file.unlink()
     os.mkfifo(file)
     assert "is a FIFO; expected a file" in message(cpu(tiny_folder))
 
 
-def test_a_shard_beside_its_index_is_loaded(tiny_folder: Path) -> None:
+def test_a_shard_next_to_its_index_is_loaded(tiny_folder: Path) -> None:
     tiny_model().save_pretrained(tiny_folder, max_shard_size="20kB")
     (tiny_folder / "model.safetensors").unlink(missing_ok=True)
 
@@ -296,7 +302,7 @@ def test_a_shard_beside_its_index_is_loaded(tiny_folder: Path) -> None:
     assert loaded.origin.source_bytes == sum(file.stat().st_size for file in shards)
 
 
-def test_a_model_that_is_no_language_model_is_one_line(tiny_folder: Path) -> None:
+def test_a_model_that_is_not_a_language_model_is_one_line(tiny_folder: Path) -> None:
     (tiny_folder / "config.json").write_text('{"model_type": "vit"}')
 
     text = message(cpu(tiny_folder))
@@ -317,7 +323,7 @@ def test_a_checkpoint_that_lacks_a_weight_never_runs_with_random_values(tiny_fol
 
     assert message(cpu(tiny_folder)) == (
         "the checkpoint of tiny-llama lacks weights: model.layers.2.mlp.up_proj.weight; "
-        "it does not fit its own config.json"
+        "it does not match its config.json"
     )
 
 
@@ -380,7 +386,7 @@ def test_a_weight_that_is_not_finite_is_named(tiny_folder: Path) -> None:
     text = message(cpu(tiny_folder), NumericsError)
 
     assert text.startswith(
-        "weight model.layers.3.mlp.up_proj.weight holds NaN or infinity (1 of 1536 values): "
+        "weight model.layers.3.mlp.up_proj.weight contains NaN or infinity (1 of 1536 values): "
     )
 
 

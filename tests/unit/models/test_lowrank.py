@@ -71,8 +71,8 @@ def test_transformers_finds_config_and_quantizer_by_name() -> None:
 
 
 @pytest.mark.parametrize("rank", [-1, 2.0, "3", True, None])
-def test_a_rank_that_is_no_integer_from_0_on_is_named(rank: object) -> None:
-    with pytest.raises(ValueError, match=r"rank of a\.b must be an integer from 0 on, got"):
+def test_a_rank_that_is_not_an_integer_of_at_least_0_is_named(rank: object) -> None:
+    with pytest.raises(ValueError, match=r"rank of a\.b must be an integer of at least 0, got"):
         GraspConfig({"a.b": rank})  # type: ignore[dict-item]  # what a config.json may hold
 
 
@@ -159,13 +159,13 @@ def test_shapes_of_narrowed_linears_stand_in_the_config_only_where_there_are_som
 
 
 @pytest.mark.parametrize("shape", [[3], [3, 0], [3, 2.0], [3, True], [3, 4, 5], 3, "34", None])
-def test_a_shape_that_is_no_pair_of_positive_integers_is_named(shape: object) -> None:
+def test_a_shape_that_is_not_a_pair_of_positive_integers_is_named(shape: object) -> None:
     with pytest.raises(ValueError, match=r"shape of a\.b must be two positive integers, got"):
         GraspConfig(shapes={"a.b": shape})  # type: ignore[dict-item]  # what config.json may hold
 
 
 def test_a_linear_has_a_rank_or_a_shape() -> None:
-    with pytest.raises(ValueError, match=r"a\.b has a rank and a shape"):
+    with pytest.raises(ValueError, match=r"a\.b has both a rank and a shape"):
         GraspConfig({"a.b": 3}, shapes={"a.b": [3, 4]})
 
 

@@ -1,4 +1,4 @@
-"""Which MLPs can be narrowed, and that a narrowed one computes what is left of the whole one."""
+"""Which MLPs can be narrowed, and that a narrowed MLP computes with the kept channels only."""
 
 from collections.abc import Callable
 

@@ -93,7 +93,7 @@ def test_only_the_vocabulary_is_drawn() -> None:
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
     ids = torch.tensor([999])
-    with pytest.raises(ModelError, match="token 999, but the model knows 260 tokens"):
+    with pytest.raises(ModelError, match="token 999, but the model has only 260 tokens"):
         sample_text(tiny_model(), 1, 4, starts=ids, vocabulary=ids, seed=0)
 
 

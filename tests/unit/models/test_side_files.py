@@ -71,7 +71,7 @@ def test_links_are_not_followed_out_of_the_folder(
     assert not (copy / "away.json").exists()
     assert (copy / "here.json").read_text() == "original/params.json"
     (text,) = caplog.messages
-    assert text == "not copied, since these are links out of the source's folder: away.json"
+    assert text == "not copied, because these are links that leave the source folder: away.json"
 
 
 def test_links_of_the_hubs_cache_are_followed(source: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_links_of_the_hubs_cache_are_followed(source: Path, tmp_path: Path) -> N
     assert (copy / "LICENSE").read_text() == "LICENSE"
 
 
-def test_a_file_that_is_gone_is_named(source: Path, tmp_path: Path) -> None:
+def test_a_missing_file_is_named(source: Path, tmp_path: Path) -> None:
     files = side_files(source)
     (source / "LICENSE").unlink()
 

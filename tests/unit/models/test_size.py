@@ -91,7 +91,7 @@ def test_a_transposed_linear_counts_before_and_after() -> None:
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_experts_and_routers_are_no_decoder_linears(family: str) -> None:
+def test_experts_and_routers_are_not_decoder_linears(family: str) -> None:
     view = DecoderView(tiny_model(family))
     attention = [
         parameter.numel()

@@ -181,12 +181,12 @@ BAD: list[tuple[Sequence[Operation], str]] = [
     ([narrow(writers=())], f"the MLP of {DOWN}: expected other linears"),
     ([narrow(writers=(UP, UP))], f"the MLP of {DOWN}: expected other linears"),
     ([narrow(writers=(DOWN, UP))], f"the MLP of {DOWN}: expected other linears"),
-    ([narrow(writers=("model.layers.2.mlp.up_proj",))], f"not in one module with {DOWN}"),
-    ([narrow(UP, (GATE, DOWN))], "its 48 outputs are no multiple of the 32 channels that"),
+    ([narrow(writers=("model.layers.2.mlp.up_proj",))], f"not in the same module as {DOWN}"),
+    ([narrow(UP, (GATE, DOWN))], "its 48 outputs are not a multiple of the 32 channels that"),
     ([narrow(channels=())], f"keeps 0 channels of {DOWN}: it must keep from 1 to 47"),
     ([narrow(channels=range(48))], f"keeps 48 channels of {DOWN}"),
-    ([narrow(channels=(1, 0))], f"keeps channels of {DOWN} that are not ascending"),
-    ([narrow(channels=(1, 1))], f"keeps channels of {DOWN} that are not ascending"),
+    ([narrow(channels=(1, 0))], f"keeps channels of {DOWN} that are not in ascending order"),
+    ([narrow(channels=(1, 1))], f"keeps channels of {DOWN} that are not in ascending order"),
     ([narrow(channels=(-1, 1))], "must be from 0 to 47, the plan keeps -1 to 1"),
     ([narrow(channels=(1, 48))], "must be from 0 to 47, the plan keeps 1 to 48"),
 ]
@@ -237,7 +237,7 @@ def test_a_linear_is_factorized_once_only() -> None:
     apply_operations(view, [factorize()], tensors)
     with pytest.raises(PlanError, match="expected a Linear, the model has LowRankLinear"):
         apply_operations(view, [factorize()], tensors)
-    with pytest.raises(PlanError, match="or of a linear that is low-rank already"):
+    with pytest.raises(PlanError, match="or was already replaced by factors"):
         apply_operations(view, [factorize(f"{UP}.left", rank=1)], {})
 
 
@@ -340,7 +340,7 @@ def test_a_narrowed_linear_cannot_be_replaced_again() -> None:
     view = DecoderView(tiny_model())
     apply_operations(view, [narrow()], random_factors(view, [narrow()]))
     for operation in (factorize(), narrow(channels=(0, 1))):
-        with pytest.raises(PlanError, match="is narrowed already"):
+        with pytest.raises(PlanError, match="was already replaced by factors or narrowed"):
             apply_operations(view, [operation], {})
 
 

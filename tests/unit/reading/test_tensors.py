@@ -1,4 +1,4 @@
-"""Files of tensors: what is cut, empty or foreign is one line."""
+"""Files of tensors: a truncated, empty or foreign file is one line."""
 
 import pickle
 import struct
@@ -22,7 +22,7 @@ READERS: list[Callable[..., Any]] = [read_tensors, read_metadata, read_checkpoin
 
 
 class Foreign:
-    """What a pickle may not make."""
+    """An object that a pickle must not create."""
 
 
 def damaged_files() -> dict[str, bytes]:

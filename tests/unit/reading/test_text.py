@@ -1,4 +1,4 @@
-"""Paths, text, YAML and JSON: whatever is wrong with them is one line."""
+"""Paths, text, YAML and JSON: every error is one line."""
 
 import os
 import socket
@@ -20,11 +20,11 @@ from grasp_lightning.reading.yaml_text import parse_yaml, read_yaml
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("~nouser/x", "key: ~nouser/x: there is no home folder of ~nouser"),
-        ("a\0b", "key: 'a\\x00b' is no path: embedded null byte"),
+        ("~nouser/x", "key: ~nouser/x: ~nouser has no home folder"),
+        ("a\0b", "key: 'a\\x00b' is not a path: embedded null byte"),
         ("a" * 300, "File name too long"),
         ("a/" * 5000, "File name too long"),
-        ("\ud800", "key: '\\ud800' is no path"),
+        ("\ud800", "key: '\\ud800' is not a path"),
     ],
 )
 def test_a_path_that_no_file_can_have_is_one_line(text: str, expected: str) -> None:
@@ -62,7 +62,7 @@ def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
 
 
 def bomb() -> str:
-    """Some lines whose aliases of aliases stand for a million values."""
+    """Some lines whose aliases of aliases expand to a million values."""
     lists = [f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 10)}]" for i in range(1, 7)]
     return "\n".join(["k0: &k0 0", *lists])
 
@@ -75,10 +75,10 @@ def bomb() -> str:
         ("b: 1\na: 0x" + "f" * 5000, "a number of 20000 bits in line 2"),
         ("a: 2020-13-45", "month must be in 1..12"),
         ("a: 1\nb:\n  c: 1\n  d: 2\n  c: 3", "line 5: the key c is given twice"),
-        ("a: 1\n1: 2", "line 2: the key 1 is no text; quote it"),
-        ("on: 1", "line 1: the key on is no text; quote it"),
-        ("[a]: 1", "line 1: the key a list or section is no text; quote it"),
-        ("a: &x [*x]", "aliases counted as what they are"),
+        ("a: 1\n1: 2", "line 2: the key 1 is not text; quote it"),
+        ("on: 1", "line 1: the key on is not text; quote it"),
+        ("[a]: 1", "line 1: the key a list or section is not text; quote it"),
+        ("a: &x [*x]", "counting every use of an alias"),
         (bomb(), "more than 100000 values"),
         ("a: !!int x", "invalid literal"),
         ("a: !!int ''", "not valid YAML: "),
@@ -121,8 +121,8 @@ def test_cards_of_others_may_have_keys_that_ours_may_not() -> None:
     [
         ("[" * 100_000, "plan.json is not JSON (maximum recursion depth exceeded"),
         ("1" * 5000, "Exceeds the limit (4300 digits)"),
-        ("[NaN]", "plan.json is not JSON (NaN is no number); write it again"),
-        ("[-Infinity]", "-Infinity is no number"),
+        ("[NaN]", "plan.json is not JSON (NaN is not a number); write it again"),
+        ("[-Infinity]", "-Infinity is not a number"),
         ("{", "plan.json is not JSON (Expecting property name"),
         ('{\n"a": }', "in line 2)"),
     ],

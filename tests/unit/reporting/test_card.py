@@ -49,11 +49,11 @@ def test_front_matter_is_what_the_hub_reads() -> None:
     }
 
 
-def test_card_tells_what_was_done_and_what_it_cost() -> None:
+def test_card_says_what_was_done_and_what_it_cost() -> None:
     text = card()
     for expected in (
         "56 linears in decoder layers 17, 19-24, 26",
-        "19.0% of all parameters are gone",
+        "19.0% of all parameters were removed",
         "`keep_ratio: 0.1`",
         "`pydoc`, 64 windows of 256 tokens",
         "| parameters | 134,515,008 | 109,013,760 | -19.0% |",
@@ -72,7 +72,7 @@ def test_low_rank_layers_need_the_package_or_remote_code() -> None:
     assert "trust_remote_code=True" in card()
 
 
-def test_narrowed_mlps_are_counted_beside_low_rank_linears() -> None:
+def test_narrowed_mlps_are_counted_apart_from_low_rank_linears() -> None:
     text = card(narrowing_metrics(), plan=narrowing_plan())
     assert "decoder layers 3, 5 have\n1 low-rank linear, 2 narrowed MLPs, and 19.0% of" in text
     assert "open the low-rank layers" in text
@@ -92,7 +92,7 @@ def test_a_model_with_dropped_layers_needs_transformers_only() -> None:
     assert front_matter(text)["tags"] == ["grasp", "compressed", "layer-pruning"]
 
 
-def test_what_went_as_a_whole_is_named() -> None:
+def test_what_is_removed_entirely_is_named() -> None:
     options = {"removable": "layers_and_blocks"}
     blocks = [
         RemoveBlock(block=f"model.layers.{index}.{kind}", modules=(f"model.layers.{index}.x",))
@@ -100,15 +100,14 @@ def test_what_went_as_a_whole_is_named() -> None:
     ]
     plan = Plan(method="grasp_plus", options=options, operations=tuple(blocks))
     text = card(narrowing_metrics(), plan=plan)
-    assert ": the attention of layers 3, 5, the MLP of layer 4 went as a whole, and" in " ".join(
-        text.split()
-    )
+    removed = "Removed entirely: the attention of layers 3, 5, the MLP of layer 4. In total,"
+    assert removed in " ".join(text.split())
     assert "open the low-rank layers" in text
     assert "only drops layers" not in text
     assert front_matter(text)["tags"] == ["grasp", "compressed", "low-rank"]
     plan = replace(plan, operations=(DropLayers(layers=(7, 8)),))
     text = card(narrowing_metrics(), plan=plan)
-    assert ": layers 7-8 went as a whole" in " ".join(text.split())
+    assert ". Removed entirely: layers 7-8. In total," in " ".join(text.split())
     assert "transformers alone opens it" in text
 
 
@@ -125,7 +124,7 @@ def test_a_local_model_shows_no_path_and_no_base_model(origin_name: str) -> None
         assert f"`{private}" not in text
 
 
-def test_a_gguf_file_in_a_folder_is_no_hub_name() -> None:
+def test_a_gguf_file_in_a_folder_is_not_a_hub_name() -> None:
     assert "base_model" not in front_matter(card(origin_name="folder/model.Q4_1.gguf"))
 
 
@@ -154,14 +153,14 @@ def test_all_sources_of_a_mixture_are_named_with_their_windows_and_conditions() 
     assert "secret" not in text
     assert (
         "Calibration text: `wikitext2` (8), a local file (2), a local file of instructions (2), "
-        "`alpaca` (2), text that the base model wrote (2), 16 windows of 8 tokens."
+        "`alpaca` (2), text that the base model generated (2), 16 windows of 8 tokens."
     ) in text
     assert (
-        "Conditions of that text: `wikitext2` CC BY-SA 3.0 and GFDL; `alpaca` CC BY-NC 4.0."
+        "Terms of use of that text: `wikitext2` CC BY-SA 3.0 and GFDL; `alpaca` CC BY-NC 4.0."
     ) in text
     alone = card(config={"calibration": {"source": "self", "num_samples": 2, "seqlen": 8}})
-    assert "Calibration text: text that the base model wrote, 2 windows of 8 tokens." in alone
-    assert "Conditions of" not in alone
+    assert "Calibration text: text that the base model generated, 2 windows of 8 tokens." in alone
+    assert "Terms of use of" not in alone
 
 
 def test_times_of_the_run_do_not_change_the_card() -> None:
@@ -179,7 +178,7 @@ def test_a_licence_that_the_hub_does_not_know_gets_a_name_and_a_link() -> None:
 def test_an_unknown_licence_is_not_invented() -> None:
     text = card(licence=None, licence_files=[])
     assert "license" not in front_matter(text)
-    assert "licence of the base model is not known" in text
+    assert "does not know the licence of the base model" in text
     assert "Its text is in" not in text
 
 

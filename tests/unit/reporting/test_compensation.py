@@ -159,19 +159,19 @@ def test_table_prints_every_row_and_what_was_measured() -> None:
     for row in comparison_rows(example_compensation()):
         for cell in row:
             assert cell in text
-    assert "lora on instruction data, 100 steps, 9.8 M trainable parameters" in text
+    assert "LoRA on instruction data, 100 steps, 9.8 M trainable parameters" in text
     assert "16,352 predicted tokens of held-out text" in text
     assert "312,345 predicted tokens of samples set aside" in text
 
 
-def test_notes_tell_what_became_of_the_samples_and_which_weights_are_kept() -> None:
+def test_notes_say_how_samples_were_used_and_which_weights_are_kept() -> None:
     metrics = example_compensation(
         best_step=75, samples={"strange_ones": 3, "train": 1200, "cut": 0}
     )
     trained, samples, kept = comparison_notes(metrics)[2:]
     assert trained.startswith("Trained on alpaca (yahma/alpaca-cleaned): 498,765 predicted tokens")
     assert trained.endswith("in 100 steps, 0.0643 epochs.")
-    assert samples == "Samples: 1,200 to train on, 3 strange ones."
+    assert samples == "Samples: 1,200 for training, 3 strange ones."
     assert kept == "The weights after step 75 are kept."
 
 
@@ -186,15 +186,15 @@ def test_what_was_not_measured_is_said_so() -> None:
     ("changes", "start"),
     [
         ({"train": "factors", "objective": "text"}, "factor training on text, 100 steps"),
-        ({"train": "lora_on_factors", "steps": 1}, "lora of the factors on instruction data, 1 s"),
-        ({"objective": "distill"}, "lora on what a teacher predicts, 100 steps"),
+        ({"train": "lora_on_factors", "steps": 1}, "LoRA on the factors on instruction data, 1 s"),
+        ({"objective": "distill"}, "LoRA on a teacher's predictions, 100 steps"),
     ],
 )
 def test_summary_names_what_is_trained_on_what(changes: dict, start: str) -> None:
     assert summary(example_compensation(**changes)).startswith(start)
 
 
-def test_brackets_in_a_model_name_are_printed_as_they_are() -> None:
+def test_brackets_in_a_model_name_are_printed_unchanged() -> None:
     assert "evil[/bold][red]name" in printed(example_compensation(model="evil[/bold][red]name"))
 
 
@@ -212,7 +212,7 @@ def test_plot_is_well_formed_svg_with_words() -> None:
 def test_title_of_the_plot_is_about_the_weights_that_are_kept() -> None:
     plot = training_plot(example_history(), kept_step=25)
     assert "to 2.008 nats per predicted token in 25 steps" in plot.title
-    assert "Dashed: step 25" in plot.explanation
+    assert "Dashed line: step 25" in plot.explanation
 
 
 @pytest.mark.parametrize(
@@ -246,20 +246,20 @@ def html() -> str:
     return render_compensation_report(example_compensation(), CONFIG)
 
 
-def test_page_tells_numbers_settings_times_and_versions(html: str) -> None:
+def test_page_shows_numbers_settings_times_and_versions(html: str) -> None:
     text = Page(html).text
     for expected in (
         "Compensation report",
         "SmolLM2-135M-Instruct",
-        "lora on instruction data, 100 steps",
+        "LoRA on instruction data, 100 steps",
         "x 0.75",
         "9.0% of the model's size",
         "0.0643 epochs, 498,765 tokens",
         "alpaca (yahma/alpaca-cleaned)",
-        "49,732 to train on",
+        "49,732 for training",
         "micro_batch_size: 4",
         "13 min 32 s",
-        "3.10 GB at its peak",
+        "peak memory 3.10 GB",
         "2.13.0+cpu",
     ):
         assert expected in text
@@ -305,7 +305,7 @@ def test_later_measurements_have_their_sections() -> None:
     for expected in ("perplexity, wikitext2", "31.25", "prefill, 128 tokens", "1,024", "1.25"):
         assert expected in text
     assert "Throughput of the compensated model" in text
-    assert "Ratio: to dense" in text
+    assert "Ratio: relative to dense" in text
 
 
 def test_an_almost_empty_run_still_renders() -> None:
@@ -370,7 +370,7 @@ def sections(text: str) -> list[str]:
     return re.findall(r"^## (.*)$", text, re.MULTILINE)
 
 
-def test_card_keeps_the_compressed_model_s_card_and_tells_of_the_training() -> None:
+def test_card_keeps_the_compressed_model_s_card_and_describes_the_training() -> None:
     source, text = compressed_card(), card(compressed_card())
     expected = sections(source)
     expected.insert(expected.index("How to load"), "Compensation")
@@ -385,7 +385,7 @@ def test_card_keeps_the_compressed_model_s_card_and_tells_of_the_training() -> N
         "LoRA adapters (rank 8, alpha 16.0, dropout 0.05) on all linears of the decoder layers",
         "`instruction`, instructions and their answers",
         "`alpaca (yahma/alpaca-cleaned)`, at most 256 tokens each. Licence of the data: `CC-BY",
-        "Samples: 49,732 to train on, 2,000 to validate on",
+        "Samples: 49,732 for training, 2,000 for validation",
         "100 steps, 0.0643 epochs, batch size 32, learning rate 0.0003, schedule linear",
         "| perplexity | 41.02 | 30.76 | x 0.75 |",
         "| validation loss | 2.650 | 1.756 | -0.894 |",
@@ -395,7 +395,7 @@ def test_card_keeps_the_compressed_model_s_card_and_tells_of_the_training() -> N
     assert "not trained after" not in text
 
 
-def test_licence_of_the_data_stands_beside_that_of_the_base_model() -> None:
+def test_licence_of_the_data_is_next_to_that_of_the_base_model() -> None:
     _, licences = card(compressed_card()).split("## Licence\n")
     licences, _ = licences.split("## Citation")
     assert "base model's licence is `Apache-2.0`" in licences
@@ -406,7 +406,10 @@ def test_licence_of_the_data_stands_beside_that_of_the_base_model() -> None:
 def test_an_unknown_licence_of_the_data_is_not_invented(source: str | None) -> None:
     text = card(source, example_compensation(data_licence=None))
     assert "Licence of the data: not known." in text
-    assert "The licence of the training data, `alpaca (yahma/alpaca-cleaned)`, is not known" in text
+    told = (
+        "does not know the licence of the training data, `alpaca (yahma/alpaca-cleaned)`, so look"
+    )
+    assert told in text
 
 
 def test_front_matter_keeps_what_it_says_and_gains_tag_and_data_set() -> None:
@@ -505,10 +508,10 @@ def test_a_second_compensation_has_a_section_of_its_own() -> None:
             {"rank": 4, "targets": ("q_proj", "v_proj")},
             "(rank 4) on `q_proj`, `v_proj`, merged",
         ),
-        ({"best_step": 75}, {}, "Weights: those after step 75."),
+        ({"best_step": 75}, {}, "Weights: from step 75."),
     ],
 )
-def test_card_tells_what_was_trained(changes: dict, lora: dict, expected: str) -> None:
+def test_card_says_what_was_trained(changes: dict, lora: dict, expected: str) -> None:
     text = card(None, example_compensation(**changes), config={**CONFIG, "lora": lora})
     assert expected in text
 

@@ -46,7 +46,7 @@ def test_differences_are_paired_and_to_the_first_model() -> None:
     assert found["parameters"] == ("10", "10")
 
 
-def test_what_one_model_lacks_is_told() -> None:
+def test_what_one_model_lacks_is_reported() -> None:
     found = rows(evaluation("a", {"piqa": RESULT}, 10.0), evaluation("b", {}, 10.0))
     assert found["piqa, acc"][1] == "not measured"
     assert "mean of the seven, acc" not in found
@@ -87,7 +87,7 @@ def test_the_report_s_rows_come_from_plain_values() -> None:
     ]
 
 
-def test_numbers_that_are_no_shares_are_printed_as_they_are() -> None:
+def test_numbers_that_are_not_shares_are_printed_unchanged() -> None:
     metrics = {"word_perplexity": Estimate(25.3, None), "bits_per_byte": Estimate(0.87, 0.012)}
     text = TaskResult(metrics=metrics, num_samples=1, documents="abc")
     found = rows(evaluation("a", {"wikitext": text}, 10.0))

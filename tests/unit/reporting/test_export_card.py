@@ -44,14 +44,14 @@ def compressed_card(origin_name: str) -> str:
     )
 
 
-def test_the_card_says_that_nothing_is_gained() -> None:
+def test_the_card_says_that_the_copy_is_not_smaller() -> None:
     text = card()
     for expected in (
-        "**There is no gain in size or speed**",
+        "**This copy is neither smaller nor faster**",
         "| parameters | 109,013,760 | 134,515,008 |",
         "The factors of\n56 linears",
         "Weights are stored in bfloat16.",
-        "`C.md`, the compressed model's own card",
+        "The card of the compressed model, `C.md`,",
         "Its text is in `LICENSE`, `NOTICE`.",
     ):
         assert expected in text
@@ -61,7 +61,7 @@ def test_the_card_says_that_nothing_is_gained() -> None:
 def test_narrowed_linears_are_named_apart() -> None:
     text = card(num_narrowed=6)
     assert "factors of 56 linears are multiplied" in text
-    assert "6 narrowed linears are filled up with zeros" in text
+    assert "6 narrowed linears are padded with zeros" in text
     assert "factors" not in card(num_linears=0, num_narrowed=6)
     assert "zeros" not in card()
 
@@ -77,11 +77,11 @@ def test_front_matter_names_base_model_and_licence() -> None:
     assert "base_model" not in front_matter(card("llama"))
 
 
-def test_what_is_not_known_is_said_so() -> None:
+def test_unknown_facts_are_stated() -> None:
     text = card(licence=None, source_card=None)
     assert "license" not in front_matter(text)
-    assert "licence of the base model is not known" in text
-    assert "came without a card" in text
+    assert "does not know the licence of the base model" in text
+    assert "had no card" in text
     assert "None" not in text
 
 

@@ -1,4 +1,4 @@
-"""Which part of each decoder layer was changed: numbers, sentence, page, and what scripts read."""
+"""Which part of each decoder layer was changed: numbers, sentence, page, and keys."""
 
 import json
 
@@ -72,7 +72,7 @@ def test_metrics_count_the_changed_linears_of_each_layer() -> None:
     assert Metrics.from_dict(content) == metrics
 
 
-def test_layers_of_which_nothing_is_known_but_attention_are_told_so() -> None:
+def test_layers_of_which_only_attention_is_known_are_reported_so() -> None:
     attention = layer_changes(run("grasp", *WHOLE[:2])[1], LINEARS[:2])  # as beside experts
     told = summary(example_metrics(layer_changes=attention))
     assert told.startswith("1 decoder layer replaced (2 of 2 attention linears),")

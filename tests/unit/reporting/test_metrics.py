@@ -125,7 +125,7 @@ def test_a_value_of_another_type_is_one_clear_error(key: str, value: object) -> 
 
 
 def test_metrics_and_tables_load_no_torch_no_plotting_and_no_templates() -> None:
-    # A bare package in place of the root, whose own imports are not the question here.
+    # A bare package instead of the root, whose own imports are not tested here.
     code = (
         "import sys, types; root = types.ModuleType('grasp_lightning');"
         f"root.__path__ = {list(grasp_lightning.__path__)!r};"

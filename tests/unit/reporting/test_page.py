@@ -53,7 +53,7 @@ def html() -> str:
     return render_report(example_metrics(), example_plan(), example_scores(), CONFIG)
 
 
-def test_page_tells_numbers_ranks_settings_times_and_versions(html: str) -> None:
+def test_page_shows_numbers_ranks_settings_times_and_versions(html: str) -> None:
     text = Page(html).text
     for expected in (
         "HuggingFaceTB/SmolLM2-135M-Instruct",

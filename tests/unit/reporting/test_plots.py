@@ -45,8 +45,8 @@ def plots() -> tuple[Plot, ...]:
 
 def test_a_full_run_has_every_plot_as_well_formed_svg_with_words(plots: tuple[Plot, ...]) -> None:
     assert [plot.title for plot in plots] == [
-        "19.0% of all parameters are gone: 134.5 M before, 109.0 M after",
-        "Layers 17, 19-24, 26 turn their input least",
+        "19.0% of all parameters were removed: 134.5 M before, 109.0 M after",
+        "Layers 17, 19-24, 26 change their input least",
         plots[2].title,
         "56 linears in 8 layers now have ranks 14 to 41",
     ]
@@ -92,7 +92,7 @@ def test_the_share_of_channels_that_narrowed_linears_keep_is_drawn() -> None:
     assert ET.fromstring(plot.svg).tag.endswith("svg")
     ranks = ranks_plot(narrowing_plan())
     assert ranks is not None
-    assert ranks.explanation.endswith("a grey field stays dense or is narrowed.")
+    assert ranks.explanation.endswith("linears in grey are dense or narrowed.")
     assert ranks.title.startswith("1 linear in 1 layer now")
     assert "by 2 layers" in ranks.alt  # the same layers as in the other drawing
     gone = (RemoveBlock(block="model.layers.7.mlp", modules=()), DropLayers(layers=(1, 9)))
@@ -130,14 +130,14 @@ def test_equal_and_negative_similarities_are_drawn(values: list[float]) -> None:
     plan = Plan(method="grasp", operations=(SelectLayers(layers=(3,)),))
     plot = layers_plot(plan, {"layer_similarity": torch.tensor(values)})
     assert plot is not None
-    assert plot.title == "Layer 3 turns its input least"
+    assert plot.title == "Layer 3 changes its input least"
 
 
 def test_dropped_layers_by_angle_show_the_start_of_their_span() -> None:
     distance = torch.full((28,), 0.3)
     distance[24] = 0.1
     plots = run_plots(drop_metrics(), drop_plan(), {"layer_angular_distance": distance})
-    assert [plot.title for plot in plots[1:]] == ["Layers 24-26 together turn their input least"]
+    assert [plot.title for plot in plots[1:]] == ["Layers 24-26 together change their input least"]
 
 
 def test_equal_runs_give_equal_drawings_whatever_the_user_set() -> None:

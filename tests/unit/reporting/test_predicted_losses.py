@@ -50,12 +50,12 @@ def test_other_metrics_predict_no_loss() -> None:
 def test_the_plot_names_total_and_worst() -> None:
     plot = losses_plot(PLAN, SCORES)
     assert plot is not None
-    assert plot.title == "All that went is predicted to cost 0.18 nats per token"
+    assert plot.title == "All cuts together are predicted to cost 0.18 nats per token"
     assert "most, 0.1500 nats, in mlp.up_proj of layer 2" in plot.alt
     assert ET.fromstring(plot.svg).tag.endswith("svg")
 
 
-def test_the_report_tells_predicted_beside_measured() -> None:
+def test_the_report_shows_predicted_next_to_measured() -> None:
     change = LossChange(predicted=0.18, measured=math.log(2))
     metrics = example_metrics(method="grasp_plus", layers=(2, 3, 4), loss_change=change)
     page = render_report(metrics, PLAN, SCORES, CONFIG)
@@ -63,5 +63,5 @@ def test_the_report_tells_predicted_beside_measured() -> None:
     assert ">0.1500<" in page
     assert "Squared norm kept" not in page
     notes = " ".join(comparison_notes(metrics))
-    assert "predicted to grow by 0.18 nats per token on the calibration text, and grows" in notes
-    assert "by 0.69 on the held-out text" in notes
+    assert "predicted to increase by 0.18 nats per token on the calibration text; it" in notes
+    assert "increased by 0.69 on the held-out text" in notes

@@ -46,7 +46,7 @@ def test_table_prints_every_row_and_what_was_measured() -> None:
 
 def test_a_source_in_fewer_bits_is_pointed_out() -> None:
     notes = " ".join(comparison_notes(example_metrics()))
-    assert "98.4 MB on disk, against 538.1 MB for its own float32 copy" in notes
+    assert "98.4 MB on disk, compared with 538.1 MB for its float32 copy" in notes
     assert "equal dtype" in notes
 
 
@@ -62,7 +62,7 @@ def test_unmeasured_perplexity_is_said_so() -> None:
     assert "held-out" not in " ".join(comparison_notes(metrics))
 
 
-def test_brackets_in_a_model_name_are_printed_as_they_are() -> None:
+def test_brackets_in_a_model_name_are_printed_unchanged() -> None:
     assert "evil[/bold][red]name" in printed(example_metrics(model="evil[/bold][red]name"))
 
 

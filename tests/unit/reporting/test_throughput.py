@@ -41,7 +41,7 @@ def test_numbers_are_whole_at_eighty_columns() -> None:
         assert number in text
 
 
-def test_the_caption_tells_what_was_measured_and_how() -> None:
+def test_the_caption_says_what_was_measured_and_how() -> None:
     notes = throughput_notes(example_throughput())
     assert notes[:2] == (
         "A: dense, 134.5 M parameters, float32",
@@ -51,7 +51,7 @@ def test_the_caption_tells_what_was_measured_and_how() -> None:
     assert "of 7 rounds in random order" in text
     assert "decode N: 32 tokens after 128" in text
     assert "Some Processor, 4 cores, 2 threads, torch 2.13.0" in text
-    assert "interpreter and libraries included" in text
+    assert "including interpreter and libraries" in text
     printed_text = " ".join(printed(example_throughput(), width=80))
     assert "B: runs/[x]/model, 134.5 M parameters, float32" in printed_text
 

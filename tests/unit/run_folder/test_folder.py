@@ -45,7 +45,7 @@ def test_an_empty_folder_is_a_new_run(root: Path) -> None:
     assert RunFolder.open(root, CONFIG).state == "new"
 
 
-def test_an_unfinished_run_with_the_same_configuration_goes_on(root: Path) -> None:
+def test_an_unfinished_run_with_the_same_configuration_resumes(root: Path) -> None:
     write_run(root, finish=False)
 
     with RunFolder.open(root, CONFIG) as run:
@@ -57,8 +57,8 @@ def test_an_unfinished_run_with_another_configuration_names_the_key(root: Path) 
     write_run(root, finish=False)
 
     assert refusal(root, changed(keep_ratio=0.2)) == (
-        f"{root} holds a run (unfinished) with another configuration: method.keep_ratio is 0.2 "
-        f"here and 0.1 in {root}/config.yaml; use another output_dir or --overwrite"
+        f"{root} contains a run (unfinished) with a different configuration: method.keep_ratio is "
+        f"0.2 here and 0.1 in {root}/config.yaml; use another output_dir or --overwrite"
     )
 
 
@@ -77,7 +77,7 @@ def test_a_key_that_only_one_side_has_is_named(root: Path) -> None:
         {**CONFIG, "seed": 0.0},
     ],
 )
-def test_where_a_run_goes_and_how_a_value_is_written_do_not_count(
+def test_where_a_run_is_written_and_how_a_value_is_spelled_do_not_count(
     root: Path, config: dict[str, Any]
 ) -> None:
     write_run(root)
@@ -108,8 +108,9 @@ def test_a_finished_run_is_found_while_its_writer_still_holds_the_lock(root: Pat
 def test_a_finished_run_with_another_configuration_is_refused(root: Path) -> None:
     write_run(root)
 
-    assert "holds a run (finished) with another configuration: seed is 1 here and 0 in" in refusal(
-        root, {**CONFIG, "seed": 1}
+    assert (
+        "contains a run (finished) with a different configuration: seed is 1 here and 0 in"
+        in refusal(root, {**CONFIG, "seed": 1})
     )
 
 
@@ -136,14 +137,14 @@ def test_keys_that_came_later_count_only_where_they_are_set(root: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "{", "- 1\n"])
-def test_a_configuration_that_is_gone_or_damaged_is_said(root: Path, text: str | None) -> None:
+def test_a_missing_or_damaged_configuration_is_reported(root: Path, text: str | None) -> None:
     write_run(root)
     if text is None:
         (root / "config.yaml").unlink()
     else:
         (root / "config.yaml").write_text(text)
 
-    assert "config.yaml is gone or damaged" in refusal(root, changed(keep_ratio=0.2))
+    assert "config.yaml is missing or damaged" in refusal(root, changed(keep_ratio=0.2))
 
 
 def test_a_folder_of_foreign_files_is_refused_and_left_alone(root: Path) -> None:
@@ -151,7 +152,7 @@ def test_a_folder_of_foreign_files_is_refused_and_left_alone(root: Path) -> None
     (root / "notes.txt").write_text("mine")
 
     assert refusal(root) == (
-        f"{root} is not empty and holds no run of this program (it has notes.txt); "
+        f"{root} is not empty and contains no run of this program (it has notes.txt); "
         f"use another output_dir or --overwrite"
     )
     assert content(root) == {"notes.txt": b"mine"}
@@ -174,10 +175,8 @@ def test_foreign_files_in_the_way_are_never_overwritten(root: Path, name: str) -
 
     text = refusal(root, overwrite=True)
 
-    assert (
-        f"{root / name.split('/', maxsplit=1)[0]} was not written by this program and is in the way"
-        in text
-    )
+    top = root / name.split("/", maxsplit=1)[0]
+    assert f"{top} already exists and was not written by this program" in text
     assert (root / name).read_text() == "mine"
 
 
@@ -199,12 +198,12 @@ def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(
     }
 
 
-def test_overwrite_refuses_before_deleting_if_a_foreign_file_lies_in_the_model(root: Path) -> None:
+def test_overwrite_refuses_before_deleting_if_a_foreign_file_is_in_the_model(root: Path) -> None:
     write_run(root)
     (root / "model" / "notes.txt").write_text("mine")
     before = content(root)
 
-    assert f"{root}/model/notes.txt was not written by this program" in refusal(
+    assert f"{root}/model/notes.txt already exists and was not written by this program" in refusal(
         root, overwrite=True
     )
     assert content(root) == before
@@ -227,7 +226,9 @@ def test_a_link_out_of_the_folder_is_not_followed_when_deleting(root: Path, tmp_
     (root / "checkpoints").rename(outside)
     (root / "checkpoints").symlink_to(outside)
 
-    assert "checkpoints was not written by this program" in refusal(root, overwrite=True)
+    assert "checkpoints already exists and was not written by this program" in refusal(
+        root, overwrite=True
+    )
     assert (outside / "step.ckpt").read_text() == "state"
 
 
@@ -240,7 +241,7 @@ def test_a_manifest_that_is_damaged_or_foreign_is_one_line(root: Path, text: str
     (root / "manifest.json").write_text(good[: len(good) // 2] if text == "MANIFEST" else text)
 
     for overwrite in (False, True):
-        assert "manifest.json is damaged, or not of this program" in refusal(
+        assert "manifest.json is damaged, or was not written by this program" in refusal(
             root, overwrite=overwrite
         )
 
@@ -255,7 +256,7 @@ def test_a_manifest_that_lists_a_path_outside_is_refused(root: Path, name: str) 
 
 
 def protected_cases(base: Path) -> Iterator[tuple[Path, Path]]:
-    """Output folders and the protected folder or file that each would harm."""
+    """Output folders and the protected folder or file that each would damage."""
     model = base / "models" / "llama"
     model.mkdir(parents=True)
     (model / "m.gguf").touch()
@@ -273,11 +274,11 @@ def protected_cases(base: Path) -> Iterator[tuple[Path, Path]]:
 
 def test_the_models_folder_is_refused_also_through_links(tmp_path: Path) -> None:
     for output, protected in protected_cases(tmp_path):
-        assert "which must stay as it is" in refusal(output, protected=[protected], overwrite=True)
+        assert "which must not change" in refusal(output, protected=[protected], overwrite=True)
     assert set(content(tmp_path / "models" / "llama")) == {"m.gguf"}
 
 
-def test_folders_beside_the_model_and_absent_protected_ones_are_fine(tmp_path: Path) -> None:
+def test_folders_next_to_the_model_and_absent_protected_ones_are_fine(tmp_path: Path) -> None:
     (tmp_path / "llama").mkdir()
     protected = [str(tmp_path / "llama"), "org/name", "smollm2"]
 
@@ -293,7 +294,7 @@ def test_the_working_directory_and_its_parents_are_refused(
     monkeypatch.chdir(tmp_path / "a" / "b")
 
     for output in ("", ".", "..", "/", tmp_path / "a", tmp_path / "link"):
-        assert "is or holds the working directory" in refusal(output, overwrite=True)
+        assert "is or contains the working directory" in refusal(output, overwrite=True)
     with RunFolder.open("run", CONFIG) as run:
         assert run.root == tmp_path / "a" / "b" / "run"
 
@@ -303,7 +304,7 @@ def test_the_home_directory_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "home").mkdir()
 
     for output in ("~", tmp_path / "home", tmp_path):
-        assert "is or holds the home directory" in refusal(output, overwrite=True)
+        assert "is or contains the home directory" in refusal(output, overwrite=True)
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
@@ -325,7 +326,7 @@ def test_a_loop_of_links_is_one_line(tmp_path: Path) -> None:
     assert str(tmp_path) in refusal(tmp_path / "a")
 
 
-def test_the_lock_file_is_gone_after_closing(root: Path) -> None:
+def test_the_lock_file_is_deleted_after_closing(root: Path) -> None:
     with RunFolder.open(root, CONFIG):
         assert (root / ".lock").exists()
     assert not (root / ".lock").exists()
@@ -351,7 +352,7 @@ def test_a_failed_write_leaves_neither_a_file_nor_the_old_one_damaged(root: Path
         assert run.path("plan.json").read_text() == "old"
 
 
-def test_a_fault_inside_a_new_folder_is_passed_on_and_the_folder_is_gone(root: Path) -> None:
+def test_an_error_inside_a_new_folder_is_raised_and_the_folder_deleted(root: Path) -> None:
     with RunFolder.open(root, CONFIG) as run:
         with pytest.raises(ZeroDivisionError), run.new_folder("model"):
             _ = 1 / 0
@@ -372,7 +373,7 @@ def test_a_foreign_file_in_the_old_model_stops_its_replacement(root: Path) -> No
     (root / "model" / "notes.txt").write_text("mine")
 
     with RunFolder.open(root, CONFIG) as run:
-        in_the_way = r"notes\.txt was not written by this program"
+        in_the_way = r"notes\.txt already exists and was not written by this program"
         with pytest.raises(OutputError, match=in_the_way), run.new_folder("model"):
             pytest.fail("the block must not start")
         assert (root / "model" / "notes.txt").exists()
@@ -449,7 +450,7 @@ def test_a_finished_run_can_be_reopened_to_add_to_it(root: Path) -> None:
     assert run is not None
     with run:
         run.write_text("plan.json", "amended")
-        with pytest.raises(OutputError, match="another process writes to"):
+        with pytest.raises(OutputError, match="another process is writing to"):
             RunFolder.reopen(root)
     assert (root / "plan.json").read_text() == "amended"
     assert RunFolder.open(root, CONFIG).state == "finished"

@@ -1,4 +1,4 @@
-"""No file outside of a run folder changes, whatever links lie in it."""
+"""No file outside of a run folder changes, whatever links it contains."""
 
 import os
 import secrets
@@ -13,7 +13,7 @@ from grasp_lightning.run_folder import names, write_file
 from grasp_lightning.run_folder.folder import RunFolder
 from tests.unit.run_folder.helpers import CONFIG, content, refusal
 
-TOKEN = "0123456789abcdef"  # what a random name would be, if it could be foreseen
+TOKEN = "0123456789abcdef"  # a random name, if it could be predicted
 FILES = [
     *(names.CONFIG, names.PLAN, names.SCORES, names.METRICS, names.REPORT, names.EXPORT),
     *(names.SAMPLED_TEXT, "statistics.safetensors", "statistics-00001-of-00002.safetensors"),
@@ -82,15 +82,17 @@ def test_a_link_where_a_run_writes_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "run" / name).symlink_to(tmp_path / "target")
 
     assert refusal(tmp_path / "run", overwrite=True) == (
-        f"{tmp_path}/run/{name} was not written by this program and is in the way; move it, or use "
-        "another output_dir"
+        f"{tmp_path}/run/{name} already exists and was not written by this program; move it, or "
+        "use another output_dir"
     )
 
 
-def test_a_lock_that_is_no_lock_is_not_deleted(tmp_path: Path) -> None:
+def test_a_foreign_file_in_place_of_the_lock_is_not_deleted(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("of another program")
 
-    assert ".lock was not written by this program" in refusal(tmp_path, overwrite=True)
+    assert ".lock already exists and was not written by this program" in refusal(
+        tmp_path, overwrite=True
+    )
     assert content(tmp_path) == {".lock": b"of another program"}
 
 
@@ -142,7 +144,7 @@ def test_all_that_a_run_writes_has_the_usual_permissions(
         assert path.stat().st_mode & 0o777 == usual & ~umask, path
 
 
-def test_a_file_beside_a_result_is_no_link_to_another(tmp_path: Path) -> None:
+def test_a_file_next_to_a_result_is_not_a_link_to_another(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "result.json").symlink_to(tmp_path / "precious")
 

@@ -44,7 +44,7 @@ def test_a_live_folder_is_there_at_once_under_its_own_name(root: Path) -> None:
         assert manifest_of(root)["live"] == ["logs"]
 
 
-def test_what_others_wrote_is_there_when_an_unfinished_run_goes_on(root: Path) -> None:
+def test_files_of_others_are_kept_when_an_unfinished_run_resumes(root: Path) -> None:
     write_run(root)
     before = {name: data for name, data in content(root).items() if name.startswith("logs")}
 
@@ -66,7 +66,7 @@ def test_asking_twice_gives_the_same_folder(root: Path) -> None:
 
 @pytest.mark.parametrize("finish", [True, False])
 @pytest.mark.parametrize("name", ["logs", "checkpoints/b/logs"])
-def test_overwrite_deletes_a_live_folder_with_all_in_it_and_nothing_beside_it(
+def test_overwrite_deletes_a_live_folder_with_its_content_and_nothing_next_to_it(
     root: Path, finish: bool, name: str
 ) -> None:
     write_run(root, finish=finish, name=name)
@@ -79,7 +79,7 @@ def test_overwrite_deletes_a_live_folder_with_all_in_it_and_nothing_beside_it(
     assert found == {*("notes", "notes/mine.txt"), *("config.yaml", "manifest.json", ".lock")}
 
 
-def test_a_foreign_file_beside_a_nested_live_folder_stays(root: Path) -> None:
+def test_a_foreign_file_next_to_a_nested_live_folder_is_kept(root: Path) -> None:
     write_run(root, name="checkpoints/logs")
     (root / "checkpoints" / "mine.txt").write_text("mine")
 
@@ -125,16 +125,16 @@ def test_what_no_run_wrote_is_not_taken_for_a_live_folder(
     before = content(tmp_path)
 
     assert refusal(root, overwrite=True) == (
-        f"{root}/logs was not written by this program and is in the way; move it, or use "
-        "another output_dir"
+        f"{root}/logs already exists and was not written by this program; move it, or "
+        "use another output_dir"
     )
     assert content(tmp_path) == before
 
 
-def test_a_folder_that_appears_while_the_run_goes_on_is_refused(root: Path) -> None:
+def test_a_folder_that_appears_during_the_run_is_refused(root: Path) -> None:
     with RunFolder.open(root, CONFIG) as run:
         (root / "logs").mkdir()
-        assert "logs was not written by this program" in refused(run)
+        assert "logs already exists and was not written by this program" in refused(run)
         assert manifest_of(root)["live"] == []
 
 
@@ -163,7 +163,7 @@ def test_a_manifest_whose_live_folders_are_damaged_or_outside_is_refused(
     (root / "manifest.json").write_text(json.dumps({**manifest_of(root), "live": live}))
 
     for overwrite in (False, True):
-        assert "manifest.json is damaged, or not of this program" in refusal(
+        assert "manifest.json is damaged, or was not written by this program" in refusal(
             root, overwrite=overwrite
         )
     assert (root / "logs" / "events").exists()
@@ -177,7 +177,9 @@ def test_a_link_in_place_of_a_live_folder_is_not_followed_when_deleting(
     (root / "logs").rename(outside)
     (root / "logs").symlink_to(outside)
 
-    assert "logs was not written by this program" in refusal(root, overwrite=True)
+    assert "logs already exists and was not written by this program" in refusal(
+        root, overwrite=True
+    )
     assert (outside / "start_1" / "metrics.csv").read_text() == "loss\n1.0\n"
     assert (outside / "events").exists()
 
@@ -190,7 +192,9 @@ def test_a_link_in_place_of_a_parent_is_not_followed_when_deleting(
     (root / "checkpoints").rename(outside)
     (root / "checkpoints").symlink_to(outside)
 
-    assert "checkpoints was not written by this program" in refusal(root, overwrite=True)
+    assert "checkpoints already exists and was not written by this program" in refusal(
+        root, overwrite=True
+    )
 
     assert (outside / "logs" / "events").exists()
 

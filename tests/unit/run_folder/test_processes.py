@@ -72,7 +72,7 @@ def test_a_second_process_is_refused_while_the_first_one_lives(
     process = start_writer(HALF_FILE)
 
     for overwrite in (False, True):
-        assert f"another process writes to {root}" in refusal(root, overwrite=overwrite)
+        assert f"another process is writing to {root}" in refusal(root, overwrite=overwrite)
     assert (root / "plan.json").read_text() == "complete"
 
     kill(process)
@@ -80,7 +80,7 @@ def test_a_second_process_is_refused_while_the_first_one_lives(
 
 
 @pytest.mark.parametrize("act", [HALF_FILE, HALF_FOLDER])
-def test_a_killed_run_is_unfinished_and_its_half_written_part_is_gone(
+def test_a_killed_run_is_unfinished_and_its_half_written_part_is_deleted(
     root: Path, act: str, start_writer: Callable[..., subprocess.Popen[str]]
 ) -> None:
     kill(start_writer(act))
@@ -156,7 +156,7 @@ for name, work in (("run", whole_run), ("over", start_over)):
             run = RunFolder.open(root, config if work is whole_run else other)
             state = run.state
         except OutputError as error:
-            assert work is start_over and "holds a run (finished)" in str(error), error
+            assert work is start_over and "contains a run (finished)" in str(error), error
             assert all((root / name).is_file() for name in WHOLE), "deleted before it was marked"
             state = "untouched"
         if work is whole_run and state != "finished":

@@ -25,7 +25,7 @@ def hidden_states(family: str, batch: dict) -> list[torch.Tensor]:
     model = tiny_model(family)
     view, stream = DecoderView(model), []
     for index in view.layer_indices:
-        # Copies: a family that writes into its input would else go unnoticed.
+        # Copies: otherwise a family that writes into its input would go unnoticed.
         view.layer(index).register_forward_pre_hook(lambda _, args: stream.append(args[0].clone()))
     last = view.layer(view.num_layers - 1)
     last.register_forward_hook(lambda *call: stream.append(call[-1]))
@@ -73,7 +73,7 @@ def test_the_mean_is_over_tokens_not_over_batches(metric: LayerMetric) -> None:
     torch.testing.assert_close(measure(view, [batch], metric), measure(view, rows, metric))
 
 
-def test_hooks_are_gone_afterwards() -> None:
+def test_hooks_are_removed_afterwards() -> None:
     view = DecoderView(tiny_model())
     measure(view, [random_batch()], "similarity")
     assert not any(module._forward_hooks for module in view.model.modules())
@@ -84,7 +84,7 @@ def test_a_span_longer_than_the_model_is_refused() -> None:
         LayerMetricCollector(DecoderView(tiny_model()), "angular", 5)
 
 
-def test_no_token_is_no_mean() -> None:
+def test_no_token_gives_no_mean() -> None:
     collector = LayerMetricCollector(DecoderView(tiny_model()), "similarity")
     with pytest.raises(ValueError, match="nothing to average"):
         collector.mean()

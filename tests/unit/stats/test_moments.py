@@ -134,7 +134,7 @@ def test_linears_that_read_the_same_input_share_its_moments(
     assert len(set(sources.values())) == 4
 
 
-def test_a_state_goes_on_where_it_was() -> None:
+def test_a_state_resumes_where_it_was() -> None:
     view, batch = DecoderView(tiny_model()), random_batch()
     whole = measure(view, single_windows(batch))
     shapes = shapes_of(view, (1, 2))
@@ -195,6 +195,6 @@ def test_a_packed_triangle_is_the_matrix(size: int) -> None:
     assert torch.equal(unpack_triangle(packed), matrix)
 
 
-def test_what_is_no_triangle_is_refused() -> None:
-    with pytest.raises(ValueError, match="shape of no packed triangle"):
+def test_a_shape_that_is_not_a_triangle_is_refused() -> None:
+    with pytest.raises(ValueError, match="not the shape of a packed triangle"):
         unpack_triangle(torch.zeros(4))

@@ -1,4 +1,4 @@
-"""A file that a run keeps and that is damaged is named in one line, with what to do."""
+"""A damaged file of a run is named in one line, with what to do."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_named(name: str, content: bytes, run: RunFolder
     path = run.root / "checkpoints" / name
     path.write_bytes(content)
     if name == "inputs.json" and content == b'{"loss": "x"}':
-        return  # hashes of other inputs, as far as anybody can tell
+        return  # they could be hashes of other inputs
     assert_is_told(lambda: read(run), path)
 
 
@@ -211,7 +211,10 @@ def test_a_step_whose_file_is_deleted_is_done_again(run: RunFolder) -> None:
 def test_a_state_that_the_run_did_not_write_is_refused(run: RunFolder) -> None:
     (run.root / "checkpoints").mkdir()
     save_tensors(run.root / "checkpoints/pass-0-0.safetensors", {"x": torch.ones(1)}, {"step": "x"})
-    with pytest.raises(OutputError, match=r"pass-0-0\.safetensors was not written by this program"):
+    with pytest.raises(
+        OutputError,
+        match=r"pass-0-0\.safetensors already exists and was not written by this program",
+    ):
         pass_files(run).load("step")
 
 

@@ -70,7 +70,7 @@ def test_what_was_cut_short_is_continued_with_what_is_there(run: RunFolder) -> N
     with safe_open(run.root / SAMPLED_TEXT, framework="pt") as content:
         metadata = content.metadata()
     rounded = whole[:BATCH].clone()
-    rounded[0, 5] = (rounded[0, 5] + 1) % 256  # as a machine that rounds otherwise has drawn it
+    rounded[0, 5] = (rounded[0, 5] + 1) % 256  # as drawn by a machine that rounds differently
     save_file({"input_ids": rounded}, run.root / SAMPLED_TEXT, metadata=metadata)
     again = draw(text_in(run))
     assert torch.equal(again[:BATCH], rounded)

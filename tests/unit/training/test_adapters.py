@@ -37,7 +37,7 @@ def compressed(family: str = "llama", layers: Sequence[int] = (1,)) -> DecoderVi
 
 
 def linears_in_layers(view: DecoderView) -> list[str]:
-    """Names of all linears of decoder layers that are no part of experts, in module order."""
+    """Names of all linears of decoder layers outside experts, in module order."""
     return [
         name
         for name, module in view.model.named_modules()
@@ -254,15 +254,15 @@ def test_adapters_on_a_model_in_low_precision_are_in_float32(train: TrainMode) -
         (
             64,
             (
-                "lora.rank 64 is more than half the smaller side of 35 of 35 linears, and is "
-                "capped there (at 4 to 16)"
+                "lora.rank 64 is more than half the smaller dimension of 35 of 35 linears and "
+                "is capped there (at 4 to 16)"
             ),
         ),
         (
             5,
             (
-                "lora.rank 5 is more than half the smaller side of 14 of 35 linears, and is "
-                "capped there (at 4 to 4)"
+                "lora.rank 5 is more than half the smaller dimension of 14 of 35 linears and "
+                "is capped there (at 4 to 4)"
             ),
         ),
     ],
@@ -296,14 +296,14 @@ def test_a_linear_of_rank_1_gets_an_adapter_of_rank_1() -> None:
     assert {len(adapter(view.model, name)[1]) for name in trained.modules} == {1}
 
 
-def test_a_rank_that_fits_everywhere_is_no_reason_for_a_warning(
+def test_a_rank_that_fits_everywhere_causes_no_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     make_trainable(compressed(), "lora", LoraSettings(rank=RANK // 2))
     assert not caplog.records
 
 
-def test_transposed_linears_beside_ordinary_ones_are_no_reason_for_a_warning() -> None:
+def test_transposed_linears_next_to_ordinary_ones_cause_no_warning() -> None:
     view = compressed("gpt2")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -423,7 +423,7 @@ def test_an_adapter_that_is_not_finite_is_not_merged(value: float) -> None:
         merge_adapters(trained)
 
     line = str(caught.value)
-    assert line.startswith("training has led to NaN or infinity: ")
+    assert line.startswith("training diverged to NaN or infinity: ")
     assert line.endswith("; lower optimizer.learning_rate")
     assert "\n" not in line
 
@@ -543,7 +543,7 @@ def test_a_usual_name_that_a_family_has_no_linear_for_is_an_error() -> None:
         make_trainable(compressed("opt"), "lora", LoraSettings(targets=("gate_proj",)))
 
 
-def test_a_target_that_was_not_compressed_is_no_factor() -> None:
+def test_a_target_that_was_not_compressed_is_not_a_factor() -> None:
     view = DecoderView(tiny_model())
     operations, tensors = factorize_layers(view, [1], RANK)
     apply_operations(view, operations[:1], tensors)  # its q_proj

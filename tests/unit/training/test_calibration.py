@@ -23,7 +23,7 @@ def data(batch_size: int = 2) -> CalibrationData:
     return CalibrationData(config, byte_tokenizer())
 
 
-def test_the_model_comes_back_as_it_was() -> None:
+def test_the_model_is_restored() -> None:
     model = tiny_model()
     model.train()
     model.config.use_cache = True

@@ -62,7 +62,7 @@ def random_samples(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> TokenSamp
 
 
 class GivenData(TrainingData):
-    """Samples that are there already."""
+    """Existing samples."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class GivenData(TrainingData):
 
 
 class Recorder(L.Callback):
-    """Keeps what the parameters were at first, and the gradients of every step."""
+    """Keeps the initial parameters, and the gradients of every step."""
 
     def __init__(self) -> None:
         self.first: dict[str, Tensor] = {}
@@ -170,7 +170,7 @@ def with_filled_adapters(
     optimizer: OptimizerConfig = PLAIN,
     seed: int = 0,
 ) -> CompensationModule:
-    """A module whose adapters are there already, and are not zero."""
+    """A module with existing, non-zero adapters."""
     module = CompensationModule(model, optimizer, seed=seed)
     module.trained = make_trainable(module.view, "lora", lora)
     generator = torch.Generator().manual_seed(1)
@@ -357,7 +357,7 @@ def test_dropout_differs_between_steps_and_not_between_runs() -> None:
     losses = {}
     for run, seed, start in (("first", 0, 1), ("second", 0, 2), ("other seed", 1, 1)):
         module = with_filled_adapters(compressed(), lora, optimizer=still, seed=seed)
-        torch.manual_seed(start)  # what others drew before does not count
+        torch.manual_seed(start)  # earlier random draws do not matter
         data = GivenData(random_samples((14,)), training=steps_of(1, 1, epochs=3))
         _, history, _ = fit(module, data, lora=lora)
         losses[run] = [loss for loss, _ in history.steps]
@@ -413,7 +413,7 @@ def test_a_teacher_that_is_the_model_itself_has_nothing_to_teach(
         assert torch.equal(parameter, recorder.first[name])
 
 
-def test_a_teacher_is_learned_from_and_stays_as_it_is() -> None:
+def test_a_teacher_is_learned_from_and_does_not_change() -> None:
     samples, model, other = random_samples(), compressed(), compressed(seed=1)
     module = CompensationModule(model, PLAIN, teacher=Teacher(other, temperature=2.0, mix=0.25))
     before = {name: p.clone() for name, p in other.named_parameters()}
@@ -484,7 +484,7 @@ def saved(folder: Path, module: CompensationModule, data: TrainingData) -> Path:
     return folder / "a.ckpt"
 
 
-def test_a_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+def test_a_training_resumes_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     config = OptimizerConfig(warmup_steps=1)
     data = GivenData(random_samples(), training=steps_of(4, 3, epochs=2))
     whole = CompensationModule(compressed(), config)
@@ -521,8 +521,8 @@ def test_a_checkpoint_of_another_training_is_refused(
     with pytest.raises(ModelError) as caught:
         fit(module, other, lora=LoraSettings(rank=rank, dropout=0.3), checkpoint=file)
     assert str(caught.value) == (
-        f"the checkpoint belongs to another training: it differs in {difference}; start anew, or "
-        "use what it was made with"
+        f"the checkpoint belongs to a different training: it differs in {difference}; start again, "
+        "or use the settings it was made with"
     )
 
 
@@ -531,7 +531,7 @@ def test_a_checkpoint_of_another_objective_is_refused(tmp_path: Path) -> None:
     file = saved(tmp_path, CompensationModule(compressed()), data)
     teacher = Teacher(compressed(seed=1), temperature=1.0, mix=0.5)
     module = CompensationModule(compressed(), teacher=teacher)
-    with pytest.raises(ModelError, match="the checkpoint belongs to another training"):
+    with pytest.raises(ModelError, match="the checkpoint belongs to a different training"):
         fit(module, data, lora=LoraSettings(rank=4, dropout=0.3), checkpoint=file)
 
 
@@ -597,7 +597,7 @@ def test_callbacks_of_a_compensation_refuse_another_module() -> None:
 def test_a_model_is_not_exported_if_nothing_was_made_trainable() -> None:
     trainer = make_trainer(ExportMergedModel())
     data = GivenData(random_samples(), training=steps_of(max_steps=1))
-    with pytest.raises(RuntimeError, match="put TrainableParameters among the callbacks"):
+    with pytest.raises(RuntimeError, match="add TrainableParameters to the callbacks"):
         trainer.fit(CompensationModule(compressed()), datamodule=data)
 
 

@@ -1,4 +1,4 @@
-"""Passes that start in the middle of the model give the bits of passes over all of it."""
+"""Passes that start in the middle of the model give the same bits as full passes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Refit of what was cut: against what it can be known to be, in all kinds of decoder layers."""
+"""Refit of cut linears, against known solutions, in all kinds of decoder layers."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -92,7 +92,7 @@ def last_hidden(model: PreTrainedModel, found: TokenWindows) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_with_nothing_compressed_before_a_truncation_by_inputs_stays_as_it_is(
+def test_with_nothing_compressed_before_a_truncation_by_inputs_does_not_change(
     mode: RefitChoice,
 ) -> None:
     view, found = DecoderView(tiny_model()), windows()
@@ -128,7 +128,7 @@ def test_the_model_is_as_it_was_and_right_factors_stay(mode: RefitChoice) -> Non
     ["llama", "phi3", "gpt2", "opt", "gpt_neox", "falcon", "gemma2", "bloom", "mixtral"],
 )
 @pytest.mark.parametrize("mode", MODES)
-def test_the_stream_comes_nearer_to_the_dense_one(mode: RefitChoice, family: str) -> None:
+def test_the_stream_gets_closer_to_the_dense_one(mode: RefitChoice, family: str) -> None:
     found = windows()
     dense = last_hidden(tiny_model(family), found)
     view = DecoderView(tiny_model(family))
@@ -167,7 +167,7 @@ def test_padding_counts_nothing() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_went_as_a_whole_is_made_good_by_the_rest(mode: RefitChoice) -> None:
+def test_the_rest_compensates_for_removed_parts(mode: RefitChoice) -> None:
     found = windows()
     dense, view = last_hidden(tiny_model(), found), DecoderView(tiny_model())
     decided = decision(view, found, MethodConfig(name="grasp_plus", removed_ratio=0.1))
@@ -208,7 +208,7 @@ class Killed(Exception):  # noqa: N818  what a signal would do
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_a_killed_refit_goes_on_after_its_last_layer_with_the_same_bytes(
+def test_a_killed_refit_resumes_after_its_last_layer_with_the_same_bytes(
     family: str, mode: RefitChoice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view, found = DecoderView(tiny_model(family)), windows()

@@ -1,4 +1,4 @@
-"""What the removal of layers and blocks costs."""
+"""The cost of removing layers and blocks."""
 
 import pytest
 import torch
@@ -85,11 +85,13 @@ def test_a_block_is_what_is_there_as_a_whole() -> None:
 def test_layers_that_compute_with_their_numbers_stay() -> None:
     view = DecoderView(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True))
     assert {part.is_block for part in parts(view)} == {True}
-    with pytest.raises(ConfigError, match=r"scale_attn_by_inverse_layer_idx.* blocks alone"):
+    with pytest.raises(
+        ConfigError, match=r"scale_attn_by_inverse_layer_idx.* to remove blocks only"
+    ):
         removable_parts(view, view.layer_indices, "layers")
 
 
-def test_one_layer_is_left_whatever_goes() -> None:
+def test_one_layer_always_remains() -> None:
     view = DecoderView(tiny_model())
     layers = [p.layer for p in removable_parts(view, view.layer_indices, "layers")]
     assert layers == [1, 2, 3]

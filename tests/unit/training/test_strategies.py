@@ -57,7 +57,7 @@ def test_a_missing_deepspeed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("cpu", "needs CUDA devices, and the model is on cpu"), ("cuda:1", "CUDA_VISIBLE_DEVICES")],
+    [("cpu", "needs CUDA devices, but the model is on cpu"), ("cuda:1", "CUDA_VISIBLE_DEVICES")],
 )
 def test_deepspeed_runs_on_the_first_cuda_device(device: str, message: str) -> None:
     check_strategy("deepspeed_stage_3", torch.device("cuda", 0))

@@ -1,4 +1,4 @@
-"""What processes of tests share by being forked: imports, and no state."""
+"""Imports that forked test processes share, without any state."""
 
 import torch
 

@@ -1,0 +1,113 @@
+"""``compress --dry_run``: the quick checks and the forecast of a run, without the run."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from grasp_lightning.callbacks.measure import check_placement
+from grasp_lightning.commands.compress import resolved
+from grasp_lightning.commands.inputs import bytes_needed, check_num_windows
+from grasp_lightning.commands.plan import planned
+from grasp_lightning.config import CompressConfig, PlanConfig
+from grasp_lightning.config.parsing import to_dict
+from grasp_lightning.config.values import check_values
+from grasp_lightning.data.hub import HUB_CORPORA
+from grasp_lightning.data.mixture import mixture_parts
+from grasp_lightning.data.section_windows import evaluation_windows, local_calibration_windows
+from grasp_lightning.data.sources import check_corpus
+from grasp_lightning.launch import check_number
+from grasp_lightning.memory.forecast import compensation_settings
+from grasp_lightning.methods import build_method
+from grasp_lightning.models.calls import check_length, check_vocabulary
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.loading import load_without_weights, resolve_device
+from grasp_lightning.run_folder import RunFolder, check_free_space
+from grasp_lightning.run_folder.folder import RunState
+from grasp_lightning.run_folder.names import CONFIG
+from grasp_lightning.storage.recut import StoredScores
+
+
+def dry_run_compress(config: CompressConfig) -> list[str]:
+    """Make the quick checks of ``run_compress``, and write nothing.
+
+    A wrong configuration, model, corpus or output folder raises the ``GraspError`` of the run. The
+    values of the weights, text on the hub, and whatever needs a forward pass are not checked.
+
+    Returns:
+        Lines for the user: the forecast of ``plan``, the run folder, and what was not checked.
+    """
+    trainer = config.trainer
+    if "RANK" not in os.environ and trainer.num_nodes == 1:
+        check_number(trainer.devices)
+    config, protected = resolved(config)
+    assert config.output_dir is not None  # resolved has checked it
+    root, state = RunFolder.look_up(
+        config.output_dir, to_dict(config), overwrite=config.overwrite, protected=protected
+    )
+    if state == "finished":
+        return [
+            f"{root} holds the finished run of this configuration.",
+            "Dry run: nothing was written. The command would only print the results.",
+        ]
+    check_values(config)
+    mixture_parts(config.calibration, "calibration")
+    check_placement(trainer, resolve_device(config.model.device))
+    stored = None if config.from_scores is None else StoredScores(config.from_scores)
+    model, tokenizer = load_without_weights(config.model)
+    view = DecoderView(model)
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    forecast_config = PlanConfig(**values)
+    forecast = planned(forecast_config, compensation_settings(forecast_config), view)
+    if stored is not None:
+        config = replace(config, method=replace(config.method, score_all_layers=None))
+    method = build_method(config.method, view)
+    unread = _check_evaluation(config, view, tokenizer)
+    if stored is None or "refit" in method.options:
+        if stored is not None:
+            stored.check_windows({"seed": str(config.seed)})
+        unread += _check_calibration(config, view, tokenizer)
+    needed = bytes_needed(forecast.prediction, model.dtype)
+    check_free_space(root, needed)
+    return [*forecast.lines, "", *_folder_lines(config, root, state, needed), _unchecked(unread)]
+
+
+def _check_evaluation(
+    config: CompressConfig, view: DecoderView, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Check the held-out text; return its source if it is not read."""
+    check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
+    if config.evaluation.source in HUB_CORPORA:
+        check_corpus(config.evaluation, "evaluation")
+        return [config.evaluation.source]
+    check_vocabulary(view, evaluation_windows(config.evaluation, tokenizer).input_ids)
+    return []
+
+
+def _check_calibration(
+    config: CompressConfig, view: DecoderView, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Check the calibration text; return the sources that are not read."""
+    check_length(view, config.calibration.seqlen, "calibration.seqlen")
+    check_num_windows(config, config.trainer.devices * config.trainer.num_nodes)
+    found = local_calibration_windows(config.calibration, tokenizer, config.seed)
+    for _, windows in found:
+        if windows is not None:
+            check_vocabulary(view, windows.input_ids)
+    return [source for source, windows in found if windows is None]
+
+
+def _folder_lines(config: CompressConfig, root: Path, state: RunState, needed: int) -> list[str]:
+    lines = [f"The run would write about {needed / 1e6:.1f} MB to {root}."]
+    if state == "unfinished":
+        lines.append("The folder has an unfinished run of this configuration, which would resume.")
+    if config.overwrite and (root / CONFIG).exists():
+        lines.append("The earlier run in the folder would be deleted first.")
+    return lines
+
+
+def _unchecked(unread: Sequence[str]) -> str:
+    texts = f"; the text of {', '.join(sorted(set(unread)))}" if unread else ""
+    return f"Dry run: nothing was written. Not checked: the values of the weights{texts}."

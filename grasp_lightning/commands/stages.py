@@ -1,0 +1,135 @@
+"""The stages of ``compress`` and ``compensate``, and their work, for the bar of a run.
+
+Work is counted in forward passes of one token through the model. A rough number is
+enough: with the measured speed of earlier stages it gives the time of later ones.
+"""
+
+from collections.abc import Mapping
+
+from grasp_lightning.config import CompensateConfig, CompressConfig
+from grasp_lightning.data.datamodules import TrainingData
+from grasp_lightning.data.mixture import SELF
+from grasp_lightning.data.windows import TokenWindows
+from grasp_lightning.evaluation.cut_losses import MAX_TOKENS
+from grasp_lightning.methods.attribution import ATTRIBUTION
+from grasp_lightning.methods.blocks import weight_shapes
+from grasp_lightning.methods.layer_choice import SELECT
+from grasp_lightning.methods.prediction import Prediction
+from grasp_lightning.methods.truncation import CURVATURE
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.size import count_parameters
+from grasp_lightning.plan import Plan, Replacement
+from grasp_lightning.progress import Stage, Work
+from grasp_lightning.storage.model_folder import VERIFY
+from grasp_lightning.storage.sampled_text import SAMPLE
+from grasp_lightning.training.finish import CUT_LOSSES, REFIT
+
+LOAD, EVALUATE, FACTORIZE, TRAIN, SAVE = "load", "evaluate", "factorize", "train", "save"
+PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
+
+# Forward passes per token. The ratios and the share of decompositions come from the table
+# "Calibration text" in docs/results.md.
+_FORWARD_AND_BACKWARD = 3.0
+_CURVATURE = 4.5
+_REFIT = 3.2
+_DECOMPOSITION = 70.0  # multiplications, per N x M x min(N, M)
+_PASSES_OF_BUDGET = 4  # losses, order of channels, factors, narrowed MLPs
+_SAVING = (
+    Stage(phase=SAVE, label="save", like=LOAD),
+    Stage(phase=VERIFY, label="verify", like=LOAD),
+)
+
+
+def compress_stages(config: CompressConfig) -> list[Stage]:
+    """Return the stages of a compression, whose method is resolved, in order."""
+    method, sources = config.method, config.calibration.source
+    writes_text = SELF in ((sources,) if isinstance(sources, str) else sources)
+    has_curvature = method.weighting not in (None, "none")
+    is_scored = method.score is not None and method.keep_ratio != 0
+    measures_cuts = method.weighting == "kfac" and config.statistics.measured_windows > 0
+    choose = Stage(phase=FACTORIZE, label="decompose")
+    if method.ranks == "global":
+        choose = Stage(phase=FACTORIZE, label="choose ranks", passes=_PASSES_OF_BUDGET)
+    stages = {
+        Stage(phase=LOAD, label="load model and text"): True,
+        Stage(phase=SAMPLE, label="generate text"): writes_text and config.from_scores is None,
+        Stage(phase=EVALUATE, label="perplexity before"): True,
+        Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
+        Stage(phase="curvature", label="measure curvature"): has_curvature,
+        choose: method.weighting is not None or is_scored,
+        Stage(phase="attribution", label="score components"): is_scored
+        and method.score != "magnitude",
+        Stage(phase=CUT_LOSSES, label="measure cuts"): measures_cuts,
+        Stage(phase=REFIT, label="refit"): method.refit not in (None, "none"),
+        Stage(phase=EVALUATE, label="perplexity after"): True,
+    }
+    return [*(stage for stage, is_there in stages.items() if is_there), *_SAVING]
+
+
+def compress_work(
+    config: CompressConfig,
+    view: DecoderView,
+    prediction: Prediction,
+    held_out: TokenWindows,
+    plan: Plan,
+) -> dict[str, Work]:
+    """Return the work of each phase.
+
+    Args:
+        config: Configuration with its method resolved.
+        view: The dense model.
+        held_out: Windows of the perplexity.
+        plan: What an earlier start has already done.
+    """
+    method, settings = config.method, config.calibration
+    tokens = settings.num_samples * settings.seqlen
+    decomposed = 0
+    if method.weighting is not None or method.score is not None:
+        shapes = weight_shapes(view, Plan(method="stages"), prediction.layers).values()
+        decomposed = sum(n * m * min(n, m) for n, m in shapes)
+    cuts = sum(isinstance(op, Replacement) for op in prediction.operations)
+    measured = min(held_out.input_ids.shape[1], MAX_TOKENS) * config.statistics.measured_windows
+    groups = 1
+    if method.score_all_layers:
+        groups = -(-view.num_layers // max(len(prediction.layers), 1))
+    attribution = Work(_FORWARD_AND_BACKWARD * tokens * groups, groups)
+    if method.schedule == "iterative":
+        # Each block has a decomposition and a pass, half as deep on average.
+        blocks = 2 * len(prediction.layers)
+        left = 1 - len(plan.operations) / max(len(prediction.operations), 1)
+        attribution = Work(attribution.amount * blocks / 2, max(round(2 * blocks * left), 1))
+    is_stored = config.from_scores is not None
+    return {
+        EVALUATE: Work(held_out.num_tokens),
+        "similarity": Work(0 if is_stored else tokens),
+        "curvature": Work(0 if is_stored else _CURVATURE * tokens),
+        FACTORIZE: Work(_DECOMPOSITION * decomposed / (2 * count_parameters(view.model))),
+        "attribution": attribution,
+        CUT_LOSSES: Work(cuts * measured),
+        REFIT: Work(_REFIT * tokens),
+    }
+
+
+def compensate_stages(*, is_split: bool) -> list[Stage]:
+    """Return the stages of a compensation; a split model is measured while it is trained."""
+    before, after = (Stage(phase=EVALUATE, label=f"perplexity {w}") for w in ("before", "after"))
+    training = [Stage(phase=TRAIN, label="train")]
+    load = Stage(phase=LOAD, label="load model and text")
+    return [load, *(training if is_split else [before, *training, after]), *_SAVING]
+
+
+def compensate_work(
+    config: CompensateConfig, data: TrainingData, held_out: TokenWindows
+) -> Mapping[str, Work]:
+    """Return the work of each phase."""
+    steps, samples, validate_every = data.steps(), data.samples, config.training.validate_every
+    per_token = _FORWARD_AND_BACKWARD + config.training.gradient_checkpointing
+    per_token += config.objective == "distill"
+    trained = samples.train.num_tokens * len(steps) / steps.steps_per_epoch
+    validated = len(samples.validation) > 0
+    validation = samples.validation.num_tokens
+    validations = 0 if validate_every is None else len(steps) // validate_every
+    return {
+        EVALUATE: Work(held_out.num_tokens + validation, 1 + validated),
+        TRAIN: Work(per_token * trained + validations * validation),
+    }

@@ -1,0 +1,129 @@
+"""The keys of a configuration, and the one-line message for each mistake in them."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from grasp_lightning.config.values import check_values
+from grasp_lightning.errors import ConfigError
+from grasp_lightning.reading.text import one_line
+
+C = TypeVar("C")
+NAMES = tuple[str, ...]
+"""Type of the keys that take a list of names."""
+
+_BAD_VALUE = re.compile(r'Parser key "([^"]+)":')
+_MISSING = re.compile(r"arguments are required: ([\w.]+)")
+_GOT = re.compile(r"(?:Got value|Given value): (.*)$", re.MULTILINE)
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def leaves(config_type: type, prefix: str = "") -> Iterator[tuple[str, Any]]:  # Any: an annotation
+    """Yield (dotted key, type) of every value, sections left out."""
+    for name, kind in get_type_hints(config_type).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from leaves(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, kind
+
+
+def checked(config_type: type[C], parsed: Mapping[str, Any], schema: Mapping[str, Any]) -> C:
+    """Return the parsed configuration; refuse values that do not fit their keys."""
+    _refuse_nulls(parsed, schema)
+    config = config_type(**{name: parsed[name] for name in get_type_hints(config_type)})
+    check_values(config)
+    return config
+
+
+def check_keys(
+    content: Mapping[str, Any],
+    config_type: type,
+    file: str,
+    schema: Mapping[str, Any],
+    prefix: str = "",
+) -> None:
+    """Refuse unknown keys, and values that should be sections.
+
+    Args:
+        content: Keys and values, nested like the configuration.
+        file: Name of the source of the keys, for messages.
+        schema: The allowed keys, dotted; see ``leaves``.
+
+    Raises:
+        ConfigError: With the wrong key and the allowed ones.
+    """
+    kinds = get_type_hints(config_type)
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if name not in kinds:
+            raise ConfigError(f"{file}: unknown key {one_line(key)}; {allowed_keys(key, schema)}")
+        kind = kinds[name]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(
+                    f"{file}: {key}: expected a section of keys, got {one_line(repr(value))}"
+                )
+            check_keys(value, kind, file, schema, f"{key}.")
+
+
+def allowed_keys(key: str, schema: Mapping[str, Any]) -> str:
+    """Return the key that an unknown one may mean, and the allowed keys."""
+    section = key.rpartition(".")[0]
+    siblings = [k for k in schema if section and k.rpartition(".")[0] == section]
+    names = siblings or sorted({k.partition(".")[0] for k in schema})
+    near = difflib.get_close_matches(key, [*schema, *names], n=1, cutoff=0.8)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}allowed: {', '.join(names)}"
+
+
+def _refuse_nulls(parsed: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
+    """Refuse null where the type does not allow it: the parser always does."""
+    for key, kind in schema.items():
+        value: Any = parsed
+        for part in key.split("."):
+            value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+        if value is None and NoneType not in get_args(kind):
+            raise ConfigError(f"{key}: expected {_describe(kind)}, got null")
+
+
+def explain(
+    message: str,
+    schema: Mapping[str, Any],
+    flags: set[str],
+    contents: Mapping[str, dict[str, Any]],
+    missing_text: str = "{0} is not set; set it in a --config file or as --{0}=...",
+) -> str:
+    """Turn a parser's message into one line with source, key, expectation and value."""
+    missing = _MISSING.search(message)
+    if missing:
+        return missing_text.format(missing.group(1))
+    found = _BAD_VALUE.search(message)
+    if found is None or found.group(1) not in schema:
+        return f"command line: {one_line(message)}"
+    key = found.group(1)
+    holders = [file for file, content in contents.items() if _holds(content, key)]
+    source = "command line" if key in flags or not holders else holders[-1]
+    got = _GOT.search(message)
+    value = f", got {one_line(repr(got.group(1)))}" if got else ""
+    return f"{source}: {key}: expected {_describe(schema[key])}{value}"
+
+
+def _holds(content: object, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(content, dict) or part not in content:
+            return False
+        content = content[part]
+    return True
+
+
+def _describe(kind: Any) -> str:  # noqa: ANN401  a type annotation
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_describe(part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(str(value) for value in get_args(kind))
+    if get_origin(kind) is tuple:
+        return "a list of names" if kind == NAMES else "a list such as [20, 21]"
+    return "null" if kind is NoneType else _TYPE_NAMES.get(kind, str(kind))

@@ -1,0 +1,1 @@
+"""Checks of our own, which pre-commit runs."""
