@@ -6,6 +6,7 @@ checkout, alternately with this one.
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -63,18 +64,22 @@ def _cpu_seconds(case: str, checkout: Path) -> float:
     if not (checkout / "cli.py").is_file():
         raise GraspError(f"--against {checkout}: expected a checkout, which has a cli.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout)}
-    process = subprocess.Popen(
+    earlier = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
         [sys.executable, *words],
         cwd=checkout,
         env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != expected:
-        raise GraspError(f"{case}: expected exit code {expected}, got {process.returncode}")
-    return usage.ru_utime + usage.ru_stime
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode != expected:
+        last = done.stderr.strip().splitlines()[-1:]
+        raise GraspError(
+            f"{case} of {checkout}: expected exit code {expected}, got {done.returncode} {last}"
+        )
+    return usage.ru_utime - earlier.ru_utime + usage.ru_stime - earlier.ru_stime
 
 
 def report(seconds: Mapping[tuple[str, Path], Sequence[float]], checkouts: Sequence[Path]) -> str:
