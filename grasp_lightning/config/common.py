@@ -52,10 +52,10 @@ class CalibrationConfig:
             model worse on others.
         path: A .txt, .jsonl or .parquet file for ``source: file``, a .jsonl, .json or .parquet file
             for ``source: instructions``; a list has one for each of these, in order.
-        weights: Relative number of windows from each source of a list; None: equal.
+        weights: Relative number of windows from each source of a list; unset: equal.
         rows: Rows of the file to read, from 0, such as 0-259 or 260-; a list has one range per
-            ``path``. None: all rows.
-        split: Split of the corpora; None: the calibration split of each.
+            ``path``; unset: all rows.
+        split: Split of the corpora; unset: the calibration split of each.
         field: Text column of .jsonl and .parquet files, for ``source: file``.
         num_samples: Number of windows, over all sources.
         seqlen: Tokens per window.
@@ -93,10 +93,10 @@ class CorpusWindows:
     """How held-out text is cut into windows.
 
     Attributes:
-        rows: Rows of the file to read, from 0, such as 0-259 or 260-; None: all.
-        split: Split of the corpus; None: its held-out split.
+        rows: Rows of the file to read, from 0, such as 0-259 or 260-; unset: all.
+        split: Split of the corpus; unset: its held-out split.
         field: Text column of .jsonl and .parquet files.
-        num_samples: Number of windows, from the start of the corpus; None: all.
+        num_samples: Number of windows, from the start of the corpus; unset: all.
         seqlen: Tokens per window.
         batch_size: Windows per forward pass.
         add_bos: Start every window with the beginning-of-sequence token.

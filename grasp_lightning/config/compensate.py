@@ -46,12 +46,12 @@ class InstructionConfig:
     Attributes:
         source: alpaca (hub), or file (see ``path``).
         path: A .jsonl, .json or .parquet file with instruction, output and, optionally, input.
-        num_train: Number of training samples; None: all that are not set aside.
+        num_train: Number of training samples; unset: all that are not set aside.
         num_validation: Number of samples set aside for validation.
         max_length: Maximum tokens of a sample; longer ones lose their end.
         train_on_inputs: Train on the prompt as well as on the answer.
         add_eos: End samples with the end-of-sequence token.
-        add_bos: Start samples with the beginning-of-sequence token; None: the tokenizer's default.
+        add_bos: Start samples with the beginning-of-sequence token; unset: the tokenizer's default.
         order: shuffled, length_grouped (less padding) or packed (several samples per row, without
             attention between them).
         licence: Licence of a local file, for the model card.
@@ -74,7 +74,7 @@ class TextConfig(CorpusSource):
     """Plain text, in windows of equal length.
 
     Attributes:
-        split: Split of the corpus; None: its calibration split.
+        split: Split of the corpus; unset: its calibration split.
         field: Text column of .jsonl and .parquet files.
         num_samples: Number of training windows.
         num_validation: Number of other windows, for validation.
@@ -123,7 +123,7 @@ class OptimizerConfig:
         epsilon: Added to the root of that mean.
         schedule: Learning rate after the warm-up: constant, linear or cosine to 0.
         warmup_steps: Optimizer steps in which the learning rate rises from 0.
-        gradient_clip: Maximum norm of the whole gradient; None: no clipping.
+        gradient_clip: Maximum norm of the whole gradient; unset: no clipping.
     """
 
     learning_rate: Share = 3e-4
@@ -142,11 +142,11 @@ class TrainingConfig:
 
     Attributes:
         epochs: Passes over the samples.
-        max_steps: Maximum optimizer steps; None: ``epochs`` decides.
+        max_steps: Maximum optimizer steps; unset: ``epochs`` decides.
         batch_size: Rows per optimizer step.
         micro_batch_size: Rows per forward pass; affects memory and speed, not the result.
-        validate_every: Optimizer steps between validations; None: only before and after.
-        patience: Stop after this many validations without a lower loss; None: never.
+        validate_every: Optimizer steps between validations; unset: only before and after.
+        patience: Stop after this many validations without a lower loss; unset: never.
         keep: Weights to keep: last, or best (lowest validation loss).
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
     """
@@ -176,7 +176,7 @@ class LoggersConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompensateConfig:
-    """Everything that ``compensate`` reads.
+    """Train a compressed model, merge what was trained, save the result and report.
 
     Attributes:
         output_dir: Run folder to write.

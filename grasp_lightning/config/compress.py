@@ -37,7 +37,7 @@ class StatisticsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig:
-    """Everything that ``compress`` and ``plan`` read.
+    """Calibrate a model, decide what to remove, replace it, save the result and report.
 
     Attributes:
         output_dir: Run folder to write; ``plan`` needs none.
@@ -69,10 +69,10 @@ class CompressConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(CompressConfig):
-    """Everything that ``plan`` reads: the keys of ``compress``, and a later compensation.
+    """Predict what ``compress`` removes and how much memory it needs, from the config alone.
 
     Attributes:
-        compensate: YAML file of a later ``compensate``, to predict its memory; None: the defaults.
+        compensate: YAML file of a later ``compensate``, to predict its memory; unset: the defaults.
     """
 
     compensate: PathName | None = None
@@ -80,7 +80,7 @@ class PlanConfig(CompressConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Everything that ``export`` reads.
+    """Write a compressed model in another format.
 
     Attributes:
         model: Folder of a compressed model, such as ``runs/x/model``.

@@ -14,7 +14,7 @@ from grasp_lightning.config.values import (
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Everything that ``evaluate`` reads.
+    """Measure perplexity, tasks and cost of models, side by side.
 
     Attributes:
         model: Models, compared with the first: folders, hub names, .gguf files, ``smollm2``.
@@ -26,8 +26,8 @@ class EvaluateConfig:
         evaluation: How to cut these texts into windows.
         tasks: Names of lm-eval tasks, tags or groups; needs the extra ``eval``.
         task_data: Folder with task data, ``<task>/<split>.jsonl``; other tasks read the hub.
-        limit: Number of documents per task, from the start; None: all.
-        num_fewshot: Examples before each question; None: the default of each task.
+        limit: Number of documents per task, from the start; unset: all.
+        num_fewshot: Examples before each question; unset: the default of each task.
         batch_size: Requests of a task per forward pass.
         seed: Seed of few-shot examples and of sampling; 1234 is lm-eval's default.
         output: JSON file for the results; results that it already contains are not measured again.
@@ -53,7 +53,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """Everything that ``benchmark`` reads.
+    """Measure prefill and decode throughput of models, alternately.
 
     Attributes:
         model: Model that the others are compared with: folder, hub name, .gguf file or ``smollm2``.
@@ -62,7 +62,7 @@ class BenchmarkConfig:
         dtype: Floating point type of the weights; auto keeps each checkpoint's.
         device: Device of the models: auto, cpu, cuda, cuda:1, ...
         trust_remote_code: Run model code that comes with the checkpoints.
-        threads: Threads of torch on the CPU; None: torch's default.
+        threads: Threads of torch on the CPU; unset: torch's default.
         prefill_lengths: Prompt lengths in tokens whose prefill is timed, one prompt at a time.
         decode_batch_sizes: Numbers of sequences to decode together.
         prompt_length: Tokens per sequence before decoding.

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser
 
 from grasp_lightning.config.compress import CompressConfig
+from grasp_lightning.config.help import HelpFormatter
 from grasp_lightning.config.keys import (
     NAMES,
     allowed_keys,
@@ -43,7 +44,13 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
     files = _config_files(argv)
     contents = {file: read_settings(file, config_type) for file in files}
     flags = _flags(argv, schema)
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=config_type.__doc__)
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--config FILE.yaml] [--key value ...]",
+        description=(config_type.__doc__ or "").partition("\n\n")[0].replace("``", ""),
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file; flags override it")
     parser.add_class_arguments(config_type, as_group=False)
     try:
