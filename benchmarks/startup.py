@@ -47,15 +47,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each case")
     parser.add_argument("--against", type=Path, help="folder of another checkout")
     arguments = parser.parse_args()
-    checkouts = [_HERE] if arguments.against is None else [arguments.against.resolve(), _HERE]
-    seconds: dict[tuple[str, Path], list[float]] = {}
+    checkouts = {} if arguments.against is None else {"before": arguments.against.resolve()}
+    checkouts["now"] = _HERE
+    seconds: dict[tuple[str, str], list[float]] = {}
     for number in range(arguments.rounds + 1):
         for case in _CASES:
-            for checkout in checkouts:
+            for column, checkout in checkouts.items():
                 measured = _cpu_seconds(case, checkout)
                 if number > 0:  # the first one fills caches of files and of bytecode
-                    seconds.setdefault((case, checkout), []).append(measured)
-    print(report(seconds, checkouts))
+                    seconds.setdefault((case, column), []).append(measured)
+    print(report(seconds, list(checkouts)))
 
 
 def _cpu_seconds(case: str, checkout: Path) -> float:
@@ -82,24 +83,23 @@ def _cpu_seconds(case: str, checkout: Path) -> float:
     return usage.ru_utime - earlier.ru_utime + usage.ru_stime - earlier.ru_stime
 
 
-def report(seconds: Mapping[tuple[str, Path], Sequence[float]], checkouts: Sequence[Path]) -> str:
+def report(seconds: Mapping[tuple[str, str], Sequence[float]], columns: Sequence[str]) -> str:
     """Return the table, as Markdown.
 
     Args:
-        seconds: Measurements by case and checkout.
-        checkouts: The checkouts in the order of their columns, this one last.
+        seconds: Measurements by case and column.
+        columns: Names of the checkouts.
 
     Returns:
         The text.
     """
-    header = ["CPU seconds", *(["before"] if len(checkouts) > 1 else []), "now"]
     rows = [
-        [case, *(f"{statistics.median(seconds[case, checkout]):.2f}" for checkout in checkouts)]
+        [case, *(f"{statistics.median(seconds[case, column]):.2f}" for column in columns)]
         for case in _CASES
     ]
     rounds = len(next(iter(seconds.values())))
     note = f"Medians of {rounds} processes, user and system time."
-    return "\n".join([markdown_table(header, rows), "", note, hardware()])
+    return "\n".join([markdown_table(["CPU seconds", *columns], rows), "", note, hardware()])
 
 
 if __name__ == "__main__":

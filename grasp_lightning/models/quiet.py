@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import transformers
-from huggingface_hub import constants
-from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import modeling_gguf_pytorch_utils
+
+from grasp_lightning.models.quiet_hub import quiet_hub
 
 
 @contextmanager
@@ -30,10 +30,7 @@ def _without_bars() -> Iterator[None]:
     gguf_bar, hook = gguf.tqdm, transformers.logging.set_tqdm_hook(_disabled)
     gguf.tqdm = partial(gguf_bar, disable=True)
     try:
-        with ExitStack() as hub:
-            # Otherwise the user asks for these bars, and the client warns that it shows them.
-            if constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:
-                hub.enter_context(disable_progress_bars())
+        with quiet_hub():
             yield
     finally:
         gguf.tqdm = gguf_bar

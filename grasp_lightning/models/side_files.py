@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 
 from grasp_lightning.errors import OutputError
-from grasp_lightning.models.quiet import quiet_transformers
+from grasp_lightning.models.quiet_hub import quiet_hub
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def fetch_side_files(name: str, revision: str | None, folder: Path | None) -> No
     if folder is not None and (folder / "README.md").exists():  # already fetched
         return
     try:
-        with quiet_transformers():
+        with quiet_hub():
             huggingface_hub.snapshot_download(
                 name, revision=revision, ignore_patterns=[*_LEFT_OUT[:-2], "*/*"]
             )

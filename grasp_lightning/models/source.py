@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ConfigError, DataError, ModelError
 from grasp_lightning.models import gguf
-from grasp_lightning.models.quiet import quiet_transformers
+from grasp_lightning.models.quiet_hub import quiet_hub
 from grasp_lightning.models.side_files import is_licence, side_files
 from grasp_lightning.models.weight_files import weight_files
 from grasp_lightning.reading.text import user_path
@@ -172,7 +172,7 @@ def _hub_source(config: ModelConfig) -> ModelSource:
         return ModelSource(location=config.path, name=config.path, revision=config.revision)
     revision = _commit(config.path, config.revision)
     try:
-        with quiet_transformers():
+        with quiet_hub():
             file = Path(hf_hub_download(config.path, config.gguf_file, revision=revision))
     except (OSError, HFValidationError) as error:
         raise hub_error(config.path, error) from error
