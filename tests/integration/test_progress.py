@@ -17,7 +17,8 @@ import pytest
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
 from tests.integration.compensation import compensate_argv
-from tests.integration.killing import ROOT, Kill, killed
+from tests.integration.forked import killed
+from tests.integration.killing import ROOT, Kill
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 _STAGE = re.compile(r"\[(\d+)/(\d+)\] ([a-z ]+[a-z])")
