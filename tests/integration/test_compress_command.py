@@ -660,6 +660,8 @@ def test_plan_shows_the_memory_of_a_compensation_file(
     assert main(["plan", *settings, f"--compensate={file}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"compensation with {file}, 8 processes, 3 x 16 tokens at a time," in lines
+    (alone, together) = [line.split() for line in lines if line.startswith(("  auto, 1", "  ddp "))]
+    assert 2 * float(alone[4]) == pytest.approx(float(together[2]), abs=0.02)  # gradients
     (trained,) = [line for line in lines if line.startswith("train: factors, ")]
     assert main(["compress", *settings]) == 0
     factors = load_file(tmp_path / "run" / "factors.safetensors")
