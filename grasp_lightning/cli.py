@@ -202,6 +202,10 @@ def run_program(argv: Sequence[str] | None = None) -> NoReturn:
         complete({name: command.help for name, command in COMMANDS.items()})
     try:
         code = main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = SIGNALLED + signal.SIGPIPE
     except KeyboardInterrupt:  # a second one, while the first was being reported
         code = SIGNALLED + signal.SIGINT
     except Exception:  # noqa: BLE001  a bug: reported as Python does

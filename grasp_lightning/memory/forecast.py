@@ -31,7 +31,7 @@ from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
 
 # Sharding is pointless in one process: the forecast then assumes this many.
 DEFAULT_PROCESSES: Final = 8
-_COMPENSATION_STRATEGIES: Final = tuple(s for s in get_args(Strategy) if s != "auto")
+_COMPENSATION_STRATEGIES: Final[tuple[Strategy, ...]] = get_args(Strategy)
 
 
 def compensation_settings(config: PlanConfig) -> CompensateConfig:
@@ -171,7 +171,7 @@ def compensation_plan(
             compensation_memory(
                 compressed,
                 strategy,
-                processes,
+                1 if strategy == "auto" else processes,
                 trained=trained,
                 is_new=adapters.rank is not None,
                 activations=activations,

@@ -104,7 +104,8 @@ def _compensation_lines(plan: CompensationPlan, unit: int) -> list[str]:
     header = ("weights", "gradients", "optimizer", "activations", "total", "checkpointed", "host")
     rows: dict[str, Sequence[str]] = {}
     for strategy, (memory, total_checkpointed, host) in plan.rows.items():
-        rows[strategy] = _cells((*memory, memory.total, total_checkpointed, host), unit)
+        label = "auto, 1 process" if strategy == "auto" else strategy
+        rows[label] = _cells((*memory, memory.total, total_checkpointed, host), unit)
     source = plan.source or "the defaults"
     (activations,) = _cells([plan.activations_checkpointed], unit)
     size = f"{plan.batch_size} x {plan.seqlen} tokens"

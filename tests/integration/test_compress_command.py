@@ -78,6 +78,27 @@ def seams(folder: Path) -> int:
     return missing
 
 
+def test_terminal_report_and_card_show_the_same_numbers(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", *settings]) == 0
+    terminal = [
+        [cell.strip() for cell in line.strip("\u2502").split("\u2502")]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("\u2502")
+    ]
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    in_card = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", card, re.MULTILINE)
+    report = (tmp_path / "run" / "report.html").read_text()
+    in_report = re.findall(
+        r"<tr>\s*<t[hd][^>]*>([^<]+)</t[hd]>" + 3 * r"\s*<td[^>]*>([^<]+)</td>" + r"\s*</tr>",
+        report,
+    )
+    assert len(terminal) == 5
+    assert [list(row) for row in in_card] == terminal
+    assert [list(row) for row in in_report[:5]] == terminal
+
+
 def test_the_saved_model_is_the_measured_one(settings: list[str], tmp_path: Path) -> None:
     assert main(["compress", *settings]) == 0
     folder = tmp_path / "run"
@@ -660,6 +681,8 @@ def test_plan_shows_the_memory_of_a_compensation_file(
     assert main(["plan", *settings, f"--compensate={file}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"compensation with {file}, 8 processes, 3 x 16 tokens at a time," in lines
+    (alone, together) = [line.split() for line in lines if line.startswith(("  auto, 1", "  ddp "))]
+    assert 2 * float(alone[4]) == pytest.approx(float(together[2]), abs=0.02)  # gradients
     (trained,) = [line for line in lines if line.startswith("train: factors, ")]
     assert main(["compress", *settings]) == 0
     factors = load_file(tmp_path / "run" / "factors.safetensors")

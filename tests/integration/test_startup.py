@@ -1,6 +1,7 @@
 """What needs no model answers before the heavy packages are imported."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -78,3 +79,13 @@ def test_bad_input_is_refused_before_a_heavy_package_is_imported(
     assert (code, output, imported) == (2, "", [])
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_a_reader_that_ends_early_causes_no_traceback() -> None:
+    words = [sys.executable, str(ROOT / "cli.py"), "--help"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait() == 128 + signal.SIGPIPE
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
