@@ -145,7 +145,7 @@ def _table(
     keys = ("strategy", "num_processes", "batch_size", "seqlen", *keys)
     header = [key.removeprefix("num_") if key == "num_processes" else key for key in keys]
     for part in parts:
-        header += [f"{part}: measured", "modelled", "difference"]
+        header += [f"{part}: measured", "modeled", "difference"]
     rows = []
     for record, predicted in pairs:
         if record["stage"] != stage:
