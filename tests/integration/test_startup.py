@@ -57,7 +57,7 @@ def test_help_imports_no_heavy_package(words: list[str], says: str) -> None:
     ("words", "says"),
     [
         ([], "no command"),
-        (["compres"], "unknown command 'compres'"),
+        (["squeeze"], "unknown command 'squeeze'"),
         (["compress", "--method.removed_rato=0.2"], "did you mean method.removed_ratio?"),
         (["compress", "--method.removed_ratio=much"], "expected a number"),
         (["compensate", "--train=all"], "expected one of lora"),
