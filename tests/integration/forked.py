@@ -10,12 +10,12 @@ import signal
 import socket
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grasp_lightning.models import reloading
 from tests.integration.killing import Kill
 
 _SECONDS = 120
@@ -112,18 +112,9 @@ def _run_rank(  # noqa: PLR0917  what a process is given
     import_module("grasp_lightning.cli").run_program(words)
 
 
-def _verified_by_a_fork(request: Path, seconds: float) -> int:
-    """Stand in for ``verification._exit_code``."""
-    del seconds
-    child = os.fork()
-    if child == 0:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            os.environ.pop(name, None)
-        try:
-            import_module("grasp_lightning.models.reloading")._answer(request)
-        except BaseException:  # noqa: BLE001  as an interpreter does that ends with an error
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+def _verified_by_a_fork(request: Path, seconds: float) -> int | None:
+    """Stand in for ``verification._exit_code``: forked where the ranks are, not from one."""
+    process = _CONTEXT.Process(target=reloading._answer, args=(request,))
+    process.start()
+    process.join(seconds)
+    return process.exitcode

@@ -60,8 +60,9 @@ def test_a_lost_file_outside_stops_the_build(sources: Path) -> None:
 
 
 def test_a_link_to_a_file_outside_becomes_its_path(sources: Path) -> None:
-    page = "# Outside\n\nSee [the programs](../benchmarks/README.md#memory).\n"
-    (sources / "docs/index.md").write_text(page, encoding="utf-8")
+    index = sources / "docs/index.md"
+    link = "See [the programs](../benchmarks/README.md#memory)."
+    index.write_text(f"{index.read_text(encoding='utf-8')}\n{link}\n", encoding="utf-8")
     assert build(sources).returncode == 0
     built = (sources / "built/index.html").read_text(encoding="utf-8")
     assert "<p>See <code>benchmarks/README.md</code>.</p>" in built
