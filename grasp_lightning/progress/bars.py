@@ -96,6 +96,8 @@ class RunBar:
         if self._display is not None and self._task is None:
             self._task = self._display.add_task("", total=None, of=" %", note="", left=None)
             self._display.start()
+        if self._display is not None:
+            self._display.refresh()  # a stage may be shorter than the time between two drawings
 
     def expect_passes(self, number: int) -> None:
         """Set the number of passes of the current stage."""
@@ -214,6 +216,7 @@ def _row(
             yield PassBar(display, task, on_update)
         finally:
             if is_shared:
+                display.refresh()  # the end of a short pass, too
                 display.remove_task(task)
 
 
