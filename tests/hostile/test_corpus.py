@@ -144,6 +144,7 @@ def test_texts_that_are_none(sound: Path, work: Path, capfd: pytest.CaptureFixtu
         refuse(words_of(command, sound, **changes), work.parent, capfd)
 
 
+@pytest.mark.slow
 def test_instructions_that_are_none(
     sound: Path, work: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

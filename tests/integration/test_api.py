@@ -41,6 +41,7 @@ def run(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return compress(dense, output_dir=tmp_path_factory.mktemp("runs") / "run", **KEYS)
 
 
+@pytest.mark.slow
 def test_a_call_does_what_the_command_does(run: Run, dense: Path, tmp_path: Path) -> None:
     argv = [f"--model.path={dense}", f"--output_dir={tmp_path / 'run'}", "--method.name=grasp"]
     argv += ["--method.num_layers=1", "--method.keep_ratio=0.3", *FLAGS]
@@ -83,6 +84,7 @@ def test_a_model_object_is_compressed_as_a_copy(run: Run, dense: Path, tmp_path:
         assert str(dense.parent).encode() not in file.read_bytes(), file
 
 
+@pytest.mark.slow
 def test_a_run_is_found_by_the_content_of_its_model(tmp_path: Path) -> None:
     first = compress(tiny_model(), tokenizer=byte_tokenizer(), output_dir=tmp_path / "a", **KEYS)
     assert first.metrics["model"] == "LlamaForCausalLM"
@@ -191,6 +193,7 @@ def interrupt(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_the_same_call_resumes(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +208,7 @@ def test_ctrl_c_leaves_a_run_that_the_same_call_resumes(
     assert compress(dense, output_dir=tmp_path / "run", **KEYS).metrics["layers"]
 
 
+@pytest.mark.slow
 def test_a_run_is_compensated_and_evaluated(
     run: Run, dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

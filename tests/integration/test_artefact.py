@@ -368,6 +368,7 @@ def result_is_good(result: dict[str, Any]) -> bool:
     return bool(result["class"].startswith("transformers.models."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names())
 def test_a_saved_model_loads_bit_equal_after_importing_the_package(
     outcome: Outcome, name: str
@@ -375,6 +376,7 @@ def test_a_saved_model_loads_bit_equal_after_importing_the_package(
     assert result_is_good(outcome("package", name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names(plain=False))
 def test_loading_without_the_package_stops_instead_of_giving_random_layers(
     outcome: Outcome, name: str
@@ -384,6 +386,7 @@ def test_loading_without_the_package_stops_instead_of_giving_random_layers(
     assert "mismatch" in result["base error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names(plain=True))
 def test_a_model_with_dropped_layers_only_loads_without_the_package(
     outcome: Outcome, saved: Callable[[str], Path], name: str
@@ -394,11 +397,13 @@ def test_a_model_with_dropped_layers_only_loads_without_the_package(
     assert not (folder / "modeling_grasp.py").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names())
 def test_remote_code_loads_bit_equal_without_the_package(outcome: Outcome, name: str) -> None:
     assert result_is_good(outcome("trust", name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CUSTOM)
 def test_a_model_with_code_of_its_own_opens_without_the_package_and_can_be_saved_again(
     outcome: Outcome, name: str

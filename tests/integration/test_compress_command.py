@@ -116,6 +116,7 @@ def test_the_saved_model_is_the_measured_one(settings: list[str], tmp_path: Path
     assert torch.equal(model(ids).logits, replayed(ids).logits)
 
 
+@pytest.mark.slow
 def test_scores_are_stored_for_every_component_and_layer(
     settings: list[str], tmp_path: Path
 ) -> None:
@@ -133,6 +134,7 @@ def test_scores_are_stored_for_every_component_and_layer(
         assert scores[f"{module}.singular_values"].shape == values.shape
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_plan_bytes(settings: list[str], tmp_path: Path) -> None:
     assert main(["compress", *settings]) == 0
     again = [*settings, f"--output_dir={tmp_path / 'again'}"]
@@ -235,6 +237,7 @@ def test_options_of_grasp_without_its_name_are_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bfloat16_models_stay_bfloat16(settings: list[str], tmp_path: Path) -> None:
     assert main(["compress", *settings, "--model.dtype=bfloat16"]) == 0
     metrics = read_metrics(tmp_path / "run")
@@ -246,6 +249,7 @@ def test_bfloat16_models_stay_bfloat16(settings: list[str], tmp_path: Path) -> N
     assert {factor.dtype for factor in factors.values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_the_calibration_loss_is_logged(settings: list[str], tmp_path: Path) -> None:
     assert main(["compress", *settings]) == 0
     with (tmp_path / "run" / "logs" / "pass_1" / "metrics.csv").open() as file:
@@ -478,6 +482,7 @@ def test_a_foreign_folder_is_not_touched(
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_another_configuration_is_named_by_its_key(
     settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,6 +135,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_copy_computes_what_the_compressed_model_does(
     exported: Callable[[str], Exported], case: str
@@ -153,6 +154,7 @@ def test_the_copy_computes_what_the_compressed_model_does(
     assert exported(case).results[f"{case} tokens"].shape == (1, 8 + 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_copy_has_the_parameters_of_the_dense_model_without_dropped_layers(
     exported: Callable[[str], Exported], case: str
@@ -167,6 +169,7 @@ def test_the_copy_has_the_parameters_of_the_dense_model_without_dropped_layers(
     assert facts["parameters"]["compressed"] < expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_of_the_low_rank_format_is_left(
     exported: Callable[[str], Exported], case: str

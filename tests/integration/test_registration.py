@@ -20,6 +20,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_compressed_folder_opens_whatever_is_imported_first(order: str, tmp_path: Path) -> None:
     model = tiny_model("llama")

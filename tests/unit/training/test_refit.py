@@ -139,6 +139,7 @@ def test_the_stream_gets_closer_to_the_dense_one(mode: RefitChoice, family: str)
     assert hidden_error(tiny_model(family), *given, refitted) < before
 
 
+@pytest.mark.slow
 def test_hidden_states_on_disk_give_the_same() -> None:
     view, found = DecoderView(tiny_model()), windows()
     decided = decision(view, found)
@@ -186,6 +187,7 @@ def test_the_rest_compensates_for_removed_parts(mode: RefitChoice) -> None:
     assert hidden_error(tiny_model(), *given, refitted) < before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["llama", "phi3", "gpt2", "opt", "gpt_neox", "falcon", "gemma2", "bloom", "mixtral"]
 )
@@ -206,6 +208,7 @@ class Killed(Exception):  # noqa: N818  what a signal would do
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_a_killed_refit_resumes_after_its_last_layer_with_the_same_bytes(
