@@ -3,6 +3,10 @@
 None means that the user did not set a key: presets and methods fill it in.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
 from grasp_lightning.config.common import (
     CALIBRATION_STRATEGIES,
     CalibrationConfig,
@@ -56,8 +60,21 @@ from grasp_lightning.config.method import (
     Weighting,
 )
 
+CONFIGS: Final[Mapping[str, type]] = MappingProxyType(
+    {
+        "compress": CompressConfig,
+        "compensate": CompensateConfig,
+        "plan": PlanConfig,
+        "evaluate": EvaluateConfig,
+        "benchmark": BenchmarkConfig,
+        "export": ExportConfig,
+    }
+)
+"""The configuration of each command."""
+
 __all__ = [
     "CALIBRATION_STRATEGIES",
+    "CONFIGS",
     "METHOD_OPTIONS",
     "BatchOrder",
     "BenchmarkConfig",

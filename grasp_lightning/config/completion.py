@@ -2,32 +2,18 @@
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, Final, Literal, get_args, get_origin
 
 import argcomplete
 from argcomplete.shell_integration import shellcode
 
-from grasp_lightning.config.compensate import CompensateConfig
-from grasp_lightning.config.compress import CompressConfig, ExportConfig, PlanConfig
+from grasp_lightning.config import CONFIGS, METHOD_OPTIONS
 from grasp_lightning.config.keys import leaves
-from grasp_lightning.config.measure import BenchmarkConfig, EvaluateConfig
-from grasp_lightning.config.method import METHOD_OPTIONS
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.plugins import method_plugins
 from grasp_lightning.reading.text import one_line
 
 SHELLS: Final = ("bash", "zsh")
-_CONFIGS: Final[Mapping[str, type]] = MappingProxyType(
-    {
-        "compress": CompressConfig,
-        "compensate": CompensateConfig,
-        "plan": PlanConfig,
-        "evaluate": EvaluateConfig,
-        "benchmark": BenchmarkConfig,
-        "export": ExportConfig,
-    }
-)
 _USAGE: Final = """\
 usage: {program} completion {{bash,zsh}}
 
@@ -67,7 +53,7 @@ def complete(commands: Mapping[str, str]) -> None:
         command = subparsers.add_parser(name, help=text)
         command.add_argument("--config", action="append")
         command.add_argument("--print_config", action="store_true")
-        for key, kind in leaves(_CONFIGS[name]):
+        for key, kind in leaves(CONFIGS[name]):
             _add_key(command, key, kind)
     script = subparsers.add_parser("completion", help="the script that completes this line")
     script.add_argument("shell", choices=SHELLS)

@@ -5,7 +5,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from grasp_lightning.config.values import check_values
 from grasp_lightning.errors import ConfigError
@@ -86,7 +86,7 @@ def _refuse_nulls(parsed: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
         for part in key.split("."):
             value = value[part] if isinstance(value, Mapping) else getattr(value, part)
         if value is None and NoneType not in get_args(kind):
-            raise ConfigError(f"{key}: expected {_describe(kind)}, got null")
+            raise ConfigError(f"{key}: expected {describe(kind)}, got null")
 
 
 def explain(
@@ -108,7 +108,7 @@ def explain(
     source = "command line" if key in flags or not holders else holders[-1]
     got = _GOT.search(message)
     value = f", got {one_line(repr(got.group(1)))}" if got else ""
-    return f"{source}: {key}: expected {_describe(schema[key])}{value}"
+    return f"{source}: {key}: expected {describe(schema[key])}{value}"
 
 
 def _holds(content: object, key: str) -> bool:
@@ -119,11 +119,17 @@ def _holds(content: object, key: str) -> bool:
     return True
 
 
-def _describe(kind: Any) -> str:  # noqa: ANN401  a type annotation
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(_describe(part) for part in get_args(kind))
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(str(value) for value in get_args(kind))
-    if get_origin(kind) is tuple:
-        return "a list of names" if kind == NAMES else "a list such as [20, 21]"
+def describe(kind: Any) -> str:  # noqa: ANN401  a type annotation
+    """Return in words what a key takes, for messages and ``--help``."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        base, limit = parts[0], str(parts[1])
+        return f"a {limit}" if base is str else f"{describe(base)} {limit}"
+    if origin in (Union, UnionType):
+        return " or ".join(describe(part) for part in parts)
+    if origin is Literal:
+        return "one of " + ", ".join(str(value) for value in parts)
+    if origin is tuple:
+        is_text = str in (parts[0], *get_args(parts[0]))
+        return "a list of names" if is_text else "a list such as [20, 21]"
     return "null" if kind is NoneType else _TYPE_NAMES.get(kind, str(kind))

@@ -11,14 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grasp_lightning.cli import COMMANDS
-from grasp_lightning.config import (
-    BenchmarkConfig,
-    CompensateConfig,
-    CompressConfig,
-    EvaluateConfig,
-    ExportConfig,
-    PlanConfig,
-)
+from grasp_lightning.config import CONFIGS
 from grasp_lightning.config.keys import leaves
 from grasp_lightning.errors import PlanError
 from grasp_lightning.plan import Plan
@@ -26,17 +19,9 @@ from grasp_lightning.reading.tensors import read_checkpoint, read_metadata, read
 from tests.hostile import corpus
 from tests.hostile.test_corpus import refuse
 
-TYPES: dict[str, Any] = {
-    "compress": CompressConfig,
-    "compensate": CompensateConfig,
-    "plan": PlanConfig,
-    "evaluate": EvaluateConfig,
-    "benchmark": BenchmarkConfig,
-    "export": ExportConfig,
-}
 KEYS = [
     (command, key)
-    for command, kind in TYPES.items()
+    for command, kind in CONFIGS.items()
     for key, _ in leaves(kind)
     # A small number of these starts processes; and names of models of the hub are looked up there.
     if key not in ("trainer.devices", "trainer.num_nodes", "model", "model.path")
@@ -71,8 +56,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def absent(command: str) -> list[str]:
     """A command line with a missing model, so that no run can begin."""
-    key = "model.path" if hasattr(TYPES[command], "trainer") else "model"
-    has_output = "output_dir" in TYPES[command].__dataclass_fields__
+    key = "model.path" if hasattr(CONFIGS[command], "trainer") else "model"
+    has_output = "output_dir" in dict(leaves(CONFIGS[command]))
     return [command, f"--{key}=./absent", *(["--output_dir=run"] if has_output else [])]
 
 

@@ -1,7 +1,6 @@
 """Runs of the program that send themselves a signal in the middle."""
 
 import os
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -37,17 +36,3 @@ class Kill(NamedTuple):
             return original(*args, **kwargs)
 
         setattr(target, self.name, counting)
-
-
-def as_program(kill: Kill, signal_number: int) -> list[str]:
-    """Return the words after ``python`` or ``torchrun`` that run the program with a kill."""
-    return ["-m", __name__, *map(str, kill), str(int(signal_number))]
-
-
-if __name__ == "__main__":
-    import torch
-
-    torch.set_num_threads(1)
-    where, owner, name, call, number = sys.argv[1:6]
-    Kill(where, owner, name, int(call)).arm(int(number))
-    import_module("grasp_lightning.cli").run_program(sys.argv[6:])

@@ -25,14 +25,8 @@ from torch.distributed.run import get_args_parser
 from transformers import LlamaConfig
 
 import grasp_lightning.cli as program
-from grasp_lightning.config import (
-    BenchmarkConfig,
-    CompensateConfig,
-    CompressConfig,
-    EvaluateConfig,
-    ExportConfig,
-    PlanConfig,
-)
+from grasp_lightning.config import CONFIGS
+from grasp_lightning.config.keys import leaves
 from grasp_lightning.config.parsing import parse
 from grasp_lightning.errors import GraspError
 from tests.conftest import save_tiny
@@ -52,12 +46,8 @@ PRELUDES = {
     )
 }
 COMMANDS_OF_CONFIGS: dict[str, tuple[type, str]] = {
-    "compress": (CompressConfig, "--model.path=tiny"),
-    "compensate": (CompensateConfig, "--model.path=tiny"),
-    "plan": (PlanConfig, "--model.path=tiny"),
-    "export": (ExportConfig, "--model=tiny"),
-    "evaluate": (EvaluateConfig, "--model=tiny"),
-    "benchmark": (BenchmarkConfig, "--model=tiny"),
+    name: (config, f"--{'model.path' if 'model.path' in dict(leaves(config)) else 'model'}=tiny")
+    for name, config in CONFIGS.items()
 }
 # Programs of the system: only their names are checked.
 SYSTEM = frozenset({"cd", "git", "grep", "scontrol", "squeue", "tail"})

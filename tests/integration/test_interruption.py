@@ -1,6 +1,5 @@
 """Ctrl-C ends the program with one line, whatever it is doing."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import save_tiny
-from tests.integration.killing import ROOT, Kill, as_program
+from tests.integration.forked import run_ranks
+from tests.integration.killing import ROOT, Kill
 
 # The program, but it sends itself Ctrl-C when a module is imported.
 IMPORTING = """
@@ -62,9 +62,7 @@ def test_an_interrupted_run_says_whether_anything_is_saved(
         *("--calibration.seqlen=32", "--evaluation.source=pydoc", "--evaluation.num_samples=2"),
         *("--evaluation.seqlen=32", f"--output_dir={tmp_path / 'run'}"),
     ]
-    words = [sys.executable, *as_program(place, signal.SIGINT), *argv]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 128 + signal.SIGINT
-    assert done.stderr.splitlines()[-1] == told
+    done = run_ranks(argv, 1, place, signal.SIGINT)
+    assert done.codes == [128 + signal.SIGINT]
+    assert done.text.splitlines()[-1] == told
     assert (tmp_path / "run").exists() == (told == RESUMES)
