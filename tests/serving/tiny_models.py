@@ -12,7 +12,12 @@ from grasp_lightning.models.lowrank import LowRankLinear, NarrowedLinear
 from tests.conftest import byte_tokenizer, tiny_model
 
 # CPU attention of vLLM needs heads of 32; two processes must divide heads and channels.
-_SIZES = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 96, "max_position_embeddings": 512}
+_SIZES: dict[str, object] = {
+    "hidden_size": 64,
+    "head_dim": 32,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+}
 _BIASES = {"attention_bias": True, "mlp_bias": True}
 _LONGER = {"sliding_window": 16}
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
@@ -31,8 +36,8 @@ NARROWED = 37  # odd, so that two processes hold shares of two sizes
 _RANKS: tuple[dict[str, int], ...] = (
     {"q_proj": 5, "k_proj": 0, "o_proj": 7, "qkv_proj": 11},
     {"k_proj": 3, "v_proj": 9, "gate_proj": 4, "down_proj": 6, "gate_up_proj": 8},
-    {name: 0 for name in ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")}
-    | {name: 0 for name in ("gate_proj", "up_proj", "down_proj", "gate_up_proj")},
+    dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"), 0)
+    | dict.fromkeys(("gate_proj", "up_proj", "down_proj", "gate_up_proj"), 0),
     {},
 )
 
@@ -40,7 +45,7 @@ _RANKS: tuple[dict[str, int], ...] = (
 def save_compressed(path: Path, name: str) -> PreTrainedModel:
     """Save a tiny model with low-rank and narrowed linears, and return it."""
     family, options = FAMILIES[name]
-    model = tiny_model(family, **options)
+    model = tiny_model(family, 0, **options)
     generator = torch.Generator().manual_seed(7)
     for module, linear in list(_linears(model)):
         layer, last = int(module.split(".")[2]), module.rpartition(".")[2]

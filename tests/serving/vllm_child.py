@@ -1,7 +1,8 @@
 """Generates with vLLM, in vLLM's own environment: ``python vllm_child.py JOBS RESULTS``.
 
-JOBS is a JSON list of objects with ``model``, ``prompts`` (token ids), ``max_tokens`` and options of
-vLLM. RESULTS gets one object per job: ``tokens`` and ``logprobs`` of each prompt, or ``error``.
+JOBS is a JSON list of objects with ``model``, ``prompts`` (token ids), ``max_tokens`` and
+``options`` of vLLM. RESULTS gets one object per job: for each prompt ``tokens`` and ``logprobs``,
+those of the prompt itself, but for its first token, and of the tokens; or ``error``.
 """
 
 import gc
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 
@@ -25,18 +26,21 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     }
     llm = LLM(job["model"], **{**options, **job.get("options", {})})
     sampling = SamplingParams(
-        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=0
+        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=0, prompt_logprobs=0
     )
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    outputs = [found.outputs[0] for found in llm.generate(prompts, sampling, use_tqdm=False)]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
     llm.llm_engine.engine_core.shutdown()
     return {
-        "tokens": [list(output.token_ids) for output in outputs],
-        "logprobs": [
-            [at[token].logprob for at, token in zip(output.logprobs, output.token_ids, strict=True)]
-            for output in outputs
-        ],
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "logprobs": [logprobs(output) for output in outputs],
     }
+
+
+def logprobs(output: RequestOutput) -> list[float]:
+    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids][1:]
+    places = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+    return [place[token].logprob for place, token in zip(places, ids, strict=True)]
 
 
 def main(jobs: Path, results: Path) -> None:

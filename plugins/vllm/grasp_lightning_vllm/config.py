@@ -7,7 +7,12 @@ from typing import Any, Final, Self
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config_or_none
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -21,6 +26,9 @@ _FUSED: Final = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
+
+
+_MERGED: Final = (QKVParallelLinear, MergedColumnParallelLinear)
 
 
 class GraspConfig(QuantizationConfig):
@@ -77,9 +85,11 @@ class GraspConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         linears = self._linears(prefix)
-        if not any(linear.module in self.saved for linear in linears):
-            return UnquantizedLinearMethod()
-        return GraspLinearMethod(linears)
+        is_compressed = any(linear.module in self.saved for linear in linears)
+        # vLLM does not notice if one of several dense linears is missing in the checkpoint.
+        if is_compressed or (type(layer) in _MERGED and prefix.rpartition(".")[2] in _FUSED):
+            return GraspLinearMethod(linears)
+        return UnquantizedLinearMethod()
 
     def _linears(self, prefix: str) -> list[Linear]:
         """Return the linears of the checkpoint that one layer holds."""
@@ -108,7 +118,8 @@ def check_engine() -> None:
     if not isinstance(heads, int) or not isinstance(width, int):
         return
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    asked, allowed = config.parallel_config.tensor_parallel_size, allowed_sizes(heads, kv_heads, width)
+    asked = config.parallel_config.tensor_parallel_size
+    allowed = allowed_sizes(heads, kv_heads, width)
     if asked not in allowed:
         raise ValueError(
             f"tensor_parallel_size {asked} does not fit {heads} attention heads, {kv_heads} "

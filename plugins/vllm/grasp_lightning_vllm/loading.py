@@ -91,7 +91,7 @@ def num_left(part: Part) -> int:
 
 def left_factors(parts: Sequence[Part], flat: Tensor) -> list[Tensor | None]:
     """Return the left factor of each part, (outputs, rank); None for rank 0 and dense parts."""
-    pieces = flat.split([num_left(part) for part in parts])
+    pieces = torch.split(flat, [num_left(part) for part in parts])
     return [
         # A copy of its own, for the alignment that fast kernels need.
         piece.view(part.num_outputs, part.rank).clone() if part.rank else None

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Literal, NamedTuple
 
+Split = Literal["outputs", "inputs", "nothing"]
+
 
 class Span(NamedTuple):
     """Neighbouring rows or columns of a matrix."""
@@ -49,7 +51,7 @@ class Layer:
 
     outputs: tuple[int, ...]
     inputs: int
-    split: Literal["outputs", "inputs", "nothing"] = "nothing"
+    split: Split = "nothing"
     process: int = 0
     num_processes: int = 1
     copies: tuple[int, ...] | None = None
@@ -138,12 +140,11 @@ def allowed_sizes(heads: int, kv_heads: int, width: int) -> list[int]:
             can split unevenly.
     """
     both = gcd(heads, width)
-    return [n for n in range(1, both + 1) if both % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    divisors = [n for n in range(1, both + 1) if both % n == 0]
+    return [n for n in divisors if kv_heads % n == 0 or n % kv_heads == 0]
 
 
-def _share_of(
-    layer: Layer, dimension: Literal["outputs", "inputs"], size: int, copies: int = 1
-) -> Span:
+def _share_of(layer: Layer, dimension: Split, size: int, copies: int = 1) -> Span:
     if layer.split != dimension:
         return Span(0, size)
     return share(size, layer.process // copies, layer.num_processes // copies)

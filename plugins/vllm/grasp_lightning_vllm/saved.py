@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 QUANT_METHOD: Final = "grasp_lightning"
 _KEYS: Final = {"quant_method", "ranks", "shapes"}
@@ -48,7 +48,7 @@ def read_config(config: Mapping[str, object]) -> SavedLinears:
     return SavedLinears(ranks, {module: (shape[0], shape[1]) for module, shape in shapes.items()})
 
 
-def _mapping(config: Mapping[str, object], key: str) -> dict:
+def _mapping(config: Mapping[str, object], key: str) -> dict[str, Any]:  # Any: values of JSON
     value = config.get(key) or {}
     if not isinstance(value, Mapping):
         raise ValueError(f"{key} of quantization_config must be a mapping, got {value!r}")  # noqa: TRY004
