@@ -66,7 +66,7 @@ def generate(tmp_path: Path, vllm_environment: dict[str, str]) -> Generate:
             capture_output=True,
             text=True,
             check=False,
-            timeout=600,
+            timeout=900,
         )
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
         found: list[dict[str, Any]] = json.loads(results.read_text())
