@@ -109,7 +109,7 @@ OVERRIDES: dict[str, dict[str, object]] = {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
     },
     "llama-yarn": {"rope_parameters": YARN},
-    "qwen2-yarn": {"rope_parameters": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0}},
+    "qwen2-yarn": {"rope_parameters": {**YARN, "beta_fast": 32.0}},
 }
 CASES = [f"{family} {pattern}" for family in FAMILIES for pattern in PATTERNS]
 CASES += [f"{name} {pattern}" for name in OVERRIDES for pattern in ("dense", "narrow")]
@@ -184,6 +184,9 @@ def test_llamacpp_opens_every_type(tmp_path: Path) -> None:
         for kind, result in zip(TYPES, run_llamacpp(jobs, tmp_path), strict=True)
     }
     assert errors["f32"] < 1e-5
-    assert max(errors["f16"], errors["bf16"], errors["q8_0"]) < 0.03
-    assert max(errors.values()) < 0.5
+    assert errors["f16"] < 5e-3
+    assert errors["bf16"] < 0.05
+    # Random weights suffer more than trained ones; files of wrong values have errors above 1.
+    assert errors["q8_0"] < 0.1
     assert errors["q8_0"] < errors["q5_1"] < errors["q4_1"]
+    assert max(errors["q5_0"], errors["q4_0"], errors["q4_1"]) < 0.8, errors

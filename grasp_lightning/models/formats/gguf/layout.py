@@ -54,9 +54,9 @@ _ROPE_KEYS: Final = {
     "original_max_position_embeddings",
     "low_freq_factor",
     "high_freq_factor",
-    "beta_fast",
-    "beta_slow",
 }
+# llama.cpp has these values, and in these architectures reads no others from a file.
+_ROPE_FIXED: Final = {"beta_fast": 32, "beta_slow": 1, "partial_rotary_factor": 1}
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,13 @@ def layout_refusal(model: PreTrainedModel) -> str | None:
         return f"has MLPs with {config.hidden_act}, but llama.cpp computes silu in this family"
     rope: dict[str, object] = config.rope_parameters
     kind = rope.get("rope_type", "default")
-    others = sorted(key for key in rope if key not in _ROPE_KEYS and rope[key] is not None)
+    others = sorted(
+        key
+        for key, value in rope.items()
+        if key not in _ROPE_KEYS and value not in (None, _ROPE_FIXED.get(key))
+    )
     if kind not in _ROPE_TYPES or others:
-        what = f"the setting {others[0]}" if others else f"type {kind}"
+        what = f"{others[0]} {rope[others[0]]}" if others else f"type {kind}"
         return (
             f"has rotary embeddings with {what}, which format gguf does not write; it knows the "
             f"types {', '.join(_ROPE_TYPES)}"

@@ -146,14 +146,6 @@ def _add_rope(writer: GGUFWriter, model: PreTrainedModel) -> None:
         return
     writer.add_rope_scaling_type(RopeScalingType(kind))
     writer.add_rope_scaling_factor(rope["factor"])
-    if kind == "linear":
-        return
-    original = rope.get("original_max_position_embeddings")
-    writer.add_rope_scaling_orig_ctx_len(original or model.config.max_position_embeddings)
-    optional = {
-        "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
-        "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
-    }
-    for key, add in optional.items():
-        if rope.get(key) is not None:
-            add(rope[key])
+    if kind == "yarn":
+        original = rope.get("original_max_position_embeddings")
+        writer.add_rope_scaling_orig_ctx_len(original or model.config.max_position_embeddings)
