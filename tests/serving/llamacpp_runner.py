@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 I32, U32, F32, PTR, BOOL = (
     ctypes.c_int32,
@@ -21,6 +22,7 @@ I32, U32, F32, PTR, BOOL = (
     ctypes.c_void_p,
     ctypes.c_bool,
 )
+Logits = NDArray[np.float32]
 NO_FLASH_ATTENTION, GGML_F32, MAX_TOKENS = 0, 0, 1024
 
 
@@ -75,7 +77,7 @@ class Batch(ctypes.Structure):
     )
 
 
-def library() -> Any:  # Any: functions of the library
+def library() -> ctypes.CDLL:
     spec = find_spec("xllamacpp")
     assert spec is not None
     assert spec.origin is not None
@@ -106,7 +108,7 @@ def library() -> Any:  # Any: functions of the library
 class Model:
     """A GGUF file in llama.cpp, on one thread, with a cache in float32."""
 
-    def __init__(self, lib: Any, file: str) -> None:  # Any: as above
+    def __init__(self, lib: ctypes.CDLL, file: str) -> None:
         self.lib = lib
         self.model = lib.llama_model_load_from_file(file.encode(), lib.llama_model_default_params())
         if not self.model:
@@ -123,7 +125,7 @@ class Model:
         self.batch = lib.llama_batch_init(MAX_TOKENS, 0, 1)
         self.num_tokens = lib.llama_vocab_n_tokens(self.vocab)
 
-    def logits(self, ids: list[int], start: int = 0, *, last: bool = False) -> Any:  # an array
+    def logits(self, ids: list[int], start: int = 0, *, last: bool = False) -> Logits:
         """Logits after the tokens, ``(T, V)``; ``start`` is the position of the first of them."""
         if start == 0:
             self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
@@ -174,7 +176,7 @@ class Model:
         self.lib.llama_model_free(self.model)
 
 
-def run(lib: Any, job: dict[str, Any]) -> dict[str, Any]:  # Any: values of JSON
+def run(lib: ctypes.CDLL, job: dict[str, Any]) -> dict[str, Any]:  # Any: values of JSON
     model = Model(lib, job["file"])
     found = {
         "logits": [model.logits(ids).tolist() for ids in job.get("logits", [])],

@@ -47,6 +47,16 @@ FAMILIES: Final = {
 """By class: the family's own architecture, and one that takes a width per layer."""
 
 _ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+_ROPE_KEYS: Final = {
+    "rope_type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+}
+# llama.cpp has these values, and in these architectures reads no others from a file.
+_ROPE_FIXED: Final = {"beta_fast": 32, "beta_slow": 1, "partial_rotary_factor": 1}
 
 
 @dataclass(frozen=True)
@@ -103,16 +113,21 @@ def layout_refusal(model: PreTrainedModel) -> str | None:
         )
     if config.hidden_act != "silu":
         return f"has MLPs with {config.hidden_act}, but llama.cpp computes silu in this family"
-    rope = config.rope_parameters
+    rope: dict[str, object] = config.rope_parameters
     kind = rope.get("rope_type", "default")
-    if kind not in _ROPE_TYPES or rope.get("partial_rotary_factor", 1) != 1:
+    others = sorted(
+        key
+        for key, value in rope.items()
+        if key not in _ROPE_KEYS and value not in (None, _ROPE_FIXED.get(key))
+    )
+    if kind not in _ROPE_TYPES or others:
+        what = f"{others[0]} {rope[others[0]]}" if others else f"type {kind}"
         return (
-            f"has rotary embeddings of type {kind}, which format gguf does not write; it knows "
-            f"{', '.join(_ROPE_TYPES)}, of all values of a head"
+            f"has rotary embeddings with {what}, which format gguf does not write; it knows the "
+            f"types {', '.join(_ROPE_TYPES)}"
         )
-    if layout_of(model).architecture is _OPENELM:
-        return _openelm_refusal(model, kind)
-    return None
+    is_openelm = layout_of(model).architecture is _OPENELM
+    return _openelm_refusal(model, str(kind)) if is_openelm else None
 
 
 def _openelm_refusal(model: PreTrainedModel, rope_type: str) -> str | None:

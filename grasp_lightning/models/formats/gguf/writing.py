@@ -1,6 +1,5 @@
 """Writes a GGUF file, one tensor at a time."""
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
@@ -147,18 +146,6 @@ def _add_rope(writer: GGUFWriter, model: PreTrainedModel) -> None:
         return
     writer.add_rope_scaling_type(RopeScalingType(kind))
     writer.add_rope_scaling_factor(rope["factor"])
-    if kind == "linear":
-        return
-    original = rope.get("original_max_position_embeddings")
-    writer.add_rope_scaling_orig_ctx_len(original or model.config.max_position_embeddings)
-    if rope.get("attention_factor") is not None:
-        # llama.cpp multiplies its value by this, the default of transformers.
-        usual = 0.1 * math.log(rope["factor"]) + 1
-        writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"] / usual)
-    optional = {
-        "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
-        "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
-    }
-    for key, add in optional.items():
-        if rope.get(key) is not None:
-            add(rope[key])
+    if kind == "yarn":
+        original = rope.get("original_max_position_embeddings")
+        writer.add_rope_scaling_orig_ctx_len(original or model.config.max_position_embeddings)
