@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_args
 
 from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from grasp_lightning.config import TargetChoice
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics, States
 
 T = TypeVar("T")
@@ -210,7 +211,8 @@ def megabytes_text(size: int) -> str:
 
 def target_losses_text(losses: Mapping[str, float]) -> str:
     """Return the predicted losses of targets, such as ``any 0.082, plain 0.217``."""
-    return ", ".join(f"{target} {loss:.3f}" for target, loss in losses.items())
+    known = [target for target in get_args(TargetChoice) if target in losses]
+    return ", ".join(f"{target} {losses[target]:.3f}" for target in known)
 
 
 def percent_text(before: int, after: int) -> str:

@@ -45,7 +45,7 @@ def choices(layers: Sequence[Layer], unit: int) -> list[Choice]:
         losses = torch.tensor(layer.losses, dtype=torch.float64)
         mlp = ChannelChoice(f"mlp{j}", 2.0, losses, multiple_of=unit)
         attention = MatrixChoice(f"attention{j}", (3, 3), torch.ones(3), max_rank=0)
-        parts = [mlp, attention]
+        parts: list[Choice] = [mlp, attention]
         group = GroupChoice(f"layer{j}", parts, layer.price, layer.own_size)
         found += [group] if layer.price is not None else [GroupChoice(f"fixed{j}", parts)]
     return found
@@ -56,23 +56,14 @@ def outcomes(layers: Sequence[Layer], unit: int) -> list[tuple[float, float]]:
     total = len(layers[0].losses)
     widths = [*(k for k in range(1, total) if k % unit == 0), total]
     found = []
-    for width, gone in itertools.product(
-        widths, itertools.product([False, True], repeat=len(layers))
-    ):
-        if any(
-            is_gone and layer.price is None for is_gone, layer in zip(gone, layers, strict=True)
-        ):
-            continue
-        size = loss = 0.0
-        for is_gone, layer in zip(gone, layers, strict=True):
-            if is_gone:
-                assert layer.price is not None
-                loss += layer.price
-            else:
-                own = 0.0 if layer.price is None else layer.own_size
-                size += own + 9 + 2 * width
-                loss += math.fsum(layer.losses[width:])
-        found.append((size, loss))
+    for width in widths:
+        parts = []
+        for layer in layers:
+            own = 0.0 if layer.price is None else layer.own_size
+            kept = (own + 9 + 2 * width, math.fsum(layer.losses[width:]))
+            parts.append([kept] if layer.price is None else [kept, (0.0, layer.price)])
+        pairs = (zip(*combined, strict=True) for combined in itertools.product(*parts))
+        found += [(math.fsum(sizes), math.fsum(losses)) for sizes, losses in pairs]
     return found
 
 

@@ -18,7 +18,7 @@ def dense(name: str) -> MatrixChoice:
 
 def test_all_mlps_keep_the_same_number_of_channels() -> None:
     # Each for itself, the first would keep all channels, and the second would lose them.
-    choices = [mlp("a", 9, 8, 7, 6), mlp("b", 4, 3, 2, 1), dense("attention")]
+    choices: list[Choice] = [mlp("a", 9, 8, 7, 6), mlp("b", 4, 3, 2, 1), dense("attention")]
     allocation = allocate_shared(choices, 16 + 50)
     assert allocation.channels == {"a": 2, "b": 2}
     assert allocation.dense == ("attention",)
@@ -32,7 +32,7 @@ def test_a_budget_for_everything_leaves_all_dense() -> None:
 
 
 def test_a_removed_layer_lets_the_others_stay_wide() -> None:
-    layers = [
+    layers: list[Choice] = [
         GroupChoice(f"layer{j}", [mlp(f"m{j}", 9, 8, 7), dense(f"d{j}")], price, own_size=4)
         for j, price in enumerate([5.0, 30.0, 4.0])
     ]

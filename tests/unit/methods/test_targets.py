@@ -48,6 +48,12 @@ def test_a_target_leaves_attention_dense(target: TargetChoice, unit: int) -> Non
     assert RULE.allocation(budgeted(), LOSSES).ranks
 
 
+def test_a_keep_ratio_counts_attention_as_well() -> None:
+    rule = replace(RULE, removed_ratio=None, keep_ratio=0.8, target="no_factors")
+    assert rule.budget(budgeted()) == round(0.8 * SIZE)
+    assert rule.allocation(budgeted(), LOSSES).size <= 0.8 * SIZE
+
+
 def test_plain_gives_both_mlps_one_width() -> None:
     rule = replace(RULE, target="plain", multiple_of=1)
     assert rule.allocation(budgeted(), LOSSES).channels == {"down0": 47, "down1": 47}

@@ -30,7 +30,8 @@ def narrowed(family: str, widths: tuple[int, ...] = (20, 20, 20, 20)) -> PreTrai
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS).logits
+        found: torch.Tensor = model(input_ids=IDS).logits
+    return found
 
 
 @pytest.mark.parametrize("family", PLAIN_FAMILIES)
