@@ -103,6 +103,9 @@ def foreign_quantizer(model: PreTrainedModel) -> str | None:
     config = quantizer.quantization_config if quantizer is not None else config
     if config is None:
         return None
+    # Weights that are quantized within our format are foreign too.
+    stored = config.get("weights") if isinstance(config, dict) else getattr(config, "weights", None)
+    config = stored or config
     method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
     return None if method == QUANT_METHOD else str(getattr(method, "value", method))
 
