@@ -84,12 +84,15 @@ class ExportConfig:
 
     Attributes:
         model: Folder of a compressed model, such as ``runs/x/model``.
-        format: Format of the copy; dense multiplies the factors back into ordinary weights.
+        format: Format of the copy; dense multiplies the factors back into ordinary weights; torchao
+            and bitsandbytes quantize the weights.
+        type: Type of the quantized weights: int8 (default) or int4 of torchao, nf4 of bitsandbytes.
         output_dir: Run folder to write; the copy is in its subfolder ``model``.
         overwrite: Delete what an earlier run wrote there.
     """
 
     model: PathName
-    format: Literal["dense"] = "dense"
+    format: Literal["dense", "torchao", "bitsandbytes"] = "dense"
+    type: Literal["int8", "int4", "nf4"] | None = None
     output_dir: PathName
     overwrite: bool = False

@@ -54,10 +54,11 @@ def as_int4_linear(holder: nn.Linear) -> Int4Linear:
     return made.train(holder.training)
 
 
-def packed_for_cpu(plain: Any) -> Tensor:  # Any: an Int4Tensor of torchao
+def packed_for_cpu(tensor: Tensor) -> Tensor:
     """Return a plain int4 tensor, ``(N, M)``, in the layout of this CPU."""
     from torchao.prototype.quantization.int4 import Int4OpaqueTensor  # noqa: PLC0415
 
+    plain: Any = tensor  # Any: torchao has no types
     codes = torch.stack([plain.qdata & _LOW_BITS, (plain.qdata >> 4) & _LOW_BITS], dim=-1)
     codes = (codes ^ _OFFSET).flatten(-2).to(torch.int32)  # (N, M), from 0 to 15
     scales = torch.stack([plain.scale, plain.zero_point], dim=-1).contiguous()  # (M / G, N, 2)
@@ -66,14 +67,14 @@ def packed_for_cpu(plain: Any) -> Tensor:  # Any: an Int4Tensor of torchao
     return made
 
 
-def unpacked(packed: Any) -> Tensor:  # Any: an int4 tensor of torchao
+def unpacked(tensor: Tensor) -> Tensor:
     """Return an int4 tensor in the plain layout."""
-    if type(packed).__name__ == _PLAIN:
-        plain: Tensor = packed
-        return plain
+    if type(tensor).__name__ == _PLAIN:
+        return tensor
     from torchao.quantization import Int4Tensor  # noqa: PLC0415
 
     # The layout is private to the kernel, but its product with the identity gives the codes.
+    packed: Any = tensor  # Any: torchao has no types
     unit = torch.zeros_like(packed.scale_and_zero)
     unit[..., 0] = 1
     eye = torch.eye(packed.shape[1], dtype=unit.dtype)

@@ -45,7 +45,8 @@ from grasp_lightning.models.int4 import Int4Linear, as_int4_linear, is_int4, unp
 QUANT_METHOD = "grasp_lightning"
 REMOTE_MODULE = "modeling_grasp"
 
-# Added by transformers and torchao to the name of a parameter, for its values and its NF4 state.
+_QUANTIZED_TENSORS = {"Int8Tensor", "Int4Tensor", "Int4OpaqueTensor", "Params4bit"}
+# Added to the name of a module for the values of its weight.
 _TORCHAO_VALUES = "._weight_qdata"
 
 
@@ -80,7 +81,12 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Product of the factors, ``(out_features, in_features)``; families like Mamba read it."""
+        """Product of the factors, ``(out_features, in_features)``; families like Mamba read it.
+
+        If they are quantized, it is on the meta device: GPT-2 asks for it to initialise it.
+        """
+        if type(self.left.weight).__name__ in _QUANTIZED_TENSORS:
+            return torch.empty(self.out_features, self.in_features, device="meta")
         return self.left.weight @ self.right.weight
 
     @property
@@ -218,7 +224,7 @@ class GraspQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._modules: dict[str, str] = {}  # name in the checkpoint -> name in the model
         self._conversions: list[WeightTransform] = []
-        self._weights = _weights_quantizer(quantization_config.weights)
+        self._weights: Any = _weights_quantizer(quantization_config.weights)
         if self._weights is not None:
             self.is_qat_trainable = self._weights.is_qat_trainable
             self.is_trainable = self._weights.is_trainable
@@ -370,9 +376,17 @@ def finish_quantized(model: nn.Module) -> None:
         elif type(module).__name__ == "Linear4bit":
             # Once packed for AVX-512, its state cannot be saved, and few shapes can be packed.
             module.support_avx512bf16_for_cpu = False
+            missing = module.weight.quant_state.shape[1] - module.in_features
+            if missing:
+                module.register_forward_pre_hook(partial(_pad_input, missing))
     for linear in low_rank_linears(model).values():
         if isinstance(linear.right, Int4Linear):  # a padded rank is not cut and padded again
             linear.right.out_features = linear.left.in_features = linear.right.weight.shape[0]
+
+
+def _pad_input(missing: int, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Return the input of a linear with zeros for the columns that its weight has in addition."""
+    return nn.functional.pad(inputs[0], (0, missing))
 
 
 def _weights_quantizer(config: Mapping[str, Any] | None) -> HfQuantizer | None:
@@ -385,7 +399,8 @@ def _weights_quantizer(config: Mapping[str, Any] | None) -> HfQuantizer | None:
             f"the weights of this model are quantized with {library}, which is not installed: "
             f"pip install {library}"
         )
-    return AutoHfQuantizer.from_config(dict(config), pre_quantized=True)
+    quantizer: HfQuantizer = AutoHfQuantizer.from_config(dict(config), pre_quantized=True)
+    return quantizer
 
 
 def _plain_tensors(

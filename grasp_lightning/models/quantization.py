@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
@@ -35,9 +35,15 @@ LIBRARIES: Final[Mapping[Kind, str]] = MappingProxyType(
     {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes"}
 )
 
+_NF4_BLOCK = 64  # weights that share a scale
 
-def quantize_model(model: PreTrainedModel, kind: Kind = "int8") -> PreTrainedModel:
-    """Quantize the weights of all linears in decoder layers, in place, and return the model.
+
+def quantize_model(
+    model: PreTrainedModel,
+    kind: Kind = "int8",
+    track: Callable[[Sequence[str]], Iterable[str]] = tuple,
+) -> tuple[str, ...]:
+    """Quantize the weights of all linears in decoder layers, in place, and return their names.
 
     These are dense and narrowed linears, and both factors of low-rank ones. Embeddings, norms,
     biases, the language-model head and mixtures of experts stay in floating point.
@@ -48,6 +54,7 @@ def quantize_model(model: PreTrainedModel, kind: Kind = "int8") -> PreTrainedMod
         model: A model with floating-point weights, on the device where it will run.
         kind: int8 (one scale per output) and int4 (one scale and zero point per 32 weights) of
             torchao; NF4 (one scale per 64 weights) of bitsandbytes.
+        track: Shows progress: names of the linears -> the same names.
 
     Raises:
         ValueError: If there is no such kind.
@@ -56,22 +63,27 @@ def quantize_model(model: PreTrainedModel, kind: Kind = "int8") -> PreTrainedMod
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     check_not_quantized(model, ModelError)
-    problem = quantization_problem(kind, model.device)
+    problem = quantization_problem(kind, model.device.type)
     if problem is not None:
         raise ModelError(problem)
     shapes, linears = config_of(model), dict(_linears(DecoderView(model), kind))
+    if not linears:
+        raise ModelError(
+            f"{type(model).__name__} has no linear that {LIBRARIES[kind]} can quantize to {kind}: "
+            "nf4 also quantizes its Conv1D"
+        )
     weights = _config(kind, model, linears)
-    for name, linear in linears.items():
-        model.set_submodule(name, _QUANTIZE[kind](linear))
+    for name in track(list(linears)):
+        model.set_submodule(name, _QUANTIZE[kind](linears[name]))
     finish_quantized(model)
     _attach(model, shapes, weights)
-    return model
+    return tuple(linears)
 
 
-def quantization_problem(kind: Kind, device: torch.device) -> str | None:
-    """Return in one line why a kind cannot be used on a device; None if it can."""
+def quantization_problem(kind: Kind, device_type: str) -> str | None:
+    """Return in one line why a kind cannot be used on a type of device; None if it can."""
     library = LIBRARIES[kind]
-    needed = [library, *(["mslk"] if kind == "int4" and device.type != "cpu" else [])]
+    needed = [library, *(["mslk"] if kind == "int4" and device_type != "cpu" else [])]
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         return (
@@ -112,12 +124,14 @@ def _config(
     """Return the config of transformers for the quantizer that loads such weights."""
     if kind == "nf4":
         others = _others(model, linears)
-        return BitsAndBytesConfig(
+        options: Any = BitsAndBytesConfig  # Any: untyped in transformers
+        made: BitsAndBytesConfig = options(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=model.dtype,
             llm_int8_skip_modules=others,
         )
+        return made
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig  # noqa: PLC0415
 
     form = Int8WeightOnlyConfig() if kind == "int8" else Int4WeightOnlyConfig(group_size=INT4_GROUP)
@@ -160,26 +174,26 @@ def _to_int4(linear: nn.Module) -> nn.Module:
 
 
 def _to_nf4(linear: nn.Module) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: PLC0415
+    """Return a linear whose weight is NF4, with zeros that make each row whole blocks.
 
+    bitsandbytes 0.50 reads rows of 32, 96, ... weights, half a block more than whole blocks, with
+    the wrong scales on CPUs that have AVX-512.
+    """
+    from bitsandbytes.nn import modules  # noqa: PLC0415
+
+    library: Any = modules  # Any: its types are narrower than what it takes
     assert isinstance(linear, DenseModule)
     weight = linear.weight.detach()
-    weight = weight.mT.contiguous() if isinstance(linear, Conv1D) else weight
+    weight = weight.mT if isinstance(linear, Conv1D) else weight
     rows, columns = weight.shape
+    weight = pad(weight, (0, -columns % _NF4_BLOCK)).contiguous()
+    options = {"compress_statistics": False, "quant_type": "nf4"}
     with torch.device("meta"):
-        made = Linear4bit(
-            columns,
-            rows,
-            bias=False,
-            compute_dtype=weight.dtype,
-            compress_statistics=False,
-            quant_type="nf4",
-        )
-    made.weight = Params4bit(
-        weight, requires_grad=False, compress_statistics=False, quant_type="nf4", module=made
-    ).to(weight.device)
+        made = library.Linear4bit(columns, rows, bias=False, compute_dtype=weight.dtype, **options)
+    made.weight = library.Params4bit(weight, module=made, **options).to(weight.device)
     made.register_parameter("bias", linear.bias)
-    return made.train(linear.training)
+    finished: nn.Module = made.train(linear.training)
+    return finished
 
 
 _QUANTIZE: Final[Mapping[Kind, Callable[[nn.Module], nn.Module]]] = MappingProxyType(
@@ -194,7 +208,7 @@ def _attach(
     holder: Any = model  # Any: transformers does not declare the attributes it sets
     content = json.loads(weights.to_json_string(use_diff=False))
     # An ordinary model with a kind that transformers computes by itself is an ordinary folder.
-    is_ordinary = not (shapes.ranks or shapes.shapes or _has_int4(model))
+    is_ordinary = not (shapes.ranks or shapes.shapes or _needs_finish(model))
     config = (
         weights if is_ordinary else GraspConfig(shapes.ranks, shapes=shapes.shapes, weights=content)
     )
@@ -205,5 +219,8 @@ def _attach(
         holder.is_loaded_in_4bit = True
 
 
-def _has_int4(model: nn.Module) -> bool:
-    return any(isinstance(module, Int4Linear) for module in model.modules())
+def _needs_finish(model: nn.Module) -> bool:
+    """Return whether some linear computes with more than transformers restores by itself."""
+    return any(
+        isinstance(module, Int4Linear) or module._forward_pre_hooks for module in model.modules()
+    )

@@ -1,12 +1,14 @@
 """Sizes of a model in parameters and bytes."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.integrity import plain_parts
 from grasp_lightning.models.lowrank import dense_shape, low_rank_linears, narrowed_linears
 
 
@@ -65,7 +67,21 @@ class ModelSize:
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters, tied ones counted once; works on the meta device."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(_num_values(parameter) for parameter in model.parameters())
+
+
+def _num_values(parameter: Tensor) -> int:
+    # bitsandbytes packs two weights into one value of a parameter.
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Return the bytes of parameters and stored buffers, with scales; tied ones count once."""
+    parts = [
+        part for tensor in model.state_dict(keep_vars=True).values() for part in plain_parts(tensor)
+    ]
+    return sum(part.nbytes for part in {id(part): part for part in parts}.values())
 
 
 def count_tied_parameters(model: nn.Module) -> int:
