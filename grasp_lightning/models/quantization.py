@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
@@ -66,6 +67,7 @@ def quantize_model(
     problem = quantization_problem(kind, model.device.type)
     if problem is not None:
         raise ModelError(problem)
+    _import_quietly(LIBRARIES[kind])
     shapes, linears = config_of(model), dict(_linears(DecoderView(model), kind))
     if not linears:
         raise ModelError(
@@ -78,6 +80,16 @@ def quantize_model(
     finish_quantized(model)
     _attach(model, shapes, weights)
     return tuple(linears)
+
+
+def _import_quietly(library: str) -> None:
+    """Import a library for the first time without its remarks on kernels that are absent."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        import_module("torchao.quantization" if library == "torchao" else library)
+    finally:
+        logging.disable(level)
 
 
 def quantization_problem(kind: Kind, device_type: str) -> str | None:
