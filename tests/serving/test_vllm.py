@@ -21,6 +21,7 @@ from tests.serving.tiny_models import FAMILIES, save_compressed
 pytestmark = pytest.mark.serving
 NUM_TOKENS, NUM_TINY_TOKENS = 64, 16
 TINY_PROMPTS = [[256, *text.encode()] for text in PROMPTS[:3]]
+HALF_DTYPES = ("bfloat16", "float16")
 IN_TWO = ("llama with biases", "phi3")  # families for two processes; others differ by name alone
 
 
@@ -72,10 +73,17 @@ def test_one_process(
 ) -> None:
     jobs = [job(compressed, prompts, NUM_TOKENS)]
     jobs += [job(folder, TINY_PROMPTS, NUM_TINY_TOKENS) for folder, _ in tiny.values()]
+    folder, reference = tiny["llama with biases"]
+    jobs += [job(folder, TINY_PROMPTS, 1, dtype=dtype) for dtype in HALF_DTYPES]
     first, *others = generate(jobs)
     check(expected, first)
-    for (_, reference), found in zip(tiny.values(), others, strict=True):
-        check(reference, found)
+    for (_, wanted), found in zip(tiny.values(), others[: len(tiny)], strict=True):
+        check(wanted, found)
+    for found in others[len(tiny) :]:
+        assert "error" not in found, found["error"]
+        for one, ids, logprobs in zip(reference, TINY_PROMPTS, found["logprobs"], strict=True):
+            of_prompt = len(ids) - 1
+            assert logprobs[:of_prompt] == pytest.approx(one.logprobs[:of_prompt], abs=0.2)
 
 
 def test_three_processes_hold_uneven_shares(

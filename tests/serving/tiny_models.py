@@ -29,6 +29,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "gemma2": ("gemma2", {**_SIZES, **_LONGER, "num_key_value_heads": 1}),
     "gemma3": ("gemma3_text", {**_SIZES, **_LONGER}),
     "phi3": ("phi3", {**_SIZES, "hidden_size": 128}),  # without head_dim
+    "qwen3_moe": ("qwen3_moe", {**_SIZES, "moe_intermediate_size": 32}),  # dense experts
 }
 NARROWED = 37  # odd, so that two processes hold shares of two sizes
 
