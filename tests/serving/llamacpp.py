@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from gguf import GGUFWriter, TokenType
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from grasp_lightning.cli import main
-from tests.conftest import VOCABULARY, byte_tokenizer
+from grasp_lightning.models.checkpoint import save_model
+from tests.conftest import VOCABULARY, byte_tokenizer, tiny_model
 
 PYTHON = Path(__file__).parents[2] / ".venv-serving/llamacpp/bin/python"
 RUNNER = Path(__file__).with_name("llamacpp_runner.py")
@@ -23,6 +25,7 @@ Result = dict[str, Any]  # Any: values of JSON
 
 def run_llamacpp(jobs: Sequence[Job], folder: Path) -> list[Result]:
     """Results of the runner, one per job; ``folder`` is for its files."""
+    assert PYTHON.is_file(), f"{PYTHON} is missing: make test-serving makes it"
     asked, answered = folder / "jobs.json", folder / "results.json"
     asked.write_text(json.dumps(jobs), encoding="utf-8")
     process = subprocess.run(
@@ -61,6 +64,42 @@ def byte_base(file: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer like that of Llama 2, converted from sentencepiece."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["the cat sat on the mat, and the other cat sat there"], trainer)
+    # Bytes are ordinary tokens of a model, so only the first three stay special.
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    start = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = start
+    tokenizer.add_tokens([AddedToken("<|extra|>", normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{{ messages[0].content }}",
+    )
+
+
+def sentencepiece_model(folder: Path) -> Path:
+    """A tiny Mistral with such a tokenizer, and two rows of its embedding without a token."""
+    tokenizer = sentencepiece_tokenizer()
+    model = tiny_model("mistral", 0, vocab_size=len(tokenizer) + 2)
+    save_model(model, folder, tokenizer=tokenizer)
+    return folder
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
@@ -21,6 +22,7 @@ from tests.serving.llamacpp import (
     load,
     logits_of,
     run_llamacpp,
+    sentencepiece_model,
 )
 from tests.unit.models.helpers import narrow_layers, random_factors
 
@@ -190,3 +192,11 @@ def test_llamacpp_opens_every_type(tmp_path: Path) -> None:
     assert errors["q8_0"] < 0.1
     assert errors["q8_0"] < errors["q5_1"] < errors["q4_1"]
     assert max(errors["q5_0"], errors["q4_0"], errors["q4_1"]) < 0.8, errors
+
+
+def test_a_tokenizer_of_sentencepiece_splits_texts_in_the_same_way(tmp_path: Path) -> None:
+    texts = ["the cat sat on the mat", " other  thing", "caf\u00e9 \u5929", "a<|extra|>mat</s>", ""]
+    file = export_gguf(sentencepiece_model(tmp_path / "m"), tmp_path / "out")
+    (result,) = run_llamacpp([{"file": str(file), "texts": texts}], tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert result["tokens"] == tokenizer(texts)["input_ids"]

@@ -103,6 +103,7 @@ class GgufFormat(Format):
     def refusal(self, model: PreTrainedModel, options: ExportConfig) -> str | None:
         """Return why llama.cpp cannot compute a model, or why a type does not fit."""
         _require_package()
+        _base_file(options)
         refusal = layout_refusal(model)
         if refusal is not None:
             return refusal

@@ -94,7 +94,9 @@ def folder_keys(folder: Path, tokenizer: PreTrainedTokenizerBase, num_tokens: in
     if is_sentencepiece:
         scores = _scores(content["model"])
         writer.add_token_scores([scores.get(text, -1e6) for text, _ in tokens])
-    _quietly(SpecialVocab, folder, load_merges=not is_sentencepiece).add_to_gguf(writer, quiet=True)
+    special = _quietly(SpecialVocab, folder, load_merges=not is_sentencepiece)
+    special.add_special_token = _added_tokens(tokenizer)
+    special.add_to_gguf(writer, quiet=True)
     return [
         Key(name, entry.value, entry.type, entry.sub_type)
         for name, entry in writer.kv_data[0].items()
@@ -141,6 +143,15 @@ def _added(tokenizer: PreTrainedTokenizerBase, text: str, token: Any) -> tuple[s
     if token.special or looks_special:
         return text, TokenType.CONTROL
     return text.replace(_SPACE, " "), TokenType.USER_DEFINED
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """Return whether the tokenizer puts its special tokens around a text."""
+    ids = tokenizer("a")["input_ids"]
+    return {
+        "bos": tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id,
+    }
 
 
 def _scores(model: dict[str, Any]) -> dict[str, float]:  # Any: values of JSON
