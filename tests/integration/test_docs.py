@@ -50,7 +50,7 @@ COMMANDS_OF_CONFIGS: dict[str, tuple[type, str]] = {
     for name, config in CONFIGS.items()
 }
 # Programs of the system: only their names are checked.
-SYSTEM = frozenset({"cd", "git", "grep", "scontrol", "squeue", "tail"})
+SYSTEM = frozenset({"cd", "git", "grep", "llama-server", "scontrol", "squeue", "tail"})
 VARIABLES = {"GRASP_DATA": "/data"}
 # Folders by the names of hub models, with the config alone: more is not read by `plan`.
 HUB_CONFIGS = {
