@@ -75,11 +75,11 @@ def test_a_quantized_copy_can_be_evaluated_but_not_exported_again(
     [
         (
             ["--format=dense", "--type=int8"],
-            "type: format dense has no type int8: leave it out, or set format=torchao",
+            "type: dense has no type int8: leave it out, or set format=torchao",
         ),
         (
             ["--format=torchao", "--type=nf4"],
-            "type: format torchao has no type nf4: expected int8 or int4, or set format=bitsandbytes",
+            "type: torchao has no type nf4: expected int8 or int4, or set format=bitsandbytes",
         ),
     ],
 )
