@@ -30,6 +30,7 @@ from grasp_lightning.methods import resolve_method
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.in_memory import ModelInMemory
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash
+from grasp_lightning.models.plain import make_plain
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.models.size import count_inputs, measure_size
 from grasp_lightning.models.source import resolve_source
@@ -158,6 +159,7 @@ def _execute(
             perplexity_tokens=inputs.held_out.num_targets,
             settings=to_dict(config),
             generates=inputs.generates,
+            is_plain=make_plain(loaded.model),  # now, for the card
         )
         return write_outputs(run, outcome, phases)
 

@@ -24,6 +24,7 @@ from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.sources import source_licence
 from grasp_lightning.evaluation.phases import Phases, peak_memory_bytes
+from grasp_lightning.methods.targets import read_target_losses
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import ModelSize, count_parameters
 from grasp_lightning.plan import Plan
@@ -87,6 +88,7 @@ class Outcome(RunOutcome[Metrics]):
             ``<module>.weight`` of the readers of narrowed MLPs.
         num_inputs: Inputs of every linear in decoder layers of the dense model.
         settings: The resolved configuration as plain values.
+        is_plain: Whether transformers alone opens the model.
     """
 
     plan: Plan
@@ -96,6 +98,7 @@ class Outcome(RunOutcome[Metrics]):
     sizes: Pair[ModelSize]
     perplexity: Pair[float | None]
     settings: Mapping[str, Any]  # Any: values of YAML
+    is_plain: bool = False
 
     def metrics(self, phases: Phases) -> Metrics:
         """Return the numbers, with the times so far."""
@@ -129,6 +132,7 @@ class Outcome(RunOutcome[Metrics]):
                 predicted=sum(predicted.values()) if predicted else None,
                 measured=math.log(after / before) if before and after else None,
             ),
+            target_losses=read_target_losses(self.scores),
             seconds=_seconds(Seconds, phases),
             peak_memory_bytes=peak_memory_bytes(),
             versions=package_versions(),
@@ -144,6 +148,7 @@ class Outcome(RunOutcome[Metrics]):
             licence=origin.licence,
             licence_files=[file.name for file in origin.licence_files],
             config=self.settings,
+            is_plain=self.is_plain,
         )
 
     def report(self, metrics: Metrics) -> str:

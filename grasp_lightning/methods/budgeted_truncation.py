@@ -1,5 +1,6 @@
 """Truncation under one budget: the data decides on ranks, channels and removed parts."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from grasp_lightning.linalg.ranks import factor_parameters, ranks_for_budget
@@ -8,9 +9,11 @@ from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks
 from grasp_lightning.methods.narrowing import channel_orders, narrowing
 from grasp_lightning.methods.prediction import Layers, Outlook, Prediction
 from grasp_lightning.methods.removal import removal_operations, stored_prices
+from grasp_lightning.methods.targets import stored_target_losses
 from grasp_lightning.methods.truncation import Measured, MetricMethod, component_losses, truncated
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation, Plan
 from grasp_lightning.stats.base import Statistics, Step
 
@@ -41,6 +44,9 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
         narrowed = narrowing(measured, budgeted.mlps, orders, channels)
         removed = removal_operations(budgeted.removables, allocation.removed)
         scores = {f"{name}.scores": value.float() for name, value in losses.items()}
+        if self._metric.weighting == "kfac":
+            found = self._rule.target_losses(budgeted, losses, stats.removal_losses, view=model)
+            scores |= stored_target_losses(found)
         return Decision(
             operations=(*cut.operations, *narrowed.operations, *removed),
             tensors={**cut.tensors, **narrowed.tensors},
@@ -50,20 +56,31 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
 
     def predict(self, view: DecoderView) -> Prediction:
         """Return the size that the budget allows; the data decides on ranks and widths."""
+        found = super().predict(view)
         return replace(
-            super().predict(view),
+            found,
             ranks={},
-            widths={},
+            widths=found.widths if self._is_uniform else {},
             is_budget=True,
             is_removable=self._rule.removable != "none",
+            target=self._rule.target,
         )
+
+    @property
+    def _is_uniform(self) -> bool:
+        """Whether shapes alone decide on the width of all MLPs."""
+        return self._rule.target == "plain" and self._rule.removable == "none"
 
     def _outlook(self, view: DecoderView, layers: Layers) -> Outlook:
         """Return a uniform keep ratio, which takes about as much memory."""
         budgeted = self._rule.budgeted(view, layers)
         kept = self._rule.budget(budgeted)
         size = count_parameters(view.model) - budgeted.size + kept
-        return Outlook(_evenly(budgeted, kept / budgeted.size), size, kept)
+        if self._rule.target == "any":
+            return Outlook(_evenly(budgeted, kept / budgeted.size), size, kept)
+        operations = _evenly_narrowed(budgeted, kept, self._rule.unit)
+        size = parameters_after(view, operations) if self._is_uniform else size
+        return Outlook(operations, size, kept)
 
 
 def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
@@ -76,13 +93,24 @@ def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
         FactorizeLinear(module=name, rank=rank, components=None)
         for name, rank in zip(shapes, ranks, strict=True)
     )
-    narrowed = (
-        NarrowMlp(
-            reader=name,
-            writers=mlp.writers,
-            channels=tuple(range(max(1, int(share * mlp.num_channels)))),
-        )
+    widths = {name: max(1, int(share * mlp.num_channels)) for name, mlp in budgeted.mlps.items()}
+    return (*cut, *_narrowed_to(budgeted, widths))
+
+
+def _evenly_narrowed(budgeted: Budgeted, kept: int, unit: int) -> tuple[Operation, ...]:
+    """Return operations that keep the same share of every MLP, and everything else."""
+    mlps = budgeted.mlps
+    size = sum(mlp.num_channels * mlp.channel_size for mlp in mlps.values())
+    left = max(size - (budgeted.size - kept), 0)
+    widths = {
+        name: max(left * mlp.num_channels // size // unit, 1) * unit for name, mlp in mlps.items()
+    }
+    return _narrowed_to(budgeted, widths)
+
+
+def _narrowed_to(budgeted: Budgeted, widths: Mapping[str, int]) -> tuple[NarrowMlp, ...]:
+    return tuple(
+        NarrowMlp(reader=name, writers=mlp.writers, channels=tuple(range(widths[name])))
         for name, mlp in budgeted.mlps.items()
-        if share * mlp.num_channels < mlp.num_channels
+        if widths[name] < mlp.num_channels
     )
-    return (*cut, *narrowed)

@@ -22,6 +22,7 @@ from grasp_lightning.models.lowrank import (
     has_replaced,
     is_quantized_here,
 )
+from grasp_lightning.models.plain import make_plain
 from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.rebuilding import rebuild_problem
 from grasp_lightning.models.source import first_line
@@ -61,8 +62,9 @@ def save_model(
     With low-rank or narrowed linears, the config names them in ``quantization_config``, and the
     folder gets a generated ``modeling_grasp.py``. Such a model loads after ``import
     grasp_lightning`` or with ``trust_remote_code=True``; otherwise loading stops with an error.
-    Weight files of an earlier save in the folder are deleted. The model stays usable and can be
-    saved again.
+    MLPs narrowed to one width that the config can say make an ordinary model, also in memory: see
+    ``models.plain``. Weight files of an earlier save in the folder are deleted. The model stays
+    usable and can be saved again.
 
     Args:
         model: The model, in any dtype.
@@ -80,6 +82,7 @@ def save_model(
         check_fails_closed(model)
     except ValueError as error:
         raise ModelError(str(error)) from error
+    make_plain(model)
     attach_quantizer(model)
     problem = rebuild_problem(model)
     if problem is not None:

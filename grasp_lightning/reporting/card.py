@@ -40,8 +40,12 @@ def model_card(
     licence: str | None,
     licence_files: Sequence[str],
     config: Values,
+    is_plain: bool = False,
 ) -> str:
-    """Return the README.md of a compressed model, without local paths and times."""
+    """Return the README.md of a compressed model, without local paths and times.
+
+    ``is_plain``: transformers alone opens it, although linears have changed.
+    """
     base_model = phrases.public_name(origin_name)
     # Linears no longer have the shapes that the family builds.
     kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if plan.channels else ""
@@ -57,7 +61,7 @@ def model_card(
         num_mlps=len(plan.channels),
         removed=_removed(plan),
         removed_share=f"{100 * metrics.removed_ratio:.1f}% of all parameters were removed",
-        special=special if kind else None,
+        special=special if kind and not is_plain else None,
         options=_options(plan),
         calibration=phrases.text_source(config, "calibration"),
         evaluation=phrases.text_source(config, "evaluation"),

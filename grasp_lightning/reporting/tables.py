@@ -125,6 +125,11 @@ def _compression_notes(metrics: Metrics) -> list[str]:
             f"The loss was predicted to increase by {change.predicted:.2f} nats per token on the "
             f"calibration text; it increased by {change.measured:.2f} on the held-out text."
         )
+    if len(metrics.target_losses) > 1:
+        losses = [f"{target} {loss:.3f}" for target, loss in metrics.target_losses.items()]
+        notes.append(
+            f"Predicted for each method.target at this ratio, before a refit: {', '.join(losses)}."
+        )
     if metrics.source_bytes is not None and metrics.source_bytes < dense:
         notes.append(
             f"The source stores its weights in fewer bits: {size_text(metrics.source_bytes)} on "
