@@ -30,6 +30,7 @@ from grasp_lightning.methods import resolve_method
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.in_memory import ModelInMemory
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash
+from grasp_lightning.models.plain import make_plain
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.models.size import count_inputs, measure_size
 from grasp_lightning.models.source import resolve_source
@@ -147,6 +148,7 @@ def _execute(
     def write() -> Metrics:
         with phases(LOAD):
             loaded = _compressed(config, inputs, plan, progress.factors)
+            make_plain(loaded.model)  # now, for the card
         outcome = Outcome(
             loaded=loaded,
             plan=plan,

@@ -1,8 +1,8 @@
-"""``export``: a compressed model in a format for runtimes without support for its layers."""
+"""``export``: a compressed model in a format for programs without support for its layers."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -10,44 +10,24 @@ from rich.console import Console
 
 from grasp_lightning.config import ExportConfig, ModelConfig
 from grasp_lightning.config.parsing import to_dict
-from grasp_lightning.errors import GraspError, ModelError, OutputError
-from grasp_lightning.models.formats import FORMATS, Format
+from grasp_lightning.errors import ConfigError, GraspError, ModelError, OutputError
+from grasp_lightning.models.formats import FORMATS, ExportFacts, Format
 from grasp_lightning.models.loading import load_meta_model, load_model
-from grasp_lightning.models.lowrank import ranks_of, shapes_of
-from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.verification import can_generate
 from grasp_lightning.models.weight_files import weight_files
 from grasp_lightning.progress import track
 from grasp_lightning.reading.text import read_json
 from grasp_lightning.reading.typed import as_type, to_plain
 from grasp_lightning.reporting.card import base_model_of, export_card
-from grasp_lightning.reporting.metrics import Pair
 from grasp_lightning.run_folder import RunFolder
-from grasp_lightning.storage.model_folder import read_card, write_model
+from grasp_lightning.storage.model_folder import read_card, write_beside
 
 FACTS_NAME = "export.json"
 SOURCE_CARD_NAME = "COMPRESSED_MODEL_CARD.md"
 
 _MODEL_NAME = "model"
+_FINGERPRINT = "source_sha256"  # of config.json and the weight files of the compressed model
 _SAFETY = 1.1  # tokenizer and cards, in addition to the weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportFacts:
-    """What was exported: the content of ``export.json``.
-
-    Attributes:
-        source_sha256: Fingerprint of the compressed model's config.json and weight files.
-        ranks: Rank of each linear whose factors were multiplied, by full name.
-        parameters: Of the copy (dense) and of the compressed model.
-        shapes: [out_features, in_features] of each narrowed linear padded with zeros, by full name.
-    """
-
-    source_sha256: str
-    ranks: dict[str, int]
-    parameters: Pair[int]
-    dtype: str
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,36 +39,47 @@ class ExportRun:
 
     @property
     def lines(self) -> list[str]:
-        """Text for the user: the path of the copy, and that it is not smaller."""
-        ranks, shapes, parameters = self.facts.ranks, self.facts.shapes, self.facts.parameters
-        done = [f"factors of {len(ranks)} linears multiplied"] if ranks or not shapes else []
-        done += [f"{len(shapes)} narrowed linears padded with zeros"] if shapes else []
-        first = (
-            f"{', '.join(done)}: {parameters.dense:,} parameters, the compressed model has "
-            f"{parameters.compressed:,}; this copy is not smaller"
-        )
-        return [first, f"model:  {self.folder / _MODEL_NAME}"]
+        """Text for the user: what was written, and where."""
+        return self.facts.lines(self.folder / _MODEL_NAME)
 
 
 def run_export(config: ExportConfig) -> ExportRun:
-    """Write a copy of a compressed model as an ordinary checkpoint; a finished export is only read.
+    """Write a copy of a compressed model in another format; a finished export is only read.
 
     Raises:
         GraspError: If model or output folder does not fit; no file of the export remains.
     """
+    _refuse_other_keys(config)
     source = _source_folder(config.model)
     with RunFolder.open(
         config.output_dir, to_dict(config), overwrite=config.overwrite, protected=[source]
     ) as run:
         if run.state == "finished":
-            facts = _stored_facts(run, source)
+            facts = _stored_facts(run, source, FORMATS[config.format])
         else:
             try:
-                facts = _execute(source, FORMATS[config.format], run)
+                facts = _execute(source, config, run)
             except GraspError:
                 run.discard()
                 raise
     return ExportRun(folder=Path(config.output_dir), facts=facts)
+
+
+def _refuse_other_keys(config: ExportConfig) -> None:
+    types = FORMATS[config.format].types
+    if config.type is not None and config.type not in types:
+        owner = next(name for name, format_ in FORMATS.items() if config.type in format_.types)
+        expected = f"expected {' or '.join(types)}" if types else "leave it out"
+        raise ConfigError(
+            f"type: {config.format} has no type {config.type}: {expected}, or set format={owner}"
+        )
+    for name in FORMATS.keys() - {config.format}:
+        for key in fields(config):
+            if key.name.startswith(f"{name}_") and getattr(config, key.name) is not None:
+                raise ConfigError(
+                    f"{key.name}: has no effect with format {config.format}; leave it out, or set "
+                    f"format={name}"
+                )
 
 
 def _source_folder(model: str) -> Path:
@@ -104,13 +95,15 @@ def _source_folder(model: str) -> Path:
     return folder
 
 
-def _stored_facts(run: RunFolder, source: Path) -> ExportFacts:
+def _stored_facts(run: RunFolder, source: Path, target: Format) -> ExportFacts:
     file = run.path(FACTS_NAME)
     try:
-        facts = as_type(ExportFacts, read_json(file), FACTS_NAME)
+        content = read_json(file)
+        fingerprint = content.pop(_FINGERPRINT, None)
+        facts = as_type(target.facts, content, FACTS_NAME)
     except GraspError as error:
         raise OutputError(f"{file} is missing or damaged; export again with --overwrite") from error
-    if facts.source_sha256 != _fingerprint(source):
+    if fingerprint != _fingerprint(source):
         raise OutputError(
             f"{run.root} contains an export of an earlier version of {source}; use another "
             "output_dir or --overwrite"
@@ -118,42 +111,32 @@ def _stored_facts(run: RunFolder, source: Path) -> ExportFacts:
     return facts
 
 
-def _execute(source: Path, target: Format, run: RunFolder) -> ExportFacts:
+def _execute(source: Path, config: ExportConfig, run: RunFolder) -> ExportFacts:
     # On the CPU: one product per linear is fast, and the dense model need not fit on a GPU.
-    settings = ModelConfig(path=str(source), device="cpu")
+    settings, target = ModelConfig(path=str(source), device="cpu"), FORMATS[config.format]
     empty = load_meta_model(settings)
-    refusal = target.refusal(empty)
+    refusal = target.refusal(empty, config)
     if refusal is not None:
         raise ModelError(f"model: {source} {refusal}")
-    target.convert(empty, tuple)
-    size = sum(parameter.numel() * parameter.element_size() for parameter in empty.parameters())
-    run.check_free_space(int(_SAFETY * size))
+    run.check_free_space(int(_SAFETY * target.num_bytes(empty, config)))
     loaded = load_model(settings)
-    model = loaded.model
-    generates = can_generate(model)
-    ranks, shapes, compressed = ranks_of(model), shapes_of(model), count_parameters(model)
-    target.convert(model, partial(_track, target.doing))
-    facts = ExportFacts(
-        source_sha256=_fingerprint(source),
-        ranks=ranks,
-        parameters=Pair(dense=count_parameters(model), compressed=compressed),
-        dtype=str(model.dtype).removeprefix("torch."),
-        shapes=shapes,
-    )
-    origin, source_card = loaded.origin, read_card(source)
-    card = export_card(
-        base_model=base_model_of(source_card or "") or origin.name,
-        num_linears=len(facts.ranks),
-        num_narrowed=len(facts.shapes),
-        parameters=facts.parameters,
-        dtype=facts.dtype,
-        licence=origin.licence,
-        licence_files=[file.name for file in origin.licence_files],
-        source_card=SOURCE_CARD_NAME if source_card else None,
-    )
-    texts = {SOURCE_CARD_NAME: source_card} if source_card else {}
-    write_model(run, loaded, card, texts, save=target.save, generates=generates)
-    run.write_json(FACTS_NAME, to_plain(facts))
+    generates = can_generate(loaded.model)
+    with run.new_folder(_MODEL_NAME) as folder:
+        facts = target.write(loaded, folder, config, partial(_track, target.doing))
+        source_card = read_card(source)
+        card = export_card(
+            config.format,
+            to_plain(facts),
+            library=target.library,
+            base_model=base_model_of(source_card or "") or loaded.origin.name,
+            licence=loaded.origin.licence,
+            licence_files=[file.name for file in loaded.origin.licence_files],
+            source_card=SOURCE_CARD_NAME if source_card else None,
+        )
+        texts = {SOURCE_CARD_NAME: source_card} if source_card else {}
+        write_beside(folder, loaded.origin, card, texts)
+        target.verify(loaded, folder, generates=generates)
+    run.write_json(FACTS_NAME, {_FINGERPRINT: _fingerprint(source), **to_plain(facts)})
     run.finish()
     return facts
 

@@ -24,6 +24,7 @@ from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.sources import source_licence
 from grasp_lightning.evaluation.phases import Phases, peak_memory_bytes
+from grasp_lightning.methods.targets import read_target_losses
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import ModelSize, count_parameters
 from grasp_lightning.plan import Plan
@@ -43,6 +44,7 @@ from grasp_lightning.reporting.metrics import (
     Seconds,
 )
 from grasp_lightning.reporting.page import render_compensation_report, render_report
+from grasp_lightning.reporting.servers import Servers
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.model_folder import VERIFY, read_card, write_model
 from grasp_lightning.training.compensation import CompensationModule
@@ -129,6 +131,7 @@ class Outcome(RunOutcome[Metrics]):
                 predicted=sum(predicted.values()) if predicted else None,
                 measured=math.log(after / before) if before and after else None,
             ),
+            target_losses=read_target_losses(self.scores),
             seconds=_seconds(Seconds, phases),
             peak_memory_bytes=peak_memory_bytes(),
             versions=package_versions(),
@@ -144,6 +147,7 @@ class Outcome(RunOutcome[Metrics]):
             licence=origin.licence,
             licence_files=[file.name for file in origin.licence_files],
             config=self.settings,
+            servers=Servers.of(self.loaded.model),
         )
 
     def report(self, metrics: Metrics) -> str:
@@ -224,6 +228,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
             licence=origin.licence,
             licence_files=[file.name for file in origin.licence_files],
             config=to_dict(self.config),
+            servers=Servers.of(self.loaded.model),
         )
 
     def report(self, metrics: CompensationMetrics) -> str:

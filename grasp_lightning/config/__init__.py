@@ -56,6 +56,7 @@ from grasp_lightning.config.method import (
     RemovableChoice,
     Schedule,
     Score,
+    TargetChoice,
     Terms,
     Weighting,
 )
@@ -113,6 +114,7 @@ __all__ = [
     "Score",
     "StatisticsConfig",
     "Strategy",
+    "TargetChoice",
     "Terms",
     "TextConfig",
     "TrainMode",

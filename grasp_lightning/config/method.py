@@ -21,6 +21,7 @@ RankChoice = Literal["uniform", "global"]
 MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
 RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
+TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +140,18 @@ class BudgetOptions:
         removable: Under a global budget, parts that may be removed whole where that costs less loss
             than compressing them: none, layers, or layers_and_blocks (also attention and MLP
             blocks). Needs weighting kfac, whose losses have the unit of a measured removal.
-        multiple_of: Ranks and numbers of channels are multiples of this number.
+        multiple_of: Ranks and numbers of channels are multiples of this number; unset: 1, or 32 for
+            the targets gguf and plain.
+        target: What will serve the model. any: transformers or vLLM with this package; no_factors
+            and gguf (llama.cpp): attention stays dense, MLPs get narrower, each by its own number
+            of channels; plain: all MLPs get the same width, so that the folder is an ordinary one
+            that opens anywhere.
     """
 
     mlp: MlpChoice | None = None
     removable: RemovableChoice | None = None
     multiple_of: int | None = None
+    target: TargetChoice | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

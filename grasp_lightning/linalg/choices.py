@@ -27,7 +27,8 @@ class MatrixChoice:
             negative, ``(K,)``, any float dtype, in one unit for all choices. Components after the
             last cost nothing.
         min_rank: Smallest rank allowed, at least 1; rounded up to ``multiple_of``.
-        max_rank: Largest rank allowed; None allows every rank with fewer parameters than dense.
+        max_rank: Largest rank allowed, 0 if the matrix must stay dense; None allows every rank with
+            fewer parameters than dense.
         multiple_of: Ranks are multiples of this number.
     """
 

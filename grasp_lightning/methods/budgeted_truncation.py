@@ -1,6 +1,10 @@
 """Truncation under one budget: the data decides on ranks, channels and removed parts."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol
+
+from torch import Tensor
 
 from grasp_lightning.linalg.ranks import factor_parameters, ranks_for_budget
 from grasp_lightning.methods.base import Decision
@@ -8,11 +12,23 @@ from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks
 from grasp_lightning.methods.narrowing import channel_orders, narrowing
 from grasp_lightning.methods.prediction import Layers, Outlook, Prediction
 from grasp_lightning.methods.removal import removal_operations, stored_prices
+from grasp_lightning.methods.targets import stored_target_losses
 from grasp_lightning.methods.truncation import Measured, MetricMethod, component_losses, truncated
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation, Plan
 from grasp_lightning.stats.base import Statistics, Step
+
+
+class Stored(Protocol):
+    """Scores of a finished run; a missing one is a ``ConfigError``."""
+
+    def component_scores(self, module: str, number: int) -> Tensor:
+        """Return the loss of each component or channel of a linear, descending."""
+
+    def price(self, name: str) -> float:
+        """Return the measured loss of removing a layer or block."""
 
 
 class BudgetedTruncation(MetricMethod[GlobalRanks]):
@@ -41,6 +57,9 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
         narrowed = narrowing(measured, budgeted.mlps, orders, channels)
         removed = removal_operations(budgeted.removables, allocation.removed)
         scores = {f"{name}.scores": value.float() for name, value in losses.items()}
+        if self._metric.weighting == "kfac":
+            found = self._rule.target_losses(budgeted, losses, stats.removal_losses, view=model)
+            scores |= stored_target_losses(found)
         return Decision(
             operations=(*cut.operations, *narrowed.operations, *removed),
             tensors={**cut.tensors, **narrowed.tensors},
@@ -48,22 +67,56 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
             refit=self._refit,
         )
 
+    def stored_target_losses(
+        self, view: DecoderView, plan: Plan, stored: Stored
+    ) -> dict[str, float]:
+        """Return the predicted loss for each target, from what a finished run has stored.
+
+        Empty if the run has other layers, or its losses are not those of this metric.
+
+        Args:
+            view: The dense model; its weights may be on the meta device.
+            plan: The plan of the run.
+            stored: Its scores and prices.
+        """
+        metric = self._metric.options.items()
+        layers = plan.selected_layers
+        if layers is None or self._metric.weighting != "kfac" or not metric <= plan.options.items():
+            return {}
+        budgeted = self._rule.budgeted(view, layers)
+        sizes = {name: min(shape) for name, shape in budgeted.shapes.items()}
+        sizes |= {name: mlp.num_channels for name, mlp in budgeted.mlps.items()}
+        losses = {name: stored.component_scores(name, size) for name, size in sizes.items()}
+        prices = {part.name: stored.price(part.name) for part in budgeted.removables}
+        return self._rule.target_losses(budgeted, losses, prices, view=view)
+
     def predict(self, view: DecoderView) -> Prediction:
         """Return the size that the budget allows; the data decides on ranks and widths."""
+        found = super().predict(view)
         return replace(
-            super().predict(view),
+            found,
             ranks={},
-            widths={},
+            widths=found.widths if self._is_uniform else {},
             is_budget=True,
             is_removable=self._rule.removable != "none",
+            target=self._rule.target,
         )
+
+    @property
+    def _is_uniform(self) -> bool:
+        """Whether shapes alone decide on the width of all MLPs."""
+        return self._rule.target == "plain" and self._rule.removable == "none"
 
     def _outlook(self, view: DecoderView, layers: Layers) -> Outlook:
         """Return a uniform keep ratio, which takes about as much memory."""
         budgeted = self._rule.budgeted(view, layers)
         kept = self._rule.budget(budgeted)
         size = count_parameters(view.model) - budgeted.size + kept
-        return Outlook(_evenly(budgeted, kept / budgeted.size), size, kept)
+        if self._rule.target == "any":
+            return Outlook(_evenly(budgeted, kept / budgeted.size), size, kept)
+        operations = _evenly_narrowed(budgeted, kept, self._rule.unit)
+        size = parameters_after(view, operations) if self._is_uniform else size
+        return Outlook(operations, size, kept)
 
 
 def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
@@ -76,13 +129,24 @@ def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
         FactorizeLinear(module=name, rank=rank, components=None)
         for name, rank in zip(shapes, ranks, strict=True)
     )
-    narrowed = (
-        NarrowMlp(
-            reader=name,
-            writers=mlp.writers,
-            channels=tuple(range(max(1, int(share * mlp.num_channels)))),
-        )
+    widths = {name: max(1, int(share * mlp.num_channels)) for name, mlp in budgeted.mlps.items()}
+    return (*cut, *_narrowed_to(budgeted, widths))
+
+
+def _evenly_narrowed(budgeted: Budgeted, kept: int, unit: int) -> tuple[Operation, ...]:
+    """Return operations that keep the same share of every MLP, and everything else."""
+    mlps = budgeted.mlps
+    size = sum(mlp.num_channels * mlp.channel_size for mlp in mlps.values())
+    left = max(size - (budgeted.size - kept), 0)
+    widths = {
+        name: max(left * mlp.num_channels // size // unit, 1) * unit for name, mlp in mlps.items()
+    }
+    return _narrowed_to(budgeted, widths)
+
+
+def _narrowed_to(budgeted: Budgeted, widths: Mapping[str, int]) -> tuple[NarrowMlp, ...]:
+    return tuple(
+        NarrowMlp(reader=name, writers=mlp.writers, channels=tuple(range(widths[name])))
         for name, mlp in budgeted.mlps.items()
-        if share * mlp.num_channels < mlp.num_channels
+        if widths[name] < mlp.num_channels
     )
-    return (*cut, *narrowed)

@@ -1,20 +1,22 @@
 """One budget for all matrices and MLPs, spent where it reduces the predicted loss most."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from grasp_lightning.config import MlpChoice, RemovableChoice
+from grasp_lightning.config import MlpChoice, RemovableChoice, TargetChoice
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.linalg.allocation import Allocation, allocate, smallest_size
 from grasp_lightning.linalg.choices import ChannelChoice, Choice, GroupChoice, MatrixChoice
+from grasp_lightning.linalg.shared_width import allocate_shared, smallest_shared_size
 from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.narrowing import Narrowable, narrowable_mlps
 from grasp_lightning.methods.rank_rules import Shapes
 from grasp_lightning.methods.removal import removable_parts
+from grasp_lightning.methods.targets import MULTIPLES, TARGETS, check_mlps
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan
 from grasp_lightning.stats.base import Removable
@@ -79,17 +81,20 @@ class GlobalRanks:
         removed_ratio: Share of the whole model to remove; None if ``keep_ratio`` is set.
         keep_ratio: Share to keep of the linears of the chosen layers.
         num_parameters: Parameters of the whole dense model.
-        multiple_of: Ranks and numbers of channels are multiples of this number.
+        multiple_of: Ranks and numbers of channels are multiples of this number; None takes that of
+            the target.
         mlp: Whether MLPs lose channels, or their matrices are factorized like all others.
         removable: What may be removed as a whole.
+        target: What will serve the model.
     """
 
     removed_ratio: float | None = None
     keep_ratio: float | None = None
     num_parameters: int
-    multiple_of: int = 1
+    multiple_of: int | None = None
     mlp: MlpChoice = "factors"
     removable: RemovableChoice = "none"
+    target: TargetChoice = "any"
 
     @property
     def options(self) -> Mapping[str, OptionValue]:
@@ -97,14 +102,23 @@ class GlobalRanks:
         key = "keep_ratio" if self.removed_ratio is None else "removed_ratio"
         options: dict[str, OptionValue] = {key: getattr(self, key)}
         options |= {"ranks": "global", "mlp": self.mlp}
-        if self.multiple_of != 1:
-            options["multiple_of"] = self.multiple_of
+        if self.unit != 1:
+            options["multiple_of"] = self.unit
         if self.removable != "none":
             options["removable"] = self.removable
+        if self.target != "any":
+            options["target"] = self.target
         return options
+
+    @property
+    def unit(self) -> int:
+        """Number whose multiples ranks and numbers of channels are."""
+        return MULTIPLES[self.target] if self.multiple_of is None else self.multiple_of
 
     def budgeted(self, view: DecoderView, layers: tuple[int, ...]) -> Budgeted:
         """Return what shares the budget: MLPs with removable channels, and all other linears.
+
+        A model that cannot be cut for the target is a ``ConfigError``.
 
         Args:
             view: The dense model; its weights may be on the meta device.
@@ -112,6 +126,7 @@ class GlobalRanks:
         """
         shapes = weight_shapes(view, Plan(method="budget"), layers)
         mlps = narrowable_mlps(view, layers) if self.mlp == "channels" else {}
+        check_mlps(self.target, view, mlps)
         inside = {name for mlp in mlps.values() for name in (mlp.reader, *mlp.writers)}
         return Budgeted(
             shapes={name: shape for name, shape in shapes.items() if name not in inside},
@@ -134,7 +149,33 @@ class GlobalRanks:
             prices: Measured loss of removing each layer and block, by its name.
         """
         choices = self._grouped(self._choices(budgeted, losses), budgeted, prices or {})
-        return allocate(choices, self._budget(budgeted, smallest_size(choices)))
+        find = allocate_shared if self.target == "plain" else allocate
+        return find(choices, self._budget(budgeted, self._least(choices)))
+
+    def target_losses(
+        self,
+        budgeted: Budgeted,
+        losses: Mapping[str, Tensor],
+        prices: Mapping[str, float] | None = None,
+        *,
+        view: DecoderView,
+    ) -> dict[str, float]:
+        """Return the predicted loss for each target that this budget and the model allow.
+
+        Arguments: see ``allocation``, and the dense model. Empty if MLPs lose no channels.
+        """
+        found: dict[str, float] = {}
+        for target in TARGETS if budgeted.mlps else ():
+            rule, parts = replace(self, target=target), budgeted
+            if target == "plain":
+                whole = tuple(part for part in budgeted.removables if not part.is_block)
+                parts = replace(budgeted, removables=whole)
+            try:
+                check_mlps(target, view, budgeted.mlps)
+                found[target] = rule.allocation(parts, losses, prices).loss
+            except ConfigError:  # out of reach for this target
+                continue
+        return found
 
     def budget(self, budgeted: Budgeted) -> int:
         """Return how many parameters stay; a budget out of reach is a ``ConfigError``."""
@@ -142,7 +183,10 @@ class GlobalRanks:
         losses |= {name: torch.zeros(mlp.num_channels) for name, mlp in budgeted.mlps.items()}
         free = dict.fromkeys((part.name for part in budgeted.removables), 0.0)
         choices = self._choices(budgeted, losses)
-        return self._budget(budgeted, smallest_size(self._grouped(choices, budgeted, free)))
+        return self._budget(budgeted, self._least(self._grouped(choices, budgeted, free)))
+
+    def _least(self, choices: Sequence[Choice]) -> float:
+        return (smallest_shared_size if self.target == "plain" else smallest_size)(choices)
 
     def _grouped(
         self,
@@ -169,12 +213,13 @@ class GlobalRanks:
     def _choices(
         self, budgeted: Budgeted, losses: Mapping[str, Tensor]
     ) -> list[MatrixChoice | ChannelChoice]:
+        top = None if self.target == "any" else 0
         matrices = [
-            MatrixChoice(name, shape, losses[name], multiple_of=self.multiple_of)
+            MatrixChoice(name, shape, losses[name], max_rank=top, multiple_of=self.unit)
             for name, shape in budgeted.shapes.items()
         ]
         mlps = [
-            ChannelChoice(name, mlp.channel_size, losses[name], multiple_of=self.multiple_of)
+            ChannelChoice(name, mlp.channel_size, losses[name], multiple_of=self.unit)
             for name, mlp in budgeted.mlps.items()
         ]
         return [*matrices, *mlps]
@@ -193,8 +238,10 @@ class GlobalRanks:
             high = max((dense - least) / self.num_parameters, 0.0)
             feasible = f"above 0 to {math.floor(high * 1e4) / 1e4:.4f}"
         if not least <= kept <= dense:
+            of = "" if self.target == "any" else f" with attention dense (target {self.target})"
             raise ConfigError(
-                f"method.{key} is out of reach: the feasible range of these linears is {feasible}"
+                f"method.{key} is out of reach: the feasible range of these linears{of} is "
+                f"{feasible}"
             )
         if kept == dense:
             raise ConfigError(

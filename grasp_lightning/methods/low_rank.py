@@ -30,6 +30,7 @@ from grasp_lightning.methods.options import (
     resolve_layers,
 )
 from grasp_lightning.methods.rank_rules import configured_rule
+from grasp_lightning.methods.targets import check_target
 from grasp_lightning.methods.truncation import Truncation
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
@@ -111,6 +112,8 @@ def with_parts(config: MethodConfig, defaults: LowRankOptions) -> MethodConfig:
         _check_budget(config, metric)
         if not metric.orders_channels:
             defaults = replace(defaults, mlp="factors")
+        elif config.target not in (None, "any"):
+            defaults = replace(defaults, mlp="channels")
     return filled(config, defaults, unused)
 
 
@@ -126,6 +129,7 @@ def _check_budget(config: MethodConfig, metric: Metric) -> None:
         raise ConfigError(
             f"method.mlp channels needs method.weighting kfac or input_gram, got {metric.weighting}"
         )
+    check_target(config, metric)
 
 
 def truncation(config: MethodConfig, view: DecoderView, track: Track) -> CompressionMethod:

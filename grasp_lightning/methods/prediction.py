@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from grasp_lightning.config import TargetChoice
 from grasp_lightning.linalg.ranks import factor_parameters
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import dense_shape
@@ -29,9 +30,10 @@ class Prediction:
         layers: The layers assumed for ``most``.
         operations: The operations on them.
         is_budget: The data decides on ranks, under one budget for all linears of the layers.
-        widths: Kept and original number of channels of every narrowed MLP, by its name; empty for a
-            budget.
+        widths: Kept and original number of channels of every narrowed MLP, by its name; empty if
+            the data decides on them.
         is_removable: Layers or blocks may be removed as a whole.
+        target: What will serve the model, for a budget.
     """
 
     dense: int
@@ -45,6 +47,7 @@ class Prediction:
     is_budget: bool = False
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
     is_removable: bool = False
+    target: TargetChoice = "any"
 
     @property
     def lines(self) -> list[str]:
@@ -57,14 +60,26 @@ class Prediction:
         if widths:
             widths = [f"{len(widths)} MLPs are narrowed:", *widths]
         if self.is_budget:
-            where = f"all linears of {self.num_layers} layers share one budget"
-            more = ", on what is removed whole" if self.is_removable else ""
-            return [first, f"{where}: the data decides on ranks{more}, and on what stays dense"]
+            return [first, self._budget_line]
         if self.ranks:
             rows = [f"  {name}: rank {rank}" for name, rank in self.ranks.items()]
             where = f"{self.num_layers} layers are replaced; ranks in one of them:"
             return [first, where, *rows, *widths]
         return [first, *(widths or [f"{self.num_layers} layers are deleted"])]
+
+    @property
+    def _budget_line(self) -> str:
+        more = ", on what is removed whole" if self.is_removable else ""
+        if self.target == "any":
+            where = f"all linears of {self.num_layers} layers share one budget"
+            return f"{where}: the data decides on ranks{more}, and on what stays dense"
+        if self.target == "plain":
+            one = "attention stays dense, and all MLPs get one width"
+            for kept, size in self.widths.values():
+                return f"{one}: {kept} of {size} channels, in an ordinary model folder"
+            return f"{one}: the data decides on it, and on the layers that are removed"
+        where = f"attention stays dense, and the MLPs of {self.num_layers} layers share one budget"
+        return f"{where}: the data decides on their widths{more}"
 
 
 class Outlook(NamedTuple):

@@ -19,11 +19,18 @@ def rebuilt_empty(model: PreTrainedModel) -> PreTrainedModel:
     return rebuilt
 
 
-def dense_empty(model: PreTrainedModel) -> PreTrainedModel:
-    """Build the dense model of a copy of a config, on the meta device."""
+def dense_empty(
+    model: PreTrainedModel, settings: Mapping[str, int] | None = None
+) -> PreTrainedModel:
+    """Build the dense model of a copy of a config, on the meta device.
+
+    ``settings`` replace those of the text's config.
+    """
     content = model.config.to_dict()
     content.pop("quantization_config", None)
     config = type(model.config).from_dict(content)
+    for key, value in (settings or {}).items():
+        setattr(config.get_text_config(), key, value)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return type(model)(config)
 

@@ -13,7 +13,8 @@ from grasp_lightning.plan import Plan
 from grasp_lightning.reporting import card_phrases as phrases
 from grasp_lightning.reporting.card_phrases import Values
 from grasp_lightning.reporting.linears import module_place
-from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics, Pair
+from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
+from grasp_lightning.reporting.servers import Servers
 from grasp_lightning.reporting.tables import comparison_notes, comparison_rows, indices_text
 
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -40,12 +41,12 @@ def model_card(
     licence: str | None,
     licence_files: Sequence[str],
     config: Values,
+    servers: Servers,
 ) -> str:
     """Return the README.md of a compressed model, without local paths and times."""
     base_model = phrases.public_name(origin_name)
     # Linears no longer have the shapes that the family builds.
     kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if plan.channels else ""
-    special = f"the {'low-rank' if plan.ranks or not plan.channels else 'narrowed'} layers"
     text = _render(
         "card.md.jinja",
         kind="compressed",
@@ -57,13 +58,14 @@ def model_card(
         num_mlps=len(plan.channels),
         removed=_removed(plan),
         removed_share=f"{100 * metrics.removed_ratio:.1f}% of all parameters were removed",
-        special=special if kind else None,
+        special=servers.special,
         options=_options(plan),
         calibration=phrases.text_source(config, "calibration"),
         evaluation=phrases.text_source(config, "evaluation"),
         is_measured=metrics.perplexity.compressed is not None,
         rows=comparison_rows(metrics),
         notes=comparison_notes(metrics),
+        servers=servers.rows(metrics.parameters.dense - metrics.parameters.compressed),
         licence=licence,
         licence_files=sorted(licence_files),
     )
@@ -71,31 +73,35 @@ def model_card(
 
 
 def export_card(
+    format_name: str,
+    facts: Values,
     *,
+    library: str,
     base_model: str,
-    num_linears: int,
-    num_narrowed: int = 0,
-    parameters: Pair[int],
-    dtype: str,
     licence: str | None,
     licence_files: Sequence[str],
     source_card: str | None,
 ) -> str:
-    """Return the README.md of a dense copy, which says that the copy is not smaller."""
+    """Return the README.md of an exported model.
+
+    Args:
+        format_name: Name of the format, and of its template.
+        facts: What the format wrote, the content of ``export.json``.
+        library: Library that opens it, for the hub.
+        base_model: Name of the base model.
+        licence: Licence of the base model.
+        licence_files: Names of the files with its text.
+        source_card: Name of the file with the compressed model's card, None if it had none.
+    """
     text = _render(
-        "card.md.jinja",
-        kind="dense",
+        f"card_{format_name}.md.jinja",
         base_model=base_model,
-        num_linears=num_linears,
-        num_narrowed=num_narrowed,
-        parameters=parameters,
-        dtype=dtype,
-        special=None,
+        facts=facts,
         licence=licence,
         licence_files=sorted(licence_files),
         source_card=source_card,
     )
-    return _card(_front_matter("dense", base_model, licence, licence_files), text)
+    return _card(_front_matter(format_name, base_model, licence, licence_files, library), text)
 
 
 def compensated_card(
@@ -106,6 +112,7 @@ def compensated_card(
     licence: str | None,
     licence_files: Sequence[str],
     config: Values,
+    servers: Servers,
 ) -> str:
     """Return the README.md of a compensated model, without local paths and times.
 
@@ -129,8 +136,9 @@ def compensated_card(
         kind="compensated",
         number=None,
         version=_version(metrics),
-        special="low-rank layers",
+        special=servers.special,
         is_measured=(metrics.perplexity.after, metrics.validation_loss.after) != (None, None),
+        servers=servers.rows(),
         licence=licence,
         licence_files=sorted(licence_files),
     )
@@ -175,10 +183,14 @@ def _parsed(card: str) -> RepoCard:
 
 
 def _front_matter(
-    tag: str, base_model: str, licence: str | None, licence_files: Sequence[str]
+    tag: str,
+    base_model: str,
+    licence: str | None,
+    licence_files: Sequence[str],
+    library: str = "transformers",
 ) -> CardData:
     content: dict[str, Any] = {  # Any: values of YAML
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
     }
     if phrases.is_hub_name(base_model):

@@ -149,6 +149,8 @@ class Metrics(RunMetrics):
             them.
         source_bytes: Size of the source's weight files on disk.
         perplexity: On held-out text; None if not measured.
+        target_losses: Predicted increase of the loss in nats per token for each ``method.target``
+            that this budget and this model allow; empty if it was not predicted.
     """
 
     STATES: ClassVar = ("dense", "compressed")
@@ -164,6 +166,7 @@ class Metrics(RunMetrics):
     source_bytes: int | None = None
     perplexity: Pair[float | None] = _NO_PAIR
     loss_change: LossChange = LossChange()
+    target_losses: Mapping[str, float] = field(default_factory=dict)
     seconds: Seconds = Seconds()
 
     @property

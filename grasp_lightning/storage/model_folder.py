@@ -1,6 +1,6 @@
 """Writes the folder ``model`` of a run, for all commands."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.side_files import copy_side_files
+from grasp_lightning.models.source import ModelOrigin
 from grasp_lightning.models.verification import verify_saved
 from grasp_lightning.run_folder import RunFolder
 
@@ -19,9 +20,7 @@ def write_model(
     run: RunFolder,
     loaded: LoadedModel,
     card: str,
-    texts: Mapping[str, str] | None = None,
     *,
-    save: Callable[..., None] = save_model,
     generates: bool = True,
     phases: Phases | None = None,
 ) -> None:
@@ -30,18 +29,23 @@ def write_model(
     Args:
         loaded: Model, tokenizer and the side files of their origin.
         card: Content of README.md.
-        texts: Contents of more files, by name.
-        save: Writes the model, with the signature of ``save_model``.
         generates: Whether the model can generate with its cache.
         phases: Times the verification.
     """
     with run.new_folder("model") as folder:
-        save(loaded.model, folder, tokenizer=loaded.tokenizer)
-        for name, text in {**(texts or {}), _CARD_NAME: card}.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        copy_side_files(loaded.origin.side_files, folder)
+        save_model(loaded.model, folder, tokenizer=loaded.tokenizer)
+        write_beside(folder, loaded.origin, card)
         with nullcontext() if phases is None else phases(VERIFY):
             verify_saved(loaded.model, folder, generates=generates)
+
+
+def write_beside(
+    folder: Path, origin: ModelOrigin, card: str, texts: Mapping[str, str] | None = None
+) -> None:
+    """Write the files beside a model's weights: card, other texts by name, and its side files."""
+    for name, text in {**(texts or {}), _CARD_NAME: card}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    copy_side_files(origin.side_files, folder)
 
 
 def read_card(folder: Path | None) -> str | None:

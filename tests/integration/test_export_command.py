@@ -337,7 +337,11 @@ def bad_sources(root: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "dropped": ([f"--model={root / 'dropped'}", out], "has neither low-rank nor narrowed"),
         "damaged": ([f"--model={damaged}", out], "cannot load damaged"),
-        "format": (["--format=gguf", f"--model={dense}", out], "format: expected one of dense"),
+        "format": (["--format=onnx", f"--model={dense}", out], "format: expected one of dense"),
+        "key of another format": (
+            ["--gguf_type=f16", f"--model={dense}", out],
+            "gguf_type: has no effect with format dense; leave it out, or set format=gguf",
+        ),
         "no output": ([f"--model={dense}"], "output_dir is not set"),
         "no model": ([out], "model is not set"),
         "key": ([f"--model.path={dense}", out], "unknown option --model.path"),

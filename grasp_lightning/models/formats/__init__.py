@@ -1,33 +1,22 @@
-"""The formats of ``export``: one file and one entry in the table each."""
+"""The formats of ``export``: one file or folder and one entry in the table each."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from transformers import PreTrainedModel
+from grasp_lightning.models.formats.base import ExportFacts, Format, Track
+from grasp_lightning.models.formats.dense import DenseFormat
+from grasp_lightning.models.formats.gguf import GgufFormat
+from grasp_lightning.models.formats.quantized import QuantizedFormat
 
-from grasp_lightning.models.checkpoint import save_model
-from grasp_lightning.models.formats.dense import dense_refusal, densify
-
-
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """A way to write a compressed model for runtimes without support for its layers.
-
-    Attributes:
-        refusal: Why a model cannot be converted, as the rest of a sentence; None if it can.
-        convert: Converts a model in place, on the meta device too. Its second argument shows
-            progress: names of linears -> the same names.
-        doing: Label of the progress bar.
-    """
-
-    refusal: Callable[[PreTrainedModel], str | None]
-    convert: Callable[[PreTrainedModel, Callable[[Sequence[str]], Iterable[str]]], object]
-    doing: str
-    save: Callable[..., None] = save_model
-
+__all__ = ["FORMATS", "ExportFacts", "Format", "Track"]
 
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
-    {"dense": Format(refusal=dense_refusal, convert=densify, doing="multiplying factors")}
+    {
+        "dense": DenseFormat(),
+        "gguf": GgufFormat(),
+        "torchao": QuantizedFormat("int8", "int4"),
+        "bitsandbytes": QuantizedFormat("nf4"),
+    }
 )
+"""By the value of ``format``. A key of the configuration ``<format>_...`` is of one format only."""

@@ -1,15 +1,20 @@
 """Ordinary dense weights: factors are multiplied, and narrowed MLPs padded with zeros."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from grasp_lightning.config import ExportConfig
 from grasp_lightning.errors import ModelError, NumericsError
-from grasp_lightning.models.checkpoint import attach_quantizer
+from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantizer, save_model
+from grasp_lightning.models.formats.base import ExportFacts, Format, Track
 from grasp_lightning.models.linears import DenseModule
+from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.lowrank import (
     LowRankLinear,
     NarrowedLinear,
@@ -17,23 +22,90 @@ from grasp_lightning.models.lowrank import (
     has_replaced,
     low_rank_linears,
     narrowed_linears,
+    ranks_of,
+    shapes_of,
 )
 from grasp_lightning.models.rebuilding import dense_empty
+from grasp_lightning.models.size import count_parameters
 
 
-def dense_refusal(model: PreTrainedModel) -> str | None:
-    """Return why a model cannot be made dense, as the rest of a sentence; None if it can."""
-    if has_replaced(model):
-        return None
-    return (
-        "has neither low-rank nor narrowed linears: it is an ordinary checkpoint already, so "
-        "there is nothing to export"
-    )
+@dataclass(frozen=True, kw_only=True)
+class NumParameters:
+    """Parameters of the copy (dense) and of the compressed model."""
+
+    dense: int
+    compressed: int
 
 
-def densify(
-    model: PreTrainedModel, track: Callable[[Sequence[str]], Iterable[str]] = tuple
-) -> tuple[str, ...]:
+@dataclass(frozen=True, kw_only=True)
+class DenseFacts(ExportFacts):
+    """What the format ``dense`` wrote.
+
+    Attributes:
+        ranks: Rank of each linear whose factors were multiplied, by full name.
+        shapes: [out_features, in_features] of each narrowed linear padded with zeros, by full name.
+    """
+
+    ranks: dict[str, int]
+    parameters: NumParameters
+    dtype: str
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def lines(self, folder: Path) -> list[str]:
+        """Return the path of the copy, and that it is not smaller."""
+        done = [f"factors of {len(self.ranks)} linears multiplied"]
+        done = done if self.ranks or not self.shapes else []
+        done += [f"{len(self.shapes)} narrowed linears padded with zeros"] if self.shapes else []
+        first = (
+            f"{', '.join(done)}: {self.parameters.dense:,} parameters, the compressed model has "
+            f"{self.parameters.compressed:,}; this copy is not smaller"
+        )
+        return [first, f"model:  {folder}"]
+
+
+class DenseFormat(Format):
+    """Ordinary dense weights: factors are multiplied, and narrowed MLPs padded with zeros."""
+
+    facts = DenseFacts
+    doing = "multiplying factors"
+
+    def refusal(self, model: PreTrainedModel, options: ExportConfig) -> str | None:
+        """Return that a model is quantized or has nothing to convert; None if it can be."""
+        del options
+        quantized = foreign_quantizer(model)
+        if quantized is not None:
+            return f"is quantized with {quantized} already: export the unquantized model"
+        if has_replaced(model):
+            return None
+        return (
+            "has neither low-rank nor narrowed linears: it is an ordinary checkpoint already, so "
+            "there is nothing to export"
+        )
+
+    def num_bytes(self, model: PreTrainedModel, options: ExportConfig) -> int:
+        """Return the bytes of the dense weights."""
+        del options
+        densify(model)
+        return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+    def write(
+        self, loaded: LoadedModel, folder: Path, options: ExportConfig, track: Track
+    ) -> DenseFacts:
+        """Write an ordinary Hugging Face folder; the model becomes dense."""
+        del options
+        model = loaded.model
+        ranks, shapes, compressed = ranks_of(model), shapes_of(model), count_parameters(model)
+        densify(model, track)
+        save_model(model, folder, tokenizer=loaded.tokenizer)
+        return DenseFacts(
+            ranks=ranks,
+            parameters=NumParameters(dense=count_parameters(model), compressed=compressed),
+            dtype=str(model.dtype).removeprefix("torch."),
+            shapes=shapes,
+        )
+
+
+def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
     """Multiply factors into dense weights and pad narrowed MLPs with zeros, in place.
 
     The model becomes an ordinary one of its class and original size; biases do not change. Products

@@ -2,8 +2,7 @@ import pytest
 import yaml
 
 from grasp_lightning.reporting.card import base_model_of, export_card, model_card
-from grasp_lightning.reporting.metrics import Pair
-from tests.unit.reporting.example import CONFIG, example_metrics, example_plan
+from tests.unit.reporting.example import CONFIG, LOW_RANK_SERVERS, example_metrics, example_plan
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -15,12 +14,17 @@ def card(
     num_linears: int = 56,
     num_narrowed: int = 0,
 ) -> str:
+    facts = {
+        "ranks": {f"linear {index}": 3 for index in range(num_linears)},
+        "shapes": {f"linear {index}": [2, 3] for index in range(num_narrowed)},
+        "parameters": {"dense": 134_515_008, "compressed": 109_013_760},
+        "dtype": "bfloat16",
+    }
     return export_card(
+        "dense",
+        facts,
+        library="transformers",
         base_model=base_model,
-        num_linears=num_linears,
-        num_narrowed=num_narrowed,
-        parameters=Pair(dense=134_515_008, compressed=109_013_760),
-        dtype="bfloat16",
         licence=licence,
         licence_files=["NOTICE", "LICENSE"] if licence else [],
         source_card=source_card,
@@ -41,6 +45,7 @@ def compressed_card(origin_name: str) -> str:
         licence=None,
         licence_files=[],
         config=CONFIG,
+        servers=LOW_RANK_SERVERS,
     )
 
 

@@ -1,0 +1,118 @@
+"""What each server can run: which parts may be cut for it, and how."""
+
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Final, get_args
+
+import torch
+from torch import Tensor
+
+from grasp_lightning.config import MethodConfig, TargetChoice
+from grasp_lightning.errors import ConfigError
+from grasp_lightning.methods.metric import Metric
+from grasp_lightning.methods.narrowing import Narrowable
+from grasp_lightning.methods.options import named_layers
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.plain import make_plain
+from grasp_lightning.models.rebuilding import rebuilt_empty
+from grasp_lightning.models.surgery import apply_operations
+from grasp_lightning.plan import NarrowMlp
+
+TARGETS: Final[tuple[TargetChoice, ...]] = get_args(TargetChoice)
+MULTIPLES: Final[Mapping[TargetChoice, int]] = MappingProxyType(
+    # Blocks of llama.cpp's types hold 32 weights of a row.
+    {"any": 1, "no_factors": 1, "gguf": 32, "plain": 32}
+)
+"""Numbers whose multiples ranks and widths are, where the user has set none."""
+
+_KEY = "{target}.target_loss"
+
+
+def check_target(config: MethodConfig, metric: Metric) -> None:
+    """Refuse keys that contradict ``method.target``, which cuts MLP channels alone.
+
+    Raises:
+        ConfigError: If there are any.
+    """
+    target = f"method.target {config.target}"
+    if config.target in (None, "any"):
+        return
+    if config.mlp == "factors":
+        raise ConfigError(
+            f"{target} removes channels of MLPs alone, so it needs method.mlp=channels, got "
+            "factors; set method.target=any to factorize"
+        )
+    if not metric.orders_channels:
+        raise ConfigError(
+            f"{target} removes channels of MLPs alone, which needs method.weighting kfac or "
+            f"input_gram, got {metric.weighting}"
+        )
+    if config.target != "plain":
+        return
+    if key := named_layers(config):
+        raise ConfigError(
+            f"{target} gives all layers one width, so {key} cannot choose some of them; leave "
+            "it unset, or set method.target=gguf"
+        )
+    if config.removable == "layers_and_blocks":
+        raise ConfigError(
+            f"{target} can remove whole layers but no blocks, since all layers need one shape; set "
+            "method.removable=layers, or method.target=gguf"
+        )
+
+
+def check_mlps(target: TargetChoice, view: DecoderView, mlps: Mapping[str, Narrowable]) -> None:
+    """Refuse a model whose MLPs cannot be cut for a target.
+
+    Args:
+        target: The target.
+        view: The dense model; its weights may be on the meta device.
+        mlps: Its MLPs with removable channels.
+
+    Raises:
+        ConfigError: If the model cannot be cut.
+    """
+    problem = None if target == "any" else _problem(target, view, mlps)
+    if problem is not None:
+        raise ConfigError(f"method.target {target}: {type(view.model).__name__} {problem}")
+
+
+def _problem(target: TargetChoice, view: DecoderView, mlps: Mapping[str, Narrowable]) -> str | None:
+    if not mlps:
+        return "has no MLP whose channels can be removed; use method.target=any"
+    if target != "plain":
+        return None
+    others = "use method.target=gguf, no_factors or any"
+    missing = set(view.layer_indices) - {view.layer_of(reader) for reader in mlps}
+    if missing:
+        return f"has no MLP whose channels can be removed in layer {min(missing)}; {others}"
+    sizes = sorted({mlp.num_channels for mlp in mlps.values()})
+    if len(sizes) > 1:
+        return f"has MLPs of different widths, {sizes[0]} to {sizes[-1]} channels; {others}"
+    if not _can_say_width(view, mlps.values()):
+        return f"has a config that cannot say another width of its MLPs; {others}"
+    return None
+
+
+def stored_target_losses(losses: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return the predicted losses of targets by their storage names."""
+    return {_KEY.format(target=target): torch.tensor([loss]) for target, loss in losses.items()}
+
+
+def read_target_losses(scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the stored predicted loss of each target, in nats per token."""
+    keys = {target: _KEY.format(target=target) for target in TARGETS}
+    return {target: float(scores[key]) for target, key in keys.items() if key in scores}
+
+
+def _can_say_width(view: DecoderView, mlps: Collection[Narrowable]) -> bool:
+    """Return whether a model with narrower MLPs would be an ordinary one, by trying it."""
+    trial = rebuilt_empty(view.model)
+    cut = [NarrowMlp(reader=mlp.reader, writers=mlp.writers, channels=(0,)) for mlp in mlps]
+    empty = {op.solved_tensor: torch.zeros(1, 1).expand(_outputs(view, op), 1) for op in cut}
+    apply_operations(DecoderView(trial), cut, empty)
+    return make_plain(trial)
+
+
+def _outputs(view: DecoderView, operation: NarrowMlp) -> int:
+    return view.linears(view.layer_of(operation.reader) or 0)[operation.reader].out_features

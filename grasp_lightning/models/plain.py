@@ -1,0 +1,113 @@
+"""Models whose MLPs have all been narrowed to one width: ordinary ones, with another config."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from grasp_lightning.models.linears import DenseModule
+from grasp_lightning.models.lowrank import (
+    NarrowedLinear,
+    dense_shape,
+    low_rank_linears,
+    narrowed_linears,
+)
+from grasp_lightning.models.numbering import unnumbered_settings
+from grasp_lightning.models.rebuilding import dense_empty
+
+# Keys for the width in configs where None stands for a multiple of the hidden size.
+_UNSET_KEYS = ("n_inner", "ffn_hidden_size")
+# What the code of a family raises if it cannot use a value of its config.
+_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
+
+
+def make_plain(model: PreTrainedModel) -> bool:
+    """Turn a model with MLPs of one width into an ordinary one of its family, in place.
+
+    Its narrowed linears become ordinary ones, and its config says the width. It stays as it is if
+    it has a low-rank linear, if widths differ, or if its config cannot say them. The weights may be
+    on the meta device.
+
+    Returns:
+        Whether the model is an ordinary one now.
+    """
+    narrowed = narrowed_linears(model)
+    if not narrowed or low_rank_linears(model):
+        return not (narrowed or low_rank_linears(model))
+    found = _plain_setting(model, narrowed)
+    if found is None:
+        return False
+    key, width, plain = found
+    for name, linear in narrowed.items():
+        ordinary = plain.get_submodule(name)
+        assert isinstance(ordinary, DenseModule)  # _plain_setting compares shapes
+        model.set_submodule(name, _filled(ordinary, linear))
+    for parent in {name.rpartition(".")[0] for name in narrowed}:
+        for setting, value in unnumbered_settings(plain.get_submodule(parent)).items():
+            setattr(model.get_submodule(parent), setting, value)
+    for config in _text_configs(model):
+        setattr(config, key, width)
+    return True
+
+
+def _plain_setting(
+    model: PreTrainedModel, narrowed: Mapping[str, NarrowedLinear]
+) -> tuple[str, int, PreTrainedModel] | None:
+    """Return the key of the config, the width, and the model that they build on the meta device."""
+    dense = dense_empty(model)
+    widths = {
+        (dense_shape(original)[1], linear.in_features)
+        for name, linear in narrowed.items()
+        if isinstance(original := dense.get_submodule(name), DenseModule)
+    }
+    narrower = {(old, new) for old, new in widths if new < old}
+    if len(narrower) != 1:
+        return None
+    ((old, width),) = narrower
+    text = model.config.get_text_config()
+    for key in _candidates(text, old):
+        try:
+            plain = dense_empty(model, {key: width})
+        except _ERRORS:
+            continue
+        if _shapes(plain, ()) == _shapes(model, _transposed(plain, narrowed)):
+            return key, width, plain
+    return None
+
+
+def _candidates(config: PreTrainedConfig, size: int) -> Iterator[str]:
+    for key, value in config.to_dict().items():
+        is_size = isinstance(value, int) and not isinstance(value, bool) and value == size
+        if is_size or (value is None and key in _UNSET_KEYS):
+            yield key
+
+
+def _transposed(plain: PreTrainedModel, names: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(n for n in names if isinstance(plain.get_submodule(n), Conv1D))
+
+
+def _shapes(model: nn.Module, transposed: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors, those of some linears' weights reversed."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    for name in transposed:
+        shapes[f"{name}.weight"] = shapes[f"{name}.weight"][::-1]
+    return shapes
+
+
+def _filled(ordinary: DenseModule, narrowed: NarrowedLinear) -> DenseModule:
+    """Return an ordinary linear of the same shape with the weight and bias of a narrowed one."""
+    weight = narrowed.weight.detach()
+    weight = weight.mT.contiguous() if isinstance(ordinary, Conv1D) else weight
+    trainable = narrowed.weight.requires_grad
+    ordinary.register_parameter("weight", nn.Parameter(weight, requires_grad=trainable))
+    ordinary.register_parameter("bias", narrowed.bias)
+    return ordinary.train(narrowed.training)
+
+
+def _text_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Return the configs that say the width: that of the text, and copies that modules hold."""
+    kind = type(model.config.get_text_config())
+    held = (getattr(module, "config", None) for module in model.modules())
+    found = [model.config.get_text_config(), *(c for c in held if type(c) is kind)]
+    return list({id(config): config for config in found}.values())
