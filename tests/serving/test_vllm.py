@@ -122,7 +122,10 @@ def without(key: str) -> Callable[[dict], None]:
 
 
 def test_what_cannot_be_served_is_refused_in_one_line(
-    generate: Generate, tiny: dict[str, tuple[Path, list[Greedy]]], tmp_path: Path
+    generate: Generate,
+    compressed: Path,
+    tiny: dict[str, tuple[Path, list[Greedy]]],
+    tmp_path: Path,
 ) -> None:
     source, _ = tiny["llama with biases"]
     layer = "model.layers.0"
@@ -140,6 +143,8 @@ def test_what_cannot_be_served_is_refused_in_one_line(
     folder = damaged(tmp_path / "newer", source, newer, "config.json")
     cases.append((folder, "unknown keys ['groups']: the model was saved by a newer version", {}))
     cases.append((source, "merge the adapter", {"enable_lora": True}))
+    heads = "attention heads (9) must be divisible by tensor parallel size (2)"
+    cases.append((compressed, heads, {"tensor_parallel_size": 2}))
     jobs = [job(folder, TINY_PROMPTS, 1, **options) for folder, _, options in cases]
     for (_, text, _), found in zip(cases, generate(jobs), strict=True):
         assert text in found.get("error", "")

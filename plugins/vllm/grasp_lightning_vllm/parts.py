@@ -42,7 +42,7 @@ class Layer:
     Attributes:
         outputs: Its outputs over all processes, by q, k and v, or gate and up.
         inputs: Its inputs over all processes.
-        split: What processes share out between them.
+        split: What is split over the processes.
         process: Number of this process, from 0.
         num_processes: Number of processes.
         copies: For each of ``outputs``, how many neighbouring processes hold the same share:
@@ -155,7 +155,7 @@ def _sizes(linear: Linear, dense: tuple[int, ...], inputs: int) -> tuple[tuple[i
     if linear.shape is None:
         return dense, inputs
     rows, columns = linear.shape
-    # A fused gate and up are narrowed alike.
+    # A fused gate and up lose the same channels.
     outputs = tuple(size * rows // sum(dense) for size in dense)
     if sum(outputs) != rows or rows > sum(dense) or columns > inputs:
         raise ValueError(

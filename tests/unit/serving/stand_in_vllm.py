@@ -33,7 +33,7 @@ class UnquantizedLinearMethod(LinearMethodBase):
 
 
 class LinearBase(nn.Module):
-    """A layer of one process; ``sizes`` are those of all processes."""
+    """A layer of one process; ``sizes`` are summed over all processes."""
 
     def __init__(
         self,
