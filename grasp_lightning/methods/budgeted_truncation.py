@@ -116,7 +116,9 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
             return Outlook(_evenly(budgeted, kept / budgeted.size), size, kept)
         operations = _evenly_narrowed(budgeted, kept, self._rule.unit)
         size = parameters_after(view, operations) if self._is_uniform else size
-        return Outlook(operations, size, kept)
+        linears = view.all_linears()
+        weights = (linears[op.reader].out_features * len(op.channels) for op in operations)
+        return Outlook(operations, size, sum(weights))
 
 
 def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
@@ -133,7 +135,7 @@ def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
     return (*cut, *_narrowed_to(budgeted, widths))
 
 
-def _evenly_narrowed(budgeted: Budgeted, kept: int, unit: int) -> tuple[Operation, ...]:
+def _evenly_narrowed(budgeted: Budgeted, kept: int, unit: int) -> tuple[NarrowMlp, ...]:
     """Return operations that keep the same share of every MLP, and everything else."""
     mlps = budgeted.mlps
     size = sum(mlp.num_channels * mlp.channel_size for mlp in mlps.values())
