@@ -50,9 +50,10 @@ def main() -> None:
             if kind != "float32" and not folder.is_dir():
                 run_fresh(_quantize, source, folder, kind)
             folders[f"{name}, {kind}"] = source if kind == "float32" else folder
-    rows = run_fresh(_measure, folders, arguments.text, arguments.windows, arguments.rounds)
-    content = {"hardware": hardware(), "rows": {name: vars(row) for name, row in rows.items()}}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    stored = arguments.output.with_suffix(".perplexity.json")
+    rows = run_fresh(_measure, folders, arguments.text, arguments.windows, arguments.rounds, stored)
+    content = {"hardware": hardware(), "rows": {name: vars(row) for name, row in rows.items()}}
     arguments.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print("\n" + report(rows))
 
@@ -79,7 +80,9 @@ def _quantize(source: Path, folder: Path, kind: str) -> None:
     loaded.tokenizer.save_pretrained(folder)
 
 
-def _measure(folders: Mapping[str, Path], text: str, windows: int, rounds: int) -> dict[str, Row]:
+def _measure(
+    folders: Mapping[str, Path], text: str, windows: int, rounds: int, stored: Path
+) -> dict[str, Row]:
     # Imported here: only the new process needs them.
     import torch  # noqa: PLC0415
 
@@ -91,7 +94,9 @@ def _measure(folders: Mapping[str, Path], text: str, windows: int, rounds: int) 
 
     torch.set_num_threads(1)
     options = {"num_samples": windows, "seqlen": 512, "batch_size": 1}
-    measured: list[dict[str, Any]] = evaluate(*folders.values(), corpora=text, evaluation=options)
+    measured: list[dict[str, Any]] = evaluate(
+        *folders.values(), corpora=text, evaluation=options, output=stored
+    )
     models = {
         name: load_model(ModelConfig(path=str(folder), device="cpu")).model
         for name, folder in folders.items()

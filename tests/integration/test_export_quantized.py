@@ -13,6 +13,10 @@ from grasp_lightning.models.loading import load_model
 from grasp_lightning.models.quantization import quantize_model
 from tests.integration.test_export_command import contents, save_compressed
 
+TINY_TEXT = {
+    "compress": ["--calibration.source=pydoc", "--evaluation.source=pydoc"],
+    "compensate": ["--objective=text", "--text.source=pydoc"],
+}
 TYPES = [("torchao", "int8"), ("torchao", "int4"), ("bitsandbytes", "nf4")]
 
 
@@ -68,6 +72,11 @@ def test_a_quantized_copy_can_be_evaluated_but_not_exported_again(
         error = capsys.readouterr().err
         assert "is quantized with torchao already: export the unquantized model" in error
         assert not (tmp_path / "again").exists()
+    out = [f"--model.path={folder}", f"--output_dir={tmp_path / 'run'}"]
+    for command in (["compress"], ["compress", "--dry_run"], ["compensate"]):
+        assert main([*command, *out, *TINY_TEXT[command[0]]]) == 2
+        assert "the model is quantized with torchao" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
