@@ -1,7 +1,7 @@
 """Measures a dense and a compressed model with quantized weights, as one table.
 
 Each row is a folder, written by ``quantize`` once, so a killed run resumes when the same command is
-run again. Perplexity is on the first windows of a text; decoding is measured in turns.
+run again. Perplexity is on the first windows of a text; decoding is measured alternately.
 """
 
 import argparse

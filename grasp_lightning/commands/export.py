@@ -71,8 +71,7 @@ def _refuse_other_keys(config: ExportConfig) -> None:
         owner = next(name for name, format_ in FORMATS.items() if config.type in format_.types)
         expected = f"expected {' or '.join(types)}" if types else "leave it out"
         raise ConfigError(
-            f"type: format {config.format} has no type {config.type}: {expected}, or set "
-            f"format={owner}"
+            f"type: {config.format} has no type {config.type}: {expected}, or set format={owner}"
         )
     for name in FORMATS.keys() - {config.format}:
         for key in fields(config):

@@ -85,7 +85,7 @@ def quantize_model(
 def _import_quietly(library: str) -> None:
     """Import a library for the first time without its remarks on kernels that are absent."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(max(level, logging.WARNING))
     try:
         import_module("torchao.quantization" if library == "torchao" else library)
     finally:
@@ -219,7 +219,7 @@ def _attach(
     """Make ``save_pretrained`` write what ``from_pretrained`` reads."""
     holder: Any = model  # Any: transformers does not declare the attributes it sets
     content = json.loads(weights.to_json_string(use_diff=False))
-    # An ordinary model with a kind that transformers computes by itself is an ordinary folder.
+    # An ordinary model with a kind that transformers supports alone is an ordinary folder.
     is_ordinary = not (shapes.ranks or shapes.shapes or _needs_finish(model))
     config = (
         weights if is_ordinary else GraspConfig(shapes.ranks, shapes=shapes.shapes, weights=content)
@@ -232,7 +232,7 @@ def _attach(
 
 
 def _needs_finish(model: nn.Module) -> bool:
-    """Return whether some linear computes with more than transformers restores by itself."""
+    """Return whether some linear computes with more than what transformers restores."""
     return any(
         isinstance(module, Int4Linear) or module._forward_pre_hooks for module in model.modules()
     )

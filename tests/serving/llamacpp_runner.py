@@ -1,7 +1,7 @@
 """Runs GGUF files in llama.cpp, in an environment that has it: ``llamacpp_runner.py JOBS RESULTS``.
 
 xllamacpp offers a server only, without the logits of a prompt. Its library exports the C interface
-of llama.cpp, which is called here; the structures are those of the pinned version (llama.h).
+of llama.cpp, which is called here. Its structures must match llama.h of the pinned version.
 """
 
 import ctypes

@@ -8,7 +8,8 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from grasp_lightning.commands.export import ExportRun, run_export
 from grasp_lightning.config import ExportConfig
@@ -16,6 +17,7 @@ from grasp_lightning.errors import GraspError
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.formats.gguf import GgufFacts
+from grasp_lightning.models.formats.gguf.tensors import llama3_factors
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import FactorizeLinear, RemoveBlock
 from tests.conftest import byte_tokenizer, tiny_model
@@ -168,6 +170,25 @@ def test_a_tokenizer_of_sentencepiece_gets_scores_in_the_order_of_merges(tmp_pat
     content = json.loads((source / "tokenizer.json").read_text())
     merged = ["".join(pair) for pair in content["model"]["merges"]]
     assert [scores[token] for token in merged[:4]] == [0.0, -1.0, -2.0, -3.0]
+
+
+def test_factors_of_llama3_turn_its_usual_frequencies_into_scaled_ones() -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    sizes = {"head_dim": 128, "max_position_embeddings": 131072}
+    config = AutoConfig.for_model("llama", rope_parameters=rope, **sizes)
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    usual = 500000.0 ** -(torch.arange(0, 128, 2) / 128)
+    factors = llama3_factors(config)
+    assert factors.min() == 1
+    assert factors.max() == 8
+    torch.testing.assert_close(usual / factors, expected)
 
 
 def refusal(source: Path, **keys: str | None) -> str:

@@ -174,7 +174,7 @@ def _require_package() -> None:
 
 
 def _type_name(model: PreTrainedModel, options: ExportConfig) -> str:
-    return options.gguf_type or _TYPES[str(model.dtype)]
+    return options.gguf_type or _TYPES.get(str(model.dtype), "f32")
 
 
 def _tensor_bytes(model: PreTrainedModel, layout: Layout, type_name: str) -> int:

@@ -94,7 +94,7 @@ def folder_keys(folder: Path, tokenizer: PreTrainedTokenizerBase, num_tokens: in
     if is_sentencepiece:
         scores = _scores(content["model"])
         writer.add_token_scores([scores.get(text, -1e6) for text, _ in tokens])
-    special = _quietly(SpecialVocab, folder, load_merges=not is_sentencepiece)
+    special = _quietly(SpecialVocab, folder, load_merges=not is_sentencepiece, n_vocab=num_tokens)
     special.add_special_token = _added_tokens(tokenizer)
     special.add_to_gguf(writer, quiet=True)
     return [
