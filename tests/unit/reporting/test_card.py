@@ -91,7 +91,7 @@ def test_narrowed_mlps_are_counted_apart_from_low_rank_linears() -> None:
 def test_an_ordinary_model_with_narrower_mlps_needs_transformers_only() -> None:
     plan = narrowing_plan()
     narrowed = replace(plan, operations=plan.operations[2:])
-    text = card(narrowing_metrics(), plan=narrowed, is_plain=True)
+    text = card(narrowing_metrics(), plan=narrowed, servers=Servers())
     assert "import grasp_lightning" not in text
     assert "trust_remote_code" not in text
     assert "an ordinary model with narrower MLPs: transformers alone opens it" in text

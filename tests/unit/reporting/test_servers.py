@@ -1,5 +1,9 @@
+import shlex
+
 from torch import nn
 
+from grasp_lightning.config import ExportConfig
+from grasp_lightning.config.parsing import parse
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import LowRankLinear, NarrowedLinear
 from grasp_lightning.reporting.servers import Servers
@@ -30,6 +34,17 @@ def test_an_ordinary_model_needs_no_plugin() -> None:
         ("vLLM", "`vllm serve .`"),
         ("llama.cpp, Ollama", GGUF),
         ("torchao, 8 bits", TORCHAO),
+    ]
+
+
+def test_the_program_accepts_the_commands() -> None:
+    commands = [
+        how(servers(), program).strip("`") for program in ("llama.cpp, Ollama", "torchao, 8 bits")
+    ]
+    configs = [parse(ExportConfig, "export", shlex.split(command)[2:]) for command in commands]
+    assert [(config.format, config.model, config.type) for config in configs] == [
+        ("gguf", ".", None),
+        ("torchao", ".", "int8"),
     ]
 
 
