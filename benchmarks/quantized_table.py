@@ -52,7 +52,8 @@ def main() -> None:
             folders[f"{name}, {kind}"] = source if kind == "float32" else folder
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     stored = arguments.output.with_suffix(".perplexity.json")
-    rows = run_fresh(_measure, folders, arguments.text, arguments.windows, arguments.rounds, stored)
+    windows = {"num_samples": arguments.windows, "seqlen": arguments.seqlen, "batch_size": 1}
+    rows = run_fresh(_measure, folders, arguments.text, windows, arguments.rounds, stored)
     content = {"hardware": hardware(), "rows": {name: vars(row) for name, row in rows.items()}}
     arguments.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print("\n" + report(rows))
@@ -63,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="smollm2", help="the dense model")
     parser.add_argument("--compressed", type=Path, default=Path("runs/quickstart/model"))
     parser.add_argument("--text", required=True, help="file of text for perplexity")
-    parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=16, help="number of windows")
+    parser.add_argument("--seqlen", type=int, default=512, help="tokens per window")
     parser.add_argument("--rounds", type=int, default=7, help="of the measurement of speed")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--output", type=Path, default=DEFAULT_CACHE / "quantized.json")
@@ -81,7 +83,7 @@ def _quantize(source: Path, folder: Path, kind: str) -> None:
 
 
 def _measure(
-    folders: Mapping[str, Path], text: str, windows: int, rounds: int, stored: Path
+    folders: Mapping[str, Path], text: str, windows: Mapping[str, int], rounds: int, stored: Path
 ) -> dict[str, Row]:
     # Imported here: only the new process needs them.
     import torch  # noqa: PLC0415
@@ -93,9 +95,8 @@ def _measure(
     from grasp_lightning.models.size import count_bytes  # noqa: PLC0415
 
     torch.set_num_threads(1)
-    options = {"num_samples": windows, "seqlen": 512, "batch_size": 1}
     measured: list[dict[str, Any]] = evaluate(
-        *folders.values(), corpora=text, evaluation=options, output=stored
+        *folders.values(), corpora=text, evaluation=windows, output=stored
     )
     models = {
         name: load_model(ModelConfig(path=str(folder), device="cpu")).model

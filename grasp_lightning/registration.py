@@ -19,6 +19,8 @@ def register_with_transformers() -> None:
 
     This saves ``--help`` and mistyped keys the seconds that importing transformers and torch takes.
     """
+    # On import, by peft too, bitsandbytes warns that a kernel which nothing here uses is absent.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if _AWAITED in sys.modules:
         import_module(_REGISTERS)
     else:

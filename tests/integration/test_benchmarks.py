@@ -13,6 +13,7 @@ import yaml
 
 from grasp_lightning.config import Strategy
 from grasp_lightning.training.strategies import is_sharded_strategy
+from tests.conftest import save_tiny
 from tests.integration.compensation import compressed_folder, write_samples
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -277,3 +278,18 @@ def test_the_startup_program_refuses_what_is_no_checkout(tmp_path: Path) -> None
     done = run("startup.py", "--against", tmp_path, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("expected a checkout, which has a cli.py")
+
+
+def test_quantized_models_are_measured_beside_their_originals(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(TEXT.splitlines()))
+    dense, compressed = save_tiny(tmp_path / "dense"), compressed_folder(tmp_path)
+    settings = ["--model", dense, "--compressed", compressed, "--text", text, "--cache", tmp_path]
+    settings += ["--windows", 2, "--seqlen", 32, "--rounds", 1, "--output", tmp_path / "q.json"]
+    done = run("quantized_table.py", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "q.json").read_text())["rows"]
+    for name in ("dense", "compressed"):
+        sizes = {kind: rows[f"{name}, {kind}"]["memory_bytes"] for kind in ("float32", "int8")}
+        assert sizes["int8"] < sizes["float32"]
+        assert f"| {name}, nf4 | " in done.stdout

@@ -72,9 +72,9 @@ def test_a_quantized_copy_can_be_evaluated_but_not_exported_again(
         error = capsys.readouterr().err
         assert "is quantized with torchao already: export the unquantized model" in error
         assert not (tmp_path / "again").exists()
-    out = [f"--model.path={folder}", f"--output_dir={tmp_path / 'run'}"]
+    run = [f"--model.path={folder}", f"--output_dir={tmp_path / 'run'}"]
     for command in (["compress"], ["compress", "--dry_run"], ["compensate"]):
-        assert main([*command, *out, *TINY_TEXT[command[0]]]) == 2
+        assert main([*command, *run, *TINY_TEXT[command[0]]]) == 2
         assert "the model is quantized with torchao" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
