@@ -179,3 +179,14 @@ def test_vllm_checks_all_tensors_of_our_folders_alone() -> None:
         loader.enable_weights_track = None
         loader.load_weights(None, SimpleNamespace(quantization=method))
         assert loader.enable_weights_track is expected
+
+
+@pytest.mark.parametrize("ranks", [(5, 0, None), (0, 0, 0)])
+def test_torch_compiles_a_layer_without_breaks(ranks: tuple[int | None, ...]) -> None:
+    linears = [Linear(name, rank) for name, rank in zip("qkv", ranks, strict=True)]
+    stored = [checkpoint(x, (size, INPUTS)) for x, size in zip(linears, (24, 12, 12), strict=True)]
+    layer = QKVParallelLinear(INPUTS, QKV, 4, bias=True)
+    method = loaded(layer, linears, stored, ["q", "k", "v"])
+    compiled = torch.compile(method.apply, backend="eager", fullgraph=True)
+    expected = torch.cat([dense(tensors, X) for tensors in stored], dim=-1)
+    torch.testing.assert_close(compiled(layer, X, layer.bias), expected)
