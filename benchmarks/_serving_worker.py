@@ -45,7 +45,7 @@ def _transformers(model: str) -> Generate:
 
 
 def _vllm(model: str) -> Generate:
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]  # noqa: PLC0415
+    from vllm import LLM, SamplingParams  # noqa: PLC0415
 
     server = LLM(
         model,
@@ -64,7 +64,7 @@ def _vllm(model: str) -> Generate:
 
 
 def _llamacpp(model: str) -> Generate:
-    import xllamacpp  # type: ignore[import-not-found]  # noqa: PLC0415
+    import xllamacpp  # noqa: PLC0415
 
     threads = int(os.environ["OMP_NUM_THREADS"])
     settings = xllamacpp.CommonParams()

@@ -242,6 +242,38 @@ def load(folder: str | Path, *, device: str = "auto", trust_remote_code: bool = 
     return Run(root, device=device, trust_remote_code=trust_remote_code)
 
 
+def quantize(model: object, kind: str = "int8") -> None:
+    """Quantize the weights of the linears of a loaded model in place.
+
+    These are the dense and narrowed linears of its decoder layers, and both factors of low-rank
+    ones; the model may be compressed or not. Embeddings and the language-model head stay as they
+    are. ``model.save_pretrained`` then writes a folder that ``from_pretrained`` opens::
+
+        run = load("runs/x")
+        quantize(run.model, "int8")
+        run.model.save_pretrained("runs/x-int8")
+
+    Args:
+        model: A ``PreTrainedModel`` with floating-point weights, on the device where it will run.
+        kind: int8 or int4 (torchao), or nf4 (bitsandbytes); needs the extra ``quantize``.
+
+    Raises:
+        ConfigError: If the model is no ``PreTrainedModel``, or there is no such kind.
+    """
+    from transformers import PreTrainedModel  # noqa: PLC0415
+
+    from grasp_lightning.models.quantization import KINDS, quantize_model  # noqa: PLC0415
+
+    if not isinstance(model, PreTrainedModel):
+        hint = "; give its model: quantize(run.model)" if isinstance(model, Run) else ""
+        raise ConfigError(
+            f"quantize: model: expected a model of transformers, got {type(model).__name__}{hint}"
+        )
+    if kind not in KINDS:
+        raise ConfigError(f"quantize: kind: expected {', '.join(KINDS)}, got {kind!r}")
+    quantize_model(model, kind)
+
+
 def _is_named(model: object) -> bool:
     return model is None or isinstance(model, str | Path | Mapping | Run)
 

@@ -104,7 +104,7 @@ def _print_files(*files: Path | None) -> None:
 
 
 def _plan(prog: str, argv: Sequence[str]) -> None:
-    config = parse(PlanConfig, prog, argv)
+    config = parse(PlanConfig, prog, with_run_config(argv))
     _check_source(config.model)
     from grasp_lightning.commands.plan import run_plan  # noqa: PLC0415
 

@@ -1,6 +1,7 @@
 """Lets transformers open compressed models without importing transformers first."""
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -53,7 +54,13 @@ class _Registering(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Execute the module, then import what registers."""
-        self._usual.exec_module(module)
+        # It imports torchao, if installed, which warns of each of its kernels that is absent.
+        level = logging.root.manager.disable
+        logging.disable(max(level, logging.WARNING))
+        try:
+            self._usual.exec_module(module)
+        finally:
+            logging.disable(level)
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._usual
         import_module(_REGISTERS)

@@ -29,7 +29,7 @@ from grasp_lightning.data.windows import TokenWindows, own_micro_batches
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.calls import check_length, check_vocabulary
-from grasp_lightning.models.checkpoint import push_folder
+from grasp_lightning.models.checkpoint import check_not_quantized, push_folder
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, resolve_device
 from grasp_lightning.models.model_settings import named_by
@@ -200,6 +200,7 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
         loaded = load_model(
             replace(config.model, device="cpu") if is_sharded_strategy(strategy) else config.model
         )
+        check_not_quantized(loaded.model, ModelError)
         view = DecoderView(loaded.model)
         linears = trainable_linears(view, config.train, config.lora.targets)
         _check_dtype(config, loaded)

@@ -148,6 +148,7 @@ def _execute(
     def write() -> Metrics:
         with phases(LOAD):
             loaded = _compressed(config, inputs, plan, progress.factors)
+            make_plain(loaded.model)  # now, for the card
         outcome = Outcome(
             loaded=loaded,
             plan=plan,
@@ -159,7 +160,6 @@ def _execute(
             perplexity_tokens=inputs.held_out.num_targets,
             settings=to_dict(config),
             generates=inputs.generates,
-            is_plain=make_plain(loaded.model),  # now, for the card
         )
         return write_outputs(run, outcome, phases)
 

@@ -18,10 +18,12 @@ from grasp_lightning.data.hub import HUB_CORPORA
 from grasp_lightning.data.mixture import mixture_parts
 from grasp_lightning.data.section_windows import evaluation_windows, local_calibration_windows
 from grasp_lightning.data.sources import check_corpus
+from grasp_lightning.errors import ModelError
 from grasp_lightning.launch import check_number
 from grasp_lightning.memory.forecast import compensation_settings
 from grasp_lightning.methods import build_method
 from grasp_lightning.models.calls import check_length, check_vocabulary
+from grasp_lightning.models.checkpoint import check_not_quantized
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import load_without_weights, resolve_device
 from grasp_lightning.run_folder import RunFolder, check_free_space
@@ -57,6 +59,7 @@ def dry_run_compress(config: CompressConfig) -> list[str]:
     check_placement(trainer, resolve_device(config.model.device))
     stored = None if config.from_scores is None else StoredScores(config.from_scores)
     model, tokenizer = load_without_weights(config.model)
+    check_not_quantized(model, ModelError)
     view = DecoderView(model)
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     forecast_config = PlanConfig(**values)

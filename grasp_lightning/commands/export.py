@@ -66,6 +66,13 @@ def run_export(config: ExportConfig) -> ExportRun:
 
 
 def _refuse_other_keys(config: ExportConfig) -> None:
+    types = FORMATS[config.format].types
+    if config.type is not None and config.type not in types:
+        owner = next(name for name, format_ in FORMATS.items() if config.type in format_.types)
+        expected = f"expected {' or '.join(types)}" if types else "leave it out"
+        raise ConfigError(
+            f"type: {config.format} has no type {config.type}: {expected}, or set format={owner}"
+        )
     for name in FORMATS.keys() - {config.format}:
         for key in fields(config):
             if key.name.startswith(f"{name}_") and getattr(config, key.name) is not None:

@@ -15,12 +15,13 @@ from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.mixture import mixture_parts
 from grasp_lightning.data.section_windows import evaluation_windows
 from grasp_lightning.data.windows import TokenWindows
-from grasp_lightning.errors import ConfigError
+from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods import build_method, predict
 from grasp_lightning.methods.base import CompressionMethod
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.calls import check_length, check_vocabulary, leave_uncalled
+from grasp_lightning.models.checkpoint import check_not_quantized
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.in_memory import ModelInMemory
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
@@ -167,12 +168,14 @@ def _load(config: CompressConfig, given: ModelInMemory | None) -> tuple[LoadedMo
         return given.copied(), given.digest
     if not is_split(config.trainer):
         loaded = load_model(config.model)
+        check_not_quantized(loaded.model, ModelError)
         return loaded, model_hash(loaded.model)
     device = resolve_device(config.model.device)
     mesh = process_mesh(device)
 
     def work() -> tuple[LoadedModel, str]:
         loaded = load_model(replace(config.model, device="cpu"))
+        check_not_quantized(loaded.model, ModelError)
         digest = model_hash(loaded.model) if processes.is_first() else ""
         shard(loaded.model, mesh, device)
         return loaded, digest

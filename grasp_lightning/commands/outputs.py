@@ -44,6 +44,7 @@ from grasp_lightning.reporting.metrics import (
     Seconds,
 )
 from grasp_lightning.reporting.page import render_compensation_report, render_report
+from grasp_lightning.reporting.servers import Servers
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.model_folder import VERIFY, read_card, write_model
 from grasp_lightning.training.compensation import CompensationModule
@@ -88,7 +89,6 @@ class Outcome(RunOutcome[Metrics]):
             ``<module>.weight`` of the readers of narrowed MLPs.
         num_inputs: Inputs of every linear in decoder layers of the dense model.
         settings: The resolved configuration as plain values.
-        is_plain: Whether transformers alone opens the model.
     """
 
     plan: Plan
@@ -98,7 +98,6 @@ class Outcome(RunOutcome[Metrics]):
     sizes: Pair[ModelSize]
     perplexity: Pair[float | None]
     settings: Mapping[str, Any]  # Any: values of YAML
-    is_plain: bool = False
 
     def metrics(self, phases: Phases) -> Metrics:
         """Return the numbers, with the times so far."""
@@ -148,7 +147,7 @@ class Outcome(RunOutcome[Metrics]):
             licence=origin.licence,
             licence_files=[file.name for file in origin.licence_files],
             config=self.settings,
-            is_plain=self.is_plain,
+            servers=Servers.of(self.loaded.model),
         )
 
     def report(self, metrics: Metrics) -> str:
@@ -229,6 +228,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
             licence=origin.licence,
             licence_files=[file.name for file in origin.licence_files],
             config=to_dict(self.config),
+            servers=Servers.of(self.loaded.model),
         )
 
     def report(self, metrics: CompensationMetrics) -> str:

@@ -1,5 +1,6 @@
 """``plan``: what a configuration would remove, and its memory, from shapes alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from grasp_lightning.config import CompensateConfig, PlanConfig
@@ -10,23 +11,36 @@ from grasp_lightning.memory.forecast import (
 )
 from grasp_lightning.memory.model_shape import model_shape, shape_after
 from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, memory_lines
-from grasp_lightning.methods import predict, resolve_method
+from grasp_lightning.methods import build_method, predict, resolve_method
 from grasp_lightning.methods.blocks import weight_shapes
+from grasp_lightning.methods.budgeted_truncation import BudgetedTruncation
 from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.narrowing import narrowable_mlps
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import load_meta_model
 from grasp_lightning.plan import Plan
+from grasp_lightning.reporting.tables import target_losses_text
 from grasp_lightning.stats.base import Needs
 from grasp_lightning.stats.moments import layer_groups, moment_bytes
+from grasp_lightning.storage.recut import StoredScores
+
+_UNKNOWN = (
+    "what each method.target costs in loss depends on the data: compress reports it, and so does "
+    "plan with from_scores"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """Sizes before and after, and memory of a calibration and a later compensation."""
+    """Sizes before and after, and memory of a calibration and a later compensation.
+
+    Attributes:
+        target_losses: Predicted loss by ``method.target``; None if the method has no targets.
+    """
 
     prediction: Prediction
+    target_losses: Mapping[str, float] | None
     calibration: CalibrationPlan
     compensation: CompensationPlan
 
@@ -34,7 +48,16 @@ class Planned:
     def lines(self) -> list[str]:
         """All of it as text; the first line begins with the removed share, if known."""
         memory = memory_lines(self.calibration, self.compensation)
-        return [*self.prediction.lines, "", *memory]
+        return [*self.prediction.lines, *self._target_lines, "", *memory]
+
+    @property
+    def _target_lines(self) -> list[str]:
+        if self.target_losses is None:
+            return []
+        if not self.target_losses:
+            return [_UNKNOWN]
+        losses = target_losses_text(self.target_losses)
+        return [f"predicted increase of the loss, in nats per token, by method.target: {losses}"]
 
 
 def run_plan(config: PlanConfig) -> Planned:
@@ -55,11 +78,22 @@ def planned(config: PlanConfig, compensate: CompensateConfig, view: DecoderView)
     compressed = shape_after(dense, prediction.operations, prediction.most)
     return Planned(
         prediction=prediction,
+        target_losses=_target_losses(config, view),
         calibration=calibration_plan(
             config, dense, compressed, prediction.layers, _moment_bytes(view, config, prediction)
         ),
         compensation=compensation_plan(config, compensate, dense, compressed),
     )
+
+
+def _target_losses(config: PlanConfig, view: DecoderView) -> dict[str, float] | None:
+    method = build_method(config.method, view)
+    if config.method.weighting != "kfac" or not isinstance(method, BudgetedTruncation):
+        return None
+    if config.from_scores is None:
+        return {}
+    stored = StoredScores(config.from_scores)
+    return method.stored_target_losses(view, stored.plan, stored)
 
 
 def _moment_bytes(view: DecoderView, config: PlanConfig, prediction: Prediction) -> int:

@@ -142,10 +142,10 @@ class BudgetOptions:
             blocks). Needs weighting kfac, whose losses have the unit of a measured removal.
         multiple_of: Ranks and numbers of channels are multiples of this number; unset: 1, or 32 for
             the targets gguf and plain.
-        target: What will serve the model. any: transformers or vLLM with this package; no_factors
-            and gguf (llama.cpp): attention stays dense, MLPs get narrower, each by its own number
-            of channels; plain: all MLPs get the same width, so that the folder is an ordinary one
-            that opens anywhere.
+        target: What will run the model. any: programs that can run factors, such as transformers;
+            no_factors and gguf (llama.cpp): attention stays dense, and MLPs get narrower, each by
+            its own number of channels; plain: all MLPs get the same width, so that the folder is an
+            ordinary one that opens anywhere.
     """
 
     mlp: MlpChoice | None = None

@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol
+
+from torch import Tensor
 
 from grasp_lightning.linalg.ranks import factor_parameters, ranks_for_budget
 from grasp_lightning.methods.base import Decision
@@ -16,6 +19,16 @@ from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation, Plan
 from grasp_lightning.stats.base import Statistics, Step
+
+
+class Stored(Protocol):
+    """Scores of a finished run; a missing one is a ``ConfigError``."""
+
+    def component_scores(self, module: str, number: int) -> Tensor:
+        """Return the loss of each component or channel of a linear, descending."""
+
+    def price(self, name: str) -> float:
+        """Return the measured loss of removing a layer or block."""
 
 
 class BudgetedTruncation(MetricMethod[GlobalRanks]):
@@ -54,6 +67,29 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
             refit=self._refit,
         )
 
+    def stored_target_losses(
+        self, view: DecoderView, plan: Plan, stored: Stored
+    ) -> dict[str, float]:
+        """Return the predicted loss for each target, from what a finished run has stored.
+
+        Empty if the run has other layers, or its losses are not those of this metric.
+
+        Args:
+            view: The dense model; its weights may be on the meta device.
+            plan: The plan of the run.
+            stored: Its scores and prices.
+        """
+        metric = self._metric.options.items()
+        layers = plan.selected_layers
+        if layers is None or self._metric.weighting != "kfac" or not metric <= plan.options.items():
+            return {}
+        budgeted = self._rule.budgeted(view, layers)
+        sizes = {name: min(shape) for name, shape in budgeted.shapes.items()}
+        sizes |= {name: mlp.num_channels for name, mlp in budgeted.mlps.items()}
+        losses = {name: stored.component_scores(name, size) for name, size in sizes.items()}
+        prices = {part.name: stored.price(part.name) for part in budgeted.removables}
+        return self._rule.target_losses(budgeted, losses, prices, view=view)
+
     def predict(self, view: DecoderView) -> Prediction:
         """Return the size that the budget allows; the data decides on ranks and widths."""
         found = super().predict(view)
@@ -80,7 +116,9 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
             return Outlook(_evenly(budgeted, kept / budgeted.size), size, kept)
         operations = _evenly_narrowed(budgeted, kept, self._rule.unit)
         size = parameters_after(view, operations) if self._is_uniform else size
-        return Outlook(operations, size, kept)
+        linears = view.all_linears()
+        weights = (linears[op.reader].out_features * len(op.channels) for op in operations)
+        return Outlook(operations, size, sum(weights))
 
 
 def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
@@ -97,7 +135,7 @@ def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
     return (*cut, *_narrowed_to(budgeted, widths))
 
 
-def _evenly_narrowed(budgeted: Budgeted, kept: int, unit: int) -> tuple[Operation, ...]:
+def _evenly_narrowed(budgeted: Budgeted, kept: int, unit: int) -> tuple[NarrowMlp, ...]:
     """Return operations that keep the same share of every MLP, and everything else."""
     mlps = budgeted.mlps
     size = sum(mlp.num_channels * mlp.channel_size for mlp in mlps.values())

@@ -56,8 +56,8 @@ def check_target(config: MethodConfig, metric: Metric) -> None:
         )
     if config.removable == "layers_and_blocks":
         raise ConfigError(
-            f"{target} can remove whole layers but no blocks, since all layers must be alike; "
-            "set method.removable=layers, or method.target=gguf"
+            f"{target} can remove whole layers but no blocks, since all layers need one shape; set "
+            "method.removable=layers, or method.target=gguf"
         )
 
 

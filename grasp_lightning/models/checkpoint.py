@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp_lightning.errors import GraspError, ModelError, OutputError
-from grasp_lightning.models import lowrank
+from grasp_lightning.models import int4, lowrank
 from grasp_lightning.models.lowrank import (
     QUANT_METHOD,
     REMOTE_MODULE,
@@ -19,6 +20,7 @@ from grasp_lightning.models.lowrank import (
     check_fails_closed,
     config_of,
     has_replaced,
+    is_quantized_here,
 )
 from grasp_lightning.models.plain import make_plain
 from grasp_lightning.models.quiet import quiet_transformers
@@ -26,6 +28,7 @@ from grasp_lightning.models.rebuilding import rebuild_problem
 from grasp_lightning.models.source import first_line
 
 _AUTO_CONFIG = "AutoConfig"
+_IMPORT_OF_INT4 = re.compile(r"^from grasp_lightning\.models\.int4 import .*\n", re.MULTILINE)
 
 # Auto classes that open a saved model without the package, if its family has them.
 _AUTO_CLASSES = {
@@ -84,16 +87,39 @@ def save_model(
     problem = rebuild_problem(model)
     if problem is not None:
         raise ModelError(problem)
+    _write(model, path, tokenizer, max_shard_size)
+
+
+def save_quantized(
+    model: PreTrainedModel, folder: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Write a model that was quantized in place, with the code that opens it without the package.
+
+    Args:
+        model: A model after ``quantize_model``.
+        folder: Created if absent; weight files of an earlier save in it are deleted.
+        tokenizer: Saved with the model.
+    """
+    _write(model, Path(folder), tokenizer, "5GB")
+
+
+def _write(
+    model: PreTrainedModel,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_shard_size: int | str,
+) -> None:
+    needs_code = has_replaced(model) or is_quantized_here(model)
     path.mkdir(parents=True, exist_ok=True)
     _delete_earlier_save(path)
     # Keep the keys of the model in memory: transformers' reverse conversions to an older layout may
     # split or permute tensors, and do not know factors.
-    save_original_format = not has_replaced(model)
+    save_original_format = not needs_code
     with quiet_transformers():
         model.save_pretrained(
             path, max_shard_size=max_shard_size, save_original_format=save_original_format
         )
-    if has_replaced(model):
+    if needs_code:
         _write_remote_code(model, path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
@@ -106,6 +132,9 @@ def foreign_quantizer(model: PreTrainedModel) -> str | None:
     config = quantizer.quantization_config if quantizer is not None else config
     if config is None:
         return None
+    # Weights that are quantized within our format are foreign too.
+    stored = config.get("weights") if isinstance(config, dict) else getattr(config, "weights", None)
+    config = stored or config
     method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
     return None if method == QUANT_METHOD else str(getattr(method, "value", method))
 
@@ -150,7 +179,8 @@ def _write_remote_code(model: PreTrainedModel, path: Path) -> None:
     if not (is_custom or type(model).__module__.startswith("transformers.")):
         return  # a class of the caller's program, which a folder cannot contain
     classes = {_AUTO_CONFIG: config_class} | ({} if is_custom else _model_classes(config_class))
-    code = [inspect.getsource(lowrank), "\n\nimport transformers  # noqa: E402\n"]
+    linears = _IMPORT_OF_INT4.sub("", inspect.getsource(lowrank))
+    code = [inspect.getsource(int4), "\n\n", linears, "\n\nimport transformers  # noqa: E402\n"]
     for auto, found in classes.items():
         name, origin = found.__name__, f"transformers.{found.__name__}"
         if _is_remote(found):

@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from grasp_lightning.errors import NumericsError
 
@@ -11,7 +12,7 @@ from grasp_lightning.errors import NumericsError
 def check_finite(model: nn.Module) -> None:
     """Raise a ``NumericsError`` that names the first parameter with NaN or infinity."""
     for name, parameter in model.named_parameters():
-        finite = torch.isfinite(parameter)
+        finite = torch.cat([torch.isfinite(part).flatten() for part in plain_parts(parameter)])
         if not finite.all():
             bad, dtype = finite.numel() - int(finite.sum()), parameter.dtype
             narrow = f", or {dtype} is too narrow for it; try model.dtype=float32"
@@ -38,16 +39,28 @@ def model_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes_of(tensor))
+        for part in plain_parts(tensor):
+            digest.update(_bytes_of(part))
     return digest.hexdigest()
 
 
 def tensor_hashes(model: nn.Module) -> dict[str, str]:
     """Return dtype, shape and sha256 of every tensor of a model's state dict, by name."""
-    return {
-        name: f"{t.dtype} {tuple(t.shape)} {hashlib.sha256(_bytes_of(t)).hexdigest()}"
-        for name, t in model.state_dict().items()
-    }
+    hashes = {}
+    for name, tensor in model.state_dict().items():
+        digest = hashlib.sha256()
+        for part in plain_parts(tensor):
+            digest.update(_bytes_of(part))
+        hashes[name] = f"{tensor.dtype} {tuple(tensor.shape)} {digest.hexdigest()}"
+    return hashes
+
+
+def plain_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors that hold the values of one: itself, or those in a quantized one."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return (tensor,)
+    names, _ = tensor.__tensor_flatten__()
+    return tuple(part for name in names for part in plain_parts(getattr(tensor, name)))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -1,22 +1,28 @@
 """Low-rank and narrowed linears, and how transformers loads and saves models with them.
 
-This file imports only torch and transformers: its text is copied into every saved model, which then
-opens without grasp_lightning (with ``trust_remote_code=True``).
+This file needs only torch and transformers: its text and that of ``int4.py`` are copied into every
+saved model, which then opens without grasp_lightning (with ``trust_remote_code=True``).
 
 A saved model is an ordinary Hugging Face folder whose ``quantization_config`` names the low-rank
 linears with their ranks and the narrowed ones with their shapes. A narrowed weight, or the right
 factor of a low-rank linear, is stored under the key of the dense weight (``<module>.weight``): a
 program that does not know this format finds a tensor of the wrong shape and stops, instead of
 leaving the linear at random values.
+
+If the weights are also quantized, by torchao or bitsandbytes, ``weights`` holds the config of
+transformers for that method, whose own quantizer reads and writes them once the linears have their
+shapes.
 """
 
+import json
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,12 +32,22 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from grasp_lightning.models.int4 import Int4Linear, as_int4_linear, is_int4, unpacked
+
 QUANT_METHOD = "grasp_lightning"
 REMOTE_MODULE = "modeling_grasp"
+
+_QUANTIZED_TENSORS = {"Int8Tensor", "Int4Tensor", "Int4OpaqueTensor", "Params4bit"}
+# Added to the name of a module for the values of its weight.
+_TORCHAO_VALUES = "._weight_qdata"
 
 
 class LowRankLinear(nn.Module):
@@ -65,7 +81,12 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Product of the factors, ``(out_features, in_features)``; families like Mamba read it."""
+        """Product of the factors, ``(out_features, in_features)``; families like Mamba read it.
+
+        If they are quantized, it is on the meta device: GPT-2 asks for it to initialise it.
+        """
+        if type(self.left.weight).__name__ in _QUANTIZED_TENSORS:
+            return torch.empty(self.out_features, self.in_features, device="meta")
         return self.left.weight @ self.right.weight
 
     @property
@@ -143,6 +164,8 @@ class GraspConfig(QuantizationConfigMixin):
     Args:
         ranks: Rank of each low-rank linear.
         shapes: ``[out_features, in_features]`` of each narrowed linear.
+        weights: The config of the quantizer of transformers that reads the weights of linears, with
+            its ``quant_method``; None for plain floating point.
         **unknown: Refused: a newer format may have additions that must not be ignored.
     """
 
@@ -151,6 +174,7 @@ class GraspConfig(QuantizationConfigMixin):
         ranks: Mapping[str, int] | None = None,
         quant_method: str = QUANT_METHOD,
         shapes: Mapping[str, Sequence[int]] | None = None,
+        weights: Mapping[str, Any] | None = None,  # Any: values of JSON
         **unknown: object,
     ) -> None:
         if unknown:
@@ -169,13 +193,22 @@ class GraspConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # type: ignore[assignment]  # its enum has no others
         self.ranks = dict(ranks or {})
         self.shapes = {module: list(shape) for module, shape in (shapes or {}).items()}
+        self.weights = dict(weights) if weights else None
 
     def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
-        """Return the content of config.json, which has no shapes if no linear is narrowed."""
+        """Return the content of config.json, without shapes and weights if they say nothing."""
         content: dict[str, Any] = super().to_dict()
-        if not self.shapes:
-            del content["shapes"]
+        for key in ("shapes", "weights"):
+            if not content[key]:
+                del content[key]
         return content
+
+
+# transformers refuses another quantization_config for such a model, and names the class.
+GraspConfig.__name__ += (
+    " (to quantize it, load it without quantization_config, then call "
+    "grasp_lightning.quantize(model, 'int8'))"
+)
 
 
 class GraspQuantizer(HfQuantizer):
@@ -190,10 +223,36 @@ class GraspQuantizer(HfQuantizer):
     def __init__(self, quantization_config: GraspConfig, **kwargs: bool) -> None:
         super().__init__(quantization_config, **kwargs)
         self._modules: dict[str, str] = {}  # name in the checkpoint -> name in the model
-        self._renamings: list[WeightRenaming] = []
+        self._conversions: list[WeightTransform] = []
+        self._weights: Any = _weights_quantizer(quantization_config.weights)
+        if self._weights is not None:
+            self.is_qat_trainable = self._weights.is_qat_trainable
+            self.is_trainable = self._weights.is_trainable
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
+    def validate_environment(self, *arguments: object, **options: object) -> None:
+        """Raise an error if the quantizer of the weights cannot run here."""
+        if self._weights is not None:
+            self._weights.validate_environment(*arguments, **options)
+
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **options: object
+    ) -> bool:
+        """Return whether a parameter is quantized, so that its stored shape may differ."""
+        return self._weights is not None and bool(
+            self._weights.param_needs_quantization(model, param_name, **options)
+        )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, device_map: object = None, **options: object
+    ) -> None:
         """Replace dense linears while the model is still on the meta device."""
+        self._replace_linears(model)
+        if self._weights is not None:
+            self._weights.preprocess_model(model, device_map=device_map, **options)
+
+    def _replace_linears(self, model: PreTrainedModel) -> None:
+        # The quantizer of bitsandbytes takes plain linears only.
+        narrowed = NarrowedLinear if self._weights is None else nn.Linear
         names = {name for name, _ in model.named_modules()}
         for stored, rank in self.quantization_config.ranks.items():
             module, linear = _linear_in_model(model, names, stored)
@@ -216,18 +275,25 @@ class GraspQuantizer(HfQuantizer):
                     f"shape {rows} x {columns} of {stored} is not smaller than that of a linear of "
                     f"{dense[0]} x {dense[1]}"
                 )
-            model.set_submodule(module, NarrowedLinear(columns, rows, **_options_of(linear)))
+            model.set_submodule(module, narrowed(columns, rows, **_options_of(linear)))
 
     def get_weight_conversions(self) -> list[WeightTransform]:
-        """Return one renaming per low-rank linear: ``<module>.weight`` holds the right factor."""
-        self._renamings = [
-            WeightRenaming(
-                source_patterns=rf"^{re.escape(stored)}\.weight$",
-                target_patterns=f"{module}.right.weight",
-            )
-            for stored, module in self._modules.items()
+        """Return one renaming per low-rank linear, whose right factor is in ``<module>.weight``.
+
+        The values of all weights that torchao quantized are stored under such keys too.
+        """
+        names = {f"{stored}.weight": f"{m}.right.weight" for stored, m in self._modules.items()}
+        if self._weights is not None:
+            quantized = _torchao_weights(getattr(self._weights, "metadata", {}))
+            ranks = self.quantization_config.ranks
+            names |= {_stored_key(key, ranks): key for key in map(_values_of, quantized)}
+        self._conversions = [
+            WeightRenaming(source_patterns=f"^{re.escape(stored)}$", target_patterns=key)
+            for stored, key in names.items()
         ]
-        return [*self._renamings]
+        if self._weights is not None:
+            self._conversions += self._weights.get_weight_conversions()
+        return [*self._conversions]
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: object
@@ -235,10 +301,16 @@ class GraspQuantizer(HfQuantizer):
         """Leave the model as if it had been compressed in memory."""
         # transformers reverses used renamings on save; ours would give keys that end in "$", and
         # get_state_dict_and_metadata has already renamed.
-        ours = {id(renaming) for renaming in self._renamings}
+        ours = {id(conversion) for conversion in self._conversions}
         used = getattr(model, "_weight_conversions", None) or []
         holder: Any = model  # Any: transformers does not declare the attributes it sets
         holder._weight_conversions = [entry for entry in used if id(entry) not in ours]
+        if self._weights is not None:
+            self._weights.postprocess_model(model)
+            finish_quantized(model)
+            model.config.quantization_config = self.quantization_config
+            _take_over_remote_code(model)
+            return model
         # Names of the model that was saved; the loaded class may have another prefix.
         model.config.quantization_config = config_of(model)
         _take_over_remote_code(model)
@@ -250,15 +322,21 @@ class GraspQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors to store, with right factors under the keys of dense weights."""
-        check_fails_closed(model)
-        stored = {
-            f"{module}.right.weight": f"{module}.weight" for module in low_rank_linears(model)
-        }
-        return {stored.get(key, key): value for key, value in model.state_dict().items()}, {}
+        if self._weights is None:
+            check_fails_closed(model)
+        tensors, metadata = _plain_tensors(model.state_dict(), self._weights)
+        ranks = low_rank_linears(model)
+        return {_stored_key(key, ranks): tensor for key, tensor in tensors.items()}, metadata
 
     def is_serializable(self) -> bool:
         """Return True, so that ``save_pretrained`` may be called."""
         return True
+
+
+def is_quantized_here(model: PreTrainedModel) -> bool:
+    """Return whether the weights of a model are quantized within this format."""
+    config = getattr(model.config, "quantization_config", None)
+    return bool(getattr(config, "weights", None))
 
 
 def ranks_of(model: nn.Module) -> dict[str, int]:
@@ -288,6 +366,75 @@ def check_fails_closed(model: nn.Module) -> None:
                 f"{module} has rank {linear.rank}, as many as its output features, which saves "
                 "nothing; leave it dense"
             )
+
+
+def finish_quantized(model: nn.Module) -> None:
+    """Bring a model with loaded or new quantized weights into the form that computes."""
+    for name, module in [*model.named_modules()]:
+        if is_int4(module._parameters.get("weight")):
+            model.set_submodule(name, as_int4_linear(module))
+        elif type(module).__name__ == "Linear4bit":
+            # Once packed for AVX-512, its state cannot be saved, and few shapes can be packed.
+            module.support_avx512bf16_for_cpu = False
+            missing = module.weight.quant_state.shape[1] - module.in_features
+            if missing:
+                module.register_forward_pre_hook(partial(_pad_input, missing))
+    for linear in low_rank_linears(model).values():
+        if isinstance(linear.right, Int4Linear):  # a padded rank is not cut and padded again
+            linear.right.out_features = linear.left.in_features = linear.right.weight.shape[0]
+
+
+def _pad_input(missing: int, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Return the input of a linear with zeros for the columns that its weight has in addition."""
+    return nn.functional.pad(inputs[0], (0, missing))
+
+
+def _weights_quantizer(config: Mapping[str, Any] | None) -> HfQuantizer | None:
+    """Return the quantizer of transformers that reads quantized weights, if there are any."""
+    if config is None:
+        return None
+    library = str(config.get("quant_method"))
+    if find_spec(library) is None:
+        raise ImportError(
+            f"the weights of this model are quantized with {library}, which is not installed: "
+            f"pip install {library}"
+        )
+    quantizer: HfQuantizer = AutoHfQuantizer.from_config(dict(config), pre_quantized=True)
+    return quantizer
+
+
+def _plain_tensors(
+    state: Mapping[str, Tensor], quantizer: HfQuantizer | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the plain tensors of a state dict, and what torchao needs to assemble its own."""
+    if quantizer is None or quantizer.quantization_config.quant_method != "torchao":
+        return dict(state), {}
+    from torchao.prototype.safetensors import safetensors_support  # noqa: PLC0415
+
+    portable = {key: unpacked(t) if is_int4(t) else t for key, t in state.items()}
+    flat: Any = safetensors_support.flatten_tensor_state_dict(portable)  # Any: untyped there
+    return flat[0], flat[1]
+
+
+def _torchao_weights(metadata: Mapping[str, str]) -> list[str]:
+    """Return the names of the quantized parameters in the metadata of safetensors files."""
+    kinds = {
+        name: json.loads(metadata[name])["_type"]
+        for name in json.loads(metadata.get("tensor_names", "[]"))
+    }
+    return [name for name, kind in kinds.items() if kind != "Tensor"]
+
+
+def _stored_key(key: str, ranks: Container[str]) -> str:
+    """Return the key under which the tensor of a key of the model is stored."""
+    if key.endswith(_TORCHAO_VALUES):
+        key = key.removesuffix(_TORCHAO_VALUES) + ".weight"
+    module = key.removesuffix(".right.weight")
+    return f"{module}.weight" if module in ranks else key
+
+
+def _values_of(parameter: str) -> str:
+    return parameter.removesuffix(".weight") + _TORCHAO_VALUES
 
 
 def _is_size(value: object, *, least: int = 1) -> bool:
@@ -355,7 +502,7 @@ def _save_with_code(
     """Save a model together with the code that opens it without the package."""
     save: Any = type(model).save_pretrained  # Any: options of transformers
     earlier = dict(getattr(model.config, "auto_map", None) or {})
-    needed = has_replaced(model)
+    needed = has_replaced(model) or is_quantized_here(model)
     _set_auto_map(model.config, {**earlier, **auto_map} if needed else earlier)
     try:
         save(model, save_directory, *arguments, **options)

@@ -1,12 +1,14 @@
 """Sizes of a model in parameters and bytes."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.integrity import plain_parts
 from grasp_lightning.models.lowrank import dense_shape, low_rank_linears, narrowed_linears
 
 
@@ -65,7 +67,33 @@ class ModelSize:
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters, tied ones counted once; works on the meta device."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(_num_values(parameter) for parameter in model.parameters())
+
+
+def _num_values(parameter: Tensor) -> int:
+    # bitsandbytes packs two weights into one value of a parameter.
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def count_bytes(model: nn.Module, element_size: int | None = None) -> int:
+    """Return the bytes of all parameters, with the scales of quantized ones; tied ones count once.
+
+    Args:
+        model: Any module; the meta device works too.
+        element_size: Bytes per parameter that is not quantized; None takes its own dtype.
+    """
+    return sum(_num_bytes(parameter, element_size) for parameter in model.parameters())
+
+
+def _num_bytes(parameter: Tensor, element_size: int | None) -> int:
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return int(parameter.nbytes + state.absmax.nbytes)
+    parts = plain_parts(parameter)
+    if parts[0] is not parameter:
+        return sum(part.nbytes for part in parts)
+    return parameter.numel() * (element_size or parameter.element_size())
 
 
 def count_tied_parameters(model: nn.Module) -> int:
@@ -79,12 +107,16 @@ def count_decoder_linears(view: DecoderView) -> int:
 
     Dense, low-rank and narrowed linears count with their biases; experts and routers do not.
     """
+    return count_parameters(_decoder_linears(view))
+
+
+def _decoder_linears(view: DecoderView) -> nn.Module:
     linears: list[nn.Module] = []
     for index in view.layer_indices:
         linears += view.dense_modules(index).values()
         linears += low_rank_linears(view.layer(index)).values()
         linears += narrowed_linears(view.layer(index)).values()
-    return count_parameters(nn.ModuleList(linears))
+    return nn.ModuleList(linears)
 
 
 def count_inputs(view: DecoderView) -> dict[str, int]:
@@ -101,14 +133,13 @@ def measure_size(view: DecoderView, element_size: int | None = None) -> ModelSiz
 
     Args:
         view: The model.
-        element_size: Bytes per parameter; None takes the model's dtype.
+        element_size: Bytes per parameter that is not quantized; None takes the model's dtype.
     """
     size = view.model.dtype.itemsize if element_size is None else element_size
-    parameters = count_parameters(view.model)
-    linears = count_decoder_linears(view)
+    linears = _decoder_linears(view)
     return ModelSize(
-        parameters=parameters,
-        decoder_linear_parameters=linears,
-        bytes=parameters * size,
-        decoder_linear_bytes=linears * size,
+        parameters=count_parameters(view.model),
+        decoder_linear_parameters=count_parameters(linears),
+        bytes=count_bytes(view.model, size),
+        decoder_linear_bytes=count_bytes(linears, size),
     )

@@ -14,6 +14,7 @@ from grasp_lightning.reporting import card_phrases as phrases
 from grasp_lightning.reporting.card_phrases import Values
 from grasp_lightning.reporting.linears import module_place
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
+from grasp_lightning.reporting.servers import Servers
 from grasp_lightning.reporting.tables import comparison_notes, comparison_rows, indices_text
 
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -40,16 +41,12 @@ def model_card(
     licence: str | None,
     licence_files: Sequence[str],
     config: Values,
-    is_plain: bool = False,
+    servers: Servers,
 ) -> str:
-    """Return the README.md of a compressed model, without local paths and times.
-
-    ``is_plain``: transformers alone opens it, although linears have changed.
-    """
+    """Return the README.md of a compressed model, without local paths and times."""
     base_model = phrases.public_name(origin_name)
     # Linears no longer have the shapes that the family builds.
     kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if plan.channels else ""
-    special = f"the {'low-rank' if plan.ranks or not plan.channels else 'narrowed'} layers"
     text = _render(
         "card.md.jinja",
         kind="compressed",
@@ -61,13 +58,14 @@ def model_card(
         num_mlps=len(plan.channels),
         removed=_removed(plan),
         removed_share=f"{100 * metrics.removed_ratio:.1f}% of all parameters were removed",
-        special=special if kind and not is_plain else None,
+        special=servers.special,
         options=_options(plan),
         calibration=phrases.text_source(config, "calibration"),
         evaluation=phrases.text_source(config, "evaluation"),
         is_measured=metrics.perplexity.compressed is not None,
         rows=comparison_rows(metrics),
         notes=comparison_notes(metrics),
+        servers=servers.rows(metrics.parameters.dense - metrics.parameters.compressed),
         licence=licence,
         licence_files=sorted(licence_files),
     )
@@ -114,6 +112,7 @@ def compensated_card(
     licence: str | None,
     licence_files: Sequence[str],
     config: Values,
+    servers: Servers,
 ) -> str:
     """Return the README.md of a compensated model, without local paths and times.
 
@@ -137,8 +136,9 @@ def compensated_card(
         kind="compensated",
         number=None,
         version=_version(metrics),
-        special="low-rank layers",
+        special=servers.special,
         is_measured=(metrics.perplexity.after, metrics.validation_loss.after) != (None, None),
+        servers=servers.rows(),
         licence=licence,
         licence_files=sorted(licence_files),
     )

@@ -124,17 +124,18 @@ class StoredScores:
             linear = linears[module]
             self._moments.check(module, linear.out_features, linear.in_features)
         if step.needs.moment_kinds:
-            prices = {part.name: self._price(part.name) for part in step.needs.removables}
+            prices = {part.name: self.price(part.name) for part in step.needs.removables}
             return Statistics(moments=self._moments, removal_losses=prices)
         scores = {
-            module: self._component_scores(
+            module: self.component_scores(
                 module, min(linears[module].out_features, linears[module].in_features)
             )
             for module in step.needs.weight_gradients
         }
         return Statistics(layer_metric=metric, component_scores=scores)
 
-    def _price(self, name: str) -> float:
+    def price(self, name: str) -> float:
+        """Return the measured removal of a layer or block; a missing one is a ``ConfigError``."""
         price = read_price(name, self._scores)
         if price is None:
             raise ConfigError(
@@ -155,7 +156,8 @@ class StoredScores:
             )
         return self._file.check(self._scores, key, torch.float32, expected)
 
-    def _component_scores(self, module: str, number: int) -> Tensor:
+    def component_scores(self, module: str, number: int) -> Tensor:
+        """Return the scores of a linear, ``(number,)``; missing ones are a ``ConfigError``."""
         key = f"{module}.scores"
         if key not in self._scores:
             raise ConfigError(

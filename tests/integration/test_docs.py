@@ -49,8 +49,9 @@ COMMANDS_OF_CONFIGS: dict[str, tuple[type, str]] = {
     name: (config, f"--{'model.path' if 'model.path' in dict(leaves(config)) else 'model'}=tiny")
     for name, config in CONFIGS.items()
 }
-# Programs of the system: only their names are checked.
-SYSTEM = frozenset({"cd", "git", "grep", "llama-server", "scontrol", "squeue", "tail"})
+# Programs of the system, and those that serve models: only their names are checked.
+SYSTEM = frozenset({"cd", "curl", "git", "grep", "scontrol", "squeue", "tail"})
+SERVERS = frozenset({"llama-server", "ollama", "vllm"})
 VARIABLES = {"GRASP_DATA": "/data"}
 # Folders by the names of hub models, with the config alone: more is not read by `plan`.
 HUB_CONFIGS = {
@@ -307,7 +308,7 @@ def check_command(words: Sequence[str]) -> None:
         check_pip(arguments)
     else:
         is_here = (Path(sys.executable).parent / name).is_file()
-        assert name in SYSTEM or is_here, f"unknown program {name}"
+        assert name in SYSTEM | SERVERS or is_here, f"unknown program {name}"
 
 
 def check_python(arguments: Sequence[str]) -> None:

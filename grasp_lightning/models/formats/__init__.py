@@ -7,10 +7,16 @@ from typing import Final
 from grasp_lightning.models.formats.base import ExportFacts, Format, Track
 from grasp_lightning.models.formats.dense import DenseFormat
 from grasp_lightning.models.formats.gguf import GgufFormat
+from grasp_lightning.models.formats.quantized import QuantizedFormat
 
 __all__ = ["FORMATS", "ExportFacts", "Format", "Track"]
 
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
-    {"dense": DenseFormat(), "gguf": GgufFormat()}
+    {
+        "dense": DenseFormat(),
+        "gguf": GgufFormat(),
+        "torchao": QuantizedFormat("int8", "int4"),
+        "bitsandbytes": QuantizedFormat("nf4"),
+    }
 )
 """By the value of ``format``. A key of the configuration ``<format>_...`` is of one format only."""

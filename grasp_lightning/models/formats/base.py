@@ -34,11 +34,13 @@ class Format(ABC):
         facts: Class of what ``write`` returns.
         doing: Label of the progress bar.
         library: ``library_name`` of the card, by which the hub chooses its instructions.
+        types: Values of the key ``type`` that this format has, the default first.
     """
 
     facts: ClassVar[type[ExportFacts]]
     doing: ClassVar[str]
     library: ClassVar[str] = "transformers"
+    types: tuple[str, ...] = ()
 
     @abstractmethod
     def refusal(self, model: PreTrainedModel, options: ExportConfig) -> str | None:

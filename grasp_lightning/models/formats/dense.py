@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp_lightning.config import ExportConfig
 from grasp_lightning.errors import ModelError, NumericsError
-from grasp_lightning.models.checkpoint import attach_quantizer, save_model
+from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantizer, save_model
 from grasp_lightning.models.formats.base import ExportFacts, Format, Track
 from grasp_lightning.models.linears import DenseModule
 from grasp_lightning.models.loading import LoadedModel
@@ -70,8 +70,11 @@ class DenseFormat(Format):
     doing = "multiplying factors"
 
     def refusal(self, model: PreTrainedModel, options: ExportConfig) -> str | None:
-        """Return that a model has nothing to convert; None if it has."""
+        """Return that a model is quantized or has nothing to convert; None if it can be."""
         del options
+        quantized = foreign_quantizer(model)
+        if quantized is not None:
+            return f"is quantized with {quantized} already: export the unquantized model"
         if has_replaced(model):
             return None
         return (

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from grasp_lightning.plan import DropLayers, FactorizeLinear, NarrowMlp, Plan, SelectLayers
 from grasp_lightning.reporting.metrics import DecoderLinears, Metrics, Pair, Seconds
+from grasp_lightning.reporting.servers import Servers
 
 LAYERS = (17, 19, 20, 21, 22, 23, 24, 26)
 SHAPES = {
@@ -27,6 +28,7 @@ CONFIG = {
     "calibration": {"source": "pydoc", "path": None, "num_samples": 64, "seqlen": 256},
     "evaluation": {"source": "pydoc", "path": None, "num_samples": 32, "seqlen": 512},
 }
+LOW_RANK_SERVERS = Servers(special="low-rank", num_multiplied=56, num_restored=25_501_248)
 
 
 def example_metrics(**changes: object) -> Metrics:

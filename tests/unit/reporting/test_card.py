@@ -7,8 +7,10 @@ import yaml
 from grasp_lightning.plan import DropLayers, Plan, RemoveBlock
 from grasp_lightning.reporting.card import model_card
 from grasp_lightning.reporting.metrics import Metrics, Pair
+from grasp_lightning.reporting.servers import Servers
 from tests.unit.reporting.example import (
     CONFIG,
+    LOW_RANK_SERVERS,
     drop_metrics,
     drop_plan,
     example_metrics,
@@ -27,6 +29,7 @@ def card(metrics: Metrics | None = None, **changes: Any) -> str:  # noqa: ANN401
         "licence": "Apache-2.0",
         "licence_files": ["LICENSE", "NOTICE"],
         "config": CONFIG,
+        "servers": LOW_RANK_SERVERS,
     }
     return model_card(metrics or example_metrics(), **{**arguments, **changes})
 
@@ -77,15 +80,26 @@ def test_narrowed_mlps_are_counted_apart_from_low_rank_linears() -> None:
     assert "decoder layers 3, 5 have\n1 low-rank linear, 2 narrowed MLPs, and 19.0% of" in text
     assert "open the low-rank layers" in text
     plan = narrowing_plan()
-    text = card(narrowing_metrics(), plan=replace(plan, operations=plan.operations[2:]))
+    narrowed, only_mlps = Servers(special="narrowed"), plan.operations[2:]
+    text = card(narrowing_metrics(), plan=replace(plan, operations=only_mlps), servers=narrowed)
     assert "decoder layers 3, 5 have\n1 narrowed MLP, and 19.0% of" in text
     assert "open the narrowed layers" in text
     assert "trust_remote_code=True" in text
     assert front_matter(text)["tags"] == ["grasp", "compressed", "narrowed"]
 
 
+def test_an_ordinary_model_with_narrower_mlps_needs_transformers_only() -> None:
+    plan = narrowing_plan()
+    narrowed = replace(plan, operations=plan.operations[2:])
+    text = card(narrowing_metrics(), plan=narrowed, servers=Servers())
+    assert "import grasp_lightning" not in text
+    assert "trust_remote_code" not in text
+    assert "an ordinary model with narrower MLPs: transformers alone opens it" in text
+    assert "only drops layers" not in text
+
+
 def test_a_model_with_dropped_layers_needs_transformers_only() -> None:
-    text = card(drop_metrics(), plan=drop_plan())
+    text = card(drop_metrics(), plan=drop_plan(), servers=Servers())
     assert "import grasp_lightning" not in text
     assert "trust_remote_code" not in text
     assert "decoder layers 24-26 are dropped" in text
@@ -106,7 +120,7 @@ def test_what_is_removed_entirely_is_named() -> None:
     assert "only drops layers" not in text
     assert front_matter(text)["tags"] == ["grasp", "compressed", "low-rank"]
     plan = replace(plan, operations=(DropLayers(layers=(7, 8)),))
-    text = card(narrowing_metrics(), plan=plan)
+    text = card(narrowing_metrics(), plan=plan, servers=Servers())
     assert ". Removed entirely: layers 7-8. In total," in " ".join(text.split())
     assert "transformers alone opens it" in text
 

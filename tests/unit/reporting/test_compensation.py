@@ -33,7 +33,13 @@ from tests.unit.reporting.compensation_example import (
     smallest_compensation,
 )
 from tests.unit.reporting.example import CONFIG as COMPRESS_CONFIG
-from tests.unit.reporting.example import drop_metrics, drop_plan, example_metrics, example_plan
+from tests.unit.reporting.example import (
+    LOW_RANK_SERVERS,
+    drop_metrics,
+    drop_plan,
+    example_metrics,
+    example_plan,
+)
 from tests.unit.reporting.test_page import HOSTILE, Page
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -338,6 +344,7 @@ def compressed_card(**changes: Any) -> str:  # noqa: ANN401  any argument of mod
         "licence": "Apache-2.0",
         "licence_files": ["LICENSE"],
         "config": COMPRESS_CONFIG,
+        "servers": LOW_RANK_SERVERS,
     }
     return model_card(**{**arguments, **changes})
 
@@ -352,6 +359,7 @@ def card(
         "licence": "Apache-2.0",
         "licence_files": ["LICENSE"],
         "config": CONFIG,
+        "servers": LOW_RANK_SERVERS,
     }
     return compensated_card(
         source_card, metrics or example_compensation(), **{**arguments, **changes}
@@ -441,7 +449,7 @@ def test_only_a_data_set_of_the_hub_that_was_learned_from_is_named(
 
 def test_without_a_card_a_short_one_is_complete() -> None:
     text = card(None)
-    assert sections(text) == ["Compensation", "How to load", "Limits", "Licence"]
+    assert sections(text) == ["Compensation", "How to load", "Who can run it", "Limits", "Licence"]
     assert front_matter(text) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from grasp_lightning.reporting.card import base_model_of, export_card, model_card
-from tests.unit.reporting.example import CONFIG, example_metrics, example_plan
+from tests.unit.reporting.example import CONFIG, LOW_RANK_SERVERS, example_metrics, example_plan
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -45,6 +45,7 @@ def compressed_card(origin_name: str) -> str:
         licence=None,
         licence_files=[],
         config=CONFIG,
+        servers=LOW_RANK_SERVERS,
     )
 
 

@@ -17,6 +17,7 @@ from grasp_lightning.reporting.card import model_card
 from grasp_lightning.reporting.linears import layer_changes
 from grasp_lightning.reporting.metrics import Metrics
 from grasp_lightning.reporting.page import render_report
+from grasp_lightning.reporting.servers import Servers
 from grasp_lightning.reporting.tables import summary
 from tests.unit.reporting.example import example_metrics
 from tests.unit.reporting.test_page import Page
@@ -88,5 +89,13 @@ def test_the_page_lists_every_changed_layer_in_order() -> None:
 
 def test_a_card_calls_deleted_layers_so() -> None:
     metrics, plan = run("grasp", DROPPED)
-    card = model_card(metrics, plan, origin_name="a/b", licence=None, licence_files=[], config={})
+    card = model_card(
+        metrics,
+        plan,
+        origin_name="a/b",
+        licence=None,
+        licence_files=[],
+        config={},
+        servers=Servers(),
+    )
     assert "decoder layers 2, 10 are deleted" in card

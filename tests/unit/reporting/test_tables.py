@@ -35,6 +35,14 @@ def test_rows_hold_both_models_and_the_change() -> None:
     }
 
 
+def test_targets_are_compared_if_several_were_predicted() -> None:
+    losses = {"plain": 0.2312, "any": 0.0821, "gguf": 0.1153}
+    notes = " ".join(comparison_notes(example_metrics(target_losses=losses)))
+    assert "by method.target: any 0.082, gguf 0.115, plain 0.231." in notes
+    alone = " ".join(comparison_notes(example_metrics(target_losses={"any": 0.1})))
+    assert "method.target" not in alone
+
+
 def test_table_prints_every_row_and_what_was_measured() -> None:
     text = printed(example_metrics())
     for row in comparison_rows(example_metrics()):

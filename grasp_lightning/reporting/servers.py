@@ -1,0 +1,81 @@
+"""Which programs run a model, and the command for each: a table of the card."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+from transformers import PreTrainedModel
+
+from grasp_lightning.models.formats.gguf.layout import layout_refusal
+from grasp_lightning.models.lowrank import LowRankLinear, has_replaced, low_rank_linears
+
+
+class ServerRow(NamedTuple):
+    """One program, and how it runs the model or why it cannot, in Markdown."""
+
+    program: str
+    how: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Servers:
+    """What decides which programs run a model.
+
+    Attributes:
+        special: Linears that its family does not have, ``low-rank`` or ``narrowed``; None if the
+            folder is an ordinary one.
+        num_multiplied: Number of low-rank linears that a GGUF file holds as dense matrices.
+        num_restored: Parameters that this adds.
+        gguf_refusal: Why llama.cpp cannot run the model, as the rest of a sentence; None if it can.
+    """
+
+    special: str | None = None
+    num_multiplied: int = 0
+    num_restored: int = 0
+    gguf_refusal: str | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        """Return what is known of a model; its weights may be on the meta device."""
+        linears = low_rank_linears(model).values()
+        # One of rank 0 belongs to a removed block, which is removed in a GGUF file too.
+        kept = [linear for linear in linears if linear.rank]
+        return cls(
+            special="low-rank" if linears else "narrowed" if has_replaced(model) else None,
+            num_multiplied=len(kept),
+            num_restored=sum(map(_saving, kept)),
+            gguf_refusal=layout_refusal(model),
+        )
+
+    def rows(self, num_removed: int | None = None) -> list[ServerRow]:
+        """Return the rows of the table.
+
+        Args:
+            num_removed: Number of parameters that compression removed; None if it is not known.
+        """
+        plugin = "" if self.special is None else "`pip install grasp-lightning-vllm`, then "
+        return [
+            ServerRow("transformers", "as above"),
+            ServerRow("vLLM", f"{plugin}`vllm serve .`"),
+            ServerRow("llama.cpp, Ollama", self._gguf(num_removed)),
+            ServerRow("torchao, 8 bits", _export("torchao --type int8")),
+        ]
+
+    def _gguf(self, num_removed: int | None) -> str:
+        if self.gguf_refusal is not None:
+            return f"not possible: this model {self.gguf_refusal}"
+        if not self.num_multiplied:
+            return _export("gguf")
+        share = f"{self.num_restored / num_removed:.0%}" if num_removed else "part"
+        are = "linear is" if self.num_multiplied == 1 else "linears are"
+        note = f"{self.num_multiplied} low-rank {are} multiplied back"
+        return f"{_export('gguf')}; {note}, which loses {share} of the saving"
+
+
+def _saving(linear: LowRankLinear) -> int:
+    rows, columns = linear.out_features, linear.in_features
+    return rows * columns - linear.rank * (rows + columns)
+
+
+def _export(form: str) -> str:
+    folder = form.partition(" ")[0]
+    return f"`grasp-lightning export --model . --format {form} --output_dir ../{folder}`"

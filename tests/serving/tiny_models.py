@@ -1,0 +1,96 @@
+"""Tiny random models of every family that servers are tested with, in every pattern of linears."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from grasp_lightning.models.checkpoint import save_model
+from grasp_lightning.models.lowrank import LowRankLinear, NarrowedLinear
+from tests.conftest import byte_tokenizer, tiny_model
+
+# CPU attention of vLLM needs heads of 32; two processes must divide heads and channels.
+_SIZES: dict[str, object] = {
+    "hidden_size": 64,
+    "head_dim": 32,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+}
+_BIASES = {"attention_bias": True, "mlp_bias": True}
+_LONGER = {"sliding_window": 16}
+FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("llama", _SIZES),
+    "llama with biases": ("llama", {**_SIZES, **_BIASES}),
+    "mistral": ("mistral", {**_SIZES, **_LONGER}),
+    "qwen2": ("qwen2", {**_SIZES, "hidden_size": 128}),  # without head_dim
+    "qwen3": ("qwen3", _SIZES),
+    "gemma2": ("gemma2", {**_SIZES, **_LONGER, "num_key_value_heads": 1}),
+    "gemma3": ("gemma3_text", {**_SIZES, **_LONGER}),
+    "phi3": ("phi3", {**_SIZES, "hidden_size": 128}),  # without head_dim
+    "qwen3_moe": ("qwen3_moe", {**_SIZES, "moe_intermediate_size": 32}),  # dense experts
+}
+NARROWED = 37  # odd, so that two processes hold shares of two sizes
+
+# For each layer: ranks by the last part of a linear's name.
+_RANKS: tuple[dict[str, int], ...] = (
+    {"q_proj": 5, "k_proj": 0, "o_proj": 7, "qkv_proj": 11},
+    {"k_proj": 3, "v_proj": 9, "gate_proj": 4, "down_proj": 6, "gate_up_proj": 8},
+    dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"), 0)
+    | dict.fromkeys(("gate_proj", "up_proj", "down_proj", "gate_up_proj"), 0),
+    {},
+)
+
+
+def save_compressed(path: Path, name: str) -> PreTrainedModel:
+    """Save a tiny model with low-rank and narrowed linears, and return it."""
+    family, options = FAMILIES[name]
+    model = tiny_model(family, 0, **options)
+    generator = torch.Generator().manual_seed(7)
+    for module, linear in list(_linears(model)):
+        layer, last = int(module.split(".")[2]), module.rpartition(".")[2]
+        rank = _RANKS[layer].get(last)
+        if rank is not None:
+            model.set_submodule(module, _low_rank(linear, rank, generator))
+        elif layer == 0 and "mlp" in module:
+            model.set_submodule(module, _narrowed(linear, last))
+    save_model(model, path, tokenizer=byte_tokenizer())
+    return model
+
+
+def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".layers." in name:
+            yield name, module
+
+
+def _low_rank(linear: nn.Linear, rank: int, generator: torch.Generator) -> LowRankLinear:
+    has_bias = linear.bias is not None
+    made = LowRankLinear(linear.in_features, linear.out_features, rank, bias=has_bias)
+    with torch.no_grad():
+        for factor in (made.left, made.right):
+            factor.weight.copy_(torch.randn(factor.weight.shape, generator=generator) * 0.3)
+        if has_bias:
+            made.left.bias.copy_(linear.bias)
+    return made
+
+
+def _narrowed(linear: nn.Linear, last: str) -> NarrowedLinear:
+    """Keep the first channels; of a fused gate and up, those of each."""
+    halves = 2 if last == "gate_up_proj" else 1
+    kept = slice(None, NARROWED)
+    weight = linear.weight.detach()
+    bias = None if linear.bias is None else linear.bias.detach()
+    if last == "down_proj":
+        weight = weight[:, kept]
+    else:
+        weight = torch.cat([half[kept] for half in weight.chunk(halves)])
+        bias = None if bias is None else torch.cat([half[kept] for half in bias.chunk(halves)])
+    rows, columns = weight.shape
+    made = NarrowedLinear(columns, rows, bias=bias is not None)
+    with torch.no_grad():
+        made.weight.copy_(weight)
+        if bias is not None:
+            made.bias.copy_(bias)
+    return made

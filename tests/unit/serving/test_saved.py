@@ -1,0 +1,35 @@
+import pytest
+
+from grasp_lightning.models.lowrank import config_of
+from grasp_lightning_vllm.saved import read_config
+from tests.conftest import tiny_model
+
+
+def test_what_the_package_writes_can_be_read() -> None:
+    config = {**config_of(tiny_model()).to_dict(), "ranks": {"a": 0}, "shapes": {"b": [3, 4]}}
+    saved = read_config(config)
+    assert (saved.ranks, saved.shapes) == ({"a": 0}, {"b": (3, 4)})
+    assert "a" in saved
+    assert "c" not in saved
+
+
+def test_a_newer_format_is_refused_in_one_line() -> None:
+    message = r"unknown keys.*newer.*update grasp-lightning-vllm"
+    with pytest.raises(ValueError, match=message) as found:
+        read_config({"quant_method": "grasp_lightning", "ranks": {}, "groups": {}})
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        ({"ranks": {"a": -1}}, "rank of a must be an integer of at least 0, got -1"),
+        ({"ranks": {"a": True}}, "rank of a must be an integer of at least 0, got True"),
+        ({"shapes": {"a": [3]}}, r"shape of a must be two positive integers, got \[3\]"),
+        ({"ranks": {"a": 1}, "shapes": {"a": [3, 4]}}, "a has both a rank and a shape"),
+        ({"ranks": ["a"]}, r"ranks of quantization_config must be a mapping, got \['a'\]"),
+    ],
+)
+def test_a_damaged_config_is_refused(damaged: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_config(damaged)
