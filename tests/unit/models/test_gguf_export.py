@@ -226,6 +226,11 @@ REFUSALS: dict[str, tuple[str, dict[str, object], str]] = {
         },
         "has rotary embeddings with beta_fast 16, which format gguf does not write",
     ),
+    "biases of qwen3": (
+        "qwen3",
+        {"attention_bias": True},
+        "has biases in its attention, but llama.cpp reads none in this family",
+    ),
     "qwen3": (
         "qwen3",
         {"tie_word_embeddings": False},
