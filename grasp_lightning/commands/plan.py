@@ -26,8 +26,7 @@ from grasp_lightning.stats.moments import layer_groups, moment_bytes
 from grasp_lightning.storage.recut import StoredScores
 
 _UNKNOWN = (
-    "what each method.target costs in loss depends on the data: compress reports it, and so does "
-    "plan with from_scores"
+    "the loss of each method.target depends on the data: compress and plan --from_scores report it"
 )
 
 

@@ -90,7 +90,7 @@ def _problem(target: TargetChoice, view: DecoderView, mlps: Mapping[str, Narrowa
     if len(sizes) > 1:
         return f"has MLPs of different widths, {sizes[0]} to {sizes[-1]} channels; {others}"
     if not _can_say_width(view, mlps.values()):
-        return f"has a config that cannot say another width of its MLPs; {others}"
+        return f"has a config without a key for the width of its MLPs; {others}"
     return None
 
 

@@ -52,10 +52,11 @@ class Servers:
         Args:
             num_removed: Number of parameters that compression removed; None if it is not known.
         """
-        plugin = "" if self.special is None else "`pip install grasp-lightning-vllm`, then "
+        # Not a name to install: the plugin is not on PyPI, where anybody could take it.
+        plugin = ", with the plugin of grasp_lightning (`plugins/vllm`)" if self.special else ""
         return [
             ServerRow("transformers", "as above"),
-            ServerRow("vLLM", f"{plugin}`vllm serve .`"),
+            ServerRow("vLLM", f"`vllm serve .`{plugin}"),
             ServerRow("llama.cpp, Ollama", self._gguf(num_removed)),
             ServerRow("torchao, 8 bits", _export("torchao --type int8")),
         ]

@@ -97,7 +97,7 @@ def test_terminal_report_and_card_show_the_same_numbers(
     assert len(terminal) == 5
     assert [list(row) for row in in_card] == terminal
     assert [list(row) for row in in_report[:5]] == terminal
-    assert "| vLLM | `pip install grasp-lightning-vllm`, then `vllm serve .` |" in card
+    assert "| vLLM | `vllm serve .`, with the plugin of grasp_lightning (`plugins/vllm`) |" in card
 
 
 def test_the_saved_model_is_the_measured_one(settings: list[str], tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_keys_that_contradict_a_target_are_refused(change: dict[str, object], me
 @pytest.mark.parametrize(
     ("family", "target", "message"),
     [
-        ("bloom", "plain", "BloomForCausalLM has a config that cannot say another width"),
+        ("bloom", "plain", "BloomForCausalLM has a config without a key for the width"),
         ("mixtral", "plain", "has no MLP whose channels can be removed; use method.target=any"),
         ("mixtral", "gguf", "has no MLP whose channels can be removed; use method.target=any"),
     ],

@@ -13,6 +13,7 @@ from tests.unit.reporting.test_card import card
 QUERY, GATE = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate_proj"
 LOW_RANK, NARROWED = LowRankLinear(32, 32, 4), NarrowedLinear(32, 40, bias=False)
 TORCHAO = "`grasp-lightning export --model . --format torchao --type int8 --output_dir ../torchao`"
+WITH_PLUGIN = "`vllm serve .`, with the plugin of grasp_lightning (`plugins/vllm`)"
 GGUF = "`grasp-lightning export --model . --format gguf --output_dir ../gguf`"
 
 
@@ -51,7 +52,7 @@ def test_the_program_accepts_the_commands() -> None:
 def test_a_narrowed_model_needs_the_plugin_and_loses_nothing_in_llama_cpp() -> None:
     found = servers((GATE, NARROWED))
     assert found.special == "narrowed"
-    assert how(found, "vLLM") == "`pip install grasp-lightning-vllm`, then `vllm serve .`"
+    assert how(found, "vLLM") == WITH_PLUGIN
     assert how(found, "llama.cpp, Ollama", 1000) == GGUF
 
 
@@ -86,7 +87,7 @@ def test_the_card_has_the_table_for_its_own_model() -> None:
     assert table == (
         "## Who can run it\n\nIn this folder:\n\n| program | command |\n|---|---|\n"
         "| transformers | as above |\n"
-        "| vLLM | `pip install grasp-lightning-vllm`, then `vllm serve .` |\n"
+        f"| vLLM | {WITH_PLUGIN} |\n"
         f"| llama.cpp, Ollama | {GGUF}; 59 low-rank linears are multiplied back, "
         "which loses 27% of the saving |\n"
         f"| torchao, 8 bits | {TORCHAO} |\n\n"
