@@ -8,11 +8,11 @@ import ctypes
 import json
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xllamacpp
 from numpy.typing import NDArray
 
 I32, U32, F32, PTR, BOOL = (
@@ -78,11 +78,7 @@ class Batch(ctypes.Structure):
 
 
 def library() -> ctypes.CDLL:
-    spec = find_spec("xllamacpp")
-    assert spec is not None
-    assert spec.origin is not None
-    # RTLD_GLOBAL is not needed: one library holds all of llama.cpp.
-    lib = ctypes.CDLL(str(Path(spec.origin).parent / "xllamacpp.abi3.so"))
+    lib = ctypes.CDLL(str(Path(xllamacpp.__file__).with_name("xllamacpp.abi3.so")))
     results = {
         "llama_model_default_params": ModelParams,
         "llama_context_default_params": ContextParams,
@@ -176,9 +172,20 @@ class Model:
         self.lib.llama_model_free(self.model)
 
 
+def chat(file: str, messages: list[dict[str, str]]) -> dict[str, Any]:  # Any: values of JSON
+    """Answer of the server, which applies the file's chat template."""
+    params = xllamacpp.CommonParams()
+    params.model.path = file
+    params.n_ctx, params.n_parallel, params.warmup = MAX_TOKENS, 1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    request = {"messages": messages, "max_tokens": 8, "temperature": 0}
+    answer: dict[str, Any] = xllamacpp.Server(params).handle_chat_completions(request)
+    return answer
+
+
 def run(lib: ctypes.CDLL, job: dict[str, Any]) -> dict[str, Any]:  # Any: values of JSON
     model = Model(lib, job["file"])
-    found = {
+    found: dict[str, Any] = {  # Any: as above
         "logits": [model.logits(ids).tolist() for ids in job.get("logits", [])],
         "losses": [model.loss(ids) for ids in job.get("losses", [])],
         "greedy": [model.greedy(ids, job["num_new"]) for ids in job.get("greedy", [])],
@@ -186,6 +193,8 @@ def run(lib: ctypes.CDLL, job: dict[str, Any]) -> dict[str, Any]:  # Any: values
         "speed": [model.speed(ids, job["num_new"]) for ids in job.get("speed", [])],
     }
     model.close()
+    if "chat" in job:
+        found["chat"] = chat(job["file"], job["chat"])
     return found
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -38,6 +38,8 @@ TEXTS = (
     "na\u00efve \u0431\u044a\u043b\u0433\u0430\u0440\u0441\u043a\u0438 \u5929\u6c14 \U0001f680",
     "<|im_start|>user\nHi<|im_end|>\n",
 )
+
+MESSAGES = [{"role": "user", "content": "Name the capital of France."}]
 
 
 class Runs(NamedTuple):
@@ -88,7 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, grasp_data: Path) -> Iterator
         export_gguf(source, root / "q8_0", "--gguf_type=q8_0"),
     )
     jobs = ({**job, "file": str(files[0])}, {"texts": TEXTS, "file": str(files[1])})
-    quantized = {"losses": windows, "file": str(files[2])}
+    quantized = {"losses": windows, "file": str(files[2]), "chat": MESSAGES}
     yield Runs(load(source), tokenizer, windows, *run_llamacpp([*jobs, quantized], root))
     for file in files:
         file.unlink()
@@ -117,3 +119,12 @@ def test_greedy_tokens_are_those_of_transformers(runs: Runs) -> None:
 @pytest.mark.parametrize("source", ["float32", "from_base"])
 def test_llamacpp_splits_texts_into_the_same_tokens(runs: Runs, source: str) -> None:
     assert getattr(runs, source)["tokens"] == runs.tokenizer(list(TEXTS))["input_ids"]
+
+
+def test_the_server_applies_the_chat_template(runs: Runs) -> None:
+    tokenizer: Any = runs.tokenizer  # Any: what a call returns depends on its arguments
+    prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    expected = tokenizer(prompt)["input_ids"]
+    answer = runs.quantized["chat"]
+    assert answer["usage"]["prompt_tokens"] == len(expected)
+    assert answer["choices"][0]["message"]["content"]

@@ -107,7 +107,7 @@ def test_the_facts_and_lines_say_what_was_done(tmp_path: Path) -> None:
     size = (tmp_path / "out" / "model" / "model-q8_0.gguf").stat().st_size
     assert facts["bytes"]["file"] == size
     assert facts["bytes"]["dense"] > size
-    assert run.lines[0].startswith(f"gguf q8_0, architecture deci: {size / 1e6:.1f} MB; dense at")
+    assert run.lines[0].startswith(f"gguf q8_0, architecture deci: {size / 1e6:.1f} MB (dense: ")
     # One low-rank linear, four of each of two attentions, three of an MLP.
     assert run.lines[1].startswith("factors of 12 linears multiplied: llama.cpp has no low-rank")
     assert run.lines[2] == "84 zero channels fill up the MLPs of 4 layers to multiples of 32"
@@ -225,6 +225,11 @@ REFUSALS: dict[str, tuple[str, dict[str, object], str]] = {
             }
         },
         "has rotary embeddings with beta_fast 16, which format gguf does not write",
+    ),
+    "biases of qwen3": (
+        "qwen3",
+        {"attention_bias": True},
+        "has biases in its attention, but llama.cpp reads none in this family",
     ),
     "qwen3": (
         "qwen3",

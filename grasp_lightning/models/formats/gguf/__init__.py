@@ -73,10 +73,11 @@ class GgufFacts(ExportFacts):
     def lines(self, folder: Path) -> list[str]:
         """Return sizes, what was multiplied and filled up, and the path of the file."""
         size = self.bytes
+        # A model with fewer layers or one smaller width is what its config calls dense.
+        dense = f" (dense: {size.dense / 1e6:.1f} MB)" if size.dense > size.file else ""
         first = (
-            f"gguf {self.type}, architecture {self.architecture}: {size.file / 1e6:.1f} MB; dense "
-            f"at this type {size.dense / 1e6:.1f} MB, the compressed model has "
-            f"{size.compressed / 1e6:.1f} MB in {self.dtype}"
+            f"gguf {self.type}, architecture {self.architecture}: {size.file / 1e6:.1f} MB{dense}; "
+            f"the compressed model has {size.compressed / 1e6:.1f} MB in {self.dtype}"
         )
         done = [first]
         if self.ranks:

@@ -5,6 +5,7 @@ llama.cpp reads one width of the MLPs for all layers of most architectures. Two 
 Qwen3, without an output matrix of its own. Source: ``src/models`` of llama.cpp, build 11549.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -113,31 +114,37 @@ def layout_refusal(model: PreTrainedModel) -> str | None:
         )
     if config.hidden_act != "silu":
         return f"has MLPs with {config.hidden_act}, but llama.cpp computes silu in this family"
-    rope: dict[str, object] = config.rope_parameters
+    if family == "Qwen3ForCausalLM" and config.attention_bias:
+        return "has biases in its attention, but llama.cpp reads none in this family"
+    return _rope_refusal(config.rope_parameters) or _openelm_refusal(model)
+
+
+def _rope_refusal(rope: Mapping[str, object]) -> str | None:
     kind = rope.get("rope_type", "default")
     others = sorted(
         key
         for key, value in rope.items()
         if key not in _ROPE_KEYS and value not in (None, _ROPE_FIXED.get(key))
     )
-    if kind not in _ROPE_TYPES or others:
-        what = f"{others[0]} {rope[others[0]]}" if others else f"type {kind}"
-        return (
-            f"has rotary embeddings with {what}, which format gguf does not write; it knows the "
-            f"types {', '.join(_ROPE_TYPES)}"
-        )
-    is_openelm = layout_of(model).architecture is _OPENELM
-    return _openelm_refusal(model, str(kind)) if is_openelm else None
+    if kind in _ROPE_TYPES and not others:
+        return None
+    what = f"{others[0]} {rope[others[0]]}" if others else f"type {kind}"
+    return (
+        f"has rotary embeddings with {what}, which format gguf does not write; it knows the types "
+        f"{', '.join(_ROPE_TYPES)}"
+    )
 
 
-def _openelm_refusal(model: PreTrainedModel, rope_type: str) -> str | None:
+def _openelm_refusal(model: PreTrainedModel) -> str | None:
     config = model.config
-    if config.tie_word_embeddings and not config.attention_bias and rope_type != "llama3":
+    fits = config.tie_word_embeddings and config.rope_parameters.get("rope_type") != "llama3"
+    if fits or layout_of(model).architecture is not _OPENELM:
         return None
     return (
         "has MLPs of different widths: llama.cpp reads one width for all layers of Qwen3, and its "
-        "architecture openelm, which takes one per layer, needs tied embeddings and no biases; "
-        "compress with method.target=plain, which gives all MLPs one width"
+        "architecture openelm, which takes one per layer, has no output matrix of its own and no "
+        "rotary embeddings of type llama3; compress with method.target=plain, which gives all MLPs "
+        "one width"
     )
 
 
