@@ -72,7 +72,7 @@ def quantize_model(
     if not linears:
         raise ModelError(
             f"{type(model).__name__} has no linear that {LIBRARIES[kind]} can quantize to {kind}: "
-            "nf4 also quantizes its Conv1D"
+            "its linears are Conv1D; use nf4"
         )
     weights = _config(kind, model, linears)
     for name in track(list(linears)):

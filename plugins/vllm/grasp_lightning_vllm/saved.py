@@ -29,8 +29,13 @@ def read_config(config: Mapping[str, object]) -> SavedLinears:
     """Read the ``quantization_config`` of a compressed model.
 
     Raises:
-        ValueError: If a newer version has written it, or it is damaged.
+        ValueError: If a newer version has written it, weights are quantized, or it is damaged.
     """
+    if weights := _mapping(config, "weights"):
+        raise ValueError(
+            f"the weights of this model are quantized with {weights.get('quant_method')}, which this "
+            "plugin does not read; serve the unquantized model"
+        )
     if unknown := sorted(config.keys() - _KEYS):
         raise ValueError(
             f"quantization_config has unknown keys {unknown}: the model was saved by a newer "

@@ -110,9 +110,9 @@ def test_the_facts_and_lines_say_what_was_done(tmp_path: Path) -> None:
     assert run.lines[0].startswith(f"gguf q8_0, architecture deci: {size / 1e6:.1f} MB (dense: ")
     # One low-rank linear, four of each of two attentions, three of an MLP.
     assert run.lines[1].startswith("factors of 12 linears multiplied: llama.cpp has no low-rank")
-    assert run.lines[2] == "84 zero channels fill up the MLPs of 4 layers to multiples of 32"
+    assert run.lines[2] == "84 zero channels pad the MLPs of 4 layers to multiples of 32"
     card = (tmp_path / "out" / "model" / "README.md").read_text()
-    assert "84 zero channels fill up the MLPs of 4 layers" in card
+    assert "84 zero channels pad the MLPs of 4 layers" in card
     assert "The factors of 12 linears are multiplied back" in card
     assert "llama-server -m model-q8_0.gguf" in card
     assert export(source, gguf_type="q8_0").lines == run.lines  # from what is stored
@@ -202,7 +202,7 @@ REFUSALS: dict[str, tuple[str, dict[str, object], str]] = {
     "family": (
         "gemma3_text",
         {},
-        "is a Gemma3ForCausalLM, which format gguf does not write: it knows the architectures of",
+        "has class Gemma3ForCausalLM, which format gguf does not support; supported: ",
     ),
     "activation": (
         "llama",
@@ -265,7 +265,7 @@ def test_weights_that_overflow_are_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_pre_tokenizer_is_refused_with_what_to_do(tmp_path: Path) -> None:
     assert refusal(save(tiny_model(), tmp_path / "m"), gguf_base=None) == (
-        "llama.cpp has no name for the pre-tokenizer of this model, as far as this version knows; "
+        "the pre-tokenizer of this model is none that llama.cpp has a name for; "
         "pass --gguf_base, a GGUF file of the base model, whose tokenizer is copied"
     )
 

@@ -76,7 +76,7 @@ def test_a_removed_block_costs_nothing_in_llama_cpp() -> None:
 
 def test_a_family_that_llama_cpp_cannot_run_is_named() -> None:
     text = how(servers(family="opt"), "llama.cpp, Ollama")
-    assert text.startswith("not possible: this model is a OPTForCausalLM, which format gguf")
+    assert text.startswith("not possible: this model has class OPTForCausalLM, which format gguf")
 
 
 def test_the_card_has_the_table_for_its_own_model() -> None:

@@ -20,6 +20,11 @@ def test_a_newer_format_is_refused_in_one_line() -> None:
     assert "\n" not in str(found.value)
 
 
+def test_quantized_weights_are_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match="quantized with torchao, which this plugin does not"):
+        read_config({"weights": {"quant_method": "torchao"}})
+
+
 @pytest.mark.parametrize(
     ("damaged", "message"),
     [

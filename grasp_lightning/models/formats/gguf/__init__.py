@@ -88,7 +88,7 @@ class GgufFacts(ExportFacts):
         if any(self.zero_channels):
             num = sum(1 for number in self.zero_channels if number)
             done.append(
-                f"{sum(self.zero_channels)} zero channels fill up the MLPs of {num} layers to "
+                f"{sum(self.zero_channels)} zero channels pad the MLPs of {num} layers to "
                 f"multiples of {MULTIPLE}"
             )
         return [*done, f"model:  {folder / self.file}"]

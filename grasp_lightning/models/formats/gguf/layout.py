@@ -109,8 +109,8 @@ def layout_refusal(model: PreTrainedModel) -> str | None:
     family, config = type(model).__name__, model.config
     if family not in FAMILIES:
         return (
-            f"is a {family}, which format gguf does not write: it knows the architectures of "
-            f"llama.cpp for {', '.join(sorted(FAMILIES))}"
+            f"has class {family}, which format gguf does not support; supported: "
+            f"{', '.join(sorted(FAMILIES))}"
         )
     if config.hidden_act != "silu":
         return f"has MLPs with {config.hidden_act}, but llama.cpp computes silu in this family"

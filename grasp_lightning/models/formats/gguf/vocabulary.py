@@ -83,8 +83,7 @@ def folder_keys(folder: Path, tokenizer: PreTrainedTokenizerBase, num_tokens: in
         name = pre_tokenizer_of(tokenizer)
         if name is None:
             raise ModelError(
-                "llama.cpp has no name for the pre-tokenizer of this model, as far as this version "
-                f"knows; {_ADVICE}"
+                f"the pre-tokenizer of this model is none that llama.cpp has a name for; {_ADVICE}"
             )
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(name)
@@ -112,8 +111,8 @@ def _tokenizer_json(folder: Path) -> dict[str, Any]:  # Any: values of JSON
     kind = content["model"].get("type")
     if kind != "BPE":
         raise ModelError(
-            f"the tokenizer is of type {kind}, but format gguf converts only BPE, byte-level or of "
-            f"sentencepiece; {_ADVICE}"
+            f"the tokenizer is of type {kind}, but format gguf converts only byte-level and "
+            f"sentencepiece BPE; {_ADVICE}"
         )
     return content
 
