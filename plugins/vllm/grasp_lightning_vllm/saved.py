@@ -33,8 +33,8 @@ def read_config(config: Mapping[str, object]) -> SavedLinears:
     """
     if weights := _mapping(config, "weights"):
         raise ValueError(
-            f"the weights of this model are quantized with {weights.get('quant_method')}, which this "
-            "plugin does not read; serve the unquantized model"
+            f"the weights of this model are quantized with {weights.get('quant_method')}, which "
+            "this plugin does not read; serve the unquantized model"
         )
     if unknown := sorted(config.keys() - _KEYS):
         raise ValueError(
