@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.serving.conftest import VLLM, Generate, running
 from tests.serving.reference import PROMPTS, Greedy, differences, greedy
-from tests.serving.tiny_models import FAMILIES, save_compressed
+from tests.serving.tiny_models import FAMILIES, save_compressed, save_ordinary
 
 pytestmark = pytest.mark.serving
 NUM_TOKENS, NUM_TINY_TOKENS = 64, 16
@@ -61,6 +61,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list
         folder = tmp_path_factory.mktemp("tiny") / "model"
         model = save_compressed(folder, name)
         found[name] = folder, [greedy(model, ids, NUM_TINY_TOKENS) for ids in TINY_PROMPTS]
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    model = save_ordinary(folder)
+    found["ordinary"] = folder, [greedy(model, ids, NUM_TINY_TOKENS) for ids in TINY_PROMPTS]
     return found
 
 

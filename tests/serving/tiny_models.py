@@ -1,5 +1,6 @@
 """Tiny random models of every family that servers are tested with, in every pattern of linears."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from grasp_lightning.models.checkpoint import save_model
+from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import LowRankLinear, NarrowedLinear
+from grasp_lightning.models.surgery import apply_operations
+from grasp_lightning.plan import DropLayers
 from tests.conftest import byte_tokenizer, tiny_model
 
 # CPU attention of vLLM needs heads of 32; two processes must divide heads and channels.
@@ -59,6 +63,18 @@ def save_compressed(path: Path, name: str) -> PreTrainedModel:
     return model
 
 
+def save_ordinary(path: Path) -> PreTrainedModel:
+    """Save a tiny model with fewer layers and equally narrow MLPs, which needs no plugin."""
+    model = tiny_model("llama", 0, **_SIZES)
+    for module, linear in list(_linears(model)):
+        if "mlp" in module:
+            model.set_submodule(module, _narrowed(linear, module.rpartition(".")[2], kept=64))
+    apply_operations(DecoderView(model), [DropLayers(layers=(1,))], {})
+    save_model(model, path, tokenizer=byte_tokenizer())
+    assert "quantization_config" not in json.loads((path / "config.json").read_text())
+    return model
+
+
 def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".layers." in name:
@@ -76,17 +92,17 @@ def _low_rank(linear: nn.Linear, rank: int, generator: torch.Generator) -> LowRa
     return made
 
 
-def _narrowed(linear: nn.Linear, last: str) -> NarrowedLinear:
+def _narrowed(linear: nn.Linear, last: str, kept: int = NARROWED) -> NarrowedLinear:
     """Keep the first channels; of a fused gate and up, those of each."""
     halves = 2 if last == "gate_up_proj" else 1
-    kept = slice(None, NARROWED)
+    channels = slice(None, kept)
     weight = linear.weight.detach()
     bias = None if linear.bias is None else linear.bias.detach()
     if last == "down_proj":
-        weight = weight[:, kept]
+        weight = weight[:, channels]
     else:
-        weight = torch.cat([half[kept] for half in weight.chunk(halves)])
-        bias = None if bias is None else torch.cat([half[kept] for half in bias.chunk(halves)])
+        weight = torch.cat([half[channels] for half in weight.chunk(halves)])
+        bias = None if bias is None else torch.cat([half[channels] for half in bias.chunk(halves)])
     rows, columns = weight.shape
     made = NarrowedLinear(columns, rows, bias=bias is not None)
     with torch.no_grad():
