@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from grasp_lightning.errors import NumericsError
@@ -57,7 +58,7 @@ def tensor_hashes(model: nn.Module) -> dict[str, str]:
 
 def plain_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors that hold the values of one: itself, or those in a quantized one."""
-    if not is_traceable_wrapper_subclass(tensor):
+    if isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor):
         return (tensor,)
     names, _ = tensor.__tensor_flatten__()
     return tuple(part for name in names for part in plain_parts(getattr(tensor, name)))

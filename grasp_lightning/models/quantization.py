@@ -119,7 +119,8 @@ def _linears(view: DecoderView, kind: Kind) -> Iterator[tuple[str, DenseModule]]
         for module in found:
             if isinstance(module, Conv1D) and kind != "nf4":
                 num_skipped += 1
-            else:
+            elif not (kind == "int8" and isinstance(module, nn.Linear) and module.in_features == 1):
+                # A scale per output would be larger than the one number that it scales.
                 yield names[module], module
     if num_skipped:
         logger.warning(

@@ -28,7 +28,7 @@ def build(folder: Path) -> "subprocess.CompletedProcess[str]":
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
     """A copy of all that the site is made from, and that its pages link to."""
-    for name in ("docs", "scripts", "benchmarks", "configs"):
+    for name in ("docs", "scripts", "benchmarks", "configs", "plugins"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     return tmp_path

@@ -69,7 +69,7 @@ def test_help_imports_no_heavy_package(words: list[str], says: str) -> None:
         (["plan", "--model.path=./nowhere"], "model.path: no such file or folder: ./nowhere"),
         (["compress", "--model.path=cli.py"], "cli.py is a file; expected a folder"),
         (["compensate", "--model.path=./nowhere"], "model.path: no such file or folder"),
-        (["export", "--format=gguf"], "expected one of dense"),
+        (["export", "--format=onnx"], "expected one of dense, gguf, torchao, bitsandbytes"),
     ],
 )
 def test_bad_input_is_refused_before_a_heavy_package_is_imported(

@@ -105,6 +105,18 @@ def test_a_padded_rank_changes_no_result(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_factors_of_rank_one_reload(kind: Kind, tmp_path: Path) -> None:
+    view = DecoderView(tiny_model("llama").eval())
+    apply_operations(view, *factorize_layers(view, (1,), rank=1))
+    names = quantize_model(view.model, kind)
+    # In int8, a left factor of one column stays as it is.
+    assert len(names) == 7 * 3 + 7 * (1 if kind == "int8" else 2)
+    view.model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(reloaded), logits(view.model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_weights_take_the_bytes_of_their_type(kind: Kind) -> None:
     model = tiny_model("llama", hidden_size=64, intermediate_size=128)
     parameters = count_parameters(model)
