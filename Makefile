@@ -40,7 +40,7 @@ test-slurm: $(STAMP)
 SERVING := .venv-serving
 
 test-serving: $(STAMP) $(SERVING)/vllm/.installed $(SERVING)/llamacpp/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m serving --numprocesses=0 -rs --durations=0 tests/serving
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m serving --numprocesses=0 -rs --durations=10 tests/serving
 
 $(SERVING)/vllm/.installed: tests/serving/vllm.txt plugins/vllm/pyproject.toml
 	$(PYTHON) -m venv --clear $(SERVING)/vllm
