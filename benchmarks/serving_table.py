@@ -69,6 +69,9 @@ class Key(NamedTuple):
 def main() -> None:
     """Run the missing measurements, then print the table."""
     arguments = _parser().parse_args()
+    for name, folder in arguments.models:
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{name}: {folder} has no config.json; expected a model folder")
     dense = loadable_folder(arguments.dense, arguments.cache)
     folders = {_DENSE: dense, _AGAIN: dense, **dict(arguments.models)}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -105,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _named(text: str) -> tuple[str, Path]:
     name, _, folder = text.partition("=")
-    if not (Path(folder) / "config.json").is_file():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FOLDER of a model")
+    if not folder:
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER, got {text!r}")
     return name, Path(folder)
 
 
