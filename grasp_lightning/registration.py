@@ -3,7 +3,8 @@
 import importlib.util
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -25,6 +26,17 @@ def register_with_transformers() -> None:
         import_module(_REGISTERS)
     else:
         sys.meta_path.insert(0, _Finder())
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Drop logged warnings: torchao and bitsandbytes log one for each kernel that is absent."""
+    level = logging.root.manager.disable
+    logging.disable(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(level)
 
 
 class _Finder(MetaPathFinder):
@@ -56,13 +68,8 @@ class _Registering(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Execute the module, then import what registers."""
-        # It imports torchao, if installed, which warns of each of its kernels that is absent.
-        level = logging.root.manager.disable
-        logging.disable(max(level, logging.WARNING))
-        try:
+        with without_warnings():  # it imports torchao, if installed
             self._usual.exec_module(module)
-        finally:
-            logging.disable(level)
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._usual
         import_module(_REGISTERS)

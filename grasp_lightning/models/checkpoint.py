@@ -62,8 +62,8 @@ def save_model(
     With low-rank or narrowed linears, the config names them in ``quantization_config``, and the
     folder gets a generated ``modeling_grasp.py``. Such a model loads after ``import
     grasp_lightning`` or with ``trust_remote_code=True``; otherwise loading stops with an error.
-    MLPs narrowed to one width that the config can say make an ordinary model, also in memory: see
-    ``models.plain``. Weight files of an earlier save in the folder are deleted. The model stays
+    MLPs narrowed to one width that the config has a key for make an ordinary model, also in memory:
+    see ``models.plain``. Weight files of an earlier save in the folder are deleted. The model stays
     usable and can be saved again.
 
     Args:

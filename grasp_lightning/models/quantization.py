@@ -27,6 +27,7 @@ from grasp_lightning.models.lowrank import (
     low_rank_linears,
     narrowed_linears,
 )
+from grasp_lightning.registration import without_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +84,8 @@ def quantize_model(
 
 
 def _import_quietly(library: str) -> None:
-    """Import a library for the first time without its remarks on kernels that are absent."""
-    level = logging.root.manager.disable
-    logging.disable(max(level, logging.WARNING))
-    try:
+    with without_warnings():
         import_module("torchao.quantization" if library == "torchao" else library)
-    finally:
-        logging.disable(level)
 
 
 def quantization_problem(kind: Kind, device_type: str) -> str | None:

@@ -112,13 +112,3 @@ def logits_of(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(torch.tensor([ids])).logits[0]
     return logits
-
-
-def greedy_of(model: PreTrainedModel, ids: Sequence[int], num_new: int) -> list[int]:
-    """The most probable continuation, and nothing stops it."""
-    options = {"max_new_tokens": num_new, "min_new_tokens": num_new, "do_sample": False}
-    any_model: Any = model  # Any: a mixin declares generate
-    any_model.generation_config.eos_token_id = None
-    tokens = any_model.generate(torch.tensor([ids]), pad_token_id=0, **options)
-    new: list[int] = tokens[0, len(ids) :].tolist()
-    return new

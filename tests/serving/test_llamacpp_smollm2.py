@@ -15,22 +15,13 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import load_model
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import FactorizeLinear, Operation
-from tests.serving.llamacpp import Result, export_gguf, greedy_of, load, logits_of, run_llamacpp
+from tests.serving.llamacpp import Result, export_gguf, load, logits_of, run_llamacpp
+from tests.serving.reference import PROMPTS, greedy
 from tests.unit.models.helpers import narrow_layers
 
 pytestmark = pytest.mark.serving
 
 NUM_WINDOWS, WINDOW, NUM_NEW = 4, 512, 64
-PROMPTS = (
-    "The capital of France is",
-    "A list comprehension in Python is",
-    "Once upon a time there was a",
-    "To open a file for reading, call",
-    "The quick brown fox",
-    "Water boils at a temperature of",
-    "def fibonacci(n):\n    ",
-    "The three primary colours are",
-)
 # Runs of spaces, digits, letters of several scripts, emojis, control tokens.
 TEXTS = (
     *PROMPTS,
@@ -113,7 +104,7 @@ def test_perplexity_is_that_of_transformers(runs: Runs) -> None:
 
 def test_greedy_tokens_are_those_of_transformers(runs: Runs) -> None:
     prompts = runs.tokenizer(list(PROMPTS))["input_ids"]
-    assert runs.float32["greedy"] == [greedy_of(runs.model, ids, NUM_NEW) for ids in prompts]
+    assert runs.float32["greedy"] == [greedy(runs.model, ids, NUM_NEW).tokens for ids in prompts]
 
 
 @pytest.mark.parametrize("source", ["float32", "from_base"])

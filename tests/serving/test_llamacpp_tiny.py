@@ -18,12 +18,12 @@ from tests.serving.llamacpp import (
     Result,
     byte_base,
     export_gguf,
-    greedy_of,
     load,
     logits_of,
     run_llamacpp,
     sentencepiece_model,
 )
+from tests.serving.reference import greedy
 from tests.unit.models.helpers import narrow_layers, random_factors
 
 pytestmark = pytest.mark.serving
@@ -162,7 +162,7 @@ def test_llamacpp_computes_the_same(runs: dict[str, Run], case: str) -> None:
     logits = logits_of(model, IDS)
     (got,) = (torch.tensor(rows) for rows in result["logits"])
     assert (got - logits).abs().max() <= 1e-4 * logits.abs().max()
-    assert result["greedy"] == [greedy_of(model, IDS, NUM_NEW)]
+    assert result["greedy"] == [greedy(model, IDS, NUM_NEW).tokens]
 
 
 def error(got: Tensor, expected: Tensor) -> float:
