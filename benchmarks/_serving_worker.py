@@ -1,7 +1,8 @@
 """Runs one model in one server, and times the requests that come on standard input.
 
 It imports nothing of this project, since each server has an environment of its own. Each line of
-standard input is ``PROMPT_TOKENS NEW_TOKENS SEED``; the answer is the number of seconds.
+standard input is ``PROMPT_TOKENS NEW_TOKENS SEED``; the answer is the number of seconds. Prompts
+have random tokens below the given size of the vocabulary.
 """
 
 import json
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
-_VOCABULARY: Final = 40_000  # below that of the measured models
+_FIRST_TOKEN: Final = 100  # special tokens often have the lowest numbers
 _CONTEXT: Final = 1024
 
 Generate = Callable[[Sequence[int], int], object]
@@ -101,7 +102,7 @@ SERVERS: Final[Mapping[str, Callable[[str], Generate]]] = MappingProxyType(
 
 def main() -> None:
     """Load a model in a server, then answer until standard input ends."""
-    server, model = sys.argv[1:]
+    server, model, vocabulary = sys.argv[1:]
     # What libraries print must not come between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -109,7 +110,7 @@ def main() -> None:
     print("ready", file=answers)
     for line in sys.stdin:
         length, count, seed = map(int, line.split())
-        prompt = random.Random(seed).choices(range(100, _VOCABULARY), k=length)
+        prompt = random.Random(seed).choices(range(_FIRST_TOKEN, int(vocabulary)), k=length)
         start = time.perf_counter()
         generate(prompt, count)
         print(time.perf_counter() - start, file=answers)

@@ -35,7 +35,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _DENSE, _AGAIN = "dense", "dense again"
 # Tokens of the prompt, and tokens to generate; the larger number is what a request measures.
 _REQUESTS: Final[Mapping[str, tuple[int, int]]] = MappingProxyType(
-    {"prefill": (512, 1), "decode": (8, 64)}
+    {"prefill": (512, 1), "decode": (8, 128)}
 )
 
 
@@ -73,6 +73,8 @@ def main() -> None:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{name}: {folder} has no config.json; expected a model folder")
     dense = loadable_folder(arguments.dense, arguments.cache)
+    settings = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+    vocabulary: int = settings["vocab_size"]
     folders = {_DENSE: dense, _AGAIN: dense, **dict(arguments.models)}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     measured = _stored(arguments.output)
@@ -82,7 +84,7 @@ def main() -> None:
             files = _files(name, folders, arguments)
             with (
                 arguments.output.open("a", encoding="utf-8") as output,
-                _workers(name, files, arguments.threads) as workers,
+                _workers(name, files, vocabulary, arguments.threads) as workers,
             ):
                 for key in keys:
                     measured[key] = _timed(workers[key.model], key)
@@ -114,9 +116,14 @@ def _named(text: str) -> tuple[str, Path]:
 
 
 def _stored(file: Path) -> dict[Key, float]:
+    """Return the measurements of earlier runs; a line that a kill truncated is removed."""
     if not file.is_file():
         return {}
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
+    rows = [json.loads(line) for line in whole.splitlines()]
     return {Key(*row[:-1]): row[-1] for row in rows}
 
 
@@ -152,7 +159,7 @@ def _gguf(folder: Path, gguf_type: str, arguments: argparse.Namespace) -> Path:
 
 @contextmanager
 def _workers(
-    server: str, files: Mapping[str, Path], threads: int
+    server: str, files: Mapping[str, Path], vocabulary: int, threads: int
 ) -> Iterator[dict[str, subprocess.Popen[str]]]:
     """Start one process per model, and end them all."""
     program, environment, _ = _SERVERS[server]
@@ -172,7 +179,7 @@ def _workers(
         workers = {}
         for model, file in files.items():
             worker = subprocess.Popen(
-                [python, _WORKER, program, file],
+                [python, _WORKER, program, file, str(vocabulary)],
                 env=settings,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

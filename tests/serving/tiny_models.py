@@ -16,7 +16,7 @@ from grasp_lightning.plan import DropLayers
 from tests.conftest import byte_tokenizer, tiny_model
 
 # CPU attention of vLLM needs heads of 32; two processes must divide heads and channels.
-_SIZES: dict[str, object] = {
+TINY_SIZES: dict[str, object] = {
     "hidden_size": 64,
     "head_dim": 32,
     "intermediate_size": 96,
@@ -25,15 +25,15 @@ _SIZES: dict[str, object] = {
 _BIASES = {"attention_bias": True, "mlp_bias": True}
 _LONGER = {"sliding_window": 16}
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
-    "llama": ("llama", _SIZES),
-    "llama with biases": ("llama", {**_SIZES, **_BIASES}),
-    "mistral": ("mistral", {**_SIZES, **_LONGER}),
-    "qwen2": ("qwen2", {**_SIZES, "hidden_size": 128}),  # without head_dim
-    "qwen3": ("qwen3", _SIZES),
-    "gemma2": ("gemma2", {**_SIZES, **_LONGER, "num_key_value_heads": 1}),
-    "gemma3": ("gemma3_text", {**_SIZES, **_LONGER}),
-    "phi3": ("phi3", {**_SIZES, "hidden_size": 128}),  # without head_dim
-    "qwen3_moe": ("qwen3_moe", {**_SIZES, "moe_intermediate_size": 32}),  # dense experts
+    "llama": ("llama", TINY_SIZES),
+    "llama with biases": ("llama", {**TINY_SIZES, **_BIASES}),
+    "mistral": ("mistral", {**TINY_SIZES, **_LONGER}),
+    "qwen2": ("qwen2", {**TINY_SIZES, "hidden_size": 128}),  # without head_dim
+    "qwen3": ("qwen3", TINY_SIZES),
+    "gemma2": ("gemma2", {**TINY_SIZES, **_LONGER, "num_key_value_heads": 1}),
+    "gemma3": ("gemma3_text", {**TINY_SIZES, **_LONGER}),
+    "phi3": ("phi3", {**TINY_SIZES, "hidden_size": 128}),  # without head_dim
+    "qwen3_moe": ("qwen3_moe", {**TINY_SIZES, "moe_intermediate_size": 32}),  # dense experts
 }
 NARROWED = 37  # odd, so that two processes hold shares of two sizes
 
@@ -65,7 +65,7 @@ def save_compressed(path: Path, name: str) -> PreTrainedModel:
 
 def save_ordinary(path: Path) -> PreTrainedModel:
     """Save a tiny model with fewer layers and equally narrow MLPs, which needs no plugin."""
-    model = tiny_model("llama", 0, **_SIZES)
+    model = tiny_model("llama", 0, **TINY_SIZES)
     for module, linear in list(_linears(model)):
         if "mlp" in module:
             model.set_submodule(module, _narrowed(linear, module.rpartition(".")[2], kept=64))
