@@ -45,7 +45,7 @@ def test_every_server_is_measured_and_a_killed_run_resumes(tmp_path: Path) -> No
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[2:]] == [
         "| dense, tokens per second",
-        "| dense again",
+        "| dense again, against the first process",
         "| narrow",
     ]
     for cell in rows[2].strip("| ").split(" | ")[1:]:
