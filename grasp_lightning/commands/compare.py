@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+from grasp_lightning.commands.comparison_files import write_comparison
 from grasp_lightning.comparison.collecting import collect
 from grasp_lightning.comparison.folder import GridFolder, check_inputs
 from grasp_lightning.comparison.grid import grid_cells, share_of, unknown_methods
@@ -13,9 +13,7 @@ from grasp_lightning.comparison.running import GridRun
 from grasp_lightning.config import CompareConfig
 from grasp_lightning.config.compare import with_variables
 from grasp_lightning.config.values import check_values
-from grasp_lightning.reporting.comparison.files import comparison_files
 from grasp_lightning.reporting.comparison.results import Comparison
-from grasp_lightning.run_folder import write_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +53,5 @@ def run_compare(config: CompareConfig, tell: Callable[[str], None]) -> CompareRu
     comparison = None
     if config.cells is None:
         comparison = collect(folder, cells, run.failures, paper)
-        for name, text in comparison_files(comparison).items():
-            write_file(folder.root / name, partial(_write, text))
+        write_comparison(comparison, folder.root)
     return CompareRun(folder=folder.root, comparison=comparison, num_failed=len(run.failures))
-
-
-def _write(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 """A paper's own numbers, from a YAML file."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def read_paper(config: PaperConfig) -> PaperNumbers:
     """Return the numbers of the table that a configuration names, none if it names no table.
 
     The file has tables; a table has models; a model has ``dense`` with its columns, and methods
-    with the columns of each removed share. A method that sets its own size has columns only.
+    with the columns of each removed share, such as ``"0.2"``. A method that sets its own size has
+    columns only.
 
     Raises:
         ConfigError: If only one of both keys is set, or the file does not have such a table.
@@ -52,12 +54,16 @@ def _numbers(table: object, place: str) -> Iterator[tuple[tuple[str, str, float 
         for method, values in _section(methods, f"{place}.{model}").items():
             where = f"{place}.{model}.{method}"
             content = _section(values, where)
-            if all(isinstance(ratio, float | int) for ratio in content):
-                for ratio, columns in content.items():
-                    key = (str(model), str(method), float(str(ratio)))
-                    yield key, _columns(columns, f"{where}.{ratio}")
+            if content and all(map(_is_share, content)):
+                for share, columns in content.items():
+                    key = (str(model), str(method), float(str(share)))
+                    yield key, _columns(columns, f"{where}.{share}")
             else:
                 yield (str(model), str(method), None), _columns(content, where)
+
+
+def _is_share(name: object) -> bool:
+    return re.fullmatch(r"0?\.\d+", str(name)) is not None
 
 
 def _section(content: object, place: str) -> Mapping[object, object]:

@@ -266,7 +266,9 @@ def _paper(name: str, column: Column, metrics: Mapping[str, str]) -> Column:
             return ""
         if name == "seconds":
             return duration_text(value)
-        return f"{_PERCENT * value:.4g}" if is_percent else f"{value:,.6g}"
+        # The paper's own number of digits.
+        number = f"{_PERCENT * value:.4g}" if is_percent else f"{value:,.6g}"
+        return f"{number}%" if name == "percent" else number
 
     return Column(heading=f"{column.heading}, paper", text=text, part=column.part)
 

@@ -17,7 +17,8 @@ from grasp_lightning.reporting.comparison.entries import Entry, entries, texts
 from grasp_lightning.reporting.comparison.results import Comparison
 from grasp_lightning.reporting.tables import narrow_table
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#])")
+# An underscore inside a word is no markup.
+_SPECIAL = re.compile(r"([\\`*{}\[\]<>|#&]|(?<!\w)_|_(?!\w))")
 _ELSEWHERE = "Single tasks are in the files."
 
 

@@ -122,7 +122,7 @@ def test_variables_are_expanded_in_paths_only() -> None:
 def test_numbers_of_a_paper_belong_to_their_cells(tmp_path: Path) -> None:
     file = tmp_path / "numbers.yaml"
     file.write_text(
-        "table1: {a: {dense: {C4: 7}, grasp: {0.2: {C4: 9.5}}, grasp+short: {0.2: {C4: 8}},"
+        'table1: {a: {dense: {C4: 7}, grasp: {"0.2": {C4: 9.5}}, grasp+short: {"0.2": {C4: 8}},'
         " eight: {C4: 20}}}"
     )
     numbers = read_paper(PaperConfig(numbers=str(file), table="table1"))

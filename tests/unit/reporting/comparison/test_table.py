@@ -143,16 +143,22 @@ def test_the_terminal_reads_no_markup_from_names() -> None:
     assert "[red]x[/red]" in printed(grid(DENSE_CELL, odd), 140)
 
 
-@pytest.mark.parametrize("name", ["a|b", "<b>x</b>", "*x*", "`x", "two\nlines", "back\\slash"])
+@pytest.mark.parametrize(
+    "name", ["a|b", "<b>x</b>", "*x*", "_x_", "&lt;", "`x", "two\nlines", "back\\slash"]
+)
 def test_markdown_shows_any_name_as_it_is(name: str) -> None:
     html = (
         MarkdownIt()
         .enable("table")
         .render(markdown_text(grid(DENSE_CELL, replace(DROP_CELL, method=name))))
     )
-    shown = " ".join(name.split()).replace("<", "&lt;").replace(">", "&gt;")
+    shown = " ".join(name.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     assert f"<td>{shown}</td>" in html.replace(' style="text-align:left"', "")
     assert html.count("<tr>") == 3
+
+
+def test_names_in_markdown_stay_readable() -> None:
+    assert "| arc_easy |" in markdown_text(COMPARISON)
 
 
 def test_csv_parses_back_to_the_raw_numbers() -> None:
