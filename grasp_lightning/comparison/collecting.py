@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from grasp_lightning.comparison.folder import GridFolder
-from grasp_lightning.comparison.grid import Cell
+from grasp_lightning.comparison.grid import Cell, is_asked
 from grasp_lightning.comparison.measurements import Measurements
 from grasp_lightning.comparison.paper import PaperNumbers, paper_columns
 from grasp_lightning.errors import OutputError
@@ -51,8 +51,9 @@ def _failed(cell: Cell, error: str, folder: GridFolder, paper: PaperNumbers) -> 
 
 def _result(folder: GridFolder, cell: Cell, done: Measurements, paper: PaperNumbers) -> CellResult:
     config = folder.config
-    runs = [done.tasks[name].result for name in config.tasks.names if name in done.tasks]
-    speeds = {} if done.speed is None else done.speed.result
+    names_of_tasks = config.tasks.names if is_asked(config.tasks, cell) else ()
+    runs = [done.tasks[name].result for name in names_of_tasks]
+    speeds = done.speed.result if done.speed is not None and is_asked(config.speed, cell) else {}
     metrics = None if cell.is_dense else _metrics(folder, cell)
     return CellResult(
         model=cell.model,
@@ -96,5 +97,6 @@ def _seconds(folder: GridFolder, cell: Cell) -> float:
 def _metrics(folder: GridFolder, cell: Cell) -> Metrics | CompensationMetrics:
     file: Path = folder.run(cell) / names.METRICS
     content = read_json(file, OutputError, str(file), "run the cell again")
-    kind = CompensationMetrics if cell.is_trained else Metrics
-    return kind.from_dict(content)
+    if cell.is_trained:
+        return CompensationMetrics.from_dict(content)
+    return Metrics.from_dict(content)

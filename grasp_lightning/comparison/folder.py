@@ -17,6 +17,7 @@ from grasp_lightning.config import (
     EvaluationConfig,
     ModelConfig,
     Recipe,
+    StatisticsConfig,
 )
 from grasp_lightning.config.compensate_settings import check_settings
 from grasp_lightning.config.parsing import to_dict
@@ -103,8 +104,15 @@ class GridFolder:
             calibration=self.config.calibration,
             evaluation=self._held_out,
             trainer=self.config.trainer,
-            statistics=self.config.statistics,
+            statistics=self._statistics,
         )
+
+    @property
+    def _statistics(self) -> StatisticsConfig:
+        """The settings of all cells, which share what they measure."""
+        statistics = self.config.statistics
+        folder = str(Path(self.config.output_dir) / "statistics")
+        return statistics if statistics.shared is not None else replace(statistics, shared=folder)
 
     @property
     def _held_out(self) -> EvaluationConfig:
@@ -141,9 +149,8 @@ class GridFolder:
     def state(self, cell: Cell) -> State:
         """Return what the run folder of a cell contains, without a look at its lock.
 
-        Raises:
-            OutputError: If the folder holds something else, or a run of another configuration that
-                ``overwrite`` does not allow to replace.
+        An ``OutputError`` refuses a folder that holds something else, or a run of another
+        configuration that ``overwrite`` does not allow to replace.
         """
         root = safe_root(self.run(cell), ())
         try:
@@ -182,27 +189,35 @@ def _sections(recipe: Recipe) -> dict[str, Any]:  # Any: values of all types
 def check_inputs(folder: GridFolder, cells: Sequence[Cell]) -> None:
     """Refuse, before anything runs, settings that no cell could use; read no weights.
 
-    Raises:
-        ConfigError: If a key has no effect or contradicts others, with its name.
-        OutputError: If the folder of a cell holds something else.
+    A key without effect, or that contradicts others, is a ``ConfigError``; a run folder that holds
+    something else is an ``OutputError``.
     """
-    config = folder.config
+    _check_texts(folder.config)
+    for cell in cells:
+        if cell.is_dense:
+            continue
+        settings = folder.settings(cell)
+        if isinstance(settings, CompensateConfig):
+            _check_training(settings, f"compensations.{cell.compensation}")
+        folder.state(cell)
+
+
+def _check_texts(config: CompareConfig) -> None:
     mixture_parts(config.calibration, "calibration")
+    paths = config.calibration.path or ()
+    files = {"calibration": paths if isinstance(paths, tuple) else (paths,)}
     for name, text in config.texts.items():
         with renamed("evaluation", f"texts.{name}"):
             check_corpus(text, "evaluation")
-        if text.path is not None and not Path(text.path).expanduser().is_file():
-            raise ConfigError(f"texts.{name}.path: no such file: {text.path}")
-    paths = config.calibration.path or ()
-    for path in paths if isinstance(paths, tuple) else (paths,):
-        if not Path(path).expanduser().is_file():
-            raise ConfigError(f"calibration.path: no such file: {path}")
-    for cell in cells:
-        settings = None if cell.is_dense else folder.settings(cell)
-        if isinstance(settings, CompensateConfig):
-            try:
-                check_settings(settings)
-            except ConfigError as error:
-                raise ConfigError(f"compensations.{cell.compensation}: {error}") from error
-        if settings is not None:
-            folder.state(cell)
+        files[f"texts.{name}"] = (text.path,) if text.path else ()
+    for section, names in files.items():
+        for name in names:
+            if not Path(name).expanduser().is_file():
+                raise ConfigError(f"{section}.path: no such file: {name}")
+
+
+def _check_training(settings: CompensateConfig, place: str) -> None:
+    try:
+        check_settings(settings)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error

@@ -5,7 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from grasp_lightning.config import METHOD_OPTIONS, CompareConfig, MethodConfig
+from grasp_lightning.config import (
+    METHOD_OPTIONS,
+    CompareConfig,
+    MethodConfig,
+    SpeedConfig,
+    TasksConfig,
+)
 from grasp_lightning.errors import ConfigError, DataError, ModelError
 from grasp_lightning.methods import resolve_method
 from grasp_lightning.plugins import method_plugins
@@ -128,6 +134,12 @@ def _sets_own_size(method: MethodConfig) -> bool:
     return True
 
 
+def is_asked(section: TasksConfig | SpeedConfig, cell: Cell) -> bool:
+    """Return whether a section measures a cell; always if no share was requested for it."""
+    ratios = section.removed_ratios
+    return ratios is None or cell.removed_ratio is None or cell.removed_ratio in ratios
+
+
 @contextmanager
 def renamed(section: str, place: str) -> Iterator[None]:
     """In errors, name a section of a single command by its place in the grid's configuration."""
@@ -139,9 +151,13 @@ def renamed(section: str, place: str) -> Iterator[None]:
 
 
 def _check_names(config: CompareConfig) -> None:
-    for key in ("models", "methods", "texts", "seeds"):
+    for key in ("models", "methods", "texts", "seeds", "removed_ratios"):
         if not getattr(config, key):
             raise ConfigError(f"{key} is empty; a grid needs at least one")
+    for key in ("models", "methods", "compensations"):
+        for name in getattr(config, key):
+            if not name[:1].isalnum():
+                raise ConfigError(f"{key}: expected names that begin with a letter, got {name!r}")
     if DENSE in config.methods:
         raise ConfigError(
             f"methods.{DENSE}: this name is the model before compression; use another"

@@ -67,15 +67,11 @@ class _Stop:
 def run_lanes(lanes: Iterable[Lane], width: int, threads: int | None = None) -> None:
     """Run lanes, ``width`` at once, in their order; the next one starts when one has ended.
 
-    SIGINT, SIGTERM and SIGUSR1 end all processes, which first save their work.
+    SIGINT, SIGTERM and SIGUSR1 end all processes, which first save their work. Then SIGINT raises
+    ``KeyboardInterrupt``, the others ``Interrupted``.
 
     Args:
-        lanes: They may start further lanes themselves only by yielding more jobs.
         threads: CPU threads of each process; None leaves it to torch.
-
-    Raises:
-        KeyboardInterrupt: After SIGINT.
-        Interrupted: After SIGTERM or SIGUSR1.
     """
     environment = child_environment()
     if threads is not None:

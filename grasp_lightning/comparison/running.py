@@ -6,9 +6,10 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from grasp_lightning.comparison.folder import GridFolder
-from grasp_lightning.comparison.grid import Cell
+from grasp_lightning.comparison.grid import Cell, is_asked
 from grasp_lightning.comparison.measurements import Keyed, Measurements, key_of
 from grasp_lightning.comparison.pool import Job, Lane, Outcome, run_lanes
 from grasp_lightning.comparison.worker import (
@@ -18,8 +19,8 @@ from grasp_lightning.comparison.worker import (
     check_measurable,
     write_request,
 )
-from grasp_lightning.config import SpeedConfig, TasksConfig
-from grasp_lightning.errors import ModelError
+from grasp_lightning.errors import GraspError, ModelError
+from grasp_lightning.reading.text import one_line
 
 Tell = Callable[[str], None]
 _PROGRAM, _WORKER = "grasp_lightning", "grasp_lightning.comparison.worker"
@@ -71,7 +72,7 @@ class GridRun:
 
     def _lacks_speed(self, cell: Cell) -> bool:
         speed = self.folder.config.speed
-        if cell.is_dense or cell in self.failures or not _is_asked(speed, cell):
+        if cell.is_dense or cell in self.failures or not is_asked(speed, cell):
             return False
         if speed.prefill_length is None and speed.decode_batch_size is None:
             return False
@@ -91,7 +92,7 @@ class GridRun:
         done = Measurements.read(self.folder.measurements(cell))
         texts = {name: key_of(key, text) for name, text in config.texts.items()}
         tasks = {}
-        if config.tasks.names and (cell.is_dense or _is_asked(config.tasks, cell)):
+        if is_asked(config.tasks, cell):
             settings = replace(config.tasks, names=(), removed_ratios=None)
             tasks = dict.fromkeys(config.tasks.names, key_of(key, settings, _lm_eval_version()))
         return Measure(
@@ -116,12 +117,12 @@ class GridRun:
                 run_lanes([self._convert(name, failed)], 1)
         if failed:
             raise ModelError(failed[0])
-        check_measurable(
-            [self.folder.models[name] for name in names], config.texts, config.tasks
-        )
+        models = [self.folder.models[name] for name in names]
+        check_measurable(models, config.texts, config.tasks)
 
     def _convert(self, name: str, failed: list[str]) -> Lane:
-        request = Convert(model=self.folder.config.models[name], folder=self.folder.models[name].path)
+        model, folder = self.folder.config.models[name], self.folder.models[name].path
+        request = Convert(model=model, folder=folder)
         outcome = yield self._job("convert", Cell(model=name), request)
         if outcome is not None and outcome.error is not None:
             failed.append(outcome.error)
@@ -133,15 +134,22 @@ class GridRun:
 
     def _lane(self, base: Cell, cells: Sequence[Cell]) -> Lane:
         """Make and measure a model, then the trained models that start from it."""
-        if not (yield from self._made(base)):
-            for cell in cells:
-                if cell != base:
-                    self._fail(cell, f"{base.name} failed: {self.failures[base]}")
-            return
-        yield from self._measured(base)
+        yield from self._guarded(base)
         for cell in cells:
-            if cell != base and (yield from self._made(cell)):
+            if cell == base:
+                continue
+            if base in self.failures and self.folder.state(base) != "finished":
+                self._fail(cell, f"{base.name} failed: {self.failures[base]}")
+            else:
+                yield from self._guarded(cell)
+
+    def _guarded(self, cell: Cell) -> Lane:
+        """Make and measure one cell; files that cannot be read or written are its failure."""
+        try:
+            if (yield from self._made(cell)):
                 yield from self._measured(cell)
+        except GraspError as error:
+            self._fail(cell, one_line(error))
 
     def _made(self, cell: Cell) -> _Steps:
         """Compress or train; return whether the model is there."""
@@ -215,13 +223,7 @@ class GridRun:
         self.tell(f"{cell.name}: failed: {reason}")
 
 
-def _is_asked(section: TasksConfig | SpeedConfig, cell: Cell) -> bool:
-    """Return whether a section measures a cell; one without a requested share is always measured."""
-    ratios = section.removed_ratios
-    return ratios is None or cell.removed_ratio is None or cell.removed_ratio in ratios
-
-
-def _is_other(stored: Keyed[object] | None, key: str) -> bool:
+def _is_other(stored: Keyed[Any] | None, key: str) -> bool:  # Any: whatever was measured
     return stored is None or stored.key != key
 
 

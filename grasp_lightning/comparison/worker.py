@@ -17,7 +17,8 @@ from time import perf_counter
 from types import MappingProxyType
 from typing import Any, Final
 
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp_lightning.comparison.grid import renamed
 from grasp_lightning.comparison.measurements import Keyed, Measurements, Speed
@@ -201,7 +202,6 @@ def _measure_speed(request: MeasureSpeed) -> None:
     for model in models.values():
         for key in ("prefill_length", "prompt_length"):
             check_length(DecoderView(model), getattr(speed, key) or 1, f"speed.{key}")
-    vocabularies = [model.get_input_embeddings().weight.shape[0] for model in models.values()]
     workload = Workload(
         prefill_lengths=() if speed.prefill_length is None else (speed.prefill_length,),
         decode_batch_sizes=() if speed.decode_batch_size is None else (speed.decode_batch_size,),
@@ -209,12 +209,18 @@ def _measure_speed(request: MeasureSpeed) -> None:
         new_tokens=speed.new_tokens,
         num_rounds=speed.rounds,
         seed=speed.seed,
-        vocabulary=min(vocabularies),
+        vocabulary=min(map(_vocabulary, models.values())),
     )
     timings = measure_throughput(models, workload, _untracked)["model"]
     result = {timing.setting.kind: _speed_of(timing) for timing in timings}
     done = Measurements.read(file)
     replace(done, speed=Keyed(key=request.key, result=result)).write(file)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)  # every family embeds its tokens
+    return embedding.shape[0]
 
 
 def _speed_of(timing: Timing) -> Speed:

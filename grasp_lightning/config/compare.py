@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from grasp_lightning.config.common import (
@@ -135,28 +135,13 @@ class CompareConfig:
     paper: PaperConfig = field(default_factory=PaperConfig)
 
 
-def with_variables(config: C, environment: Mapping[str, str] = os.environ, prefix: str = "") -> C:
+def with_variables(config: C, environment: Mapping[str, str] = os.environ) -> C:
     """Return a configuration whose paths have the values of variables instead of ``${NAME}``.
 
-    Args:
-        environment: Values of the variables.
-        prefix: Goes before the keys in messages.
-
-    Raises:
-        ConfigError: If a variable is not set, with the key and its name.
+    A variable that is not set is a ``ConfigError`` with the key and its name.
     """
-    assert is_dataclass(config)  # for the type checker
-    hints = get_type_hints(type(config), include_extras=True)
-    changes = {
-        field.name: _expanded(
-            getattr(config, field.name),
-            f"{prefix}{field.name}",
-            environment,
-            is_named=is_path(hints[field.name]),
-        )
-        for field in fields(config)
-    }
-    return replace(config, **changes)
+    found: C = _expanded(config, "", environment, is_named=False)
+    return found
 
 
 def _expanded(
@@ -166,8 +151,14 @@ def _expanded(
     *,
     is_named: bool,
 ) -> Any:  # noqa: ANN401  as before
-    if is_dataclass(value):
-        return with_variables(value, environment, f"{key}.")
+    """Return the value of a key, or a section; ``is_named`` says that the value is a path."""
+    if is_dataclass(value) and not isinstance(value, type):
+        hints = get_type_hints(type(value), include_extras=True)
+        changes = {
+            name: _expanded(part, f"{key}.{name}", environment, is_named=is_path(hints[name]))
+            for name, part in vars(value).items()
+        }
+        return replace(value, **changes)
     if isinstance(value, Mapping):
         return {
             name: _expanded(entry, f"{key}.{name}", environment, is_named=is_named)
@@ -180,7 +171,7 @@ def _expanded(
     for name in _VARIABLE.findall(value):
         if not environment.get(name):
             raise ConfigError(
-                f"{key}: the environment variable {name} is not set, which {value} needs; set it, "
-                f"as in export {name}=/path"
+                f"{key.removeprefix('.')}: the environment variable {name} is not set, which "
+                f"{value} needs; set it, as in export {name}=/path"
             )
     return _VARIABLE.sub(lambda found: environment[found[1]], value)

@@ -122,9 +122,9 @@ def test_a_bad_config_is_refused_before_anything_runs(
     assert (
         main(["compare", f"--config={write_config(tmp_path / 'a.yaml', **changes)}"]) == 2
     )
-    error = capsys.readouterr().err
-    assert says in error
-    assert error.count("\n") == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(errors) == 1
+    assert says in errors[0]
     assert not (tmp_path / "a").exists()
 
 
@@ -174,7 +174,7 @@ def test_a_cell_that_fails_is_a_row_with_its_reason(grid: tuple[Path, str, str])
     assert "out of reach" in failed[0]["error"]
     assert "\n" not in failed[0]["error"]
     assert f"failed: {failed[0]['error']}" in output
-    assert errors == "error: 1 cell failed; see above\n"
+    assert errors.endswith("error: 1 cell failed; see above\n")
     assert "total time of all cells: 0 h" in output
 
 
@@ -214,7 +214,7 @@ def test_a_second_start_runs_nothing(grid: tuple[Path, str, str], inputs: Path) 
     parts = (config.parent / "grid", "cells", "measurements", "logs", "models", "statistics")
     before = times(*parts)
     code, output, errors = compare(finished, inputs)
-    assert (code, errors) == (0, "")
+    assert code == 0, errors
     assert output.startswith("5 cells, 5 of them finished\n")
     assert times(*parts) == before
 
@@ -232,8 +232,7 @@ def test_a_second_start_runs_nothing(grid: tuple[Path, str, str], inputs: Path) 
     finished.write_text(yaml.safe_dump(content))
     code, _, errors = compare(finished, inputs)
     assert code == 2
-    assert "calibration.num_samples is 5 here and 4 in" in errors
-    assert errors.count("\n") == 1
+    assert "calibration.num_samples is 5 here and 4 in" in errors.splitlines()[-1]
 
 
 @pytest.mark.slow
