@@ -208,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code.
 
     0 on success, also if a SLURM job was requeued; 2 on bad input, with one line on standard error;
-    3 if cells of ``compare`` failed; 130 after Ctrl-C and 143 after SIGTERM. ``argv`` is None for the arguments of this process.
+    3 if cells of ``compare`` failed; 130 after Ctrl-C and 143 after SIGTERM. ``argv`` is None for
+    the arguments of this process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""

@@ -149,8 +149,9 @@ class GridFolder:
     def state(self, cell: Cell) -> State:
         """Return what the run folder of a cell contains, without a look at its lock.
 
-        An ``OutputError`` refuses a folder that holds something else, or a run of another
-        configuration that ``overwrite`` does not allow to replace.
+        Raises:
+            OutputError: If the folder holds something else, or a run of another configuration that
+                ``overwrite`` does not allow to replace.
         """
         root = safe_root(self.run(cell), ())
         try:

@@ -76,6 +76,7 @@ def grid_cells(config: CompareConfig) -> tuple[Cell, ...]:
         ConfigError: If a method or its size is wrong, with the key, or the grid is empty.
     """
     _check_names(config)
+    _check_numbers(config)
     absent = unknown_methods(config)
     if absent and not config.skip_unknown:
         name = absent[0]
@@ -162,6 +163,9 @@ def _check_names(config: CompareConfig) -> None:
         raise ConfigError(
             f"methods.{DENSE}: this name is the model before compression; use another"
         )
+
+
+def _check_numbers(config: CompareConfig) -> None:
     for key in ("seeds", "removed_ratios"):
         values = getattr(config, key)
         if len(set(values)) < len(values):

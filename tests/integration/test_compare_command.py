@@ -119,9 +119,8 @@ def variables(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bad_config_is_refused_before_anything_runs(
     changes: dict[str, object], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(["compare", f"--config={write_config(tmp_path / 'a.yaml', **changes)}"]) == 2
-    )
+    config = write_config(tmp_path / "a.yaml", **changes)
+    assert main(["compare", f"--config={config}"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(errors) == 1
     assert says in errors[0]
