@@ -212,7 +212,7 @@ def _measure_speed(request: MeasureSpeed) -> None:
         vocabulary=min(map(_vocabulary, models.values())),
     )
     timings = measure_throughput(models, workload, _untracked)["model"]
-    result = {timing.setting.kind: _speed_of(timing) for timing in timings}
+    result: dict[str, Speed] = {timing.setting.kind: _speed_of(timing) for timing in timings}
     done = Measurements.read(file)
     replace(done, speed=Keyed(key=request.key, result=result)).write(file)
 

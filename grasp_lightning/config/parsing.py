@@ -74,7 +74,9 @@ def _refused_section(
     for file, content in contents.items():
         for key in filter(content.__contains__, schema):
             kind = section_of(schema[key])
-            for name, keys in content[key].items() if kind is not None else ():
+            if kind is None:
+                continue
+            for name, keys in content[key].items():
                 parser, source = ArgumentParser(exit_on_error=False), f"{file}: {key}.{name}"
                 parser.add_class_arguments(kind, as_group=False)
                 try:
