@@ -17,6 +17,7 @@ from typing import Final, NamedTuple, NoReturn, TextIO
 from grasp_lightning import __version__
 from grasp_lightning.config import (
     BenchmarkConfig,
+    CompareConfig,
     CompensateConfig,
     CompressConfig,
     EvaluateConfig,
@@ -32,6 +33,7 @@ from grasp_lightning.starting import begin
 
 FAILED = 1
 BAD_INPUT = 2
+CELLS_FAILED = 3
 _HANDLER = "grasp-lightning"
 _SOON = 0.01  # seconds
 _GOES_ON = "run the same command again without --overwrite: it resumes from what was saved"
@@ -146,6 +148,33 @@ def _benchmark(prog: str, argv: Sequence[str]) -> None:
     _print_files(*run.amended, run.output, run.plot)
 
 
+def _compare(prog: str, argv: Sequence[str]) -> None:
+    config = parse(CompareConfig, prog, argv)
+    from rich.console import Console  # noqa: PLC0415
+
+    from grasp_lightning.commands.compare import run_compare  # noqa: PLC0415
+    from grasp_lightning.reporting.comparison.table import comparison_table  # noqa: PLC0415
+
+    begin()
+    run = run_compare(config, tell=lambda line: print(line, flush=True))
+    if run.comparison is not None:
+        Console().print(comparison_table(run.comparison))
+        print(f"results: {run.folder}")
+        print(f"total time of all cells: {_hours(run.comparison.seconds)}")
+    if run.num_failed:
+        print(f"error: {_count(run.num_failed)} failed; see above", file=sys.stderr)
+        raise SystemExit(CELLS_FAILED)
+
+
+def _count(number: int) -> str:
+    return f"{number} cell{'s' if number > 1 else ''}"
+
+
+def _hours(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min {rest % 60} s"
+
+
 COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
     {
         "compress": Command(
@@ -163,6 +192,11 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
             "run the same command again: with --output and without --overwrite, it resumes",
         ),
         "benchmark": Command("compare models: prefill and decode throughput", _benchmark),
+        "compare": Command(
+            "compress models with several methods at several sizes; one table of all",
+            _compare,
+            "run the same command again: it goes on where it was",
+        ),
         "export": Command(
             "write a compressed model in a format that other runtimes can read", _export
         ),
@@ -174,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code.
 
     0 on success, also if a SLURM job was requeued; 2 on bad input, with one line on standard error;
-    130 after Ctrl-C and 143 after SIGTERM. ``argv`` is None for the arguments of this process.
+    3 if cells of ``compare`` failed; 130 after Ctrl-C and 143 after SIGTERM. ``argv`` is None for
+    the arguments of this process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""

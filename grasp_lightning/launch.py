@@ -46,6 +46,7 @@ def joined(
     """
     _take_slurm_environment()
     if "RANK" not in os.environ:
+        end_with_parent()
         if trainer.devices * trainer.num_nodes == 1:
             yield True
             return
@@ -76,7 +77,7 @@ def among_started(device: str) -> Iterator[bool]:
     from grasp_lightning import processes  # noqa: PLC0415
     from grasp_lightning.models.device import resolve_device  # noqa: PLC0415
 
-    _end_with_parent()
+    end_with_parent()
     processes.join(resolve_device(device))
     try:
         yield processes.is_first()
@@ -148,22 +149,25 @@ def _launch(command: str, argv: Sequence[str], number: int) -> int:
 
 
 def _environment(number: int) -> Mapping[str, str]:
-    root = str(Path(grasp_lightning.__file__).parents[1])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     threads = str(max((os.cpu_count() or 1) // number, 1))
     return {
         "OMP_NUM_THREADS": threads,
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
+        **child_environment(),
         "WORLD_SIZE": str(number),
         "LOCAL_WORLD_SIZE": str(number),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        _PARENT: str(os.getpid()),
     }
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment of a process that runs this package and calls ``end_with_parent``."""
+    root = str(Path(grasp_lightning.__file__).parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), _PARENT: str(os.getpid())}
 
 
 @contextmanager
@@ -227,9 +231,9 @@ def _what_happened(child: _Child, number: int) -> str:
     )
 
 
-def _end_with_parent() -> None:
-    """Save and end if the process that started this one has died."""
-    parent = os.environ.get(_PARENT)
+def end_with_parent() -> None:
+    """Save and end once the process that started this one from ``child_environment`` has died."""
+    parent = os.environ.pop(_PARENT, None)  # the processes that this one starts have another
     if parent is None:
         return
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Final
 
 from torch import Tensor
 
@@ -42,9 +43,16 @@ from grasp_lightning.reporting.metrics import Metrics, Pair
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.storage.progress import RunProgress
+from grasp_lightning.storage.shared import Facts, check_shared_folder
+from grasp_lightning.storage.shared_statistics import SharedMeasure
 from grasp_lightning.training.finish import CUT_LOSSES, REFIT, FinishDecision
 from grasp_lightning.training.hidden_cache import pass_on_hidden_states_only
 
+# Keys that change no statistic.
+_WITHOUT_EFFECT: Final = {
+    "statistics": {"max_memory", "store", "measured_windows", "shared"},
+    "trainer": {"accelerator", "devices", "num_nodes", "strategy", "checkpoint_seconds"},
+}
 _MEMORY_KEYS = "calibration.batch_size, calibration.seqlen or evaluation.batch_size"
 
 
@@ -91,7 +99,7 @@ def resolved(
     """Return a configuration with its method resolved, and the folders that a run must not touch.
 
     Raises:
-        ConfigError: If ``output_dir`` is missing, or is what ``from_scores`` names.
+        ConfigError: If ``output_dir`` is missing, or is what another key names.
     """
     output_dir = output_folder(config, "runs/first")
     if config.from_scores is not None:
@@ -100,6 +108,8 @@ def resolved(
             raise ConfigError(
                 f"from_scores: {config.from_scores} is also output_dir; use another output_dir"
             )
+    if config.statistics.shared is not None:
+        check_shared_folder(config.statistics.shared, output_dir)
     config = replace(config, method=_resolved_method(config))
     source = resolve_source(config.model) if given is None else given.origin
     return config, [] if source.folder is None else [source.folder]
@@ -196,7 +206,7 @@ def _measure(
     if inputs.stored is not None:
         return inputs.stored
     assert inputs.data is not None  # there are windows, or stored scores
-    return TrainerMeasure(
+    measure = TrainerMeasure(
         inputs.data,
         config.trainer,
         logs,
@@ -206,6 +216,21 @@ def _measure(
         priced_windows=config.statistics.priced_windows,
         caches=config.method.schedule == "iterative" and pass_on_hidden_states_only(inputs.view),
     )
+    if inputs.shared is None:
+        return measure
+    return SharedMeasure(measure, inputs.shared, progress, _settings_of_statistics(config, inputs))
+
+
+def _settings_of_statistics(config: CompressConfig, inputs: Inputs) -> Facts:
+    """Return the settings that statistics depend on, to the last bit."""
+    settings = to_dict(config)
+    sections = {
+        section: {k: v for k, v in settings[section].items() if k not in without_effect}
+        for section, without_effect in _WITHOUT_EFFECT.items()
+    }
+    # Other parts of a sum round differently.
+    number, sharded = processes.num_processes(), is_sharded(inputs.loaded.model)
+    return {**sections, "processes": number, "sharded": sharded}
 
 
 def _finish(

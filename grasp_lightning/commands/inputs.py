@@ -1,12 +1,14 @@
 """Inputs of ``compress``: model, method and texts, checked before any measurement."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from grasp_lightning import processes
+from grasp_lightning import __version__, processes
 from grasp_lightning.callbacks.measure import check_trainer, is_split
 from grasp_lightning.commands.stages import LOAD
 from grasp_lightning.config import CompressConfig
@@ -24,6 +26,7 @@ from grasp_lightning.models.calls import check_length, check_vocabulary, leave_u
 from grasp_lightning.models.checkpoint import check_not_quantized
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.in_memory import ModelInMemory
+from grasp_lightning.models.integrity import config_values
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
 from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard
 from grasp_lightning.models.verification import can_generate
@@ -32,8 +35,10 @@ from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.progress import check_same_model
 from grasp_lightning.storage.recut import StoredScores
 from grasp_lightning.storage.sampled_text import SAMPLE, SampledText
+from grasp_lightning.storage.shared import SharedFolder
 from grasp_lightning.training.hidden_cache import check_independent
 
+_PACKAGES = ("torch", "transformers")  # which compute the model
 _SAFETY = 1.1  # tokenizer, report and logs, in addition to weights and factors
 
 
@@ -45,6 +50,7 @@ class Inputs:
         text: Writes calibration text with the model.
         data: Calibration windows; None if stored scores are enough.
         stored: Stored scores to cut again; None if the run measures.
+        shared: Measurements that runs share; None if this one shares nothing.
         hashes: Hashes of the model and of the windows, for the plan.
         generates: Whether the model generates with its cache.
     """
@@ -56,6 +62,7 @@ class Inputs:
     text: SampledText
     data: CalibrationData | None
     stored: StoredScores | None
+    shared: SharedFolder | None
     hashes: Mapping[str, str]
     bytes_needed: int
     generates: bool
@@ -87,11 +94,13 @@ def prepare(
         check_independent(view, config.method)
         prediction = predict(view, config.method)
         method = build_method(config.method, view, track)
+        shared = _shared(config, loaded, digest, phases)
         text = SampledText(
             loaded.model,
             digest,
             phases,
             earlier=None if config.from_scores is None else Path(config.from_scores),
+            shared=shared,
             track=track,
         )
         if run is not None:
@@ -120,10 +129,30 @@ def prepare(
         text=text,
         data=data,
         stored=stored,
+        shared=shared,
         hashes=hashes,
         bytes_needed=bytes_needed(prediction, loaded.model.dtype),
         generates=generates,
     )
+
+
+def _shared(
+    config: CompressConfig, loaded: LoadedModel, digest: str, phases: Phases
+) -> SharedFolder | None:
+    """Return the shared measurements of this model, if the run shares any."""
+    if config.statistics.shared is None:
+        return None
+    model = loaded.model
+    kind = type(model)
+    facts = {
+        "model": digest,
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "config": json.loads(json.dumps(config_values(model), sort_keys=True, default=str)),
+        "attention": str(model.config._attn_implementation),
+        "device": model.device.type,
+        "versions": {"grasp_lightning": __version__, **{k: version(k) for k in _PACKAGES}},
+    }
+    return SharedFolder(Path(config.statistics.shared).expanduser(), facts, phases)
 
 
 def bytes_needed(prediction: Prediction, dtype: torch.dtype) -> int:

@@ -16,6 +16,7 @@ from grasp_lightning.config.common import (
     Strategy,
     TrainerConfig,
 )
+from grasp_lightning.config.compare import CompareConfig, PaperConfig, SpeedConfig, TasksConfig
 from grasp_lightning.config.compensate import (
     BatchOrder,
     CompensateConfig,
@@ -26,6 +27,7 @@ from grasp_lightning.config.compensate import (
     LoraSettings,
     Objective,
     OptimizerConfig,
+    Recipe,
     TextConfig,
     TrainingConfig,
     TrainMode,
@@ -68,6 +70,7 @@ CONFIGS: Final[Mapping[str, type]] = MappingProxyType(
         "plan": PlanConfig,
         "evaluate": EvaluateConfig,
         "benchmark": BenchmarkConfig,
+        "compare": CompareConfig,
         "export": ExportConfig,
     }
 )
@@ -81,6 +84,7 @@ __all__ = [
     "BenchmarkConfig",
     "BudgetOptions",
     "CalibrationConfig",
+    "CompareConfig",
     "CompensateConfig",
     "CompressConfig",
     "DampingOptions",
@@ -105,16 +109,20 @@ __all__ = [
     "ModelConfig",
     "Objective",
     "OptimizerConfig",
+    "PaperConfig",
     "PlanConfig",
     "PresetName",
+    "Recipe",
     "Reduction",
     "RefitChoice",
     "RemovableChoice",
     "Schedule",
     "Score",
+    "SpeedConfig",
     "StatisticsConfig",
     "Strategy",
     "TargetChoice",
+    "TasksConfig",
     "Terms",
     "TextConfig",
     "TrainMode",

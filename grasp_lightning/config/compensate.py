@@ -175,44 +175,62 @@ class LoggersConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompensateConfig:
-    """Train a compressed model, merge what was trained, save the result and report.
+class TrainedFolder:
+    """Where a training is written, and its seed.
 
     Attributes:
         output_dir: Run folder to write.
         overwrite: Delete what an earlier run wrote there.
         seed: Seed of validation split, order, adapters and dropout.
+    """
+
+    output_dir: PathName | None = None
+    overwrite: bool = False
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train a compressed model, whichever it is.
+
+    Attributes:
         preset: Named set of defaults: paper, the settings of arXiv:2501.00339, Table 6.
         train: What to train: lora (adapters on all linears), factors (low-rank factors and narrowed
             linears), or lora_on_factors (adapters on these only).
         objective: What to train on: instruction, text, or distill (a teacher's distribution).
-        push_to_hub: Hub repository to upload the finished model to.
-        model: The compressed model.
         lora: LoRA adapters.
         data: Instructions to train on.
         text: Plain text to train on.
         distillation: Distillation from a teacher.
         optimizer: AdamW and its learning rate.
         training: Steps, batches, and weights to keep.
-        evaluation: Held-out text for perplexity, before and after.
         trainer: Lightning settings.
         loggers: Where losses are logged.
     """
 
-    output_dir: PathName | None = None
-    overwrite: bool = False
-    seed: Seed = 0
     preset: Literal["paper"] = "paper"
     train: TrainMode = "lora"
     objective: Objective = "instruction"
-    push_to_hub: str | None = None
-    model: ModelConfig
     lora: LoraSettings = field(default_factory=LoraSettings)
     data: InstructionConfig = field(default_factory=InstructionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     loggers: LoggersConfig = field(default_factory=LoggersConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensateConfig(Recipe, TrainedFolder):
+    """Train a compressed model, merge what was trained, save the result and report.
+
+    Attributes:
+        push_to_hub: Hub repository to upload the finished model to.
+        model: The compressed model.
+        evaluation: Held-out text for perplexity, before and after.
+    """
+
+    push_to_hub: str | None = None
+    model: ModelConfig
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -27,12 +27,15 @@ class StatisticsConfig:
             predicted loss; 0: none.
         priced_windows: Calibration windows on which the removal of each layer and block is
             measured, if ``method.removable`` allows it.
+        shared: Folder of measurements and generated text that runs share: each is made by one run,
+            and the others read it. Unset: none.
     """
 
     max_memory: Positive = 8.0
     store: bool = True
     measured_windows: Annotated[int, Range(at_least=0, claim="cannot be negative")] = 1
     priced_windows: Count = 2
+    shared: PathName | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """The text of ``COMMAND --help``."""
 
-from argparse import Action
+from argparse import SUPPRESS, Action
 from typing import Literal, get_origin
 
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from grasp_lightning.config.keys import describe
 
@@ -19,3 +19,10 @@ class HelpFormatter(DefaultHelpFormatter):
     def _expand_help(self, action: Action) -> str:
         text = super()._expand_help(action).replace("``", "")
         return text.replace("default: null)", "default: unset)")
+
+
+def hide_help_of_sections(parser: ArgumentParser) -> None:
+    """Leave out the options ``--models.help`` that the parser adds to sections under names."""
+    for action in parser._actions:
+        if any(option.endswith(".help") for option in action.option_strings):
+            action.help = SUPPRESS

@@ -30,6 +30,12 @@ def leaves(config_type: type, prefix: str = "") -> Iterator[tuple[str, Any]]:  #
             yield prefix + name, kind
 
 
+def section_of(kind: Any) -> type | None:  # noqa: ANN401  a type annotation
+    """Return the type of the sections that a key holds by name, None for other keys."""
+    section = get_args(kind)[-1] if get_origin(kind) is Mapping else None
+    return section if isinstance(section, type) and dataclasses.is_dataclass(section) else None
+
+
 def checked(config_type: type[C], parsed: Mapping[str, Any], schema: Mapping[str, Any]) -> C:
     """Return the parsed configuration; refuse values that do not fit their keys."""
     _refuse_nulls(parsed, schema)
@@ -61,12 +67,21 @@ def check_keys(
         if name not in kinds:
             raise ConfigError(f"{file}: unknown key {one_line(key)}; {allowed_keys(key, schema)}")
         kind = kinds[name]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise ConfigError(
-                    f"{file}: {key}: expected a section of keys, got {one_line(repr(value))}"
-                )
+        section = section_of(kind)
+        if section is not None:
+            _require_section(value, file, key)
+            for entry, keys in value.items():
+                _require_section(keys, file, f"{key}.{entry}")
+                known = dict(leaves(section, f"{key}.{entry}."))
+                check_keys(keys, section, file, known, f"{key}.{entry}.")
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            _require_section(value, file, key)
             check_keys(value, kind, file, schema, f"{key}.")
+
+
+def _require_section(value: object, file: str, key: str) -> None:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: {key}: expected a section of keys, got {one_line(repr(value))}")
 
 
 def allowed_keys(key: str, schema: Mapping[str, Any]) -> str:
@@ -79,14 +94,18 @@ def allowed_keys(key: str, schema: Mapping[str, Any]) -> str:
     return f"{hint}allowed: {', '.join(names)}"
 
 
-def _refuse_nulls(parsed: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
+def _refuse_nulls(parsed: Mapping[str, Any], schema: Mapping[str, Any], prefix: str = "") -> None:
     """Refuse null where the type does not allow it: the parser always allows it."""
     for key, kind in schema.items():
         value: Any = parsed
         for part in key.split("."):
             value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+        section = section_of(kind)
+        if section is not None and isinstance(value, Mapping):
+            for name, entry in value.items():
+                _refuse_nulls({name: entry}, dict(leaves(section, f"{name}.")), f"{key}.")
         if value is None and NoneType not in get_args(kind):
-            raise ConfigError(f"{key}: expected {describe(kind)}, got null")
+            raise ConfigError(f"{prefix}{key}: expected {describe(kind)}, got null")
 
 
 def explain(
@@ -129,6 +148,8 @@ def describe(kind: Any) -> str:  # noqa: ANN401  a type annotation
         return " or ".join(describe(part) for part in parts)
     if origin is Literal:
         return "one of " + ", ".join(str(value) for value in parts)
+    if section_of(kind) is not None:
+        return "names with a section of keys each"
     if origin is tuple:
         is_text = str in (parts[0], *get_args(parts[0]))
         return "a list of names" if is_text else "a list such as [20, 21]"

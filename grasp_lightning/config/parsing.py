@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser
 
 from grasp_lightning.config.compress import CompressConfig
-from grasp_lightning.config.help import HelpFormatter
+from grasp_lightning.config.help import HelpFormatter, hide_help_of_sections
 from grasp_lightning.config.keys import (
     NAMES,
     allowed_keys,
@@ -16,6 +16,7 @@ from grasp_lightning.config.keys import (
     checked,
     explain,
     leaves,
+    section_of,
 )
 from grasp_lightning.config.method import METHOD_OPTIONS, KeepOptions, MethodConfig, MethodOptions
 from grasp_lightning.errors import ConfigError
@@ -26,6 +27,8 @@ from grasp_lightning.reading.yaml_text import read_yaml
 C = TypeVar("C")
 _PARSER_OPTIONS = ("config", "help", "print_config")
 _MAX_LENGTH = 10_000  # of a word of the command line
+# The parser passes on what Python raises on endless numbers and on deep nesting.
+_REFUSALS = (ArgumentError, ValueError, OverflowError, RecursionError)
 METHOD_NAMES = ("name", "preset")
 """Keys of the section ``method`` that ask for another method."""
 
@@ -53,12 +56,36 @@ def parse(config_type: type[C], prog: str, argv: Sequence[str]) -> C:
     )
     parser.add_argument("--config", action="config", help="YAML file; flags override it")
     parser.add_class_arguments(config_type, as_group=False)
+    hide_help_of_sections(parser)
     try:
         parsed = parser.instantiate(parser.parse_args(argv))
-    # The parser passes on what Python raises on endless numbers and on deep nesting.
-    except (ArgumentError, ValueError, OverflowError, RecursionError) as error:
-        raise ConfigError(explain(str(error), schema, flags, contents)) from error
+    except _REFUSALS as error:
+        message = _refused_section(contents, schema)
+        message = message or explain(str(error), schema, flags, contents)
+        raise ConfigError(message) from error
     return checked(config_type, parsed, schema)
+
+
+def _refused_section(
+    contents: Mapping[str, Mapping[str, Any]],  # Any: parsed YAML
+    schema: Mapping[str, Any],
+) -> str | None:
+    """Return what is wrong in the first section under a name that the parser refuses, if any."""
+    for file, content in contents.items():
+        for key in filter(content.__contains__, schema):
+            kind = section_of(schema[key])
+            if kind is None:
+                continue
+            for name, keys in content[key].items():
+                parser, source = ArgumentParser(exit_on_error=False), f"{file}: {key}.{name}"
+                parser.add_class_arguments(kind, as_group=False)
+                try:
+                    parser.parse_object(keys)
+                except _REFUSALS as error:
+                    known, missing = dict(leaves(kind)), f"{source}.{{}} is not set"
+                    text = explain(str(error), known, set(), {source: keys}, missing)
+                    return text.replace(f"{source}: ", f"{source}.", 1)
+    return None
 
 
 def with_run_config(argv: Sequence[str]) -> list[str]:

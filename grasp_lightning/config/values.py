@@ -1,7 +1,7 @@
 """Allowed values, declared at each key of the configuration and checked in one place."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -81,14 +81,24 @@ def check_values(config: Any, prefix: str = "") -> None:  # noqa: ANN401  a data
         if is_dataclass(value):
             check_values(value, f"{key}.")
             continue
+        if isinstance(value, Mapping):
+            for name, section in value.items():
+                check_values(section, f"{key}.{name}.")
+            continue
         marks = list(_marks(hints[field.name]))
         for part in value if isinstance(value, tuple) else (value,):
             claim = _refusal(part, key, marks)
             if claim is not None:
                 if isinstance(value, tuple):
                     claim = claim.replace(_FINITE, "must hold finite numbers")
+                    claim = claim.replace("must be above", "must hold numbers above")
                     claim = claim.replace("must be", "must hold numbers of")
                 raise ConfigError(f"{key} {claim}, got {_shown(part)}")
+
+
+def is_path(kind: Any) -> bool:  # noqa: ANN401  a type annotation
+    """Return whether a key takes a path, or several."""
+    return any(isinstance(mark, _Path) for mark in _marks(kind))
 
 
 def _shown(value: object) -> str:

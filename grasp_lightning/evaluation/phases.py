@@ -18,7 +18,8 @@ class Phases:
 
     def __init__(self, follow: Callable[[str, tuple[str, ...]], object] = lambda *_: None) -> None:
         self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
+        self._uncounted = 0.0
+        self._start = self._now()
         self._follow = follow
         self._open: list[tuple[str, tuple[str, ...]]] = []
 
@@ -28,14 +29,14 @@ class Phases:
         inner = tuple(excluding)
         self._open.append((name, inner))
         self._follow(name, inner)
-        start, before = time.perf_counter(), self._sum(inner)
+        start, before = self._now(), self._sum(inner)
         try:
             yield
         finally:
             self._open.pop()
             if self._open:
                 self._follow(*self._open[-1])
-            elapsed = time.perf_counter() - start - (self._sum(inner) - before)
+            elapsed = self._now() - start - (self._sum(inner) - before)
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
 
     def _sum(self, names: tuple[str, ...]) -> float:
@@ -43,8 +44,24 @@ class Phases:
 
     @property
     def total(self) -> float:
-        """Seconds since this object was created."""
-        return time.perf_counter() - self._start
+        """Seconds since this object was created, without pauses and with added time."""
+        return self._now() - self._start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count the time of a ``with`` block neither in a phase nor in the total."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._uncounted += time.perf_counter() - start
+
+    def add(self, seconds: float) -> None:
+        """Count time that an earlier run has spent, in the open phases and the total."""
+        self._uncounted -= seconds
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._uncounted
 
 
 def peak_memory_bytes() -> int:

@@ -19,15 +19,13 @@ from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ConfigError, GraspError, ModelError
 from grasp_lightning.models.checkpoint import check_not_quantized
 from grasp_lightning.models.completeness import check_config_builds
-from grasp_lightning.models.integrity import check_finite, model_hash
+from grasp_lightning.models.integrity import check_finite, config_values, model_hash
 from grasp_lightning.models.loading import LoadedModel, ModelOrigin
 from grasp_lightning.models.rebuilding import rebuild_problem
 from grasp_lightning.models.source import describe_origin, resolve_source
 
 _REMOTE = "transformers_modules."  # module of classes that come with a checkpoint
 _DIGITS = 16  # of a hash that names a model
-# Keys of a config that do not change what a model computes.
-_NOT_COMPARED = ("_name_or_path", "transformers_version", "architectures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +71,7 @@ class ModelInMemory:
     @property
     def settings(self) -> ModelConfig:
         """The section ``model`` of a run; its path is a name with a hash of the content."""
-        config = self.model.config.to_dict()
-        content = [
-            self.digest,
-            {key: value for key, value in config.items() if key not in _NOT_COMPARED},
-            self.tokenizer.get_vocab(),
-        ]
+        content = [self.digest, config_values(self.model), self.tokenizer.get_vocab()]
         text = json.dumps(content, sort_keys=True, default=str)
         name = hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
         return ModelConfig(

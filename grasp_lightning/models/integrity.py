@@ -1,13 +1,17 @@
 """Checks that a model's weights are finite, and fingerprints of them."""
 
 import hashlib
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
 
 from grasp_lightning.errors import NumericsError
+
+_NOT_COMPUTED: Final = ("_name_or_path", "transformers_version", "architectures")
 
 
 def check_finite(model: nn.Module) -> None:
@@ -45,15 +49,23 @@ def model_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def config_values(model: PreTrainedModel) -> dict[str, Any]:  # Any: values of JSON
+    """Return the keys of a model's config that may change what it computes."""
+    values = model.config.to_dict()
+    return {key: value for key, value in values.items() if key not in _NOT_COMPUTED}
+
+
 def tensor_hashes(model: nn.Module) -> dict[str, str]:
     """Return dtype, shape and sha256 of every tensor of a model's state dict, by name."""
-    hashes = {}
-    for name, tensor in model.state_dict().items():
-        digest = hashlib.sha256()
-        for part in plain_parts(tensor):
-            digest.update(_bytes_of(part))
-        hashes[name] = f"{tensor.dtype} {tuple(tensor.shape)} {digest.hexdigest()}"
-    return hashes
+    return {name: tensor_hash(tensor) for name, tensor in model.state_dict().items()}
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Return dtype, shape and sha256 of a tensor, whatever its device."""
+    digest = hashlib.sha256()
+    for part in plain_parts(tensor):
+        digest.update(_bytes_of(part))
+    return f"{tensor.dtype} {tuple(tensor.shape)} {digest.hexdigest()}"
 
 
 def plain_parts(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -17,6 +17,8 @@ from grasp_lightning.reporting.tables import count_text
 WIDTH = 9.2  # inches; 883 CSS pixels, so that text of 10 points is legible at 100 %
 # Okabe and Ito's palette, which stays apart for colour-blind readers.
 CHOSEN, OTHER, REST, LINE = "#D55E00", "#56B4E9", "#BBBBBB", "#0072B2"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+BLACK = "#000000"
 _TWO_DECADES = 100
 _MAX_ANNOTATED = 20  # columns of a heat map whose fields show their numbers
 STYLE: dict[str, object] = {

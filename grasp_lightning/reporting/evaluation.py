@@ -80,7 +80,7 @@ def section_rows(section: Mapping[str, Any]) -> list[tuple[str, str]]:  # Any: v
         for corpus, result in section["corpora"].items()
     ]
     for task, result in section["tasks"].items():
-        for metric in _metrics([result["metrics"]]):
+        for metric in ordered_metrics([result["metrics"]]):
             estimate = Estimate(**result["metrics"][metric])
             count = f", {result['num_samples']:,} documents" if result["num_samples"] else ""
             rows.append((f"{task}, {metric}{count}", _estimate_text(estimate, None, metric)))
@@ -88,6 +88,26 @@ def section_rows(section: Mapping[str, Any]) -> list[tuple[str, str]]:  # Any: v
         mean = Estimate(**section["mean_of_seven"])
         rows.append((_MEAN_NAME, _estimate_text(mean, None, "acc")))
     return rows
+
+
+def ordered_metrics(mappings: Sequence[Mapping[str, object]]) -> list[str]:
+    """Return the metrics of a task, the usual ones first."""
+    order = {metric: place for place, metric in enumerate(_SHOWN_FIRST)}
+    return sorted(_names(mappings), key=lambda name: (order.get(_base(name), len(order)), name))
+
+
+def is_share(metric: str) -> bool:
+    """Return whether a metric is a share of documents, such as accuracy."""
+    return _base(metric) in _SHARES
+
+
+def number_text(estimate: Estimate, metric: str, sign: str) -> str:
+    """Return a share in percent, and any other number unchanged."""
+    scale, form, error_form = (_PERCENT, ".1f", ".1f") if is_share(metric) else (1, ".4g", ".2g")
+    value = f"{scale * estimate.value:{sign}{form}}"
+    if estimate.stderr is None:
+        return value
+    return f"{value} \u00b1 {scale * estimate.stderr:{error_form}}"
 
 
 def _cost_section(section: Mapping[str, Any]) -> list[tuple[str, str]]:  # Any: as above
@@ -141,7 +161,7 @@ def _corpus_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationR
 def _task_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[EvaluationRow]:
     results = [evaluation.task_results for evaluation in evaluations]
     for task in _names(results):
-        for metric in _metrics([found[task].metrics for found in results if task in found]):
+        for metric in ordered_metrics([found[task].metrics for found in results if task in found]):
             values = []
             for position, found in enumerate(results):
                 if task in found:
@@ -173,12 +193,6 @@ def _names(mappings: Iterable[Mapping[str, object]]) -> list[str]:
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
 
 
-def _metrics(mappings: Sequence[Mapping[str, object]]) -> list[str]:
-    """Return the metrics of a task, the usual ones first."""
-    order = {metric: place for place, metric in enumerate(_SHOWN_FIRST)}
-    return sorted(_names(mappings), key=lambda name: (order.get(_base(name), len(order)), name))
-
-
 def _base(metric: str) -> str:
     """Return a metric's name without its filter."""
     return metric.partition(",")[0]
@@ -187,15 +201,5 @@ def _base(metric: str) -> str:
 def _estimate_text(estimate: Estimate | None, difference: Estimate | None, metric: str) -> str:
     if estimate is None:
         return NOT_MEASURED
-    text = _number_text(estimate, metric, "")
-    return text if difference is None else f"{text} ({_number_text(difference, metric, '+')})"
-
-
-def _number_text(estimate: Estimate, metric: str, sign: str) -> str:
-    """Return a share in percent, and any other number unchanged."""
-    is_share = _base(metric) in _SHARES
-    scale, form, error_form = (_PERCENT, ".1f", ".1f") if is_share else (1, ".4g", ".2g")
-    value = f"{scale * estimate.value:{sign}{form}}"
-    if estimate.stderr is None:
-        return value
-    return f"{value} \u00b1 {scale * estimate.stderr:{error_form}}"
+    text = number_text(estimate, metric, "")
+    return text if difference is None else f"{text} ({number_text(difference, metric, '+')})"

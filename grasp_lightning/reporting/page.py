@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from torch import Tensor
 
 from grasp_lightning.plan import Plan
@@ -69,6 +69,24 @@ def render_compensation_report(metrics: CompensationMetrics, config: Values) -> 
     return _render(metrics, config, plots, _training_headlines(metrics), _TRAINING_PHASES)
 
 
+def page_template(name: str) -> Template:
+    """Return a template of this package that escapes every value."""
+    environment = Environment(
+        loader=PackageLoader("grasp_lightning", "reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def data_uri(plot: Plot) -> str:
+    """Return a plot as the address of an image."""
+    # A separate image keeps the identifiers of one SVG apart from those of the others.
+    return "data:image/svg+xml;base64," + base64.b64encode(plot.svg.encode()).decode()
+
+
 def _render(
     metrics: AnyMetrics,
     config: Values,
@@ -78,21 +96,14 @@ def _render(
     *,
     details: Iterable[Details] = (),
 ) -> str:
-    environment = Environment(
-        loader=PackageLoader("grasp_lightning", "reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja").render(
+    return page_template("report.html.jinja").render(
         kind="compensation" if isinstance(metrics, CompensationMetrics) else "compression",
         metrics=metrics,
         summary=tables.summary(metrics),
         headlines=[*headlines, *_total(metrics)],
         rows=tables.comparison_rows(metrics),
         notes=tables.comparison_notes(metrics),
-        plots=[(plot, _data_uri(plot)) for plot in plots],
+        plots=[(plot, data_uri(plot)) for plot in plots],
         details=details,
         phases=_phases(metrics, phases),
         evaluation=evaluation.section_rows(metrics.evaluation) if metrics.evaluation else [],
@@ -152,8 +163,3 @@ def _phases(metrics: AnyMetrics, names: Mapping[str, str]) -> list[tuple[str, st
     longest = max(time for _, time in times) or 1.0
     rows = [(n, tables.duration_text(t), round(100 * t / longest, 1)) for n, t in times]
     return [*rows, ("Whole command", tables.duration_text(metrics.seconds.total), None)]
-
-
-def _data_uri(plot: Plot) -> str:
-    # A separate image keeps the identifiers of one SVG apart from those of the others.
-    return "data:image/svg+xml;base64," + base64.b64encode(plot.svg.encode()).decode()

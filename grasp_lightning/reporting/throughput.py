@@ -13,15 +13,13 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from rich.table import Table
 
 from grasp_lightning.evaluation.throughput import ModelThroughput, Spread, Throughput, Timing
-from grasp_lightning.reporting.drawing import STYLE, WIDTH
+from grasp_lightning.reporting.drawing import BLACK, COLOURS, STYLE, WIDTH
 from grasp_lightning.reporting.tables import count_text, narrow_table, size_text
 
 _HEIGHT = 3.6  # inches
 _DPI = 150
 _LEGEND_WIDTH, _LEGEND_LINE = 100, 8  # characters
 _STEP = 0.05  # between the bars of two models, in powers of two
-# Okabe and Ito's palette, which stays apart for colour-blind readers.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MEMORY_NOTES = {
     "cuda": "Memory: peak that torch allocated on the device, including weights.",
     "resident": "Memory: peak resident memory of a process that runs only this model, including "
@@ -150,7 +148,7 @@ def draw_throughput(axes: Axes, result: Throughput, kind: str) -> None:
 
 def _looks(result: Throughput) -> Iterator[tuple[ModelThroughput, str, str]]:
     """Yield every model with colour and line; the control has the first one's colour, dashed."""
-    colours = itertools.cycle(_COLOURS)
+    colours = itertools.cycle((*COLOURS, BLACK))
     first = next(colours)
     for index, model in enumerate(result.models):
         is_first = index == 0 or model.is_control

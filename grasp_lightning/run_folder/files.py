@@ -90,6 +90,15 @@ def write_file(target: Path, write: Callable[[Path], object], *, root: Path | No
                     os.unlink(temporary, dir_fd=folder)
 
 
+def link(source: Path, target: Path) -> None:
+    """Replace a file by a hard link to another, or by a copy where that is not possible."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
 def replace_synced(temporary: str, name: str, folder: int) -> None:
     """Move a complete file into place in an open folder, once its bytes are on the disk."""
     sync(temporary, folder)

@@ -18,8 +18,8 @@ from grasp_lightning.run_folder.manifest import Manifest
 RunState = Literal["new", "unfinished", "finished"]
 
 _ADVICE = "use another output_dir or --overwrite"
-# Keys that only say where a run is written.
-_NOT_COMPARED = {"output_dir", "overwrite", "dry_run", "push_to_hub"}
+# Keys that only say where a run is written, or from where it may read what it would measure.
+_NOT_COMPARED = {"output_dir", "overwrite", "dry_run", "push_to_hub", "statistics.shared"}
 # Commands themselves compare what depends on the number of processes.
 _NOT_COMPARED |= {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}
 # Keys that earlier versions did not have: unset, they count as absent.

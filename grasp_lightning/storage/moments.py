@@ -7,6 +7,7 @@ linears did not fit into memory together, each group of layers has a file.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from grasp_lightning import processes
 from grasp_lightning.errors import PlanError
 from grasp_lightning.linalg.triangles import pack_triangle, triangle_size, unpack_triangle
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.run_folder.files import link
 from grasp_lightning.run_folder.names import STATISTICS
 from grasp_lightning.stats.base import Moments
 from grasp_lightning.storage.tensor_files import MEASURE_AGAIN, TensorFile, save_tensors
@@ -137,6 +139,22 @@ class MomentFiles:
         self._run.write_with(
             _NAME.format(part=part), lambda path: save_tensors(path, tensors, metadata)
         )
+
+    def paths(self, step: str) -> list[Path]:
+        """Return the files of a step."""
+        files = sorted(self._run.root.glob(STATISTICS))
+        return [path for path in files if StoredMoments([path]).steps == {step}]
+
+    def adopt(self, files: Sequence[Path]) -> StoredMoments:
+        """Replace all of them by files of another run, and read these; all processes must call it.
+
+        Where the file system allows it, the files are hard links and take no space.
+        """
+        processes.barrier()  # another process may be reading the old ones
+        self.remove()
+        own = [self._run.write_with(file.name, partial(link, file)) for file in files]
+        processes.barrier()
+        return StoredMoments(own)
 
     def remove(self) -> None:
         """Delete all of them."""

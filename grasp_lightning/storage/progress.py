@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -190,14 +191,22 @@ class RunProgress(RunNotes):
 
     def load_moments(self, part: str) -> Mapping[str, Moments] | None:
         """Return the saved moments of one pass of the current step; None if there are none."""
-        return self._moments.load(part, step_key(self.plan))
+        return self._moments.load(part, moments_key(self.plan))
 
     def keep_moments(self, moments: Mapping[str, Moments], part: str) -> Mapping[str, Moments]:
         """Save the complete moments of one pass of the current step, and return them from disk."""
-        self._moments.save(moments, part, step_key(self.plan))
+        self._moments.save(moments, part, moments_key(self.plan))
         kept = self.load_moments(part)
         assert kept is not None  # it was written just now
         return kept
+
+    def moment_files(self) -> list[Path]:
+        """Return the files with the moments of the current step."""
+        return self._moments.paths(moments_key(self.plan))
+
+    def adopt_moments(self, files: Sequence[Path]) -> Mapping[str, Moments]:
+        """Take the moments of the current step from files of another run, and return them."""
+        return self._moments.adopt(files)
 
     def forget_moments(self) -> None:
         """Delete the moments of all steps."""
@@ -207,3 +216,13 @@ class RunProgress(RunNotes):
 def step_key(plan: Plan) -> str:
     """Return the key of the step that follows a plan."""
     return hashlib.sha256(plan.to_json().encode()).hexdigest()
+
+
+def moments_key(plan: Plan) -> str:
+    """Return the key of moments after a plan: the same for all methods and ratios.
+
+    Moments depend on the inputs, on what was applied before, and on whose gradients they sum up.
+    """
+    options = {key: plan.options[key] for key in ("fisher",) if key in plan.options}
+    same = Plan(method="", options=options, inputs=plan.inputs, operations=plan.operations)
+    return step_key(same)

@@ -21,7 +21,7 @@ from grasp_lightning.run_folder import names
 from grasp_lightning.run_folder.manifest import Manifest
 from grasp_lightning.stats.base import Needs, Scoring, Statistics, Step
 from grasp_lightning.storage.moments import stored_moments
-from grasp_lightning.storage.progress import step_key
+from grasp_lightning.storage.progress import moments_key, step_key
 from grasp_lightning.storage.tensor_files import TensorFile
 
 # With other threads or hardware, a second decomposition may differ in the last bits.
@@ -226,5 +226,6 @@ def _check_step(plan: Plan, steps: set[str]) -> None:
     begun = [
         replace(plan, operations=tuple(chosen[:n]), complete=False) for n in range(len(chosen) + 1)
     ]
-    if not steps <= {step_key(before) for before in begun}:
+    # Files of earlier versions have the key of their step.
+    if not steps <= {key(before) for before in begun for key in (moments_key, step_key)}:
         raise PlanError(f"its statistics were measured for another plan; {_ADVICE}")

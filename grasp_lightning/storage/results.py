@@ -267,10 +267,10 @@ def _check_is_result(file: Path) -> None:
         raise OutputError(f"{what}; name another output")
 
 
-def check_parent(file: Path) -> None:
-    """Refuse a file whose folder can be neither written nor made."""
+def check_parent(file: Path, key: str = "output") -> None:
+    """Refuse a file, named by a key, whose folder can be neither written nor made."""
     folder = next(parent for parent in file.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise OutputError(f"output: {folder} is a file, expected a folder to write in")
+        raise OutputError(f"{key}: {folder} is a file, expected a folder to write in")
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"output: cannot write in {folder}: permission denied")
+        raise OutputError(f"{key}: cannot write in {folder}: permission denied")

@@ -18,6 +18,7 @@ from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.sampling import Track, sample_text
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.run_folder.names import SAMPLED_TEXT
+from grasp_lightning.storage.shared import SharedFolder
 from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
 
 SAMPLE = "sample"
@@ -34,6 +35,7 @@ class SampledText:
         digest: Hash of its weights.
         phases: Times the generation, as ``sample``.
         earlier: Folder of a finished run whose text is used if it was drawn in the same way.
+        shared: Where complete texts are shared with other runs.
         track: Draws a progress bar.
     """
 
@@ -44,12 +46,14 @@ class SampledText:
         phases: Phases,
         *,
         earlier: Path | None = None,
+        shared: SharedFolder | None = None,
         track: Track = lambda items, _: items,
     ) -> None:
         self._model = model
         self._digest = digest
         self._phases = phases
         self._earlier = earlier
+        self._shared = shared
         self._track = track
         self._run: RunFolder | None = None
         self._kept: tuple[Tensor, str] | None = None
@@ -84,7 +88,8 @@ class SampledText:
             self._keep(written, key)
             if len(written) == num_windows:
                 return written
-        with self._phases(SAMPLE):
+
+        def sample() -> Tensor:
             return sample_text(
                 self._model,
                 num_windows,
@@ -97,25 +102,24 @@ class SampledText:
                 track=self._track,
             )
 
+        with self._phases(SAMPLE):
+            if self._shared is None:
+                return sample()
+            ids = self._shared.once(
+                lambda: {"text": key},
+                read=lambda folder: _read_shared(folder / SAMPLED_TEXT, key, length, vocabulary),
+                make=sample,
+                write=lambda folder, ids: _save(folder / SAMPLED_TEXT, ids, key),
+            )
+        self._keep(ids, key)
+        return ids
+
     def _found(self, key: str, length: int, vocabulary: Tensor) -> Tensor | None:
         """Return the longest stored text that was drawn in the same way."""
         folders = [self._run.root if self._run else None, self._earlier]
-        files = [
-            TensorFile(folder / SAMPLED_TEXT, _KEY, advice="delete it to generate the text again")
-            for folder in folders
-            if folder is not None
-        ]
-        found = []
-        for file in files:
-            if file and file.metadata()[_KEY] == key:
-                ids = file.check(file.read(), _IDS, torch.int64, -1, length)
-                # The first token of a text is one of the starts.
-                if not torch.isin(ids[:, 1:], vocabulary).all():
-                    raise PlanError(
-                        file.damaged("it contains tokens that could not have been drawn")
-                    )
-                found.append(ids)
-        return max(found, key=len, default=None)
+        files = [folder / SAMPLED_TEXT for folder in folders if folder is not None]
+        texts = [_read(file, key, length, vocabulary) for file in files]
+        return max((ids for ids in texts if ids is not None), key=len, default=None)
 
     def _keep(self, ids: Tensor, key: str) -> None:
         self._kept = ids, key
@@ -124,5 +128,28 @@ class SampledText:
     def _save(self) -> None:
         if self._run is not None and self._kept is not None:
             ids, key = self._kept
-            save = partial(save_tensors, tensors={_IDS: ids}, metadata={_KEY: key}, may_grow=True)
-            self._run.write_with(SAMPLED_TEXT, save)
+            self._run.write_with(SAMPLED_TEXT, partial(_save, ids=ids, key=key))
+
+
+def _read(path: Path, key: str, length: int, vocabulary: Tensor) -> Tensor | None:
+    """Return the texts in a file; None if there is none, or they were drawn in another way."""
+    file = TensorFile(path, _KEY, advice="delete it to generate the text again")
+    if not file or file.metadata()[_KEY] != key:
+        return None
+    ids = file.check(file.read(), _IDS, torch.int64, -1, length)
+    # The first token of a text is one of the starts.
+    if not torch.isin(ids[:, 1:], vocabulary).all():
+        raise PlanError(file.damaged("it contains tokens that could not have been drawn"))
+    return ids
+
+
+def _read_shared(path: Path, key: str, length: int, vocabulary: Tensor) -> Tensor:
+    """Return a shared text, the same in all processes."""
+    ids = processes.on_first(lambda: _read(path, key, length, vocabulary))
+    if ids is None:
+        raise PlanError(f"{path} is damaged: it is not the text of its entry")
+    return ids
+
+
+def _save(path: Path, ids: Tensor, key: str) -> None:
+    save_tensors(path, {_IDS: ids}, {_KEY: key}, may_grow=True)

@@ -45,8 +45,9 @@ PRELUDES = {
         ")\n"
     )
 }
+NEEDED = ("model.path", "model", "output_dir")
 COMMANDS_OF_CONFIGS: dict[str, tuple[type, str]] = {
-    name: (config, f"--{'model.path' if 'model.path' in dict(leaves(config)) else 'model'}=tiny")
+    name: (config, next((f"--{key}=tiny" for key in NEEDED if key in dict(leaves(config))), ""))
     for name, config in CONFIGS.items()
 }
 # Programs of the system, and those that serve models: only their names are checked.

@@ -11,6 +11,7 @@ import pytest
 
 from grasp_lightning.config import (
     BenchmarkConfig,
+    CompareConfig,
     CompensateConfig,
     CompressConfig,
     EvaluateConfig,
@@ -30,6 +31,7 @@ KEYS: tuple[tuple[str, type[Any], tuple[str, ...]], ...] = (
     ("compensate", CompensateConfig, ("model", "evaluation", "trainer", "output_dir", "overwrite")),
     ("evaluate", EvaluateConfig, ("evaluation",)),
     ("benchmark", BenchmarkConfig, ("revision", "dtype", "device", "trust_remote_code")),
+    ("compare", CompareConfig, ("calibration", "statistics", "trainer")),
     ("export", ExportConfig, ()),
 )
 OF_THE_SYSTEM = {"Killed"}

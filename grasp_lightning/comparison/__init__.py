@@ -1,0 +1,1 @@
+"""The grid of ``compare``: its cells, their processes, and what is measured on each model."""

@@ -1,0 +1,102 @@
+"""From the files of a grid to the comparison that is shown."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from grasp_lightning.comparison.folder import GridFolder
+from grasp_lightning.comparison.grid import Cell, is_asked
+from grasp_lightning.comparison.measurements import Measurements
+from grasp_lightning.comparison.paper import PaperNumbers, paper_columns
+from grasp_lightning.errors import OutputError
+from grasp_lightning.reading.text import read_json
+from grasp_lightning.reporting.comparison.results import CellResult, Comparison
+from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
+from grasp_lightning.run_folder import names
+
+# What a run also does, besides to compress: everything else is the time of its method.
+_NOT_COMPRESSION: Final = {"load", "save", "verify", "evaluate", "cut_losses", "total"}
+
+
+def collect(
+    folder: GridFolder, cells: Sequence[Cell], failures: Mapping[Cell, str], paper: PaperNumbers
+) -> Comparison:
+    """Return the results of all cells; a cell that failed has only its reason."""
+    measured = {cell: Measurements.read(folder.measurements(cell)) for cell in cells}
+    machines = dict.fromkeys(done.machine for done in measured.values() if done.machine)
+    return Comparison(
+        cells=tuple(
+            _failed(cell, failures[cell], folder, paper)
+            if cell in failures
+            else _result(folder, cell, measured[cell], paper)
+            for cell in cells
+        ),
+        machine="; ".join(machines),
+        seconds=sum(sum(done.seconds.values()) for done in measured.values()),
+    )
+
+
+def _failed(cell: Cell, error: str, folder: GridFolder, paper: PaperNumbers) -> CellResult:
+    return CellResult(
+        model=cell.model,
+        method=cell.method,
+        removed_ratio=cell.removed_ratio,
+        seed=cell.seed,
+        compensation=cell.compensation,
+        folder=_relative(folder, cell),
+        error=error,
+        paper=paper_columns(paper, cell),
+    )
+
+
+def _result(folder: GridFolder, cell: Cell, done: Measurements, paper: PaperNumbers) -> CellResult:
+    config = folder.config
+    names_of_tasks = config.tasks.names if is_asked(config.tasks, cell) else ()
+    runs = [done.tasks[name].result for name in names_of_tasks]
+    speeds = done.speed.result if done.speed is not None and is_asked(config.speed, cell) else {}
+    metrics = None if cell.is_dense else _metrics(folder, cell)
+    return CellResult(
+        model=cell.model,
+        method=cell.method,
+        removed_ratio=cell.removed_ratio,
+        seed=cell.seed,
+        compensation=cell.compensation,
+        folder=_relative(folder, cell),
+        removed=_removed(folder, cell),
+        perplexity={name: done.texts[name].result.perplexity for name in config.texts},
+        tasks={task: result for run in runs for task, result in run.results.items()},
+        bytes=None if done.cost is None else done.cost.result.bytes,
+        prefill=speeds["prefill"].ratio if "prefill" in speeds else None,
+        decode=speeds["decode"].ratio if "decode" in speeds else None,
+        seconds=None if cell.is_dense else _seconds(folder, cell),
+        peak_memory_bytes=None if metrics is None else metrics.peak_memory_bytes,
+        paper=paper_columns(paper, cell),
+    )
+
+
+def _relative(folder: GridFolder, cell: Cell) -> str:
+    return "" if cell.is_dense else folder.run(cell).relative_to(folder.root).as_posix()
+
+
+def _removed(folder: GridFolder, cell: Cell) -> float:
+    if cell.is_dense:
+        return 0.0
+    metrics = _metrics(folder, cell.base)  # training changes no size
+    assert isinstance(metrics, Metrics)
+    return metrics.removed_ratio
+
+
+def _seconds(folder: GridFolder, cell: Cell) -> float:
+    """Return the seconds to compress, and to train."""
+    metrics = _metrics(folder, cell)
+    phases = vars(metrics.seconds).items()
+    own = sum(value or 0.0 for name, value in phases if name not in _NOT_COMPRESSION)
+    return own + _seconds(folder, cell.base) if cell.is_trained else own
+
+
+def _metrics(folder: GridFolder, cell: Cell) -> Metrics | CompensationMetrics:
+    file: Path = folder.run(cell) / names.METRICS
+    content = read_json(file, OutputError, str(file), "run the cell again")
+    if cell.is_trained:
+        return CompensationMetrics.from_dict(content)
+    return Metrics.from_dict(content)
