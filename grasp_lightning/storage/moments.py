@@ -150,11 +150,13 @@ class MomentFiles:
 
         Where the file system allows it, the files are hard links and take no space.
         """
+
+        def take() -> list[Path]:
+            self.remove()
+            return [self._run.write_with(file.name, partial(link, file)) for file in files]
+
         processes.barrier()  # another process may be reading the old ones
-        self.remove()
-        own = [self._run.write_with(file.name, partial(link, file)) for file in files]
-        processes.barrier()
-        return StoredMoments(own)
+        return StoredMoments(processes.on_first(take))
 
     def remove(self) -> None:
         """Delete all of them."""

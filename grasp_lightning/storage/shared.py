@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 from grasp_lightning import processes
 from grasp_lightning.errors import ConfigError, GraspError, OutputError, PlanError
 from grasp_lightning.evaluation.phases import Phases
-from grasp_lightning.reading.text import one_line, read_json
+from grasp_lightning.reading.text import read_json
 from grasp_lightning.reading.typed import as_type
 from grasp_lightning.run_folder.files import as_output_error, sync
 from grasp_lightning.storage.results import check_parent
@@ -77,13 +77,15 @@ class SharedFolder:
     Args:
         root: Where the entries are; made on first use.
         facts: What all measurements depend on: the model, and the programs that run it.
+
+    Attributes:
         phases: The times of the run.
     """
 
     def __init__(self, root: Path, facts: Facts, phases: Phases) -> None:
         self._root = root
         self._facts = facts
-        self._phases = phases
+        self.phases = phases
 
     def once(
         self,
@@ -104,21 +106,21 @@ class SharedFolder:
             write: Writes the files of an entry into a new folder, in rank 0.
         """
         with ExitStack() as held:
-            with self._phases.paused():
+            with self.phases.paused():
                 complete = processes.on_first(lambda: {**self._facts, **facts()})
                 key = hashlib.sha256(json.dumps(complete, sort_keys=True).encode()).hexdigest()
                 held.enter_context(self._locked(key))
                 about, found = self._found(self._root / key, read)
             if about is not None:
-                self._phases.add(about.seconds)
+                self.phases.add(about.seconds)
                 return found[0]
-            start = self._phases.total
+            start = self.phases.total
             made = make()
-            seconds = self._phases.total - start
-            with self._phases.paused():
-                if processes.is_first():
-                    self._keep(key, complete, seconds, lambda folder: write(folder, made))
-                processes.barrier()
+            seconds = self.phases.total - start
+            with self.phases.paused():
+                processes.on_first(
+                    lambda: self._keep(key, complete, seconds, lambda folder: write(folder, made))
+                )
             return made
 
     @contextmanager
@@ -146,7 +148,7 @@ class SharedFolder:
             return about, [] if about is None else [read(folder)]
         except GraspError as error:
             if processes.is_first():
-                logger.warning("%s; it is measured again", one_line(error))
+                logger.warning("%s; it is measured again", error)
             return None, []
 
     def _keep(
@@ -168,7 +170,7 @@ class SharedFolder:
                 shutil.rmtree(self._root / key, ignore_errors=True)  # a damaged one
                 work.rename(self._root / key)
         except OutputError as error:
-            logger.warning("%s; other runs will measure it again", one_line(error))
+            logger.warning("%s; other runs will measure it again", error)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 

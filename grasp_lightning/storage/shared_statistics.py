@@ -8,7 +8,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from grasp_lightning import processes
-from grasp_lightning.errors import PlanError
+from grasp_lightning.errors import Interrupted, PlanError
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.integrity import tensor_hash
 from grasp_lightning.pipeline import Measure
@@ -20,7 +20,7 @@ from grasp_lightning.run_folder.files import link
 from grasp_lightning.run_folder.names import STATISTICS
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.storage.packed import pack, unpack
-from grasp_lightning.storage.progress import RunProgress
+from grasp_lightning.storage.progress import RunProgress, step_key
 from grasp_lightning.storage.shared import Facts, SharedFolder
 from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
 
@@ -58,9 +58,23 @@ class SharedMeasure:
         return self._folder.once(
             lambda: self._depends_on(step),
             read=self._read,
-            make=lambda: self._measure(view, step),
+            make=lambda: self._measured(view, step),
             write=self._write,
         )
+
+    def _measured(self, view: DecoderView, step: Step) -> Statistics:
+        """Measure, and count the time that an interrupted start of the run has spent on it."""
+        name = f"seconds of step {step_key(self._progress.plan)}"
+        phases = self._folder.phases
+        earlier, start = self._progress.noted(name) or 0.0, phases.total
+        try:
+            stats = self._measure(view, step)
+        except Interrupted:
+            self._progress.note(name, earlier + phases.total - start)
+            raise
+        phases.add(earlier)
+        self._progress.note(name, phases.total - start)
+        return stats
 
     def _depends_on(self, step: Step) -> Facts:
         plan = self._progress.plan
