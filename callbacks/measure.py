@@ -148,7 +148,7 @@ class TrainerMeasure:
             dense = final_states(view, batches)
             if self._store is not None:
                 self._store.keep_final_states(dense)
-        return MergeTrials(batches, dense)
+        return MergeTrials(batches, dense, self._track)
 
     def _track(self, items: Sequence[str], description: str) -> Iterable[str]:
         return track(items, description) if self._progress else items

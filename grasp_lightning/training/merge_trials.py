@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grasp_lightning import processes
 from grasp_lightning.linalg.layers import cosine_sum
+from grasp_lightning.methods.base import Track, untracked
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.merging import merged_for_a_trial
 from grasp_lightning.models.next_token import forward_inputs
@@ -46,11 +47,13 @@ class MergeTrials:
     Args:
         batches: Batches of ``TokenWindows.batch``, each of one window.
         dense: The dense model's ``final_states`` on them, ``(W, T, D)``.
+        track: Shows the progress of a trial.
     """
 
-    def __init__(self, batches: Sequence[Batch], dense: Tensor) -> None:
+    def __init__(self, batches: Sequence[Batch], dense: Tensor, track: Track = untracked) -> None:
         self._batches = batches
         self._dense = dense
+        self._track = track
         self._cache: tuple[tuple[int, ...], HiddenCache] | None = None
 
     @torch.no_grad()
@@ -78,7 +81,9 @@ class MergeTrials:
             for index in operation.absorbed:
                 stack.enter_context(cache.skipping(index))
             stack.enter_context(cache.starting_from(start))
-            for number, counts in own:
+            items = [str(number) for number, _ in own]
+            tracked = self._track(items, f"try to merge into layer {operation.base}")
+            for _, (number, counts) in zip(tracked, own, strict=True):
                 cache.start_batch(torch.tensor([number] if counts else []))
                 states = _last_hidden(view, self._batches[number])
                 if counts:
