@@ -47,6 +47,12 @@ class StepStore(Protocol):
     def keep_moments(self, moments: Mapping[str, Moments], part: str) -> Mapping[str, Moments]:
         """Keep the complete moments of a pass, and return them as stored."""
 
+    def load_final_states(self) -> Tensor | None:
+        """Return the stored final hidden states of the dense model, or None."""
+
+    def keep_final_states(self, states: Tensor) -> None:
+        """Keep the final hidden states of the dense model until the run ends."""
+
     @property
     def scored_groups(self) -> GroupStore:
         """The store for the scores of groups of layers."""

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
 
 from grasp_lightning import processes
 from grasp_lightning.callbacks.attribution import SingularAttribution, group_scores
@@ -27,7 +28,7 @@ from grasp_lightning.callbacks.similarity import LayerSimilarity
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
-from grasp_lightning.errors import ConfigError
+from grasp_lightning.errors import ConfigError, PlanError
 from grasp_lightning.evaluation.cut_losses import first_tokens
 from grasp_lightning.methods.attribution import ATTRIBUTION, attribution_step
 from grasp_lightning.methods.layer_choice import SELECT
@@ -40,6 +41,7 @@ from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
 from grasp_lightning.training.hidden_cache import HiddenCache
+from grasp_lightning.training.merge_trials import MergeTrials, final_states
 from grasp_lightning.training.removal_losses import removal_losses
 from grasp_lightning.training.strategies import CalibrationDDP, CalibrationFSDP
 
@@ -57,7 +59,7 @@ class TrainerMeasure:
         log_dir: Folder for the CSV log of the calibration loss; None writes none.
         store: Keeps measurements for a later start; None keeps none.
         max_bytes: Memory limit for the moments of one pass; more are measured in several passes.
-        priced_windows: Number of windows on which the cost of removals is measured.
+        priced_windows: Number of windows on which removals are priced and merges are tried.
         caches: Keep the inputs of layers for later passes, see ``HiddenCache``; not for models
             whose layers pass each other more than hidden states.
     """
@@ -86,6 +88,7 @@ class TrainerMeasure:
         self._passes = 0
         self._cache: HiddenCache | None = None
         self._caches = caches
+        self._trials: MergeTrials | None = None
 
     def __call__(self, view: DecoderView, step: Step) -> Statistics:
         """Measure a step on all windows; a step that needs nothing gets empty statistics."""
@@ -96,6 +99,9 @@ class TrainerMeasure:
             raise ValueError(
                 "trainer.strategy is fsdp, but every process holds the whole model: shard it first"
             )
+        if step.needs.merge is not None:
+            trials = self._trials = self._trials or self._merge_trials(view)
+            return Statistics(merge_similarity=trials(view, step.needs.merge))
         if step.needs.moment_kinds:
             return Statistics(
                 moments=self._moments(view, step),
@@ -115,13 +121,34 @@ class TrainerMeasure:
         return replace(stats, more_scores=more)
 
     def _prices(self, view: DecoderView, removables: Sequence[Removable]) -> dict[str, float]:
-        """Price removals on the first windows, which interleave the sources of a mixture."""
         if not removables:
             return {}
+        return removal_losses(view, removables, self._priced_batches(), self._track)
+
+    def _priced_batches(self) -> list[dict[str, Tensor]]:
+        """Return the first windows, which interleave the sources of a mixture, one by one."""
         windows = self._data.windows
         count = min(self._priced_windows, len(windows))
-        batches = [first_tokens(windows.batch([number])) for number in range(count)]
-        return removal_losses(view, removables, batches, self._track)
+        return [first_tokens(windows.batch([number])) for number in range(count)]
+
+    def _merge_trials(self, view: DecoderView) -> MergeTrials:
+        """Return trials against the dense model, whose states an earlier start may have stored.
+
+        Raises:
+            PlanError: If the model has changed, and the states were not stored before.
+        """
+        batches = self._priced_batches()
+        dense = None if self._store is None else self._store.load_final_states()
+        if dense is None:
+            if len(view.layer_indices) < view.num_layers:
+                raise PlanError(
+                    "the final hidden states of the dense model are missing, and layers are merged "
+                    "already: start the run again with --overwrite"
+                )
+            dense = final_states(view, batches)
+            if self._store is not None:
+                self._store.keep_final_states(dense)
+        return MergeTrials(batches, dense, self._track)
 
     def _track(self, items: Sequence[str], description: str) -> Iterable[str]:
         return track(items, description) if self._progress else items

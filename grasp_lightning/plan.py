@@ -8,7 +8,8 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Self, TypeVar, dataclass_transform
+from itertools import chain
+from typing import Any, Final, Literal, Self, TypeVar, dataclass_transform
 
 from grasp_lightning.errors import PlanError
 from grasp_lightning.plugins import load_method
@@ -172,6 +173,42 @@ class DropLayers(Operation):
         return self.layers
 
 
+@operation("try_merge")
+class TryMerge(Operation):
+    """Note the outcome of a merge that was tried and undone; changes nothing in the model.
+
+    Attributes:
+        base: The layer that would remain.
+        absorbed: The layers that would be deleted, ascending.
+        sweep: The first sweep, counted from 0, whose threshold the merge passes.
+    """
+
+    base: int
+    absorbed: tuple[int, ...]
+    sweep: int
+
+
+@operation("merge_layers")
+class MergeLayers(Operation):
+    """Merge the decoder layers that follow a layer into it, and delete them.
+
+    Attributes:
+        base: The layer that remains, with new weights.
+        absorbed: The layers that follow it in the model and are deleted, ascending; none leave the
+            base unchanged.
+        rule: How the new weights are computed, see ``models.merging``.
+    """
+
+    base: int
+    absorbed: tuple[int, ...]
+    rule: Literal["paper", "released"]
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Indices of the deleted layers."""
+        return self.absorbed
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """The decisions of one compression run, in order.
@@ -214,6 +251,16 @@ class Plan:
     def dropped_layers(self) -> tuple[int, ...]:
         """Indices of all deleted layers, ascending."""
         return tuple(sorted(index for op in self.operations for index in op.dropped))
+
+    @property
+    def merged_layers(self) -> dict[int, tuple[int, ...]]:
+        """Every remaining merged layer with all layers merged into it, both ascending."""
+        merged: dict[int, tuple[int, ...]] = {}
+        for op in self.operations:
+            if isinstance(op, MergeLayers) and op.absorbed:
+                inside = [merged.pop(index, ()) for index in (op.base, *op.absorbed)]
+                merged[op.base] = tuple(sorted(chain(op.absorbed, *inside)))
+        return dict(sorted(merged.items()))
 
     def extended(self, operations: tuple[Operation, ...]) -> Self:
         """Return a plan with more operations at its end."""

@@ -13,6 +13,7 @@ from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.evaluation.cut_losses import MAX_TOKENS
 from grasp_lightning.methods.attribution import ATTRIBUTION
 from grasp_lightning.methods.blocks import weight_shapes
+from grasp_lightning.methods.laco import MERGE
 from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.truncation import CURVATURE
@@ -25,7 +26,12 @@ from grasp_lightning.storage.sampled_text import SAMPLE
 from grasp_lightning.training.finish import CUT_LOSSES, REFIT
 
 LOAD, EVALUATE, FACTORIZE, TRAIN, SAVE = "load", "evaluate", "factorize", "train", "save"
-PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
+PHASE_OF_STEP = {
+    SELECT: "similarity",
+    ATTRIBUTION: "attribution",
+    CURVATURE: "curvature",
+    MERGE: "merges",
+}
 
 # Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
 _FORWARD_AND_BACKWARD = 3.0
@@ -55,6 +61,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase=EVALUATE, label="perplexity before"): True,
         Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
         Stage(phase="curvature", label="measure curvature"): has_curvature,
+        Stage(phase="merges", label="try merges"): method.merge is not None,
         choose: method.weighting is not None or is_scored,
         Stage(phase="attribution", label="score components"): is_scored
         and method.score != "magnitude",
@@ -88,6 +95,7 @@ def compress_work(
         decomposed = sum(n * m * min(n, m) for n, m in shapes)
     cuts = sum(isinstance(op, Replacement) for op in prediction.operations)
     measured = min(held_out.input_ids.shape[1], MAX_TOKENS) * config.statistics.measured_windows
+    tried = min(settings.seqlen, MAX_TOKENS) * config.statistics.priced_windows
     groups = 1
     if method.score_all_layers:
         groups = -(-view.num_layers // max(len(prediction.layers), 1))
@@ -101,6 +109,8 @@ def compress_work(
         "similarity": Work(tokens),
         "curvature": Work(_CURVATURE * tokens),
         "attribution": attribution,
+        # About one sweep, half as deep on average.
+        "merges": Work(view.num_layers / 2 * tried, view.num_layers),
     }
     if config.from_scores is not None:  # it reads what an earlier run has measured
         measuring = dict.fromkeys(measuring, Work(0))

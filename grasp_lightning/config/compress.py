@@ -15,7 +15,7 @@ from grasp_lightning.config.values import Count, PathName, Positive, Range, Seed
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsConfig:
-    """What grasp_plus and low_rank measure.
+    """What grasp_plus, low_rank and laco measure.
 
     Attributes:
         max_memory: Memory limit in GB, for Gram matrices and later for the hidden states of a
@@ -26,7 +26,7 @@ class StatisticsConfig:
         measured_windows: Held-out windows on which each cut is measured alone, to compare with its
             predicted loss; 0: none.
         priced_windows: Calibration windows on which the removal of each layer and block is
-            measured, if ``method.removable`` allows it.
+            measured, if ``method.removable`` allows it, and on which laco tries merges.
         shared: Folder of measurements and generated text that runs share: each is made by one run,
             and the others read it. Unset: none.
     """

@@ -22,6 +22,7 @@ MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
 RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
 TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
+MergeChoice = Literal["paper", "released"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class MethodOptions:
     Attributes:
         name: grasp_plus: ranks and MLP channels by loss curvature, under one budget; grasp: the
             method of the paper; low_rank: a preset, or parts of your choice; drop: deletes layers;
-            or a method of another installed package.
+            laco: merges layers; or a method of another installed package.
         layer_metric: How to find redundant layers when ``num_layers`` is given.
         num_layers: Number of decoder layers to replace or delete.
         layers: Indices of decoder layers, instead of ``num_layers``.
@@ -171,7 +172,28 @@ class LowRankOptions(BudgetOptions, MetricOptions, PresetOptions, KeepOptions, M
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(LowRankOptions, GraspOptions):
+class LacoOptions(MethodOptions):
+    """What laco reads.
+
+    Attributes:
+        merge: paper: each merged layer is its weights plus the sum of the differences of those
+            merged into it; released: what the public code computes, the linears of the last of them
+            with the norms of the first.
+        merge_layers: Number of contiguous layers that become one, at least 2; the last merge may
+            take fewer.
+        interval: How many layers lower the search continues after an accepted merge.
+        threshold: Lowest cosine between the final hidden states of the merged and the dense model;
+            each further sweep over the layers lowers it by 0.05, until enough layers are merged.
+    """
+
+    merge: MergeChoice | None = None
+    merge_layers: int | None = None
+    interval: int | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(LacoOptions, LowRankOptions, GraspOptions):
     """What to remove and how to choose it: the keys of all methods."""
 
 
@@ -181,5 +203,6 @@ METHOD_OPTIONS: Final[Mapping[str, type[MethodOptions]]] = MappingProxyType(
         "grasp_plus": LowRankOptions,
         "low_rank": LowRankOptions,
         "drop": MethodOptions,
+        "laco": LacoOptions,
     }
 )

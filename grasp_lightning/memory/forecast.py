@@ -14,6 +14,7 @@ from grasp_lightning.config.compensate_settings import check_settings, uses_inst
 from grasp_lightning.config.parsing import parse
 from grasp_lightning.data.mixture import SELF, mixture_parts
 from grasp_lightning.errors import ConfigError
+from grasp_lightning.evaluation.cut_losses import MAX_TOKENS
 from grasp_lightning.memory.activations import evaluation_bytes, sampling_bytes
 from grasp_lightning.memory.calibration import bases_bytes, calibration_memory
 from grasp_lightning.memory.compensation import (
@@ -217,12 +218,23 @@ def compensation_pass(config: CompensateConfig) -> Pass:
 def _cache_bytes(
     config: CompressConfig, model: ModelShape, layers: tuple[int, ...], processes: int
 ) -> int:
-    """Return the size of ``HiddenCache``: the inputs of as many replaced layers as fit."""
+    """Return the size of ``HiddenCache``: the inputs of as many layers as fit."""
+    if config.method.merge is not None:
+        return _trial_bytes(config, model, processes)
     if config.method.schedule != "iterative" or config.method.score == "magnitude":
         return 0
     windows = -(-config.calibration.num_samples // processes)
     layer = windows * config.calibration.seqlen * model.hidden * model.element_size
     return min(len(layers), DEFAULT_LIMIT // layer) * layer
+
+
+def _trial_bytes(config: CompressConfig, model: ModelShape, processes: int) -> int:
+    """Return what a tried merge keeps: inputs of all layers, final states, and one layer twice."""
+    windows = -(-config.statistics.priced_windows // processes)
+    tokens = windows * min(config.calibration.seqlen, MAX_TOKENS)
+    layer = tokens * model.hidden * model.element_size
+    weights = 2 * max(entry.parameters for entry in model.layers) * model.element_size
+    return min(len(model.layers), DEFAULT_LIMIT // layer) * layer + layer + weights
 
 
 def _num_processes(*trainers: TrainerConfig) -> int:

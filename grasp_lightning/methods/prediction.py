@@ -10,7 +10,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import dense_shape
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
-from grasp_lightning.plan import NarrowMlp, Operation
+from grasp_lightning.plan import MergeLayers, NarrowMlp, Operation
 
 Layers = tuple[int, ...]
 """Numbers of decoder layers in the original model, ascending."""
@@ -65,7 +65,9 @@ class Prediction:
             rows = [f"  {name}: rank {rank}" for name, rank in self.ranks.items()]
             where = f"{self.num_layers} layers are replaced; ranks in one of them:"
             return [first, where, *rows, *widths]
-        return [first, *(widths or [f"{self.num_layers} layers are deleted"])]
+        is_merged = any(isinstance(op, MergeLayers) for op in self.operations)
+        done = "merged into others" if is_merged else "deleted"
+        return [first, *(widths or [f"{self.num_layers} layers are {done}"])]
 
     @property
     def _budget_line(self) -> str:

@@ -62,8 +62,23 @@ def droppable_layers(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...
     return known[key]
 
 
+def unlike_layers(view: DecoderView) -> tuple[int, int] | None:
+    """Return the first two decoder layers that differ in more than weights and numbers, or None."""
+    kinds = _kinds(view)
+    looks = [
+        (
+            kinds[position],
+            [unnumbered_settings(module) for module in view.layer(index).modules()],
+            [parameter.shape for parameter in view.layer(index).parameters()],
+        )
+        for position, index in enumerate(view.layer_indices)
+    ]
+    pairs = zip(view.layer_indices, looks, strict=True)
+    return next(((view.layer_indices[0], i) for i, look in pairs if look != looks[0]), None)
+
+
 def _find_droppable(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
-    if _are_alike(view):  # then one layer represents all
+    if unlike_layers(view) is None:  # then one layer represents all
         return tuple(layers) if layers and drop_problem(view, layers[:1]) is None else ()
     found: list[int] = []
     for index in layers:
@@ -81,14 +96,6 @@ def _kinds(view: DecoderView) -> list[tuple[object, ...]]:
         for layer in _layers(view)
     )
     return [(kind, *parts) for kind, parts in zip(types, modules, strict=True)]
-
-
-def _are_alike(view: DecoderView) -> bool:
-    """Return whether the decoder layers differ in weights and numbers only."""
-    settings = [[unnumbered_settings(m) for m in layer.modules()] for layer in _layers(view)]
-    shapes = [[parameter.shape for parameter in layer.parameters()] for layer in _layers(view)]
-    alike = (_kinds(view), settings, shapes)
-    return all(entry == entries[0] for entries in alike for entry in entries)
 
 
 def _layers(view: DecoderView) -> list[nn.Module]:

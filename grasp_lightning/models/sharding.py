@@ -71,6 +71,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a tensor, or a whole tensor itself; memory is shared."""
+    with torch.no_grad():
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def check_runs(model: PreTrainedModel) -> None:
     """Raise a ``ModelError`` if a model cannot run sharded; all processes must call this."""
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=model.device)

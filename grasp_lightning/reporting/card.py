@@ -57,6 +57,7 @@ def model_card(
         num_linears=len(plan.ranks),
         num_mlps=len(plan.channels),
         removed=_removed(plan),
+        merges=_merges(plan),
         removed_share=f"{100 * metrics.removed_ratio:.1f}% of all parameters were removed",
         special=servers.special,
         options=_options(plan),
@@ -246,6 +247,14 @@ def _removed(plan: Plan) -> str:
         f"{names[kind]}layer{'s' if len(indices) > 1 else ''} {indices_text(sorted(indices))}"
         for kind, indices in layers.items()
         if indices
+    )
+
+
+def _merges(plan: Plan) -> str:
+    """Return which layers were merged as text, empty for methods that merge none."""
+    return "; ".join(
+        f"layer{'s' if len(absorbed) > 1 else ''} {indices_text(absorbed)} into layer {base}"
+        for base, absorbed in plan.merged_layers.items()
     )
 
 

@@ -6,8 +6,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from grasp_lightning.methods.laco import SIMILARITY_KEY
 from grasp_lightning.models.linears import in_attention
-from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation, Plan, RemoveBlock
+from grasp_lightning.plan import (
+    FactorizeLinear,
+    MergeLayers,
+    NarrowMlp,
+    Operation,
+    Plan,
+    RemoveBlock,
+    TryMerge,
+)
 from grasp_lightning.reporting.linears import (
     module_place,
     predicted_losses,
@@ -15,6 +24,7 @@ from grasp_lightning.reporting.linears import (
     scored_linears,
 )
 from grasp_lightning.reporting.metrics import Metrics
+from grasp_lightning.reporting.tables import indices_text
 
 _KINDS: dict[type[Operation], str] = {
     FactorizeLinear: "low-rank",
@@ -44,12 +54,13 @@ class Details(NamedTuple):
 
 
 def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> list[Details]:
-    """Return the non-empty tables of layers, ranks, channels, and removed layers and blocks."""
+    """Return the non-empty tables of layers, ranks, channels, and removed or merged layers."""
     tables = (
         _layers(metrics, plan),
         _ranks(plan, scores),
         _channels(metrics, plan, scores),
         _removals(plan, scores),
+        _merges(plan, scores),
     )
     return [table for table in tables if table.rows]
 
@@ -67,7 +78,9 @@ def _layers(metrics: Metrics, plan: Plan) -> Details:
     for layer in sorted(metrics.layer_changes, key=int) if has_parts else ():
         change = metrics.layer_changes[layer]
         cells = ["deleted", "deleted"]
-        if change is not None:
+        if int(layer) in plan.merged_layers:
+            cells = ["merged", "merged"]
+        elif change is not None:
             parts = ((change.attention, True), (change.mlp, False))
             cells = [_part(count.total, kinds.get((int(layer), at), [])) for count, at in parts]
         rows.append((layer, *cells))
@@ -138,6 +151,28 @@ def _removals(plan: Plan, scores: Mapping[str, Tensor]) -> Details:
         [(*_place(name), f"{loss:.4f}") for name, loss in removed.items()],
         "Mean divergence from the dense predictions on calibration text, with only this part "
         "removed. The linears of a removed block have rank 0; a removed layer is deleted.",
+    )
+
+
+def _merges(plan: Plan, scores: Mapping[str, Tensor]) -> Details:
+    rows: list[tuple[str, ...]] = []
+    num_gone, num_merges = 0, 0
+    for op in plan.operations:
+        if isinstance(op, TryMerge):
+            similarity = scores.get(SIMILARITY_KEY.format(num_gone=num_gone, base=op.base))
+            shown = "" if similarity is None else f"{float(similarity):.4f}"
+            layers = (str(op.base), indices_text(op.absorbed))
+            rows.append((*layers, shown, f"passes sweep {op.sweep + 1}"))
+        elif isinstance(op, MergeLayers):
+            num_gone, num_merges = num_gone + len(op.absorbed), num_merges + 1
+            rows.append((str(op.base), indices_text(op.absorbed), "", "merged"))
+    return Details(
+        f"Search for merges: {num_merges} of {len(rows) - num_merges} tried",
+        (("Layer", "row"), ("Absorbs", "text"), ("Similarity", "number"), ("Result", "text")),
+        rows,
+        "Mean cosine between the final hidden states with this merge, after those that are merged "
+        "already, and those of the dense model. Each sweep from the top layer down accepts lower "
+        "similarities than the one before.",
     )
 
 

@@ -1,7 +1,7 @@
 """What plan and scores say about each replaced linear."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -98,12 +98,13 @@ def removed_parts(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: found[name] for name in sorted(found, key=module_place)}
 
 
-def layer_changes(plan: Plan, linears: Iterable[str]) -> dict[str, LayerChange | None]:
+def layer_changes(plan: Plan, linears: Collection[str]) -> dict[str, LayerChange | None]:
     """Return the changed decoder layers by index, ascending; None for a deleted one.
 
     ``linears`` are the full names of all linears in the decoder layers of the original model.
     """
     changed = {module for op in plan.operations for module in op.linears}
+    changed |= {module for module in linears if module_place(module)[0] in plan.merged_layers}
     counts: dict[int, dict[bool, list[bool]]] = {}
     for name in linears:
         layer, kind = module_place(name)

@@ -171,6 +171,8 @@ def done_to_layers(metrics: Metrics) -> str:
     """Return what was done to the layers, as a participle."""
     if metrics.method == "drop":
         return "dropped"
+    if metrics.method == "laco":
+        return "merged"
     if metrics.layer_changes and not any(metrics.layer_changes.values()):
         return "deleted"
     return "replaced" if metrics.method == "grasp" else "compressed"
@@ -180,6 +182,8 @@ def _changed_parts(metrics: Metrics) -> str:
     """Return the changed parts in brackets after a space; nothing if all were changed."""
     changes = [change for change in metrics.layer_changes.values() if change is not None]
     num_deleted = len(metrics.layer_changes) - len(changes)
+    if metrics.method == "laco":
+        return f" into {len(changes)}"
     blocks = {"attention": [c.attention for c in changes], "MLP": [c.mlp for c in changes]}
     sums = {
         name: (sum(count.changed for count in counts), sum(count.total for count in counts))

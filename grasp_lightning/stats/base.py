@@ -9,6 +9,7 @@ from torch import Tensor
 from grasp_lightning.config import FisherChoice, LayerMetric, Reduction, Score, Terms
 from grasp_lightning.errors import ModelError
 from grasp_lightning.linalg.factors import SVD
+from grasp_lightning.plan import MergeLayers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +69,7 @@ class Needs:
         moment_kinds: Which sums are taken.
         fisher: Which gradients moments use; scores of weight gradients use the text's labels.
         removables: Layers and blocks whose individual removal is priced.
+        merge: A merge of layers that is tried and undone.
     """
 
     layer_metric: LayerMetric | None = None
@@ -79,12 +81,18 @@ class Needs:
     moment_kinds: frozenset[MomentKind] = frozenset()
     fisher: FisherChoice = "empirical"
     removables: tuple[Removable, ...] = ()
+    merge: MergeLayers | None = None
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
-        return not any(asked)
+        return self.merge is None and not any(asked)
+
+    @property
+    def is_shareable(self) -> bool:
+        """True if another run can use the result: no earlier measurement of this run is needed."""
+        return not self.is_empty and self.merge is None
 
     @property
     def is_backward(self) -> bool:
@@ -162,6 +170,8 @@ class Statistics:
             per predicted token (squared reduction: nats squared per predicted token).
         more_scores: Scores and singular values of ``Needs.more_groups``, as they are stored.
         removal_losses: Cost of each layer's or block's removal alone, in nats per predicted token.
+        merge_similarity: Mean cosine between the final hidden states of the model with the tried
+            merge and those of the dense model, in [-1, 1].
     """
 
     layer_metric: Tensor | None = None
@@ -169,6 +179,7 @@ class Statistics:
     more_scores: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Moments] = field(default_factory=dict)
     removal_losses: Mapping[str, float] = field(default_factory=dict)
+    merge_similarity: float | None = None
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:

@@ -22,7 +22,10 @@ from grasp_lightning.storage.training import TRAINING_CHECKPOINT, RunNotes
 
 _PLAN = f"{CHECKPOINTS}/steps.json"
 _STEP = CHECKPOINTS + "/step-{number:06d}.safetensors"
+_FINAL_STATES = f"{CHECKPOINTS}/final_states.safetensors"
 _END, _KEY = "end", "key"
+_STATES, _NUM_DIMENSIONS = "states", 3  # windows, tokens, features
+_START_AGAIN = "start the run again with --overwrite"
 _DECIDE_AGAIN = "delete it to repeat the steps from there on"
 _SCORE_PREFIX, _FACTOR_PREFIX = "scores:", "factors:"
 
@@ -208,6 +211,23 @@ class RunProgress(RunNotes):
         """Take the moments of the current step from files of another run, and return them."""
         return self._moments.adopt(files)
 
+    def load_final_states(self) -> Tensor | None:
+        """Return the dense model's final hidden states; all processes must call it."""
+        processes.barrier()  # rank 0 may be writing it
+        file = TensorFile(self._run.path(_FINAL_STATES), _KEY, advice=_START_AGAIN)
+        if not file or file.metadata()[_KEY] != _inputs_key(self.plan):
+            return None
+        tensors = file.read()
+        found = tensors.get(_STATES)
+        if found is None or found.ndim != _NUM_DIMENSIONS or not found.is_floating_point():
+            raise PlanError(file.damaged(f"it has no {_STATES} of three dimensions"))
+        return found
+
+    def keep_final_states(self, states: Tensor) -> None:
+        """Save the dense model's final hidden states, against which changes are measured."""
+        key = {_KEY: _inputs_key(self.plan)}
+        self._run.write_with(_FINAL_STATES, lambda path: save_tensors(path, {_STATES: states}, key))
+
     def forget_moments(self) -> None:
         """Delete the moments of all steps."""
         self._moments.remove()
@@ -226,3 +246,8 @@ def moments_key(plan: Plan) -> str:
     options = {key: plan.options[key] for key in ("fisher",) if key in plan.options}
     same = Plan(method="", options=options, inputs=plan.inputs, operations=plan.operations)
     return step_key(same)
+
+
+def _inputs_key(plan: Plan) -> str:
+    """Return the key of what was measured on the dense model."""
+    return step_key(replace(plan, operations=()))

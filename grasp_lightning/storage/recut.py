@@ -81,6 +81,11 @@ class StoredScores:
                 f"from_scores: {self._folder} has scores of a different model, or of this model in "
                 "a different dtype"
             )
+        if "merge" in options:
+            raise ConfigError(
+                "from_scores: method laco tries each merge on the calibration text; leave "
+                "from_scores unset"
+            )
         if options.get("schedule") not in (None, "one_shot"):
             raise ConfigError(
                 "from_scores: schedule iterative needs new measurements; use one_shot"

@@ -53,7 +53,7 @@ class SharedMeasure:
 
     def __call__(self, view: DecoderView, step: Step) -> Statistics:
         """Return the statistics of a step; all processes of a run must call this."""
-        if step.needs.is_empty:
+        if not step.needs.is_shareable:
             return self._measure(view, step)
         return self._folder.once(
             lambda: self._depends_on(step),

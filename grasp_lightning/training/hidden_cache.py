@@ -126,6 +126,11 @@ def check_independent(view: DecoderView, method: MethodConfig) -> None:
     Raises:
         ModelError: If layers pass on more than hidden states, such as keys and values.
     """
+    if method.merge is not None and not pass_on_hidden_states_only(view):
+        raise ModelError(
+            f"decoder layers of {type(view.model).__name__} pass on more than hidden states, such "
+            f"as keys and values, so method {method.name} cannot merge them: use another method"
+        )
     keys = [key for key in ("refit", "removable") if getattr(method, key) not in {None, "none"}]
     if keys and not pass_on_hidden_states_only(view):
         raise ModelError(

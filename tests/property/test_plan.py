@@ -6,11 +6,13 @@ from hypothesis import strategies as st
 from grasp_lightning.plan import (
     DropLayers,
     FactorizeLinear,
+    MergeLayers,
     NarrowMlp,
     Operation,
     Plan,
     RemoveBlock,
     SelectLayers,
+    TryMerge,
 )
 
 indices = st.lists(st.integers(0, 200), unique=True, max_size=6).map(lambda v: tuple(sorted(v)))
@@ -29,6 +31,13 @@ operations = st.one_of(
         reader=names,
         writers=st.lists(names, max_size=3).map(tuple),
         channels=indices,
+    ),
+    st.builds(TryMerge, base=st.integers(0, 200), absorbed=indices, sweep=st.integers(0, 40)),
+    st.builds(
+        MergeLayers,
+        base=st.integers(0, 200),
+        absorbed=indices,
+        rule=st.sampled_from(["paper", "released"]),
     ),
     st.builds(RemoveBlock, block=names, modules=st.lists(names, max_size=3).map(tuple)),
 )
