@@ -15,6 +15,7 @@ from grasp_lightning.methods.attribution import ATTRIBUTION
 from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.prediction import Prediction
+from grasp_lightning.methods.removal import REMOVALS
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
@@ -25,7 +26,12 @@ from grasp_lightning.storage.sampled_text import SAMPLE
 from grasp_lightning.training.finish import CUT_LOSSES, REFIT
 
 LOAD, EVALUATE, FACTORIZE, TRAIN, SAVE = "load", "evaluate", "factorize", "train", "save"
-PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
+PHASE_OF_STEP = {
+    SELECT: "similarity",
+    ATTRIBUTION: "attribution",
+    CURVATURE: "curvature",
+    REMOVALS: "removals",
+}
 
 # Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
 _FORWARD_AND_BACKWARD = 3.0

@@ -40,10 +40,17 @@ class Decision:
 
 
 class CompressionMethod(ABC):
-    """A method returns operations as data and keeps no state, so a run resumes from its plan."""
+    """A method returns operations as data and keeps no state, so a run resumes from its plan.
+
+    Attributes:
+        name: Its ``method.name``.
+        reference: Its publication.
+        skips_parts: Its measurements run the model without single layers or blocks.
+    """
 
     name: str
     reference: str
+    skips_parts: bool = False
 
     @property
     @abstractmethod

@@ -16,6 +16,8 @@ from grasp_lightning.models.size import count_parameters
 from grasp_lightning.plan import DropLayers, RemoveBlock
 from grasp_lightning.stats.base import Removable
 
+REMOVALS = "removals"
+"""Name of a step that only measures removals."""
 _KEY = "{name}.removal"
 
 

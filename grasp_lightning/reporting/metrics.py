@@ -81,6 +81,7 @@ class Seconds:
     similarity: float | None = None
     attribution: float | None = None
     curvature: float | None = None
+    removals: float | None = None
     factorize: float | None = None
     cut_losses: float | None = None
     refit: float | None = None

@@ -24,6 +24,7 @@ _PHASES = {
     "similarity": "Measure decoder layers",
     "attribution": "Score singular components",
     "curvature": "Measure the curvature of the loss",
+    "removals": "Measure removals of layers or blocks",
     "factorize": "Factorise and replace",
     "cut_losses": "Measure each cut alone",
     "refit": "Refit the cut linears",
