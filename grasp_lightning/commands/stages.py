@@ -16,6 +16,7 @@ from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.removal import REMOVALS
+from grasp_lightning.methods.sleb import SLEB
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
@@ -52,6 +53,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
     has_curvature = method.weighting not in (None, "none")
     is_scored = method.score is not None and method.keep_ratio != 0
     measures_cuts = method.weighting == "kfac" and config.statistics.measured_windows > 0
+    prices_blocks = method.unit in ("attention", "mlp") and method.layers is None
     choose = Stage(phase=FACTORIZE, label="decompose")
     if method.ranks == "global":
         choose = Stage(phase=FACTORIZE, label="choose ranks", passes=_PASSES_OF_BUDGET)
@@ -61,6 +63,8 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase=EVALUATE, label="perplexity before"): True,
         Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
         Stage(phase="curvature", label="measure curvature"): has_curvature,
+        Stage(phase="removals", label="search layers"): method.name == SLEB,
+        Stage(phase="removals", label="measure blocks"): prices_blocks,
         choose: method.weighting is not None or is_scored,
         Stage(phase="attribution", label="score components"): is_scored
         and method.score != "magnitude",
@@ -105,6 +109,7 @@ def compress_work(
         attribution = Work(attribution.amount * blocks / 2, max(round(2 * blocks * left), 1))
     measuring = {
         "similarity": Work(tokens),
+        "removals": _removal_work(config, view, prediction, plan),
         "curvature": Work(_CURVATURE * tokens),
         "attribution": attribution,
     }
@@ -117,6 +122,23 @@ def compress_work(
         CUT_LOSSES: Work(cuts * measured),
         REFIT: Work(_REFIT * tokens),
     }
+
+
+def _removal_work(
+    config: CompressConfig, view: DecoderView, prediction: Prediction, plan: Plan
+) -> Work:
+    """Return the work of running the model without each layer; half of it runs again on average.
+
+    A search does so in every step, on all windows.
+    """
+    settings = config.calibration
+    if config.method.name != SLEB:
+        num_windows = min(config.statistics.priced_windows, settings.num_samples)
+        priced = min(settings.seqlen, MAX_TOKENS) * num_windows
+        return Work(priced * (1 + view.num_layers / 2), num_windows)
+    steps = range(len(plan.dropped_layers), prediction.num_layers)
+    forwards = sum(1 + (view.num_layers - gone - 2) / 2 for gone in steps)
+    return Work(forwards * settings.num_samples * settings.seqlen, max(len(steps), 1))
 
 
 def compensate_stages(*, is_split: bool) -> list[Stage]:
