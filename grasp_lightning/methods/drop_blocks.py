@@ -128,7 +128,7 @@ def removable_blocks(
 def resolve_num_blocks(config: MethodConfig, unit: BlockChoice, view: DecoderView) -> MethodConfig:
     """Return the options with the number of blocks whose removal comes nearest to the share.
 
-    A share out of reach is a ``ConfigError`` with the feasible range.
+    A share that is out of reach is a ``ConfigError`` with the feasible range.
     """
     if named_layers(config) is not None:
         return config

@@ -18,7 +18,7 @@ class ShortGpt(DropMethod):
 
     The block influence of layer i is ``BI_i = 1 - E[X_i . X_{i+1} / (|X_i| |X_{i+1}|)]``, where
     ``X_i`` are the hidden states of a token that enter the layer, and ``X_{i+1}`` those that leave
-    it. Its order is that of ``drop`` with ``layer_metric: similarity``, so both delete the same
+    it. ``drop`` with ``layer_metric: similarity`` has the same order, so both delete the same
     layers.
 
     Source: Men et al., "ShortGPT", arXiv:2403.03853, definition of Block Influence. The public code

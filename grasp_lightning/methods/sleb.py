@@ -26,8 +26,8 @@ class Sleb(CompressionMethod):
     deleted so far. The layer with the lowest loss is deleted. The first and the last of the layers
     left are no candidates, nor are layers that the model needs. Ties go to the lower number.
 
-    Source: Song et al., "SLEB", arXiv:2402.09025, Algorithm 1; the protected first and last layer
-    are those of its public code.
+    Source: Song et al., "SLEB", arXiv:2402.09025, Algorithm 1. Its public code protects the first
+    and the last layer.
 
     Args:
         num_layers: Number of layers to delete.
