@@ -24,6 +24,7 @@ from grasp_lightning.callbacks.expected_warnings import expected_warnings
 from grasp_lightning.callbacks.measurement import WINDOWS, Measurement
 from grasp_lightning.callbacks.moments import LinearMoments
 from grasp_lightning.callbacks.progress import StepProgressBar
+from grasp_lightning.callbacks.removals import LossWithoutParts
 from grasp_lightning.callbacks.similarity import LayerSimilarity
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConfig
@@ -32,11 +33,12 @@ from grasp_lightning.errors import ConfigError, PlanError
 from grasp_lightning.evaluation.cut_losses import first_tokens
 from grasp_lightning.methods.attribution import ATTRIBUTION, attribution_step
 from grasp_lightning.methods.layer_choice import SELECT
+from grasp_lightning.methods.removal import REMOVALS
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
 from grasp_lightning.progress import expect_passes, skip_pass, track
-from grasp_lightning.stats.base import MergedMoments, Moments, Removable, Statistics, Step
+from grasp_lightning.stats.base import MergedMoments, Moments, Needs, Statistics, Step
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
@@ -49,6 +51,7 @@ _DESCRIPTIONS = {
     SELECT: "comparing layers",
     ATTRIBUTION: "scoring components",
     CURVATURE: "measuring curvature",
+    REMOVALS: "measuring removals",
 }
 
 
@@ -102,10 +105,10 @@ class TrainerMeasure:
         if step.needs.merge is not None:
             trials = self._trials = self._trials or self._merge_trials(view)
             return Statistics(merge_similarity=trials(view, step.needs.merge))
-        if step.needs.moment_kinds:
+        if step.needs.moment_kinds or step.needs.removables:
             return Statistics(
-                moments=self._moments(view, step),
-                removal_losses=self._prices(view, step.needs.removables),
+                moments=self._moments(view, step) if step.needs.moment_kinds else {},
+                removal_losses=self._removal_losses(view, step.needs),
             )
         if step.needs.layer_metric is not None:
             return self._pass(view, step, LayerSimilarity(step=step))
@@ -120,10 +123,19 @@ class TrainerMeasure:
         stats = self._pass(view, step, SingularAttribution(step=step))
         return replace(stats, more_scores=more)
 
-    def _prices(self, view: DecoderView, removables: Sequence[Removable]) -> dict[str, float]:
-        if not removables:
+    def _removal_losses(self, view: DecoderView, needs: Needs) -> Mapping[str, float]:
+        """Measure removals on all windows, or on the first ones."""
+        if not needs.removables:
             return {}
-        return removal_losses(view, removables, self._priced_batches(), self._track)
+        if needs.removal_measure == "loss":
+            measured = Needs(removables=needs.removables, removal_measure="loss")
+            step = Step(name=REMOVALS, needs=measured)
+            # Its sums must not be taken for those of moments.
+            return self._pass(view, step, LossWithoutParts(step), "-removals").removal_losses
+        batches = self._priced_batches()
+        if not needs.moment_kinds:
+            expect_passes(len(batches))
+        return removal_losses(view, needs.removables, batches, self._track)
 
     def _priced_batches(self) -> list[dict[str, Tensor]]:
         """Return the first windows, which interleave the sources of a mixture, one by one."""
@@ -157,7 +169,8 @@ class TrainerMeasure:
         """Measure moments, in as many passes as their memory requires."""
         sources = shared_inputs(view, step.needs.moments)
         groups = layer_groups(view, step.needs, self._max_bytes, sources)
-        expect_passes(len(groups) + bool(step.needs.removables) * self._priced_windows)
+        removal_passes = 1 if step.needs.removal_measure == "loss" else self._priced_windows
+        expect_passes(len(groups) + bool(step.needs.removables) * removal_passes)
         found: list[Mapping[str, Moments]] = []
         for number, group in enumerate(groups, start=1):
             part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
@@ -165,7 +178,8 @@ class TrainerMeasure:
             if moments is not None:
                 skip_pass()
             else:
-                narrowed = replace(step, needs=replace(step.needs, moments=group))
+                needs = replace(step.needs, moments=group, removables=())
+                narrowed = replace(step, needs=needs)
                 measurement = LinearMoments(narrowed, sources)
                 moments = self._pass(view, narrowed, measurement, part).moments
                 if self._store is not None:
@@ -182,7 +196,8 @@ class TrainerMeasure:
         if state is not None:
             measurement.go_on_from(state)
             done = state[WINDOWS].tolist()
-        module = CalibrationModule(view, fisher=step.needs.fisher)
+        fisher, removables = step.needs.fisher, step.needs.removables
+        module = CalibrationModule(view, fisher=fisher, removables=removables)
         with self._stop.deferred():
             self._run(module, measurement, step, self._data.without(done), store)
         if sorted(measurement.windows) != list(range(len(self._data.windows))):

@@ -19,7 +19,7 @@ from grasp_lightning.data.section_windows import evaluation_windows
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.evaluation.phases import Phases
-from grasp_lightning.methods import build_method, predict
+from grasp_lightning.methods import build_method
 from grasp_lightning.methods.base import CompressionMethod
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.calls import check_length, check_vocabulary, leave_uncalled
@@ -91,9 +91,9 @@ def prepare(
         loaded, digest = _load(config, given)
         view = DecoderView(loaded.model)
         leave_uncalled(view)
-        check_independent(view, config.method)
-        prediction = predict(view, config.method)
         method = build_method(config.method, view, track)
+        check_independent(view, config.method, skips_parts=method.skips_parts)
+        prediction = method.predict(view)
         shared = _shared(config, loaded, digest, phases)
         text = SampledText(
             loaded.model,

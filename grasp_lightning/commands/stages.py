@@ -16,6 +16,8 @@ from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.laco import MERGE
 from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.prediction import Prediction
+from grasp_lightning.methods.removal import REMOVALS
+from grasp_lightning.methods.sleb import SLEB
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
@@ -31,6 +33,7 @@ PHASE_OF_STEP = {
     ATTRIBUTION: "attribution",
     CURVATURE: "curvature",
     MERGE: "merges",
+    REMOVALS: "removals",
 }
 
 # Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
@@ -52,6 +55,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
     has_curvature = method.weighting not in (None, "none")
     is_scored = method.score is not None and method.keep_ratio != 0
     measures_cuts = method.weighting == "kfac" and config.statistics.measured_windows > 0
+    prices_blocks = method.unit in ("attention", "mlp") and method.layers is None
     choose = Stage(phase=FACTORIZE, label="decompose")
     if method.ranks == "global":
         choose = Stage(phase=FACTORIZE, label="choose ranks", passes=_PASSES_OF_BUDGET)
@@ -62,6 +66,8 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
         Stage(phase="curvature", label="measure curvature"): has_curvature,
         Stage(phase="merges", label="try merges"): method.merge is not None,
+        Stage(phase="removals", label="search layers"): method.name == SLEB,
+        Stage(phase="removals", label="measure blocks"): prices_blocks,
         choose: method.weighting is not None or is_scored,
         Stage(phase="attribution", label="score components"): is_scored
         and method.score != "magnitude",
@@ -107,6 +113,7 @@ def compress_work(
         attribution = Work(attribution.amount * blocks / 2, max(round(2 * blocks * left), 1))
     measuring = {
         "similarity": Work(tokens),
+        "removals": _removal_work(config, view, prediction, plan),
         "curvature": Work(_CURVATURE * tokens),
         "attribution": attribution,
         # About one sweep, half as deep on average.
@@ -121,6 +128,23 @@ def compress_work(
         CUT_LOSSES: Work(cuts * measured),
         REFIT: Work(_REFIT * tokens),
     }
+
+
+def _removal_work(
+    config: CompressConfig, view: DecoderView, prediction: Prediction, plan: Plan
+) -> Work:
+    """Return the work of running the model without each layer; half of it runs again on average.
+
+    A search does so in every step, on all windows.
+    """
+    settings = config.calibration
+    if config.method.name != SLEB:
+        num_windows = min(config.statistics.priced_windows, settings.num_samples)
+        priced = min(settings.seqlen, MAX_TOKENS) * num_windows
+        return Work(priced * (1 + view.num_layers / 2), num_windows)
+    steps = range(len(plan.dropped_layers), prediction.num_layers)
+    forwards = sum(1 + (view.num_layers - gone - 2) / 2 for gone in steps)
+    return Work(forwards * settings.num_samples * settings.seqlen, max(len(steps), 1))
 
 
 def compensate_stages(*, is_split: bool) -> list[Stage]:

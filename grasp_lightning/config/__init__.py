@@ -41,8 +41,11 @@ from grasp_lightning.config.compress import (
 from grasp_lightning.config.measure import BenchmarkConfig, EvaluateConfig
 from grasp_lightning.config.method import (
     METHOD_OPTIONS,
+    AmountOptions,
+    BlockChoice,
     BudgetOptions,
     DampingOptions,
+    DropOptions,
     FisherChoice,
     GradientOptions,
     GraspOptions,
@@ -55,6 +58,7 @@ from grasp_lightning.config.method import (
     MetricOptions,
     MlpChoice,
     PresetName,
+    RandomOptions,
     Reduction,
     RefitChoice,
     RemovableChoice,
@@ -62,6 +66,7 @@ from grasp_lightning.config.method import (
     Score,
     TargetChoice,
     Terms,
+    Unit,
     Weighting,
 )
 
@@ -82,8 +87,10 @@ __all__ = [
     "CALIBRATION_STRATEGIES",
     "CONFIGS",
     "METHOD_OPTIONS",
+    "AmountOptions",
     "BatchOrder",
     "BenchmarkConfig",
+    "BlockChoice",
     "BudgetOptions",
     "CalibrationConfig",
     "CompareConfig",
@@ -91,6 +98,7 @@ __all__ = [
     "CompressConfig",
     "DampingOptions",
     "DistillationConfig",
+    "DropOptions",
     "Dtype",
     "EvaluateConfig",
     "EvaluationConfig",
@@ -116,6 +124,7 @@ __all__ = [
     "PaperConfig",
     "PlanConfig",
     "PresetName",
+    "RandomOptions",
     "Recipe",
     "Reduction",
     "RefitChoice",
@@ -132,5 +141,6 @@ __all__ = [
     "TrainMode",
     "TrainerConfig",
     "TrainingConfig",
+    "Unit",
     "Weighting",
 ]

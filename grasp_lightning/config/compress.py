@@ -15,7 +15,7 @@ from grasp_lightning.config.values import Count, PathName, Positive, Range, Seed
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsConfig:
-    """What grasp_plus, low_rank and laco measure.
+    """What grasp_plus, low_rank, laco and drop measure.
 
     Attributes:
         max_memory: Memory limit in GB, for Gram matrices and later for the hidden states of a
@@ -26,7 +26,8 @@ class StatisticsConfig:
         measured_windows: Held-out windows on which each cut is measured alone, to compare with its
             predicted loss; 0: none.
         priced_windows: Calibration windows on which the removal of each layer and block is
-            measured, if ``method.removable`` allows it, and on which laco tries merges.
+            measured, for ``method.removable``, and for ``drop`` with blocks; and on which laco
+            tries merges.
         shared: Folder of measurements and generated text that runs share: each is made by one run,
             and the others read it. Unset: none.
     """
@@ -46,7 +47,7 @@ class CompressConfig:
         output_dir: Run folder to write; ``plan`` needs none.
         overwrite: Delete what an earlier run wrote there.
         dry_run: Check everything that is quick, print what ``plan`` prints, and write nothing.
-        seed: Seed of the choice of calibration windows.
+        seed: Seed of the choice of calibration windows, and of layers that random draws.
         from_scores: Finished run whose stored scores are used instead of a pass over the data;
             unset keys are taken from its configuration.
         model: Model to compress.

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
+from grasp_lightning.config.values import Seed
+
 LayerMetric = Literal["similarity", "angular"]
 Terms = Literal["full", "sigma"]
 Reduction = Literal["signed", "absolute", "squared"]
@@ -20,30 +22,43 @@ FisherChoice = Literal["sampled", "empirical"]
 RankChoice = Literal["uniform", "global"]
 MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
+BlockChoice = Literal["attention", "mlp"]
+Unit = Literal["layers", "attention", "mlp"]
 RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
 TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
 MergeChoice = Literal["paper", "released"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodOptions:
-    """Which method, on which layers: what every method reads.
+class AmountOptions:
+    """Which method, and how much it removes: what every method reads.
 
     Attributes:
         name: grasp_plus: ranks and MLP channels by loss curvature, under one budget; grasp: the
             method of the paper; low_rank: a preset, or parts of your choice; drop: deletes layers;
-            laco: merges layers; or a method of another installed package.
-        layer_metric: How to find redundant layers when ``num_layers`` is given.
+            laco: merges layers; shortgpt: the layers of lowest block influence; sleb: the layers
+            that a greedy search by the loss finds; random: layers drawn at random; or a method of
+            another installed package.
         num_layers: Number of decoder layers to replace or delete.
-        layers: Indices of decoder layers, instead of ``num_layers``.
         removed_ratio: Share of all parameters to remove; replaces ``num_layers`` or ``keep_ratio``.
     """
 
     name: str = "grasp_plus"
-    layer_metric: LayerMetric | None = None
     num_layers: int | None = None
-    layers: tuple[int, ...] | None = None
     removed_ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions(AmountOptions):
+    """On which layers: what every method reads that does not insist on a choice of its own.
+
+    Attributes:
+        layer_metric: How to find redundant layers when ``num_layers`` is given.
+        layers: Indices of decoder layers, instead of ``num_layers``.
+    """
+
+    layer_metric: LayerMetric | None = None
+    layers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +187,7 @@ class LowRankOptions(BudgetOptions, MetricOptions, PresetOptions, KeepOptions, M
 
 
 @dataclass(frozen=True, kw_only=True)
-class LacoOptions(MethodOptions):
+class LacoOptions(AmountOptions):
     """What laco reads.
 
     Attributes:
@@ -193,16 +208,41 @@ class LacoOptions(MethodOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(LacoOptions, LowRankOptions, GraspOptions):
+class DropOptions(MethodOptions):
+    """What drop reads.
+
+    Attributes:
+        unit: What is deleted: whole layers, or only their attention or MLP blocks.
+    """
+
+    unit: Unit | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomOptions(AmountOptions):
+    """What random reads.
+
+    Attributes:
+        layer_seed: Seed of the drawn layers; unset: the seed of the run.
+    """
+
+    layer_seed: Seed | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(RandomOptions, DropOptions, LacoOptions, LowRankOptions, GraspOptions):
     """What to remove and how to choose it: the keys of all methods."""
 
 
-METHOD_OPTIONS: Final[Mapping[str, type[MethodOptions]]] = MappingProxyType(
+METHOD_OPTIONS: Final[Mapping[str, type[AmountOptions]]] = MappingProxyType(
     {
         "grasp": GraspOptions,
         "grasp_plus": LowRankOptions,
         "low_rank": LowRankOptions,
-        "drop": MethodOptions,
+        "drop": DropOptions,
+        "shortgpt": MethodOptions,
+        "sleb": AmountOptions,
+        "random": RandomOptions,
         "laco": LacoOptions,
     }
 )

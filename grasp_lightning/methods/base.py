@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from grasp_lightning.config import MethodConfig, MethodOptions, RefitChoice
+from grasp_lightning.config import AmountOptions, MethodConfig, MethodOptions, RefitChoice
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import Operation, OptionValue, Plan
@@ -40,10 +40,17 @@ class Decision:
 
 
 class CompressionMethod(ABC):
-    """A method returns operations as data and keeps no state, so a run resumes from its plan."""
+    """A method returns operations as data and keeps no state, so a run resumes from its plan.
+
+    Attributes:
+        name: Its ``method.name``.
+        reference: Its publication.
+        skips_parts: Its measurements run the model without single layers or blocks.
+    """
 
     name: str
     reference: str
+    skips_parts: bool = False
 
     @property
     @abstractmethod
@@ -81,7 +88,7 @@ class Registered:
     """
 
     name: str
-    options: type[MethodOptions] = MethodOptions
+    options: type[AmountOptions] = MethodOptions
     ignores: str
     remedy: str | None = None
     resolve: Callable[[MethodConfig], MethodConfig]

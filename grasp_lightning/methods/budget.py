@@ -1,7 +1,7 @@
 """The number of layers that a removed share of the whole model requires."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -37,8 +37,10 @@ def resolve_num_layers(config: MethodConfig, view: DecoderView) -> MethodConfig:
         dense - parameters_after(view, _layer_operations(view, index, keep_ratio))
         for index in view.layer_indices
     )
-    find = _fewest if keep_ratio else _nearest
-    count = find(config, dense, tuple(accumulate(saved)))
+    if keep_ratio:
+        count = _fewest(config, dense, tuple(accumulate(saved)))
+    else:
+        count = nearest_number(config, dense, saved, "layers")
     return replace(config, num_layers=count, layer_metric=config.layer_metric or "similarity")
 
 
@@ -64,8 +66,20 @@ def _fewest(config: MethodConfig, dense: int, totals: Sequence[int]) -> int:
     return count
 
 
-def _nearest(config: MethodConfig, dense: int, totals: Sequence[int]) -> int:
-    """Return the number of layers with the nearest savings; n layers save ``totals[n - 1]``."""
+def nearest_number(config: MethodConfig, dense: int, saved: Iterable[int], noun: str) -> int:
+    """Return the number of parts whose deletion comes nearest to ``removed_ratio``.
+
+    Args:
+        dense: Parameters of the whole model.
+        saved: Parameters that the deletion of each part saves.
+        noun: What the parts are, for the message.
+
+    Raises:
+        ConfigError: If none or all of them come nearest, with the feasible range.
+    """
+    totals = tuple(accumulate(sorted(saved)))
+    if len(totals) == 1:
+        raise ConfigError(f"method.removed_ratio: the model has only one of the {noun}; it stays")
     target = (config.removed_ratio or 0.0) * dense
     choices = (0, *totals)
     count = min(range(len(choices)), key=lambda n: abs(choices[n] - target))
@@ -73,6 +87,6 @@ def _nearest(config: MethodConfig, dense: int, totals: Sequence[int]) -> int:
         raise ConfigError(
             f"method.removed_ratio {config.removed_ratio} is out of reach: the feasible range is "
             f"{totals[0] / dense:.4f} to {totals[-2] / dense:.4f}, from 1 to {len(totals) - 1} "
-            "layers deleted"
+            f"{noun} deleted"
         )
     return count

@@ -1,7 +1,7 @@
 """The choice of redundant decoder layers, the first step of every layer-wise method."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -133,17 +133,25 @@ class LayerChoice:
         if self.metric == "angular":
             spans = (tuple(range(s, s + self.count)) for s in metric.argsort(stable=True).tolist())
             return next((span for span in spans if drop_problem(view, span) is None), None)
-        found: list[int] = []
-        for index in _most_similar(metric):
-            if len(found) < self.count and drop_problem(view, [*found, index]) is None:
-                found.append(index)
-        return tuple(sorted(found)) if len(found) == self.count else None
+        return first_droppable(view, _most_similar(metric), self.count)
 
     def _best(self, values: Tensor) -> tuple[int, ...]:
         if self.metric == "angular":
             start = int(values.argmin())
             return tuple(range(start, start + self.count))
         return tuple(sorted(_most_similar(values)[: self.count]))
+
+
+def first_droppable(view: DecoderView, order: Iterable[int], count: int) -> tuple[int, ...] | None:
+    """Return the first layers of an order that can be deleted together, ascending.
+
+    A layer that cannot go with those before it is skipped. None if there are too few.
+    """
+    found: list[int] = []
+    for index in order:
+        if len(found) < count and drop_problem(view, [*found, index]) is None:
+            found.append(index)
+    return tuple(sorted(found)) if len(found) == count else None
 
 
 def _most_similar(values: Tensor) -> list[int]:

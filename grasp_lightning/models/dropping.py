@@ -77,9 +77,16 @@ def unlike_layers(view: DecoderView) -> tuple[int, int] | None:
     return next(((view.layer_indices[0], i) for i, look in pairs if look != looks[0]), None)
 
 
-def _find_droppable(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
+def singly_droppable_layers(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
+    """Return those of some layers that may be dropped, each alone."""
     if unlike_layers(view) is None:  # then one layer represents all
         return tuple(layers) if layers and drop_problem(view, layers[:1]) is None else ()
+    return tuple(index for index in layers if drop_problem(view, [index]) is None)
+
+
+def _find_droppable(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
+    if unlike_layers(view) is None:
+        return singly_droppable_layers(view, layers)
     found: list[int] = []
     for index in layers:
         if not any(drop_problem(view, trial) for trial in ([index], [*found, index])):

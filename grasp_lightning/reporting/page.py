@@ -25,6 +25,7 @@ _PHASES = {
     "attribution": "Score singular components",
     "curvature": "Measure the curvature of the loss",
     "merges": "Try merges of layers",
+    "removals": "Measure removals of layers or blocks",
     "factorize": "Factorise and replace",
     "cut_losses": "Measure each cut alone",
     "refit": "Refit the cut linears",

@@ -35,6 +35,9 @@ MomentKind = Literal["input_gram", "gradient_gram", "input_scale", "fisher_colum
 FORWARD_MOMENTS: frozenset[MomentKind] = frozenset({"input_gram", "input_scale"})
 
 
+RemovalMeasure = Literal["divergence", "loss"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Removable:
     """A decoder layer, or its attention or MLP block, that may be removed as a whole.
@@ -68,7 +71,9 @@ class Needs:
         moments: Modules whose inputs and output gradients are summed, in model order.
         moment_kinds: Which sums are taken.
         fisher: Which gradients moments use; scores of weight gradients use the text's labels.
-        removables: Layers and blocks whose individual removal is priced.
+        removables: Layers and blocks whose individual removal is measured.
+        removal_measure: ``divergence``: how far the predictions move, on a few windows; ``loss``:
+            the loss of the model without the part, on all windows.
         merge: A merge of layers that is tried and undone.
     """
 
@@ -81,13 +86,14 @@ class Needs:
     moment_kinds: frozenset[MomentKind] = frozenset()
     fisher: FisherChoice = "empirical"
     removables: tuple[Removable, ...] = ()
+    removal_measure: RemovalMeasure = "divergence"
     merge: MergeLayers | None = None
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
-        return self.merge is None and not any(asked)
+        return self.merge is None and not any((*asked, *self.removables))
 
     @property
     def is_shareable(self) -> bool:
@@ -169,7 +175,8 @@ class Statistics:
         component_scores: Score of every singular component, float32, ``(K,)`` per module, in nats
             per predicted token (squared reduction: nats squared per predicted token).
         more_scores: Scores and singular values of ``Needs.more_groups``, as they are stored.
-        removal_losses: Cost of each layer's or block's removal alone, in nats per predicted token.
+        removal_losses: By name of a layer or block, in nats per predicted token: the divergence
+            that its removal alone causes, or the loss without it (``Needs.removal_measure``).
         merge_similarity: Mean cosine between the final hidden states of the model with the tried
             merge and those of the dense model, in [-1, 1].
     """

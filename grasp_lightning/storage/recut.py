@@ -128,8 +128,8 @@ class StoredScores:
             self._check_moments(module, step.needs)
             linear = linears[module]
             self._moments.check(module, linear.out_features, linear.in_features)
+        prices = self._prices(step.needs)
         if step.needs.moment_kinds:
-            prices = {part.name: self.price(part.name) for part in step.needs.removables}
             return Statistics(moments=self._moments, removal_losses=prices)
         scores = {
             module: self.component_scores(
@@ -137,7 +137,15 @@ class StoredScores:
             )
             for module in step.needs.weight_gradients
         }
-        return Statistics(layer_metric=metric, component_scores=scores)
+        return Statistics(layer_metric=metric, component_scores=scores, removal_losses=prices)
+
+    def _prices(self, needs: Needs) -> dict[str, float]:
+        if needs.removables and needs.removal_measure == "loss":
+            raise ConfigError(
+                "from_scores: this method needs the loss without each layer, which no run stores; "
+                "measure without from_scores"
+            )
+        return {part.name: self.price(part.name) for part in needs.removables}
 
     def price(self, name: str) -> float:
         """Return the measured removal of a layer or block; a missing one is a ``ConfigError``."""

@@ -1,6 +1,6 @@
 """The LightningModule of calibration: the model runs forward and backward, nothing is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import lightning as L
@@ -15,8 +15,9 @@ from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.integrity import nan_advice
 from grasp_lightning.models.next_token import fisher_losses, forward_inputs, next_token_losses
 from grasp_lightning.plan import Plan
-from grasp_lightning.stats.base import Statistics, Step
+from grasp_lightning.stats.base import Removable, Statistics, Step
 from grasp_lightning.training.hidden_cache import HiddenCache
+from grasp_lightning.training.removal_losses import summed_losses_without
 
 Batch = Mapping[str, Tensor]
 
@@ -30,6 +31,7 @@ class CalibrationModule(L.LightningModule):
     Args:
         fisher: Gradients of a backward pass: those of the text's labels (``empirical``), or random
             ones with the covariance of the predictions (``sampled``).
+        removables: Parts without which a predict computes the loss, one at a time.
 
     Attributes:
         measured: The steps measured in this run so far, for later callbacks.
@@ -39,7 +41,11 @@ class CalibrationModule(L.LightningModule):
     """
 
     def __init__(
-        self, model: PreTrainedModel | DecoderView, *, fisher: FisherChoice = "empirical"
+        self,
+        model: PreTrainedModel | DecoderView,
+        *,
+        fisher: FisherChoice = "empirical",
+        removables: Sequence[Removable] = (),
     ) -> None:
         super().__init__()
         self.view = model if isinstance(model, DecoderView) else DecoderView(model)
@@ -49,6 +55,7 @@ class CalibrationModule(L.LightningModule):
         self.cache: HiddenCache | None = None
         self.plan: Plan | None = None
         self.fisher: FisherChoice = fisher
+        self.removables = tuple(removables)
         self.automatic_optimization = False
         self._frozen = ExitStack()
 
@@ -115,10 +122,18 @@ class CalibrationModule(L.LightningModule):
         if loss.requires_grad:
             self.manual_backward(loss)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        """Run the decoder layers forward, without the language-model head."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """Run the decoder layers forward, without the language-model head.
+
+        Returns:
+            Loss of the batch without each of the ``removables``, in nats summed over its predicted
+            tokens, float64; None if there are none.
+        """
         del batch_idx
+        if self.removables:
+            return summed_losses_without(self.view, self.removables, batch)
         self.model.base_model(**forward_inputs(batch), use_cache=False)
+        return None
 
 
 class _TearDownOnException(L.Callback):

@@ -120,8 +120,13 @@ def with_hidden(hidden: Tensor, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _K
     return args, {**kwargs, "hidden_states": hidden}
 
 
-def check_independent(view: DecoderView, method: MethodConfig) -> None:
+def check_independent(
+    view: DecoderView, method: MethodConfig, *, skips_parts: bool = False
+) -> None:
     """Refuse settings that run layers one by one if layers share more than hidden states.
+
+    Args:
+        skips_parts: The method runs the model without single layers or blocks.
 
     Raises:
         ModelError: If layers pass on more than hidden states, such as keys and values.
@@ -132,11 +137,12 @@ def check_independent(view: DecoderView, method: MethodConfig) -> None:
             f"as keys and values, so method {method.name} cannot merge them: use another method"
         )
     keys = [key for key in ("refit", "removable") if getattr(method, key) not in {None, "none"}]
-    if keys and not pass_on_hidden_states_only(view):
+    if (keys or skips_parts) and not pass_on_hidden_states_only(view):
+        settings = " and ".join(f"method.{key}: none" for key in keys)
         raise ModelError(
             f"decoder layers of {type(view.model).__name__} pass on more than hidden states, such "
-            "as keys and values, so they cannot be run one by one: set "
-            f"{' and '.join(f'method.{key}: none' for key in keys)}"
+            "as keys and values, so they cannot be run one by one: "
+            + (f"set {settings}" if keys else f"use another method than {method.name}")
         )
 
 

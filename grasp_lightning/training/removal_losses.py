@@ -1,4 +1,4 @@
-"""How much the removal of each decoder layer or block changes the predictions."""
+"""Predictions and loss of a model without each decoder layer or block."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor
 from grasp_lightning import processes
 from grasp_lightning.evaluation.cut_losses import divergence
 from grasp_lightning.models.decoder import DecoderView, frozen
-from grasp_lightning.models.next_token import forward_inputs
+from grasp_lightning.models.next_token import forward_inputs, next_token_losses
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.models.surgery import in_place_of_linears, replacements
 from grasp_lightning.plan import RemoveBlock
@@ -41,35 +41,71 @@ def removal_losses(
     sums = dict.fromkeys(names, 0.0)
     with frozen(view.model):
         for number, batch in enumerate(batches, start=1):
-            measure = _Removals(view, {by_name[name].layer for name in names}, batch)
+            removals = _Removals(view, {by_name[name].layer for name in names}, batch)
+            dense = removals.whole_logits()
             for name in track(names, f"measure removals, {number} of {len(batches)}"):
-                sums[name] += measure(by_name[name])
+                logits = removals.logits_without(by_name[name])
+                # Rounding can make the divergence negative if a part does nothing.
+                sums[name] += max(divergence(logits, dense, removals.batch), 0.0)
     means = {name: loss / len(batches) for name, loss in sums.items()}
     return processes.merged(means, by_name)
 
 
+@torch.no_grad()
+def summed_losses_without(
+    view: DecoderView, removables: Sequence[Removable], batch: Mapping[str, Tensor]
+) -> Tensor:
+    """Return the loss of one batch without each part, summed over its predicted tokens.
+
+    Layer inputs are cached for the batch, so only the layers above a removal run again.
+
+    Args:
+        view: The model, in eval mode and without cache; each part is removed and restored.
+        batch: A ``TokenWindows.batch``.
+
+    Returns:
+        Float64 nats, one per removable, on the CPU.
+    """
+    removals = _Removals(view, {part.layer for part in removables}, batch)
+    removals.whole_logits()
+    sums = torch.zeros(len(removables), dtype=torch.float64)
+    for number, part in enumerate(removables):
+        logits = removals.logits_without(part)
+        ids, targets = removals.batch["input_ids"], removals.batch["targets"]
+        sums[number] = next_token_losses(logits, ids, targets).cpu().double().sum()
+    return sums
+
+
 class _Removals:
-    """One batch with its dense predictions and cached layer inputs."""
+    """One batch and its cached layer inputs.
+
+    Attributes:
+        batch: The batch, on the device of the model.
+    """
 
     def __init__(
         self, view: DecoderView, layers: Iterable[int], batch: Mapping[str, Tensor]
     ) -> None:
+        self.batch = {key: value.to(view.model.device) for key, value in batch.items()}
         self._view = view
-        self._batch = {key: value.to(view.model.device) for key, value in batch.items()}
+        self._layers = sorted(layers)
         self._windows = list(range(len(batch["input_ids"])))
         self._cache = HiddenCache(view)
         self._cache.start_batch(torch.tensor(self._windows))
-        with self._cache.capturing(sorted(layers), len(self._windows)):
-            self._dense = self._logits()
 
-    def __call__(self, part: Removable) -> float:
+    def whole_logits(self) -> Tensor:
+        """Return the logits of the whole model, and fill the cache."""
+        with self._cache.capturing(self._layers, len(self._windows)):
+            return self._logits()
+
+    def logits_without(self, part: Removable) -> Tensor:
+        """Return the logits without one part; needs a filled cache."""
         start = self._cache.start_layer(part.layer, self._windows)
         with self._cache.starting_from(start), self._without(part):
-            # Rounding can make the divergence negative if a part does nothing.
-            return max(divergence(self._logits(), self._dense, self._batch), 0.0)
+            return self._logits()
 
     def _logits(self) -> Tensor:
-        logits: Tensor = self._view.model(**forward_inputs(self._batch)).logits
+        logits: Tensor = self._view.model(**forward_inputs(self.batch)).logits
         return logits
 
     @contextmanager

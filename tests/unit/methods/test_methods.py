@@ -27,8 +27,13 @@ def stored_statistics(view: DecoderView, step: Step) -> Statistics:
     """Measure nothing: the layer metric is made up, every component scores its index."""
     scores = {name: torch.arange(basis.s.numel()).float() for name, basis in step.bases.items()}
     moments = {name: made_up_moments(view, name) for name in step.needs.moments}
+    losses = {part.name: float(part.layer) for part in step.needs.removables}
     return Statistics(
-        layer_metric=SIMILARITY, component_scores=scores, moments=moments, merge_similarity=0.5
+        layer_metric=SIMILARITY,
+        component_scores=scores,
+        moments=moments,
+        removal_losses=losses,
+        merge_similarity=0.5,
     )
 
 
@@ -60,9 +65,8 @@ def test_the_names_in_configurations_are_those_of_the_methods() -> None:
 
 
 def test_a_method_that_nobody_has_is_refused_with_the_nearest_name() -> None:
-    expected = (
-        "expected one of grasp, grasp_plus, low_rank, drop, laco, got 'gras'; did you mean grasp?"
-    )
+    names = "grasp, grasp_plus, low_rank, drop, shortgpt, sleb, laco, random"
+    expected = f"expected one of {names}, got 'gras'; did you mean grasp?"
     with pytest.raises(ConfigError) as caught:
         resolve_method(MethodConfig(name="gras"))
     assert str(caught.value) == f"method.name: {expected}"
@@ -95,7 +99,8 @@ def test_steps_end_and_the_size_is_as_predicted(name: str) -> None:
     plan = compress(view, method, stored_statistics, Plan(method=name), lambda *_: None)
     assert plan.complete
     assert method.next_step(view, plan) is None
-    assert plan.selected_layers == (None if name == "laco" else (1, 3))  # laco tries merges
+    changed = plan.selected_layers or plan.dropped_layers
+    assert changed == {"random": (0, 1), "sleb": (1, 2), "laco": (2, 3)}.get(name, (1, 3))
     expected = parameters_after(untouched, plan.operations)
     assert sum(p.numel() for p in view.model.parameters()) == expected
 

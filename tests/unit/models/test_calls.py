@@ -79,8 +79,10 @@ def test_layers_that_share_keys_and_values_cannot_run_one_by_one() -> None:
         "and values, so they cannot be run one by one: set method.refit: none and "
         "method.removable: none"
     )
+    with pytest.raises(ModelError, match=r"one by one: use another method than sleb$"):
+        check_independent(view, MethodConfig(name="sleb"), skips_parts=True)
     per_layer = DecoderView(gemma4(num_kv_shared_layers=0, hidden_size_per_layer_input=8))
-    check_independent(per_layer, MethodConfig(refit="residual"))
+    check_independent(per_layer, MethodConfig(refit="residual"), skips_parts=True)
 
 
 def test_values_of_single_layers_follow_a_drop() -> None:

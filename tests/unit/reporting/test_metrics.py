@@ -36,6 +36,7 @@ KEYS = {
     "seconds.similarity",
     "seconds.attribution",
     "seconds.curvature",
+    "seconds.removals",
     "seconds.factorize",
     "seconds.cut_losses",
     "seconds.refit",
