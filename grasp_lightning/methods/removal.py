@@ -1,7 +1,6 @@
 """Decoder layers, and attention and MLP blocks, that can be removed at a measured price."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import nan
 
 from torch import Tensor, tensor
 
@@ -20,7 +19,7 @@ from grasp_lightning.stats.base import Removable
 REMOVALS = "removals"
 """Name of a step that only measures removals."""
 _KEY = "{name}.removal"
-_SEARCH_KEY = "search.{number}.losses"
+_SEARCH_KEY = "search.{number}"
 
 
 def removable_parts(
@@ -101,26 +100,26 @@ def removal_operations(
     return (*blocks_, DropLayers(layers=layers)) if layers else blocks_
 
 
-def stored_losses(number: int, losses: Mapping[int, float], num_layers: int) -> dict[str, Tensor]:
-    """Return the losses of one step of a search by their storage name.
+def stored_losses(number: int, losses: Mapping[int, float]) -> dict[str, Tensor]:
+    """Return the losses of one step of a search by their storage names.
 
     Args:
         number: How many layers are gone already.
         losses: Loss without each candidate, by its number in the original model.
-        num_layers: Number of layers of the original model.
 
     Returns:
-        ``search.<number>.losses``, ``(num_layers,)``, NaN where a layer was no candidate.
+        ``search.<number>.layers`` and ``search.<number>.losses``, one entry per candidate.
     """
-    values = tensor([losses.get(index, nan) for index in range(num_layers)])
-    return {_SEARCH_KEY.format(number=number): values}
+    key, layers = _SEARCH_KEY.format(number=number), [float(index) for index in losses]
+    return {f"{key}.layers": tensor(layers), f"{key}.losses": tensor(list(losses.values()))}
 
 
-def search_losses(scores: Mapping[str, Tensor]) -> list[Tensor]:
+def search_losses(scores: Mapping[str, Tensor]) -> list[dict[int, float]]:
     """Return what ``stored_losses`` stored, step by step."""
-    found: list[Tensor] = []
-    while (values := scores.get(_SEARCH_KEY.format(number=len(found)))) is not None:
-        found.append(values)
+    found: list[dict[int, float]] = []
+    while f"{(key := _SEARCH_KEY.format(number=len(found)))}.losses" in scores:
+        layers, losses = scores[f"{key}.layers"].tolist(), scores[f"{key}.losses"].tolist()
+        found.append({int(index): loss for index, loss in zip(layers, losses, strict=True)})
     return found
 
 

@@ -69,7 +69,7 @@ class Sleb(CompressionMethod):
         found = {part.layer: losses[part.name] for part in step.needs.removables}
         return Decision(
             operations=(DropLayers(layers=(best.layer,)),),
-            scores=stored_losses(gone, found, model.num_layers),
+            scores=stored_losses(gone, found),
         )
 
     def predict(self, view: DecoderView) -> Prediction:

@@ -9,7 +9,7 @@ from torch import Tensor
 from grasp_lightning.methods.removal import search_losses
 from grasp_lightning.plan import NarrowMlp, Plan
 from grasp_lightning.reporting.drawing import Plot, draw_heat_map, svg_text
-from grasp_lightning.reporting.linears import float64_array, module_place, predicted_losses
+from grasp_lightning.reporting.linears import module_place, predicted_losses
 from grasp_lightning.reporting.metrics import Metrics
 
 
@@ -89,15 +89,21 @@ def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
 
 def search_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     """Return the losses that each step of a search compared; None if there was no search."""
-    losses = [float64_array(values) for values in search_losses(scores)]
+    losses = search_losses(scores)
     if not losses:
         return None
     deleted = [index for op in plan.operations for index in op.dropped]
+    best = [min(step.values()) for step in losses]
+    layers = range(max(losses[0]) + 2)  # the last layer is no candidate
     # Thousandths of a nat above the best candidate of the step.
-    excess = 1e3 * np.array([values - np.nanmin(values) for values in losses])
-    columns = list(map(str, range(excess.shape[1])))
+    excess = np.array(
+        [
+            [1e3 * (step[index] - least) if index in step else np.nan for index in layers]
+            for step, least in zip(losses, best, strict=True)
+        ]
+    )
+    columns = list(map(str, layers))
     rows = [f"{number}: layer {index}" for number, index in enumerate(deleted, 1)]
-    first, last = (float(np.nanmin(values)) for values in (losses[0], losses[-1]))
 
     def draw(figure: Figure) -> None:
         draw_heat_map(figure, excess, columns, rows, "nats / 1000")
@@ -106,8 +112,8 @@ def search_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
         title=f"The search deletes layers {', '.join(map(str, deleted))}, in this order",
         explanation="One row for each deleted layer: how much higher the loss would be without "
         "another layer instead, in thousandths of a nat per token. The loss on the calibration "
-        f"text is {first:.3f} after the first deletion and {last:.3f} after the last. Layers in "
-        "grey were no candidates.",
+        f"text is {best[0]:.3f} after the first deletion and {best[-1]:.3f} after the last. Layers "
+        "in grey were no candidates.",
         alt=f"Heat map of losses, {len(rows)} deletions by {len(columns)} layers.",
         svg=svg_text(1.2 + 0.34 * len(rows), draw),
     )

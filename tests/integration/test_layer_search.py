@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grasp_lightning.cli import main
+from grasp_lightning.methods.removal import search_losses
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import DropLayers, Plan
@@ -56,11 +57,11 @@ def test_the_result_is_an_ordinary_model_with_a_report(settings: list[str], whol
     order = [op.layers[0] for op in plan.operations if isinstance(op, DropLayers)]
     assert len(order) == len(plan.operations) == 3
     assert plan.options == {"num_layers": 3}
-    losses = load_file(whole / "scores.safetensors")
-    for number, index in enumerate(order):
-        values = losses[f"search.{number}.losses"]
-        assert values.nan_to_num(torch.inf).argmin() == index
-        assert values.isnan().nonzero().flatten().tolist() == sorted([0, *order[:number], 5])
+    steps = search_losses(load_file(whole / "scores.safetensors"))
+    assert len(steps) == 3
+    for number, losses in enumerate(steps):
+        assert min(losses, key=lambda index: losses[index]) == order[number]
+        assert sorted({*range(6)} - {*losses}) == sorted([0, *order[:number], 5])
     metrics = json.loads((whole / "metrics.json").read_text())
     assert metrics["layers"] == sorted(order)
     assert metrics["seconds"]["removals"] > 0
@@ -75,6 +76,16 @@ def test_the_result_is_an_ordinary_model_with_a_report(settings: list[str], whol
     model = AutoModelForCausalLM.from_pretrained(settings[0].partition("=")[2])
     apply_operations(DecoderView(model), plan.operations, {})
     assert torch.equal(saved(IDS).logits, model(IDS).logits)
+
+
+def test_plan_predicts_the_size(
+    settings: list[str], whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *settings]) == 0
+    told = capsys.readouterr().out
+    parameters = json.loads((whole / "metrics.json").read_text())["parameters"]["compressed"]
+    assert f"parameters removed: {parameters:,} remain" in told
+    assert "3 layers are deleted" in told
 
 
 @pytest.mark.parametrize("place", KILLS)
