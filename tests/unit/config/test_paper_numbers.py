@@ -46,7 +46,8 @@ def cells(config: dict[str, Any]) -> Iterator[tuple[str, str, str | None]]:
 
 def numbers(table: str, model: str, method: str, ratio: str | None) -> dict[str, float]:
     columns = NUMBERS[table].get(model, {}).get(method, {})
-    return columns if ratio is None else columns.get(ratio, {})
+    found: dict[str, float] = columns if ratio is None else columns.get(ratio, {})
+    return found
 
 
 def all_columns() -> Iterator[tuple[str, dict[str, float]]]:
