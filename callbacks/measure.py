@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
 
 from grasp_lightning import processes
 from grasp_lightning.callbacks.attribution import SingularAttribution, group_scores
@@ -24,6 +26,7 @@ from grasp_lightning.callbacks.measurement import WINDOWS, Measurement
 from grasp_lightning.callbacks.moments import LinearMoments
 from grasp_lightning.callbacks.progress import StepProgressBar
 from grasp_lightning.callbacks.similarity import LayerSimilarity
+from grasp_lightning.callbacks.span_training import train_span
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
@@ -35,7 +38,14 @@ from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
 from grasp_lightning.progress import expect_passes, skip_pass, track
-from grasp_lightning.stats.base import MergedMoments, Moments, Removable, Statistics, Step
+from grasp_lightning.stats.base import (
+    MergedMoments,
+    Moments,
+    Removable,
+    SpanTraining,
+    Statistics,
+    Step,
+)
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
@@ -101,6 +111,8 @@ class TrainerMeasure:
                 moments=self._moments(view, step),
                 removal_losses=self._prices(view, step.needs.removables),
             )
+        if step.needs.span_training is not None:
+            return Statistics(trained=self._train(view, step.needs.span_training))
         if step.needs.layer_metric is not None:
             return self._pass(view, step, LayerSimilarity(step=step))
         more = group_scores(
@@ -122,6 +134,22 @@ class TrainerMeasure:
         count = min(self._priced_windows, len(windows))
         batches = [first_tokens(windows.batch([number])) for number in range(count)]
         return removal_losses(view, removables, batches, self._track)
+
+    def _train(self, view: DecoderView, span: SpanTraining) -> dict[str, Tensor]:
+        """Train a layer; the weights are equal in all processes."""
+        with expected_warnings():
+            return train_span(
+                view,
+                span,
+                self._data,
+                partial(self._trainer, view, is_backward=True),
+                callbacks=[StepProgressBar("training a layer")] if self._progress else [],
+                track=self._track,
+                store=None if self._store is None else self._store.training,
+                every_seconds=self._config.checkpoint_seconds,
+                stop=self._stop,
+                max_bytes=self._max_bytes,
+            )
 
     def _track(self, items: Sequence[str], description: str) -> Iterable[str]:
         return track(items, description) if self._progress else items
@@ -180,7 +208,8 @@ class TrainerMeasure:
         device = module.view.model.device
         with expected_warnings():
             share_done = len(rest.done) / len(rest.windows)
-            trainer = self._trainer(module, measurement, step, store, share_done)
+            callbacks = self._callbacks(measurement, step, store, share_done)
+            trainer = self._trainer(module.view, callbacks, is_backward=step.needs.is_backward)
             if step.needs.is_backward:
                 with self._cached(module, step, rest):
                     trainer.fit(module, datamodule=rest)
@@ -211,14 +240,9 @@ class TrainerMeasure:
             with self._cache.starting_from(start):
                 yield
 
-    def _trainer(
-        self,
-        module: CalibrationModule,
-        measurement: Measurement,
-        step: Step,
-        store: PassStore | None,
-        share_done: float,
-    ) -> L.Trainer:
+    def _callbacks(
+        self, measurement: Measurement, step: Step, store: PassStore | None, share_done: float
+    ) -> list[L.Callback]:
         callbacks: list[L.Callback] = [measurement]
         if self._progress:
             description = _DESCRIPTIONS.get(step.name, step.name)
@@ -228,11 +252,21 @@ class TrainerMeasure:
             callbacks.append(
                 CalibrationCheckpoint(measurement, store, every_seconds=seconds, stop=self._stop)
             )
+        return callbacks
+
+    def _trainer(
+        self,
+        view: DecoderView,
+        callbacks: list[L.Callback],
+        *,
+        is_backward: bool,
+        **more: Any,  # noqa: ANN401  arguments of a Trainer
+    ) -> L.Trainer:
         logger: CSVLogger | bool = False
-        if step.needs.is_backward and self._log_dir is not None:
+        if is_backward and self._log_dir is not None:
             self._passes += 1
             logger = CSVLogger(self._log_dir, name="", version=f"pass_{self._passes}")
-        device, mesh = module.view.model.device, mesh_of(module.view.model)
+        device, mesh = view.model.device, mesh_of(view.model)
         where = placement(self._config, device)
         if mesh is not None:
             where["strategy"] = CalibrationFSDP(mesh)
@@ -250,6 +284,7 @@ class TrainerMeasure:
             # Inference tensors that a model caches (rotary tables) cannot be used in backward.
             inference_mode=False,
             use_distributed_sampler=False,
+            **more,
         )
 
 

@@ -14,6 +14,7 @@ from grasp_lightning.evaluation.cut_losses import MAX_TOKENS
 from grasp_lightning.methods.attribution import ATTRIBUTION
 from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.layer_choice import SELECT
+from grasp_lightning.methods.llm_streamline import TRAIN_LAYER
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
@@ -25,7 +26,12 @@ from grasp_lightning.storage.sampled_text import SAMPLE
 from grasp_lightning.training.finish import CUT_LOSSES, REFIT
 
 LOAD, EVALUATE, FACTORIZE, TRAIN, SAVE = "load", "evaluate", "factorize", "train", "save"
-PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
+PHASE_OF_STEP = {
+    SELECT: "similarity",
+    ATTRIBUTION: "attribution",
+    CURVATURE: "curvature",
+    TRAIN_LAYER: TRAIN_LAYER,
+}
 
 # Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
 _FORWARD_AND_BACKWARD = 3.0
@@ -55,6 +61,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase=EVALUATE, label="perplexity before"): True,
         Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
         Stage(phase="curvature", label="measure curvature"): has_curvature,
+        Stage(phase=TRAIN_LAYER, label="train a layer", passes=2): method.replacement is not None,
         choose: method.weighting is not None or is_scored,
         Stage(phase="attribution", label="score components"): is_scored
         and method.score != "magnitude",
@@ -108,9 +115,17 @@ def compress_work(
         **measuring,
         EVALUATE: Work(held_out.num_tokens),
         FACTORIZE: Work(_DECOMPOSITION * decomposed / (2 * count_parameters(view.model))),
+        TRAIN_LAYER: Work(_layer_training(config, view) * tokens, 2),
         CUT_LOSSES: Work(cuts * measured),
         REFIT: Work(_REFIT * tokens),
     }
+
+
+def _layer_training(config: CompressConfig, view: DecoderView) -> float:
+    """Return the forward passes per token that the training of one layer takes."""
+    if config.method.replacement is None:
+        return 0.0
+    return 1 + _FORWARD_AND_BACKWARD * (config.method.epochs or 0) / view.num_layers
 
 
 def compensate_stages(*, is_split: bool) -> list[Stage]:

@@ -22,6 +22,7 @@ MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
 RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
 TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
+ReplacementChoice = Literal["layer", "mlp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,8 @@ class MethodOptions:
     Attributes:
         name: grasp_plus: ranks and MLP channels by loss curvature, under one budget; grasp: the
             method of the paper; low_rank: a preset, or parts of your choice; drop: deletes layers;
-            or a method of another installed package.
+            llm_streamline: replaces contiguous layers by one that is trained; or a method of
+            another installed package.
         layer_metric: How to find redundant layers when ``num_layers`` is given.
         num_layers: Number of decoder layers to replace or delete.
         layers: Indices of decoder layers, instead of ``num_layers``.
@@ -171,7 +173,25 @@ class LowRankOptions(BudgetOptions, MetricOptions, PresetOptions, KeepOptions, M
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(LowRankOptions, GraspOptions):
+class StreamlineOptions(MethodOptions):
+    """What llm_streamline reads.
+
+    Attributes:
+        replacement: What replaces the span of layers: its first layer, or only the MLP block of
+            that layer; trained to give the output of the span.
+        epochs: Passes of the training over the calibration windows; 0: none.
+        learning_rate: Learning rate of the first step; it falls to 2.5 % of it.
+        step_windows: Calibration windows per optimizer step.
+    """
+
+    replacement: ReplacementChoice | None = None
+    epochs: int | None = None
+    learning_rate: float | None = None
+    step_windows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(LowRankOptions, GraspOptions, StreamlineOptions):
     """What to remove and how to choose it: the keys of all methods."""
 
 
@@ -181,5 +201,6 @@ METHOD_OPTIONS: Final[Mapping[str, type[MethodOptions]]] = MappingProxyType(
         "grasp_plus": LowRankOptions,
         "low_rank": LowRankOptions,
         "drop": MethodOptions,
+        "llm_streamline": StreamlineOptions,
     }
 )

@@ -12,6 +12,7 @@ from grasp_lightning.methods.budget import resolve_num_layers
 from grasp_lightning.methods.drop import DROP_METHOD
 from grasp_lightning.methods.grasp import GRASP
 from grasp_lightning.methods.grasp_plus import GRASP_PLUS
+from grasp_lightning.methods.llm_streamline import LLM_STREAMLINE
 from grasp_lightning.methods.low_rank import LOW_RANK
 from grasp_lightning.methods.options import keys_of, refuse_ignored
 from grasp_lightning.methods.prediction import Prediction
@@ -21,7 +22,7 @@ from grasp_lightning.plugins import load_method, method_plugins
 __all__ = ["METHODS", "build_method", "predict", "resolve_method", "resolve_num_layers"]
 
 METHODS: Final[Mapping[str, Registered]] = MappingProxyType(
-    {method.name: method for method in (GRASP, GRASP_PLUS, LOW_RANK, DROP_METHOD)}
+    {method.name: method for method in (GRASP, GRASP_PLUS, LOW_RANK, DROP_METHOD, LLM_STREAMLINE)}
 )
 
 

@@ -16,11 +16,14 @@ from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.plan import DropLayers, Operation
 
 
-def resolve_num_layers(config: MethodConfig, view: DecoderView) -> MethodConfig:
+def resolve_num_layers(config: MethodConfig, view: DecoderView, also: int = 0) -> MethodConfig:
     """Return the options with the number of layers that ``removed_ratio`` requires.
 
     Replacement takes the fewest layers that reach the target at ``keep_ratio`` for any choice of
     layers; deletion takes the nearest number. Explicit layers or numbers stay unchanged.
+
+    Args:
+        also: Parameters that deletion removes outside of the deleted layers.
 
     Raises:
         ConfigError: If the target is out of reach, with the feasible range.
@@ -38,7 +41,7 @@ def resolve_num_layers(config: MethodConfig, view: DecoderView) -> MethodConfig:
         for index in view.layer_indices
     )
     find = _fewest if keep_ratio else _nearest
-    count = find(config, dense, tuple(accumulate(saved)))
+    count = find(config, dense, [total + also for total in accumulate(saved)])
     return replace(config, num_layers=count, layer_metric=config.layer_metric or "similarity")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from grasp_lightning.config import FisherChoice, LayerMetric, Reduction, Score, Terms
 from grasp_lightning.errors import ModelError
 from grasp_lightning.linalg.factors import SVD
+from grasp_lightning.plan import RemoveBlock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +55,27 @@ class Removable:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SpanTraining:
+    """The training of one decoder layer to compute what a span of layers computes.
+
+    Attributes:
+        layers: Numbers of the layers of the span, contiguous and ascending. The first is trained.
+        parameters: Names of its trained parameters, inside the layer.
+        removed: Blocks of it that are removed before the training.
+        epochs: Passes over the windows; 0 leaves the layer as it is.
+        learning_rate: Rate of the first step.
+        step_windows: Windows per optimizer step.
+    """
+
+    layers: tuple[int, ...]
+    parameters: tuple[str, ...]
+    removed: tuple[RemoveBlock, ...] = ()
+    epochs: int
+    learning_rate: float
+    step_windows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
     """What a step needs measured; nothing by default.
 
@@ -68,6 +90,7 @@ class Needs:
         moment_kinds: Which sums are taken.
         fisher: Which gradients moments use; scores of weight gradients use the text's labels.
         removables: Layers and blocks whose individual removal is priced.
+        span_training: A layer to train.
     """
 
     layer_metric: LayerMetric | None = None
@@ -79,12 +102,13 @@ class Needs:
     moment_kinds: frozenset[MomentKind] = frozenset()
     fisher: FisherChoice = "empirical"
     removables: tuple[Removable, ...] = ()
+    span_training: SpanTraining | None = None
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
-        return not any(asked)
+        return not (any(asked) or self.span_training)
 
     @property
     def is_backward(self) -> bool:
@@ -162,6 +186,7 @@ class Statistics:
             per predicted token (squared reduction: nats squared per predicted token).
         more_scores: Scores and singular values of ``Needs.more_groups``, as they are stored.
         removal_losses: Cost of each layer's or block's removal alone, in nats per predicted token.
+        trained: Values of ``SpanTraining.parameters``, in the dtype of the model.
     """
 
     layer_metric: Tensor | None = None
@@ -169,6 +194,7 @@ class Statistics:
     more_scores: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Moments] = field(default_factory=dict)
     removal_losses: Mapping[str, float] = field(default_factory=dict)
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:

@@ -81,6 +81,10 @@ class StoredScores:
                 f"from_scores: {self._folder} has scores of a different model, or of this model in "
                 "a different dtype"
             )
+        if "epochs" in options:
+            raise ConfigError(
+                "from_scores: this method trains on the calibration text; leave from_scores unset"
+            )
         if options.get("schedule") not in (None, "one_shot"):
             raise ConfigError(
                 "from_scores: schedule iterative needs new measurements; use one_shot"

@@ -127,11 +127,13 @@ def check_independent(view: DecoderView, method: MethodConfig) -> None:
         ModelError: If layers pass on more than hidden states, such as keys and values.
     """
     keys = [key for key in ("refit", "removable") if getattr(method, key) not in {None, "none"}]
-    if keys and not pass_on_hidden_states_only(view):
+    trains = method.replacement is not None
+    if (keys or trains) and not pass_on_hidden_states_only(view):
+        advice = f"set {' and '.join(f'method.{key}: none' for key in keys)}"
         raise ModelError(
             f"decoder layers of {type(view.model).__name__} pass on more than hidden states, such "
-            "as keys and values, so they cannot be run one by one: set "
-            f"{' and '.join(f'method.{key}: none' for key in keys)}"
+            "as keys and values, so they cannot be run one by one: "
+            f"{'use another method' if trains else advice}"
         )
 
 
@@ -207,7 +209,7 @@ def only_layer(
 
     Yields:
         A function of the hidden states that enter the layer and of a call of the model; it returns
-        the hidden states that leave the layer, without autograd history.
+        the hidden states that leave the layer.
     """
     layer = view.layer(index)
     entering: list[Tensor] = []
@@ -219,7 +221,6 @@ def only_layer(
     def note(_module: nn.Module, _args: object, output: object) -> None:
         leaving.append(hidden_output(output))
 
-    @torch.no_grad()
     def run(hidden: Tensor, call: Callable[[], object]) -> Tensor:
         entering[:] = [hidden]
         leaving.clear()
