@@ -17,7 +17,7 @@ from grasp_lightning.models.surgery import in_place_of_linears, replacements
 from grasp_lightning.progress import expect_passes
 from grasp_lightning.stats.base import SpanTraining
 from grasp_lightning.training.layer_streams import HiddenStates, LayerRunner
-from grasp_lightning.training.span import SpanData, SpanModule
+from grasp_lightning.training.span import SpanData, SpanModule, first_weights
 
 NewTrainer = Callable[..., L.Trainer]
 """Makes a Trainer from its callbacks and further arguments."""
@@ -58,6 +58,8 @@ def train_span(
         every_seconds: Time between two checkpoints.
         max_bytes: Memory for hidden states; the rest is stored in files.
     """
+    if span.epochs == 0:
+        return {name: weight.cpu().clone() for name, weight in first_weights(view, span).items()}
     with TemporaryDirectory() as folder, frozen(view.model):
         states = SpanData(data, span, HiddenStates(Path(folder), max_bytes))
         runner = LayerRunner(view)
@@ -65,25 +67,24 @@ def train_span(
         for number in track([str(n) for n in states.batches()], "hidden states"):
             states.fill(runner, [number])
         removed = replacements(view, span.removed, {})
+        saves = [] if store is None else [_checkpoint(store, every_seconds, stop)]
+        trainer = new_trainer(
+            [*callbacks, *saves],
+            val_check_interval=states.steps.steps_per_epoch,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=-1,  # the weights before the first step count, too
+            limit_val_batches=None if states.validation else 0,
+        )
         with in_place_of_linears(view, removed), runner.with_weights(span.layers[0]) as run:
             module = SpanModule(view, span, states, run)
-            if span.epochs > 0:
-                saves = [] if store is None else [_checkpoint(store, every_seconds, stop)]
-                trainer = new_trainer(
-                    [*callbacks, *saves],
-                    val_check_interval=states.steps.steps_per_epoch,
-                    check_val_every_n_epoch=None,
-                    num_sanity_val_steps=-1,  # the weights before the first step count, too
-                    limit_val_batches=None if states.validation else 0,
+            with stop.deferred():
+                trainer.fit(
+                    module,
+                    train_dataloaders=states.steps,
+                    val_dataloaders=DataLoader(_Batches(states.validation), batch_size=None),
+                    ckpt_path=None if store is None else store.load(),
+                    weights_only=True,
                 )
-                with stop.deferred():
-                    trainer.fit(
-                        module,
-                        train_dataloaders=states.steps,
-                        val_dataloaders=DataLoader(_Batches(states.validation), batch_size=None),
-                        ckpt_path=None if store is None else store.load(),
-                        weights_only=True,
-                    )
             return module.trained()
 
 

@@ -18,10 +18,13 @@ from grasp_lightning.stats.base import Needs, Statistics, Step
 logger = logging.getLogger(__name__)
 
 SELECT = "select"
-SCORE_KEYS: dict[LayerMetric, str] = {
-    "similarity": "layer_similarity",
-    "angular": "layer_angular_distance",
-}
+
+
+def score_key(metric: LayerMetric, span: int) -> str:
+    """Return the name under which a metric is stored."""
+    if metric == "angular":
+        return "layer_angular_distance"
+    return "layer_similarity" if span == 1 else "span_similarity"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +65,11 @@ class LayerChoice:
         """Whether the chosen layers are contiguous."""
         return self.replaces_span or (self.layers is None and self.metric == "angular")
 
+    @property
+    def _span(self) -> int:
+        """Number of contiguous layers that the metric compares across."""
+        return self.count if self.is_contiguous else 1
+
     def check(self, num_layers: int) -> None:
         """Refuse layers, or a number of them, that the model does not have: a ``ConfigError``."""
         if self.layers is not None:
@@ -82,8 +90,7 @@ class LayerChoice:
         self.check(model.num_layers)
         if self.layers is not None:
             return Step(name=SELECT)
-        span = self.count if self.is_contiguous else 1
-        return Step(name=SELECT, needs=Needs(layer_metric=self.metric, span=span))
+        return Step(name=SELECT, needs=Needs(layer_metric=self.metric, span=self._span))
 
     def chosen(self, stats: Statistics) -> tuple[int, ...]:
         """Return the chosen layers, ascending, by their numbers in the original model.
@@ -114,7 +121,7 @@ class LayerChoice:
             layers = self._droppable(dropped_from, layers, metric)
         return Decision(
             operations=(SelectLayers(layers=layers),),
-            scores={} if metric is None else {SCORE_KEYS[self.metric]: metric},
+            scores={} if metric is None else {score_key(self.metric, self._span): metric},
         )
 
     def check_drop(self, view: DecoderView) -> None:

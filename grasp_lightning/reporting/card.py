@@ -59,6 +59,7 @@ def model_card(
         removed=_removed(plan),
         removed_share=f"{100 * metrics.removed_ratio:.1f}% of all parameters were removed",
         special=servers.special,
+        trained_span=_trained_span(plan),
         options=_options(plan),
         calibration=phrases.text_source(config, "calibration"),
         evaluation=phrases.text_source(config, "evaluation"),
@@ -236,7 +237,7 @@ def _with_licence_line(text: str, line: str) -> str:
 
 def _removed(plan: Plan) -> str:
     """Return the removed layers and blocks as text, empty for methods that only drop layers."""
-    if plan.options.get("removable") is None:
+    if plan.options.get("removable") is None and not plan.removed_blocks:
         return ""
     layers: dict[str, list[int]] = {"layer": list(plan.dropped_layers)}
     for index, kind in map(module_place, plan.removed_blocks):
@@ -247,6 +248,14 @@ def _removed(plan: Plan) -> str:
         for kind, indices in layers.items()
         if indices
     )
+
+
+def _trained_span(plan: Plan) -> tuple[int, int] | None:
+    """Return the first and last of the layers that one trained layer replaces, or None."""
+    layers = plan.selected_layers
+    if not plan.options.get("epochs") or not layers:
+        return None
+    return layers[0], layers[-1]
 
 
 def _options(plan: Plan) -> dict[str, str]:

@@ -35,6 +35,12 @@ _FINGERPRINT, _BEST = "grasp_lightning_fingerprint", "grasp_lightning_best"
 RunLayer = Callable[[Mapping[str, Tensor], Tensor, Mapping[str, Tensor]], Tensor]
 
 
+def first_weights(view: DecoderView, span: SpanTraining) -> dict[str, Tensor]:
+    """Return the parameters of a span's first layer that are trained, by full name."""
+    layer, name = view.layer(span.layers[0]), f"{view.layers_name}.{span.layers[0]}"
+    return {f"{name}.{key}": layer.get_parameter(key).detach() for key in span.parameters}
+
+
 class SpanData:
     """Hidden states around a span, for this process's share of the calibration windows.
 
@@ -85,7 +91,7 @@ class SpanData:
         """Yield this process's share of some windows in batches for one forward pass.
 
         Args:
-            trains: The windows are those of a step, not of a batch for validation.
+            trains: The windows belong to a step, not to a batch for validation.
 
         Yields:
             A batch, and what enters and leaves the span in it, each ``(B, T, D)``.
@@ -132,12 +138,10 @@ class SpanModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self._span, self._data, self._run = span, data, run
-        layer = view.layer(span.layers[0])
-        prefix = f"{view.layers_name}.{span.layers[0]}."
-        found = [layer.get_parameter(name).detach() for name in span.parameters]
-        self._dtypes = {prefix + n: w.dtype for n, w in zip(span.parameters, found, strict=True)}
+        first = first_weights(view, span)
+        self._dtypes = {name: weight.dtype for name, weight in first.items()}
         self.weights = nn.ParameterList(
-            w.to(torch.promote_types(w.dtype, torch.float32), copy=True) for w in found
+            w.to(torch.promote_types(w.dtype, torch.float32), copy=True) for w in first.values()
         )
         self._best: tuple[float, list[Tensor]] | None = None
         self._sums: dict[str, Tensor] = {}

@@ -14,8 +14,11 @@ from grasp_lightning.callbacks.measure import TrainerMeasure
 from grasp_lightning.cli import main
 from grasp_lightning.config import CalibrationConfig
 from grasp_lightning.data.datamodules import CalibrationData
+from grasp_lightning.errors import NumericsError
+from grasp_lightning.memory.calibration import training_bytes
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import has_replaced
+from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import DropLayers, Plan, RemoveBlock, SelectLayers, SetWeights
 from grasp_lightning.stats.base import Needs, SpanTraining, Step
@@ -106,6 +109,13 @@ def test_a_layer_that_training_makes_worse_stays_as_it_was() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in found.items())
 
 
+def test_a_training_that_diverges_names_the_rate() -> None:
+    view = DecoderView(tiny_model())
+    step = training(view, epochs=1, learning_rate=30.0)
+    with pytest.raises(NumericsError, match=r"in step 3; lower method\.learning_rate"):
+        TrainerMeasure(calibration(), progress=False)(view, step)
+
+
 def test_without_training_the_others_are_deleted(tmp_path: Path) -> None:
     source, run = save_tiny(tmp_path / "source"), tmp_path / "run"
     more = ["--method.layers=[1,2,3]", "--method.epochs=0"]
@@ -114,6 +124,31 @@ def test_without_training_the_others_are_deleted(tmp_path: Path) -> None:
     apply_operations(DecoderView(dense), [DropLayers(layers=(2, 3))], {})
     found = AutoModelForCausalLM.from_pretrained(run / "model")
     assert torch.equal(found(IDS).logits, dense(IDS).logits)
+
+
+def test_what_cannot_be_trained_is_refused_before_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, run = save_tiny(tmp_path / "source"), tmp_path / "run"
+    argv = words(source, run, "--method.num_layers=2")
+    assert main(["compress", *argv, "--trainer.strategy=fsdp"]) == 2
+    error = capsys.readouterr().err
+    assert "trainer.strategy is fsdp, but method llm_streamline trains a whole layer" in error
+    assert main(["compress", *argv, "--method.layers=[1,3]", "--method.num_layers=null"]) == 2
+    assert "replaces contiguous layers by one" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_plan_knows_the_size_and_the_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_tiny(tmp_path / "source")
+    assert main(["plan", *words(source, tmp_path / "run", "--method.num_layers=2")]) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[1] == "3 contiguous layers are replaced by one"
+    calibration_table = text.partition("compensation with")[0]
+    assert "backward pass through one layer" in calibration_table
+    assert "fsdp" not in calibration_table
 
 
 # A process without the package: it cannot be found there.
@@ -152,6 +187,11 @@ def test_the_folder_is_an_ordinary_one(tmp_path: Path) -> None:
     result = tmp_path / "logits.safetensors"
     subprocess.run([sys.executable, "-c", CHILD, run / "model", result], check=True)
     assert torch.equal(load_file(result)["logits"], replayed(IDS).logits)
+    card = (run / "model" / "README.md").read_text()
+    last = select.layers[-1]
+    assert f"Layer {first} was trained to compute what layers {first} to {last} compute." in card
+    report = (run / "report.html").read_text()
+    assert "Mean cosine similarity between the input and the output of a span of 3 layers" in report
 
 
 @pytest.mark.slow
@@ -209,7 +249,12 @@ def test_a_signal_saves_after_the_step(
     more = ["--method.num_layers=2", "--trainer.checkpoint_seconds=1000"]
     argv = words(source, tmp_path / "run", *more)
     assert killed(KILLS["inside an epoch"], signal.SIGTERM, ["compress", *argv]) == 143
-    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    size = count_parameters(tiny_model().model.layers[0])
+    kept = [*checkpoint["state_dict"].values(), *checkpoint["grasp_lightning_best"][1]]
+    moments = [m for s in checkpoint["optimizer_states"][0]["state"].values() for m in s.values()]
+    stored = sum(value.nbytes for value in [*kept, *moments] if value.ndim)
+    assert stored == training_bytes(size, 4) - 2 * 4 * size  # without gradients and a cast
     original, steps = SpanModule.training_step, list[int]()
 
     def counting(module: SpanModule, windows: list[int], batch_idx: int) -> None:
