@@ -8,6 +8,7 @@ import lightning as L
 from torch import Tensor
 
 from grasp_lightning.callbacks.measurement import Measurement
+from grasp_lightning.callbacks.span_training import TrainingStore
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.stats.base import Moments
@@ -52,6 +53,10 @@ class StepStore(Protocol):
 
     def keep_final_states(self, states: Tensor) -> None:
         """Keep the final hidden states of the dense model until the run ends."""
+
+    @property
+    def training(self) -> TrainingStore:
+        """The store for the checkpoint of a training."""
 
     @property
     def scored_groups(self) -> GroupStore:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from grasp_lightning.callbacks.moments import LinearMoments
 from grasp_lightning.callbacks.progress import StepProgressBar
 from grasp_lightning.callbacks.removals import LossWithoutParts
 from grasp_lightning.callbacks.similarity import LayerSimilarity
+from grasp_lightning.callbacks.span_training import train_span
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
@@ -38,7 +40,14 @@ from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
 from grasp_lightning.progress import expect_passes, skip_pass, track
-from grasp_lightning.stats.base import MergedMoments, Moments, Needs, Statistics, Step
+from grasp_lightning.stats.base import (
+    MergedMoments,
+    Moments,
+    Needs,
+    SpanTraining,
+    Statistics,
+    Step,
+)
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
@@ -110,6 +119,8 @@ class TrainerMeasure:
                 moments=self._moments(view, step) if step.needs.moment_kinds else {},
                 removal_losses=self._removal_losses(view, step.needs),
             )
+        if step.needs.span_training is not None:
+            return Statistics(trained=self._train(view, step.needs.span_training))
         if step.needs.layer_metric is not None:
             return self._pass(view, step, LayerSimilarity(step=step))
         more = group_scores(
@@ -161,6 +172,22 @@ class TrainerMeasure:
             if self._store is not None:
                 self._store.keep_final_states(dense)
         return MergeTrials(batches, dense, self._track)
+
+    def _train(self, view: DecoderView, span: SpanTraining) -> dict[str, Tensor]:
+        """Train a layer; the weights are equal in all processes."""
+        with expected_warnings():
+            return train_span(
+                view,
+                span,
+                self._data,
+                partial(self._trainer, view, is_backward=True),
+                callbacks=[StepProgressBar("training a layer")] if self._progress else [],
+                track=self._track,
+                store=None if self._store is None else self._store.training,
+                every_seconds=self._config.checkpoint_seconds,
+                stop=self._stop,
+                max_bytes=self._max_bytes,
+            )
 
     def _track(self, items: Sequence[str], description: str) -> Iterable[str]:
         return track(items, description) if self._progress else items
@@ -222,7 +249,8 @@ class TrainerMeasure:
         device = module.view.model.device
         with expected_warnings():
             share_done = len(rest.done) / len(rest.windows)
-            trainer = self._trainer(module, measurement, step, store, share_done)
+            callbacks = self._callbacks(measurement, step, store, share_done)
+            trainer = self._trainer(module.view, callbacks, is_backward=step.needs.is_backward)
             if step.needs.is_backward:
                 with self._cached(module, step, rest):
                     trainer.fit(module, datamodule=rest)
@@ -253,14 +281,9 @@ class TrainerMeasure:
             with self._cache.starting_from(start):
                 yield
 
-    def _trainer(
-        self,
-        module: CalibrationModule,
-        measurement: Measurement,
-        step: Step,
-        store: PassStore | None,
-        share_done: float,
-    ) -> L.Trainer:
+    def _callbacks(
+        self, measurement: Measurement, step: Step, store: PassStore | None, share_done: float
+    ) -> list[L.Callback]:
         callbacks: list[L.Callback] = [measurement]
         if self._progress:
             description = _DESCRIPTIONS.get(step.name, step.name)
@@ -270,11 +293,21 @@ class TrainerMeasure:
             callbacks.append(
                 CalibrationCheckpoint(measurement, store, every_seconds=seconds, stop=self._stop)
             )
+        return callbacks
+
+    def _trainer(
+        self,
+        view: DecoderView,
+        callbacks: list[L.Callback],
+        *,
+        is_backward: bool,
+        **more: Any,  # noqa: ANN401  arguments of a Trainer
+    ) -> L.Trainer:
         logger: CSVLogger | bool = False
-        if step.needs.is_backward and self._log_dir is not None:
+        if is_backward and self._log_dir is not None:
             self._passes += 1
             logger = CSVLogger(self._log_dir, name="", version=f"pass_{self._passes}")
-        device, mesh = module.view.model.device, mesh_of(module.view.model)
+        device, mesh = view.model.device, mesh_of(view.model)
         where = placement(self._config, device)
         if mesh is not None:
             where["strategy"] = CalibrationFSDP(mesh)
@@ -292,6 +325,7 @@ class TrainerMeasure:
             # Inference tensors that a model caches (rotary tables) cannot be used in backward.
             inference_mode=False,
             use_distributed_sampler=False,
+            **more,
         )
 
 

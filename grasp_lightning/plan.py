@@ -161,6 +161,19 @@ class RemoveBlock(Operation):
         return self.modules
 
 
+@operation("set_weights")
+class SetWeights(Operation):
+    """Replace values of parameters by stored tensors ``<module>.<parameter>`` of equal shapes.
+
+    Attributes:
+        module: Full name of a module in the original model: a linear, or a whole decoder layer.
+        parameters: Names of parameters in it, such as ``mlp.down_proj.weight``, each once.
+    """
+
+    module: str
+    parameters: tuple[str, ...]
+
+
 @operation("drop_layers")
 class DropLayers(Operation):
     """Delete whole decoder layers, given in ascending order."""

@@ -111,6 +111,11 @@ def resolved(
     if config.statistics.shared is not None:
         check_shared_folder(config.statistics.shared, output_dir)
     config = replace(config, method=_resolved_method(config))
+    if config.method.replacement is not None and config.trainer.strategy == "fsdp":
+        raise ConfigError(
+            f"trainer.strategy is fsdp, but method {config.method.name} trains a whole layer in "
+            "every process; use ddp"
+        )
     source = resolve_source(config.model) if given is None else given.origin
     return config, [] if source.folder is None else [source.folder]
 

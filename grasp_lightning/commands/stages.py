@@ -15,6 +15,7 @@ from grasp_lightning.methods.attribution import ATTRIBUTION
 from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.laco import MERGE
 from grasp_lightning.methods.layer_choice import SELECT
+from grasp_lightning.methods.llm_streamline import TRAIN_LAYER
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.removal import REMOVALS
 from grasp_lightning.methods.sleb import SLEB
@@ -34,6 +35,7 @@ PHASE_OF_STEP = {
     CURVATURE: "curvature",
     MERGE: "merges",
     REMOVALS: "removals",
+    TRAIN_LAYER: TRAIN_LAYER,
 }
 
 # Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
@@ -68,6 +70,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase="merges", label="try merges"): method.merge is not None,
         Stage(phase="removals", label="search layers"): method.name == SLEB,
         Stage(phase="removals", label="measure blocks"): prices_blocks,
+        Stage(phase=TRAIN_LAYER, label="train a layer", passes=2): method.replacement is not None,
         choose: method.weighting is not None or is_scored,
         Stage(phase="attribution", label="score components"): is_scored
         and method.score != "magnitude",
@@ -125,6 +128,7 @@ def compress_work(
         **measuring,
         EVALUATE: Work(held_out.num_tokens),
         FACTORIZE: Work(_DECOMPOSITION * decomposed / (2 * count_parameters(view.model))),
+        TRAIN_LAYER: Work(_layer_training(config, view) * tokens, 2),
         CUT_LOSSES: Work(cuts * measured),
         REFIT: Work(_REFIT * tokens),
     }
@@ -145,6 +149,13 @@ def _removal_work(
     steps = range(len(plan.dropped_layers), prediction.num_layers)
     forwards = sum(1 + (view.num_layers - gone - 2) / 2 for gone in steps)
     return Work(forwards * settings.num_samples * settings.seqlen, max(len(steps), 1))
+
+
+def _layer_training(config: CompressConfig, view: DecoderView) -> float:
+    """Return the forward passes per token that the training of one layer takes."""
+    if config.method.replacement is None:
+        return 0.0
+    return 1 + _FORWARD_AND_BACKWARD * (config.method.epochs or 0) / view.num_layers
 
 
 def compensate_stages(*, is_split: bool) -> list[Stage]:

@@ -1,9 +1,8 @@
 """The Trainer of ``compensate``: callbacks, loggers, and a checkpoint for resuming."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -28,7 +27,7 @@ from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.run_folder.names import CHECKPOINTS, LOGS
 from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
-from grasp_lightning.storage.training import TRAINING_CHECKPOINT, training_checkpoint
+from grasp_lightning.storage.training import TRAINING_CHECKPOINT, TrainingFile
 from grasp_lightning.training.compensation import VALIDATION_LOSS, CompensationModule
 from grasp_lightning.training.strategies import is_sharded_strategy, sharded_strategy
 
@@ -76,7 +75,7 @@ class TrainingRun:
 
     def fit(self, measure: L.Callback | None = None) -> None:
         """Train from the last checkpoint, if any, and merge; ``measure`` runs before and after."""
-        checkpoint = training_checkpoint(self.run)
+        checkpoint = TrainingFile(self.run).load()
         with expected_warnings(), self.stop.deferred():
             trainer = self._trainer(self._callbacks(measure), self._loggers(), is_training=True)
             trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
@@ -101,18 +100,14 @@ class TrainingRun:
         if training.patience is not None:
             callbacks.append(StopWithoutProgress(training.patience))
         checkpoint = TrainingCheckpoint(
-            self._save, every_seconds=config.trainer.checkpoint_seconds, stop=self.stop
+            TrainingFile(self.run).save,
+            every_seconds=config.trainer.checkpoint_seconds,
+            stop=self.stop,
         )
         if measure is not None:
             callbacks.append(measure)
         callbacks.append(self.gathered if self._is_sharded else ExportMergedModel())
         return [*callbacks, StepProgressBar("training"), checkpoint]
-
-    def _save(self, write: Callable[[Path], None]) -> None:
-        if processes.is_first():
-            self.run.write_with(TRAINING_CHECKPOINT, write)
-        else:  # other ranks take part and write nothing
-            write(self.run.path(TRAINING_CHECKPOINT))
 
     def _loggers(self) -> list[Logger]:
         logs, settings = self.run.live_folder(LOGS), self.config.loggers

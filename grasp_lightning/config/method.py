@@ -27,6 +27,7 @@ Unit = Literal["layers", "attention", "mlp"]
 RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
 TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
 MergeChoice = Literal["paper", "released"]
+ReplacementChoice = Literal["layer", "mlp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +37,10 @@ class AmountOptions:
     Attributes:
         name: grasp_plus: ranks and MLP channels by loss curvature, under one budget; grasp: the
             method of the paper; low_rank: a preset, or parts of your choice; drop: deletes layers;
-            laco: merges layers; shortgpt: the layers of lowest block influence; sleb: the layers
-            that a greedy search by the loss finds; random: layers drawn at random; or a method of
-            another installed package.
+            llm_streamline: replaces contiguous layers by one that is trained; laco: merges layers;
+            shortgpt: the layers of lowest block influence; sleb: the layers that a greedy search by
+            the loss finds; random: layers drawn at random; or a method of another installed
+            package.
         num_layers: Number of decoder layers to replace or delete.
         removed_ratio: Share of all parameters to remove; replaces ``num_layers`` or ``keep_ratio``.
     """
@@ -230,7 +232,27 @@ class RandomOptions(AmountOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(RandomOptions, DropOptions, LacoOptions, LowRankOptions, GraspOptions):
+class StreamlineOptions(MethodOptions):
+    """What llm_streamline reads.
+
+    Attributes:
+        replacement: What replaces the span of layers: its first layer, or only the MLP block of
+            that layer; trained to give the output of the span.
+        epochs: Passes of the training over the calibration windows; 0: none.
+        learning_rate: Learning rate of the first step; it falls to 2.5 % of it.
+        step_windows: Calibration windows per optimizer step.
+    """
+
+    replacement: ReplacementChoice | None = None
+    epochs: int | None = None
+    learning_rate: float | None = None
+    step_windows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(
+    RandomOptions, DropOptions, StreamlineOptions, LacoOptions, LowRankOptions, GraspOptions
+):
     """What to remove and how to choose it: the keys of all methods."""
 
 
@@ -244,5 +266,6 @@ METHOD_OPTIONS: Final[Mapping[str, type[AmountOptions]]] = MappingProxyType(
         "sleb": AmountOptions,
         "random": RandomOptions,
         "laco": LacoOptions,
+        "llm_streamline": StreamlineOptions,
     }
 )

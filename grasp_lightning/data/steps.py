@@ -1,13 +1,18 @@
 """The batches of every optimizer step of a training run, starting at any step."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
 
 from grasp_lightning import processes
 from grasp_lightning.config import BatchOrder, TrainingConfig
 from grasp_lightning.data.batching import MicroBatch, Rows, TokenSamples, collate, epoch_batches
+
+T_co = TypeVar("T_co", covariant=True)
 
 
 class StepBatch(NamedTuple):
@@ -57,40 +62,30 @@ class StepOptions:
         )
 
 
-class TrainingSteps:
+class ResumableSteps(ABC, Generic[T_co]):
     """Iterates over the optimizer steps of all epochs, as one sequence.
 
-    Equal samples and options give equal steps, so a resumed training run sees exactly the remaining
-    samples. Processes share the rows of a step. Lightning can use it as a loader: it has a length,
-    and checkpoints save its position (``state_dict``).
+    Lightning can use it as a loader: it has a length, and checkpoints save its position
+    (``state_dict``), so a resumed training run sees exactly the remaining steps.
     """
 
-    def __init__(self, samples: TokenSamples, options: StepOptions) -> None:
-        self._samples = samples
-        self._options = options
+    def __init__(self) -> None:
         self._position = 0
-        self._epoch = lru_cache(maxsize=1)(self._batches_of)
-        self.steps_per_epoch = len(self._epoch(0))
 
+    @abstractmethod
     def __len__(self) -> int:
-        most = self._options.epochs * self.steps_per_epoch
-        limit = self._options.max_steps
-        return most if limit is None else min(most, limit)
+        """Return the number of all steps."""
 
-    def __iter__(self) -> Iterator[StepBatch]:
+    @abstractmethod
+    def step(self, number: int) -> T_co:
+        """Return what one step trains on."""
+
+    def __iter__(self) -> Iterator[T_co]:
         while self._position < len(self):
-            rows = self.rows(self._position)
+            number = self._position
             self._position += 1  # before the step, so that a state saved after it includes it
-            batches = processes.own_batches(rows, self._options.micro_batch_size)
-            parts = [collate(self._samples, list(own), counts=counts) for own, counts in batches]
-            targets = self._samples.num_targets_of
-            yield StepBatch(parts, sum(int(targets[index]) for row in rows for index in row))
+            yield self.step(number)
         self._position = 0
-
-    def rows(self, step: int) -> Rows:
-        """Return the indices of the samples in each row of a step."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        return self._epoch(epoch)[index]
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of steps yielded so far."""
@@ -99,6 +94,66 @@ class TrainingSteps:
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Resume after the steps yielded before."""
         self._position = state_dict["position"]
+
+
+class WindowSteps(ResumableSteps[list[int]]):
+    """The windows of every optimizer step, shuffled anew in each epoch; equal in all processes.
+
+    Args:
+        windows: Numbers of the windows to train on.
+        size: Windows per step; the last step of an epoch may have fewer.
+        epochs: Passes over the windows.
+    """
+
+    def __init__(self, windows: Sequence[int], *, size: int, epochs: int, seed: int) -> None:
+        super().__init__()
+        self._windows = windows
+        self._size = size
+        self._epochs = epochs
+        self._seed = seed
+        self.steps_per_epoch = -(-len(windows) // size)
+
+    def __len__(self) -> int:
+        return self._epochs * self.steps_per_epoch
+
+    def step(self, number: int) -> list[int]:
+        """Return the numbers of the windows of a step."""
+        epoch, index = divmod(number, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        order = torch.randperm(len(self._windows), generator=generator).tolist()
+        return [self._windows[i] for i in order[index * self._size : (index + 1) * self._size]]
+
+
+class TrainingSteps(ResumableSteps[StepBatch]):
+    """The optimizer steps of a compensation; equal samples and options give equal steps.
+
+    Processes share the rows of a step.
+    """
+
+    def __init__(self, samples: TokenSamples, options: StepOptions) -> None:
+        super().__init__()
+        self._samples = samples
+        self._options = options
+        self._epoch = lru_cache(maxsize=1)(self._batches_of)
+        self.steps_per_epoch = len(self._epoch(0))
+
+    def __len__(self) -> int:
+        most = self._options.epochs * self.steps_per_epoch
+        limit = self._options.max_steps
+        return most if limit is None else min(most, limit)
+
+    def step(self, number: int) -> StepBatch:
+        """Return the rows of a step in micro-batches."""
+        rows = self.rows(number)
+        batches = processes.own_batches(rows, self._options.micro_batch_size)
+        parts = [collate(self._samples, list(own), counts=counts) for own, counts in batches]
+        targets = self._samples.num_targets_of
+        return StepBatch(parts, sum(int(targets[index]) for row in rows for index in row))
+
+    def rows(self, step: int) -> Rows:
+        """Return the indices of the samples in each row of a step."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[index]
 
     def _batches_of(self, epoch: int) -> list[Rows]:
         return epoch_batches(

@@ -71,7 +71,7 @@ def calibration_memory(
         tied = model.tied * model.element_size
         weights = tied + part_of(weights - tied, num_parts) + FSDP_COPIES * model.largest_split
     # Saving packs the moments into a copy of half their size.
-    statistics = scored.moments * 3 // 2
+    statistics = scored.moments * 3 // 2 + training_bytes(scored.trained, model.element_size)
     if scored.has_bases:
         statistics += bases_bytes(scored.linears, model.element_size)
     if scored.has_bases and scored.lowest is not None:
@@ -92,11 +92,13 @@ def calibration_activations(model: ModelShape, run: Pass, scored: Scored) -> int
     From the lowest scored layer up, autograd keeps ``layer_bytes``. Each scored layer also holds
     the inputs of its linears, ``(2 D + I) c`` per token (autograd keeps that of the output
     projection already). Added to that are the logits, or the gradients of one MLP and the scoring
-    of one window, whichever is larger.
+    of one window, whichever is larger. A single trained layer keeps ``layer_bytes``.
     """
     computed = computed_size(model, run)
     if scored.lowest is None:
-        return evaluation_bytes(model, run) if scored.has_logits else forward_bytes(model, run)
+        if scored.has_logits:
+            return evaluation_bytes(model, run)
+        return forward_bytes(model, run) + bool(scored.trained) * layer_bytes(model, run)
     kept = (len(model.layers) - scored.lowest) * layer_bytes(model, run)
     held = run.num_tokens * (2 * model.hidden + model.inner) * computed
     scoring = max(
@@ -110,6 +112,15 @@ def bases_bytes(linears: Iterable[LinearShape], element_size: int = FLOAT32) -> 
     """Return the bytes of U, s and V of dense linears, each ``(N K + K + K M) max(e, 4)``."""
     size = max(element_size, FLOAT32)
     return sum(x.num_components * (x.rows + 1 + x.columns) * size for x in linears)
+
+
+def training_bytes(parameters: int, element_size: int) -> int:
+    """Return the bytes of the training of one layer besides the layer itself, ``20 + e`` each.
+
+    In float32: weights, gradients, two moments of AdamW and the best weights; and the weights in
+    the type of the model.
+    """
+    return parameters * (5 * FLOAT32 + element_size)
 
 
 def sums_bytes(linears: Iterable[LinearShape], *, sums_gradients: bool) -> int:

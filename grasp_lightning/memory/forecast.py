@@ -80,6 +80,8 @@ def calibration_plan(
         (f"ddp, {processes} processes", 1, processes),
         (f"fsdp, {processes} processes", processes, processes),
     ):
+        if scored.trained and num_parts > 1:  # not supported
+            continue
         cache = _cache_bytes(config, dense, layers, sharing)
         rows[label] = calibration_memory(
             dense, replaced, run, scored, num_parts=num_parts, cache=cache
@@ -92,6 +94,7 @@ def calibration_plan(
         batch_size=run.batch_size,
         seqlen=run.seqlen,
         lowest=scored.lowest,
+        trains_layer=scored.trained > 0,
         rows=rows,
         evaluation_tokens=evaluated.num_tokens,
         evaluation=dense.weights + evaluation_bytes(dense, evaluated),
@@ -119,6 +122,9 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
     method = config.method
     if method.name == SLEB:
         return Scored(linears=(), lowest=None, num_layers=0, has_logits=True)
+    if method.replacement is not None:
+        trained = max(layer.parameters for layer in dense.layers)
+        return Scored(linears=(), lowest=None, num_layers=0, trained=trained)
     if (method.score is None and method.weighting is None) or method.keep_ratio == 0:
         return Scored(linears=(), lowest=None, num_layers=0)
     positions = layers
@@ -221,9 +227,10 @@ def compensation_pass(config: CompensateConfig) -> Pass:
 def _cache_bytes(
     config: CompressConfig, model: ModelShape, layers: tuple[int, ...], processes: int
 ) -> int:
-    """Return the size of ``HiddenCache``: the inputs of as many layers as fit.
+    """Return the size of ``HiddenCache``: the inputs of as many replaced layers as fit.
 
-    A search keeps those of all candidates, for one batch.
+    A search keeps those of all candidates, for one batch. A trained layer needs the hidden states
+    around its span, up to the limit of the statistics.
     """
     if config.method.merge is not None:
         return _trial_bytes(config, model, processes)
@@ -231,10 +238,12 @@ def _cache_bytes(
         batch = config.calibration.batch_size * config.calibration.seqlen
         layer = batch * model.hidden * model.element_size
         return min(len(model.layers) - 2, DEFAULT_LIMIT // layer) * layer
-    if config.method.schedule != "iterative" or config.method.score == "magnitude":
-        return 0
     windows = -(-config.calibration.num_samples // processes)
     layer = windows * config.calibration.seqlen * model.hidden * model.element_size
+    if config.method.replacement is not None:
+        return min(2 * layer, int(config.statistics.max_memory * 1e9))
+    if config.method.schedule != "iterative" or config.method.score == "magnitude":
+        return 0
     return min(len(layers), DEFAULT_LIMIT // layer) * layer
 
 

@@ -126,6 +126,7 @@ class Scored:
         has_bases: Whether all decompositions are held, not only one at a time.
         moments: Bytes of the Gram matrices that are summed instead.
         has_logits: Whether a pass without gradients computes the loss.
+        trained: Parameters of the largest layer, if one layer is trained; else 0.
     """
 
     linears: tuple[LinearShape, ...]
@@ -136,6 +137,7 @@ class Scored:
     has_bases: bool = True
     moments: int = 0
     has_logits: bool = False
+    trained: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ class CalibrationPlan:
         batch_size: Windows per forward pass.
         seqlen: Tokens per window.
         lowest: Lowest layer that a backward pass reaches; None if there is none.
+        trains_layer: One layer is trained.
         rows: Bytes by strategy.
         evaluation_tokens: Tokens per forward pass of the perplexity measurement.
         evaluation: Bytes of that measurement, the model included.
@@ -35,6 +36,7 @@ class CalibrationPlan:
     evaluation: int
     sampled_texts: int
     sampling: int
+    trains_layer: bool = False
 
 
 class CompensationRow(NamedTuple):
@@ -83,7 +85,9 @@ def memory_lines(calibration: CalibrationPlan, compensation: CompensationPlan) -
 
 def _calibration_lines(plan: CalibrationPlan, unit: int, name: str) -> list[str]:
     reach = "no backward pass"
-    if plan.lowest is not None:
+    if plan.trains_layer:
+        reach = "backward pass through one layer"
+    elif plan.lowest is not None:
         reach = f"backward pass down to layer {plan.lowest}"
     header = ("weights", "statistics", "factors", "activations", "cache", "total")
     rows = {label: _cells((*row, row.total), unit) for label, row in plan.rows.items()}

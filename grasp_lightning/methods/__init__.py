@@ -14,6 +14,7 @@ from grasp_lightning.methods.drop import DROP_METHOD
 from grasp_lightning.methods.grasp import GRASP
 from grasp_lightning.methods.grasp_plus import GRASP_PLUS
 from grasp_lightning.methods.laco import LACO
+from grasp_lightning.methods.llm_streamline import LLM_STREAMLINE
 from grasp_lightning.methods.low_rank import LOW_RANK
 from grasp_lightning.methods.options import keys_of, refuse_ignored
 from grasp_lightning.methods.prediction import Prediction
@@ -30,7 +31,7 @@ METHODS: Final[Mapping[str, Registered]] = MappingProxyType(
         method.name: method
         for method in (
             *(GRASP, GRASP_PLUS, LOW_RANK, DROP_METHOD),
-            *(SHORTGPT, SLEB_METHOD, LACO, RANDOM),
+            *(SHORTGPT, SLEB_METHOD, LACO, LLM_STREAMLINE, RANDOM),
         )
     }
 )

@@ -16,11 +16,14 @@ from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.plan import DropLayers, Operation
 
 
-def resolve_num_layers(config: MethodConfig, view: DecoderView) -> MethodConfig:
+def resolve_num_layers(config: MethodConfig, view: DecoderView, also: int = 0) -> MethodConfig:
     """Return the options with the number of layers that ``removed_ratio`` requires.
 
     Replacement takes the fewest layers that reach the target at ``keep_ratio`` for any choice of
     layers; deletion takes the nearest number. Explicit layers or numbers stay unchanged.
+
+    Args:
+        also: Parameters that deletion removes outside of the deleted layers.
 
     Raises:
         ConfigError: If the target is out of reach, with the feasible range.
@@ -40,7 +43,7 @@ def resolve_num_layers(config: MethodConfig, view: DecoderView) -> MethodConfig:
     if keep_ratio:
         count = _fewest(config, dense, tuple(accumulate(saved)))
     else:
-        count = nearest_number(config, dense, saved, "layers")
+        count = nearest_number(config, dense, saved, "layers", also=also)
     return replace(config, num_layers=count, layer_metric=config.layer_metric or "similarity")
 
 
@@ -66,18 +69,21 @@ def _fewest(config: MethodConfig, dense: int, totals: Sequence[int]) -> int:
     return count
 
 
-def nearest_number(config: MethodConfig, dense: int, saved: Iterable[int], noun: str) -> int:
+def nearest_number(
+    config: MethodConfig, dense: int, saved: Iterable[int], noun: str, *, also: int = 0
+) -> int:
     """Return the number of parts whose deletion comes nearest to ``removed_ratio``.
 
     Args:
         dense: Parameters of the whole model.
         saved: Parameters that the deletion of each part saves.
         noun: What the parts are, for the message.
+        also: Parameters that any deletion removes outside of the parts.
 
     Raises:
         ConfigError: If none or all of them come nearest, with the feasible range.
     """
-    totals = tuple(accumulate(sorted(saved)))
+    totals = [total + also for total in accumulate(sorted(saved))]
     if len(totals) == 1:
         raise ConfigError(f"method.removed_ratio: the model has only one of the {noun}; it stays")
     target = (config.removed_ratio or 0.0) * dense

@@ -1,7 +1,7 @@
 """The choice of redundant decoder layers, the first step of every layer-wise method."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +11,20 @@ from grasp_lightning.config import LayerMetric, MethodConfig
 from grasp_lightning.errors import ConfigError, ModelError, NumericsError
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.dropping import drop_problem
+from grasp_lightning.models.dropping import drop_problem, kind_problem
 from grasp_lightning.plan import OptionValue, SelectLayers
 from grasp_lightning.stats.base import Needs, Statistics, Step
 
 logger = logging.getLogger(__name__)
 
 SELECT = "select"
-SCORE_KEYS: dict[LayerMetric, str] = {
-    "similarity": "layer_similarity",
-    "angular": "layer_angular_distance",
-}
+
+
+def score_key(metric: LayerMetric, span: int) -> str:
+    """Return the name under which a metric is stored."""
+    if metric == "angular":
+        return "layer_angular_distance"
+    return "layer_similarity" if span == 1 else "span_similarity"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,15 +32,19 @@ class LayerChoice:
     """Explicit layers, or a number of layers and the metric that finds them.
 
     Source: similarity: Liu et al., "GRASP", arXiv:2501.00339, Eq. 1; angular: Gromov et al.,
-    arXiv:2403.17887, the block of contiguous layers with the smallest angular distance.
+    arXiv:2403.17887, the block of contiguous layers with the smallest angular distance;
+    ``replaces_span``: Chen et al., arXiv:2403.19135, the block with the highest similarity.
 
     Attributes:
         layers: Explicit layer numbers, ascending; None to choose by metric.
+        num_layers: Number of layers to replace or delete.
+        replaces_span: One layer replaces contiguous layers: one more is chosen than are deleted.
     """
 
     layers: tuple[int, ...] | None = None
     num_layers: int | None = None
     metric: LayerMetric = "similarity"
+    replaces_span: bool = False
 
     @property
     def options(self) -> Mapping[str, OptionValue]:
@@ -49,7 +56,19 @@ class LayerChoice:
     @property
     def count(self) -> int:
         """Number of layers to choose."""
-        return len(self.layers) if self.layers is not None else int(self.num_layers or 0)
+        if self.layers is not None:
+            return len(self.layers)
+        return int(self.num_layers or 0) + self.replaces_span
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the chosen layers are contiguous."""
+        return self.replaces_span or (self.layers is None and self.metric == "angular")
+
+    @property
+    def _span(self) -> int:
+        """Number of contiguous layers that the metric compares across."""
+        return self.count if self.is_contiguous else 1
 
     def check(self, num_layers: int) -> None:
         """Refuse layers, or a number of them, that the model does not have: a ``ConfigError``."""
@@ -62,7 +81,8 @@ class LayerChoice:
                 )
         elif self.count > num_layers:
             raise ConfigError(
-                f"method.num_layers is {self.count}, but the model has {num_layers} decoder layers"
+                f"method.num_layers is {self.num_layers}, but the model has {num_layers} decoder "
+                f"layers{', of which one must remain' if self.replaces_span else ''}"
             )
 
     def step(self, model: DecoderView) -> Step:
@@ -70,8 +90,7 @@ class LayerChoice:
         self.check(model.num_layers)
         if self.layers is not None:
             return Step(name=SELECT)
-        span = self.count if self.metric == "angular" else 1
-        return Step(name=SELECT, needs=Needs(layer_metric=self.metric, span=span))
+        return Step(name=SELECT, needs=Needs(layer_metric=self.metric, span=self._span))
 
     def chosen(self, stats: Statistics) -> tuple[int, ...]:
         """Return the chosen layers, ascending, by their numbers in the original model.
@@ -95,14 +114,14 @@ class LayerChoice:
 
         Args:
             stats: The metric of every layer; not read for explicit layers.
-            dropped_from: The model, if the chosen layers are to be deleted.
+            dropped_from: The model, if chosen layers are to be deleted.
         """
         metric, layers = stats.layer_metric, self.chosen(stats)
         if dropped_from is not None:
             layers = self._droppable(dropped_from, layers, metric)
         return Decision(
             operations=(SelectLayers(layers=layers),),
-            scores={} if metric is None else {SCORE_KEYS[self.metric]: metric},
+            scores={} if metric is None else {score_key(self.metric, self._span): metric},
         )
 
     def check_drop(self, view: DecoderView) -> None:
@@ -114,32 +133,49 @@ class LayerChoice:
         self, view: DecoderView, layers: tuple[int, ...], metric: Tensor | None
     ) -> tuple[int, ...]:
         """Return the best layers that can be deleted without breaking the model."""
-        problem = drop_problem(view, layers)
+        problem = self._problem(view, layers)
         if problem is None:
             return layers
         if self.layers is not None or metric is None:
-            raise ModelError(f"method.layers={list(layers)} cannot be deleted: {problem}")
+            raise ModelError(f"method.layers={list(layers)} cannot be {self._change}: {problem}")
         others = self._best_droppable(view, metric)
         if others is None:
             raise ModelError(
-                f"no {self.count} layers can be deleted ({problem}); lower method.num_layers, or "
-                "replace layers with a keep_ratio above 0"
+                f"no {self.count} layers can be {self._change} ({problem}); lower "
+                "method.num_layers, or replace layers with a keep_ratio above 0"
             )
-        message = "layers %s are deleted, not %s, which have better scores: %s"
-        logger.warning(message, list(others), list(layers), problem)
+        message = "layers %s are %s, not %s, which have better scores: %s"
+        logger.warning(message, list(others), self._change, list(layers), problem)
         return others
 
+    @property
+    def _change(self) -> str:
+        return "replaced by one" if self.replaces_span else "deleted"
+
+    def _problem(self, view: DecoderView, layers: Sequence[int]) -> str | None:
+        """Return in one line why layers cannot be chosen; None if they can."""
+        if not self.replaces_span:
+            return drop_problem(view, layers)
+        return kind_problem(view, layers) or drop_problem(view, layers[1:])
+
     def _best_droppable(self, view: DecoderView, metric: Tensor) -> tuple[int, ...] | None:
-        if self.metric == "angular":
-            spans = (tuple(range(s, s + self.count)) for s in metric.argsort(stable=True).tolist())
-            return next((span for span in spans if drop_problem(view, span) is None), None)
-        return first_droppable(view, _most_similar(metric), self.count)
+        if self.is_contiguous:
+            spans = (tuple(range(s, s + self.count)) for s in self._order(metric))
+            return next((span for span in spans if self._problem(view, span) is None), None)
+        return first_droppable(view, self._order(metric), self.count)
 
     def _best(self, values: Tensor) -> tuple[int, ...]:
-        if self.metric == "angular":
-            start = int(values.argmin())
+        if self.is_contiguous:
+            start = self._order(values)[0]
             return tuple(range(start, start + self.count))
-        return tuple(sorted(_most_similar(values)[: self.count]))
+        return tuple(sorted(self._order(values)[: self.count]))
+
+    def _order(self, values: Tensor) -> list[int]:
+        """Return layers, or the starts of spans, from the most redundant on."""
+        # A stable sort gives ties to the lower index, for any number of threads.
+        most_first = self.metric == "similarity"
+        order: list[int] = torch.sort(values, descending=most_first, stable=True).indices.tolist()
+        return order
 
 
 def first_droppable(view: DecoderView, order: Iterable[int], count: int) -> tuple[int, ...] | None:
@@ -154,16 +190,14 @@ def first_droppable(view: DecoderView, order: Iterable[int], count: int) -> tupl
     return tuple(sorted(found)) if len(found) == count else None
 
 
-def _most_similar(values: Tensor) -> list[int]:
-    # A stable sort gives ties to the lower index, for any number of threads.
-    order: list[int] = torch.sort(values, descending=True, stable=True).indices.tolist()
-    return order
-
-
 def configured_layers(config: MethodConfig) -> LayerChoice:
     """Return the choice of layers in complete options."""
-    metric = config.layer_metric or "similarity"
-    return LayerChoice(layers=config.layers, num_layers=config.num_layers, metric=metric)
+    return LayerChoice(
+        layers=config.layers,
+        num_layers=config.num_layers,
+        metric=config.layer_metric or "similarity",
+        replaces_span=config.replacement is not None,
+    )
 
 
 def _check_metric(values: Tensor) -> None:

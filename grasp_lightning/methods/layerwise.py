@@ -49,7 +49,11 @@ class LayerwiseMethod(CompressionMethod):
         self._layers.check(view.num_layers)
         candidates = self._layers.layers or view.layer_indices
         prediction = predict_layers(
-            view, candidates, self._layers.count, lambda layers: self._outlook(view, layers)
+            view,
+            candidates,
+            self._layers.count,
+            lambda layers: self._outlook(view, layers),
+            is_contiguous=self._layers.is_contiguous,
         )
         if self.deletes_layers:
             self._layers.check_drop(view)

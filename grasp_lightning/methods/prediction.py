@@ -34,6 +34,7 @@ class Prediction:
             the data decides on them.
         is_removable: Layers or blocks may be removed as a whole.
         target: What will serve the model, for a budget.
+        is_span: One layer replaces contiguous ones, of which ``num_layers`` are deleted.
     """
 
     dense: int
@@ -48,6 +49,7 @@ class Prediction:
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
     is_removable: bool = False
     target: TargetChoice = "any"
+    is_span: bool = False
 
     @property
     def lines(self) -> list[str]:
@@ -65,6 +67,8 @@ class Prediction:
             rows = [f"  {name}: rank {rank}" for name, rank in self.ranks.items()]
             where = f"{self.num_layers} layers are replaced; ranks in one of them:"
             return [first, where, *rows, *widths]
+        if self.is_span:
+            return [first, f"{self.num_layers + 1} contiguous layers are replaced by one"]
         blocks = sum(isinstance(op, RemoveBlock) for op in self.operations)
         if blocks:
             return [first, f"{blocks} attention or MLP blocks are removed"]
@@ -111,17 +115,27 @@ def outlook_of(view: DecoderView, operations: tuple[Operation, ...]) -> Outlook:
 
 
 def predict_layers(
-    view: DecoderView, candidates: Layers, count: int, outlook: Callable[[Layers], Outlook]
+    view: DecoderView,
+    candidates: Layers,
+    count: int,
+    outlook: Callable[[Layers], Outlook],
+    *,
+    is_contiguous: bool = False,
 ) -> Prediction:
     """Predict the sizes if ``count`` of the candidate layers were chosen.
 
     The model is dense, and its weights may be on the meta device.
     """
-    by_size = sorted(candidates, key=lambda index: count_parameters(view.layer(index)))
+    sizes = {index: count_parameters(view.layer(index)) for index in candidates}
+    by_size = sorted(candidates, key=sizes.__getitem__)
     choices = [tuple(sorted(layers)) for layers in (by_size[:count], by_size[-count:])]
+    if is_contiguous:
+        spans = [candidates[i : i + count] for i in range(len(candidates) - count + 1)]
+        spans.sort(key=lambda span: sum(sizes[index] for index in span))
+        choices = [spans[0], spans[-1]]
     found = [(layers, outlook(layers)) for layers in choices]
     layers, likely = max(found, key=lambda entry: entry[1].size)
-    prefix = f"{view.layers_name}.{by_size[-1]}."
+    prefix = f"{view.layers_name}.{max(reversed(choices[-1]), key=sizes.__getitem__)}."
     largest = found[-1][1].operations
     ranks = {module: rank for op in largest for module, rank in op.ranks.items()}
     return Prediction(

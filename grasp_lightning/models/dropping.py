@@ -49,6 +49,19 @@ def drop_problem(view: DecoderView, layers: Iterable[int]) -> str | None:
     )
 
 
+def kind_problem(view: DecoderView, layers: Sequence[int]) -> str | None:
+    """Return in one line why one of some layers cannot replace them all; None if it can.
+
+    They must hold the same modules with parameters of the same shapes. Only the pattern of
+    attention may differ, such as a sliding window.
+    """
+    parts = [_parts(view.layer(index)) for index in layers]
+    differing = next((i for i, own in zip(layers, parts, strict=True) if own != parts[0]), None)
+    if differing is None:
+        return None
+    return f"layers {layers[0]} and {differing} are of different kinds"
+
+
 def droppable_layers(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
     """Return those of some layers, in ascending order, that may be dropped in any combination.
 
@@ -103,6 +116,11 @@ def _kinds(view: DecoderView) -> list[tuple[object, ...]]:
         for layer in _layers(view)
     )
     return [(kind, *parts) for kind, parts in zip(types, modules, strict=True)]
+
+
+def _parts(layer: nn.Module) -> list[tuple[object, ...]]:
+    modules = [(name, type(module).__name__) for name, module in layer.named_modules()]
+    return [*modules, *((name, tensor.shape) for name, tensor in layer.named_parameters())]
 
 
 def _layers(view: DecoderView) -> list[nn.Module]:

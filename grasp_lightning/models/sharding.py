@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from grasp_lightning import processes
@@ -75,6 +75,20 @@ def own_part(tensor: Tensor) -> Tensor:
     """Return this process's shard of a tensor, or a whole tensor itself; memory is shared."""
     with torch.no_grad():
         return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def copy_into(parameter: Tensor, values: Tensor) -> None:
+    """Replace the values of a parameter, whole or sharded; without gradients.
+
+    All processes that share a sharded one must call this together with equal values.
+    """
+    given = values.detach().to(device=parameter.device, dtype=parameter.dtype)
+    if isinstance(parameter, DTensor):
+        # Every process has all values: none has to send them.
+        given = distribute_tensor(
+            given, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    parameter.copy_(given)
 
 
 def check_runs(model: PreTrainedModel) -> None:

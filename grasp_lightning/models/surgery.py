@@ -100,6 +100,7 @@ def _checked(
     """Check operations; return the shapes of replaced linears by name, and the dropped layers."""
     check_not_quantized(view.model, PlanError)
     new: dict[str, LinearShape] = {}
+    own: set[str] = set()  # names of tensors that belong to no linear
     left = set(view.layer_indices)
     for operation in operations:
         applier = applier_of(operation)
@@ -109,8 +110,12 @@ def _checked(
                 raise PlanError(
                     f"the plan {applier.verb} {module} after dropping its decoder layer"
                 )
-        site = Site(view, _dense_shapes(view, operation), left)
+        site = Site(view, _dense_shapes(view, operation), left, new.keys())
         applier.check(operation, site)
+        for key in applier.tensor_shapes(operation, site.dense).keys() & own:
+            module = key.rpartition(".")[0]
+            raise PlanError(f"the plan {applier.verb} {module} after setting its weights")
+        own |= applier.own_tensors(operation, view).keys()
         new |= applier.new_shapes(operation, site.dense)
         left.difference_update(operation.dropped)
     if not left:
@@ -130,14 +135,19 @@ def _check_untouched(verb: str, module: str, earlier: LinearShape | None) -> Non
 
 def _check_tensors(view: DecoderView, operation: Operation, tensors: Mapping[str, Tensor]) -> None:
     applier = applier_of(operation)
-    for key, shape in applier.tensor_shapes(operation, _dense_shapes(view, operation)).items():
+    expected = {
+        key: (shape, dense_module(view, key.rpartition(".")[0]).weight.dtype)
+        for key, shape in applier.tensor_shapes(operation, _dense_shapes(view, operation)).items()
+    }
+    own = applier.own_tensors(operation, view)
+    expected |= {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in own.items()}
+    for key, (shape, dtype) in expected.items():
         if key not in tensors:
             raise PlanError(f"{applier.noun} {key} is missing")
         given = tuple(tensors[key].shape)
         if given != shape:
             raise PlanError(f"{applier.noun} {key} must have shape {shape}, got {given}")
         # After the cast: what is finite in float32 can overflow in float16.
-        dtype = dense_module(view, key.rpartition(".")[0]).weight.dtype
         if not torch.isfinite(tensors[key].to(dtype)).all():
             raise PlanError(f"{applier.noun} {key} has values that are not finite in {dtype}")
 

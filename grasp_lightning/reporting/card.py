@@ -60,6 +60,7 @@ def model_card(
         merges=_merges(plan),
         removed_share=f"{100 * metrics.removed_ratio:.1f}% of all parameters were removed",
         special=servers.special,
+        trained_span=_trained_span(plan),
         options=_options(plan),
         calibration=phrases.text_source(config, "calibration"),
         evaluation=phrases.text_source(config, "evaluation"),
@@ -256,6 +257,14 @@ def _merges(plan: Plan) -> str:
         f"layer{'s' if len(absorbed) > 1 else ''} {indices_text(absorbed)} into layer {base}"
         for base, absorbed in plan.merged_layers.items()
     )
+
+
+def _trained_span(plan: Plan) -> tuple[int, int] | None:
+    """Return the first and last of the layers that one trained layer replaces, or None."""
+    layers = plan.selected_layers
+    if not plan.options.get("epochs") or not layers:
+        return None
+    return layers[0], layers[-1]
 
 
 def _options(plan: Plan) -> dict[str, str]:

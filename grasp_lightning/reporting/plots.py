@@ -55,13 +55,16 @@ def parameters_plot(metrics: Metrics) -> Plot:
 def layers_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     """Return the measurement that layers were chosen by; None if there is none.
 
-    ``scores`` has ``layer_similarity`` ``(L,)`` or ``layer_angular_distance`` ``(L - n + 1,)``.
+    ``scores`` has ``layer_similarity`` ``(L,)``, or ``layer_angular_distance`` or
+    ``span_similarity`` of spans of n layers, ``(L - n + 1,)``.
     """
     chosen = plan.selected_layers or plan.dropped_layers
     if "layer_similarity" in scores:
         return _similarity_plot(float64_array(scores["layer_similarity"]), chosen)
     if "layer_angular_distance" in scores:
-        return _angular_plot(float64_array(scores["layer_angular_distance"]), chosen)
+        return _span_plot(float64_array(scores["layer_angular_distance"]), chosen, is_angle=True)
+    if "span_similarity" in scores:
+        return _span_plot(float64_array(scores["span_similarity"]), chosen, is_angle=False)
     return None
 
 
@@ -96,21 +99,25 @@ def _similarity_plot(similarity: Array, chosen: tuple[int, ...]) -> Plot:
     )
 
 
-def _angular_plot(distance: Array, chosen: tuple[int, ...]) -> Plot:
+def _span_plot(values: Array, chosen: tuple[int, ...], *, is_angle: bool) -> Plot:
+    name = "angular distance" if is_angle else "cosine similarity"
+
     def draw(figure: Figure) -> None:
-        axes = drawing.draw_layer_bars(figure, distance, chosen[:1])
+        axes = drawing.draw_layer_bars(figure, values, chosen[:1])
         axes.set_xlabel("first layer of the span")
-        axes.set_ylabel("angular distance")
+        axes.set_ylabel(name)
 
     title = f"Chosen layers: {indices_text(chosen)}"
-    if chosen and distance[chosen[0]] == distance.min():
+    best = values.min() if is_angle else values.max()
+    if chosen and values[chosen[0]] == best:
         title = f"Layers {indices_text(chosen)} together change their input least"
     return Plot(
         title=title,
-        explanation="Mean angle, as a share of pi, between the input and the output of a span of "
-        f"{len(chosen)} layers, for every start of the span; the smallest is chosen.",
-        alt=f"Bars of the angular distance of {len(distance)} spans, {distance.min():.3f} to "
-        f"{distance.max():.3f}. Chosen: layers {indices_text(chosen)}.",
+        explanation=f"Mean {'angle, as a share of pi,' if is_angle else name} between the input "
+        f"and the output of a span of {len(chosen)} layers, for every start of the span; the "
+        f"{'smallest' if is_angle else 'largest'} is chosen.",
+        alt=f"Bars of the {name} of {len(values)} spans, {values.min():.3f} to "
+        f"{values.max():.3f}. Chosen: layers {indices_text(chosen)}.",
         svg=svg_text(3.3, draw),
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from grasp_lightning.config import FisherChoice, LayerMetric, Reduction, Score, Terms
 from grasp_lightning.errors import ModelError
 from grasp_lightning.linalg.factors import SVD
-from grasp_lightning.plan import MergeLayers
+from grasp_lightning.plan import MergeLayers, RemoveBlock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +58,27 @@ class Removable:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SpanTraining:
+    """The training of one decoder layer to compute what a span of layers computes.
+
+    Attributes:
+        layers: Numbers of the layers of the span, contiguous and ascending. The first is trained.
+        parameters: Names of its trained parameters, inside the layer.
+        removed: Blocks of it that are removed before the training.
+        epochs: Passes over the windows; 0 leaves the layer as it is.
+        learning_rate: Rate of the first step.
+        step_windows: Windows per optimizer step.
+    """
+
+    layers: tuple[int, ...]
+    parameters: tuple[str, ...]
+    removed: tuple[RemoveBlock, ...] = ()
+    epochs: int
+    learning_rate: float
+    step_windows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
     """What a step needs measured; nothing by default.
 
@@ -75,6 +96,7 @@ class Needs:
         removal_measure: ``divergence``: how far the predictions move, on a few windows; ``loss``:
             the loss of the model without the part, on all windows.
         merge: A merge of layers that is tried and undone.
+        span_training: A layer to train.
     """
 
     layer_metric: LayerMetric | None = None
@@ -88,12 +110,14 @@ class Needs:
     removables: tuple[Removable, ...] = ()
     removal_measure: RemovalMeasure = "divergence"
     merge: MergeLayers | None = None
+    span_training: SpanTraining | None = None
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
-        return self.merge is None and not any((*asked, *self.removables))
+        others = (self.merge, self.span_training)
+        return not any((*asked, *self.removables)) and others == (None, None)
 
     @property
     def is_shareable(self) -> bool:
@@ -179,6 +203,7 @@ class Statistics:
             that its removal alone causes, or the loss without it (``Needs.removal_measure``).
         merge_similarity: Mean cosine between the final hidden states of the model with the tried
             merge and those of the dense model, in [-1, 1].
+        trained: Values of ``SpanTraining.parameters``, in the dtype of the model.
     """
 
     layer_metric: Tensor | None = None
@@ -187,6 +212,7 @@ class Statistics:
     moments: Mapping[str, Moments] = field(default_factory=dict)
     removal_losses: Mapping[str, float] = field(default_factory=dict)
     merge_similarity: float | None = None
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:

@@ -18,7 +18,7 @@ from grasp_lightning.stats.base import Moments
 from grasp_lightning.storage.moments import MomentFiles, stored_moments
 from grasp_lightning.storage.passes import PassFile, PassFiles
 from grasp_lightning.storage.tensor_files import MEASURE_AGAIN, TensorFile, save_tensors
-from grasp_lightning.storage.training import TRAINING_CHECKPOINT, RunNotes
+from grasp_lightning.storage.training import TRAINING_CHECKPOINT, RunNotes, TrainingFile
 
 _PLAN = f"{CHECKPOINTS}/steps.json"
 _STEP = CHECKPOINTS + "/step-{number:06d}.safetensors"
@@ -176,6 +176,7 @@ class RunProgress(RunNotes):
         )
         self._run.write_text(_PLAN, plan.to_json())
         self._run.remove_all(f"{CHECKPOINTS}/refit-*")
+        self._run.remove_all(TRAINING_CHECKPOINT)
         self._take(stored)
         self.plan = plan
 
@@ -186,6 +187,11 @@ class RunProgress(RunNotes):
     def refit_layers(self, operations: Sequence[Operation]) -> RefitLayers:
         """Return the store for the layers of a refit after these decisions of the current step."""
         return RefitLayers(self._run, step_key(self.plan.extended(tuple(operations))))
+
+    @property
+    def training(self) -> TrainingFile:
+        """Store for the training of the current step."""
+        return TrainingFile(self._run)
 
     @property
     def scored_groups(self) -> ScoredGroups:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grasp_lightning.errors import ConfigError, OutputError, PlanError
 from grasp_lightning.linalg.factors import SVD
-from grasp_lightning.methods.layer_choice import SCORE_KEYS
+from grasp_lightning.methods.layer_choice import score_key
 from grasp_lightning.methods.removal import read_price
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan, SelectLayers
@@ -86,6 +86,10 @@ class StoredScores:
                 "from_scores: method laco tries each merge on the calibration text; leave "
                 "from_scores unset"
             )
+        if "epochs" in options:
+            raise ConfigError(
+                "from_scores: this method trains on the calibration text; leave from_scores unset"
+            )
         if options.get("schedule") not in (None, "one_shot"):
             raise ConfigError(
                 "from_scores: schedule iterative needs new measurements; use one_shot"
@@ -159,7 +163,7 @@ class StoredScores:
 
     def _layer_metric(self, view: DecoderView, needs: Needs) -> Tensor:
         assert needs.layer_metric is not None  # the caller only asks in that case
-        key = SCORE_KEYS[needs.layer_metric]
+        key = score_key(needs.layer_metric, needs.span)
         values = self._scores.get(key)
         expected = view.num_layers - needs.span + 1
         if values is None or len(values) != expected:

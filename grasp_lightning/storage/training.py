@@ -1,8 +1,9 @@
 """Notes of an unfinished run, and the state of its training."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from grasp_lightning import processes
 from grasp_lightning.errors import OutputError, PlanError
@@ -70,6 +71,24 @@ def check_inputs(run: RunFolder, hashes: Mapping[str, str]) -> None:
                 "since it started; use another output_dir or --overwrite"
             )
     run.write_json(_INPUTS, hashes)
+
+
+class TrainingFile:
+    """The checkpoint of the running training."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+
+    def load(self) -> str | None:
+        """Return its path, or None; all processes must call this."""
+        return training_checkpoint(self._run)
+
+    def save(self, write: Callable[[Path], None]) -> None:
+        """Let a function write it; processes other than rank 0 take part and write nothing."""
+        if processes.is_first():
+            self._run.write_with(TRAINING_CHECKPOINT, write)
+        else:
+            write(self._run.path(TRAINING_CHECKPOINT))
 
 
 def training_checkpoint(run: RunFolder) -> str | None:

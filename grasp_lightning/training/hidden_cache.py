@@ -137,7 +137,8 @@ def check_independent(
             f"as keys and values, so method {method.name} cannot merge them: use another method"
         )
     keys = [key for key in ("refit", "removable") if getattr(method, key) not in {None, "none"}]
-    if (keys or skips_parts) and not pass_on_hidden_states_only(view):
+    runs_one_by_one = skips_parts or method.replacement is not None
+    if (keys or runs_one_by_one) and not pass_on_hidden_states_only(view):
         settings = " and ".join(f"method.{key}: none" for key in keys)
         raise ModelError(
             f"decoder layers of {type(view.model).__name__} pass on more than hidden states, such "
@@ -218,7 +219,7 @@ def only_layer(
 
     Yields:
         A function of the hidden states that enter the layer and of a call of the model; it returns
-        the hidden states that leave the layer, without autograd history.
+        the hidden states that leave the layer.
     """
     layer = view.layer(index)
     entering: list[Tensor] = []
@@ -230,7 +231,6 @@ def only_layer(
     def note(_module: nn.Module, _args: object, output: object) -> None:
         leaving.append(hidden_output(output))
 
-    @torch.no_grad()
     def run(hidden: Tensor, call: Callable[[], object]) -> Tensor:
         entering[:] = [hidden]
         leaving.clear()

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from grasp_lightning.data.datamodules import CalibrationData
-from grasp_lightning.models.calls import hidden_input
+from grasp_lightning.models.calls import hidden_input, hidden_output
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.next_token import forward_inputs
 from grasp_lightning.training.hidden_cache import handing_through, noting_length, only_layer
@@ -77,32 +78,87 @@ class LayerRunner:
             found[:] = [hidden_input(args, kwargs).detach()]
 
         for number, batch in batches.items():
-            with ExitStack() as stack:
-                stack.enter_context(self._without_head())
-                for other in self._view.layer_indices:
-                    module, note = self._view.layer(other), noting_length(self._lengths, other)
-                    if other >= index and other in self._lengths:  # its output is not needed
-                        stack.enter_context(handing_through(module, self._lengths[other]))
-                    stack.enter_context(module.register_forward_hook(note))
-                stack.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
+            with (
+                self._running_up_to(index),
+                layer.register_forward_pre_hook(keep, with_kwargs=True),
+            ):
                 self._call(batch)
             yield number, found.pop()
 
+    @torch.no_grad()
+    def states_around(
+        self, first: int, last: int, batches: Mapping[int, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield each batch's number and the hidden states around a span of layers.
+
+        Yields:
+            Number, what enters layer ``first``, and what leaves layer ``last``, ``(B, T, D)``.
+        """
+        found: list[Tensor] = []
+
+        # Copies: some families add to hidden states in place.
+        def keep_input(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            found[:] = [hidden_input(args, kwargs).clone()]
+
+        def keep_output(_module: nn.Module, _args: object, output: object) -> None:
+            found.append(hidden_output(output).clone())
+
+        start, end = self._view.layer(first), self._view.layer(last)
+        for number, batch in batches.items():
+            with (
+                self._running_up_to(last + 1),
+                start.register_forward_pre_hook(keep_input, with_kwargs=True),
+                end.register_forward_hook(keep_output),
+            ):
+                self._call(batch)
+            entering, leaving = found
+            yield number, entering, leaving
+
+    @contextmanager
+    def _running_up_to(self, index: int) -> Iterator[None]:
+        """Skip the layers from ``index`` on, after the first pass, and the head."""
+        with self._without_head(), ExitStack() as stack:
+            for other in self._view.layer_indices:
+                module, note = self._view.layer(other), noting_length(self._lengths, other)
+                if other >= index and other in self._lengths:  # its output is not needed
+                    stack.enter_context(handing_through(module, self._lengths[other]))
+                stack.enter_context(module.register_forward_hook(note))
+            yield
+
     @contextmanager
     def only(self, index: int) -> Iterator[Callable[[Mapping[str, Tensor], Tensor], Tensor]]:
-        """Run one layer alone during a ``with`` block; needs an earlier ``inputs_of``.
+        """Run one layer alone during a ``with`` block; needs an earlier pass over the model.
 
         Yields:
             A function that maps a batch and the hidden states that enter the layer, ``(B, T, D)``,
             to those that leave it, without autograd history.
         """
         with self._without_head(), only_layer(self._view, index, self._lengths) as run:
-            yield lambda batch, hidden: run(hidden, partial(self._call, batch))
+            yield torch.no_grad()(lambda batch, hidden: run(hidden, partial(self._call, batch)))
 
-    def _call(self, batch: Mapping[str, Tensor]) -> None:
+    @contextmanager
+    def with_weights(
+        self, index: int
+    ) -> Iterator[Callable[[Mapping[str, Tensor], Tensor, Mapping[str, Tensor]], Tensor]]:
+        """Run one layer alone, as ``only``, with other values of its parameters.
+
+        Yields:
+            A function of a batch, the hidden states that enter the layer, ``(B, T, D)``, and the
+            values by the parameters' full names; it returns the hidden states that leave the layer,
+            with autograd history of the values.
+        """
+        with self._without_head(), only_layer(self._view, index, self._lengths) as run:
+            yield lambda batch, hidden, values: run(hidden, partial(self._call, batch, values))
+
+    def _call(
+        self, batch: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None
+    ) -> None:
         device = self._view.model.device
         inputs = {key: value.to(device) for key, value in forward_inputs(batch).items()}
-        self._view.model(**inputs, use_cache=False)
+        if values is None:
+            self._view.model(**inputs, use_cache=False)
+        else:
+            functional_call(self._view.model, dict(values), (), {**inputs, "use_cache": False})
 
     @contextmanager
     def _without_head(self) -> Iterator[None]:

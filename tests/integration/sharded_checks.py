@@ -26,7 +26,7 @@ from grasp_lightning.models.sampling import BATCH, sample_text
 from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard, whole
 from grasp_lightning.models.size import measure_size
 from grasp_lightning.models.surgery import apply_operations
-from grasp_lightning.plan import DropLayers, FactorizeLinear
+from grasp_lightning.plan import DropLayers, FactorizeLinear, SetWeights
 from grasp_lightning.stats.base import Needs, Scoring, Step
 from tests.conftest import ALL_FAMILIES, FAMILIES, MOE_FAMILIES, byte_tokenizer, tiny_model
 from tests.unit.models.helpers import narrow_layers
@@ -100,6 +100,19 @@ def check_mlps_are_narrowed_as_those_of_a_whole_model_are() -> None:
             assert torch.equal(whole(shared[name].weight.detach()), linear.weight)
         assert not [n for n in shared if n in views[1].dense_modules(1)]
         assert measure_size(views[0]) == measure_size(views[1]), family
+
+
+def check_weights_are_set_as_those_of_a_whole_model_are() -> None:
+    for family in FAMILIES:
+        views = pair(family)
+        values = {name: p.detach() for name, p in views[0].layer(2).named_parameters()}
+        layer = f"{views[0].layers_name}.1"
+        tensors = {f"{layer}.{name}": value for name, value in values.items()}
+        for view in views:
+            operation = SetWeights(module=layer, parameters=tuple(values))
+            apply_operations(view, [operation, DropLayers(layers=(3,))], tensors)
+        assert torch.equal(*map(logits, views)), family
+        assert is_sharded(views[1].layer(1)), family
 
 
 def some_factors(view: DecoderView, name: str) -> dict[str, Tensor]:
@@ -265,6 +278,7 @@ def check_a_signal_of_one_process_counts_for_all() -> None:
 CHECKS: Sequence[Callable[[], None]] = [
     check_every_family_is_scored_and_changed_as_a_whole_model_is,
     check_mlps_are_narrowed_as_those_of_a_whole_model_are,
+    check_weights_are_set_as_those_of_a_whole_model_are,
     check_layers_are_compared_as_those_of_a_whole_model,
     check_a_process_holds_its_part_and_can_ask_for_the_whole,
     check_nothing_is_left_of_what_is_replaced_or_dropped,

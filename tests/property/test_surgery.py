@@ -13,6 +13,7 @@ from grasp_lightning.plan import (
     Operation,
     RemoveBlock,
     SelectLayers,
+    SetWeights,
 )
 from tests.conftest import FAMILIES, tiny_model
 from tests.unit.models.helpers import meta_model, random_factors
@@ -41,6 +42,13 @@ def plans(draw: st.DrawFn) -> tuple[str, bool, list[Operation]]:
             most = linears[mlp.reader].in_features - 1
             kept = draw(st.sets(st.integers(0, most), min_size=1, max_size=most))
             operations.append(NarrowMlp(**mlp._asdict(), channels=tuple(sorted(kept))))
+    parameters = dict(view.layer(1).named_parameters())
+    replaced = tuple(name.partition(".1.")[2] for op in operations for name in op.linears)
+    free = sorted(name for name in parameters if not name.startswith(replaced or (" ",)))
+    set_names = draw(st.sets(st.sampled_from(free))) if free else set()
+    if set_names:
+        layer = f"{view.layers_name}.1"
+        operations.append(SetWeights(module=layer, parameters=tuple(sorted(set_names))))
     layers = draw(st.sets(st.integers(0, NUM_LAYERS - 1), max_size=NUM_LAYERS - 1))
     if layers:
         operations.append(DropLayers(layers=tuple(sorted(layers))))

@@ -3,7 +3,14 @@ import json
 import pytest
 
 from grasp_lightning.errors import PlanError
-from grasp_lightning.plan import DropLayers, FactorizeLinear, NarrowMlp, Plan, SelectLayers
+from grasp_lightning.plan import (
+    DropLayers,
+    FactorizeLinear,
+    NarrowMlp,
+    Plan,
+    SelectLayers,
+    SetWeights,
+)
 
 PLAN = Plan(
     method="grasp",
@@ -14,6 +21,7 @@ PLAN = Plan(
         FactorizeLinear(module="model.layers.1.mlp.up_proj", rank=2, components=(0, 3)),
         FactorizeLinear(module="model.layers.2.mlp.up_proj", rank=5, components=None),
         DropLayers(layers=(7,)),
+        SetWeights(module="model.layers.4", parameters=("mlp.up_proj.weight",)),
         DropLayers(layers=(0, 3)),
         SelectLayers(layers=(4,)),
     ),

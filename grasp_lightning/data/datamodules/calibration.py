@@ -76,6 +76,16 @@ class CalibrationData(L.LightningDataModule):
         return self._windows
 
     @property
+    def seed(self) -> int:
+        """Seed for the choice of windows."""
+        return self._seed
+
+    @property
+    def batch_size(self) -> int:
+        """Windows per forward pass."""
+        return self._config.batch_size
+
+    @property
     def fingerprint(self) -> dict[str, str]:
         """Identifies the windows in a plan: ``calibration``, their hash, and ``seed``."""
         return {"calibration": self.windows.sha256, "seed": str(self._seed)}

@@ -21,11 +21,18 @@ Shapes = Mapping[str, LinearShape]
 
 
 class Site(NamedTuple):
-    """The model before a plan, the linears of an operation, and the layers left before it."""
+    """The model before a plan, and what matters to one of its operations.
+
+    Attributes:
+        dense: The linears of the operation.
+        left: The layers left before it.
+        replaced: Full names of the linears replaced before it.
+    """
 
     view: DecoderView
     dense: Shapes
     left: AbstractSet[int]
+    replaced: AbstractSet[str] = frozenset()
 
 
 class Applier(ABC, Generic[Op]):
@@ -46,6 +53,14 @@ class Applier(ABC, Generic[Op]):
     def tensor_shapes(self, operation: Op, dense: Shapes) -> dict[str, tuple[int, ...]]:
         """Return the shapes of its tensors by name: ``<module>.<part>`` of one of its linears."""
         del operation, dense
+        return {}
+
+    def own_tensors(self, operation: Op, view: DecoderView) -> dict[str, Tensor]:
+        """Return tensors like those that belong to no linear, by name; only shape and dtype count.
+
+        The model is the one before the plan.
+        """
+        del operation, view
         return {}
 
     @abstractmethod

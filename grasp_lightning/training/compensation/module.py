@@ -21,9 +21,10 @@ from grasp_lightning.config import OptimizerConfig
 from grasp_lightning.data.batching import MicroBatch
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.data.steps import StepBatch
-from grasp_lightning.errors import ModelError, NumericsError
+from grasp_lightning.errors import NumericsError
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.integrity import nan_advice
+from grasp_lightning.training.checkpoints import check_checkpoint
 from grasp_lightning.training.compensation.adapters import Trained
 from grasp_lightning.training.compensation.objective import Objective, Teacher
 from grasp_lightning.training.shards import fill, whole_shape, whole_values
@@ -251,25 +252,10 @@ class CompensationModule(L.LightningModule):
         checkpoint[_NUM_TOKENS] = self.num_trained_tokens
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # Any: Lightning's own type
-        """Refuse a checkpoint of another training.
-
-        Raises:
-            ModelError: If the model, the samples, the trained parameters, the teacher or a tensor's
-                shape differ.
-        """
-        stored, own = checkpoint.get(_FINGERPRINT, {}), self._fingerprint()
-        differing = sorted(key for key in own if stored.get(key) != own[key])
-        if differing:
-            raise ModelError(
-                "the checkpoint belongs to a different training: it differs in "
-                f"{', '.join(differing)}; start again, or use the settings it was made with"
-            )
-        for name, value in self._trainable().items():
-            if getattr(checkpoint["state_dict"].get(name), "shape", None) != whole_shape(value):
-                raise ModelError(
-                    f"{self.trainer.ckpt_path} is damaged: it has no {name} of shape "
-                    f"{whole_shape(value)}; delete it to train again from the start"
-                )
+        """Take the counter; another training is refused, see ``check_checkpoint``."""
+        shapes = {name: whole_shape(value) for name, value in self._trainable().items()}
+        stored = checkpoint.get(_FINGERPRINT, {})
+        check_checkpoint(checkpoint, stored, self._fingerprint(), shapes, self.trainer.ckpt_path)
         self.num_trained_tokens = checkpoint[_NUM_TOKENS]
 
     def _fingerprint(self) -> dict[str, str]:

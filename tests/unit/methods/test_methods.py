@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grasp_lightning.config import METHOD_OPTIONS, LayerMetric, MethodConfig
 from grasp_lightning.errors import ConfigError, ModelError, NumericsError
@@ -17,7 +17,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.pipeline import compress
 from grasp_lightning.plan import DropLayers, FactorizeLinear, Plan, SelectLayers
-from grasp_lightning.stats.base import Moments, Statistics, Step
+from grasp_lightning.stats.base import Moments, SpanTraining, Statistics, Step
 from tests.conftest import tiny_model
 
 SIMILARITY = torch.tensor([0.2, 0.9, 0.5, 0.9])
@@ -29,12 +29,21 @@ def stored_statistics(view: DecoderView, step: Step) -> Statistics:
     moments = {name: made_up_moments(view, name) for name in step.needs.moments}
     losses = {part.name: float(part.layer) for part in step.needs.removables}
     return Statistics(
-        layer_metric=SIMILARITY,
+        layer_metric=SIMILARITY[: view.num_layers - step.needs.span + 1],
         component_scores=scores,
         moments=moments,
         removal_losses=losses,
         merge_similarity=0.5,
+        trained=made_up_layer(view, step.needs.span_training),
     )
+
+
+def made_up_layer(view: DecoderView, span: SpanTraining | None) -> dict[str, Tensor]:
+    if span is None:
+        return {}
+    name = f"{view.layers_name}.{span.layers[0]}"
+    layer = view.layer(span.layers[0])
+    return {f"{name}.{key}": 2 * layer.get_parameter(key).detach() for key in span.parameters}
 
 
 def made_up_moments(view: DecoderView, module: str) -> Moments:
@@ -65,8 +74,7 @@ def test_the_names_in_configurations_are_those_of_the_methods() -> None:
 
 
 def test_a_method_that_nobody_has_is_refused_with_the_nearest_name() -> None:
-    names = "grasp, grasp_plus, low_rank, drop, shortgpt, sleb, laco, random"
-    expected = f"expected one of {names}, got 'gras'; did you mean grasp?"
+    expected = f"expected one of {', '.join(METHODS)}, got 'gras'; did you mean grasp?"
     with pytest.raises(ConfigError) as caught:
         resolve_method(MethodConfig(name="gras"))
     assert str(caught.value) == f"method.name: {expected}"
@@ -100,7 +108,8 @@ def test_steps_end_and_the_size_is_as_predicted(name: str) -> None:
     assert plan.complete
     assert method.next_step(view, plan) is None
     changed = plan.selected_layers or plan.dropped_layers
-    assert changed == {"random": (0, 1), "sleb": (1, 2), "laco": (2, 3)}.get(name, (1, 3))
+    others = {"random": (0, 1), "sleb": (1, 2), "laco": (2, 3), "llm_streamline": (1, 2, 3)}
+    assert changed == others.get(name, (1, 3))
     expected = parameters_after(untouched, plan.operations)
     assert sum(p.numel() for p in view.model.parameters()) == expected
 

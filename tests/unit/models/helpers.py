@@ -47,7 +47,10 @@ def random_factors(
     tensors = {}
     for operation in operations:
         dense = {name: LinearShape(*as_shape(view, name)) for name in operation.linears}
-        for key, shape in applier_of(operation).tensor_shapes(operation, dense).items():
+        applier = applier_of(operation)
+        shapes = applier.tensor_shapes(operation, dense)
+        shapes |= {k: tuple(t.shape) for k, t in applier.own_tensors(operation, view).items()}
+        for key, shape in shapes.items():
             tensors[key] = torch.randn(shape, generator=generator) * 0.2
     return tensors
 

@@ -21,6 +21,7 @@ from grasp_lightning.plan import (
     Operation,
     RemoveBlock,
     SelectLayers,
+    SetWeights,
 )
 from tests.conftest import ALL_FAMILIES, MOE_FAMILIES, tiny_model
 from tests.unit.models.helpers import (
@@ -52,6 +53,13 @@ def narrow(
     reader: str = DOWN, writers: Sequence[str] = (GATE, UP), channels: Sequence[int] = (0, 3, 7)
 ) -> NarrowMlp:
     return NarrowMlp(reader=reader, writers=tuple(writers), channels=tuple(channels))
+
+
+LAYER = "model.layers.1"
+
+
+def set_weights(*parameters: str, module: str = LAYER) -> SetWeights:
+    return SetWeights(module=module, parameters=parameters)
 
 
 def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -143,6 +151,42 @@ def test_selecting_layers_changes_nothing() -> None:
     assert not hasattr(view.model.config, "quantization_config")
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_a_layer_with_the_weights_of_another_computes_like_it(family: str) -> None:
+    view, expected = (DecoderView(tiny_model(family)) for _ in range(2))
+    copied = {name: value.detach().double() for name, value in view.layer(2).named_parameters()}
+    module = f"{view.layers_name}.1"
+    operation = SetWeights(module=module, parameters=tuple(copied))
+    assert parameters_after(view, [operation]) == count_parameters(view.model)
+    before = dict(view.model.named_parameters())
+    tensors = {f"{module}.{name}": value for name, value in copied.items()}
+    apply_operations(view, [operation, DropLayers(layers=(0,))], tensors)
+    for name in copied:
+        assert view.layer(1).get_parameter(name) is before[f"{module}.{name}"]
+    expected.layer(1).load_state_dict(expected.layer(2).state_dict())
+    expected.drop([0])
+    assert torch.equal(view.model(IDS).logits, expected.model(IDS).logits)
+    assert not hasattr(view.model.config, "quantization_config")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, f"weight {DOWN}.weight is missing"),
+        ({f"{DOWN}.weight": torch.zeros(48, 32)}, r"must have shape \(32, 48\), got \(48, 32\)"),
+        ({f"{DOWN}.weight": torch.full((32, 48), 1e30)}, "not finite in torch.float16"),
+    ],
+)
+def test_values_that_do_not_fit_change_nothing(change: dict[str, Tensor], message: str) -> None:
+    view = DecoderView(in_dtype(tiny_model(), torch.float16))
+    norm = f"{LAYER}.input_layernorm.weight"
+    operation = set_weights("input_layernorm.weight", "mlp.down_proj.weight")
+    before = state(view.model)
+    with pytest.raises(PlanError, match=message):
+        apply_operations(view, [operation], {norm: torch.zeros(32)} | change)
+    assert torch.equal(before[norm], view.model.state_dict()[norm])
+
+
 def test_every_operation_that_a_plan_can_hold_can_be_applied() -> None:
     assert set(APPLIERS) == set(OPERATIONS.values())
 
@@ -189,6 +233,19 @@ BAD: list[tuple[Sequence[Operation], str]] = [
     ([narrow(channels=(1, 1))], f"keeps channels of {DOWN} that are not in ascending order"),
     ([narrow(channels=(-1, 1))], "must be from 0 to 47, the plan keeps -1 to 1"),
     ([narrow(channels=(1, 48))], "must be from 0 to 47, the plan keeps 1 to 48"),
+    ([set_weights()], f"weights of {LAYER}: expected names of its parameters, each once"),
+    ([set_weights("weight", "weight", module=UP)], f"weights of {UP}: expected names of its par"),
+    ([set_weights("mlp.up_proj.bias")], "bias: that module has the parameters self_attn.q_proj.w"),
+    ([set_weights("weight", module="model.layers.7")], "sets weights of .*: no decoder layer 7"),
+    (
+        [DropLayers(layers=(1,)), set_weights("mlp.up_proj.weight")],
+        f"sets weights of {LAYER} after dropping its decoder layer",
+    ),
+    (
+        [factorize(), set_weights("mlp.up_proj.weight")],
+        f"sets {UP}.weight after replacing the linear that it is in",
+    ),
+    ([set_weights("weight", module=DOWN), narrow()], f"narrows {DOWN} after setting its weights"),
 ]
 
 
