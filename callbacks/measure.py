@@ -23,6 +23,7 @@ from grasp_lightning.callbacks.expected_warnings import expected_warnings
 from grasp_lightning.callbacks.measurement import WINDOWS, Measurement
 from grasp_lightning.callbacks.moments import LinearMoments
 from grasp_lightning.callbacks.progress import StepProgressBar
+from grasp_lightning.callbacks.seams import LayerSeams
 from grasp_lightning.callbacks.similarity import LayerSimilarity
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConfig
@@ -31,6 +32,7 @@ from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.cut_losses import first_tokens
 from grasp_lightning.methods.attribution import ATTRIBUTION, attribution_step
 from grasp_lightning.methods.layer_choice import SELECT
+from grasp_lightning.methods.seams import SEAM
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
@@ -47,6 +49,7 @@ _DESCRIPTIONS = {
     SELECT: "comparing layers",
     ATTRIBUTION: "scoring components",
     CURVATURE: "measuring curvature",
+    SEAM: "comparing hidden states",
 }
 
 
@@ -103,6 +106,8 @@ class TrainerMeasure:
             )
         if step.needs.layer_metric is not None:
             return self._pass(view, step, LayerSimilarity(step=step))
+        if step.needs.seams:
+            return self._pass(view, step, LayerSeams(step))
         more = group_scores(
             step.needs,
             lambda modules: attribution_step(view, modules, step.needs.scoring, track=self._track),

@@ -15,6 +15,7 @@ from grasp_lightning.methods.attribution import ATTRIBUTION
 from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.prediction import Prediction
+from grasp_lightning.methods.seams import SEAM
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
@@ -25,11 +26,17 @@ from grasp_lightning.storage.sampled_text import SAMPLE
 from grasp_lightning.training.finish import CUT_LOSSES, REFIT
 
 LOAD, EVALUATE, FACTORIZE, TRAIN, SAVE = "load", "evaluate", "factorize", "train", "save"
-PHASE_OF_STEP = {SELECT: "similarity", ATTRIBUTION: "attribution", CURVATURE: "curvature"}
+PHASE_OF_STEP = {
+    SELECT: "similarity",
+    ATTRIBUTION: "attribution",
+    CURVATURE: "curvature",
+    SEAM: "seam",
+}
 
 # Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
 _FORWARD_AND_BACKWARD = 3.0
 _CURVATURE = 3.3
+_SEAM = 1.1
 _REFIT = 2.5
 _DECOMPOSITION = 65.0  # multiplications of a forward pass, per N x M x min(N, M)
 _PASSES_OF_BUDGET = 4  # losses, order of channels, factors, narrowed MLPs
@@ -55,6 +62,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase=EVALUATE, label="perplexity before"): True,
         Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
         Stage(phase="curvature", label="measure curvature"): has_curvature,
+        Stage(phase="seam", label="compare hidden states"): method.ridge is not None,
         choose: method.weighting is not None or is_scored,
         Stage(phase="attribution", label="score components"): is_scored
         and method.score != "magnitude",
@@ -100,6 +108,7 @@ def compress_work(
     measuring = {
         "similarity": Work(tokens),
         "curvature": Work(_CURVATURE * tokens),
+        "seam": Work(_SEAM * tokens),
         "attribution": attribution,
     }
     if config.from_scores is not None:  # it reads what an earlier run has measured

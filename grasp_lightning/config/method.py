@@ -21,6 +21,7 @@ RankChoice = Literal["uniform", "global"]
 MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
 RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
+SeamChoice = Literal["none", "linear"]
 TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
 
 
@@ -31,7 +32,8 @@ class MethodOptions:
     Attributes:
         name: grasp_plus: ranks and MLP channels by loss curvature, under one budget; grasp: the
             method of the paper; low_rank: a preset, or parts of your choice; drop: deletes layers;
-            or a method of another installed package.
+            replaceme: deletes a span of layers and folds a linear map into the MLP before it; or a
+            method of another installed package.
         layer_metric: How to find redundant layers when ``num_layers`` is given.
         num_layers: Number of decoder layers to replace or delete.
         layers: Indices of decoder layers, instead of ``num_layers``.
@@ -171,7 +173,36 @@ class LowRankOptions(BudgetOptions, MetricOptions, PresetOptions, KeepOptions, M
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(LowRankOptions, GraspOptions):
+class RidgeOptions:
+    """How a linear map that makes up for deleted layers is fitted.
+
+    Attributes:
+        ridge: Ridge of the least squares fit of a linear map, as a share of the mean diagonal of
+            the Gram matrix of what it reads, at most 100.
+    """
+
+    ridge: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaceMeOptions(RidgeOptions, MethodOptions):
+    """What replaceme reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropOptions(RidgeOptions, MethodOptions):
+    """What drop reads.
+
+    Attributes:
+        seam: linear: one matrix for each run of deleted layers, added to the model, maps the hidden
+            states that enter the run to those that left it; none: delete only.
+    """
+
+    seam: SeamChoice | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(LowRankOptions, GraspOptions, ReplaceMeOptions, DropOptions):
     """What to remove and how to choose it: the keys of all methods."""
 
 
@@ -180,6 +211,7 @@ METHOD_OPTIONS: Final[Mapping[str, type[MethodOptions]]] = MappingProxyType(
         "grasp": GraspOptions,
         "grasp_plus": LowRankOptions,
         "low_rank": LowRankOptions,
-        "drop": MethodOptions,
+        "drop": DropOptions,
+        "replaceme": ReplaceMeOptions,
     }
 )

@@ -1,7 +1,7 @@
 """The choice of redundant decoder layers, the first step of every layer-wise method."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +33,13 @@ class LayerChoice:
 
     Attributes:
         layers: Explicit layer numbers, ascending; None to choose by metric.
+        starts: First layers that a block of contiguous layers may have; None allows all.
     """
 
     layers: tuple[int, ...] | None = None
     num_layers: int | None = None
     metric: LayerMetric = "similarity"
+    starts: tuple[int, ...] | None = None
 
     @property
     def options(self) -> Mapping[str, OptionValue]:
@@ -63,6 +65,12 @@ class LayerChoice:
         elif self.count > num_layers:
             raise ConfigError(
                 f"method.num_layers is {self.count}, but the model has {num_layers} decoder layers"
+            )
+        elif self.starts is not None and num_layers - min(self.starts) < self.count:
+            raise ConfigError(
+                f"method.num_layers is {self.count}, but the model has only "
+                f"{num_layers - min(self.starts)} decoder layers from layer {min(self.starts)} on, "
+                "the first one that can be deleted"
             )
 
     def step(self, model: DecoderView) -> Step:
@@ -131,18 +139,22 @@ class LayerChoice:
 
     def _best_droppable(self, view: DecoderView, metric: Tensor) -> tuple[int, ...] | None:
         if self.metric == "angular":
-            spans = (tuple(range(s, s + self.count)) for s in metric.argsort(stable=True).tolist())
-            return next((span for span in spans if drop_problem(view, span) is None), None)
+            return next((s for s in self._spans(metric) if drop_problem(view, s) is None), None)
         found: list[int] = []
         for index in _most_similar(metric):
             if len(found) < self.count and drop_problem(view, [*found, index]) is None:
                 found.append(index)
         return tuple(sorted(found)) if len(found) == self.count else None
 
+    def _spans(self, values: Tensor) -> Iterator[tuple[int, ...]]:
+        """Yield the blocks of contiguous layers that are allowed, the best one first."""
+        for start in values.argsort(stable=True).tolist():
+            if self.starts is None or start in self.starts:
+                yield tuple(range(start, start + self.count))
+
     def _best(self, values: Tensor) -> tuple[int, ...]:
         if self.metric == "angular":
-            start = int(values.argmin())
-            return tuple(range(start, start + self.count))
+            return next(self._spans(values))
         return tuple(sorted(_most_similar(values)[: self.count]))
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import CardData, RepoCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from grasp_lightning.plan import Plan
+from grasp_lightning.plan import AddSeam, Plan, SetWeights
 from grasp_lightning.reporting import card_phrases as phrases
 from grasp_lightning.reporting.card_phrases import Values
 from grasp_lightning.reporting.linears import module_place
@@ -57,6 +57,8 @@ def model_card(
         num_linears=len(plan.ranks),
         num_mlps=len(plan.channels),
         removed=_removed(plan),
+        correction=_correction(plan),
+        only_deletes=not any(isinstance(op, AddSeam | SetWeights) for op in plan.operations),
         removed_share=f"{100 * metrics.removed_ratio:.1f}% of all parameters were removed",
         special=servers.special,
         options=_options(plan),
@@ -247,6 +249,17 @@ def _removed(plan: Plan) -> str:
         for kind, indices in layers.items()
         if indices
     )
+
+
+def _correction(plan: Plan) -> str:
+    """Return a sentence on what makes up for deleted layers, empty if nothing does."""
+    num_seams = sum(isinstance(operation, AddSeam) for operation in plan.operations)
+    if num_seams:
+        maps = "A linear map corrects" if num_seams == 1 else f"{num_seams} linear maps correct"
+        return f"{maps} the hidden states where they were."
+    if plan.dropped_layers and any(isinstance(op, SetWeights) for op in plan.operations):
+        return "Weights before them were changed to make up for it."
+    return ""
 
 
 def _options(plan: Plan) -> dict[str, str]:

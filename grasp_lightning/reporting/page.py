@@ -24,6 +24,7 @@ _PHASES = {
     "similarity": "Measure decoder layers",
     "attribution": "Score singular components",
     "curvature": "Measure the curvature of the loss",
+    "seam": "Compare hidden states around deleted layers",
     "factorize": "Factorise and replace",
     "cut_losses": "Measure each cut alone",
     "refit": "Refit the cut linears",

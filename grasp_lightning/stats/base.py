@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -54,6 +54,32 @@ class Removable:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Seam:
+    """A run of decoder layers that a linear map replaces.
+
+    Attributes:
+        layers: Numbers in the original model, ascending; no layer between them remains.
+        source: Full name of the linear whose output the map reads; None if it reads the hidden
+            states that enter the layers.
+    """
+
+    layers: tuple[int, ...]
+    source: str | None = None
+
+
+class SeamSums(NamedTuple):
+    """Sums over tokens of X, what a map reads, and D, what the layers add to the hidden states.
+
+    Attributes:
+        gram: ``X^T X``, ``(C, C)``, float64.
+        cross: ``D^T X``, ``(C, C)``, float64.
+    """
+
+    gram: Tensor
+    cross: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
     """What a step needs measured; nothing by default.
 
@@ -68,6 +94,7 @@ class Needs:
         moment_kinds: Which sums are taken.
         fisher: Which gradients moments use; scores of weight gradients use the text's labels.
         removables: Layers and blocks whose individual removal is priced.
+        seams: Runs of layers that linear maps replace.
     """
 
     layer_metric: LayerMetric | None = None
@@ -79,12 +106,13 @@ class Needs:
     moment_kinds: frozenset[MomentKind] = frozenset()
     fisher: FisherChoice = "empirical"
     removables: tuple[Removable, ...] = ()
+    seams: tuple[Seam, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
-        return not any(asked)
+        return not any((*asked, *self.seams))
 
     @property
     def is_backward(self) -> bool:
@@ -97,7 +125,7 @@ class Step:
     """One measurement and the decision that follows it.
 
     Attributes:
-        name: One word: select, attribution, curvature, drop.
+        name: One word: select, attribution, curvature, drop, seam.
         layers: Original numbers of the decoder layers that this and later steps change, ascending:
             their inputs can be cached between passes. Empty if this is the only step.
         bases: Singular value decompositions of the scored weights, by module.
@@ -162,6 +190,7 @@ class Statistics:
             per predicted token (squared reduction: nats squared per predicted token).
         more_scores: Scores and singular values of ``Needs.more_groups``, as they are stored.
         removal_losses: Cost of each layer's or block's removal alone, in nats per predicted token.
+        seams: Sums of each run of layers that a linear map replaces.
     """
 
     layer_metric: Tensor | None = None
@@ -169,6 +198,7 @@ class Statistics:
     more_scores: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Moments] = field(default_factory=dict)
     removal_losses: Mapping[str, float] = field(default_factory=dict)
+    seams: Mapping[Seam, SeamSums] = field(default_factory=dict)
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:

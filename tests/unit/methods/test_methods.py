@@ -17,7 +17,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.pipeline import compress
 from grasp_lightning.plan import DropLayers, FactorizeLinear, Plan, SelectLayers
-from grasp_lightning.stats.base import Moments, Statistics, Step
+from grasp_lightning.stats.base import Moments, SeamSums, Statistics, Step
 from tests.conftest import tiny_model
 
 SIMILARITY = torch.tensor([0.2, 0.9, 0.5, 0.9])
@@ -27,7 +27,9 @@ def stored_statistics(view: DecoderView, step: Step) -> Statistics:
     """Measure nothing: the layer metric is made up, every component scores its index."""
     scores = {name: torch.arange(basis.s.numel()).float() for name, basis in step.bases.items()}
     moments = {name: made_up_moments(view, name) for name in step.needs.moments}
-    return Statistics(layer_metric=SIMILARITY, component_scores=scores, moments=moments)
+    seams = {seam: SeamSums(gram=torch.eye(32), cross=torch.eye(32)) for seam in step.needs.seams}
+    metric = SIMILARITY[: len(SIMILARITY) - step.needs.span + 1]
+    return Statistics(layer_metric=metric, component_scores=scores, moments=moments, seams=seams)
 
 
 def made_up_moments(view: DecoderView, module: str) -> Moments:
@@ -58,7 +60,8 @@ def test_the_names_in_configurations_are_those_of_the_methods() -> None:
 
 
 def test_a_method_that_nobody_has_is_refused_with_the_nearest_name() -> None:
-    expected = "expected one of grasp, grasp_plus, low_rank, drop, got 'gras'; did you mean grasp?"
+    known = "grasp, grasp_plus, low_rank, drop, replaceme"
+    expected = f"expected one of {known}, got 'gras'; did you mean grasp?"
     with pytest.raises(ConfigError) as caught:
         resolve_method(MethodConfig(name="gras"))
     assert str(caught.value) == f"method.name: {expected}"
@@ -91,7 +94,7 @@ def test_steps_end_and_the_size_is_as_predicted(name: str) -> None:
     plan = compress(view, method, stored_statistics, Plan(method=name), lambda *_: None)
     assert plan.complete
     assert method.next_step(view, plan) is None
-    assert plan.selected_layers == (1, 3)
+    assert plan.selected_layers == ((2, 3) if name == "replaceme" else (1, 3))
     expected = parameters_after(untouched, plan.operations)
     assert sum(p.numel() for p in view.model.parameters()) == expected
 
