@@ -26,6 +26,7 @@ from grasp_lightning.callbacks.measurement import WINDOWS, Measurement
 from grasp_lightning.callbacks.moments import LinearMoments
 from grasp_lightning.callbacks.progress import StepProgressBar
 from grasp_lightning.callbacks.removals import LossWithoutParts
+from grasp_lightning.callbacks.seams import LayerSeams
 from grasp_lightning.callbacks.similarity import LayerSimilarity
 from grasp_lightning.callbacks.span_training import train_span
 from grasp_lightning.callbacks.stop_request import StopRequest
@@ -36,6 +37,7 @@ from grasp_lightning.evaluation.cut_losses import first_tokens
 from grasp_lightning.methods.attribution import ATTRIBUTION, attribution_step
 from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.removal import REMOVALS
+from grasp_lightning.methods.seams import SEAM
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
@@ -61,6 +63,7 @@ _DESCRIPTIONS = {
     ATTRIBUTION: "scoring components",
     CURVATURE: "measuring curvature",
     REMOVALS: "measuring removals",
+    SEAM: "comparing hidden states",
 }
 
 
@@ -123,6 +126,8 @@ class TrainerMeasure:
             return Statistics(trained=self._train(view, step.needs.span_training))
         if step.needs.layer_metric is not None:
             return self._pass(view, step, LayerSimilarity(step=step))
+        if step.needs.seams:
+            return self._pass(view, step, LayerSeams(step))
         more = group_scores(
             step.needs,
             lambda modules: attribution_step(view, modules, step.needs.scoring, track=self._track),

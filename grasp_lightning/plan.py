@@ -222,6 +222,22 @@ class MergeLayers(Operation):
         return self.absorbed
 
 
+@operation("add_seam")
+class AddSeam(Operation):
+    """Let a decoder layer add a linear map of the hidden states to them; a replay needs its weight.
+
+    Attributes:
+        layers: Numbers of the deleted layers that it makes up for, ascending.
+        holder: Number of the remaining layer that holds it.
+        is_after: Whether it reads what leaves that layer, since no layer remains after it, instead
+            of what enters it.
+    """
+
+    layers: tuple[int, ...]
+    holder: int
+    is_after: bool
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """The decisions of one compression run, in order.

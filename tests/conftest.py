@@ -100,7 +100,8 @@ _LINEAR_ATTENTION = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-# Of single tests: families that read weights of linears, and a hybrid with two kinds of caches.
+# Of single tests: families that read weights of linears, a hybrid with two kinds of caches, and
+# one that scales what its blocks add.
 TINY_CONFIGS |= {
     "mamba": {"model_type": "mamba", **_STATE_SPACE, "time_step_rank": 12},
     "mamba2": {
@@ -117,6 +118,7 @@ TINY_CONFIGS |= {
         "num_hidden_layers": 2,
         "num_heads": 4,
     },
+    "granite": {"model_type": "granite", **_GROUPED},
     "qwen3_5_text": {
         "model_type": "qwen3_5_text",
         **_GROUPED,

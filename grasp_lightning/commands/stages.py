@@ -18,6 +18,7 @@ from grasp_lightning.methods.layer_choice import SELECT
 from grasp_lightning.methods.llm_streamline import TRAIN_LAYER
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.removal import REMOVALS
+from grasp_lightning.methods.seams import SEAM
 from grasp_lightning.methods.sleb import SLEB
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
@@ -36,11 +37,13 @@ PHASE_OF_STEP = {
     MERGE: "merges",
     REMOVALS: "removals",
     TRAIN_LAYER: TRAIN_LAYER,
+    SEAM: "seam",
 }
 
 # Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
 _FORWARD_AND_BACKWARD = 3.0
 _CURVATURE = 3.3
+_SEAM = 1.1
 _REFIT = 2.5
 _DECOMPOSITION = 65.0  # multiplications of a forward pass, per N x M x min(N, M)
 _PASSES_OF_BUDGET = 4  # losses, order of channels, factors, narrowed MLPs
@@ -71,6 +74,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase="removals", label="search layers"): method.name == SLEB,
         Stage(phase="removals", label="measure blocks"): prices_blocks,
         Stage(phase=TRAIN_LAYER, label="train a layer", passes=2): method.replacement is not None,
+        Stage(phase="seam", label="compare hidden states"): method.ridge is not None,
         choose: method.weighting is not None or is_scored,
         Stage(phase="attribution", label="score components"): is_scored
         and method.score != "magnitude",
@@ -118,6 +122,7 @@ def compress_work(
         "similarity": Work(tokens),
         "removals": _removal_work(config, view, prediction, plan),
         "curvature": Work(_CURVATURE * tokens),
+        "seam": Work(_SEAM * tokens),
         "attribution": attribution,
         # About one sweep, half as deep on average.
         "merges": Work(view.num_layers / 2 * tried, view.num_layers),

@@ -25,6 +25,7 @@ RefitChoice = Literal["none", "prefix", "residual"]
 BlockChoice = Literal["attention", "mlp"]
 Unit = Literal["layers", "attention", "mlp"]
 RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
+SeamChoice = Literal["none", "linear"]
 TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
 MergeChoice = Literal["paper", "released"]
 ReplacementChoice = Literal["layer", "mlp"]
@@ -37,6 +38,7 @@ class AmountOptions:
     Attributes:
         name: grasp_plus: ranks and MLP channels by loss curvature, under one budget; grasp: the
             method of the paper; low_rank: a preset, or parts of your choice; drop: deletes layers;
+            replaceme: deletes a span of layers and folds a linear map into the MLP before it;
             llm_streamline: replaces contiguous layers by one that is trained; laco: merges layers;
             shortgpt: the layers of lowest block influence; sleb: the layers that a greedy search by
             the loss finds; random: layers drawn at random; or a method of another installed
@@ -210,14 +212,34 @@ class LacoOptions(AmountOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DropOptions(MethodOptions):
+class RidgeOptions:
+    """How a linear map that makes up for deleted layers is fitted.
+
+    Attributes:
+        ridge: Ridge of the least squares fit of a linear map, as a share of the mean diagonal of
+            the Gram matrix of what it reads, at most 100.
+    """
+
+    ridge: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaceMeOptions(RidgeOptions, MethodOptions):
+    """What replaceme reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropOptions(RidgeOptions, MethodOptions):
     """What drop reads.
 
     Attributes:
         unit: What is deleted: whole layers, or only their attention or MLP blocks.
+        seam: linear: one matrix for each run of deleted layers, added to the model, maps the hidden
+            states that enter the run to those that left it; none: delete only.
     """
 
     unit: Unit | None = None
+    seam: SeamChoice | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +273,13 @@ class StreamlineOptions(MethodOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(
-    RandomOptions, DropOptions, StreamlineOptions, LacoOptions, LowRankOptions, GraspOptions
+    RandomOptions,
+    ReplaceMeOptions,
+    DropOptions,
+    StreamlineOptions,
+    LacoOptions,
+    LowRankOptions,
+    GraspOptions,
 ):
     """What to remove and how to choose it: the keys of all methods."""
 
@@ -267,5 +295,6 @@ METHOD_OPTIONS: Final[Mapping[str, type[AmountOptions]]] = MappingProxyType(
         "random": RandomOptions,
         "laco": LacoOptions,
         "llm_streamline": StreamlineOptions,
+        "replaceme": ReplaceMeOptions,
     }
 )

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Final
 
 from grasp_lightning.config import METHOD_OPTIONS, MethodConfig
-from grasp_lightning.errors import ConfigError
+from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.methods.base import CompressionMethod, Registered, Track, untracked
 from grasp_lightning.methods.budget import resolve_num_layers
 from grasp_lightning.methods.drop import DROP_METHOD
@@ -19,9 +19,11 @@ from grasp_lightning.methods.low_rank import LOW_RANK
 from grasp_lightning.methods.options import keys_of, refuse_ignored
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.random_layers import RANDOM
+from grasp_lightning.methods.replaceme import REPLACEME_METHOD
 from grasp_lightning.methods.shortgpt import SHORTGPT
 from grasp_lightning.methods.sleb import SLEB_METHOD
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.lowrank import seams
 from grasp_lightning.plugins import load_method, method_plugins
 
 __all__ = ["METHODS", "build_method", "predict", "resolve_method", "resolve_num_layers"]
@@ -31,7 +33,7 @@ METHODS: Final[Mapping[str, Registered]] = MappingProxyType(
         method.name: method
         for method in (
             *(GRASP, GRASP_PLUS, LOW_RANK, DROP_METHOD),
-            *(SHORTGPT, SLEB_METHOD, LACO, LLM_STREAMLINE, RANDOM),
+            *(SHORTGPT, SLEB_METHOD, LACO, LLM_STREAMLINE, REPLACEME_METHOD, RANDOM),
         )
     }
 )
@@ -76,7 +78,16 @@ def build_method(
     """Return the method that a resolved configuration names.
 
     A budget is a share of the dense model ``view``; one that is out of reach is a ``ConfigError``.
+
+    Raises:
+        ModelError: If the model has seams.
     """
+    if seams(view.model):
+        raise ModelError(
+            f"{type(view.model).__name__} has seams from an earlier compression "
+            "(method.seam=linear), and such a model cannot be compressed again: compress the "
+            "original model"
+        )
     return named_method(config.name).build(config, view, track)
 
 

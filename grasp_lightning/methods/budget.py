@@ -10,6 +10,7 @@ from grasp_lightning.errors import ConfigError
 from grasp_lightning.methods.blocks import factorize_operations
 from grasp_lightning.methods.options import named_layers
 from grasp_lightning.methods.rank_rules import UniformRanks
+from grasp_lightning.methods.seams import seam_size
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
@@ -20,7 +21,8 @@ def resolve_num_layers(config: MethodConfig, view: DecoderView, also: int = 0) -
     """Return the options with the number of layers that ``removed_ratio`` requires.
 
     Replacement takes the fewest layers that reach the target at ``keep_ratio`` for any choice of
-    layers; deletion takes the nearest number. Explicit layers or numbers stay unchanged.
+    layers; deletion takes the nearest number, counting one seam if there are seams. Explicit layers
+    or numbers stay unchanged.
 
     Args:
         also: Parameters that deletion removes outside of the deleted layers.
@@ -43,7 +45,9 @@ def resolve_num_layers(config: MethodConfig, view: DecoderView, also: int = 0) -
     if keep_ratio:
         count = _fewest(config, dense, tuple(accumulate(saved)))
     else:
-        count = nearest_number(config, dense, saved, "layers", also=also)
+        # The number of runs of deleted layers is not known yet: at least one has a seam.
+        added = seam_size(view) if config.seam == "linear" else 0
+        count = nearest_number(config, dense, saved, "layers", also=also - added)
     return replace(config, num_layers=count, layer_metric=config.layer_metric or "similarity")
 
 

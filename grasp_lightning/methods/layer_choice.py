@@ -1,7 +1,7 @@
 """The choice of redundant decoder layers, the first step of every layer-wise method."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +39,14 @@ class LayerChoice:
         layers: Explicit layer numbers, ascending; None to choose by metric.
         num_layers: Number of layers to replace or delete.
         replaces_span: One layer replaces contiguous layers: one more is chosen than are deleted.
+        starts: First layers that a block of contiguous layers may have; None allows all.
     """
 
     layers: tuple[int, ...] | None = None
     num_layers: int | None = None
     metric: LayerMetric = "similarity"
     replaces_span: bool = False
+    starts: tuple[int, ...] | None = None
 
     @property
     def options(self) -> Mapping[str, OptionValue]:
@@ -83,6 +85,12 @@ class LayerChoice:
             raise ConfigError(
                 f"method.num_layers is {self.num_layers}, but the model has {num_layers} decoder "
                 f"layers{', of which one must remain' if self.replaces_span else ''}"
+            )
+        elif self.starts is not None and num_layers - min(self.starts) < self.count:
+            raise ConfigError(
+                f"method.num_layers is {self.count}, but the model has only "
+                f"{num_layers - min(self.starts)} decoder layers from layer {min(self.starts)} on, "
+                "the first one that can be deleted"
             )
 
     def step(self, model: DecoderView) -> Step:
@@ -160,15 +168,26 @@ class LayerChoice:
 
     def _best_droppable(self, view: DecoderView, metric: Tensor) -> tuple[int, ...] | None:
         if self.is_contiguous:
-            spans = (tuple(range(s, s + self.count)) for s in self._order(metric))
+            spans = self._spans(metric)
             return next((span for span in spans if self._problem(view, span) is None), None)
         return first_droppable(view, self._order(metric), self.count)
 
+    def _spans(self, values: Tensor) -> Iterator[tuple[int, ...]]:
+        """Yield the blocks of contiguous layers that are allowed, the best one first."""
+        for start in values.argsort(stable=True).tolist():
+            if self.starts is None or start in self.starts:
+                yield tuple(range(start, start + self.count))
+
     def _best(self, values: Tensor) -> tuple[int, ...]:
         if self.is_contiguous:
-            start = self._order(values)[0]
-            return tuple(range(start, start + self.count))
+            return next(self._spans(values))
         return tuple(sorted(self._order(values)[: self.count]))
+
+    def _spans(self, values: Tensor) -> Iterator[tuple[int, ...]]:
+        """Yield the spans that may be chosen, from the most redundant on."""
+        for start in self._order(values):
+            if self.starts is None or start in self.starts:
+                yield tuple(range(start, start + self.count))
 
     def _order(self, values: Tensor) -> list[int]:
         """Return layers, or the starts of spans, from the most redundant on."""

@@ -15,7 +15,7 @@ from grasp_lightning.models.source import first_line
 
 _CACHES = ("past_key_values", "cache_params", "state")  # names of the cache in outputs
 # Errors of a family's code that does not fit its own layers.
-_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
+RUN_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
 
 _droppable: WeakKeyDictionary[DecoderView, dict[tuple[int, ...], tuple[int, ...]]] = (
     WeakKeyDictionary()
@@ -138,6 +138,6 @@ def _error_with_cache(model: PreTrainedModel) -> str | None:
             caches = {name: getattr(outputs, name, None) for name in _CACHES}
             given = {name: cache for name, cache in caches.items() if cache is not None}
             run(input_ids=tokens[:, :1], use_cache=True, **given)
-    except _ERRORS as error:
+    except RUN_ERRORS as error:
         return first_line(error)
     return None

@@ -1,4 +1,4 @@
-"""Low-rank and narrowed linears, and how transformers loads and saves models with them.
+"""Low-rank and narrowed linears and seams, and how transformers loads and saves models with them.
 
 This file needs only torch and transformers: its text and that of ``int4.py`` are copied into every
 saved model, which then opens without grasp_lightning (with ``trust_remote_code=True``).
@@ -7,7 +7,8 @@ A saved model is an ordinary Hugging Face folder whose ``quantization_config`` n
 linears with their ranks and the narrowed ones with their shapes. A narrowed weight, or the right
 factor of a low-rank linear, is stored under the key of the dense weight (``<module>.weight``): a
 program that does not know this format finds a tensor of the wrong shape and stops, instead of
-leaving the linear at random values.
+leaving the linear at random values. A seam has no dense weight: it takes the key of a parameter of
+another shape in its decoder layer, which is stored as ``<seam>.held``.
 
 If the weights are also quantized, by torchao or bitsandbytes, ``weights`` holds the config of
 transformers for that method, whose own quantizer reads and writes them once the linears have their
@@ -19,7 +20,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightRenaming, WeightTransform
@@ -43,6 +45,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from grasp_lightning.models.int4 import Int4Linear, as_int4_linear, is_int4, unpacked
 
 QUANT_METHOD = "grasp_lightning"
+SEAM_BEFORE, SEAM_AFTER = "seam", "seam_after"  # names in a decoder layer
 REMOTE_MODULE = "modeling_grasp"
 
 _QUANTIZED_TENSORS = {"Int8Tensor", "Int4Tensor", "Int4OpaqueTensor", "Params4bit"}
@@ -118,6 +121,46 @@ class NarrowedLinear(nn.Linear):
     """A linear with fewer inputs or outputs than the config of its model says."""
 
 
+class SeamLinear(nn.Linear):
+    """A square linear without bias, whose output a decoder layer adds to the hidden states."""
+
+    def add_to(self, hidden: Tensor) -> Tensor:
+        """Return the hidden states plus their map, ``(B, T, C)`` -> ``(B, T, C)``."""
+        hidden = hidden.to(self.weight.device)
+        return hidden + cast(Tensor, self(hidden))
+
+
+def set_seam(layer: nn.Module, name: str, seam: SeamLinear) -> None:
+    """Make a decoder layer hold a seam and use it.
+
+    Args:
+        layer: A decoder layer without a seam of this name.
+        name: ``seam`` adds to the states that enter the layer, ``seam_after`` to those that leave.
+        seam: The linear.
+    """
+    layer.add_module(name, seam)
+    if name == SEAM_BEFORE:
+        layer.register_forward_pre_hook(_cross_before, with_kwargs=True)
+    else:
+        layer.register_forward_hook(_cross_after)
+
+
+def _cross_before(
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],  # Any: of every family
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    add = cast(SeamLinear, layer.get_submodule(SEAM_BEFORE)).add_to
+    if args:
+        return (add(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": add(kwargs["hidden_states"])}
+
+
+def _cross_after(layer: nn.Module, _: object, output: Any) -> Any:  # noqa: ANN401  of every family
+    add = cast(SeamLinear, layer.get_submodule(SEAM_AFTER)).add_to
+    return (add(output[0]), *output[1:]) if isinstance(output, tuple) else add(output)
+
+
 def is_low_rank(module: nn.Module) -> bool:
     """Return whether a module is a low-rank linear, of this file or of a copy of it."""
     # By name: a model loaded through remote code holds the class of the copied file.
@@ -148,13 +191,24 @@ def narrowed_linears(model: nn.Module) -> dict[str, NarrowedLinear]:
     return {name: cast(NarrowedLinear, found[name]) for name in sorted(found)}
 
 
+def is_seam(module: nn.Module) -> bool:
+    """Return whether a module is a seam, of this file or of a copy of it."""
+    return any(base.__name__ == SeamLinear.__name__ for base in type(module).__mro__)
+
+
+def seams(model: nn.Module) -> dict[str, SeamLinear]:
+    """Return the seams of a model by full name, sorted by name."""
+    found = {name: module for name, module in model.named_modules() if is_seam(module)}
+    return {name: cast(SeamLinear, found[name]) for name in sorted(found)}
+
+
 def is_replaced(module: nn.Module) -> bool:
-    """Return whether a module is a low-rank or a narrowed linear."""
-    return is_low_rank(module) or is_narrowed(module)
+    """Return whether compression made a module: a low-rank or narrowed linear, or a seam."""
+    return is_low_rank(module) or is_narrowed(module) or is_seam(module)
 
 
 def has_replaced(model: nn.Module) -> bool:
-    """Return whether a model has low-rank or narrowed linears."""
+    """Return whether a model has low-rank or narrowed linears, or seams."""
     return any(is_replaced(module) for module in model.modules())
 
 
@@ -164,6 +218,7 @@ class GraspConfig(QuantizationConfigMixin):
     Args:
         ranks: Rank of each low-rank linear.
         shapes: ``[out_features, in_features]`` of each narrowed linear.
+        seams: For each seam the parameter of its decoder layer under whose key it is stored.
         weights: The config of the quantizer of transformers that reads the weights of linears, with
             its ``quant_method``; None for plain floating point.
         **unknown: Refused: a newer format may have additions that must not be ignored.
@@ -175,6 +230,7 @@ class GraspConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         shapes: Mapping[str, Sequence[int]] | None = None,
         weights: Mapping[str, Any] | None = None,  # Any: values of JSON
+        seams: Mapping[str, str] | None = None,
         **unknown: object,
     ) -> None:
         if unknown:
@@ -190,15 +246,17 @@ class GraspConfig(QuantizationConfigMixin):
                 raise ValueError(f"shape of {module} must be two positive integers, got {shape!r}")
             if module in (ranks or {}):
                 raise ValueError(f"{module} has both a rank and a shape; expected one of them")
+        _check_seams(seams or {})
+        self.seams = dict(seams or {})
         self.quant_method = quant_method  # type: ignore[assignment]  # its enum has no others
         self.ranks = dict(ranks or {})
         self.shapes = {module: list(shape) for module, shape in (shapes or {}).items()}
         self.weights = dict(weights) if weights else None
 
     def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
-        """Return the content of config.json, without shapes and weights if they say nothing."""
+        """Return the content of config.json, without what says nothing, except for ranks."""
         content: dict[str, Any] = super().to_dict()
-        for key in ("shapes", "weights"):
+        for key in ("shapes", "weights", "seams"):
             if not content[key]:
                 del content[key]
         return content
@@ -212,7 +270,7 @@ GraspConfig.__name__ += (
 
 
 class GraspQuantizer(HfQuantizer):
-    """Loads and saves low-rank and narrowed linears through transformers' quantizer registry."""
+    """Loads and saves replaced linears and seams through transformers' quantizer registry."""
 
     requires_calibration = True  # so that transformers does not "quantize" a dense checkpoint
     is_trainable = True
@@ -223,6 +281,7 @@ class GraspQuantizer(HfQuantizer):
     def __init__(self, quantization_config: GraspConfig, **kwargs: bool) -> None:
         super().__init__(quantization_config, **kwargs)
         self._modules: dict[str, str] = {}  # name in the checkpoint -> name in the model
+        self._seam_keys: dict[str, str] = {}  # key in the checkpoint -> key in the model
         self._conversions: list[WeightTransform] = []
         self._weights: Any = _weights_quantizer(quantization_config.weights)
         if self._weights is not None:
@@ -243,12 +302,20 @@ class GraspQuantizer(HfQuantizer):
         )
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, device_map: object = None, **options: object
+        self,
+        model: PreTrainedModel,
+        device_map: object = None,
+        checkpoint_files: Sequence[str] | None = None,
+        **options: object,
     ) -> None:
-        """Replace dense linears while the model is still on the meta device."""
+        """Replace dense linears and add seams while the model is still on the meta device."""
         self._replace_linears(model)
+        self._add_seams(model)
+        _check_stored(self._seam_keys, checkpoint_files or ())
         if self._weights is not None:
-            self._weights.preprocess_model(model, device_map=device_map, **options)
+            self._weights.preprocess_model(
+                model, device_map=device_map, checkpoint_files=checkpoint_files, **options
+            )
 
     def _replace_linears(self, model: PreTrainedModel) -> None:
         # The quantizer of bitsandbytes takes plain linears only.
@@ -277,6 +344,24 @@ class GraspQuantizer(HfQuantizer):
                 )
             model.set_submodule(module, narrowed(columns, rows, **_options_of(linear)))
 
+    def _add_seams(self, model: PreTrainedModel) -> None:
+        names = {name for name, _ in model.named_modules()}
+        size = model.config.get_text_config().hidden_size
+        for stored, held in self.quantization_config.seams.items():
+            parent, _, name = stored.rpartition(".")
+            module = _name_in_model(model, names, parent)
+            layer = model.get_submodule(module)
+            parameter = held.removeprefix(f"{parent}.")
+            known = dict(layer.named_parameters())
+            if parameter not in known or tuple(known[parameter].shape) == (size, size):
+                raise ValueError(f"{stored} cannot be stored as {held} of this model")
+            dtype = known[parameter].dtype
+            seam = SeamLinear(size, size, bias=False, device="meta", dtype=dtype)
+            set_seam(layer, name, seam)
+            # In this order: the first renaming must not undo the second one.
+            self._seam_keys[held] = f"{module}.{name}.weight"
+            self._seam_keys[f"{stored}.held"] = f"{module}.{parameter}"
+
     def get_weight_conversions(self) -> list[WeightTransform]:
         """Return one renaming per low-rank linear, whose right factor is in ``<module>.weight``.
 
@@ -287,6 +372,7 @@ class GraspQuantizer(HfQuantizer):
             quantized = _torchao_weights(getattr(self._weights, "metadata", {}))
             ranks = self.quantization_config.ranks
             names |= {_stored_key(key, ranks): key for key in map(_values_of, quantized)}
+        names |= self._seam_keys
         self._conversions = [
             WeightRenaming(source_patterns=f"^{re.escape(stored)}$", target_patterns=key)
             for stored, key in names.items()
@@ -326,7 +412,12 @@ class GraspQuantizer(HfQuantizer):
             check_fails_closed(model)
         tensors, metadata = _plain_tensors(model.state_dict(), self._weights)
         ranks = low_rank_linears(model)
-        return {_stored_key(key, ranks): tensor for key, tensor in tensors.items()}, metadata
+        held: dict[str, str] = {}
+        for seam, parameter in seam_keys_of(model).items():
+            held |= {f"{seam}.weight": parameter, parameter: f"{seam}.held"}
+        return {
+            held.get(key) or _stored_key(key, ranks): tensor for key, tensor in tensors.items()
+        }, metadata
 
     def is_serializable(self) -> bool:
         """Return True, so that ``save_pretrained`` may be called."""
@@ -350,9 +441,35 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {module: (linear.out_features, linear.in_features) for module, linear in found.items()}
 
 
+def seam_keys_of(model: nn.Module) -> dict[str, str]:
+    """Return, for every seam by full name, the parameter under whose key it is stored.
+
+    It is the first one of its decoder layer whose shape is not that of the seam, so that a loader
+    without this format stops. Replaced linears have keys of their own.
+
+    Raises:
+        ValueError: If a layer has none.
+    """
+    found: dict[str, str] = {}
+    for name, seam in seams(model).items():
+        parent = name.rpartition(".")[0]
+        layer = model.get_submodule(parent)
+        ours = tuple(f"{n}." for n, module in layer.named_modules() if is_replaced(module))
+        free = (
+            key
+            for key, parameter in layer.named_parameters()
+            if not key.startswith(ours) and parameter.shape != seam.weight.shape
+        )
+        key = next((key for key in free if f"{parent}.{key}" not in found.values()), None)
+        if key is None:
+            raise ValueError(f"{name} cannot be saved: no parameter of its layer has another shape")
+        found[name] = f"{parent}.{key}"
+    return found
+
+
 def config_of(model: nn.Module) -> GraspConfig:
-    """Return the config that rebuilds the low-rank and narrowed linears of a model."""
-    return GraspConfig(ranks_of(model), shapes=shapes_of(model))
+    """Return the config that rebuilds the replaced linears and the seams of a model."""
+    return GraspConfig(ranks_of(model), shapes=shapes_of(model), seams=seam_keys_of(model))
 
 
 def check_fails_closed(model: nn.Module) -> None:
@@ -437,6 +554,16 @@ def _values_of(parameter: str) -> str:
     return parameter.removesuffix(".weight") + _TORCHAO_VALUES
 
 
+def _check_seams(seams: Mapping[str, str]) -> None:
+    for seam, held in seams.items():
+        layer, _, name = seam.rpartition(".")
+        if name not in (SEAM_BEFORE, SEAM_AFTER) or not str(held).startswith(f"{layer}."):
+            raise ValueError(
+                f"seam {seam} must be {SEAM_BEFORE} or {SEAM_AFTER} of a decoder layer, stored as "
+                f"one of its parameters, got {held!r}"
+            )
+
+
 def _is_size(value: object, *, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -448,7 +575,16 @@ def _is_shape(value: object) -> bool:
 def _linear_in_model(
     model: PreTrainedModel, names: AbstractSet[str], stored: str
 ) -> tuple[str, nn.Linear | Conv1D]:
-    """Return name and module of a dense linear, with or without the prefix of the base model."""
+    """Return name and module of a dense linear."""
+    module = _name_in_model(model, names, stored)
+    linear = model.get_submodule(module)
+    if not isinstance(linear, nn.Linear | Conv1D):
+        raise TypeError(f"{stored} must be a Linear, got {type(linear).__name__}")
+    return module, linear
+
+
+def _name_in_model(model: PreTrainedModel, names: AbstractSet[str], stored: str) -> str:
+    """Return the name of a module, with or without the prefix of the base model."""
     prefix = f"{model.base_model_prefix}."
     candidates = (stored, stored.removeprefix(prefix), prefix + stored)
     module = next((name for name in candidates if name in names), None)
@@ -456,10 +592,19 @@ def _linear_in_model(
         raise ValueError(
             f"quantization_config names {stored}, but {type(model).__name__} has no such module"
         )
-    linear = model.get_submodule(module)
-    if not isinstance(linear, nn.Linear | Conv1D):
-        raise TypeError(f"{stored} must be a Linear, got {type(linear).__name__}")
-    return module, linear
+    return module
+
+
+def _check_stored(keys: Iterable[str], files: Sequence[str]) -> None:
+    """Refuse weight files without some keys: transformers would load random values for them."""
+    missing = set(keys)
+    for file in files if missing else ():
+        if not str(file).endswith(".safetensors"):
+            return
+        with safe_open(file, framework="pt") as stored:
+            missing -= set(stored.keys())
+    if files and missing:
+        raise ValueError(f"the weight files lack {min(missing)}, a part of a seam between layers")
 
 
 def _options_of(linear: nn.Linear | Conv1D) -> dict[str, Any]:  # Any: keyword arguments

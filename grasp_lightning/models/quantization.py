@@ -27,6 +27,7 @@ from grasp_lightning.models.lowrank import (
     low_rank_linears,
     narrowed_linears,
 )
+from grasp_lightning.models.seams import seam_refusal
 from grasp_lightning.registration import without_warnings
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 LIBRARIES: Final[Mapping[Kind, str]] = MappingProxyType(
     {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes"}
 )
+
+QUANTIZED_FORMAT: Final = "the format of quantized weights"
 
 _NF4_BLOCK = 64  # weights that share a scale
 
@@ -60,11 +63,15 @@ def quantize_model(
 
     Raises:
         ValueError: If there is no such kind.
-        ModelError: If the model is quantized already, or the library or a kernel is missing.
+        ModelError: If the model is quantized already or has seams, or the library or a kernel is
+            missing.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     check_not_quantized(model, ModelError)
+    refusal = seam_refusal(model, QUANTIZED_FORMAT)
+    if refusal is not None:
+        raise ModelError(f"{type(model).__name__} {refusal}")
     problem = quantization_problem(kind, model.device.type)
     if problem is not None:
         raise ModelError(problem)

@@ -78,7 +78,7 @@ def parameters_after(view: DecoderView, operations: Sequence[Operation]) -> int:
     shapes = {id(view.module(name)): shape for name, shape in new.items()}
     # By identity and through every owner: a weight tied to a remaining one remains.
     kept: dict[int, int] = {}
-    added = 0
+    added = sum(applier_of(operation).num_added(operation, view) for operation in operations)
     for module in view.model.modules():
         if id(module) in gone:
             continue

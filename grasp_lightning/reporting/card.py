@@ -9,7 +9,7 @@ from huggingface_hub import CardData, RepoCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from grasp_lightning.plan import Plan
+from grasp_lightning.plan import AddSeam, Plan, SetWeights
 from grasp_lightning.reporting import card_phrases as phrases
 from grasp_lightning.reporting.card_phrases import Values
 from grasp_lightning.reporting.linears import module_place
@@ -58,6 +58,8 @@ def model_card(
         num_mlps=len(plan.channels),
         removed=_removed(plan),
         merges=_merges(plan),
+        correction=_correction(plan),
+        only_deletes=not any(isinstance(op, AddSeam | SetWeights) for op in plan.operations),
         removed_share=f"{100 * metrics.removed_ratio:.1f}% of all parameters were removed",
         special=servers.special,
         trained_span=_trained_span(plan),
@@ -265,6 +267,17 @@ def _trained_span(plan: Plan) -> tuple[int, int] | None:
     if not plan.options.get("epochs") or not layers:
         return None
     return layers[0], layers[-1]
+
+
+def _correction(plan: Plan) -> str:
+    """Return a sentence on what makes up for deleted layers, empty if nothing does."""
+    num_seams = sum(isinstance(operation, AddSeam) for operation in plan.operations)
+    if num_seams:
+        maps = "A linear map corrects" if num_seams == 1 else f"{num_seams} linear maps correct"
+        return f"{maps} the hidden states where they were."
+    if plan.dropped_layers and any(isinstance(op, SetWeights) for op in plan.operations):
+        return "Weights before them were changed to make up for it."
+    return ""
 
 
 def _options(plan: Plan) -> dict[str, str]:

@@ -26,6 +26,7 @@ _PHASES = {
     "curvature": "Measure the curvature of the loss",
     "merges": "Try merges of layers",
     "removals": "Measure removals of layers or blocks",
+    "seam": "Compare hidden states around deleted layers",
     "factorize": "Factorise and replace",
     "cut_losses": "Measure each cut alone",
     "refit": "Refit the cut linears",

@@ -6,7 +6,9 @@ from typing import NamedTuple, Self
 from transformers import PreTrainedModel
 
 from grasp_lightning.models.formats.gguf.layout import layout_refusal
-from grasp_lightning.models.lowrank import LowRankLinear, has_replaced, low_rank_linears
+from grasp_lightning.models.lowrank import LowRankLinear, has_replaced, low_rank_linears, seams
+
+_WITH_SEAMS = "not possible: this model has seams, linear maps that only its own code computes"
 
 
 class ServerRow(NamedTuple):
@@ -21,14 +23,16 @@ class Servers:
     """What decides which programs run a model.
 
     Attributes:
-        special: Linears that its family does not have, ``low-rank`` or ``narrowed``; None if the
-            folder is an ordinary one.
+        special: Linears that its family does not have, ``low-rank``, ``narrowed`` or ``seam``; None
+            if the folder is an ordinary one.
+        has_seams: Whether linear maps make up for deleted layers; only transformers runs them.
         num_multiplied: Number of low-rank linears that a GGUF file holds as dense matrices.
         num_restored: Parameters that this adds.
         gguf_refusal: Why llama.cpp cannot run the model, as the rest of a sentence; None if it can.
     """
 
     special: str | None = None
+    has_seams: bool = False
     num_multiplied: int = 0
     num_restored: int = 0
     gguf_refusal: str | None = None
@@ -39,8 +43,10 @@ class Servers:
         linears = low_rank_linears(model).values()
         # One of rank 0 belongs to a removed block, which is removed in a GGUF file too.
         kept = [linear for linear in linears if linear.rank]
+        special = "low-rank" if linears else "seam" if seams(model) else "narrowed"
         return cls(
-            special="low-rank" if linears else "narrowed" if has_replaced(model) else None,
+            special=special if has_replaced(model) else None,
+            has_seams=bool(seams(model)),
             num_multiplied=len(kept),
             num_restored=sum(map(_saving, kept)),
             gguf_refusal=layout_refusal(model),
@@ -52,6 +58,12 @@ class Servers:
         Args:
             num_removed: Number of parameters that compression removed; None if it is not known.
         """
+        if self.has_seams:
+            return [
+                ServerRow("transformers", "as above"),
+                *(ServerRow(program, _WITH_SEAMS) for program in ("vLLM", "llama.cpp, Ollama")),
+                ServerRow("torchao, 8 bits", _WITH_SEAMS),
+            ]
         # Not a name to install: the plugin is not on PyPI, where anybody could take it.
         plugin = ", with the plugin of grasp_lightning (`plugins/vllm`)" if self.special else ""
         return [

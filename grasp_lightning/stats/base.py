@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -79,6 +79,32 @@ class SpanTraining:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Seam:
+    """A run of decoder layers that a linear map replaces.
+
+    Attributes:
+        layers: Numbers in the original model, ascending; no layer between them remains.
+        source: Full name of the linear whose output the map reads; None if it reads the hidden
+            states that enter the layers.
+    """
+
+    layers: tuple[int, ...]
+    source: str | None = None
+
+
+class SeamSums(NamedTuple):
+    """Sums over tokens of X, what a map reads, and D, what the layers add to the hidden states.
+
+    Attributes:
+        gram: ``X^T X``, ``(C, C)``, float64.
+        cross: ``D^T X``, ``(C, C)``, float64.
+    """
+
+    gram: Tensor
+    cross: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
     """What a step needs measured; nothing by default.
 
@@ -97,6 +123,7 @@ class Needs:
             the loss of the model without the part, on all windows.
         merge: A merge of layers that is tried and undone.
         span_training: A layer to train.
+        seams: Runs of layers that linear maps replace.
     """
 
     layer_metric: LayerMetric | None = None
@@ -111,13 +138,14 @@ class Needs:
     removal_measure: RemovalMeasure = "divergence"
     merge: MergeLayers | None = None
     span_training: SpanTraining | None = None
+    seams: tuple[Seam, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
-        others = (self.merge, self.span_training)
-        return not any((*asked, *self.removables)) and others == (None, None)
+        others = (*self.removables, *self.seams, self.merge, self.span_training)
+        return not any((*asked, *others))
 
     @property
     def is_shareable(self) -> bool:
@@ -135,7 +163,7 @@ class Step:
     """One measurement and the decision that follows it.
 
     Attributes:
-        name: One word: select, attribution, curvature, drop.
+        name: One word: select, attribution, curvature, drop, seam.
         layers: Original numbers of the decoder layers that this and later steps change, ascending:
             their inputs can be cached between passes. Empty if this is the only step.
         bases: Singular value decompositions of the scored weights, by module.
@@ -204,6 +232,7 @@ class Statistics:
         merge_similarity: Mean cosine between the final hidden states of the model with the tried
             merge and those of the dense model, in [-1, 1].
         trained: Values of ``SpanTraining.parameters``, in the dtype of the model.
+        seams: Sums of each run of layers that a linear map replaces.
     """
 
     layer_metric: Tensor | None = None
@@ -213,6 +242,7 @@ class Statistics:
     removal_losses: Mapping[str, float] = field(default_factory=dict)
     merge_similarity: float | None = None
     trained: Mapping[str, Tensor] = field(default_factory=dict)
+    seams: Mapping[Seam, SeamSums] = field(default_factory=dict)
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:

@@ -94,6 +94,11 @@ class StoredScores:
             raise ConfigError(
                 "from_scores: schedule iterative needs new measurements; use one_shot"
             )
+        if "ridge" in options:
+            raise ConfigError(
+                "from_scores: a linear map for deleted layers is fitted to the calibration "
+                "text; measure without from_scores, or set method.name=drop and method.seam=none"
+            )
         if "weighting" in options:
             self._check_fisher(options.get("fisher"))
             return

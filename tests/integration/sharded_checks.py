@@ -20,8 +20,9 @@ from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.methods.attribution import attribution_step
+from grasp_lightning.methods.seams import seam_operations
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.lowrank import narrowed_linears
+from grasp_lightning.models.lowrank import narrowed_linears, seams
 from grasp_lightning.models.sampling import BATCH, sample_text
 from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard, whole
 from grasp_lightning.models.size import measure_size
@@ -29,7 +30,7 @@ from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import DropLayers, FactorizeLinear, SetWeights
 from grasp_lightning.stats.base import Needs, Scoring, Step
 from tests.conftest import ALL_FAMILIES, FAMILIES, MOE_FAMILIES, byte_tokenizer, tiny_model
-from tests.unit.models.helpers import narrow_layers
+from tests.unit.models.helpers import narrow_layers, random_factors
 
 CPU = torch.device("cpu")
 SIMILARITY = Step(name="select", needs=Needs(layer_metric="similarity"))
@@ -113,6 +114,18 @@ def check_weights_are_set_as_those_of_a_whole_model_are() -> None:
             apply_operations(view, [operation, DropLayers(layers=(3,))], tensors)
         assert torch.equal(*map(logits, views)), family
         assert is_sharded(views[1].layer(1)), family
+
+
+def check_seams_are_added_as_to_a_whole_model() -> None:
+    for family in FAMILIES:
+        views = pair(family)
+        layers = (0, 2, 3)
+        operations = [DropLayers(layers=layers), *seam_operations(views[0], layers)]
+        tensors = random_factors(views[0], operations)
+        for view in views:
+            apply_operations(view, operations, tensors)
+        assert torch.equal(*map(logits, views)), family
+        assert all(isinstance(seam.weight, DTensor) for seam in seams(views[1].model).values())
 
 
 def some_factors(view: DecoderView, name: str) -> dict[str, Tensor]:
@@ -279,6 +292,7 @@ CHECKS: Sequence[Callable[[], None]] = [
     check_every_family_is_scored_and_changed_as_a_whole_model_is,
     check_mlps_are_narrowed_as_those_of_a_whole_model_are,
     check_weights_are_set_as_those_of_a_whole_model_are,
+    check_seams_are_added_as_to_a_whole_model,
     check_layers_are_compared_as_those_of_a_whole_model,
     check_a_process_holds_its_part_and_can_ask_for_the_whole,
     check_nothing_is_left_of_what_is_replaced_or_dropped,

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import grasp_lightning
 from grasp_lightning.errors import ModelError
+from grasp_lightning.methods.seams import seam_operations
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import GraspConfig
@@ -136,6 +137,14 @@ def dropped(model: PreTrainedModel, layers: tuple[int, ...] = (0, 2)) -> PreTrai
     return model
 
 
+def seamed(model: PreTrainedModel, layers: tuple[int, ...] = (1, 3)) -> PreTrainedModel:
+    """Delete layers, with a random seam for each run of them."""
+    view = DecoderView(model)
+    operations = [DropLayers(layers=layers), *seam_operations(view, layers)]
+    apply_operations(view, operations, random_factors(view, operations))
+    return model
+
+
 @torch.no_grad()
 def behaviour(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     generate: Any = model.generate  # Any: the base class has it only with a head
@@ -185,6 +194,11 @@ def narrowed_and_more(family: str) -> Case:
     return lambda scratch: reopened(
         dropped(narrowed(tiny_model(family)), (0,)), scratch, torch.bfloat16
     )
+
+
+def seamed_twice(family: str) -> Case:
+    # The only layer left between the runs holds two seams.
+    return lambda scratch: reopened(seamed(tiny_model(family), (0, 2, 3)), scratch, torch.bfloat16)
 
 
 CONFIGURATION = """
@@ -248,6 +262,8 @@ FAST: dict[str, Case] = {
     "llama-narrowed-and-low-rank-sharded": lambda scratch: reopened(
         narrowed(low_rank(tiny_model("llama"))), scratch
     ),
+    "llama-seamed-and-low-rank-sharded": lambda _: seamed(low_rank(tiny_model("llama")), (0, 3)),
+    "gpt2-seamed-again": lambda _: seamed(tiny_model("gpt2")),
     "gpt2-narrowed-again": lambda _: narrowed(tiny_model("gpt2")),
     # Families that read the weights of linears, to initialise them or to multiply by them.
     "mamba-again": lambda _: low_rank(tiny_model("mamba")),
@@ -271,6 +287,11 @@ SLOW: dict[str, Case] = {
     "llama-biased-tied": lambda _: low_rank(
         tiny_model("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
     ),
+    **{
+        f"{family}-seamed-bf16-saved-twice": seamed_twice(family)
+        for family in ALL_FAMILIES
+        if family != "gpt2"
+    },
     # Attention and MLP one after the other, and positions as a bias of the scores.
     "falcon-alibi": lambda _: low_rank(
         tiny_model("falcon", alibi=True, multi_query=False, parallel_attn=False, bias=True)
@@ -447,6 +468,34 @@ def test_the_config_names_ranks_sorted_and_under_current_numbers(tmp_path: Path)
     # Layers 0 and 2 were dropped, so layer 1 is now layer 0.
     assert {name.split(".")[2] for name in quantization["ranks"]} == {"0"}
     assert set(quantization["ranks"].values()) == {5}
+
+
+def test_a_seam_takes_the_key_of_a_parameter_of_another_shape(tmp_path: Path) -> None:
+    save_model(seamed(tiny_model(), (1, 3)), tmp_path)
+    norm = "model.layers.1.{}_layernorm.weight"
+    assert read_config(tmp_path)["quantization_config"] == {
+        "quant_method": "grasp_lightning",
+        "ranks": {},
+        "seams": {
+            "model.layers.1.seam": norm.format("input"),
+            "model.layers.1.seam_after": norm.format("post_attention"),
+        },
+    }
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored[norm.format("input")].shape == (32, 32)
+    assert stored["model.layers.1.seam.held"].shape == (32,)
+    assert not [key for key in stored if key.endswith(("seam.weight", "seam_after.weight"))]
+
+
+@pytest.mark.parametrize("key", ["input_layernorm.weight", "seam.held"])
+def test_a_seam_without_its_tensor_is_refused(tmp_path: Path, key: str) -> None:
+    save_model(seamed(tiny_model(), (0, 1)), tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    del stored[f"model.layers.0.{key}"]
+    save_file(stored, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"the weight files lack model.layers.0.{key}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_narrowed_linears_are_stored_under_their_own_names_with_their_shapes(

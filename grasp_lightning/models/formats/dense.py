@@ -26,6 +26,7 @@ from grasp_lightning.models.lowrank import (
     shapes_of,
 )
 from grasp_lightning.models.rebuilding import dense_empty
+from grasp_lightning.models.seams import seam_refusal
 from grasp_lightning.models.size import count_parameters
 
 
@@ -75,8 +76,9 @@ class DenseFormat(Format):
         quantized = foreign_quantizer(model)
         if quantized is not None:
             return f"is quantized with {quantized} already: export the unquantized model"
-        if has_replaced(model):
-            return None
+        refusal = seam_refusal(model, "an ordinary model")
+        if refusal is not None or has_replaced(model):
+            return refusal
         return (
             "has neither low-rank nor narrowed linears: it is an ordinary checkpoint already, so "
             "there is nothing to export"
@@ -122,8 +124,11 @@ def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
         Sorted full names of the linears that became dense.
 
     Raises:
-        ModelError: If the model has no such linears.
+        ModelError: If the model has no such linears, or has seams.
     """
+    refusal = seam_refusal(model, "an ordinary model")
+    if refusal is not None:
+        raise ModelError(f"{type(model).__name__} {refusal}")
     factors, narrowed = low_rank_linears(model), narrowed_linears(model)
     if not factors and not narrowed:
         raise ModelError(

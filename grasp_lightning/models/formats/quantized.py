@@ -13,10 +13,12 @@ from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.lowrank import is_quantized_here
 from grasp_lightning.models.quantization import (
     LIBRARIES,
+    QUANTIZED_FORMAT,
     Kind,
     quantization_problem,
     quantize_model,
 )
+from grasp_lightning.models.seams import seam_refusal
 from grasp_lightning.models.size import count_bytes
 
 
@@ -74,6 +76,9 @@ class QuantizedFormat(Format):
         foreign = foreign_quantizer(model)
         if foreign is not None:
             return f"is quantized with {foreign} already: export the unquantized model"
+        refusal = seam_refusal(model, QUANTIZED_FORMAT)
+        if refusal is not None:
+            return refusal
         problem = quantization_problem(self._type(options), "cpu")
         return None if problem is None else f"cannot be quantized: {problem}"
 

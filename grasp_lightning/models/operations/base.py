@@ -63,6 +63,11 @@ class Applier(ABC, Generic[Op]):
         del operation, view
         return {}
 
+    def num_added(self, operation: Op, view: DecoderView) -> int:
+        """Return the number of parameters in modules that replace no linear."""
+        del operation, view
+        return 0
+
     @abstractmethod
     def apply(self, view: DecoderView, operation: Op, tensors: Mapping[str, Tensor]) -> None:
         """Change a model; operation and tensors have been checked."""

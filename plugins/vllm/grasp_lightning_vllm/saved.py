@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 QUANT_METHOD: Final = "grasp_lightning"
-_KEYS: Final = {"quant_method", "ranks", "shapes"}
+_KEYS: Final = {"quant_method", "ranks", "shapes", "seams"}
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,15 @@ def read_config(config: Mapping[str, object]) -> SavedLinears:
     """Read the ``quantization_config`` of a compressed model.
 
     Raises:
-        ValueError: If a newer version has written it, weights are quantized, or it is damaged.
+        ValueError: If a newer version has written it, weights are quantized, the model has seams,
+            or it is damaged.
     """
     if weights := _mapping(config, "weights"):
         raise ValueError(
             f"the weights of this model are quantized with {weights.get('quant_method')}, which "
             "this plugin does not read; serve the unquantized model"
         )
-    if unknown := sorted(config.keys() - _KEYS):
-        raise ValueError(
-            f"quantization_config has unknown keys {unknown}: the model was saved by a newer "
-            "version of grasp_lightning, please update grasp-lightning-vllm"
-        )
+    _check_keys(config)
     ranks, shapes = _mapping(config, "ranks"), _mapping(config, "shapes")
     for module, rank in ranks.items():
         if not _is_size(rank, least=0):
@@ -51,6 +48,19 @@ def read_config(config: Mapping[str, object]) -> SavedLinears:
         if module in ranks:
             raise ValueError(f"{module} has both a rank and a shape; expected one of them")
     return SavedLinears(ranks, {module: (shape[0], shape[1]) for module, shape in shapes.items()})
+
+
+def _check_keys(config: Mapping[str, object]) -> None:
+    if _mapping(config, "seams"):
+        raise ValueError(
+            "this model has seams (linear maps of the hidden states, method.seam=linear), which "
+            "vLLM does not compute; serve a model compressed with method.seam=none or replaceme"
+        )
+    if unknown := sorted(config.keys() - _KEYS):
+        raise ValueError(
+            f"quantization_config has unknown keys {unknown}: the model was saved by a newer "
+            "version of grasp_lightning, please update grasp-lightning-vllm"
+        )
 
 
 def _mapping(config: Mapping[str, object], key: str) -> dict[str, Any]:  # Any: values of JSON

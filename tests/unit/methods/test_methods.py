@@ -17,7 +17,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.pipeline import compress
 from grasp_lightning.plan import DropLayers, FactorizeLinear, Plan, SelectLayers
-from grasp_lightning.stats.base import Moments, SpanTraining, Statistics, Step
+from grasp_lightning.stats.base import Moments, SeamSums, SpanTraining, Statistics, Step
 from tests.conftest import tiny_model
 
 SIMILARITY = torch.tensor([0.2, 0.9, 0.5, 0.9])
@@ -28,6 +28,7 @@ def stored_statistics(view: DecoderView, step: Step) -> Statistics:
     scores = {name: torch.arange(basis.s.numel()).float() for name, basis in step.bases.items()}
     moments = {name: made_up_moments(view, name) for name in step.needs.moments}
     losses = {part.name: float(part.layer) for part in step.needs.removables}
+    seams = {seam: SeamSums(gram=torch.eye(32), cross=torch.eye(32)) for seam in step.needs.seams}
     return Statistics(
         layer_metric=SIMILARITY[: view.num_layers - step.needs.span + 1],
         component_scores=scores,
@@ -35,6 +36,7 @@ def stored_statistics(view: DecoderView, step: Step) -> Statistics:
         removal_losses=losses,
         merge_similarity=0.5,
         trained=made_up_layer(view, step.needs.span_training),
+        seams=seams,
     )
 
 
@@ -108,7 +110,13 @@ def test_steps_end_and_the_size_is_as_predicted(name: str) -> None:
     assert plan.complete
     assert method.next_step(view, plan) is None
     changed = plan.selected_layers or plan.dropped_layers
-    others = {"random": (0, 1), "sleb": (1, 2), "laco": (2, 3), "llm_streamline": (1, 2, 3)}
+    others = {
+        "random": (0, 1),
+        "sleb": (1, 2),
+        "laco": (2, 3),
+        "llm_streamline": (1, 2, 3),
+        "replaceme": (2, 3),
+    }
     assert changed == others.get(name, (1, 3))
     expected = parameters_after(untouched, plan.operations)
     assert sum(p.numel() for p in view.model.parameters()) == expected

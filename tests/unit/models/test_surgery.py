@@ -15,6 +15,7 @@ from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import apply_operations, parameters_after
 from grasp_lightning.plan import (
     OPERATIONS,
+    AddSeam,
     DropLayers,
     FactorizeLinear,
     NarrowMlp,
@@ -60,6 +61,10 @@ LAYER = "model.layers.1"
 
 def set_weights(*parameters: str, module: str = LAYER) -> SetWeights:
     return SetWeights(module=module, parameters=parameters)
+
+
+def seam(layer: int, holder: int) -> AddSeam:
+    return AddSeam(layers=(layer,), holder=holder, is_after=False)
 
 
 def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -246,6 +251,8 @@ BAD: list[tuple[Sequence[Operation], str]] = [
         f"sets {UP}.weight after replacing the linear that it is in",
     ),
     ([set_weights("weight", module=DOWN), narrow()], f"narrows {DOWN} after setting its weights"),
+    ([seam(1, 2)], r"seam for decoder layers \[1\]: expected deleted layers, \[1\] remain"),
+    ([DropLayers(layers=(1,)), seam(1, 1)], "adds a seam to decoder layer 1, which is deleted"),
 ]
 
 

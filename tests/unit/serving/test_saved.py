@@ -25,6 +25,12 @@ def test_quantized_weights_are_refused_in_one_line() -> None:
         read_config({"weights": {"quant_method": "torchao"}})
 
 
+def test_seams_are_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"has seams .*, which vLLM does not compute") as found:
+        read_config({"ranks": {}, "seams": {"model.layers.1.seam": "model.layers.1.norm.weight"}})
+    assert "\n" not in str(found.value)
+
+
 @pytest.mark.parametrize(
     ("damaged", "message"),
     [

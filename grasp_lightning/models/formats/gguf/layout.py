@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 from transformers import PreTrainedModel
 
 from grasp_lightning.models.lowrank import is_low_rank
+from grasp_lightning.models.seams import seam_refusal
 
 MULTIPLE: Final = 32
 """Widths of MLPs are filled up to multiples of it: the number of values in a quantized block."""
@@ -107,6 +108,9 @@ def layout_of(model: PreTrainedModel) -> Layout:
 def layout_refusal(model: PreTrainedModel) -> str | None:
     """Return why llama.cpp cannot compute a model, as the rest of a sentence; None if it can."""
     family, config = type(model).__name__, model.config
+    refusal = seam_refusal(model, "llama.cpp")
+    if refusal is not None:
+        return refusal
     if family not in FAMILIES:
         return (
             f"has class {family}, which format gguf does not support; supported: "
