@@ -20,6 +20,7 @@ from grasp_lightning.callbacks.calibration_checkpoint import (
     StepStore,
 )
 from grasp_lightning.callbacks.expected_warnings import expected_warnings
+from grasp_lightning.callbacks.layer_gradients import LayerTaylorScores, layer_scores
 from grasp_lightning.callbacks.measurement import WINDOWS, Measurement
 from grasp_lightning.callbacks.moments import LinearMoments
 from grasp_lightning.callbacks.progress import StepProgressBar
@@ -31,13 +32,14 @@ from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.cut_losses import first_tokens
 from grasp_lightning.methods.attribution import ATTRIBUTION, attribution_step
-from grasp_lightning.methods.layer_choice import SELECT
+from grasp_lightning.methods.layer_choice import GRADIENTS, SELECT
 from grasp_lightning.methods.removal import REMOVALS
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
 from grasp_lightning.progress import expect_passes, skip_pass, track
 from grasp_lightning.stats.base import MergedMoments, Moments, Needs, Statistics, Step
+from grasp_lightning.stats.layer_gradients import gradient_groups
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
@@ -50,6 +52,7 @@ _DESCRIPTIONS = {
     ATTRIBUTION: "scoring components",
     CURVATURE: "measuring curvature",
     REMOVALS: "measuring removals",
+    GRADIENTS: "scoring layers",
 }
 
 
@@ -59,7 +62,8 @@ class TrainerMeasure:
     Args:
         log_dir: Folder for the CSV log of the calibration loss; None writes none.
         store: Keeps measurements for a later start; None keeps none.
-        max_bytes: Memory limit for the moments of one pass; more are measured in several passes.
+        max_bytes: Memory limit for the moments or summed gradients of one pass; more are measured
+            in several passes.
         priced_windows: Number of windows on which the cost of removals is measured.
         caches: Keep the inputs of layers for later passes, see ``HiddenCache``; not for models
             whose layers pass each other more than hidden states.
@@ -106,6 +110,8 @@ class TrainerMeasure:
             )
         if step.needs.layer_metric is not None:
             return self._pass(view, step, LayerSimilarity(step=step))
+        if step.needs.layer_gradients:
+            return Statistics(layer_scores=self._layer_scores(view, step))
         more = group_scores(
             step.needs,
             lambda modules: attribution_step(view, modules, step.needs.scoring, track=self._track),
@@ -132,6 +138,15 @@ class TrainerMeasure:
             expect_passes(count)
         batches = [first_tokens(windows.batch([number])) for number in range(count)]
         return removal_losses(view, needs.removables, batches, self._track)
+
+    def _layer_scores(self, view: DecoderView, step: Step) -> Mapping[int, float]:
+        """Score layers by gradients, in as many passes as the memory of these requires."""
+        return layer_scores(
+            step,
+            gradient_groups(view, step.needs.layer_gradients, self._max_bytes),
+            lambda group, part: self._pass(view, group, LayerTaylorScores(group), part),
+            None if self._store is None else self._store.scored_groups,
+        )
 
     def _track(self, items: Sequence[str], description: str) -> Iterable[str]:
         return track(items, description) if self._progress else items

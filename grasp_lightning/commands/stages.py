@@ -13,7 +13,7 @@ from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.evaluation.cut_losses import MAX_TOKENS
 from grasp_lightning.methods.attribution import ATTRIBUTION
 from grasp_lightning.methods.blocks import weight_shapes
-from grasp_lightning.methods.layer_choice import SELECT
+from grasp_lightning.methods.layer_choice import GRADIENTS, SELECT
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.removal import REMOVALS
 from grasp_lightning.methods.truncation import CURVATURE
@@ -21,6 +21,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.plan import Plan, Replacement
 from grasp_lightning.progress import Stage, Work
+from grasp_lightning.stats.layer_gradients import gradient_groups
 from grasp_lightning.storage.model_folder import VERIFY
 from grasp_lightning.storage.sampled_text import SAMPLE
 from grasp_lightning.training.finish import CUT_LOSSES, REFIT
@@ -31,6 +32,7 @@ PHASE_OF_STEP = {
     ATTRIBUTION: "attribution",
     CURVATURE: "curvature",
     REMOVALS: "removals",
+    GRADIENTS: "gradients",
 }
 
 # Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
@@ -52,6 +54,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
     has_curvature = method.weighting not in (None, "none")
     is_scored = method.score is not None and method.keep_ratio != 0
     measures_cuts = method.weighting == "kfac" and config.statistics.measured_windows > 0
+    has_gradients = method.criterion not in (None, "perplexity")
     choose = Stage(phase=FACTORIZE, label="decompose")
     if method.ranks == "global":
         choose = Stage(phase=FACTORIZE, label="choose ranks", passes=_PASSES_OF_BUDGET)
@@ -60,6 +63,8 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase=SAMPLE, label="generate text"): writes_text and config.from_scores is None,
         Stage(phase=EVALUATE, label="perplexity before"): True,
         Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
+        Stage(phase="gradients", label="score layers"): has_gradients,
+        Stage(phase="removals", label="measure removals"): method.criterion == "perplexity",
         Stage(phase="curvature", label="measure curvature"): has_curvature,
         choose: method.weighting is not None or is_scored,
         Stage(phase="attribution", label="score components"): is_scored
@@ -103,9 +108,14 @@ def compress_work(
         blocks = 2 * len(prediction.layers)
         left = 1 - len(plan.operations) / max(len(prediction.operations), 1)
         attribution = Work(attribution.amount * blocks / 2, max(round(2 * blocks * left), 1))
+    limit = config.statistics.max_memory * 1e9
+    passes = len(gradient_groups(view, view.layer_indices, limit))
     measuring = {
         "similarity": Work(tokens),
         "curvature": Work(_CURVATURE * tokens),
+        "gradients": Work(_FORWARD_AND_BACKWARD * tokens * passes, passes),
+        # Without a layer, only those above it run again: half of them on average.
+        "removals": Work(tokens * (1 + view.num_layers / 2)),
         "attribution": attribution,
     }
     if config.from_scores is not None:  # it reads what an earlier run has measured

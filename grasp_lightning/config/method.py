@@ -22,6 +22,7 @@ MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
 RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
 TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
+CriterionChoice = Literal["taylor_plus", "taylor", "perplexity"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,8 @@ class MethodOptions:
     Attributes:
         name: grasp_plus: ranks and MLP channels by loss curvature, under one budget; grasp: the
             method of the paper; low_rank: a preset, or parts of your choice; drop: deletes layers;
-            or a method of another installed package.
+            shortened_llama: deletes layers by gradients or by loss; or a method of another
+            installed package.
         layer_metric: How to find redundant layers when ``num_layers`` is given.
         num_layers: Number of decoder layers to replace or delete.
         layers: Indices of decoder layers, instead of ``num_layers``.
@@ -171,7 +173,24 @@ class LowRankOptions(BudgetOptions, MetricOptions, PresetOptions, KeepOptions, M
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(LowRankOptions, GraspOptions):
+class ShortenedLlamaOptions(MethodOptions):
+    """What shortened_llama reads.
+
+    Attributes:
+        criterion: How layers are scored: taylor: by gradient times weight, summed over all
+            parameters of a layer; taylor_plus: the same, with protected layers; perplexity: by the
+            loss of the model without the layer.
+        protect_first: Number of layers at the start that are never deleted.
+        protect_last: The same at the end.
+    """
+
+    criterion: CriterionChoice | None = None
+    protect_first: int | None = None
+    protect_last: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(LowRankOptions, GraspOptions, ShortenedLlamaOptions):
     """What to remove and how to choose it: the keys of all methods."""
 
 
@@ -181,5 +200,6 @@ METHOD_OPTIONS: Final[Mapping[str, type[MethodOptions]]] = MappingProxyType(
         "grasp_plus": LowRankOptions,
         "low_rank": LowRankOptions,
         "drop": MethodOptions,
+        "shortened_llama": ShortenedLlamaOptions,
     }
 )

@@ -73,7 +73,7 @@ def calibration_memory(
     statistics = scored.moments * 3 // 2
     if scored.has_bases:
         statistics += bases_bytes(scored.linears, model.element_size)
-    if scored.has_bases and scored.lowest is not None:
+    if scored.lowest is not None and (scored.has_bases or scored.sums_gradients):
         statistics += sums_bytes(scored.linears, sums_gradients=scored.sums_gradients)
     decomposition = max((decomposition_bytes(linear) for linear in scored.linears), default=0)
     return CalibrationMemory(

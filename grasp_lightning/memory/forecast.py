@@ -14,7 +14,7 @@ from grasp_lightning.config.compensate_settings import check_settings, uses_inst
 from grasp_lightning.config.parsing import parse
 from grasp_lightning.data.mixture import SELF, mixture_parts
 from grasp_lightning.errors import ConfigError
-from grasp_lightning.memory.activations import evaluation_bytes, sampling_bytes
+from grasp_lightning.memory.activations import FLOAT32, evaluation_bytes, sampling_bytes
 from grasp_lightning.memory.calibration import bases_bytes, calibration_memory
 from grasp_lightning.memory.compensation import (
     compensation_activations,
@@ -27,6 +27,7 @@ from grasp_lightning.methods.metric import Metric
 from grasp_lightning.models.sampling import BATCH
 from grasp_lightning.reading.text import user_path
 from grasp_lightning.stats.base import FORWARD_MOMENTS
+from grasp_lightning.stats.moments import groups_within
 from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
 
 # Sharding is pointless in one process: the forecast then assumes this many.
@@ -115,6 +116,8 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
         layers: Layers that are replaced.
     """
     method = config.method
+    if method.criterion not in (None, "perplexity"):
+        return _layer_gradients(dense, config.statistics.max_memory * 1e9)
     if (method.score is None and method.weighting is None) or method.keep_ratio == 0:
         return Scored(linears=(), lowest=None, num_layers=0)
     positions = layers
@@ -139,6 +142,21 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
         sums_gradients=is_full and method.reduction == "signed",
         is_full=is_full,
         has_bases=method.weighting is None,
+    )
+
+
+def _layer_gradients(model: ModelShape, max_bytes: float) -> Scored:
+    """Return the largest pass that scores whole layers: it sums the gradients of some of them."""
+    sizes = {index: FLOAT32 * layer.parameters for index, layer in enumerate(model.layers)}
+    groups = groups_within(sizes, max_bytes)
+    largest = max(groups, key=lambda group: sum(sizes[index] for index in group))
+    return Scored(
+        linears=tuple(x for index in largest for x in model.layers[index].linears.values()),
+        lowest=min(groups[0]),
+        num_layers=len(largest),
+        sums_gradients=True,
+        is_full=False,
+        has_bases=False,
     )
 
 

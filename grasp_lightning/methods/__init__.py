@@ -15,13 +15,17 @@ from grasp_lightning.methods.grasp_plus import GRASP_PLUS
 from grasp_lightning.methods.low_rank import LOW_RANK
 from grasp_lightning.methods.options import keys_of, refuse_ignored
 from grasp_lightning.methods.prediction import Prediction
+from grasp_lightning.methods.shortened_llama import SHORTENED_LLAMA_METHOD
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plugins import load_method, method_plugins
 
 __all__ = ["METHODS", "build_method", "predict", "resolve_method", "resolve_num_layers"]
 
 METHODS: Final[Mapping[str, Registered]] = MappingProxyType(
-    {method.name: method for method in (GRASP, GRASP_PLUS, LOW_RANK, DROP_METHOD)}
+    {
+        method.name: method
+        for method in (GRASP, GRASP_PLUS, LOW_RANK, DROP_METHOD, SHORTENED_LLAMA_METHOD)
+    }
 )
 
 

@@ -1,7 +1,7 @@
 """The number of layers that a removed share of the whole model requires."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -16,11 +16,18 @@ from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.plan import DropLayers, Operation
 
 
-def resolve_num_layers(config: MethodConfig, view: DecoderView) -> MethodConfig:
+def resolve_num_layers(
+    config: MethodConfig, view: DecoderView, candidates: Iterable[int] | None = None
+) -> MethodConfig:
     """Return the options with the number of layers that ``removed_ratio`` requires.
 
     Replacement takes the fewest layers that reach the target at ``keep_ratio`` for any choice of
     layers; deletion takes the nearest number. Explicit layers or numbers stay unchanged.
+
+    Args:
+        config: Options with a method's defaults.
+        view: The dense model.
+        candidates: The layers that may be chosen; None for all.
 
     Raises:
         ConfigError: If the target is out of reach, with the feasible range.
@@ -35,10 +42,13 @@ def resolve_num_layers(config: MethodConfig, view: DecoderView) -> MethodConfig:
     dense = count_parameters(view.model)
     saved = sorted(
         dense - parameters_after(view, _layer_operations(view, index, keep_ratio))
-        for index in view.layer_indices
+        for index in (view.layer_indices if candidates is None else candidates)
     )
-    find = _fewest if keep_ratio else _nearest
-    count = find(config, dense, tuple(accumulate(saved)))
+    totals = tuple(accumulate(saved))
+    if keep_ratio:
+        count = _fewest(config, dense, totals)
+    else:  # one layer must remain
+        count = _nearest(config, dense, totals[: view.num_layers - 1])
     return replace(config, num_layers=count, layer_metric=config.layer_metric or "similarity")
 
 
@@ -67,12 +77,13 @@ def _fewest(config: MethodConfig, dense: int, totals: Sequence[int]) -> int:
 def _nearest(config: MethodConfig, dense: int, totals: Sequence[int]) -> int:
     """Return the number of layers with the nearest savings; n layers save ``totals[n - 1]``."""
     target = (config.removed_ratio or 0.0) * dense
-    choices = (0, *totals)
+    beyond = totals[-1] + totals[0]  # with one more layer, which may not be deleted
+    choices = (0, *totals, beyond)
     count = min(range(len(choices)), key=lambda n: abs(choices[n] - target))
-    if not 0 < count < len(totals):
+    if not 0 < count <= len(totals):
         raise ConfigError(
             f"method.removed_ratio {config.removed_ratio} is out of reach: the feasible range is "
-            f"{totals[0] / dense:.4f} to {totals[-2] / dense:.4f}, from 1 to {len(totals) - 1} "
-            "layers deleted"
+            f"{totals[0] / dense:.4f} to {totals[-1] / dense:.4f}, from 1 to {len(totals)} layers "
+            "deleted"
         )
     return count

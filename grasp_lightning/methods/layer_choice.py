@@ -18,6 +18,8 @@ from grasp_lightning.stats.base import Needs, Statistics, Step
 logger = logging.getLogger(__name__)
 
 SELECT = "select"
+GRADIENTS = "gradients"
+"""Name of a step that scores layers by gradients."""
 SCORE_KEYS: dict[LayerMetric, str] = {
     "similarity": "layer_similarity",
     "angular": "layer_angular_distance",
@@ -45,6 +47,16 @@ class LayerChoice:
         if self.layers is not None:
             return {"layers": self.layers}
         return {"num_layers": self.num_layers, "layer_metric": self.metric}
+
+    @property
+    def step_name(self) -> str:
+        """Name of the step that chooses the layers."""
+        return SELECT
+
+    @property
+    def score_key(self) -> str:
+        """Name under which the measured values are stored."""
+        return SCORE_KEYS[self.metric]
 
     @property
     def count(self) -> int:
@@ -83,10 +95,19 @@ class LayerChoice:
         """
         if self.layers is not None:
             return self.layers
-        if stats.layer_metric is None:
-            raise ValueError(f"the metric {self.metric!r} was not measured")
-        _check_metric(stats.layer_metric)
-        return self._best(stats.layer_metric)
+        values = self.values(stats)
+        if values is None:
+            raise ValueError(f"{self.score_key} was not measured")
+        _check_metric(values)
+        return self._best(values)
+
+    def candidates(self, view: DecoderView) -> tuple[int, ...]:
+        """Return the layers that may be chosen, by their numbers in the original model."""
+        return view.layer_indices if self.layers is None else self.layers
+
+    def values(self, stats: Statistics) -> Tensor | None:
+        """Return the measured values that decide; None without a measurement."""
+        return stats.layer_metric
 
     def decide(self, stats: Statistics, dropped_from: DecoderView | None = None) -> Decision:
         """Return the choice as one ``SelectLayers``, with the measured metric as a stored score.
@@ -97,12 +118,12 @@ class LayerChoice:
             stats: The metric of every layer; not read for explicit layers.
             dropped_from: The model, if the chosen layers are to be deleted.
         """
-        metric, layers = stats.layer_metric, self.chosen(stats)
+        metric, layers = self.values(stats), self.chosen(stats)
         if dropped_from is not None:
             layers = self._droppable(dropped_from, layers, metric)
         return Decision(
             operations=(SelectLayers(layers=layers),),
-            scores={} if metric is None else {SCORE_KEYS[self.metric]: metric},
+            scores={} if metric is None else {self.score_key: metric},
         )
 
     def check_drop(self, view: DecoderView) -> None:
@@ -134,7 +155,7 @@ class LayerChoice:
             spans = (tuple(range(s, s + self.count)) for s in metric.argsort(stable=True).tolist())
             return next((span for span in spans if drop_problem(view, span) is None), None)
         found: list[int] = []
-        for index in _most_similar(metric):
+        for index in self._ranked(metric):
             if len(found) < self.count and drop_problem(view, [*found, index]) is None:
                 found.append(index)
         return tuple(sorted(found)) if len(found) == self.count else None
@@ -143,13 +164,13 @@ class LayerChoice:
         if self.metric == "angular":
             start = int(values.argmin())
             return tuple(range(start, start + self.count))
-        return tuple(sorted(_most_similar(values)[: self.count]))
+        return tuple(sorted(self._ranked(values)[: self.count]))
 
-
-def _most_similar(values: Tensor) -> list[int]:
-    # A stable sort gives ties to the lower index, for any number of threads.
-    order: list[int] = torch.sort(values, descending=True, stable=True).indices.tolist()
-    return order
+    def _ranked(self, values: Tensor) -> list[int]:
+        """Return the layers that may be chosen, the best first."""
+        # A stable sort gives ties to the lower index, for any number of threads.
+        order: list[int] = torch.sort(values, descending=True, stable=True).indices.tolist()
+        return order
 
 
 def configured_layers(config: MethodConfig) -> LayerChoice:

@@ -51,17 +51,20 @@ def removable_parts(
     found: list[Removable] = []
     for index in layers:
         if index in droppable:
-            found.append(
-                Removable(
-                    name=f"{view.layers_name}.{index}.layer",
-                    layer=index,
-                    linears=tuple(view.linears(index)),
-                    parameters=count_parameters(view.layer(index)),
-                )
-            )
+            found.append(removable_layer(view, index))
         if choice == "layers_and_blocks":
             found += _blocks(view, index)
     return tuple(found)
+
+
+def removable_layer(view: DecoderView, index: int) -> Removable:
+    """Return a decoder layer as a whole, whether or not the model can do without it."""
+    return Removable(
+        name=f"{view.layers_name}.{index}.layer",
+        layer=index,
+        linears=tuple(view.linears(index)),
+        parameters=count_parameters(view.layer(index)),
+    )
 
 
 def _blocks(view: DecoderView, index: int) -> Iterator[Removable]:

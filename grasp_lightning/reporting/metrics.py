@@ -82,6 +82,7 @@ class Seconds:
     attribution: float | None = None
     curvature: float | None = None
     removals: float | None = None
+    gradients: float | None = None
     factorize: float | None = None
     cut_losses: float | None = None
     refit: float | None = None

@@ -23,6 +23,7 @@ _PHASES = {
     "sample": "Generate calibration text",
     "similarity": "Measure decoder layers",
     "attribution": "Score singular components",
+    "gradients": "Score layers by gradients",
     "curvature": "Measure the curvature of the loss",
     "removals": "Measure removals of layers or blocks",
     "factorize": "Factorise and replace",

@@ -73,6 +73,7 @@ class Needs:
         removables: Layers and blocks whose individual removal is measured.
         removal_measure: ``divergence``: how far the predictions move, on a few windows; ``loss``:
             the loss of the model without the part, on all windows.
+        layer_gradients: Layers whose parameters are scored together, by their gradients.
     """
 
     layer_metric: LayerMetric | None = None
@@ -85,17 +86,19 @@ class Needs:
     fisher: FisherChoice = "empirical"
     removables: tuple[Removable, ...] = ()
     removal_measure: RemovalMeasure = "divergence"
+    layer_gradients: tuple[int, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
-        return not any((*asked, *self.removables))
+        return not (any((*asked, *self.removables)) or self.layer_gradients)
 
     @property
     def is_backward(self) -> bool:
         """True if the pass needs gradients."""
-        return bool(self.weight_gradients) or not self.moment_kinds <= FORWARD_MOMENTS
+        has_gradients = bool(self.weight_gradients or self.layer_gradients)
+        return has_gradients or not self.moment_kinds <= FORWARD_MOMENTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +172,8 @@ class Statistics:
         more_scores: Scores and singular values of ``Needs.more_groups``, as they are stored.
         removal_losses: By name of a layer or block, in nats per predicted token: the divergence
             that its removal alone causes, or the loss without it (``Needs.removal_measure``).
+        layer_scores: Gradient score of each of ``Needs.layer_gradients``, in nats per predicted
+            token.
     """
 
     layer_metric: Tensor | None = None
@@ -176,6 +181,7 @@ class Statistics:
     more_scores: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Moments] = field(default_factory=dict)
     removal_losses: Mapping[str, float] = field(default_factory=dict)
+    layer_scores: Mapping[int, float] = field(default_factory=dict)
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:

@@ -115,6 +115,11 @@ class StoredScores:
 
     def __call__(self, view: DecoderView, step: Step) -> Statistics:
         """Return the stored statistics that a step needs; a missing one raises ``ConfigError``."""
+        if step.needs.layer_gradients:
+            raise ConfigError(
+                "from_scores: this method needs the gradients of whole layers, which no run "
+                "stores; measure without from_scores"
+            )
         for module, basis in step.bases.items():
             self._check_basis(module, basis)
         metric = None if step.needs.layer_metric is None else self._layer_metric(view, step.needs)
