@@ -107,7 +107,7 @@ def resolved(
 
 def _resolved_method(config: CompressConfig) -> MethodConfig:
     try:
-        return resolve_method(config.method)
+        return resolve_method(config.method, config.seed)
     except ConfigError as error:
         if config.from_scores is None:
             raise

@@ -112,7 +112,7 @@ class Outcome(RunOutcome[Metrics]):
             model=self.loaded.origin.name,
             method=self.plan.method,
             dtype=_dtype(self.loaded),
-            layers=self.plan.selected_layers or (),
+            layers=self.plan.selected_layers or self.plan.dropped_layers,
             layer_changes=layer_changes(self.plan, self.num_inputs),
             removed_ratio=1 - compressed.parameters / dense.parameters,
             parameters=pair("parameters"),

@@ -61,7 +61,7 @@ class Planned:
 
 def run_plan(config: PlanConfig) -> Planned:
     """Return what a configuration would remove and the memory it takes; reads no weights."""
-    config = replace(config, method=resolve_method(config.method))
+    config = replace(config, method=resolve_method(config.method, config.seed))
     compensate = compensation_settings(config)
     return planned(config, compensate, DecoderView(load_meta_model(config.model, warns=True)))
 

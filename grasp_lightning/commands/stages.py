@@ -16,6 +16,7 @@ from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.layer_choice import GRADIENTS, SELECT
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.removal import REMOVALS
+from grasp_lightning.methods.sleb import SLEB
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
@@ -55,6 +56,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
     is_scored = method.score is not None and method.keep_ratio != 0
     measures_cuts = method.weighting == "kfac" and config.statistics.measured_windows > 0
     has_gradients = method.criterion not in (None, "perplexity")
+    prices_blocks = method.unit in ("attention", "mlp") and method.layers is None
     choose = Stage(phase=FACTORIZE, label="decompose")
     if method.ranks == "global":
         choose = Stage(phase=FACTORIZE, label="choose ranks", passes=_PASSES_OF_BUDGET)
@@ -64,8 +66,10 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase=EVALUATE, label="perplexity before"): True,
         Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
         Stage(phase="gradients", label="score layers"): has_gradients,
-        Stage(phase="removals", label="measure removals"): method.criterion == "perplexity",
         Stage(phase="curvature", label="measure curvature"): has_curvature,
+        Stage(phase="removals", label="search layers"): method.name == SLEB,
+        Stage(phase="removals", label="measure layers"): method.criterion == "perplexity",
+        Stage(phase="removals", label="measure blocks"): prices_blocks,
         choose: method.weighting is not None or is_scored,
         Stage(phase="attribution", label="score components"): is_scored
         and method.score != "magnitude",
@@ -112,10 +116,9 @@ def compress_work(
     passes = len(gradient_groups(view, view.layer_indices, limit))
     measuring = {
         "similarity": Work(tokens),
+        "removals": _removal_work(config, view, prediction, plan),
         "curvature": Work(_CURVATURE * tokens),
         "gradients": Work(_FORWARD_AND_BACKWARD * tokens * passes, passes),
-        # Without a layer, only those above it run again: half of them on average.
-        "removals": Work(tokens * (1 + view.num_layers / 2)),
         "attribution": attribution,
     }
     if config.from_scores is not None:  # it reads what an earlier run has measured
@@ -127,6 +130,26 @@ def compress_work(
         CUT_LOSSES: Work(cuts * measured),
         REFIT: Work(_REFIT * tokens),
     }
+
+
+def _removal_work(
+    config: CompressConfig, view: DecoderView, prediction: Prediction, plan: Plan
+) -> Work:
+    """Return the work of running the model without each layer; half of it runs again on average.
+
+    A search does so in every step, on all windows; shortened_llama once.
+    """
+    settings = config.calibration
+    tokens = settings.num_samples * settings.seqlen
+    if config.method.criterion == "perplexity":
+        return Work(tokens * (1 + view.num_layers / 2))
+    if config.method.name != SLEB:
+        num_windows = min(config.statistics.priced_windows, settings.num_samples)
+        priced = min(settings.seqlen, MAX_TOKENS) * num_windows
+        return Work(priced * (1 + view.num_layers / 2), num_windows)
+    steps = range(len(plan.dropped_layers), prediction.num_layers)
+    forwards = sum(1 + (view.num_layers - gone - 2) / 2 for gone in steps)
+    return Work(forwards * tokens, max(len(steps), 1))
 
 
 def compensate_stages(*, is_split: bool) -> list[Stage]:

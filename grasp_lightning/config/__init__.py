@@ -39,9 +39,12 @@ from grasp_lightning.config.compress import (
 from grasp_lightning.config.measure import BenchmarkConfig, EvaluateConfig
 from grasp_lightning.config.method import (
     METHOD_OPTIONS,
+    AmountOptions,
+    BlockChoice,
     BudgetOptions,
     CriterionChoice,
     DampingOptions,
+    DropOptions,
     FisherChoice,
     GradientOptions,
     GraspOptions,
@@ -52,6 +55,7 @@ from grasp_lightning.config.method import (
     MetricOptions,
     MlpChoice,
     PresetName,
+    RandomOptions,
     Reduction,
     RefitChoice,
     RemovableChoice,
@@ -60,6 +64,7 @@ from grasp_lightning.config.method import (
     ShortenedLlamaOptions,
     TargetChoice,
     Terms,
+    Unit,
     Weighting,
 )
 
@@ -79,8 +84,10 @@ __all__ = [
     "CALIBRATION_STRATEGIES",
     "CONFIGS",
     "METHOD_OPTIONS",
+    "AmountOptions",
     "BatchOrder",
     "BenchmarkConfig",
+    "BlockChoice",
     "BudgetOptions",
     "CalibrationConfig",
     "CompensateConfig",
@@ -88,6 +95,7 @@ __all__ = [
     "CriterionChoice",
     "DampingOptions",
     "DistillationConfig",
+    "DropOptions",
     "Dtype",
     "EvaluateConfig",
     "EvaluationConfig",
@@ -110,6 +118,7 @@ __all__ = [
     "OptimizerConfig",
     "PlanConfig",
     "PresetName",
+    "RandomOptions",
     "Reduction",
     "RefitChoice",
     "RemovableChoice",
@@ -124,5 +133,6 @@ __all__ = [
     "TrainMode",
     "TrainerConfig",
     "TrainingConfig",
+    "Unit",
     "Weighting",
 ]

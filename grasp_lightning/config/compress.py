@@ -15,7 +15,7 @@ from grasp_lightning.config.values import Count, PathName, Positive, Range, Seed
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsConfig:
-    """What grasp_plus and low_rank measure.
+    """What grasp_plus, low_rank and drop measure.
 
     Attributes:
         max_memory: Memory limit in GB, for Gram matrices and later for the hidden states of a
@@ -26,7 +26,7 @@ class StatisticsConfig:
         measured_windows: Held-out windows on which each cut is measured alone, to compare with its
             predicted loss; 0: none.
         priced_windows: Calibration windows on which the removal of each layer and block is
-            measured, if ``method.removable`` allows it.
+            measured, for ``method.removable``, and for ``drop`` with blocks.
     """
 
     max_memory: Positive = 8.0
@@ -43,7 +43,7 @@ class CompressConfig:
         output_dir: Run folder to write; ``plan`` needs none.
         overwrite: Delete what an earlier run wrote there.
         dry_run: Check everything that is quick, print what ``plan`` prints, and write nothing.
-        seed: Seed of the choice of calibration windows.
+        seed: Seed of the choice of calibration windows, and of layers that random draws.
         from_scores: Finished run whose stored scores are used instead of a pass over the data;
             unset keys are taken from its configuration.
         model: Model to compress.

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
+from grasp_lightning.config.values import Seed
+
 LayerMetric = Literal["similarity", "angular"]
 Terms = Literal["full", "sigma"]
 Reduction = Literal["signed", "absolute", "squared"]
@@ -20,31 +22,43 @@ FisherChoice = Literal["sampled", "empirical"]
 RankChoice = Literal["uniform", "global"]
 MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
+BlockChoice = Literal["attention", "mlp"]
+Unit = Literal["layers", "attention", "mlp"]
 RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
 TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
 CriterionChoice = Literal["taylor_plus", "taylor", "perplexity"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodOptions:
-    """Which method, on which layers: what every method reads.
+class AmountOptions:
+    """Which method, and how much it removes: what every method reads.
 
     Attributes:
         name: grasp_plus: ranks and MLP channels by loss curvature, under one budget; grasp: the
             method of the paper; low_rank: a preset, or parts of your choice; drop: deletes layers;
-            shortened_llama: deletes layers by gradients or by loss; or a method of another
-            installed package.
-        layer_metric: How to find redundant layers when ``num_layers`` is given.
+            shortgpt: the layers of lowest block influence; sleb: the layers that a greedy search by
+            the loss finds; shortened_llama: the layers of lowest importance by gradients or loss;
+            random: layers drawn at random; or a method of another installed package.
         num_layers: Number of decoder layers to replace or delete.
-        layers: Indices of decoder layers, instead of ``num_layers``.
         removed_ratio: Share of all parameters to remove; replaces ``num_layers`` or ``keep_ratio``.
     """
 
     name: str = "grasp_plus"
-    layer_metric: LayerMetric | None = None
     num_layers: int | None = None
-    layers: tuple[int, ...] | None = None
     removed_ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions(AmountOptions):
+    """On which layers: what every method reads that does not insist on a choice of its own.
+
+    Attributes:
+        layer_metric: How to find redundant layers when ``num_layers`` is given.
+        layers: Indices of decoder layers, instead of ``num_layers``.
+    """
+
+    layer_metric: LayerMetric | None = None
+    layers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +187,29 @@ class LowRankOptions(BudgetOptions, MetricOptions, PresetOptions, KeepOptions, M
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShortenedLlamaOptions(MethodOptions):
+class DropOptions(MethodOptions):
+    """What drop reads.
+
+    Attributes:
+        unit: What is deleted: whole layers, or only their attention or MLP blocks.
+    """
+
+    unit: Unit | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomOptions(AmountOptions):
+    """What random reads.
+
+    Attributes:
+        layer_seed: Seed of the drawn layers; unset: the seed of the run.
+    """
+
+    layer_seed: Seed | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortenedLlamaOptions(AmountOptions):
     """What shortened_llama reads.
 
     Attributes:
@@ -190,16 +226,19 @@ class ShortenedLlamaOptions(MethodOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(LowRankOptions, GraspOptions, ShortenedLlamaOptions):
+class MethodConfig(RandomOptions, DropOptions, LowRankOptions, GraspOptions, ShortenedLlamaOptions):
     """What to remove and how to choose it: the keys of all methods."""
 
 
-METHOD_OPTIONS: Final[Mapping[str, type[MethodOptions]]] = MappingProxyType(
+METHOD_OPTIONS: Final[Mapping[str, type[AmountOptions]]] = MappingProxyType(
     {
         "grasp": GraspOptions,
         "grasp_plus": LowRankOptions,
         "low_rank": LowRankOptions,
-        "drop": MethodOptions,
+        "drop": DropOptions,
+        "shortgpt": MethodOptions,
+        "sleb": AmountOptions,
         "shortened_llama": ShortenedLlamaOptions,
+        "random": RandomOptions,
     }
 )

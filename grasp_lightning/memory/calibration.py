@@ -14,6 +14,7 @@ from grasp_lightning.memory.activations import (
     FLOAT32,
     FLOAT64,
     computed_size,
+    evaluation_bytes,
     forward_bytes,
     head_bytes,
     layer_bytes,
@@ -95,7 +96,7 @@ def calibration_activations(model: ModelShape, run: Pass, scored: Scored) -> int
     """
     computed = computed_size(model, run)
     if scored.lowest is None:
-        return forward_bytes(model, run)
+        return evaluation_bytes(model, run) if scored.has_logits else forward_bytes(model, run)
     kept = (len(model.layers) - scored.lowest) * layer_bytes(model, run)
     held = run.num_tokens * (2 * model.hidden + model.inner) * computed
     scoring = max(

@@ -24,6 +24,7 @@ from grasp_lightning.memory.compensation import (
 from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
 from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, CompensationRow
 from grasp_lightning.methods.metric import Metric
+from grasp_lightning.methods.sleb import SLEB
 from grasp_lightning.models.sampling import BATCH
 from grasp_lightning.reading.text import user_path
 from grasp_lightning.stats.base import FORWARD_MOMENTS
@@ -118,6 +119,8 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
     method = config.method
     if method.criterion not in (None, "perplexity"):
         return _layer_gradients(dense, config.statistics.max_memory * 1e9)
+    if method.name == SLEB or method.criterion == "perplexity":
+        return Scored(linears=(), lowest=None, num_layers=0, has_logits=True)
     if (method.score is None and method.weighting is None) or method.keep_ratio == 0:
         return Scored(linears=(), lowest=None, num_layers=0)
     positions = layers
@@ -235,7 +238,14 @@ def compensation_pass(config: CompensateConfig) -> Pass:
 def _cache_bytes(
     config: CompressConfig, model: ModelShape, layers: tuple[int, ...], processes: int
 ) -> int:
-    """Return the size of ``HiddenCache``: the inputs of as many replaced layers as fit."""
+    """Return the size of ``HiddenCache``: the inputs of as many replaced layers as fit.
+
+    A search keeps those of all candidates, for one batch.
+    """
+    if config.method.name == SLEB:
+        batch = config.calibration.batch_size * config.calibration.seqlen
+        layer = batch * model.hidden * model.element_size
+        return min(len(model.layers) - 2, DEFAULT_LIMIT // layer) * layer
     if config.method.schedule != "iterative" or config.method.score == "magnitude":
         return 0
     windows = -(-config.calibration.num_samples // processes)

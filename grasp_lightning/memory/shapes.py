@@ -125,6 +125,7 @@ class Scored:
         is_full: Whether u and v of a component are scored, too.
         has_bases: Whether all decompositions are held, not only one at a time.
         moments: Bytes of the Gram matrices that are summed instead.
+        has_logits: Whether a pass without gradients computes the loss.
     """
 
     linears: tuple[LinearShape, ...]
@@ -134,6 +135,7 @@ class Scored:
     is_full: bool = True
     has_bases: bool = True
     moments: int = 0
+    has_logits: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

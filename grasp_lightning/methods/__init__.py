@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
@@ -15,7 +16,10 @@ from grasp_lightning.methods.grasp_plus import GRASP_PLUS
 from grasp_lightning.methods.low_rank import LOW_RANK
 from grasp_lightning.methods.options import keys_of, refuse_ignored
 from grasp_lightning.methods.prediction import Prediction
+from grasp_lightning.methods.random_layers import RANDOM
 from grasp_lightning.methods.shortened_llama import SHORTENED_LLAMA_METHOD
+from grasp_lightning.methods.shortgpt import SHORTGPT
+from grasp_lightning.methods.sleb import SLEB_METHOD
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plugins import load_method, method_plugins
 
@@ -24,7 +28,16 @@ __all__ = ["METHODS", "build_method", "predict", "resolve_method", "resolve_num_
 METHODS: Final[Mapping[str, Registered]] = MappingProxyType(
     {
         method.name: method
-        for method in (GRASP, GRASP_PLUS, LOW_RANK, DROP_METHOD, SHORTENED_LLAMA_METHOD)
+        for method in (
+            GRASP,
+            GRASP_PLUS,
+            LOW_RANK,
+            DROP_METHOD,
+            SHORTGPT,
+            SLEB_METHOD,
+            SHORTENED_LLAMA_METHOD,
+            RANDOM,
+        )
     }
 )
 
@@ -45,15 +58,20 @@ def named_method(name: str) -> Registered:
     raise ConfigError(f"method.name: expected one of {', '.join(names)}, got {name!r}{hint}")
 
 
-def resolve_method(config: MethodConfig) -> MethodConfig:
+def resolve_method(config: MethodConfig, seed: int = 0) -> MethodConfig:
     """Fill in the preset and the defaults; in the result None means "has no effect here".
 
     A value out of range, contradicting keys, and a key without effect are a ``ConfigError``.
+
+    Args:
+        seed: The seed of the run, for a method that draws and has none of its own.
     """
     method = named_method(config.name)
-    options = METHOD_OPTIONS.get(config.name, method.options)
-    ignored = set(keys_of(MethodConfig)) - set(keys_of(options))
+    read = keys_of(METHOD_OPTIONS.get(config.name, method.options))
+    ignored = set(keys_of(MethodConfig)) - set(read)
     refuse_ignored(config, ignored, f"method {config.name} {method.ignores}", method.remedy)
+    if "layer_seed" in read and config.layer_seed is None:
+        config = replace(config, layer_seed=seed)
     return method.resolve(config)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from grasp_lightning.config import MethodConfig, MethodOptions, RefitChoice
+from grasp_lightning.config import AmountOptions, MethodConfig, MethodOptions, RefitChoice
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import Operation, OptionValue, Plan
@@ -88,7 +88,7 @@ class Registered:
     """
 
     name: str
-    options: type[MethodOptions] = MethodOptions
+    options: type[AmountOptions] = MethodOptions
     ignores: str
     remedy: str | None = None
     resolve: Callable[[MethodConfig], MethodConfig]

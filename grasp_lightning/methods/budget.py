@@ -44,11 +44,12 @@ def resolve_num_layers(
         dense - parameters_after(view, _layer_operations(view, index, keep_ratio))
         for index in (view.layer_indices if candidates is None else candidates)
     )
-    totals = tuple(accumulate(saved))
     if keep_ratio:
-        count = _fewest(config, dense, totals)
-    else:  # one layer must remain
-        count = _nearest(config, dense, totals[: view.num_layers - 1])
+        count = _fewest(config, dense, tuple(accumulate(saved)))
+    else:
+        if candidates is not None and len(saved) < view.num_layers:
+            saved.append(saved[-1])  # another layer remains, so all candidates may be deleted
+        count = nearest_number(config, dense, saved, "layers")
     return replace(config, num_layers=count, layer_metric=config.layer_metric or "similarity")
 
 
@@ -74,16 +75,27 @@ def _fewest(config: MethodConfig, dense: int, totals: Sequence[int]) -> int:
     return count
 
 
-def _nearest(config: MethodConfig, dense: int, totals: Sequence[int]) -> int:
-    """Return the number of layers with the nearest savings; n layers save ``totals[n - 1]``."""
+def nearest_number(config: MethodConfig, dense: int, saved: Iterable[int], noun: str) -> int:
+    """Return the number of parts whose deletion comes nearest to ``removed_ratio``.
+
+    Args:
+        dense: Parameters of the whole model.
+        saved: Parameters that the deletion of each part saves.
+        noun: What the parts are, for the message.
+
+    Raises:
+        ConfigError: If none or all of them come nearest, with the feasible range.
+    """
+    totals = tuple(accumulate(sorted(saved)))
+    if len(totals) == 1:
+        raise ConfigError(f"method.removed_ratio: the model has only one of the {noun}; it stays")
     target = (config.removed_ratio or 0.0) * dense
-    beyond = totals[-1] + totals[0]  # with one more layer, which may not be deleted
-    choices = (0, *totals, beyond)
+    choices = (0, *totals)
     count = min(range(len(choices)), key=lambda n: abs(choices[n] - target))
-    if not 0 < count <= len(totals):
+    if not 0 < count < len(totals):
         raise ConfigError(
             f"method.removed_ratio {config.removed_ratio} is out of reach: the feasible range is "
-            f"{totals[0] / dense:.4f} to {totals[-1] / dense:.4f}, from 1 to {len(totals)} layers "
-            "deleted"
+            f"{totals[0] / dense:.4f} to {totals[-2] / dense:.4f}, from 1 to {len(totals) - 1} "
+            f"{noun} deleted"
         )
     return count

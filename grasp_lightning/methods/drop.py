@@ -1,15 +1,17 @@
-"""Layer deletion: the baseline that every replacement must beat."""
+"""Deletion of layers or blocks: the baseline that every replacement must beat."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from grasp_lightning.config import MethodConfig
-from grasp_lightning.errors import ConfigError, ModelError
-from grasp_lightning.methods.base import Decision, Registered, Track
+from grasp_lightning.errors import ModelError
+from grasp_lightning.methods.base import CompressionMethod, Decision, Registered, Track
 from grasp_lightning.methods.budget import resolve_num_layers
+from grasp_lightning.methods.drop_blocks import DropBlocks, resolve_num_blocks
 from grasp_lightning.methods.layer_choice import LayerChoice, configured_layers
 from grasp_lightning.methods.layerwise import LayerwiseMethod
-from grasp_lightning.methods.options import check_share, named_layers, resolve_layers
+from grasp_lightning.methods.options import refuse_ignored, resolve_deletion
 from grasp_lightning.methods.prediction import Layers, Outlook, outlook_of
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import DropLayers, OptionValue, Plan
@@ -64,20 +66,25 @@ class DropMethod(LayerwiseMethod):
 
 
 def _resolved(config: MethodConfig) -> MethodConfig:
-    check_share(config.removed_ratio)
-    key = named_layers(config)
-    if config.removed_ratio is not None and key is not None:
-        raise ConfigError(
-            f"method drop takes method.removed_ratio or {key}, not both; leave one unset"
-        )
-    return resolve_layers(config)
+    unit = config.unit or "layers"
+    if unit == "layers":
+        return replace(resolve_deletion(config), unit=unit)
+    reason = f"method.unit {unit} is chosen by the change of the predictions"
+    refuse_ignored(config, ("layer_metric",), reason)
+    return replace(resolve_deletion(config), unit=unit, layer_metric=None)
 
 
-def _built(config: MethodConfig, view: DecoderView, track: Track) -> DropMethod:
+def _built(config: MethodConfig, view: DecoderView, track: Track) -> CompressionMethod:
     del track
+    unit = config.unit or "layers"
+    if unit != "layers":
+        return DropBlocks(unit, configured_layers(resolve_num_blocks(config, unit, view)))
     return DropMethod(configured_layers(resolve_num_layers(config, view)))
 
 
 DROP_METHOD: Final = Registered(
-    name="drop", ignores="deletes layers and scores no components", resolve=_resolved, build=_built
+    name="drop",
+    ignores="deletes layers and scores no components",
+    resolve=_resolved,
+    build=_built,
 )

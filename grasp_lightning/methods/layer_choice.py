@@ -1,7 +1,7 @@
 """The choice of redundant decoder layers, the first step of every layer-wise method."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -154,11 +154,7 @@ class LayerChoice:
         if self.metric == "angular":
             spans = (tuple(range(s, s + self.count)) for s in metric.argsort(stable=True).tolist())
             return next((span for span in spans if drop_problem(view, span) is None), None)
-        found: list[int] = []
-        for index in self._ranked(metric):
-            if len(found) < self.count and drop_problem(view, [*found, index]) is None:
-                found.append(index)
-        return tuple(sorted(found)) if len(found) == self.count else None
+        return first_droppable(view, self._ranked(metric), self.count)
 
     def _best(self, values: Tensor) -> tuple[int, ...]:
         if self.metric == "angular":
@@ -171,6 +167,18 @@ class LayerChoice:
         # A stable sort gives ties to the lower index, for any number of threads.
         order: list[int] = torch.sort(values, descending=True, stable=True).indices.tolist()
         return order
+
+
+def first_droppable(view: DecoderView, order: Iterable[int], count: int) -> tuple[int, ...] | None:
+    """Return the first layers of an order that can be deleted together, ascending.
+
+    A layer that cannot go with those before it is skipped. None if there are too few.
+    """
+    found: list[int] = []
+    for index in order:
+        if len(found) < count and drop_problem(view, [*found, index]) is None:
+            found.append(index)
+    return tuple(sorted(found)) if len(found) == count else None
 
 
 def configured_layers(config: MethodConfig) -> LayerChoice:

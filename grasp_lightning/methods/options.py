@@ -98,6 +98,34 @@ def resolve_layers(config: MethodConfig) -> MethodConfig:
     return replace(config, layer_metric=config.layer_metric or "similarity")
 
 
+def resolve_deletion(config: MethodConfig) -> MethodConfig:
+    """Return the options of a method that deletes layers: a share, a number, or the layers.
+
+    Raises:
+        ConfigError: If two of them are set, none is, or one is out of range.
+    """
+    check_share(config.removed_ratio)
+    key = named_layers(config)
+    if config.removed_ratio is not None and key is not None:
+        raise ConfigError(
+            f"method {config.name} takes method.removed_ratio or {key}, not both; leave one unset"
+        )
+    return resolve_layers(config)
+
+
+def resolve_number(config: MethodConfig) -> MethodConfig:
+    """Return the options of a method that finds the layers to delete by a rule of its own.
+
+    Raises:
+        ConfigError: If share and number are both set, neither is, or one is out of range.
+    """
+    if config.num_layers is None and config.removed_ratio is None:
+        raise ConfigError(
+            f"method {config.name} needs method.removed_ratio or method.num_layers; neither is set"
+        )
+    return replace(resolve_deletion(config), layer_metric=None)
+
+
 def _checked_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
     if not layers:
         raise ConfigError("method.layers must name at least one layer, got an empty list")

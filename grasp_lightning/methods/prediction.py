@@ -10,7 +10,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import dense_shape
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
-from grasp_lightning.plan import NarrowMlp, Operation
+from grasp_lightning.plan import NarrowMlp, Operation, RemoveBlock
 
 Layers = tuple[int, ...]
 """Numbers of decoder layers in the original model, ascending."""
@@ -24,7 +24,7 @@ class Prediction:
         dense: Parameters of the model, tied ones counted once.
         most: Parameters after compression, if the smallest layers are chosen.
         least: Parameters after compression, if the largest layers are chosen.
-        num_layers: Number of replaced or deleted layers.
+        num_layers: Number of replaced or deleted layers, or of layers that lose a block.
         ranks: Rank by linear inside one of the layers; empty if layers are deleted.
         factors: Parameters of the factors alone.
         layers: The layers assumed for ``most``.
@@ -65,6 +65,9 @@ class Prediction:
             rows = [f"  {name}: rank {rank}" for name, rank in self.ranks.items()]
             where = f"{self.num_layers} layers are replaced; ranks in one of them:"
             return [first, where, *rows, *widths]
+        blocks = sum(isinstance(op, RemoveBlock) for op in self.operations)
+        if blocks:
+            return [first, f"{blocks} attention or MLP blocks are removed"]
         return [first, *(widths or [f"{self.num_layers} layers are deleted"])]
 
     @property

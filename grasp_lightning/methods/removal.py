@@ -1,6 +1,7 @@
 """Decoder layers, and attention and MLP blocks, that can be removed at a measured price."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import nan
 
 from torch import Tensor, tensor
 
@@ -19,6 +20,7 @@ from grasp_lightning.stats.base import Removable
 REMOVALS = "removals"
 """Name of a step that only measures removals."""
 _KEY = "{name}.removal"
+_SEARCH_KEY = "search.{number}.losses"
 
 
 def removable_parts(
@@ -51,14 +53,14 @@ def removable_parts(
     found: list[Removable] = []
     for index in layers:
         if index in droppable:
-            found.append(removable_layer(view, index))
+            found.append(layer_part(view, index))
         if choice == "layers_and_blocks":
-            found += _blocks(view, index)
+            found += block_parts(view, index)
     return tuple(found)
 
 
-def removable_layer(view: DecoderView, index: int) -> Removable:
-    """Return a decoder layer as a whole, whether or not the model can do without it."""
+def layer_part(view: DecoderView, index: int) -> Removable:
+    """Return a decoder layer as a part that is removed as a whole."""
     return Removable(
         name=f"{view.layers_name}.{index}.layer",
         layer=index,
@@ -67,7 +69,11 @@ def removable_layer(view: DecoderView, index: int) -> Removable:
     )
 
 
-def _blocks(view: DecoderView, index: int) -> Iterator[Removable]:
+def block_parts(view: DecoderView, index: int) -> Iterator[Removable]:
+    """Yield the attention and the MLP block of a layer, ``<layer>.attention`` and ``<layer>.mlp``.
+
+    A block whose linears cannot be told apart, or of which some are replaced, is left out.
+    """
     prefix, found = f"{view.layers_name}.{index}", view.linears(index)
     others, attention = blocks(view, index)
     replaced = (n for n, m in view.layer(index).named_modules() if is_replaced(m))
@@ -93,6 +99,29 @@ def removal_operations(
     blocks_ = tuple(RemoveBlock(block=p.name, modules=p.linears) for p in removed if p.is_block)
     layers = tuple(part.layer for part in removed if not part.is_block)
     return (*blocks_, DropLayers(layers=layers)) if layers else blocks_
+
+
+def stored_losses(number: int, losses: Mapping[int, float], num_layers: int) -> dict[str, Tensor]:
+    """Return the losses of one step of a search by their storage name.
+
+    Args:
+        number: How many layers are gone already.
+        losses: Loss without each candidate, by its number in the original model.
+        num_layers: Number of layers of the original model.
+
+    Returns:
+        ``search.<number>.losses``, ``(num_layers,)``, NaN where a layer was no candidate.
+    """
+    values = tensor([losses.get(index, nan) for index in range(num_layers)])
+    return {_SEARCH_KEY.format(number=number): values}
+
+
+def search_losses(scores: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return what ``stored_losses`` stored, step by step."""
+    found: list[Tensor] = []
+    while (values := scores.get(_SEARCH_KEY.format(number=len(found)))) is not None:
+        found.append(values)
+    return found
 
 
 def stored_prices(losses: Mapping[str, float]) -> dict[str, Tensor]:

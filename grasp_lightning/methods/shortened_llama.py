@@ -7,14 +7,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from grasp_lightning.config import CriterionChoice, MethodConfig
+from grasp_lightning.config import CriterionChoice, MethodConfig, ShortenedLlamaOptions
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.methods.base import Registered, Track
 from grasp_lightning.methods.budget import resolve_num_layers
 from grasp_lightning.methods.drop import DropMethod
 from grasp_lightning.methods.layer_choice import GRADIENTS, LayerChoice
-from grasp_lightning.methods.options import check_share, refuse_ignored
-from grasp_lightning.methods.removal import REMOVALS, removable_layer
+from grasp_lightning.methods.options import resolve_number
+from grasp_lightning.methods.removal import REMOVALS, layer_part
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue
 from grasp_lightning.stats.base import Needs, Statistics, Step
@@ -86,7 +86,7 @@ class ImportanceChoice(LayerChoice):
         """Return the step that scores all layers."""
         self.check(model.num_layers)
         if self.criterion == "perplexity":
-            layers = tuple(removable_layer(model, index) for index in model.layer_indices)
+            layers = tuple(layer_part(model, index) for index in model.layer_indices)
             needs = Needs(removables=layers, removal_measure="loss")
         else:
             needs = Needs(layer_gradients=model.layer_indices)
@@ -94,7 +94,8 @@ class ImportanceChoice(LayerChoice):
 
     def values(self, stats: Statistics) -> Tensor | None:
         """Return the importance of every layer, float32, ``(L,)``; None without a measurement."""
-        measured = stats.layer_scores or stats.removal_losses
+        losses, scores = stats.removal_losses, stats.layer_scores
+        measured = losses if self.criterion == "perplexity" else scores
         return torch.tensor(list(measured.values())) if measured else None
 
     def _ranked(self, values: Tensor) -> list[int]:
@@ -108,16 +109,7 @@ class ImportanceChoice(LayerChoice):
 
 
 def _resolved(config: MethodConfig) -> MethodConfig:
-    refuse_ignored(config, ("layers", "layer_metric"), "the criterion chooses the layers")
-    check_share(config.removed_ratio)
-    if (config.removed_ratio is None) == (config.num_layers is None):
-        which = "neither is set" if config.num_layers is None else "both are set"
-        raise ConfigError(
-            "method shortened_llama takes exactly one of method.num_layers and "
-            f"method.removed_ratio ({which})"
-        )
-    if config.num_layers is not None and config.num_layers < 1:
-        raise ConfigError(f"method.num_layers must be at least 1, got {config.num_layers}")
+    config = resolve_number(config)
     for key in ("protect_first", "protect_last"):
         value = getattr(config, key)
         if value is not None and value < 0:
@@ -160,7 +152,8 @@ def _built(config: MethodConfig, view: DecoderView, track: Track) -> ShortenedLl
 
 SHORTENED_LLAMA_METHOD: Final = Registered(
     name=SHORTENED_LLAMA,
-    ignores="deletes layers and scores no components",
+    options=ShortenedLlamaOptions,
+    ignores="deletes the layers that its criterion scores lowest",
     resolve=_resolved,
     build=_built,
 )

@@ -62,9 +62,16 @@ def droppable_layers(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...
     return known[key]
 
 
-def _find_droppable(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
+def singly_droppable_layers(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
+    """Return those of some layers that may be dropped, each alone."""
     if _are_alike(view):  # then one layer represents all
         return tuple(layers) if layers and drop_problem(view, layers[:1]) is None else ()
+    return tuple(index for index in layers if drop_problem(view, [index]) is None)
+
+
+def _find_droppable(view: DecoderView, layers: Sequence[int]) -> tuple[int, ...]:
+    if _are_alike(view):
+        return singly_droppable_layers(view, layers)
     found: list[int] = []
     for index in layers:
         if not any(drop_problem(view, trial) for trial in ([index], [*found, index])):

@@ -236,7 +236,7 @@ def _with_licence_line(text: str, line: str) -> str:
 
 def _removed(plan: Plan) -> str:
     """Return the removed layers and blocks as text, empty for methods that only drop layers."""
-    if plan.options.get("removable") is None:
+    if plan.options.get("removable") is None and not plan.removed_blocks:
         return ""
     layers: dict[str, list[int]] = {"layer": list(plan.dropped_layers)}
     for index, kind in map(module_place, plan.removed_blocks):

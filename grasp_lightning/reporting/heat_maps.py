@@ -6,9 +6,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from grasp_lightning.methods.removal import search_losses
 from grasp_lightning.plan import NarrowMlp, Plan
 from grasp_lightning.reporting.drawing import Plot, draw_heat_map, svg_text
-from grasp_lightning.reporting.linears import module_place, predicted_losses
+from grasp_lightning.reporting.linears import float64_array, module_place, predicted_losses
 from grasp_lightning.reporting.metrics import Metrics
 
 
@@ -83,6 +84,32 @@ def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
         "token: half the curvature of its change; a narrowed MLP is shown at the linear that reads "
         f"its channels{more}; linears in grey cost nothing.",
         alt=("predicted losses", f"most, {most:.4f} nats, in {worst[1]} of layer {worst[0]}"),
+    )
+
+
+def search_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
+    """Return the losses that each step of a search compared; None if there was no search."""
+    losses = [float64_array(values) for values in search_losses(scores)]
+    if not losses:
+        return None
+    deleted = [index for op in plan.operations for index in op.dropped]
+    # Thousandths of a nat above the best candidate of the step.
+    excess = 1e3 * np.array([values - np.nanmin(values) for values in losses])
+    columns = list(map(str, range(excess.shape[1])))
+    rows = [f"{number}: layer {index}" for number, index in enumerate(deleted, 1)]
+    first, last = (float(np.nanmin(values)) for values in (losses[0], losses[-1]))
+
+    def draw(figure: Figure) -> None:
+        draw_heat_map(figure, excess, columns, rows, "nats / 1000")
+
+    return Plot(
+        title=f"The search deletes layers {', '.join(map(str, deleted))}, in this order",
+        explanation="One row for each deleted layer: how much higher the loss would be without "
+        "another layer instead, in thousandths of a nat per token. The loss on the calibration "
+        f"text is {first:.3f} after the first deletion and {last:.3f} after the last. Layers in "
+        "grey were no candidates.",
+        alt=f"Heat map of losses, {len(rows)} deletions by {len(columns)} layers.",
+        svg=svg_text(1.2 + 0.34 * len(rows), draw),
     )
 
 

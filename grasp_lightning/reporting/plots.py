@@ -9,7 +9,7 @@ from torch import Tensor
 from grasp_lightning.plan import Plan
 from grasp_lightning.reporting import drawing
 from grasp_lightning.reporting.drawing import Plot, svg_text
-from grasp_lightning.reporting.heat_maps import losses_plot, ranks_plot, widths_plot
+from grasp_lightning.reporting.heat_maps import losses_plot, ranks_plot, search_plot, widths_plot
 from grasp_lightning.reporting.linears import Array, float64_array, scored_linears
 from grasp_lightning.reporting.metrics import History, Metrics
 from grasp_lightning.reporting.tables import count_text, indices_text, loss_text, steps_text
@@ -33,6 +33,7 @@ def run_plots(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> tup
     plots = (
         parameters_plot(metrics),
         layers_plot(plan, scores),
+        search_plot(plan, scores),
         components_plot(plan, scores),
         ranks_plot(plan),
         widths_plot(metrics, plan),

@@ -169,10 +169,11 @@ def summary(metrics: AnyMetrics) -> str:
 
 def done_to_layers(metrics: Metrics) -> str:
     """Return what was done to the layers, as a participle."""
-    if metrics.method == "drop":
-        return "dropped"
-    if metrics.layer_changes and not any(metrics.layer_changes.values()):
-        return "deleted"
+    if not any(metrics.layer_changes.values()):
+        if metrics.method == "drop":
+            return "dropped"
+        if metrics.layer_changes:
+            return "deleted"
     return "replaced" if metrics.method == "grasp" else "compressed"
 
 

@@ -27,10 +27,12 @@ def stored_statistics(view: DecoderView, step: Step) -> Statistics:
     """Measure nothing: the layer metric is made up, every component scores its index."""
     scores = {name: torch.arange(basis.s.numel()).float() for name, basis in step.bases.items()}
     moments = {name: made_up_moments(view, name) for name in step.needs.moments}
+    losses = {part.name: float(part.layer) for part in step.needs.removables}
     return Statistics(
         layer_metric=SIMILARITY,
         component_scores=scores,
         moments=moments,
+        removal_losses=losses,
         layer_scores=dict(enumerate((1 - SIMILARITY).tolist())),
     )
 
@@ -99,7 +101,8 @@ def test_steps_end_and_the_size_is_as_predicted(name: str) -> None:
     plan = compress(view, method, stored_statistics, Plan(method=name), lambda *_: None)
     assert plan.complete
     assert method.next_step(view, plan) is None
-    assert plan.selected_layers == (1, 3)
+    changed = plan.selected_layers or plan.dropped_layers
+    assert changed == {"random": (0, 1), "sleb": (1, 2)}.get(name, (1, 3))
     expected = parameters_after(untouched, plan.operations)
     assert sum(p.numel() for p in view.model.parameters()) == expected
 

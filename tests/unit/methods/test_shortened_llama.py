@@ -72,11 +72,11 @@ def test_the_share_is_met_by_the_nearest_number_of_free_layers() -> None:
         ({"num_layers": 1, "protect_first": 9}, "only 0 of the model's 10 decoder layers"),
         ({"removed_ratio": 0.9}, r"out of reach: the feasible range is .* from 1 to 4 layers"),
         ({"num_layers": 10, "criterion": "taylor"}, "only 9 of the model's 10 decoder layers"),
-        ({}, "exactly one of method.num_layers and method.removed_ratio .neither is set."),
-        ({"num_layers": 1, "removed_ratio": 0.1}, "both are set"),
+        ({}, "needs method.removed_ratio or method.num_layers; neither is set"),
+        ({"num_layers": 1, "removed_ratio": 0.1}, "not both; leave one unset"),
         ({"num_layers": 0}, "must be at least 1, got 0"),
         ({"num_layers": 1, "protect_last": -1}, "protect_last .* cannot be negative: -1"),
-        ({"layers": (1,)}, "method.layers would be ignored: the criterion chooses the layers"),
+        ({"layers": (1,)}, "layers would be ignored: .* deletes the layers that its criterion"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, object], message: str) -> None:
