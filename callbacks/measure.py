@@ -22,6 +22,7 @@ from grasp_lightning.callbacks.calibration_checkpoint import (
     StepStore,
 )
 from grasp_lightning.callbacks.expected_warnings import expected_warnings
+from grasp_lightning.callbacks.layer_gradients import LayerTaylorScores, layer_scores
 from grasp_lightning.callbacks.measurement import WINDOWS, Measurement
 from grasp_lightning.callbacks.moments import LinearMoments
 from grasp_lightning.callbacks.progress import StepProgressBar
@@ -35,12 +36,13 @@ from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import ConfigError, PlanError
 from grasp_lightning.evaluation.cut_losses import first_tokens
 from grasp_lightning.methods.attribution import ATTRIBUTION, attribution_step
-from grasp_lightning.methods.layer_choice import SELECT
+from grasp_lightning.methods.layer_choice import GRADIENTS, SELECT
 from grasp_lightning.methods.removal import REMOVALS
 from grasp_lightning.methods.seams import SEAM
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
+from grasp_lightning.plan import MergeLayers
 from grasp_lightning.progress import expect_passes, skip_pass, track
 from grasp_lightning.stats.base import (
     MergedMoments,
@@ -50,6 +52,7 @@ from grasp_lightning.stats.base import (
     Statistics,
     Step,
 )
+from grasp_lightning.stats.layer_gradients import gradient_groups
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
@@ -64,6 +67,7 @@ _DESCRIPTIONS = {
     CURVATURE: "measuring curvature",
     REMOVALS: "measuring removals",
     SEAM: "comparing hidden states",
+    GRADIENTS: "scoring layers",
 }
 
 
@@ -73,7 +77,8 @@ class TrainerMeasure:
     Args:
         log_dir: Folder for the CSV log of the calibration loss; None writes none.
         store: Keeps measurements for a later start; None keeps none.
-        max_bytes: Memory limit for the moments of one pass; more are measured in several passes.
+        max_bytes: Memory limit for the moments or summed gradients of one pass; more are measured
+            in several passes.
         priced_windows: Number of windows on which removals are priced and merges are tried.
         caches: Keep the inputs of layers for later passes, see ``HiddenCache``; not for models
             whose layers pass each other more than hidden states.
@@ -114,20 +119,28 @@ class TrainerMeasure:
             raise ValueError(
                 "trainer.strategy is fsdp, but every process holds the whole model: shard it first"
             )
-        if step.needs.merge is not None:
-            trials = self._trials = self._trials or self._merge_trials(view)
-            return Statistics(merge_similarity=trials(view, step.needs.merge))
-        if step.needs.moment_kinds or step.needs.removables:
-            return Statistics(
-                moments=self._moments(view, step) if step.needs.moment_kinds else {},
-                removal_losses=self._removal_losses(view, step.needs),
-            )
-        if step.needs.span_training is not None:
-            return Statistics(trained=self._train(view, step.needs.span_training))
-        if step.needs.layer_metric is not None:
+        needs = step.needs
+        if needs.weight_gradients or needs.more_groups:
+            return self._component_scores(view, step)
+        if needs.layer_metric is not None:
             return self._pass(view, step, LayerSimilarity(step=step))
-        if step.needs.seams:
+        if needs.seams:
             return self._pass(view, step, LayerSeams(step))
+        return Statistics(
+            moments=self._moments(view, step) if needs.moment_kinds else {},
+            removal_losses=self._removal_losses(view, needs),
+            layer_scores=self._layer_scores(view, step) if needs.layer_gradients else {},
+            merge_similarity=self._merge_similarity(view, needs.merge),
+            trained={} if needs.span_training is None else self._train(view, needs.span_training),
+        )
+
+    def _merge_similarity(self, view: DecoderView, merge: MergeLayers | None) -> float | None:
+        if merge is None:
+            return None
+        trials = self._trials = self._trials or self._merge_trials(view)
+        return trials(view, merge)
+
+    def _component_scores(self, view: DecoderView, step: Step) -> Statistics:
         more = group_scores(
             step.needs,
             lambda modules: attribution_step(view, modules, step.needs.scoring, track=self._track),
@@ -193,6 +206,15 @@ class TrainerMeasure:
                 stop=self._stop,
                 max_bytes=self._max_bytes,
             )
+
+    def _layer_scores(self, view: DecoderView, step: Step) -> Mapping[int, float]:
+        """Score layers by gradients, in as many passes as the memory of these requires."""
+        return layer_scores(
+            step,
+            gradient_groups(view, step.needs.layer_gradients, self._max_bytes),
+            lambda group, part: self._pass(view, group, LayerTaylorScores(group), part),
+            None if self._store is None else self._store.scored_groups,
+        )
 
     def _track(self, items: Sequence[str], description: str) -> Iterable[str]:
         return track(items, description) if self._progress else items

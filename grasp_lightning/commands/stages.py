@@ -14,7 +14,7 @@ from grasp_lightning.evaluation.cut_losses import MAX_TOKENS
 from grasp_lightning.methods.attribution import ATTRIBUTION
 from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.laco import MERGE
-from grasp_lightning.methods.layer_choice import SELECT
+from grasp_lightning.methods.layer_choice import GRADIENTS, SELECT
 from grasp_lightning.methods.llm_streamline import TRAIN_LAYER
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.removal import REMOVALS
@@ -25,6 +25,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.plan import Plan, Replacement
 from grasp_lightning.progress import Stage, Work
+from grasp_lightning.stats.layer_gradients import gradient_groups
 from grasp_lightning.storage.model_folder import VERIFY
 from grasp_lightning.storage.sampled_text import SAMPLE
 from grasp_lightning.training.finish import CUT_LOSSES, REFIT
@@ -38,6 +39,7 @@ PHASE_OF_STEP = {
     REMOVALS: "removals",
     TRAIN_LAYER: TRAIN_LAYER,
     SEAM: "seam",
+    GRADIENTS: "gradients",
 }
 
 # Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
@@ -60,6 +62,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
     has_curvature = method.weighting not in (None, "none")
     is_scored = method.score is not None and method.keep_ratio != 0
     measures_cuts = method.weighting == "kfac" and config.statistics.measured_windows > 0
+    has_gradients = method.criterion not in (None, "perplexity")
     prices_blocks = method.unit in ("attention", "mlp") and method.layers is None
     choose = Stage(phase=FACTORIZE, label="decompose")
     if method.ranks == "global":
@@ -69,9 +72,11 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase=SAMPLE, label="generate text"): writes_text and config.from_scores is None,
         Stage(phase=EVALUATE, label="perplexity before"): True,
         Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
+        Stage(phase="gradients", label="score layers"): has_gradients,
         Stage(phase="curvature", label="measure curvature"): has_curvature,
         Stage(phase="merges", label="try merges"): method.merge is not None,
         Stage(phase="removals", label="search layers"): method.name == SLEB,
+        Stage(phase="removals", label="measure layers"): method.criterion == "perplexity",
         Stage(phase="removals", label="measure blocks"): prices_blocks,
         Stage(phase=TRAIN_LAYER, label="train a layer", passes=2): method.replacement is not None,
         Stage(phase="seam", label="compare hidden states"): method.ridge is not None,
@@ -118,11 +123,14 @@ def compress_work(
         blocks = 2 * len(prediction.layers)
         left = 1 - len(plan.operations) / max(len(prediction.operations), 1)
         attribution = Work(attribution.amount * blocks / 2, max(round(2 * blocks * left), 1))
+    limit = config.statistics.max_memory * 1e9
+    passes = len(gradient_groups(view, view.layer_indices, limit))
     measuring = {
         "similarity": Work(tokens),
         "removals": _removal_work(config, view, prediction, plan),
         "curvature": Work(_CURVATURE * tokens),
         "seam": Work(_SEAM * tokens),
+        "gradients": Work(_FORWARD_AND_BACKWARD * tokens * passes, passes),
         "attribution": attribution,
         # About one sweep, half as deep on average.
         "merges": Work(view.num_layers / 2 * tried, view.num_layers),
@@ -144,16 +152,19 @@ def _removal_work(
 ) -> Work:
     """Return the work of running the model without each layer; half of it runs again on average.
 
-    A search does so in every step, on all windows.
+    A search does so in every step, on all windows; shortened_llama once.
     """
     settings = config.calibration
+    tokens = settings.num_samples * settings.seqlen
+    if config.method.criterion == "perplexity":
+        return Work(tokens * (1 + view.num_layers / 2))
     if config.method.name != SLEB:
         num_windows = min(config.statistics.priced_windows, settings.num_samples)
         priced = min(settings.seqlen, MAX_TOKENS) * num_windows
         return Work(priced * (1 + view.num_layers / 2), num_windows)
     steps = range(len(plan.dropped_layers), prediction.num_layers)
     forwards = sum(1 + (view.num_layers - gone - 2) / 2 for gone in steps)
-    return Work(forwards * settings.num_samples * settings.seqlen, max(len(steps), 1))
+    return Work(forwards * tokens, max(len(steps), 1))
 
 
 def _layer_training(config: CompressConfig, view: DecoderView) -> float:

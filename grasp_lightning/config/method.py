@@ -27,6 +27,7 @@ Unit = Literal["layers", "attention", "mlp"]
 RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
 SeamChoice = Literal["none", "linear"]
 TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
+CriterionChoice = Literal["taylor_plus", "taylor", "perplexity"]
 MergeChoice = Literal["paper", "released"]
 ReplacementChoice = Literal["layer", "mlp"]
 
@@ -41,8 +42,8 @@ class AmountOptions:
             replaceme: deletes a span of layers and folds a linear map into the MLP before it;
             llm_streamline: replaces contiguous layers by one that is trained; laco: merges layers;
             shortgpt: the layers of lowest block influence; sleb: the layers that a greedy search by
-            the loss finds; random: layers drawn at random; or a method of another installed
-            package.
+            the loss finds; shortened_llama: the layers of lowest importance by gradients or loss;
+            random: layers drawn at random; or a method of another installed package.
         num_layers: Number of decoder layers to replace or delete.
         removed_ratio: Share of all parameters to remove; replaces ``num_layers`` or ``keep_ratio``.
     """
@@ -254,6 +255,23 @@ class RandomOptions(AmountOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShortenedLlamaOptions(AmountOptions):
+    """What shortened_llama reads.
+
+    Attributes:
+        criterion: How layers are scored: taylor: by gradient times weight, summed over all
+            parameters of a layer; taylor_plus: the same, with protected layers; perplexity: by the
+            loss of the model without the layer.
+        protect_first: Number of layers at the start that are never deleted.
+        protect_last: The same at the end.
+    """
+
+    criterion: CriterionChoice | None = None
+    protect_first: int | None = None
+    protect_last: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class StreamlineOptions(MethodOptions):
     """What llm_streamline reads.
 
@@ -274,6 +292,7 @@ class StreamlineOptions(MethodOptions):
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(
     RandomOptions,
+    ShortenedLlamaOptions,
     ReplaceMeOptions,
     DropOptions,
     StreamlineOptions,
@@ -292,6 +311,7 @@ METHOD_OPTIONS: Final[Mapping[str, type[AmountOptions]]] = MappingProxyType(
         "drop": DropOptions,
         "shortgpt": MethodOptions,
         "sleb": AmountOptions,
+        "shortened_llama": ShortenedLlamaOptions,
         "random": RandomOptions,
         "laco": LacoOptions,
         "llm_streamline": StreamlineOptions,

@@ -74,7 +74,7 @@ def calibration_memory(
     statistics = scored.moments * 3 // 2 + training_bytes(scored.trained, model.element_size)
     if scored.has_bases:
         statistics += bases_bytes(scored.linears, model.element_size)
-    if scored.has_bases and scored.lowest is not None:
+    if scored.lowest is not None and (scored.has_bases or scored.sums_gradients):
         statistics += sums_bytes(scored.linears, sums_gradients=scored.sums_gradients)
     decomposition = max((decomposition_bytes(linear) for linear in scored.linears), default=0)
     return CalibrationMemory(

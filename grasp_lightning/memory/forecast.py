@@ -15,7 +15,7 @@ from grasp_lightning.config.parsing import parse
 from grasp_lightning.data.mixture import SELF, mixture_parts
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.cut_losses import MAX_TOKENS
-from grasp_lightning.memory.activations import evaluation_bytes, sampling_bytes
+from grasp_lightning.memory.activations import FLOAT32, evaluation_bytes, sampling_bytes
 from grasp_lightning.memory.calibration import bases_bytes, calibration_memory
 from grasp_lightning.memory.compensation import (
     compensation_activations,
@@ -29,6 +29,7 @@ from grasp_lightning.methods.sleb import SLEB
 from grasp_lightning.models.sampling import BATCH
 from grasp_lightning.reading.text import user_path
 from grasp_lightning.stats.base import FORWARD_MOMENTS
+from grasp_lightning.stats.moments import groups_within
 from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
 
 # Sharding is pointless in one process: the forecast then assumes this many.
@@ -120,7 +121,9 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
         layers: Layers that are replaced.
     """
     method = config.method
-    if method.name == SLEB:
+    if method.criterion not in (None, "perplexity"):
+        return _layer_gradients(dense, config.statistics.max_memory * 1e9)
+    if method.name == SLEB or method.criterion == "perplexity":
         return Scored(linears=(), lowest=None, num_layers=0, has_logits=True)
     if method.replacement is not None:
         trained = max(layer.parameters for layer in dense.layers)
@@ -149,6 +152,21 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
         sums_gradients=is_full and method.reduction == "signed",
         is_full=is_full,
         has_bases=method.weighting is None,
+    )
+
+
+def _layer_gradients(model: ModelShape, max_bytes: float) -> Scored:
+    """Return the largest pass that scores whole layers: it sums the gradients of some of them."""
+    sizes = {index: FLOAT32 * layer.parameters for index, layer in enumerate(model.layers)}
+    groups = groups_within(sizes, max_bytes)
+    largest = max(groups, key=lambda group: sum(sizes[index] for index in group))
+    return Scored(
+        linears=tuple(x for index in largest for x in model.layers[index].linears.values()),
+        lowest=min(groups[0]),
+        num_layers=len(largest),
+        sums_gradients=True,
+        is_full=False,
+        has_bases=False,
     )
 
 

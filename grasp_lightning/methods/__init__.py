@@ -20,6 +20,7 @@ from grasp_lightning.methods.options import keys_of, refuse_ignored
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.random_layers import RANDOM
 from grasp_lightning.methods.replaceme import REPLACEME_METHOD
+from grasp_lightning.methods.shortened_llama import SHORTENED_LLAMA_METHOD
 from grasp_lightning.methods.shortgpt import SHORTGPT
 from grasp_lightning.methods.sleb import SLEB_METHOD
 from grasp_lightning.models.decoder import DecoderView
@@ -33,7 +34,8 @@ METHODS: Final[Mapping[str, Registered]] = MappingProxyType(
         method.name: method
         for method in (
             *(GRASP, GRASP_PLUS, LOW_RANK, DROP_METHOD),
-            *(SHORTGPT, SLEB_METHOD, LACO, LLM_STREAMLINE, REPLACEME_METHOD, RANDOM),
+            *(SHORTGPT, SLEB_METHOD, SHORTENED_LLAMA_METHOD),
+            *(LACO, LLM_STREAMLINE, REPLACEME_METHOD, RANDOM),
         )
     }
 )

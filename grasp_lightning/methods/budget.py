@@ -17,7 +17,13 @@ from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.plan import DropLayers, Operation
 
 
-def resolve_num_layers(config: MethodConfig, view: DecoderView, also: int = 0) -> MethodConfig:
+def resolve_num_layers(
+    config: MethodConfig,
+    view: DecoderView,
+    *,
+    candidates: Iterable[int] | None = None,
+    also: int = 0,
+) -> MethodConfig:
     """Return the options with the number of layers that ``removed_ratio`` requires.
 
     Replacement takes the fewest layers that reach the target at ``keep_ratio`` for any choice of
@@ -25,6 +31,9 @@ def resolve_num_layers(config: MethodConfig, view: DecoderView, also: int = 0) -
     or numbers stay unchanged.
 
     Args:
+        config: Options with a method's defaults.
+        view: The dense model.
+        candidates: The layers that may be chosen; None for all.
         also: Parameters that deletion removes outside of the deleted layers.
 
     Raises:
@@ -40,11 +49,13 @@ def resolve_num_layers(config: MethodConfig, view: DecoderView, also: int = 0) -
     dense = count_parameters(view.model)
     saved = sorted(
         dense - parameters_after(view, _layer_operations(view, index, keep_ratio))
-        for index in view.layer_indices
+        for index in (view.layer_indices if candidates is None else candidates)
     )
     if keep_ratio:
         count = _fewest(config, dense, tuple(accumulate(saved)))
     else:
+        if candidates is not None and len(saved) < view.num_layers:
+            saved.append(saved[-1])  # another layer remains, so all candidates may be deleted
         # The number of runs of deleted layers is not known yet: at least one has a seam.
         added = seam_size(view) if config.seam == "linear" else 0
         count = nearest_number(config, dense, saved, "layers", also=also - added)

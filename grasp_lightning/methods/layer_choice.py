@@ -18,6 +18,8 @@ from grasp_lightning.stats.base import Needs, Statistics, Step
 logger = logging.getLogger(__name__)
 
 SELECT = "select"
+GRADIENTS = "gradients"
+"""Name of a step that scores layers by gradients."""
 
 
 def score_key(metric: LayerMetric, span: int) -> str:
@@ -54,6 +56,16 @@ class LayerChoice:
         if self.layers is not None:
             return {"layers": self.layers}
         return {"num_layers": self.num_layers, "layer_metric": self.metric}
+
+    @property
+    def step_name(self) -> str:
+        """Name of the step that chooses the layers."""
+        return SELECT
+
+    @property
+    def score_key(self) -> str:
+        """Name under which the measured values are stored."""
+        return score_key(self.metric, self._span)
 
     @property
     def count(self) -> int:
@@ -110,10 +122,19 @@ class LayerChoice:
         """
         if self.layers is not None:
             return self.layers
-        if stats.layer_metric is None:
-            raise ValueError(f"the metric {self.metric!r} was not measured")
-        _check_metric(stats.layer_metric)
-        return self._best(stats.layer_metric)
+        values = self.values(stats)
+        if values is None:
+            raise ValueError(f"{self.score_key} was not measured")
+        _check_metric(values)
+        return self._best(values)
+
+    def candidates(self, view: DecoderView) -> tuple[int, ...]:
+        """Return the layers that may be chosen, by their numbers in the original model."""
+        return view.layer_indices if self.layers is None else self.layers
+
+    def values(self, stats: Statistics) -> Tensor | None:
+        """Return the measured values that decide; None without a measurement."""
+        return stats.layer_metric
 
     def decide(self, stats: Statistics, dropped_from: DecoderView | None = None) -> Decision:
         """Return the choice as one ``SelectLayers``, with the measured metric as a stored score.
@@ -124,12 +145,12 @@ class LayerChoice:
             stats: The metric of every layer; not read for explicit layers.
             dropped_from: The model, if chosen layers are to be deleted.
         """
-        metric, layers = stats.layer_metric, self.chosen(stats)
+        metric, layers = self.values(stats), self.chosen(stats)
         if dropped_from is not None:
             layers = self._droppable(dropped_from, layers, metric)
         return Decision(
             operations=(SelectLayers(layers=layers),),
-            scores={} if metric is None else {score_key(self.metric, self._span): metric},
+            scores={} if metric is None else {self.score_key: metric},
         )
 
     def check_drop(self, view: DecoderView) -> None:
@@ -171,12 +192,6 @@ class LayerChoice:
             spans = self._spans(metric)
             return next((span for span in spans if self._problem(view, span) is None), None)
         return first_droppable(view, self._order(metric), self.count)
-
-    def _spans(self, values: Tensor) -> Iterator[tuple[int, ...]]:
-        """Yield the blocks of contiguous layers that are allowed, the best one first."""
-        for start in values.argsort(stable=True).tolist():
-            if self.starts is None or start in self.starts:
-                yield tuple(range(start, start + self.count))
 
     def _best(self, values: Tensor) -> tuple[int, ...]:
         if self.is_contiguous:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 
 from grasp_lightning.methods.base import CompressionMethod, Decision
-from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
+from grasp_lightning.methods.layer_choice import LayerChoice
 from grasp_lightning.methods.prediction import Layers, Outlook, Prediction, predict_layers
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import Plan
@@ -37,7 +37,7 @@ class LayerwiseMethod(CompressionMethod):
 
     def decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
         """Return the chosen layers, or the decision of the subclass."""
-        if step.name == SELECT:
+        if step.name == self._layers.step_name:
             return self._layers.decide(stats, model if self.deletes_layers else None)
         return self._decide(step, model, stats)
 
@@ -47,10 +47,9 @@ class LayerwiseMethod(CompressionMethod):
         More layers than the model has are a ``ConfigError``.
         """
         self._layers.check(view.num_layers)
-        candidates = self._layers.layers or view.layer_indices
         prediction = predict_layers(
             view,
-            candidates,
+            self._layers.candidates(view),
             self._layers.count,
             lambda layers: self._outlook(view, layers),
             is_contiguous=self._layers.is_contiguous,

@@ -183,7 +183,7 @@ def _built(config: MethodConfig, view: DecoderView, track: Track) -> StreamlineM
     first = config.layers[0] if config.layers else view.layer_indices[0]
     dense = count_parameters(view.model)
     also = dense - parameters_after(view, _removed(view, first, config))
-    config = resolve_num_layers(config, view, also)
+    config = resolve_num_layers(config, view, also=also)
     return StreamlineMethod(configured_layers(config), config)
 
 

@@ -11,6 +11,7 @@ from grasp_lightning.methods.base import Decision, Registered, Track
 from grasp_lightning.methods.budget import resolve_num_layers
 from grasp_lightning.methods.drop import DropMethod
 from grasp_lightning.methods.layer_choice import LayerChoice, configured_layers
+from grasp_lightning.methods.options import resolve_deletion
 from grasp_lightning.methods.prediction import Layers
 from grasp_lightning.methods.seams import SEAM, checked_ridge, seam_weight
 from grasp_lightning.models.decoder import DecoderView

@@ -83,6 +83,7 @@ class Seconds:
     curvature: float | None = None
     merges: float | None = None
     removals: float | None = None
+    gradients: float | None = None
     factorize: float | None = None
     cut_losses: float | None = None
     refit: float | None = None

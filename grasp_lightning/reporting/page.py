@@ -23,6 +23,7 @@ _PHASES = {
     "sample": "Generate calibration text",
     "similarity": "Measure decoder layers",
     "attribution": "Score singular components",
+    "gradients": "Score layers by gradients",
     "curvature": "Measure the curvature of the loss",
     "merges": "Try merges of layers",
     "removals": "Measure removals of layers or blocks",

@@ -15,6 +15,16 @@ from grasp_lightning.reporting.metrics import History, Metrics
 from grasp_lightning.reporting.tables import count_text, indices_text, loss_text, steps_text
 
 _MAX_PANELS = 8
+_IMPORTANCES = {
+    "layer_taylor_scores": (
+        "Taylor score",
+        "Sum of |weight times gradient| over all parameters of a layer, in nats per token.",
+    ),
+    "layer_removal_losses": (
+        "loss without the layer",
+        "Cross-entropy of the model without one layer, in nats per token.",
+    ),
+}
 _MAX_POINTS = 20  # more steps than that get a moving mean over 1/20 of them
 
 
@@ -55,8 +65,9 @@ def parameters_plot(metrics: Metrics) -> Plot:
 def layers_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     """Return the measurement that layers were chosen by; None if there is none.
 
-    ``scores`` has ``layer_similarity`` ``(L,)``, or ``layer_angular_distance`` or
-    ``span_similarity`` of spans of n layers, ``(L - n + 1,)``.
+    ``scores`` has ``layer_similarity``, ``layer_taylor_scores`` or ``layer_removal_losses``
+    ``(L,)``, or ``layer_angular_distance`` or ``span_similarity`` of spans of n layers,
+    ``(L - n + 1,)``.
     """
     chosen = plan.selected_layers or plan.dropped_layers
     if "layer_similarity" in scores:
@@ -65,6 +76,10 @@ def layers_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
         return _span_plot(float64_array(scores["layer_angular_distance"]), chosen, is_angle=True)
     if "span_similarity" in scores:
         return _span_plot(float64_array(scores["span_similarity"]), chosen, is_angle=False)
+    for key, (quantity, explanation) in _IMPORTANCES.items():
+        if key in scores:
+            values = float64_array(scores[key])
+            return _importance_plot(values, plan, quantity, explanation)
     return None
 
 
@@ -118,6 +133,32 @@ def _span_plot(values: Array, chosen: tuple[int, ...], *, is_angle: bool) -> Plo
         f"{'smallest' if is_angle else 'largest'} is chosen.",
         alt=f"Bars of the {name} of {len(values)} spans, {values.min():.3f} to "
         f"{values.max():.3f}. Chosen: layers {indices_text(chosen)}.",
+        svg=svg_text(3.3, draw),
+    )
+
+
+def _importance_plot(values: Array, plan: Plan, quantity: str, explanation: str) -> Plot:
+    chosen = plan.selected_layers or ()
+    low, high = float(values.min()), float(values.max())
+    bottom = max(low - 0.2 * (high - low), 0.0)
+    is_chosen = np.isin(np.arange(len(values)), chosen)
+    first, last = (plan.options.get(key) for key in ("protect_first", "protect_last"))
+
+    def draw(figure: Figure) -> None:
+        axes = drawing.draw_layer_bars(figure, values, chosen, bottom=bottom)
+        axes.set_xlabel("decoder layer")
+        axes.set_ylabel(quantity)
+
+    title = f"Chosen layers: {indices_text(chosen)}"
+    if chosen and (values[~is_chosen] >= values[is_chosen].max()).all():
+        title = f"Layers {indices_text(chosen)} have the lowest {quantity}"
+    protected = f" The first {first} and the last {last} are protected." if first or last else ""
+    return Plot(
+        title=title,
+        explanation=f"{explanation} The lowest layers are deleted.{protected} The axis starts at "
+        f"{bottom:.3g}.",
+        alt=f"Bars of the {quantity} of {len(values)} layers, {low:.3g} to {high:.3g}. Chosen: "
+        f"{indices_text(chosen)}.",
         svg=svg_text(3.3, draw),
     )
 

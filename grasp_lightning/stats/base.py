@@ -121,6 +121,7 @@ class Needs:
         removables: Layers and blocks whose individual removal is measured.
         removal_measure: ``divergence``: how far the predictions move, on a few windows; ``loss``:
             the loss of the model without the part, on all windows.
+        layer_gradients: Layers whose parameters are scored together, by their gradients.
         merge: A merge of layers that is tried and undone.
         span_training: A layer to train.
         seams: Runs of layers that linear maps replace.
@@ -136,6 +137,7 @@ class Needs:
     fisher: FisherChoice = "empirical"
     removables: tuple[Removable, ...] = ()
     removal_measure: RemovalMeasure = "divergence"
+    layer_gradients: tuple[int, ...] = ()
     merge: MergeLayers | None = None
     span_training: SpanTraining | None = None
     seams: tuple[Seam, ...] = ()
@@ -145,17 +147,21 @@ class Needs:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
         others = (*self.removables, *self.seams, self.merge, self.span_training)
-        return not any((*asked, *others))
+        return not any((*asked, *others)) and not self.layer_gradients
 
     @property
     def is_shareable(self) -> bool:
-        """True if another run can use the result: no earlier measurement of this run is needed."""
-        return not self.is_empty and self.merge is None
+        """True if another run can use the result, to the bit.
+
+        Tried merges need an earlier measurement of the run, and training depends on the batch size.
+        """
+        return not (self.is_empty or self.merge or self.span_training)
 
     @property
     def is_backward(self) -> bool:
         """True if the pass needs gradients."""
-        return bool(self.weight_gradients) or not self.moment_kinds <= FORWARD_MOMENTS
+        has_gradients = bool(self.weight_gradients or self.layer_gradients)
+        return has_gradients or not self.moment_kinds <= FORWARD_MOMENTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,6 +235,8 @@ class Statistics:
         more_scores: Scores and singular values of ``Needs.more_groups``, as they are stored.
         removal_losses: By name of a layer or block, in nats per predicted token: the divergence
             that its removal alone causes, or the loss without it (``Needs.removal_measure``).
+        layer_scores: Gradient score of each of ``Needs.layer_gradients``, in nats per predicted
+            token.
         merge_similarity: Mean cosine between the final hidden states of the model with the tried
             merge and those of the dense model, in [-1, 1].
         trained: Values of ``SpanTraining.parameters``, in the dtype of the model.
@@ -240,6 +248,7 @@ class Statistics:
     more_scores: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Moments] = field(default_factory=dict)
     removal_losses: Mapping[str, float] = field(default_factory=dict)
+    layer_scores: Mapping[int, float] = field(default_factory=dict)
     merge_similarity: float | None = None
     trained: Mapping[str, Tensor] = field(default_factory=dict)
     seams: Mapping[Seam, SeamSums] = field(default_factory=dict)

@@ -147,16 +147,33 @@ def layer_groups(
         sources: Module -> the module whose input it shares, possibly itself.
     """
     linears = view.all_linears()
-    groups: list[tuple[str, ...]] = []
-    total = 0
+    layers: dict[int, tuple[str, ...]] = {}
     for index in view.layer_indices:
-        layer = tuple(n for n in needs.moments if view.layer_of(n) == index)
-        shapes = {n: (linears[n].out_features, linears[n].in_features) for n in layer}
-        size = moment_bytes(shapes, needs.moment_kinds, sources)
-        if layer and groups and total + size <= max_bytes:
-            groups[-1] += layer
+        if found := tuple(n for n in needs.moments if view.layer_of(n) == index):
+            layers[index] = found
+
+    def size(names: tuple[str, ...]) -> int:
+        shapes = {n: (linears[n].out_features, linears[n].in_features) for n in names}
+        return moment_bytes(shapes, needs.moment_kinds, sources)
+
+    groups = groups_within({index: size(names) for index, names in layers.items()}, max_bytes)
+    return [tuple(n for index in group for n in layers[index]) for group in groups]
+
+
+def groups_within(sizes: Mapping[int, int], max_bytes: float) -> list[tuple[int, ...]]:
+    """Split layers into consecutive groups, each as large as the memory allows.
+
+    Args:
+        sizes: Bytes of each layer, in order.
+        max_bytes: Memory for a group; a single layer may take more.
+    """
+    groups: list[tuple[int, ...]] = []
+    total = 0
+    for index, size in sizes.items():
+        if groups and total + size <= max_bytes:
+            groups[-1] += (index,)
             total += size
-        elif layer:
-            groups.append(layer)
+        else:
+            groups.append((index,))
             total = size
     return groups

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import takewhile
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -26,6 +27,14 @@ from grasp_lightning.storage.tensor_files import TensorFile
 
 # With other threads or hardware, a second decomposition may differ in the last bits.
 _TOLERANCE: Final = 1e-4
+# Options of methods that read the text again, and what for.
+_NEEDS_TEXT: Final = MappingProxyType(
+    {
+        "merge": "tries merges of layers",
+        "epochs": "trains a layer",
+        "ridge": "fits a linear map for deleted layers",
+    }
+)
 _ADVICE = "name another run, or measure without from_scores"
 
 
@@ -81,23 +90,15 @@ class StoredScores:
                 f"from_scores: {self._folder} has scores of a different model, or of this model in "
                 "a different dtype"
             )
-        if "merge" in options:
-            raise ConfigError(
-                "from_scores: method laco tries each merge on the calibration text; leave "
-                "from_scores unset"
-            )
-        if "epochs" in options:
-            raise ConfigError(
-                "from_scores: this method trains on the calibration text; leave from_scores unset"
-            )
+        for key, work in _NEEDS_TEXT.items():
+            if key in options:
+                raise ConfigError(
+                    f"from_scores: this method {work} on the calibration text; leave from_scores "
+                    "unset"
+                )
         if options.get("schedule") not in (None, "one_shot"):
             raise ConfigError(
                 "from_scores: schedule iterative needs new measurements; use one_shot"
-            )
-        if "ridge" in options:
-            raise ConfigError(
-                "from_scores: a linear map for deleted layers is fitted to the calibration "
-                "text; measure without from_scores, or set method.name=drop and method.seam=none"
             )
         if "weighting" in options:
             self._check_fisher(options.get("fisher"))
@@ -129,6 +130,11 @@ class StoredScores:
 
     def __call__(self, view: DecoderView, step: Step) -> Statistics:
         """Return the stored statistics that a step needs; a missing one raises ``ConfigError``."""
+        if step.needs.layer_gradients:
+            raise ConfigError(
+                "from_scores: this method needs the gradients of whole layers, which no run "
+                "stores; measure without from_scores"
+            )
         for module, basis in step.bases.items():
             self._check_basis(module, basis)
         metric = None if step.needs.layer_metric is None else self._layer_metric(view, step.needs)

@@ -29,9 +29,15 @@ METHODS = {
     "one_shot": ["--method.name=grasp", "--method.preset=paper", "--method.keep_ratio=0.3"],
     "iterative": ["--method.name=grasp", "--method.preset=released", "--method.keep_ratio=0.3"],
     "drop": ["--method.name=drop"],
+    "shortened_llama": ["--method.name=shortened_llama", "--method.criterion=taylor"],
 }
 # With biases and tied embeddings, and without.
-MODELS = {"one_shot": "qwen2", "iterative": "llama", "drop": "llama"}
+MODELS = {
+    "one_shot": "qwen2",
+    "iterative": "llama",
+    "drop": "llama",
+    "shortened_llama": "qwen2",
+}
 
 
 @pytest.fixture(scope="module")

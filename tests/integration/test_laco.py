@@ -165,7 +165,7 @@ def test_scores_of_another_run_are_refused(
     keys = [key for key, value in vars(resolve_method(GRASP)).items() if value is not None]
     unset = [f"--method.{key}=null" for key in keys if key != "name"]
     assert main(["compress", *argv, *unset, "--method.removed_ratio=0.2"]) == 2
-    assert "method laco tries each merge on the calibration text" in capsys.readouterr().err
+    assert "this method tries merges of layers on the calibration text" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 

@@ -34,6 +34,7 @@ def stored_statistics(view: DecoderView, step: Step) -> Statistics:
         component_scores=scores,
         moments=moments,
         removal_losses=losses,
+        layer_scores=dict(enumerate((1 - SIMILARITY).tolist())),
         merge_similarity=0.5,
         trained=made_up_layer(view, step.needs.span_training),
         seams=seams,
@@ -66,6 +67,8 @@ def method_config(name: str, keep_ratio: float | None = None) -> MethodConfig:
     config = MethodConfig(name=name, num_layers=2, keep_ratio=keep_ratio)
     if name == "grasp_plus":
         config = replace(config, refit="none")  # stored statistics have no windows
+    if name == "shortened_llama":
+        config = replace(config, criterion="taylor")  # a tiny model has no layer to protect
     return resolve_method(config)
 
 

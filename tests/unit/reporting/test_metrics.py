@@ -37,6 +37,7 @@ KEYS = {
     "seconds.attribution",
     "seconds.curvature",
     "seconds.removals",
+    "seconds.gradients",
     "seconds.factorize",
     "seconds.cut_losses",
     "seconds.refit",

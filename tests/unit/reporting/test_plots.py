@@ -140,6 +140,30 @@ def test_dropped_layers_by_angle_show_the_start_of_their_span() -> None:
     assert [plot.title for plot in plots[1:]] == ["Layers 24-26 together change their input least"]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "protect_last", "title", "note"),
+    [
+        ((2, 3), 0, "Layers 2-3 have the lowest Taylor score", "deleted. The axis"),
+        ((1, 2), 1, "Chosen layers: 1-2", "The first 0 and the last 1 are protected."),
+    ],
+)
+def test_the_importance_of_layers_is_drawn(
+    chosen: tuple[int, ...], protect_last: int, title: str, note: str
+) -> None:
+    plan = Plan(
+        method="shortened_llama",
+        options={"protect_first": 0, "protect_last": protect_last},
+        operations=(SelectLayers(layers=chosen),),
+    )
+    plot = layers_plot(plan, {"layer_taylor_scores": torch.tensor([9.0, 4.0, 2.0, 1.0])})
+    assert plot is not None
+    assert plot.title == title
+    assert note in plot.explanation
+    losses = layers_plot(plan, {"layer_removal_losses": torch.tensor([5.0, 4.0, 3.5, 3.4])})
+    assert losses is not None
+    assert "loss without the layer" in losses.alt
+
+
 def test_equal_runs_give_equal_drawings_whatever_the_user_set() -> None:
     before = parameters_plot(example_metrics()).svg
     with mpl.rc_context({"font.size": 30, "axes.facecolor": "black"}):
