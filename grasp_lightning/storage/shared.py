@@ -62,8 +62,8 @@ def check_shared_folder(folder: str, output_dir: str) -> None:
     shared, run = (Path(path).expanduser().resolve() for path in (folder, output_dir))
     if shared.is_relative_to(run) or run.is_relative_to(shared):
         raise ConfigError(
-            f"statistics.shared: {folder} and output_dir {output_dir} must not be inside each other; use a "
-            "folder next to it"
+            f"statistics.shared: {folder} and output_dir {output_dir} must not be inside each "
+            "other; use a folder next to it"
         )
     check_parent(shared / _ABOUT, "statistics.shared")
 
