@@ -150,7 +150,8 @@ def trained_model() -> PreTrainedModel:
         optimizer.step()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def losses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
