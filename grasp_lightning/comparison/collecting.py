@@ -9,6 +9,7 @@ from grasp_lightning.comparison.grid import Cell, is_asked
 from grasp_lightning.comparison.measurements import Measurements
 from grasp_lightning.comparison.paper import PaperNumbers, paper_columns
 from grasp_lightning.errors import OutputError
+from grasp_lightning.evaluation.task_results import TaskResult, TaskRun
 from grasp_lightning.reading.text import read_json
 from grasp_lightning.reporting.comparison.results import CellResult, Comparison
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
@@ -52,7 +53,7 @@ def _failed(cell: Cell, error: str, folder: GridFolder, paper: PaperNumbers) -> 
 def _result(folder: GridFolder, cell: Cell, done: Measurements, paper: PaperNumbers) -> CellResult:
     config = folder.config
     names_of_tasks = config.tasks.names if is_asked(config.tasks, cell) else ()
-    runs = [done.tasks[name].result for name in names_of_tasks]
+    runs = [(name, done.tasks[name].result) for name in names_of_tasks]
     speeds = done.speed.result if done.speed is not None and is_asked(config.speed, cell) else {}
     metrics = None if cell.is_dense else _metrics(folder, cell)
     return CellResult(
@@ -64,7 +65,7 @@ def _result(folder: GridFolder, cell: Cell, done: Measurements, paper: PaperNumb
         folder=_relative(folder, cell),
         removed=_removed(folder, cell),
         perplexity={name: done.texts[name].result.perplexity for name in config.texts},
-        tasks={task: result for run in runs for task, result in run.results.items()},
+        tasks={task: result for name, run in runs for task, result in _asked(name, run).items()},
         bytes=None if done.cost is None else done.cost.result.bytes,
         prefill=speeds["prefill"].ratio if "prefill" in speeds else None,
         decode=speeds["decode"].ratio if "decode" in speeds else None,
@@ -72,6 +73,11 @@ def _result(folder: GridFolder, cell: Cell, done: Measurements, paper: PaperNumb
         peak_memory_bytes=None if metrics is None else metrics.peak_memory_bytes,
         paper=paper_columns(paper, cell),
     )
+
+
+def _asked(name: str, run: TaskRun) -> Mapping[str, TaskResult]:
+    """Return the result of a requested name: of a group its own, without those of its tasks."""
+    return {name: run.results[name]} if name in run.results else run.results
 
 
 def _relative(folder: GridFolder, cell: Cell) -> str:
