@@ -444,8 +444,8 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
 def seam_keys_of(model: nn.Module) -> dict[str, str]:
     """Return, for every seam by full name, the parameter under whose key it is stored.
 
-    It is the first one of its decoder layer whose shape is not that of the seam, so that a loader
-    without this format stops. Replaced linears have keys of their own.
+    It is one of its decoder layer whose shape is not that of the seam, so that a loader without
+    this format stops. Replaced linears have keys of their own.
 
     Raises:
         ValueError: If a layer has none.
@@ -455,9 +455,11 @@ def seam_keys_of(model: nn.Module) -> dict[str, str]:
         parent = name.rpartition(".")[0]
         layer = model.get_submodule(parent)
         ours = tuple(f"{n}." for n, module in layer.named_modules() if is_replaced(module))
+        # Vectors first, usually a norm: they have another shape in every family.
+        parameters = sorted(layer.named_parameters(), key=lambda entry: entry[1].ndim)
         free = (
             key
-            for key, parameter in layer.named_parameters()
+            for key, parameter in parameters
             if not key.startswith(ours) and parameter.shape != seam.weight.shape
         )
         key = next((key for key in free if f"{parent}.{key}" not in found.values()), None)

@@ -81,6 +81,7 @@ class Seconds:
     similarity: float | None = None
     attribution: float | None = None
     curvature: float | None = None
+    seam: float | None = None
     merges: float | None = None
     removals: float | None = None
     gradients: float | None = None

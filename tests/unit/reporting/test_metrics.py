@@ -36,6 +36,7 @@ KEYS = {
     "seconds.similarity",
     "seconds.attribution",
     "seconds.curvature",
+    "seconds.seam",
     "seconds.removals",
     "seconds.gradients",
     "seconds.factorize",
