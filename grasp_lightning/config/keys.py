@@ -18,6 +18,7 @@ NAMES = tuple[str, ...]
 _BAD_VALUE = re.compile(r'Parser key "([^"]+)":')
 _MISSING = re.compile(r"arguments are required: ([\w.]+)")
 _GOT = re.compile(r"(?:Got value|Given value): (.*)$", re.MULTILINE)
+_ABSENT = object()
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -103,7 +104,11 @@ def _refuse_nulls(parsed: Mapping[str, Any], schema: Mapping[str, Any], prefix: 
         section = section_of(kind)
         if section is not None and isinstance(value, Mapping):
             for name, entry in value.items():
-                _refuse_nulls({name: entry}, dict(leaves(section, f"{name}.")), f"{key}.")
+                _refuse_nulls(
+                    entry if isinstance(entry, Mapping) else vars(entry),
+                    dict(leaves(section)),
+                    f"{key}.{name}.",
+                )
         if value is None and NoneType not in get_args(kind):
             raise ConfigError(f"{prefix}{key}: expected {describe(kind)}, got null")
 
@@ -123,19 +128,23 @@ def explain(
     if found is None or found.group(1) not in schema:
         return f"command line: {one_line(message)}"
     key = found.group(1)
-    holders = [file for file, content in contents.items() if _holds(content, key)]
-    source = "command line" if key in flags or not holders else holders[-1]
+    holders = [file for file, content in contents.items() if _value(content, key) is not _ABSENT]
     got = _GOT.search(message)
+    # A file is read before the flags that override it.
+    refused = [f for f in holders if got and str(_value(contents[f], key)) == got.group(1)]
+    source = "command line" if key in flags or not holders else holders[-1]
+    source = refused[-1] if refused else source
     value = f", got {one_line(repr(got.group(1)))}" if got else ""
     return f"{source}: {key}: expected {describe(schema[key])}{value}"
 
 
-def _holds(content: object, key: str) -> bool:
+def _value(content: object, key: str) -> object:
+    """Return the value of a dotted key, or ``_ABSENT``."""
     for part in key.split("."):
         if not isinstance(content, dict) or part not in content:
-            return False
+            return _ABSENT
         content = content[part]
-    return True
+    return content
 
 
 def describe(kind: Any) -> str:  # noqa: ANN401  a type annotation

@@ -23,7 +23,14 @@ PATH_KEYS = {
     "evaluate": ("model", "corpora", "task_data", "output", "config"),
     "benchmark": ("model", "against", "output"),
     "export": ("model", "output_dir"),
+    "compare": ("output_dir", "config"),
 }
+GRID = """
+models: {{tiny: {{path: {model}}}}}
+methods: {{drop: {{name: drop, num_layers: 1}}}}
+calibration: {{source: file, path: ../text.txt, num_samples: 2, seqlen: 16}}
+texts: {{held out: {{source: file, path: ../text.txt, num_samples: 2, seqlen: 16}}}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +40,13 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, empty."""
+def work(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, empty; what commands read is next to it."""
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
     (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "grid.yaml").write_text(GRID.format(model=sound))
     return folder
 
 
@@ -66,6 +74,7 @@ def words_of(command: str, given: Path, **changes: str) -> list[str]:
         "evaluate": [f"--model={given}", "--corpora=../text.txt", "--evaluation.seqlen=16"],
         "benchmark": [f"--model={given}", "--prefill_lengths=[8]", "--prompt_length=8"],
         "export": [f"--model={given}", "--output_dir=run"],
+        "compare": ["--config=../grid.yaml", "--output_dir=run"],
     }
     keys = {name.replace("__", "."): value for name, value in changes.items()}
     kept = [w for w in lines[command] if w.removeprefix("--").partition("=")[0] not in keys]

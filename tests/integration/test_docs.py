@@ -228,7 +228,7 @@ def test_keys_inside_sentences_exist(page: Page) -> None:
     sections = {key.partition(".")[0] for key in keys if "." in key}
     unknown = []
     for line, span in page.code_spans():
-        named = re.match(r"(?:--)?((\w+)\.(?!safetensors|py)[\w.]+)(?=$|[=: ])", span)
+        named = re.match(r"(?:--)?((\w+)\.(?!safetensors|svg|py)[\w.]+)(?=$|[=: ])", span)
         if named and named[2] in sections and named[1] not in keys:
             unknown.append(f"{page.name}:{line}: {span}")
     assert not unknown
