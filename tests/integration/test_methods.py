@@ -84,6 +84,7 @@ CASES = {
     "shortened_llama": Case(options={"criterion": "taylor"}, kill=IN_A_GRADIENT_PASS),
     "shortened_llama-perplexity": Case(options={"criterion": "perplexity"}),
     "laco": Case(
+        options={"merge_layers": 2, "interval": 1, "threshold": 0.95},
         idle={"num_layers": 1, "merge_layers": 2, "interval": 1, "threshold": 0.99999},
         kill=BETWEEN_STEPS,
     ),
@@ -342,5 +343,7 @@ def test_a_killed_run_goes_on_in_two_processes_to_the_plan_of_one(
     done = run_ranks([*argv, "--trainer.devices=2"], 2)
     assert done.codes == [0, 0], done.text
     assert (tmp_path / "run" / "plan.json").read_bytes() == (whole / "plan.json").read_bytes()
+    if CASES[case].is_random:
+        return  # it scores nothing
     ours, theirs = (load_file(run / "scores.safetensors") for run in (tmp_path / "run", whole))
     assert ours.keys() == theirs.keys()
