@@ -44,7 +44,7 @@ def script(tmp_path_factory: pytest.TempPathFactory, program: dict[str, str]) ->
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("comp", ["compress", "compensate", "completion"]),
+        ("comp", ["compress", "compensate", "compare", "completion"]),
         ("compress --method.na", ["--method.name"]),
         ("compress --method.name=gra", ["grasp", "grasp_plus"]),
         ("compensate --train lora", ["lora", "lora_on_factors"]),
