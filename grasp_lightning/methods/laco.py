@@ -12,7 +12,7 @@ from grasp_lightning.config import LacoOptions, MergeChoice, MethodConfig
 from grasp_lightning.errors import ConfigError, ModelError, NumericsError
 from grasp_lightning.methods.base import CompressionMethod, Decision, Registered, Track
 from grasp_lightning.methods.budget import resolve_num_layers
-from grasp_lightning.methods.options import check_share, filled, refuse_ignored
+from grasp_lightning.methods.options import check_share, filled
 from grasp_lightning.methods.prediction import Prediction, outlook_of, predict_layers
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.dropping import drop_problem
@@ -228,12 +228,6 @@ class LacoMethod(CompressionMethod):
 
 
 def _resolved(config: MethodConfig) -> MethodConfig:
-    refuse_ignored(
-        config,
-        ("layers", "layer_metric"),
-        "method laco finds the layers by trials",
-        "set method.num_layers or method.removed_ratio",
-    )
     check_share(config.removed_ratio)
     if (config.removed_ratio is None) == (config.num_layers is None):
         both = "both are set" if config.num_layers is not None else "neither is set"
@@ -269,5 +263,8 @@ def _built(config: MethodConfig, view: DecoderView, track: Track) -> LacoMethod:
 
 
 LACO: Final = Registered(
-    name="laco", ignores="merges layers and scores no components", resolve=_resolved, build=_built
+    name="laco",
+    ignores="finds the layers by trials and scores no components",
+    resolve=_resolved,
+    build=_built,
 )

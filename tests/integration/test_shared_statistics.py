@@ -70,7 +70,7 @@ def entries(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def forbid_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_pass", "_moments", "_prices"):
+    for name in ("_pass", "_moments", "_removal_losses"):
         monkeypatch.setattr(TrainerMeasure, name, lambda *_: pytest.fail("a pass was made"))
 
 

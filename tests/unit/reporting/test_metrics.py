@@ -37,6 +37,7 @@ KEYS = {
     "seconds.attribution",
     "seconds.curvature",
     "seconds.seam",
+    "seconds.merges",
     "seconds.removals",
     "seconds.gradients",
     "seconds.factorize",
