@@ -142,7 +142,10 @@ def test_the_nearest_share_is_reached_and_predicted() -> None:
         (MethodConfig(name="laco"), "set exactly one of .* (neither is set)"),
         (replace(CONFIG, removed_ratio=0.2), "(both are set)"),
         (replace(CONFIG, layers=(1,)), "method.layers would be ignored: method laco finds the"),
-        (replace(CONFIG, keep_ratio=0.1), "method.keep_ratio would be ignored: method laco merges"),
+        (
+            replace(CONFIG, keep_ratio=0.1),
+            "method.keep_ratio would be ignored: method laco finds the",
+        ),
         (replace(CONFIG, merge_layers=1), "method.merge_layers must be at least 2, got 1"),
         (replace(CONFIG, interval=0), "method.interval must be at least 1, got 0"),
         (replace(CONFIG, threshold=1.0), "method.threshold must be a cosine from -1 to below 1"),
