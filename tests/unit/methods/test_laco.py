@@ -144,7 +144,7 @@ def test_the_nearest_share_is_reached_and_predicted() -> None:
         (replace(CONFIG, layers=(1,)), "method.layers would be ignored: method laco finds the"),
         (
             replace(CONFIG, keep_ratio=0.1),
-            "method.keep_ratio would be ignored: method laco finds the",
+            "method.keep_ratio would be ignored: method laco",
         ),
         (replace(CONFIG, merge_layers=1), "method.merge_layers must be at least 2, got 1"),
         (replace(CONFIG, interval=0), "method.interval must be at least 1, got 0"),
