@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -136,9 +136,18 @@ def test_a_variable_that_is_not_set_is_named(
     assert said in capsys.readouterr().err
 
 
+class Grid(NamedTuple):
+    """A finished command; the cells are those of its comparison.json."""
+
+    config: Path
+    output: str
+    errors: str
+    cells: dict[str, dict[str, Any]]  # Any: values of JSON
+
+
 @pytest.fixture(scope="module")
-def grid(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """A grid in which one cell fails; its configuration, output and errors."""
+def grid(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Grid:
+    """A grid in which one cell fails."""
     too_much = {"name": "grasp_plus", "removed_ratio": 0.95}
     config = write_config(
         tmp_path_factory.mktemp("grid") / "grid.yaml",
@@ -160,12 +169,12 @@ def grid(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     )
     code, output, errors = compare(config, inputs)
     assert code == 3, output + errors
-    return config, output, errors
+    return Grid(config, output, errors, cells_of(config))
 
 
 @pytest.mark.slow
-def test_a_cell_that_fails_is_a_row_with_its_reason(grid: tuple[Path, str, str]) -> None:
-    config, output, errors = grid
+def test_a_cell_that_fails_is_a_row_with_its_reason(grid: Grid) -> None:
+    config, output, errors, _ = grid
     cells = cells_of(config)
     assert len(cells) == 6
     failed = [cell for cell in cells.values() if cell["error"]]
@@ -178,8 +187,8 @@ def test_a_cell_that_fails_is_a_row_with_its_reason(grid: tuple[Path, str, str])
 
 
 @pytest.mark.slow
-def test_cells_are_ordinary_runs_measured_as_asked(grid: tuple[Path, str, str]) -> None:
-    config, _, _ = grid
+def test_cells_are_ordinary_runs_measured_as_asked(grid: Grid) -> None:
+    config = grid.config
     for cell in cells_of(config).values():
         if cell["error"]:
             continue
@@ -204,8 +213,8 @@ def test_cells_are_ordinary_runs_measured_as_asked(grid: tuple[Path, str, str]) 
 
 
 @pytest.mark.slow
-def test_a_second_start_runs_nothing(grid: tuple[Path, str, str], inputs: Path) -> None:
-    config, _, _ = grid
+def test_a_second_start_runs_nothing(grid: Grid, inputs: Path) -> None:
+    config = grid.config
     content = yaml.safe_load(config.read_text())
     del content["methods"]["too_much"]
     finished = config.with_name("finished.yaml")
@@ -235,9 +244,7 @@ def test_a_second_start_runs_nothing(grid: tuple[Path, str, str], inputs: Path) 
 
 
 @pytest.mark.slow
-def test_two_parts_in_two_processes_equal_one_run(
-    grid: tuple[Path, str, str], inputs: Path, tmp_path: Path
-) -> None:
+def test_two_parts_in_two_processes_equal_one_run(grid: Grid, inputs: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "parts.yaml", methods={"drop": METHODS["drop"]})
     for part in ("1/2", "2/2"):
         code, output, errors = compare(config, inputs, f"--cells={part}", "--jobs=2")
@@ -246,10 +253,9 @@ def test_two_parts_in_two_processes_equal_one_run(
     code, output, _ = compare(config, inputs)
     assert code == 0
     assert output.startswith("3 cells, 3 of them finished\n")
-    whole = cells_of(grid[0])
     for name, cell in cells_of(config).items():
-        assert cell["perplexity"]["Fox"] == pytest.approx(whole[name]["perplexity"]["Fox"])
-        plans = [file.parent / file.stem / name / "plan.json" for file in (config, grid[0])]
+        assert cell["perplexity"]["Fox"] == pytest.approx(grid.cells[name]["perplexity"]["Fox"])
+        plans = [file.parent / file.stem / name / "plan.json" for file in (config, grid.config)]
         assert name == "dense" or plans[0].read_bytes() == plans[1].read_bytes()
 
 
