@@ -195,7 +195,7 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         "compare": Command(
             "compress models with several methods at several sizes; one table of all",
             _compare,
-            "run the same command again: it goes on where it was",
+            "run the same command again: it continues where it was",
         ),
         "export": Command(
             "write a compressed model in a format that other runtimes can read", _export

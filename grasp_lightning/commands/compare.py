@@ -35,7 +35,7 @@ def run_compare(config: CompareConfig, tell: Callable[[str], None]) -> CompareRu
     """Run what is missing of a grid, and write its tables.
 
     A cell that fails is one of the results. A wrong configuration is a ``GraspError`` before
-    anything runs. SIGINT and SIGTERM end all processes, and the next start goes on.
+    anything runs. SIGINT and SIGTERM end all processes, and the next start continues.
 
     Args:
         tell: Shows one line of progress.

@@ -22,7 +22,7 @@ _PART = re.compile(r"(\d+)/(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One model of a grid; the attributes are those of ``CellResult``."""
+    """One model of a grid; the attributes match ``CellResult``."""
 
     model: str
     method: str = DENSE

@@ -130,7 +130,7 @@ def _start(one: _Running, job: Job, environment: Mapping[str, str]) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C arrives here, and the process is told once
+                start_new_session=True,  # Ctrl-C arrives here, and this process passes it on once
             )
     except OSError as error:
         raise OutputError(f"cannot write {job.log}: {error.strerror}") from error

@@ -42,7 +42,7 @@ class GridRun:
     failures: dict[Cell, str] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Run what is missing of some cells; one that fails is noted, and the others go on.
+        """Run what is missing of some cells; one that fails is noted, and the others continue.
 
         A text or a task that cannot be measured at all is a ``GraspError``.
         """

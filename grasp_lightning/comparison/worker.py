@@ -80,7 +80,7 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureSpeed:
-    """Measure the throughput of a model in turns with that of the dense one.
+    """Measure the throughput of a model alternately with that of the dense one.
 
     Attributes:
         file: File of measurements.

@@ -56,7 +56,7 @@ class TasksConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
-    """Throughput of every model, measured in turns with the dense model in one process.
+    """Throughput of every model, measured alternately with the dense model in one process.
 
     Attributes:
         prefill_length: Tokens of the prompt whose prefill is timed; unset: not measured.

@@ -97,7 +97,7 @@ class ResumableSteps(ABC, Generic[T_co]):
 
 
 class WindowSteps(ResumableSteps[list[int]]):
-    """The windows of every optimizer step, shuffled anew in each epoch; equal in all processes.
+    """The windows of every optimizer step, shuffled again in each epoch; equal in all processes.
 
     Args:
         windows: Numbers of the windows to train on.

@@ -131,7 +131,7 @@ class LacoMethod(CompressionMethod):
 
     A merge of C layers, ``theta_0 + sum_k (theta_k - theta_0)``, is tried and undone. If the final
     hidden states keep a mean cosine above the threshold T to those of the dense model, the merge is
-    accepted and the search goes on I layers lower, otherwise one layer lower.
+    accepted and the search continues I layers lower, otherwise one layer lower.
 
     Differences from the paper:
 

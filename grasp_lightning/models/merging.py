@@ -23,8 +23,8 @@ from grasp_lightning.plan import MergeLayers
 def merge_problem(view: DecoderView) -> str | None:
     """Return in one line why the decoder layers cannot be merged; None if they can.
 
-    All must be alike, dense, and without experts: those of one layer do not correspond to those of
-    another. The weights may be on the meta device.
+    All must have one kind and shape, and be dense and without experts: the experts of one layer do
+    not correspond to the experts of another. The weights may be on the meta device.
     """
     for index in view.layer_indices:
         if view.skipped(index):
@@ -45,9 +45,9 @@ def merge_weights(view: DecoderView, operation: MergeLayers) -> None:
 
     ``released``: the public code subtracts the weight that it has just updated, so its sum
     telescopes: every linear, with its bias, becomes that of the last absorbed layer. Norms and all
-    other parameters stay those of the base.
+    other parameters of the base stay.
 
-    All layers must be alike. Each process merges its own shards.
+    All layers must have one kind and shape. Each process merges its own shards.
     """
     for weight, merged in _merged_weights(view, operation):
         weight.copy_(merged)

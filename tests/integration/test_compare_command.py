@@ -97,7 +97,7 @@ def variables(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "says"),
     [
         ({"methods": {"a": {"name": "drop", "keep_ration": 1}}}, "methods.a.keep_ration; did you"),
-        ({"methods": {"a": {"name": "dorp"}}}, "methods.a.name: expected one of"),
+        ({"methods": {"a": {"name": "drup"}}}, "methods.a.name: expected one of"),
         ({"methods": {"a": {"name": "low_rank", "ranks": 3}}}, "methods.a.ranks: expected one of"),
         ({"methods": {"a": 3}}, "methods.a: expected a section of keys, got 3"),
         ({"removed_ratios": [1.2]}, "removed_ratios must hold numbers above 0 and below 1"),
@@ -137,7 +137,7 @@ def test_a_variable_that_is_not_set_is_named(
 
 
 class Grid(NamedTuple):
-    """A finished command; the cells are those of its comparison.json."""
+    """A finished command; the cells of its comparison.json."""
 
     config: Path
     output: str

@@ -25,7 +25,7 @@ class CellResult:
         compensation: Name of the training after compression; None without.
         folder: Run folder, relative to the output folder of the grid.
         error: Why the cell failed, on one line; then nothing below is set.
-        removed: Share of all parameters that is gone, in [0, 1].
+        removed: Removed share of all parameters, in [0, 1].
         perplexity: By text.
         tasks: By task, with values per document for paired differences.
         bytes: Size of all parameters, at one dtype for all cells of a model.

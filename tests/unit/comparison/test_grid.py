@@ -64,7 +64,7 @@ def test_a_wrong_part_is_refused(part: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"methods": {"x": MethodConfig(name="dorp")}}, "methods.x.name: expected one of"),
+        ({"methods": {"x": MethodConfig(name="drup")}}, "methods.x.name: expected one of"),
         ({"methods": {"dense": MethodConfig(name="drop")}}, "methods.dense: this name"),
         ({"methods": {"x": MethodConfig(name="grasp")}}, "methods.x.removed_ratio also needs"),
         ({"methods": {"x": MethodConfig(name="drop", refit="none")}}, "methods.x.refit would be"),
