@@ -87,6 +87,24 @@ def _convert(model: str, folder: Path) -> None:
         part.rename(folder)
 
 
+def whole_lines(file: Path) -> list[str]:
+    """Return the lines of a file of measurements; a line that a kill truncated is removed.
+
+    Args:
+        file: A .jsonl file that grows by a line per measurement; it may be missing.
+
+    Returns:
+        Its complete lines.
+    """
+    if not file.exists():
+        return []
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
+    return whole.splitlines()
+
+
 def hardware() -> str:
     """Return processor, cores, memory and versions in one line."""
     cores = os.cpu_count() or 1

@@ -18,7 +18,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from grasp_lightning import processes
 from grasp_lightning.callbacks.expected_warnings import expected_warnings
-from grasp_lightning.callbacks.measure import TrainerMeasure, placement
+from grasp_lightning.callbacks.measure import TrainerMeasure
+from grasp_lightning.callbacks.placement import placement
 from grasp_lightning.callbacks.trainable import TrainableParameters
 from grasp_lightning.config import (
     CalibrationConfig,

@@ -23,6 +23,7 @@ from _common import (
     loadable_folder,
     markdown_table,
     run_fresh,
+    whole_lines,
 )
 from _cost_variants import CostSettings, choose_layers, measure
 
@@ -159,14 +160,8 @@ def _append(output: Path, record: Record) -> None:
 
 
 def _stored(output: Path, settings: CostSettings) -> list[Record]:
-    """Return the measurements of earlier runs; a line that a kill truncated is removed."""
-    if not output.exists():
-        return []
-    text = output.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        output.write_text(whole, encoding="utf-8")
-    records: list[Record] = [json.loads(line) for line in whole.splitlines()]
+    """Return the measurements of earlier runs."""
+    records: list[Record] = [json.loads(line) for line in whole_lines(output)]
     now = _plain(settings)
     for record in records:
         differing = [key for key in now if record["settings"].get(key) != now[key]]

@@ -25,6 +25,7 @@ from _common import (
     hardware,
     loadable_folder,
     markdown_table,
+    whole_lines,
 )
 
 from grasp_lightning.errors import ConfigError
@@ -117,14 +118,8 @@ def _named(text: str) -> tuple[str, Path]:
 
 
 def _stored(file: Path) -> dict[Key, float]:
-    """Return the measurements of earlier runs; a line that a kill truncated is removed."""
-    if not file.is_file():
-        return {}
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole, encoding="utf-8")
-    rows = [json.loads(line) for line in whole.splitlines()]
+    """Return the measurements of earlier runs."""
+    rows = [json.loads(line) for line in whole_lines(file)]
     return {Key(*row[:-1]): row[-1] for row in rows}
 
 

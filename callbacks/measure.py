@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
@@ -25,15 +23,16 @@ from grasp_lightning.callbacks.expected_warnings import expected_warnings
 from grasp_lightning.callbacks.layer_gradients import LayerTaylorScores, layer_scores
 from grasp_lightning.callbacks.measurement import WINDOWS, Measurement
 from grasp_lightning.callbacks.moments import LinearMoments
+from grasp_lightning.callbacks.placement import check_trainer, is_split, placement
 from grasp_lightning.callbacks.progress import StepProgressBar
 from grasp_lightning.callbacks.removals import LossWithoutParts
 from grasp_lightning.callbacks.seams import LayerSeams
 from grasp_lightning.callbacks.similarity import LayerSimilarity
 from grasp_lightning.callbacks.span_training import train_span
 from grasp_lightning.callbacks.stop_request import StopRequest
-from grasp_lightning.config import CALIBRATION_STRATEGIES, Strategy, TrainerConfig
+from grasp_lightning.config import TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
-from grasp_lightning.errors import ConfigError, PlanError
+from grasp_lightning.errors import PlanError
 from grasp_lightning.evaluation.cut_losses import first_tokens
 from grasp_lightning.methods.attribution import ATTRIBUTION, attribution_step
 from grasp_lightning.methods.layer_choice import GRADIENTS, SELECT
@@ -59,7 +58,7 @@ from grasp_lightning.training.calibration import CalibrationModule
 from grasp_lightning.training.hidden_cache import HiddenCache
 from grasp_lightning.training.merge_trials import MergeTrials, final_states
 from grasp_lightning.training.removal_losses import removal_losses
-from grasp_lightning.training.strategies import CalibrationDDP, CalibrationFSDP
+from grasp_lightning.training.strategies import CalibrationFSDP
 
 _DESCRIPTIONS = {
     SELECT: "comparing layers",
@@ -353,67 +352,4 @@ class TrainerMeasure:
             inference_mode=False,
             use_distributed_sampler=False,
             **more,
-        )
-
-
-def placement(config: TrainerConfig, device: torch.device) -> dict[str, Any]:
-    """Return the Trainer arguments ``devices``, ``num_nodes``, ``strategy`` and ``plugins``."""
-    # The environment was read when the process group was formed. Lightning's own plugin for SLURM
-    # would requeue from a signal handler, in the middle of a batch.
-    plugins = [LightningEnvironment()]
-    if processes.num_processes() > 1:
-        group = {"devices": config.devices, "num_nodes": config.num_nodes}
-        return {**group, "strategy": CalibrationDDP(), "plugins": plugins}
-    devices = 1 if device.type == "cpu" else [device.index or 0]
-    return {"devices": devices, "num_nodes": 1, "strategy": "auto", "plugins": plugins}
-
-
-def is_split(config: TrainerConfig) -> bool:
-    """Return whether several processes share the weights of one model (strategy fsdp)."""
-    return config.strategy == "fsdp" and processes.num_processes() > 1
-
-
-def check_trainer(
-    config: TrainerConfig,
-    device: torch.device,
-    strategies: Sequence[Strategy] = CALIBRATION_STRATEGIES,
-    stage: str = "calibration",
-) -> None:
-    """Refuse Trainer settings that no pass of a stage can follow.
-
-    Raises:
-        ConfigError: If the number of processes differs from the settings, or as in
-            ``check_placement``.
-    """
-    check_placement(config, device, strategies, stage)
-    wanted_processes = config.devices * config.num_nodes
-    if wanted_processes != processes.num_processes():
-        raise ConfigError(
-            f"trainer.devices times trainer.num_nodes is {wanted_processes}, but there are "
-            f"{processes.num_processes()} processes: start that many with torchrun or srun"
-        )
-
-
-def check_placement(
-    config: TrainerConfig,
-    device: torch.device,
-    strategies: Sequence[Strategy] = CALIBRATION_STRATEGIES,
-    stage: str = "calibration",
-) -> None:
-    """Refuse Trainer settings that do not fit the stage or the device.
-
-    Raises:
-        ConfigError: If the stage does not support the strategy, or the accelerator is another
-            kind of device.
-    """
-    if config.strategy not in strategies:
-        raise ConfigError(
-            f"trainer.strategy is {config.strategy}, which {stage} does not support; expected one "
-            f"of {', '.join(strategies)}"
-        )
-    wanted = "cuda" if config.accelerator == "gpu" else config.accelerator
-    if wanted not in ("auto", device.type):
-        raise ConfigError(
-            f"trainer.accelerator is {config.accelerator}, but the model is on {device}: leave it "
-            "on auto, and set model.device"
         )

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
+from typing import Generic, Protocol, TypeVar
 
 import lightning as L
 import torch
@@ -13,6 +14,7 @@ from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.training.calibration import Batch, CalibrationModule
 
 WINDOWS = "windows"
+C = TypeVar("C", bound="Collector")
 
 
 class Measurement(L.Callback):
@@ -155,6 +157,55 @@ class Measurement(L.Callback):
     ) -> None:
         """Remove the hooks when a run ends early."""
         self._hooks.close()
+
+
+class Collector(Protocol):
+    """Sums over the hidden states of a model, by hooks on its layers."""
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Hook the model during a ``with`` block."""
+
+    def start_batch(self, mask: Tensor) -> None:
+        """Set the mask of the next forward pass, True for real tokens, ``(B, T)``."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the sums so far."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore sums from ``state``."""
+
+
+class CollectorMeasurement(Measurement, Generic[C]):
+    """A measurement whose sums are in a collector, which ``collector`` makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._collector: C  # set while hooks are attached
+
+    @abstractmethod
+    def collector(self, module: CalibrationModule, step: Step) -> C:
+        """Return a collector with empty sums."""
+
+    def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
+        """Return the hooks of the collector."""
+        self._collector = self.collector(module, step)
+        return self._collector.attached()
+
+    def start_batch(self, batch: Batch) -> None:
+        """Read which tokens are real."""
+        self._collector.start_batch(batch["mask"])
+
+    def release(self) -> None:
+        """Release the sums and hidden states."""
+        del self._collector
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the sums of the collector."""
+        return self._collector.state()
+
+    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """Continue from sums over earlier windows."""
+        self._collector.load_state(sums)
 
 
 def calibration_module(module: L.LightningModule) -> CalibrationModule:

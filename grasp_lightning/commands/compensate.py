@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 
 from grasp_lightning import processes
-from grasp_lightning.callbacks.measure import check_trainer
+from grasp_lightning.callbacks.placement import check_trainer
 from grasp_lightning.callbacks.split_model import MeasureInFit
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.commands.outputs import CompensationOutcome, write_outputs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from grasp_lightning.callbacks.measure import check_placement
+from grasp_lightning.callbacks.placement import check_placement
 from grasp_lightning.commands.compress import resolved
 from grasp_lightning.commands.inputs import bytes_needed, check_num_windows
 from grasp_lightning.commands.plan import planned

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from grasp_lightning import __version__, processes
-from grasp_lightning.callbacks.measure import check_trainer, is_split
+from grasp_lightning.callbacks.placement import check_trainer, is_split
 from grasp_lightning.commands.stages import LOAD
 from grasp_lightning.config import CompressConfig
 from grasp_lightning.config.values import check_values

@@ -16,7 +16,7 @@ from grasp_lightning.callbacks.best_weights import BestWeights, StopWithoutProgr
 from grasp_lightning.callbacks.expected_warnings import expected_warnings
 from grasp_lightning.callbacks.export import ExportMergedModel
 from grasp_lightning.callbacks.history import TrainingHistory
-from grasp_lightning.callbacks.measure import placement
+from grasp_lightning.callbacks.placement import placement
 from grasp_lightning.callbacks.progress import StepProgressBar
 from grasp_lightning.callbacks.split_model import GatherTrained
 from grasp_lightning.callbacks.stop_request import StopRequest

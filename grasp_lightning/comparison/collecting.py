@@ -1,6 +1,7 @@
 """From the files of a grid to the comparison that is shown."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +28,7 @@ def collect(
     machines = dict.fromkeys(done.machine for done in measured.values() if done.machine)
     return Comparison(
         cells=tuple(
-            _failed(cell, failures[cell], folder, paper)
+            replace(_unmeasured(folder, cell, paper), error=failures[cell])
             if cell in failures
             else _result(folder, cell, measured[cell], paper)
             for cell in cells
@@ -37,7 +38,8 @@ def collect(
     )
 
 
-def _failed(cell: Cell, error: str, folder: GridFolder, paper: PaperNumbers) -> CellResult:
+def _unmeasured(folder: GridFolder, cell: Cell, paper: PaperNumbers) -> CellResult:
+    """Return what a cell asks for, and the paper's numbers."""
     return CellResult(
         model=cell.model,
         method=cell.method,
@@ -45,7 +47,6 @@ def _failed(cell: Cell, error: str, folder: GridFolder, paper: PaperNumbers) -> 
         seed=cell.seed,
         compensation=cell.compensation,
         folder=_relative(folder, cell),
-        error=error,
         paper=paper_columns(paper, cell),
     )
 
@@ -56,13 +57,8 @@ def _result(folder: GridFolder, cell: Cell, done: Measurements, paper: PaperNumb
     runs = [(name, done.tasks[name].result) for name in names_of_tasks]
     speeds = done.speed.result if done.speed is not None and is_asked(config.speed, cell) else {}
     metrics = None if cell.is_dense else _metrics(folder, cell)
-    return CellResult(
-        model=cell.model,
-        method=cell.method,
-        removed_ratio=cell.removed_ratio,
-        seed=cell.seed,
-        compensation=cell.compensation,
-        folder=_relative(folder, cell),
+    return replace(
+        _unmeasured(folder, cell, paper),
         removed=_removed(folder, cell),
         perplexity={name: done.texts[name].result.perplexity for name in config.texts},
         tasks={task: result for name, run in runs for task, result in _asked(name, run).items()},
@@ -71,7 +67,6 @@ def _result(folder: GridFolder, cell: Cell, done: Measurements, paper: PaperNumb
         decode=speeds["decode"].ratio if "decode" in speeds else None,
         seconds=None if cell.is_dense else _seconds(folder, cell),
         peak_memory_bytes=None if metrics is None else metrics.peak_memory_bytes,
-        paper=paper_columns(paper, cell),
     )
 
 

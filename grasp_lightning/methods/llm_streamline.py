@@ -12,13 +12,7 @@ from grasp_lightning.methods.blocks import blocks
 from grasp_lightning.methods.budget import resolve_num_layers
 from grasp_lightning.methods.layer_choice import LayerChoice, configured_layers
 from grasp_lightning.methods.layerwise import LayerwiseMethod
-from grasp_lightning.methods.options import (
-    check_share,
-    filled,
-    keys_of,
-    named_layers,
-    resolve_layers,
-)
+from grasp_lightning.methods.options import filled, keys_of, resolve_deletion
 from grasp_lightning.methods.prediction import Layers, Outlook, Prediction, outlook_of
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
@@ -147,13 +141,7 @@ def _removed(view: DecoderView, index: int, training: StreamlineOptions) -> tupl
 
 
 def _resolved(config: MethodConfig) -> MethodConfig:
-    check_share(config.removed_ratio)
-    key = named_layers(config)
-    if config.removed_ratio is not None and key is not None:
-        raise ConfigError(
-            f"method {NAME} takes method.removed_ratio or {key}, not both; leave one unset"
-        )
-    config = resolve_layers(filled(config, _DEFAULTS, unused=keys_of(MethodOptions)))
+    config = resolve_deletion(filled(config, _DEFAULTS, unused=keys_of(MethodOptions)))
     layers = config.layers
     if layers is not None and (
         len(layers) == 1 or layers != tuple(range(layers[0], layers[-1] + 1))
