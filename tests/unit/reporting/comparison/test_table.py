@@ -190,7 +190,7 @@ def test_csv_parses_back_to_the_raw_numbers() -> None:
 def test_csv_keeps_its_columns_when_nothing_was_measured() -> None:
     (line,) = csv.DictReader(io.StringIO(csv_text(grid(FAILED_CELL))))
     assert list(line) == [
-        *("model", "method", "compensation", "seed", "requested_ratio", "removed_ratio"),
+        *("model", "method", "compensation", "seed", "requested_ratio", "removed_ratio", "zero_ratio"),
         *("task_mean", "task_mean_stderr", "task_mean_difference", "task_mean_difference_stderr"),
         *("share_of_dense", "bytes"),
         *("prefill_ratio", "prefill_ratio_first_quartile", "prefill_ratio_third_quartile"),
