@@ -134,7 +134,7 @@ def compress_work(
     measuring = {
         "similarity": Work(tokens),
         "removals": _removal_work(config, view, prediction, plan),
-        "curvature": _curvature_work(config, view, plan, tokens),
+        "curvature": _curvature_work(config, view, prediction, plan),
         "seam": Work(_SEAM * tokens),
         "gradients": Work(_FORWARD_AND_BACKWARD * tokens * passes, passes),
         "attribution": attribution,
@@ -153,12 +153,15 @@ def compress_work(
     }
 
 
-def _curvature_work(config: CompressConfig, view: DecoderView, plan: Plan, tokens: int) -> Work:
+def _curvature_work(
+    config: CompressConfig, view: DecoderView, prediction: Prediction, plan: Plan
+) -> Work:
     """Return the work of one pass over all layers, or of one pass for each layer to prune."""
+    tokens = config.calibration.num_samples * config.calibration.seqlen
     if config.method.pattern is None:
         return Work(_CURVATURE * tokens)
     done = {view.layer_of(module) for op in plan.operations for module in op.linears}
-    left = view.num_layers - len(done)
+    left = len(prediction.layers) - len(done)
     # After the first pass, two layers run in each: the one pruned last, and the measured one.
     return Work(_PRUNING * tokens * left / view.num_layers, max(left, 1))
 

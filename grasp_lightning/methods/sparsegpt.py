@@ -1,6 +1,6 @@
 """Weights set to zero, and the others changed to make up for them: SparseGPT."""
 
-from typing import Final
+from typing import ClassVar, Final
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class SparseGpt(SparsityMethod):
     - The update is computed in float64, from Gram matrices summed in float32.
     """
 
-    moment_kind: MomentKind = "input_gram"
+    moment_kind: ClassVar[MomentKind] = "input_gram"
     reference = "https://arxiv.org/abs/2301.00774"
 
     def _pruned(

@@ -1,6 +1,6 @@
 """Weights set to zero by magnitude times input norm: Wanda."""
 
-from typing import Final
+from typing import ClassVar, Final
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ class Wanda(SparsityMethod):
     requested share of all parameters of the model; the paper gives s itself.
     """
 
-    moment_kind: MomentKind = "input_square"
+    moment_kind: ClassVar[MomentKind] = "input_square"
     reference = "https://arxiv.org/abs/2306.11695"
 
     def _pruned(
