@@ -292,10 +292,11 @@ class TrainerMeasure:
         """Skip the first layers of a pass if they have not changed since an earlier one.
 
         Backward passes work from the last layer down, and start from the inputs that the first pass
-        has kept. Forward passes work up: each measures its first layer, starts from the input of
-        the layer that the pass before has measured, and skips the layers above.
+        has kept. Forward passes over the inputs of linears work up: each measures its first layer,
+        starts from the input of the layer measured before, and skips the layers above.
         """
-        if not (step.layers and self._caches):
+        has_cache = step.needs.is_backward or step.needs.moment_kinds
+        if not (step.layers and self._caches and has_cache):
             yield
             return
         module.cache = cache = self._cache = self._cache or HiddenCache(module.view)

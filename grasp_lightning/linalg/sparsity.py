@@ -110,8 +110,10 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     return factor
 
 
-def _without_lowest(block: Tensor, factor: Tensor, sparsity: float, groups: Groups | None) -> Tensor:
-    """Set elements of a block of columns ``(N, B)`` to zero, and correct those after them, in place.
+def _without_lowest(
+    block: Tensor, factor: Tensor, sparsity: float, groups: Groups | None
+) -> Tensor:
+    """Set elements of a block of columns ``(N, B)`` to zero in place, and correct later columns.
 
     Returns:
         ``w / U_jj`` of the zeros, and 0 elsewhere, ``(N, B)``.

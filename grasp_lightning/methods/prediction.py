@@ -73,8 +73,8 @@ class Prediction:
             return [
                 first,
                 f"{self.zeros / self.dense:.1%} of all parameters become zero, "
-                f"{self.zeros / self.factors:.1%} of the weights of {self.num_layers} layers; zeros "
-                "are stored like other weights, so the model is no smaller",
+                f"{self.zeros / self.factors:.1%} of the weights of {self.num_layers} layers; "
+                "zeros are stored like other weights, so the model is no smaller",
             ]
         if self.is_budget:
             return [first, self._budget_line]

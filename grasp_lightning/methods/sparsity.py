@@ -101,7 +101,7 @@ class ZerosRule:
 
 
 class SparsityMethod(LayerwiseMethod):
-    """Sets weights of all linears of a decoder layer to zero, and goes on to the next layer.
+    """Sets weights of all linears to zero, one decoder layer after the other.
 
     The inputs of a layer are measured after those before it are pruned, with its own linears still
     dense, as published. Embeddings, head, norms and biases stay.

@@ -45,8 +45,8 @@ def semi_sparse_problem(model: PreTrainedModel) -> str | None:
     if model.dtype not in DTYPES:
         dtype = str(model.dtype).removeprefix("torch.")
         return (
-            f"has weights in {dtype}, and 2:4 products exist in bfloat16 and float16: compress with "
-            "model.dtype=bfloat16"
+            f"has weights in {dtype}, and 2:4 products exist in bfloat16 and float16: compress "
+            "with model.dtype=bfloat16"
         )
     for name, module in _linears(model).items():
         if isinstance(module, Conv1D):

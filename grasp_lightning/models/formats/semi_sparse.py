@@ -111,6 +111,6 @@ class SemiSparseFormat(Format):
         difference = float((found - expected).abs().max() / expected.abs().max())
         if not difference <= _TOLERANCE:
             raise ModelError(
-                f"the model with 2:4 weights computes other logits: they differ by {difference:.3f} "
-                f"of the largest, at most {_TOLERANCE} is rounding; it is not kept"
+                "the model with 2:4 weights computes other logits: they differ by "
+                f"{difference:.3f} of the largest, at most {_TOLERANCE} is rounding; it is not kept"
             )

@@ -40,7 +40,9 @@ def naive_wanda(weight: Tensor, gram: Tensor, sparsity: float) -> Tensor:
     return pruned
 
 
-def naive_sparse_gpt(weight: Tensor, gram: Tensor, sparsity: float, groups: Groups | None) -> Tensor:
+def naive_sparse_gpt(
+    weight: Tensor, gram: Tensor, sparsity: float, groups: Groups | None
+) -> Tensor:
     """Optimal brain surgeon, column by column, with the inverse of what remains of H each time."""
     pruned, columns = weight.clone(), weight.shape[1]
     hessian = gram + 0.01 * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64)

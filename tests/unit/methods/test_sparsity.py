@@ -73,7 +73,7 @@ def input_grams(view: DecoderView, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def prune_naively(view: DecoderView, config: MethodConfig, sparsity: float) -> None:
-    """Prune a model in place as the papers say: measure a layer, prune it, go on."""
+    """Prune a model in place as the papers say: measure a layer, prune it, continue."""
     groups = groups_of(config.pattern or "unstructured")
     for index in view.layer_indices:
         linears = view.linears(index)

@@ -114,7 +114,7 @@ def test_a_sparse_model_is_called_no_smaller() -> None:
     operation = SparsifyLinear(module="model.layers.0.mlp.up_proj", pattern="2:4", zeros=200)
     plan = Plan(method="wanda", operations=(operation,))
     text = card(metrics, plan=plan, servers=Servers())
-    assert "20.0% of all parameters. Zeros are stored like other weights, so the model is no" in text
+    assert "20.0% of all parameters. Zeros are stored like other weights, so the model is" in text
     assert "20.0% of all parameters were set to zero. They are stored like all others" in text
     assert "This is an ordinary model with zeros among its weights" in text
     assert "A smaller version" not in text

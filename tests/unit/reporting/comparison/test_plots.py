@@ -47,7 +47,8 @@ def test_the_title_names_the_best_at_the_share_that_most_methods_have() -> None:
 
 
 def test_models_with_zeros_are_not_drawn_over_what_is_removed() -> None:
-    sparse = replace(DROP_CELL, method="wanda", removed=0.0, zeros=0.2, perplexity={"WikiText-2": 1.0})
+    perplexity = {"WikiText-2": 1.0}
+    sparse = replace(DROP_CELL, method="wanda", removed=0.0, zeros=0.2, perplexity=perplexity)
     plots = comparison_plots(replace(COMPARISON, cells=(DENSE_CELL, DROP_CELL, sparse)))
     assert plots["perplexity.svg"].title.startswith("drop has the lowest perplexity")
     assert plots["perplexity.svg"].explanation.endswith("not drawn: they remove nothing.")

@@ -161,8 +161,9 @@ def test_zeros_are_shown_beside_what_is_removed() -> None:
     sparse = replace(DROP_CELL, method="wanda", removed=0.0, zeros=0.2004)
     comparison = grid(DENSE_CELL, DROP_CELL, sparse)
     assert "zeros" not in row(COMPARISON, 1)
-    found = [(row(comparison, place)["removed"], row(comparison, place)["zeros"]) for place in (1, 2)]
-    assert found == [("21.05%", ""), ("0.00%", "20.04%")]
+    rows = [row(comparison, place) for place in (1, 2)]
+    shown = [(found["removed"], found["zeros"]) for found in rows]
+    assert shown == [("21.05%", ""), ("0.00%", "20.04%")]
     assert "They are stored like all others, so these models are no smaller." in markdown_text(
         comparison
     )
