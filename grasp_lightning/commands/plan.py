@@ -84,8 +84,8 @@ def planned(config: PlanConfig, compensate: CompensateConfig, view: DecoderView)
             dense,
             compressed,
             prediction.layers,
-            _moment_bytes(view, config, prediction),
-            prediction.factors if prediction.zeros else 0,
+            moments=_moment_bytes(view, config, prediction),
+            set_weights=prediction.factors if prediction.zeros else 0,
         ),
         compensation=compensation_plan(config, compensate, dense, compressed),
     )

@@ -61,6 +61,7 @@ def calibration_plan(
     dense: ModelShape,
     compressed: ModelShape,
     layers: tuple[int, ...],
+    *,
     moments: int = 0,
     set_weights: int = 0,
 ) -> CalibrationPlan:
@@ -76,6 +77,9 @@ def calibration_plan(
     """
     run = calibration_pass(config)
     scored = replace(scored_by(config, dense, layers), moments=moments)
+    if config.method.name == SPARSEGPT.name:
+        linears = [x for i in layers for x in dense.layers[i].linears.values()]
+        scored = replace(scored, update=max(map(update_bytes, linears)))
     replaced = [linear for layer in compressed.layers for linear in layer.linears.values()]
     processes = _num_processes(config.trainer)
     rows = {}
@@ -137,10 +141,6 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
     if method.replacement is not None:
         trained = max(layer.parameters for layer in dense.layers)
         return Scored(linears=(), lowest=None, num_layers=0, trained=trained)
-    if method.name == SPARSEGPT.name:
-        linears = [x for i in layers for x in dense.layers[i].linears.values()]
-        update = max(map(update_bytes, linears))
-        return Scored(linears=(), lowest=None, num_layers=0, update=update)
     if (method.score is None and method.weighting is None) or method.keep_ratio == 0:
         return Scored(linears=(), lowest=None, num_layers=0)
     positions = layers

@@ -70,12 +70,12 @@ class Prediction:
         if widths:
             widths = [f"{len(widths)} MLPs are narrowed:", *widths]
         if self.zeros:
-            return [
-                first,
+            zeros = (
                 f"{self.zeros / self.dense:.1%} of all parameters become zero, "
                 f"{self.zeros / self.factors:.1%} of the weights of {self.num_layers} layers; "
-                "zeros are stored like other weights, so the model is no smaller",
-            ]
+                "zeros are stored like other weights, so the model is no smaller"
+            )
+            return [first, zeros]
         if self.is_budget:
             return [first, self._budget_line]
         if self.ranks:

@@ -166,9 +166,7 @@ class SparsityMethod(LayerwiseMethod):
         for name, weight in dealt(weights, pruned, self._track, "prune"):
             tensors[f"{name}.weight"] = weight
             zeros = self._rule.zeros((weight.shape[0], weight.shape[1]), sparsity)
-            operations.append(
-                SparsifyLinear(module=name, pattern=self._rule.pattern, zeros=zeros)
-            )
+            operations.append(SparsifyLinear(module=name, pattern=self._rule.pattern, zeros=zeros))
         return Decision(operations=tuple(operations), tensors=tensors)
 
     def _outlook(self, view: DecoderView, layers: Layers) -> Outlook:
