@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from grasp_lightning.comparison.folder import GridFolder
 from grasp_lightning.comparison.grid import Cell, is_asked
@@ -59,7 +59,9 @@ def _result(folder: GridFolder, cell: Cell, done: Measurements, paper: PaperNumb
     metrics = None if cell.is_dense else _metrics(folder, cell)
     return replace(
         _unmeasured(folder, cell, paper),
-        removed=_removed(folder, cell),
+        removed=_share(folder, cell, "removed_ratio"),
+        # Training changes no size, but it may change zeros.
+        zeros=None if cell.is_trained else _share(folder, cell, "zero_ratio"),
         perplexity={name: done.texts[name].result.perplexity for name in config.texts},
         tasks={task: result for name, run in runs for task, result in _asked(name, run).items()},
         bytes=None if done.cost is None else done.cost.result.bytes,
@@ -79,12 +81,13 @@ def _relative(folder: GridFolder, cell: Cell) -> str:
     return "" if cell.is_dense else folder.run(cell).relative_to(folder.root).as_posix()
 
 
-def _removed(folder: GridFolder, cell: Cell) -> float:
+def _share(folder: GridFolder, cell: Cell, of: Literal["removed_ratio", "zero_ratio"]) -> float:
     if cell.is_dense:
         return 0.0
-    metrics = _metrics(folder, cell.base)  # training changes no size
+    metrics = _metrics(folder, cell.base)
     assert isinstance(metrics, Metrics)
-    return metrics.removed_ratio
+    share: float = getattr(metrics, of)
+    return share
 
 
 def _seconds(folder: GridFolder, cell: Cell) -> float:
