@@ -85,6 +85,7 @@ class Seconds:
     merges: float | None = None
     removals: float | None = None
     gradients: float | None = None
+    spread: float | None = None
     factorize: float | None = None
     cut_losses: float | None = None
     refit: float | None = None

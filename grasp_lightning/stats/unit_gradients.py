@@ -10,7 +10,6 @@ from torch import Tensor
 
 from grasp_lightning.config import Importance
 from grasp_lightning.errors import NumericsError
-from grasp_lightning.linalg.salience import first_order, mixed_order, second_order
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import whole
 from grasp_lightning.models.units import Units
@@ -139,16 +138,16 @@ def unit_importance(
 def _importance(
     importance: Importance, weight: Tensor, gradient: Tensor | None, squares: Tensor | None
 ) -> Tensor:
+    """Return the importance of each weight w; see ``LlmPruner`` for the formulas."""
+    square = weight.square()
     if importance == "l2":
-        return weight.square()
-    if importance == "taylor":
-        assert gradient is not None  # UnitGradients sums what the importance needs
-        return first_order(weight, gradient)
-    assert squares is not None
-    if importance == "taylor_second":
-        return second_order(weight, squares)
-    assert gradient is not None
-    return mixed_order(weight, gradient, squares)
+        return square
+    first = None if gradient is None else weight * gradient
+    second = None if squares is None else square * squares
+    if first is None:
+        assert second is not None  # what taylor_second needs
+        return second
+    return first.abs() if second is None else (first - second / 2).abs()
 
 
 def _unit_sums(units: Units, name: str, values: Tensor) -> Tensor:
