@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseLinear
+from grasp_lightning.models.lowrank import narrowed_linears
 from grasp_lightning.models.mlp import mlps
 
 # Attention that views its projections as heads of one size, however many there are. A family is
@@ -122,6 +123,12 @@ def head_units(view: DecoderView, index: int) -> Units | None:
             linears, reader, writers, parts, width=width, number=number, are_heads=True
         )
     return None
+
+
+def has_fewer_heads(model: nn.Module) -> bool:
+    """Return whether compression has removed heads, so that layers may have different numbers."""
+    linears = (*_SEPARATE, *_FUSED, _OUTPUT)
+    return any(name.rpartition(".")[2] in linears for name in narrowed_linears(model))
 
 
 def heads_problem(view: DecoderView, index: int) -> str | None:

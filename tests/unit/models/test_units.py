@@ -22,7 +22,7 @@ from grasp_lightning.models.surgery import apply_operations, parameters_after
 from grasp_lightning.models.units import Units, channel_units, head_units, heads_problem
 from grasp_lightning.plan import AddBias, NarrowMlp, Operation, Plan, RemoveHeads
 from tests.conftest import tiny_model
-from tests.unit.models.helpers import as_shape
+from tests.unit.models.helpers import as_shape, removal
 
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3"),
@@ -35,14 +35,6 @@ IDS = torch.arange(97, 109)[None]
 def units_of(view: DecoderView, index: int) -> list[Units]:
     found = [head_units(view, index), channel_units(view, index)]
     return [units for units in found if units is not None]
-
-
-def removal(view: DecoderView, index: int, groups: Sequence[int]) -> RemoveHeads:
-    units = head_units(view, index)
-    assert units is not None
-    return RemoveHeads(
-        output=units.reader, inputs=units.writers, groups=tuple(groups), num_groups=units.number
-    )
 
 
 def masked(model: PreTrainedModel, kept: dict[int, Sequence[int]]) -> PreTrainedModel:
