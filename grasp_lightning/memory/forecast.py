@@ -122,12 +122,10 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
         layers: Layers that are replaced.
     """
     method = config.method
-    max_bytes = config.statistics.max_memory * 1e9
-    if method.criterion not in (None, "perplexity"):
-        return _layer_gradients(dense, range(len(dense.layers)), max_bytes)
-    if method.importance not in (None, "l2"):
-        num_sums = 2 if method.importance == "taylor_mixed" else 1
-        return _layer_gradients(dense, layers, max_bytes, num_sums)
+    if method.criterion not in (None, "perplexity") or method.importance not in (None, "l2"):
+        # A criterion scores all layers.
+        scored = layers if method.criterion is None else tuple(range(len(dense.layers)))
+        return _layer_gradients(config, dense, scored)
     if method.name == SLEB or method.criterion == "perplexity":
         return Scored(linears=(), lowest=None, num_layers=0, has_logits=True)
     if method.replacement is not None:
@@ -160,10 +158,10 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
     )
 
 
-def _layer_gradients(
-    model: ModelShape, layers: Iterable[int], max_bytes: float, num_sums: int = 1
-) -> Scored:
+def _layer_gradients(config: CompressConfig, model: ModelShape, layers: Iterable[int]) -> Scored:
     """Return the largest pass over some layers: it sums the gradients of as many as fit."""
+    num_sums = 2 if config.method.importance == "taylor_mixed" else 1
+    max_bytes = config.statistics.max_memory * 1e9
     sizes = {index: num_sums * FLOAT32 * model.layers[index].parameters for index in layers}
     groups = groups_within(sizes, max_bytes)
     largest = max(groups, key=lambda group: sum(sizes[index] for index in group))

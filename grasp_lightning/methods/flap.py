@@ -7,16 +7,15 @@ import torch
 from torch import Tensor
 
 from grasp_lightning.config import AmountOptions, MethodConfig
-from grasp_lightning.errors import ConfigError
 from grasp_lightning.methods.base import CompressionMethod, Decision, Registered, Track
 from grasp_lightning.methods.options import resolve_share
 from grasp_lightning.methods.prediction import Prediction, predict_units
 from grasp_lightning.methods.unit_removal import (
     SPREAD,
     in_order,
-    out_of_reach,
     reader_weight,
     removable_units,
+    size_to_remove,
     stored_scores,
     unit_operation,
     unit_tensors,
@@ -103,9 +102,7 @@ class Flap(CompressionMethod):
                 tensors |= unit_tensors(model, units, kept)
                 mean = stats.spreads[units.reader].mean
                 tensors[f"{units.reader}.bias"] = compensation(model, units, removed, mean)
-        return Decision(
-            operations=tuple(operations), tensors=tensors, scores=stored_scores(scores)
-        )
+        return Decision(operations=tuple(operations), tensors=tensors, scores=stored_scores(scores))
 
     def predict(self, view: DecoderView) -> Prediction:
         """Return the size that the share leaves; the data decides on heads and widths."""
@@ -125,11 +122,7 @@ class Flap(CompressionMethod):
 
 
 def removable_blocks(view: DecoderView) -> list[Block]:
-    """Return attention and MLP of each layer; the weights may be on the meta device.
-
-    Raises:
-        ModelError: If heads or channels of a layer cannot be removed.
-    """
+    """Return attention and MLP of each layer; the weights may be on the meta device."""
     linears = view.all_linears()
     return [
         Block(x, linears[x.reader].out_features * (linears[x.reader].bias is None))
@@ -179,9 +172,7 @@ def units_to_remove(
         gone[reader].add(unit)
         order.append((reader, unit))
     for reader, unit in reversed(order):
-        returned = by_reader[reader].units.size - by_reader[reader].added * (
-            len(gone[reader]) == 1
-        )
+        returned = by_reader[reader].units.size - by_reader[reader].added * (len(gone[reader]) == 1)
         if left + returned <= 0:
             left += returned
             gone[reader].remove(unit)
@@ -195,9 +186,7 @@ def most_removed(blocks: Iterable[Block]) -> int:
     )
 
 
-def compensation(
-    view: DecoderView, units: Units, removed: Iterable[int], mean: Tensor
-) -> Tensor:
+def compensation(view: DecoderView, units: Units, removed: Iterable[int], mean: Tensor) -> Tensor:
     """Return the bias of a reader without some units: its bias plus their mean contribution.
 
     Args:
@@ -218,14 +207,7 @@ def _built(config: MethodConfig, view: DecoderView, track: Track) -> Flap:
     del track
     ratio, dense = config.removed_ratio, count_parameters(view.model)
     assert ratio is not None  # complete options
-    most = most_removed(removable_blocks(view))
-    if round(ratio * dense) > most:
-        raise out_of_reach(ratio, most, dense, "; lower it")
-    if round(ratio * dense) == 0:
-        raise ConfigError(
-            f"method.removed_ratio {ratio} removes less than one parameter: nothing would be "
-            "removed"
-        )
+    size_to_remove(ratio, dense, most_removed(removable_blocks(view)))
     return Flap(ratio)
 
 

@@ -2,7 +2,6 @@
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Final
 
 from torch import Tensor
@@ -15,8 +14,8 @@ from grasp_lightning.methods.options import check_protected, filled, resolve_sha
 from grasp_lightning.methods.prediction import Prediction, predict_units
 from grasp_lightning.methods.unit_removal import (
     in_order,
-    out_of_reach,
     removable_units,
+    size_to_remove,
     stored_scores,
     unit_operation,
     unit_tensors,
@@ -103,9 +102,7 @@ class LlmPruner(CompressionMethod):
                 kept = in_order(scores[units.reader])[number:]
                 operations.append(unit_operation(units, kept))
                 tensors |= unit_tensors(model, units, kept)
-        return Decision(
-            operations=tuple(operations), tensors=tensors, scores=stored_scores(scores)
-        )
+        return Decision(operations=tuple(operations), tensors=tensors, scores=stored_scores(scores))
 
     def predict(self, view: DecoderView) -> Prediction:
         """Return the exact sizes; the data decides which units are removed."""
@@ -125,47 +122,39 @@ def numbers_to_remove(blocks: Sequence[Units], ratio: float, dense: int) -> dict
         ratio: Share of all parameters to remove.
         dense: Parameters of the whole model.
 
-    Raises:
-        ConfigError: If the share is out of reach.
+    A share that is out of reach is a ``ConfigError``.
     """
     heads = [units for units in blocks if units.are_heads]
     channels = [units for units in blocks if not units.are_heads]
-    most_heads, most_channels = (max(x.number for x in part) for part in (heads, channels))
-    target = round(ratio * dense)
-
-    def of_channels(number: int) -> dict[str, int]:
-        """Return the share of the widest MLP for each, rounded up."""
-        wanted = {x: -(-number * x.number // most_channels) for x in channels}
-        return {x.reader: min(count, x.number - 1) for x, count in wanted.items()}
-
-    def of_heads(number: int) -> dict[str, int]:
-        wanted = {x: round(number * x.number / most_heads) for x in heads}
-        return {x.reader: min(count, x.number - 1) for x, count in wanted.items()}
-
-    def size(part: Sequence[Units], numbers: Mapping[str, int]) -> int:
-        return sum(x.size * numbers[x.reader] for x in part)
-
-    def size_of_channels(number: int) -> int:
-        return size(channels, of_channels(number))
-
+    num_groups, num_channels = (max(x.number for x in part) for part in (heads, channels))
+    most = _size(heads, num_groups) + _size(channels, num_channels)
+    advice = ", method.protect_first or method.protect_last"
+    target = size_to_remove(ratio, dense, most, advice)
     choices: list[tuple[bool, float, int, int]] = []
-    for groups in range(most_heads):
-        rest = target - size(heads, of_heads(groups))
-        number = bisect_left(range(most_channels), rest, key=size_of_channels)
-        if number < most_channels:
-            difference = abs(groups / most_heads - number / most_channels)
+    for groups in range(num_groups):
+        rest = target - _size(heads, groups)
+        number = bisect_left(range(num_channels), rest, key=lambda n: _size(channels, n))
+        if number < num_channels:
+            difference = abs(groups / num_groups - number / num_channels)
             choices.append((rest < 0, difference, groups, number))
-    if not choices:
-        most = size(heads, of_heads(most_heads - 1)) + size_of_channels(most_channels - 1)
-        advice = "; lower it, method.protect_first or method.protect_last"
-        raise out_of_reach(ratio, most, dense, advice)
     _, _, groups, number = min(choices)
-    if groups == number == 0:
-        raise ConfigError(
-            f"method.removed_ratio {ratio} removes less than one parameter: nothing would be "
-            "removed"
-        )
-    return {**of_heads(groups), **of_channels(number)}
+    return {**_numbers(heads, groups), **_numbers(channels, number)}
+
+
+def _numbers(blocks: Sequence[Units], number: int) -> dict[str, int]:
+    """Return the number of removed units of each block, if the largest block loses some number.
+
+    Smaller blocks lose the same share, rounded up. One unit stays.
+    """
+    most = max(units.number for units in blocks)
+    shares = {units: -(-number * units.number // most) for units in blocks}
+    return {units.reader: min(count, units.number - 1) for units, count in shares.items()}
+
+
+def _size(blocks: Sequence[Units], number: int) -> int:
+    """Return the number of parameters of ``_numbers``."""
+    numbers = _numbers(blocks, number)
+    return sum(units.size * numbers[units.reader] for units in blocks)
 
 
 def _resolved(config: MethodConfig) -> MethodConfig:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.operations.base import dense_module
 from grasp_lightning.models.linears import as_linear
+from grasp_lightning.models.operations.base import dense_module
 from grasp_lightning.models.sharding import whole
 from grasp_lightning.models.units import Units, channel_units, head_units, heads_problem
 from grasp_lightning.plan import NarrowMlp, RemoveHeads
@@ -79,17 +79,29 @@ def in_order(scores: Tensor) -> list[int]:
     return order
 
 
-def out_of_reach(ratio: float, most: int, dense: int, advice: str) -> ConfigError:
-    """Return the error of a share that is too large.
+def size_to_remove(ratio: float, dense: int, most: int, advice: str = "") -> int:
+    """Return how many parameters a share of the whole model is.
 
     Args:
         ratio: The share.
-        most: Parameters that can be removed.
         dense: Parameters of the whole model.
-        advice: What to do, as the rest of a sentence.
+        most: Parameters that can be removed.
+        advice: How to remove more, as the rest of a sentence.
+
+    Raises:
+        ConfigError: If they are too many, or none.
     """
-    high = math.floor(1e4 * most / dense) / 1e4
-    return ConfigError(
-        f"method.removed_ratio {ratio} is out of reach: the feasible range is above 0 to "
-        f"{high:.4f}, with one key/value group and one channel left in each layer{advice}"
-    )
+    size = round(ratio * dense)
+    if size > most:
+        high = math.floor(1e4 * most / dense) / 1e4
+        raise ConfigError(
+            f"method.removed_ratio {ratio} is out of reach: the feasible range is above 0 to "
+            f"{high:.4f}, with one key/value group and one channel left in each layer; lower "
+            f"it{advice}"
+        )
+    if size == 0:
+        raise ConfigError(
+            f"method.removed_ratio {ratio} removes less than one parameter: nothing would be "
+            "removed"
+        )
+    return size

@@ -268,6 +268,7 @@ class GraspConfig(QuantizationConfigMixin):
         shapes: Mapping[str, Sequence[int]] | None = None,
         weights: Mapping[str, Any] | None = None,  # Any: values of JSON
         seams: Mapping[str, str] | None = None,
+        *,
         biases: Sequence[str] = (),
         **unknown: object,
     ) -> None:
@@ -276,17 +277,7 @@ class GraspConfig(QuantizationConfigMixin):
                 f"quantization_config has unknown keys {sorted(unknown)}: the model was saved by a "
                 f"newer version of {QUANT_METHOD}, please update it"
             )
-        for module, rank in (ranks or {}).items():
-            if not _is_size(rank, least=0):
-                raise ValueError(f"rank of {module} must be an integer of at least 0, got {rank!r}")
-        for module, shape in (shapes or {}).items():
-            if not _is_shape(shape):
-                raise ValueError(f"shape of {module} must be two positive integers, got {shape!r}")
-            if module in (ranks or {}):
-                raise ValueError(f"{module} has both a rank and a shape; expected one of them")
-        for module in biases:
-            if module not in (shapes or {}):
-                raise ValueError(f"bias of {module}: expected a linear with a shape")
+        _check_linears(ranks or {}, shapes or {}, biases)
         _check_seams(seams or {})
         self.biases = list(biases)
         self.seams = dict(seams or {})
@@ -616,6 +607,22 @@ def _stored_key(key: str, ranks: Container[str]) -> str:
 
 def _values_of(parameter: str) -> str:
     return parameter.removesuffix(".weight") + _TORCHAO_VALUES
+
+
+def _check_linears(
+    ranks: Mapping[str, int], shapes: Mapping[str, Sequence[int]], biases: Iterable[str]
+) -> None:
+    for module, rank in ranks.items():
+        if not _is_size(rank, least=0):
+            raise ValueError(f"rank of {module} must be an integer of at least 0, got {rank!r}")
+    for module, shape in shapes.items():
+        if not _is_shape(shape):
+            raise ValueError(f"shape of {module} must be two positive integers, got {shape!r}")
+        if module in ranks:
+            raise ValueError(f"{module} has both a rank and a shape; expected one of them")
+    for module in biases:
+        if module not in shapes:
+            raise ValueError(f"bias of {module}: expected a linear with a shape")
 
 
 def _check_seams(seams: Mapping[str, str]) -> None:

@@ -228,9 +228,7 @@ def _attach(
     config = (
         weights
         if is_ordinary
-        else GraspConfig(
-            shapes.ranks, shapes=shapes.shapes, biases=shapes.biases, weights=content
-        )
+        else GraspConfig(shapes.ranks, shapes=shapes.shapes, biases=shapes.biases, weights=content)
     )
     model.config.quantization_config = config
     holder.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)

@@ -119,9 +119,7 @@ def head_units(view: DecoderView, index: int) -> Units | None:
         number = (fused if inputs == _FUSED else linears[writers[1]].out_features) // size
         width = columns // number
         parts = ((width, size, size),) if inputs == _FUSED else ((width,), (size,), (size,))
-        return _units(
-            linears, reader, writers, parts, width=width, number=number, are_heads=True
-        )
+        return _units(linears, reader, writers, parts, width=width, number=number, are_heads=True)
     return None
 
 

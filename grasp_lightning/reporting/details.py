@@ -56,7 +56,7 @@ class Details(NamedTuple):
 
 
 def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> list[Details]:
-    """Return the non-empty tables of layers, ranks, channels, heads, and removed or merged layers."""
+    """Return the non-empty tables of layers, ranks, channels, heads, removals and merges."""
     tables = (
         _layers(metrics, plan),
         _ranks(plan, scores),

@@ -32,9 +32,7 @@ class UnitGradients:
         importance: What is to be computed from the sums.
     """
 
-    def __init__(
-        self, view: DecoderView, units: Sequence[Units], importance: Importance
-    ) -> None:
+    def __init__(self, view: DecoderView, units: Sequence[Units], importance: Importance) -> None:
         self._view = view
         self._units = units
         self._importance = importance

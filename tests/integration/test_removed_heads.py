@@ -86,6 +86,4 @@ def test_heads_are_padded_with_zeros_in_a_dense_copy(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["export", f"--model={run / 'model'}", f"--output_dir={out}"]) == 0
     assert not has_replaced(AutoModelForCausalLM.from_pretrained(out / "model"))
-    torch.testing.assert_close(
-        logits(out / "model"), logits(run / "model"), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(logits(out / "model"), logits(run / "model"), rtol=1e-4, atol=1e-5)

@@ -180,9 +180,7 @@ def _dense_original(originals: PreTrainedModel, name: str) -> DenseModule:
     return linear
 
 
-def _heads(
-    originals: PreTrainedModel, narrowed: Mapping[str, NarrowedLinear]
-) -> dict[str, Parts]:
+def _heads(originals: PreTrainedModel, narrowed: Mapping[str, NarrowedLinear]) -> dict[str, Parts]:
     """Return the parts of the linears that write heads of narrowed attention, by name."""
     view, found = DecoderView(originals), dict[str, Parts]()
     for index in view.layer_indices:

@@ -202,5 +202,5 @@ def test_plans_that_do_not_fit_are_refused() -> None:
         apply_operations(view, [RemoveHeads(**fields, num_groups=4)], {})
     with pytest.raises(PlanError, match="expected a linear that it narrows before"):
         apply_operations(view, [AddBias(module=good.output)], {})
-    with pytest.raises(PlanError, match="removes heads of .* and narrows it, too"):
+    with pytest.raises(PlanError, match=r"removes heads of .* and narrows it, too"):
         apply_operations(view, [good, good], {})

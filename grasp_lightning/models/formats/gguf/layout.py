@@ -157,9 +157,9 @@ def _openelm_refusal(model: PreTrainedModel) -> str | None:
         return None
     return (
         "has MLPs of different widths, or layers with different numbers of heads: llama.cpp reads "
-        "one for all layers of Qwen3, and its architecture openelm, which takes one per layer, has no output matrix of its own and no "
-        "rotary embeddings of type llama3; compress with method.target=plain, which gives all MLPs "
-        "one width"
+        "one for all layers of Qwen3, and its architecture openelm, which takes one per layer, has "
+        "no output matrix of its own and no rotary embeddings of type llama3; compress with "
+        "method.target=plain, which gives all MLPs one width"
     )
 
 
