@@ -29,7 +29,9 @@ from grasp_lightning.callbacks.removals import LossWithoutParts
 from grasp_lightning.callbacks.seams import LayerSeams
 from grasp_lightning.callbacks.similarity import LayerSimilarity
 from grasp_lightning.callbacks.span_training import train_span
+from grasp_lightning.callbacks.spread import InputSpreads
 from grasp_lightning.callbacks.stop_request import StopRequest
+from grasp_lightning.callbacks.unit_gradients import UnitTaylorScores, unit_scores
 from grasp_lightning.config import TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import PlanError
@@ -39,6 +41,7 @@ from grasp_lightning.methods.layer_choice import GRADIENTS, SELECT
 from grasp_lightning.methods.removal import REMOVALS
 from grasp_lightning.methods.seams import SEAM
 from grasp_lightning.methods.truncation import CURVATURE
+from grasp_lightning.methods.unit_removal import SPREAD
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
 from grasp_lightning.plan import MergeLayers
@@ -54,6 +57,7 @@ from grasp_lightning.stats.base import (
 from grasp_lightning.stats.layer_gradients import gradient_groups
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
+from grasp_lightning.stats.unit_gradients import unit_groups
 from grasp_lightning.training.calibration import CalibrationModule
 from grasp_lightning.training.hidden_cache import HiddenCache
 from grasp_lightning.training.merge_trials import MergeTrials, final_states
@@ -66,7 +70,8 @@ _DESCRIPTIONS = {
     CURVATURE: "measuring curvature",
     REMOVALS: "measuring removals",
     SEAM: "comparing hidden states",
-    GRADIENTS: "scoring layers",
+    GRADIENTS: "scoring by gradients",
+    SPREAD: "measuring inputs",
 }
 
 
@@ -125,10 +130,13 @@ class TrainerMeasure:
             return self._pass(view, step, LayerSimilarity(step=step))
         if needs.seams:
             return self._pass(view, step, LayerSeams(step))
+        if needs.spreads:
+            return self._pass(view, step, InputSpreads(step))
         return Statistics(
             moments=self._moments(view, step) if needs.moment_kinds else {},
             removal_losses=self._removal_losses(view, needs),
             layer_scores=self._layer_scores(view, step) if needs.layer_gradients else {},
+            unit_scores=self._unit_scores(view, step) if needs.units else {},
             merge_similarity=self._merge_similarity(view, needs.merge),
             trained={} if needs.span_training is None else self._train(view, needs.span_training),
         )
@@ -212,6 +220,16 @@ class TrainerMeasure:
             step,
             gradient_groups(view, step.needs.layer_gradients, self._max_bytes),
             lambda group, part: self._pass(view, group, LayerTaylorScores(group), part),
+            None if self._store is None else self._store.scored_groups,
+        )
+
+    def _unit_scores(self, view: DecoderView, step: Step) -> Mapping[str, Tensor]:
+        """Score units by gradients, in as many passes as the memory of these requires."""
+        needs = step.needs
+        return unit_scores(
+            step,
+            unit_groups(view, needs.units, needs.importance, self._max_bytes),
+            lambda group, part: self._pass(view, group, UnitTaylorScores(group), part),
             None if self._store is None else self._store.scored_groups,
         )
 

@@ -144,6 +144,45 @@ class NarrowMlp(Replacement):
         return f"{self.reader}.weight"
 
 
+@operation("remove_heads")
+class RemoveHeads(Operation):
+    """Remove key/value groups of an attention, each with the query heads that read it.
+
+    Attributes:
+        output: Full name of the linear that reads the heads, in the original model.
+        inputs: Full names of the linears that compute queries, keys and values, in this order; or
+            of one that computes all three.
+        groups: Indices of the kept key/value groups, ascending.
+        num_groups: Number of key/value groups in the original model.
+    """
+
+    output: str
+    inputs: tuple[str, ...]
+    groups: tuple[int, ...]
+    num_groups: int
+
+    @property
+    def attention(self) -> str:
+        """Full name of the module that holds the linears."""
+        return self.output.rpartition(".")[0]
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Full names of all its linears."""
+        return (self.output, *self.inputs)
+
+
+@operation("add_bias")
+class AddBias(Operation):
+    """Give a linear that has lost inputs a bias, or another one; a replay needs the stored values.
+
+    Attributes:
+        module: Full name of the linear in the original model.
+    """
+
+    module: str
+
+
 @operation("remove_block")
 class RemoveBlock(Operation):
     """Remove an attention or MLP block: its linears get rank 0 and return only their biases.
@@ -309,6 +348,11 @@ class Plan:
     def zeros(self) -> int:
         """Number of weights that are set to zero."""
         return sum(op.zeros for op in self.operations if isinstance(op, SparsifyLinear))
+
+    def heads(self) -> dict[str, tuple[int, int]]:
+        """Kept and original number of key/value groups of every attention, by its full name."""
+        narrowed = [op for op in self.operations if isinstance(op, RemoveHeads)]
+        return {op.attention: (len(op.groups), op.num_groups) for op in narrowed}
 
     @property
     def removed_blocks(self) -> tuple[str, ...]:

@@ -125,6 +125,10 @@ class Outcome(RunOutcome[Metrics]):
                 reader: Pair(dense=self.num_inputs[reader], compressed=kept)
                 for reader, kept in self.plan.channels.items()
             },
+            heads={
+                name: Pair(dense=total, compressed=kept)
+                for name, (kept, total) in self.plan.heads.items()
+            },
             source_bytes=self.loaded.origin.source_bytes,
             perplexity=self.perplexity,
             perplexity_tokens=self.perplexity_tokens,

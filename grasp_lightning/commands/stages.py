@@ -13,6 +13,7 @@ from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.evaluation.cut_losses import MAX_TOKENS
 from grasp_lightning.methods.attribution import ATTRIBUTION
 from grasp_lightning.methods.blocks import weight_shapes
+from grasp_lightning.methods.flap import NAME as FLAP
 from grasp_lightning.methods.laco import MERGE
 from grasp_lightning.methods.layer_choice import GRADIENTS, SELECT
 from grasp_lightning.methods.llm_streamline import TRAIN_LAYER
@@ -22,11 +23,13 @@ from grasp_lightning.methods.seams import SEAM
 from grasp_lightning.methods.sleb import SLEB
 from grasp_lightning.methods.sparsegpt import SPARSEGPT
 from grasp_lightning.methods.truncation import CURVATURE
+from grasp_lightning.methods.unit_removal import SPREAD, removable_units
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.plan import Plan, Replacement
 from grasp_lightning.progress import Stage, Work
 from grasp_lightning.stats.layer_gradients import gradient_groups
+from grasp_lightning.stats.unit_gradients import unit_groups
 from grasp_lightning.storage.model_folder import VERIFY
 from grasp_lightning.storage.sampled_text import SAMPLE
 from grasp_lightning.training.finish import CUT_LOSSES, REFIT
@@ -41,6 +44,7 @@ PHASE_OF_STEP = {
     TRAIN_LAYER: TRAIN_LAYER,
     SEAM: "seam",
     GRADIENTS: "gradients",
+    SPREAD: "spread",
 }
 
 # Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
@@ -66,7 +70,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
     has_curvature = method.weighting not in (None, "none")
     is_scored = method.score is not None and method.keep_ratio != 0
     measures_cuts = method.weighting == "kfac" and config.statistics.measured_windows > 0
-    has_gradients = method.criterion not in (None, "perplexity")
+    has_gradients = method.criterion not in (None, "perplexity") or _scores_units(config)
     prices_blocks = method.unit in ("attention", "mlp") and method.layers is None
     choose = Stage(phase=FACTORIZE, label="prune" if prunes else "decompose")
     if method.ranks == "global":
@@ -76,7 +80,8 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase=SAMPLE, label="generate text"): writes_text and config.from_scores is None,
         Stage(phase=EVALUATE, label="perplexity before"): True,
         Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
-        Stage(phase="gradients", label="score layers"): has_gradients,
+        Stage(phase="gradients", label="score by gradients"): has_gradients,
+        Stage(phase="spread", label="measure inputs"): method.name == FLAP,
         Stage(phase="curvature", label="measure curvature"): has_curvature,
         Stage(phase="curvature", label="measure inputs"): prunes,
         Stage(phase="merges", label="try merges"): method.merge is not None,
@@ -131,11 +136,15 @@ def compress_work(
         attribution = Work(attribution.amount * blocks / 2, max(round(2 * blocks * left), 1))
     limit = config.statistics.max_memory * 1e9
     passes = len(gradient_groups(view, view.layer_indices, limit))
+    if method.importance is not None and _scores_units(config):
+        units = removable_units(view, prediction.layers, method.name)
+        passes = len(unit_groups(view, units, method.importance, limit))
     measuring = {
         "similarity": Work(tokens),
         "removals": _removal_work(config, view, prediction, plan),
         "curvature": _curvature_work(config, view, prediction, plan),
         "seam": Work(_SEAM * tokens),
+        "spread": Work(_SEAM * tokens),
         "gradients": Work(_FORWARD_AND_BACKWARD * tokens * passes, passes),
         "attribution": attribution,
         # About one sweep, half as deep on average.
@@ -168,6 +177,10 @@ def _curvature_work(
 
 def _shapes(view: DecoderView, prediction: Prediction) -> Collection[tuple[int, int]]:
     return weight_shapes(view, Plan(method="stages"), prediction.layers).values()
+
+
+def _scores_units(config: CompressConfig) -> bool:
+    return config.method.importance not in (None, "l2")
 
 
 def _removal_work(

@@ -28,6 +28,7 @@ RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
 SeamChoice = Literal["none", "linear"]
 TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
 CriterionChoice = Literal["taylor_plus", "taylor", "perplexity"]
+Importance = Literal["taylor", "taylor_second", "taylor_mixed", "l2"]
 MergeChoice = Literal["paper", "released"]
 ReplacementChoice = Literal["layer", "mlp"]
 PatternChoice = Literal["unstructured", "2:4", "4:8"]
@@ -44,8 +45,10 @@ class AmountOptions:
             llm_streamline: replaces contiguous layers by one that is trained; laco: merges layers;
             shortgpt: the layers of lowest block influence; sleb: the layers that a greedy search by
             the loss finds; shortened_llama: the layers of lowest importance by gradients or loss;
-            random: layers drawn at random; wanda and sparsegpt: set weights to zero, which saves no
-            memory; or a method of another installed package.
+            llm_pruner: attention heads and MLP channels of lowest importance by gradients, the same
+            share of each layer; flap: those whose inputs vary least, with biases that make up for
+            them; random: layers drawn at random; wanda and sparsegpt: set weights to zero, which
+            saves no memory; or a method of another installed package.
         num_layers: Number of decoder layers to replace or delete.
         removed_ratio: Share of all parameters to remove, for wanda and sparsegpt to set to zero;
             replaces ``num_layers`` or ``keep_ratio``.
@@ -258,20 +261,42 @@ class RandomOptions(AmountOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShortenedLlamaOptions(AmountOptions):
+class ProtectOptions:
+    """Which layers stay as they are.
+
+    Attributes:
+        protect_first: Number of layers at the start that are never deleted or made smaller.
+        protect_last: The same at the end.
+    """
+
+    protect_first: int | None = None
+    protect_last: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortenedLlamaOptions(ProtectOptions, AmountOptions):
     """What shortened_llama reads.
 
     Attributes:
         criterion: How layers are scored: taylor: by gradient times weight, summed over all
             parameters of a layer; taylor_plus: the same, with protected layers; perplexity: by the
             loss of the model without the layer.
-        protect_first: Number of layers at the start that are never deleted.
-        protect_last: The same at the end.
     """
 
     criterion: CriterionChoice | None = None
-    protect_first: int | None = None
-    protect_last: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmPrunerOptions(ProtectOptions, AmountOptions):
+    """What llm_pruner reads.
+
+    Attributes:
+        importance: How heads and channels are scored: taylor: by gradient times weight, the
+            modulus summed over all their weights; taylor_second: by the squared gradients of
+            single windows; taylor_mixed: by both; l2: by the squared weights, without text.
+    """
+
+    importance: Importance | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +333,7 @@ class SparsityOptions(MethodOptions):
 class MethodConfig(
     SparsityOptions,
     RandomOptions,
+    LlmPrunerOptions,
     ShortenedLlamaOptions,
     ReplaceMeOptions,
     DropOptions,
@@ -328,6 +354,8 @@ METHOD_OPTIONS: Final[Mapping[str, type[AmountOptions]]] = MappingProxyType(
         "shortgpt": MethodOptions,
         "sleb": AmountOptions,
         "shortened_llama": ShortenedLlamaOptions,
+        "llm_pruner": LlmPrunerOptions,
+        "flap": AmountOptions,
         "random": RandomOptions,
         "laco": LacoOptions,
         "llm_streamline": StreamlineOptions,

@@ -78,7 +78,8 @@ def calibration_memory(
     if scored.has_bases:
         statistics += bases_bytes(scored.linears, model.element_size)
     if scored.lowest is not None and (scored.has_bases or scored.sums_gradients):
-        statistics += sums_bytes(scored.linears, sums_gradients=scored.sums_gradients)
+        sums = sums_bytes(scored.linears, sums_gradients=scored.sums_gradients)
+        statistics += scored.num_sums * sums
     decomposition = max((decomposition_bytes(linear) for linear in scored.linears), default=0)
     decomposition = max(decomposition, scored.update)
     return CalibrationMemory(

@@ -1,5 +1,6 @@
 """Forecast of a calibration and a compensation from their configurations, by strategy."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final, get_args
 
@@ -134,8 +135,10 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
         layers: Layers that are replaced.
     """
     method = config.method
-    if method.criterion not in (None, "perplexity"):
-        return _layer_gradients(dense, config.statistics.max_memory * 1e9)
+    if method.criterion not in (None, "perplexity") or method.importance not in (None, "l2"):
+        # A criterion scores all layers.
+        scored = layers if method.criterion is None else tuple(range(len(dense.layers)))
+        return _layer_gradients(config, dense, scored)
     if method.name == SLEB or method.criterion == "perplexity":
         return Scored(linears=(), lowest=None, num_layers=0, has_logits=True)
     if method.replacement is not None:
@@ -168,9 +171,11 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
     )
 
 
-def _layer_gradients(model: ModelShape, max_bytes: float) -> Scored:
-    """Return the largest pass that scores whole layers: it sums the gradients of some of them."""
-    sizes = {index: FLOAT32 * layer.parameters for index, layer in enumerate(model.layers)}
+def _layer_gradients(config: CompressConfig, model: ModelShape, layers: Iterable[int]) -> Scored:
+    """Return the largest pass over some layers: it sums the gradients of as many as fit."""
+    num_sums = 2 if config.method.importance == "taylor_mixed" else 1
+    max_bytes = config.statistics.max_memory * 1e9
+    sizes = {index: num_sums * FLOAT32 * model.layers[index].parameters for index in layers}
     groups = groups_within(sizes, max_bytes)
     largest = max(groups, key=lambda group: sum(sizes[index] for index in group))
     return Scored(
@@ -178,6 +183,7 @@ def _layer_gradients(model: ModelShape, max_bytes: float) -> Scored:
         lowest=min(groups[0]),
         num_layers=len(largest),
         sums_gradients=True,
+        num_sums=num_sums,
         is_full=False,
         has_bases=False,
     )

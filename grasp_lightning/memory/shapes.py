@@ -122,6 +122,7 @@ class Scored:
         lowest: Lowest decoder layer that the backward pass reaches; None without a backward pass.
         num_layers: Number of layers scored in one pass.
         sums_gradients: Whether weight gradients are summed (signed and full).
+        num_sums: Number of sums per weight gradient.
         is_full: Whether u and v of a component are scored, too.
         has_bases: Whether all decompositions are held, not only one at a time.
         moments: Bytes of the Gram matrices that are summed instead.
@@ -134,6 +135,7 @@ class Scored:
     lowest: int | None
     num_layers: int
     sums_gradients: bool = False
+    num_sums: int = 1
     is_full: bool = True
     has_bases: bool = True
     moments: int = 0

@@ -11,9 +11,11 @@ from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.methods.base import CompressionMethod, Registered, Track, untracked
 from grasp_lightning.methods.budget import resolve_num_layers
 from grasp_lightning.methods.drop import DROP_METHOD
+from grasp_lightning.methods.flap import FLAP
 from grasp_lightning.methods.grasp import GRASP
 from grasp_lightning.methods.grasp_plus import GRASP_PLUS
 from grasp_lightning.methods.laco import LACO
+from grasp_lightning.methods.llm_pruner import LLM_PRUNER
 from grasp_lightning.methods.llm_streamline import LLM_STREAMLINE
 from grasp_lightning.methods.low_rank import LOW_RANK
 from grasp_lightning.methods.options import keys_of, refuse_ignored
@@ -37,8 +39,8 @@ METHODS: Final[Mapping[str, Registered]] = MappingProxyType(
         for method in (
             *(GRASP, GRASP_PLUS, LOW_RANK, DROP_METHOD),
             *(SHORTGPT, SLEB_METHOD, SHORTENED_LLAMA_METHOD),
-            *(LACO, LLM_STREAMLINE, REPLACEME_METHOD, RANDOM),
-            *(WANDA, SPARSEGPT),
+            *(LACO, LLM_STREAMLINE, REPLACEME_METHOD),
+            *(LLM_PRUNER, FLAP, WANDA, SPARSEGPT, RANDOM),
         )
     }
 )

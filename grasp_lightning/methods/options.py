@@ -126,6 +126,29 @@ def resolve_number(config: MethodConfig) -> MethodConfig:
     return replace(resolve_deletion(config), layer_metric=None)
 
 
+def check_protected(config: MethodConfig) -> None:
+    """Refuse a negative number of protected layers."""
+    for key in ("protect_first", "protect_last"):
+        value = getattr(config, key)
+        if value is not None and value < 0:
+            raise ConfigError(f"method.{key} is a number of layers and cannot be negative: {value}")
+
+
+def resolve_share(config: MethodConfig) -> MethodConfig:
+    """Return the options of a method that makes layers smaller until a share is removed.
+
+    Raises:
+        ConfigError: If the share is missing or out of range, or a number of layers is set.
+    """
+    refuse_ignored(
+        config, ("num_layers",), f"method {config.name} makes layers smaller and deletes none"
+    )
+    if config.removed_ratio is None:
+        raise ConfigError(f"method {config.name} needs method.removed_ratio, which is not set")
+    check_share(config.removed_ratio)
+    return config
+
+
 def _checked_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
     if not layers:
         raise ConfigError("method.layers must name at least one layer, got an empty list")

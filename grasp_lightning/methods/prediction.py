@@ -1,6 +1,6 @@
 """Predicted sizes of a compressed model, from shapes alone."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from grasp_lightning.plan import (
     MergeLayers,
     NarrowMlp,
     Operation,
+    Plan,
     RemoveBlock,
     SparsifyLinear,
 )
@@ -38,6 +39,9 @@ class Prediction:
         is_budget: The data decides on ranks, under one budget for all linears of the layers.
         widths: Kept and original number of channels of every narrowed MLP, by its name; empty if
             the data decides on them.
+        heads: Kept and original number of key/value groups of every attention that loses some, by
+            its name; empty if the data decides on them.
+        removes_units: A budget is spent on key/value groups and MLP channels, not on ranks.
         is_removable: Layers or blocks may be removed as a whole.
         target: What will serve the model, for a budget.
         is_span: One layer replaces contiguous ones, of which ``num_layers`` are deleted.
@@ -54,6 +58,8 @@ class Prediction:
     operations: tuple[Operation, ...]
     is_budget: bool = False
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    removes_units: bool = False
     is_removable: bool = False
     target: TargetChoice = "any"
     is_span: bool = False
@@ -69,6 +75,9 @@ class Prediction:
         widths = [f"  {mlp}: {k} of {size} channels" for mlp, (k, size) in self.widths.items()]
         if widths:
             widths = [f"{len(widths)} MLPs are narrowed:", *widths]
+        heads = [f"  {name}: {k} of {n} key/value groups" for name, (k, n) in self.heads.items()]
+        if heads:
+            widths = [f"{len(heads)} attention blocks lose heads:", *heads, *widths]
         if self.zeros:
             zeros = (
                 f"{self.zeros / self.dense:.1%} of all parameters become zero, "
@@ -93,6 +102,9 @@ class Prediction:
 
     @property
     def _budget_line(self) -> str:
+        if self.removes_units:
+            where = f"heads and MLP channels of {self.num_layers} layers share one budget"
+            return f"{where}: the data decides on their numbers in each layer"
         more = ", on what is removed whole" if self.is_removable else ""
         if self.target == "any":
             where = f"all linears of {self.num_layers} layers share one budget"
@@ -164,6 +176,37 @@ def predict_layers(
         operations=likely.operations,
         widths=narrowed_widths(view, likely.operations),
         zeros=sum(op.zeros for op in likely.operations if isinstance(op, SparsifyLinear)),
+    )
+
+
+def predict_units(
+    view: DecoderView, layers: Layers, operations: tuple[Operation, ...], size: int | None = None
+) -> Prediction:
+    """Predict the sizes if key/value groups and MLP channels of some layers are removed.
+
+    The model is dense, and its weights may be on the meta device.
+
+    Args:
+        operations: The removals; under a budget, removals of about its size.
+        size: Parameters that a budget leaves; None if the operations decide.
+    """
+    left = parameters_after(view, operations) if size is None else size
+    linears = view.all_linears()
+    readers = [op for op in operations if isinstance(op, NarrowMlp)]
+    is_budget = size is not None
+    return Prediction(
+        dense=count_parameters(view.model),
+        most=left,
+        least=left,
+        num_layers=len(layers),
+        ranks={},
+        factors=sum(linears[op.reader].out_features * len(op.channels) for op in readers),
+        layers=layers,
+        operations=operations,
+        is_budget=is_budget,
+        removes_units=is_budget,
+        widths={} if is_budget else narrowed_widths(view, operations),
+        heads={} if is_budget else Plan(method="prediction", operations=operations).heads,
     )
 
 

@@ -13,7 +13,7 @@ from grasp_lightning.methods.base import Registered, Track
 from grasp_lightning.methods.budget import resolve_num_layers
 from grasp_lightning.methods.drop import DropMethod
 from grasp_lightning.methods.layer_choice import GRADIENTS, LayerChoice
-from grasp_lightning.methods.options import resolve_number
+from grasp_lightning.methods.options import check_protected, resolve_number
 from grasp_lightning.methods.removal import REMOVALS, layer_part
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue
@@ -110,10 +110,7 @@ class ImportanceChoice(LayerChoice):
 
 def _resolved(config: MethodConfig) -> MethodConfig:
     config = resolve_number(config)
-    for key in ("protect_first", "protect_last"):
-        value = getattr(config, key)
-        if value is not None and value < 0:
-            raise ConfigError(f"method.{key} is a number of layers and cannot be negative: {value}")
+    check_protected(config)
     criterion = config.criterion or _DEFAULT
     is_plus = criterion == "taylor_plus"
     first, last = config.protect_first, config.protect_last

@@ -118,7 +118,43 @@ class LowRankLinear(nn.Module):
 
 
 class NarrowedLinear(nn.Linear):
-    """A linear with fewer inputs or outputs than the config of its model says."""
+    """A linear with fewer inputs or outputs than the config of its model says.
+
+    Attributes:
+        adds_bias: Whether compression gave it a bias that the config of its model does not build.
+    """
+
+    adds_bias = False
+
+
+class _WithHeads:
+    """The config of a model with another number of heads, for one attention that reads it there."""
+
+    def __init__(self, shared: PreTrainedConfig, num_heads: int) -> None:
+        self.shared = shared
+        self.num_attention_heads = num_heads
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  keys of all types
+        if name == "shared":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+
+def fit_heads(attention: nn.Module) -> None:
+    """Let an attention split the output of its fused linear into the heads that it has now.
+
+    Only attention that reads its number of heads needs this, as that of Phi-3; others view as many
+    heads as their linears compute.
+    """
+    holder: Any = attention  # Any: attributes of one family alone
+    fused, output = (getattr(attention, name, None) for name in ("qkv_proj", "o_proj"))
+    if fused is None or output is None or not hasattr(attention, "num_key_value_heads"):
+        return
+    num_heads = output.in_features // holder.head_dim
+    holder.num_key_value_heads = (fused.out_features // holder.head_dim - num_heads) // 2
+    shared = getattr(holder.config, "shared", holder.config)
+    is_dense = num_heads == shared.num_attention_heads
+    holder.config = shared if is_dense else _WithHeads(shared, num_heads)
 
 
 class SeamLinear(nn.Linear):
@@ -219,6 +255,7 @@ class GraspConfig(QuantizationConfigMixin):
         ranks: Rank of each low-rank linear.
         shapes: ``[out_features, in_features]`` of each narrowed linear.
         seams: For each seam the parameter of its decoder layer under whose key it is stored.
+        biases: Narrowed linears with a bias that the config of the model does not build.
         weights: The config of the quantizer of transformers that reads the weights of linears, with
             its ``quant_method``; None for plain floating point.
         **unknown: Refused: a newer format may have additions that must not be ignored.
@@ -231,6 +268,8 @@ class GraspConfig(QuantizationConfigMixin):
         shapes: Mapping[str, Sequence[int]] | None = None,
         weights: Mapping[str, Any] | None = None,  # Any: values of JSON
         seams: Mapping[str, str] | None = None,
+        *,
+        biases: Sequence[str] = (),
         **unknown: object,
     ) -> None:
         if unknown:
@@ -238,15 +277,9 @@ class GraspConfig(QuantizationConfigMixin):
                 f"quantization_config has unknown keys {sorted(unknown)}: the model was saved by a "
                 f"newer version of {QUANT_METHOD}, please update it"
             )
-        for module, rank in (ranks or {}).items():
-            if not _is_size(rank, least=0):
-                raise ValueError(f"rank of {module} must be an integer of at least 0, got {rank!r}")
-        for module, shape in (shapes or {}).items():
-            if not _is_shape(shape):
-                raise ValueError(f"shape of {module} must be two positive integers, got {shape!r}")
-            if module in (ranks or {}):
-                raise ValueError(f"{module} has both a rank and a shape; expected one of them")
+        _check_linears(ranks or {}, shapes or {}, biases)
         _check_seams(seams or {})
+        self.biases = list(biases)
         self.seams = dict(seams or {})
         self.quant_method = quant_method  # type: ignore[assignment]  # its enum has no others
         self.ranks = dict(ranks or {})
@@ -256,7 +289,7 @@ class GraspConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
         """Return the content of config.json, without what says nothing, except for ranks."""
         content: dict[str, Any] = super().to_dict()
-        for key in ("shapes", "weights", "seams"):
+        for key in ("shapes", "weights", "seams", "biases"):
             if not content[key]:
                 del content[key]
         return content
@@ -311,7 +344,10 @@ class GraspQuantizer(HfQuantizer):
         """Replace dense linears and add seams while the model is still on the meta device."""
         self._replace_linears(model)
         self._add_seams(model)
-        _check_stored(self._seam_keys, checkpoint_files or ())
+        biases = self.quantization_config.biases if self._weights is None else ()
+        _check_stored(
+            (*self._seam_keys, *(f"{module}.bias" for module in biases)), checkpoint_files or ()
+        )
         if self._weights is not None:
             self._weights.preprocess_model(
                 model, device_map=device_map, checkpoint_files=checkpoint_files, **options
@@ -320,7 +356,7 @@ class GraspQuantizer(HfQuantizer):
     def _replace_linears(self, model: PreTrainedModel) -> None:
         # The quantizer of bitsandbytes takes plain linears only.
         narrowed = NarrowedLinear if self._weights is None else nn.Linear
-        names = {name for name, _ in model.named_modules()}
+        names, changed = {name for name, _ in model.named_modules()}, set[str]()
         for stored, rank in self.quantization_config.ranks.items():
             module, linear = _linear_in_model(model, names, stored)
             rows, columns = dense_shape(linear)
@@ -342,7 +378,14 @@ class GraspQuantizer(HfQuantizer):
                     f"shape {rows} x {columns} of {stored} is not smaller than that of a linear of "
                     f"{dense[0]} x {dense[1]}"
                 )
-            model.set_submodule(module, narrowed(columns, rows, **_options_of(linear)))
+            options, adds_bias = _options_of(linear), stored in self.quantization_config.biases
+            new = narrowed(columns, rows, **{**options, "bias": options["bias"] or adds_bias})
+            if isinstance(new, NarrowedLinear):
+                new.adds_bias = adds_bias
+            model.set_submodule(module, new)
+            changed.add(module.rpartition(".")[0])
+        for parent in changed:
+            fit_heads(model.get_submodule(parent))
 
     def _add_seams(self, model: PreTrainedModel) -> None:
         names = {name for name, _ in model.named_modules()}
@@ -441,6 +484,11 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {module: (linear.out_features, linear.in_features) for module, linear in found.items()}
 
 
+def biases_of(model: nn.Module) -> list[str]:
+    """Return the full names of narrowed linears with an added bias, sorted."""
+    return [module for module, linear in narrowed_linears(model).items() if linear.adds_bias]
+
+
 def seam_keys_of(model: nn.Module) -> dict[str, str]:
     """Return, for every seam by full name, the parameter under whose key it is stored.
 
@@ -471,7 +519,12 @@ def seam_keys_of(model: nn.Module) -> dict[str, str]:
 
 def config_of(model: nn.Module) -> GraspConfig:
     """Return the config that rebuilds the replaced linears and the seams of a model."""
-    return GraspConfig(ranks_of(model), shapes=shapes_of(model), seams=seam_keys_of(model))
+    return GraspConfig(
+        ranks_of(model),
+        shapes=shapes_of(model),
+        seams=seam_keys_of(model),
+        biases=biases_of(model),
+    )
 
 
 def check_fails_closed(model: nn.Module) -> None:
@@ -556,6 +609,22 @@ def _values_of(parameter: str) -> str:
     return parameter.removesuffix(".weight") + _TORCHAO_VALUES
 
 
+def _check_linears(
+    ranks: Mapping[str, int], shapes: Mapping[str, Sequence[int]], biases: Iterable[str]
+) -> None:
+    for module, rank in ranks.items():
+        if not _is_size(rank, least=0):
+            raise ValueError(f"rank of {module} must be an integer of at least 0, got {rank!r}")
+    for module, shape in shapes.items():
+        if not _is_shape(shape):
+            raise ValueError(f"shape of {module} must be two positive integers, got {shape!r}")
+        if module in ranks:
+            raise ValueError(f"{module} has both a rank and a shape; expected one of them")
+    for module in biases:
+        if module not in shapes:
+            raise ValueError(f"bias of {module}: expected a linear with a shape")
+
+
 def _check_seams(seams: Mapping[str, str]) -> None:
     for seam, held in seams.items():
         layer, _, name = seam.rpartition(".")
@@ -606,7 +675,7 @@ def _check_stored(keys: Iterable[str], files: Sequence[str]) -> None:
         with safe_open(file, framework="pt") as stored:
             missing -= set(stored.keys())
     if files and missing:
-        raise ValueError(f"the weight files lack {min(missing)}, a part of a seam between layers")
+        raise ValueError(f"the weight files lack {min(missing)}, which compression has added")
 
 
 def _options_of(linear: nn.Linear | Conv1D) -> dict[str, Any]:  # Any: keyword arguments

@@ -1,33 +1,41 @@
-"""Models whose MLPs have all been narrowed to one width: ordinary ones, with another config."""
+"""Models whose layers were all narrowed to one shape: ordinary ones, with another config."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule
 from grasp_lightning.models.lowrank import (
     NarrowedLinear,
+    biases_of,
     dense_shape,
+    fit_heads,
     low_rank_linears,
     narrowed_linears,
 )
 from grasp_lightning.models.numbering import unnumbered_settings
 from grasp_lightning.models.rebuilding import dense_empty
+from grasp_lightning.models.units import Units, head_size, head_units
 
 # Keys for the width in configs where None stands for a multiple of the hidden size.
 _UNSET_KEYS = ("n_inner", "ffn_hidden_size")
 # What the code of a family raises if it cannot use a value of its config.
-_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
+_ERRORS = (
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError),
+    StrictDataclassError,
+)
 
 
 def make_plain(model: PreTrainedModel) -> bool:
-    """Turn a model with MLPs of one width into an ordinary one of its family, in place.
+    """Turn a model with MLPs of one width, and one number of heads, into an ordinary one, in place.
 
-    Its narrowed linears become ordinary ones, and its config says the width. It stays as it is if
-    it has a low-rank linear, if widths differ, or if its config cannot say them. The weights may be
-    on the meta device.
+    Its narrowed linears become ordinary ones, and its config says the width and the heads. It stays
+    as it is if it has a low-rank linear or an added bias, if layers differ, or if its config cannot
+    say them. The weights may be on the meta device.
 
     Returns:
         Whether the model is an ordinary one now.
@@ -35,45 +43,74 @@ def make_plain(model: PreTrainedModel) -> bool:
     narrowed = narrowed_linears(model)
     if not narrowed or low_rank_linears(model):
         return not (narrowed or low_rank_linears(model))
-    found = _plain_setting(model, narrowed)
+    found = None if biases_of(model) else _plain_settings(model, narrowed)
     if found is None:
         return False
-    key, width, plain = found
+    settings, plain = found
     for name, linear in narrowed.items():
         ordinary = plain.get_submodule(name)
-        assert isinstance(ordinary, DenseModule)  # _plain_setting compares shapes
+        assert isinstance(ordinary, DenseModule)  # _plain_settings compares shapes
         model.set_submodule(name, _filled(ordinary, linear))
-    for parent in {name.rpartition(".")[0] for name in narrowed}:
-        for setting, value in unnumbered_settings(plain.get_submodule(parent)).items():
-            setattr(model.get_submodule(parent), setting, value)
     for config in _text_configs(model):
-        setattr(config, key, width)
+        for key, value in settings.items():
+            setattr(config, key, value)
+    for parent in {name.rpartition(".")[0] for name in narrowed}:
+        module = model.get_submodule(parent)
+        for setting, value in unnumbered_settings(plain.get_submodule(parent)).items():
+            setattr(module, setting, value)
+        fit_heads(module)
     return True
 
 
-def _plain_setting(
+def _plain_settings(
     model: PreTrainedModel, narrowed: Mapping[str, NarrowedLinear]
-) -> tuple[str, int, PreTrainedModel] | None:
-    """Return the key of the config, the width, and the model that they build on the meta device."""
+) -> tuple[dict[str, int], PreTrainedModel] | None:
+    """Return keys of the config, and the model that they build on the meta device."""
     dense = dense_empty(model)
+    view = DecoderView(dense)
+    attentions = [head_units(view, index) for index in view.layer_indices]
+    heads = [units for units in attentions if units and units.reader in narrowed]
+    in_attention = {name for units in heads for name in units.linears}
     widths = {
         (dense_shape(original)[1], linear.in_features)
         for name, linear in narrowed.items()
-        if isinstance(original := dense.get_submodule(name), DenseModule)
+        if name not in in_attention
+        and isinstance(original := dense.get_submodule(name), DenseModule)
     }
     narrower = {(old, new) for old, new in widths if new < old}
-    if len(narrower) != 1:
+    found = _head_settings(dense, narrowed, heads)
+    if found is None or len(narrower) > 1:
         return None
-    ((old, width),) = narrower
     text = model.config.get_text_config()
-    for key in _candidates(text, old):
+    choices: Iterator[dict[str, int]] = iter([{}])
+    for old, width in narrower:
+        choices = ({key: width} for key in _candidates(text, old))
+    for choice in choices:
+        settings = {**choice, **found}
         try:
-            plain = dense_empty(model, {key: width})
+            plain = dense_empty(model, settings)
+            type(plain.config).from_dict(plain.config.to_dict())  # it may refuse a combination
         except _ERRORS:
             continue
         if _shapes(plain, ()) == _shapes(model, _transposed(plain, narrowed)):
-            return key, width, plain
+            return settings, plain
     return None
+
+
+def _head_settings(
+    dense: PreTrainedModel, narrowed: Mapping[str, NarrowedLinear], heads: Collection[Units]
+) -> dict[str, int] | None:
+    """Return the keys for the number of heads; None if it differs, empty if none were removed."""
+    kept = {narrowed[units.reader].in_features // units.width for units in heads}
+    if len(kept) != 1:
+        return {} if not kept else None
+    units, (number,) = next(iter(heads)), kept
+    size = head_size(dense.get_submodule(units.reader.rpartition(".")[0]))
+    return {
+        "num_attention_heads": number * units.width // size,
+        "num_key_value_heads": number,
+        "head_dim": size,
+    }
 
 
 def _candidates(config: PreTrainedConfig, size: int) -> Iterator[str]:

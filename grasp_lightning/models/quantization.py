@@ -226,7 +226,9 @@ def _attach(
     # An ordinary model with a kind that transformers supports alone is an ordinary folder.
     is_ordinary = not (shapes.ranks or shapes.shapes or _needs_finish(model))
     config = (
-        weights if is_ordinary else GraspConfig(shapes.ranks, shapes=shapes.shapes, weights=content)
+        weights
+        if is_ordinary
+        else GraspConfig(shapes.ranks, shapes=shapes.shapes, biases=shapes.biases, weights=content)
     )
     model.config.quantization_config = config
     holder.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)

@@ -110,7 +110,7 @@ def _checked(
                 raise PlanError(
                     f"the plan {applier.verb} {module} after dropping its decoder layer"
                 )
-        site = Site(view, _dense_shapes(view, operation), left, new.keys())
+        site = Site(view, _dense_shapes(view, operation), left, new)
         applier.check(operation, site)
         for key in applier.tensor_shapes(operation, site.dense).keys() & own:
             module = key.rpartition(".")[0]

@@ -9,7 +9,7 @@ from huggingface_hub import CardData, RepoCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from grasp_lightning.plan import AddSeam, Plan, SetWeights, SparsifyLinear
+from grasp_lightning.plan import AddBias, AddSeam, Plan, SetWeights, SparsifyLinear
 from grasp_lightning.reporting import card_phrases as phrases
 from grasp_lightning.reporting.card_phrases import Values
 from grasp_lightning.reporting.linears import module_place
@@ -50,7 +50,8 @@ def model_card(
     """Return the README.md of a compressed model, without local paths and times."""
     base_model = phrases.public_name(origin_name)
     # Linears no longer have the shapes that the family builds.
-    kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if plan.channels else ""
+    is_narrowed = plan.channels or plan.heads
+    kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if is_narrowed else ""
     text = _render(
         "card.md.jinja",
         kind="compressed",
@@ -60,6 +61,8 @@ def model_card(
         layers=indices_text(metrics.changed_layers),
         num_linears=len(plan.ranks),
         num_mlps=len(plan.channels),
+        num_attentions=len(plan.heads),
+        num_biases=sum(isinstance(op, AddBias) for op in plan.operations),
         removed=_removed(plan),
         merges=_merges(plan),
         correction=_correction(plan),

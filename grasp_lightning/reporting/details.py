@@ -15,6 +15,7 @@ from grasp_lightning.plan import (
     Operation,
     Plan,
     RemoveBlock,
+    RemoveHeads,
     SparsifyLinear,
     TryMerge,
 )
@@ -30,6 +31,7 @@ from grasp_lightning.reporting.tables import indices_text
 _KINDS: dict[type[Operation], str] = {
     FactorizeLinear: "low-rank",
     NarrowMlp: "narrowed",
+    RemoveHeads: "with fewer heads",
     RemoveBlock: "removed",
     SparsifyLinear: "sparse",
 }
@@ -56,11 +58,12 @@ class Details(NamedTuple):
 
 
 def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> list[Details]:
-    """Return the non-empty tables of layers, ranks, channels, and removed or merged layers."""
+    """Return the non-empty tables of layers, ranks, channels, heads, removals and merges."""
     tables = (
         _layers(metrics, plan),
         _ranks(plan, scores),
         _channels(metrics, plan, scores),
+        _heads(plan),
         _removals(plan, scores),
         _merges(plan, scores),
     )
@@ -141,6 +144,16 @@ def _channels(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> Det
         rows,
         "The linears that write the channels and the linear that reads them keep the same share "
         "of their weights.",
+    )
+
+
+def _heads(plan: Plan) -> Details:
+    rows = [(*_place(name), str(kept), str(total)) for name, (kept, total) in plan.heads.items()]
+    return Details(
+        f"Key/value groups of all {len(rows)} attention blocks that lose heads",
+        _columns("Attention", "Key/value groups", "of"),
+        rows,
+        "A group is one key head, one value head, and the query heads that read them.",
     )
 
 

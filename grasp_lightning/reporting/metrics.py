@@ -85,6 +85,7 @@ class Seconds:
     merges: float | None = None
     removals: float | None = None
     gradients: float | None = None
+    spread: float | None = None
     factorize: float | None = None
     cut_losses: float | None = None
     refit: float | None = None
@@ -153,6 +154,7 @@ class Metrics(RunMetrics):
         bytes: Size of the whole model at ``dtype``.
         channels: Hidden channels of every narrowed MLP, by the full name of the linear that reads
             them.
+        heads: Key/value groups of every attention that lost some, by its full name.
         source_bytes: Size of the source's weight files on disk.
         perplexity: On held-out text; None if not measured.
         target_losses: Predicted increase of the loss in nats per token for each ``method.target``
@@ -170,6 +172,7 @@ class Metrics(RunMetrics):
     bytes: Pair[int]
     decoder_linears: DecoderLinears
     channels: Mapping[str, Pair[int]] = field(default_factory=dict)
+    heads: Mapping[str, Pair[int]] = field(default_factory=dict)
     source_bytes: int | None = None
     perplexity: Pair[float | None] = _NO_PAIR
     loss_change: LossChange = LossChange()

@@ -6,8 +6,19 @@ from typing import NamedTuple, Self
 from transformers import PreTrainedModel
 
 from grasp_lightning.models.formats.gguf.layout import layout_refusal
-from grasp_lightning.models.lowrank import LowRankLinear, has_replaced, low_rank_linears, seams
+from grasp_lightning.models.lowrank import (
+    LowRankLinear,
+    biases_of,
+    has_replaced,
+    low_rank_linears,
+    seams,
+)
+from grasp_lightning.models.units import has_fewer_heads
 
+_WITH_HEADS = (
+    "not possible: this model has different numbers of attention heads in its layers, or added "
+    "biases, and vLLM computes neither"
+)
 _WITH_SEAMS = "not possible: this model has seams, linear maps that only its own code computes"
 
 
@@ -26,6 +37,7 @@ class Servers:
         special: Linears that its family does not have, ``low-rank``, ``narrowed`` or ``seam``; None
             if the folder is an ordinary one.
         has_seams: Whether linear maps make up for deleted layers; only transformers runs them.
+        has_heads: Whether compression has removed attention heads or added biases.
         num_multiplied: Number of low-rank linears that a GGUF file holds as dense matrices.
         num_restored: Parameters that this adds.
         gguf_refusal: Why llama.cpp cannot run the model, as the rest of a sentence; None if it can.
@@ -33,6 +45,7 @@ class Servers:
 
     special: str | None = None
     has_seams: bool = False
+    has_heads: bool = False
     num_multiplied: int = 0
     num_restored: int = 0
     gguf_refusal: str | None = None
@@ -47,6 +60,7 @@ class Servers:
         return cls(
             special=special if has_replaced(model) else None,
             has_seams=bool(seams(model)),
+            has_heads=has_fewer_heads(model) or bool(biases_of(model)),
             num_multiplied=len(kept),
             num_restored=sum(map(_saving, kept)),
             gguf_refusal=layout_refusal(model),
@@ -68,7 +82,7 @@ class Servers:
         plugin = ", with the plugin of grasp_lightning (`plugins/vllm`)" if self.special else ""
         return [
             ServerRow("transformers", "as above"),
-            ServerRow("vLLM", f"`vllm serve .`{plugin}"),
+            ServerRow("vLLM", _WITH_HEADS if self.has_heads else f"`vllm serve .`{plugin}"),
             ServerRow("llama.cpp, Ollama", self._gguf(num_removed)),
             ServerRow("torchao, 8 bits", _export("torchao --type int8")),
         ]

@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from grasp_lightning.config import FisherChoice, LayerMetric, Reduction, Score, Terms
+from grasp_lightning.config import FisherChoice, Importance, LayerMetric, Reduction, Score, Terms
 from grasp_lightning.errors import ModelError
 from grasp_lightning.linalg.factors import SVD
+from grasp_lightning.models.units import Units
 from grasp_lightning.plan import MergeLayers, RemoveBlock
 
 
@@ -104,6 +105,18 @@ class SeamSums(NamedTuple):
     cross: Tensor
 
 
+class Spread(NamedTuple):
+    """How the inputs of a linear are distributed over the tokens of the text.
+
+    Attributes:
+        mean: ``(M,)``, float64.
+        variance: With the number of tokens minus one as divisor, ``(M,)``, float64.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
     """What a step needs measured; nothing by default.
@@ -125,6 +138,9 @@ class Needs:
         merge: A merge of layers that is tried and undone.
         span_training: A layer to train.
         seams: Runs of layers that linear maps replace.
+        units: Blocks whose units are scored by the gradients of their weights.
+        importance: How they are scored.
+        spreads: Linears of whose inputs mean and variance are taken.
     """
 
     layer_metric: LayerMetric | None = None
@@ -141,12 +157,16 @@ class Needs:
     merge: MergeLayers | None = None
     span_training: SpanTraining | None = None
     seams: tuple[Seam, ...] = ()
+    units: tuple[Units, ...] = ()
+    importance: Importance = "taylor"
+    spreads: tuple[str, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
         others = (*self.removables, *self.seams, self.merge, self.span_training)
+        others += (*self.units, *self.spreads)
         return not any((*asked, *others)) and not self.layer_gradients
 
     @property
@@ -160,7 +180,7 @@ class Needs:
     @property
     def is_backward(self) -> bool:
         """True if the pass needs gradients."""
-        has_gradients = bool(self.weight_gradients or self.layer_gradients)
+        has_gradients = bool(self.weight_gradients or self.layer_gradients or self.units)
         return has_gradients or not self.moment_kinds <= FORWARD_MOMENTS
 
 
@@ -246,6 +266,8 @@ class Statistics:
             merge and those of the dense model, in [-1, 1].
         trained: Values of ``SpanTraining.parameters``, in the dtype of the model.
         seams: Sums of each run of layers that a linear map replaces.
+        unit_scores: Importance of each unit, by the reader of its block, float64, ``(U,)``.
+        spreads: Of the inputs of each of ``Needs.spreads``.
     """
 
     layer_metric: Tensor | None = None
@@ -257,6 +279,8 @@ class Statistics:
     merge_similarity: float | None = None
     trained: Mapping[str, Tensor] = field(default_factory=dict)
     seams: Mapping[Seam, SeamSums] = field(default_factory=dict)
+    unit_scores: Mapping[str, Tensor] = field(default_factory=dict)
+    spreads: Mapping[str, Spread] = field(default_factory=dict)
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:

@@ -91,6 +91,13 @@ CASES = {
     ),
     "llm_streamline": Case(idle={"layers": IDLE, "epochs": 0}),
     "replaceme": Case(idle={"layers": IDLE}),
+    "llm_pruner": Case(
+        options={"protect_first": 1, "protect_last": 1},
+        idle={"protect_first": 3, "protect_last": 3, "removed_ratio": 0.1},
+        drops=False,
+        kill=IN_A_GRADIENT_PASS,
+    ),
+    "flap": Case(idle=None, drops=False),
     "grasp": Case(
         options={"num_layers": 4},
         idle={"num_layers": 2, "keep_ratio": 0.3},

@@ -1,6 +1,6 @@
-"""Ordinary dense weights: factors are multiplied, and narrowed MLPs padded with zeros."""
+"""Ordinary dense weights: factors are multiplied, and narrowed linears padded with zeros."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,13 +12,16 @@ from transformers.pytorch_utils import Conv1D
 from grasp_lightning.config import ExportConfig
 from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantizer, save_model
+from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.formats.base import ExportFacts, Format, Track
 from grasp_lightning.models.linears import DenseModule
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.lowrank import (
     LowRankLinear,
     NarrowedLinear,
+    biases_of,
     dense_shape,
+    fit_heads,
     has_replaced,
     low_rank_linears,
     narrowed_linears,
@@ -28,6 +31,10 @@ from grasp_lightning.models.lowrank import (
 from grasp_lightning.models.rebuilding import dense_empty
 from grasp_lightning.models.seams import seam_refusal
 from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.units import head_units
+
+# Kept and original rows of each part of a linear.
+Parts = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +72,7 @@ class DenseFacts(ExportFacts):
 
 
 class DenseFormat(Format):
-    """Ordinary dense weights: factors are multiplied, and narrowed MLPs padded with zeros."""
+    """Ordinary dense weights: factors are multiplied, and narrowed linears padded with zeros."""
 
     facts = DenseFacts
     doing = "multiplying factors"
@@ -76,7 +83,7 @@ class DenseFormat(Format):
         quantized = foreign_quantizer(model)
         if quantized is not None:
             return f"is quantized with {quantized} already: export the unquantized model"
-        refusal = seam_refusal(model, "an ordinary model")
+        refusal = _refusal(model)
         if refusal is not None or has_replaced(model):
             return refusal
         return (
@@ -108,11 +115,12 @@ class DenseFormat(Format):
 
 
 def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
-    """Multiply factors into dense weights and pad narrowed MLPs with zeros, in place.
+    """Multiply factors into dense weights and pad narrowed linears with zeros, in place.
 
     The model becomes an ordinary one of its class and original size; biases do not change. Products
     are computed in float32 or better and stored in the dtype and on the device of the factors; the
-    meta device works. Channels of an MLP have no order, so the kept ones come first. The model
+    meta device works. Channels of an MLP have no order, nor do key/value groups, so the kept ones
+    come first. The model
     changes only once all weights are finite; a ``NumericsError`` names a linear whose product
     overflows.
 
@@ -124,9 +132,9 @@ def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
         Sorted full names of the linears that became dense.
 
     Raises:
-        ModelError: If the model has no such linears, or has seams.
+        ModelError: If the model has no such linears, or has seams or added biases.
     """
-    refusal = seam_refusal(model, "an ordinary model")
+    refusal = _refusal(model)
     if refusal is not None:
         raise ModelError(f"{type(model).__name__} {refusal}")
     factors, narrowed = low_rank_linears(model), narrowed_linears(model)
@@ -137,7 +145,8 @@ def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
         )
     originals = dense_empty(model)
     dense = {name: _dense_original(originals, name) for name in (*factors, *narrowed)}
-    parts = {name: _num_parts(name, narrowed, dense) for name in narrowed}
+    heads = _heads(originals, narrowed)
+    parts = {name: heads.get(name) or _parts(name, narrowed, dense) for name in narrowed}
     weights = {
         name: _product(name, factors[name], dense[name])
         if name in factors
@@ -146,8 +155,22 @@ def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
     }
     for name, module in weights.items():
         model.set_submodule(name, module)
+    for parent in {name.rpartition(".")[0] for name in weights}:
+        fit_heads(model.get_submodule(parent))
     attach_quantizer(model)
     return tuple(weights)
+
+
+def _refusal(model: PreTrainedModel) -> str | None:
+    """Return why an ordinary model cannot hold what compression has added; None if it can."""
+    biases = biases_of(model)
+    if biases:
+        return (
+            f"has biases that compression has added, the first in {biases[0]}, which an ordinary "
+            "model of its family cannot hold; serve it as it is, or compress with another method "
+            "than flap"
+        )
+    return seam_refusal(model, "an ordinary model")
 
 
 def _dense_original(originals: PreTrainedModel, name: str) -> DenseModule:
@@ -157,12 +180,25 @@ def _dense_original(originals: PreTrainedModel, name: str) -> DenseModule:
     return linear
 
 
-def _num_parts(
-    name: str, narrowed: Mapping[str, NarrowedLinear], dense: Mapping[str, DenseModule]
-) -> int | None:
-    """Return the number of parts that a writer of an MLP's channels has; None for a reader.
+def _heads(originals: PreTrainedModel, narrowed: Mapping[str, NarrowedLinear]) -> dict[str, Parts]:
+    """Return the parts of the linears that write heads of narrowed attention, by name."""
+    view, found = DecoderView(originals), dict[str, Parts]()
+    for index in view.layer_indices:
+        units = head_units(view, index)
+        if units is None or units.reader not in narrowed:
+            continue
+        kept = narrowed[units.reader].in_features // units.width
+        for writer, sizes in zip(units.writers, units.parts, strict=True):
+            found[writer] = [(size * kept, size * units.number) for size in sizes]
+    return found
 
-    Both the writer's original and its kept outputs must be that multiple of the channels of a
+
+def _parts(
+    name: str, narrowed: Mapping[str, NarrowedLinear], dense: Mapping[str, DenseModule]
+) -> Parts | None:
+    """Return the parts of a linear that writes the channels of an MLP; None for a reader.
+
+    Both the writer's original and its kept outputs must be the same multiple of the channels of a
     reader in the same module.
 
     Raises:
@@ -175,24 +211,24 @@ def _num_parts(
         kept, channels = reader.in_features, dense_shape(dense[other])[1]
         is_near = other.rpartition(".")[0] == name.rpartition(".")[0] and kept < channels
         if is_near and old % channels == 0 and old // channels * kept == new:
-            return old // channels
+            return [(kept, channels)] * (old // channels)
     raise ModelError(
         f"{name} has {new} of {old} outputs, but no linear in the same module reads that many "
         "channels"
     )
 
 
-def _padded(narrowed: NarrowedLinear, dense: DenseModule, num_parts: int | None) -> DenseModule:
-    """Return the dense module with zeros for the removed channels."""
+def _padded(narrowed: NarrowedLinear, dense: DenseModule, parts: Parts | None) -> DenseModule:
+    """Return the dense module with zeros for the removed channels or heads."""
     weight, bias = narrowed.weight.detach(), narrowed.bias
     trainable = narrowed.weight.requires_grad
-    if num_parts is None:
+    if parts is None:
         full = weight.new_zeros(dense_shape(dense))
         full[:, : weight.shape[1]] = weight
     else:
-        full = _padded_parts(weight, dense_shape(dense)[0], num_parts)
+        full = _padded_parts(weight, parts)
         if bias is not None:
-            filled = _padded_parts(bias.detach(), dense_shape(dense)[0], num_parts)
+            filled = _padded_parts(bias.detach(), parts)
             bias = nn.Parameter(filled, requires_grad=bias.requires_grad)
     stored = full.mT.contiguous() if isinstance(dense, Conv1D) else full
     dense.register_parameter("weight", nn.Parameter(stored, requires_grad=trainable))
@@ -200,12 +236,12 @@ def _padded(narrowed: NarrowedLinear, dense: DenseModule, num_parts: int | None)
     return dense.train(narrowed.training)
 
 
-def _padded_parts(tensor: Tensor, num_rows: int, num_parts: int) -> Tensor:
-    """Return a weight or bias of ``num_rows`` rows, with zeros at the end of every part."""
-    parts = tensor.reshape(num_parts, -1, *tensor.shape[1:])
-    full = parts.new_zeros((num_parts, num_rows // num_parts, *tensor.shape[1:]))
-    full[:, : parts.shape[1]] = parts
-    return full.flatten(0, 1)
+def _padded_parts(tensor: Tensor, parts: Parts) -> Tensor:
+    """Return a weight or bias with zeros at the end of every part."""
+    found = []
+    for part, (kept, size) in zip(tensor.split([n for n, _ in parts]), parts, strict=True):
+        found += [part, part.new_zeros((size - kept, *part.shape[1:]))]
+    return torch.cat(found)
 
 
 def _product(name: str, factors: LowRankLinear, dense: DenseModule) -> DenseModule:

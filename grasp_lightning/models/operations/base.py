@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, Generic, NamedTuple, TypeVar
 
 import torch
@@ -26,13 +27,13 @@ class Site(NamedTuple):
     Attributes:
         dense: The linears of the operation.
         left: The layers left before it.
-        replaced: Full names of the linears replaced before it.
+        replaced: Shapes of the linears replaced before it, by full name.
     """
 
     view: DecoderView
     dense: Shapes
     left: AbstractSet[int]
-    replaced: AbstractSet[str] = frozenset()
+    replaced: Shapes = MappingProxyType({})
 
 
 class Applier(ABC, Generic[Op]):

@@ -1,6 +1,6 @@
 """Removes hidden channels of an MLP: rows of their writers, columns of their reader."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -56,7 +56,7 @@ class Narrow(Applier[NarrowMlp]):
                     f"the plan narrows {name}: its {rows} outputs are not a multiple of the "
                     f"{num_channels} channels that {operation.reader} reads"
                 )
-        _check_channels(operation, num_channels)
+        check_kept(operation.channels, num_channels, "channels", operation.reader)
 
     def new_shapes(self, operation: NarrowMlp, dense: Shapes) -> dict[str, LinearShape]:
         """Return shapes with fewer rows, and for the reader with fewer columns."""
@@ -77,36 +77,40 @@ class Narrow(Applier[NarrowMlp]):
         reader = dense_module(view, operation.reader)
         num_channels = dense_shape(reader)[1]
         weight = like(tensors[f"{operation.reader}.weight"], reader.weight)
-        _set_narrowed(view, operation.reader, weight, whole_bias(reader))
+        set_narrowed(view, operation.reader, weight, whole_bias(reader))
         kept = torch.tensor(operation.channels)
         for writer in operation.writers:
             old = dense_module(view, writer)
             num_parts = dense_shape(old)[0] // num_channels
             rows = torch.cat([kept + part * num_channels for part in range(num_parts)])
-            weight = _kept_rows(old.weight, rows, is_transposed=isinstance(old, Conv1D))
-            bias = None if old.bias is None else _kept_rows(old.bias, rows)
-            _set_narrowed(view, writer, weight, bias)
+            weight = kept_rows(old.weight, rows, is_transposed=isinstance(old, Conv1D))
+            bias = None if old.bias is None else kept_rows(old.bias, rows)
+            set_narrowed(view, writer, weight, bias)
 
 
-def _check_channels(operation: NarrowMlp, num_channels: int) -> None:
-    kept, reader = operation.channels, operation.reader
-    if not 1 <= len(kept) < num_channels:
+def check_kept(kept: Sequence[int], number: int, noun: str, reader: str) -> None:
+    """Check that units of a linear's input are kept in ascending order, some but not all.
+
+    Raises:
+        PlanError: If they are not.
+    """
+    if not 1 <= len(kept) < number:
         raise PlanError(
-            f"the plan keeps {len(kept)} channels of {reader}: it must keep from 1 to "
-            f"{num_channels - 1}"
+            f"the plan keeps {len(kept)} {noun} of {reader}: it must keep from 1 to {number - 1}"
         )
     if any(low >= high for low, high in pairwise(kept)):
-        raise PlanError(f"the plan keeps channels of {reader} that are not in ascending order")
-    if kept[0] < 0 or kept[-1] >= num_channels:
+        raise PlanError(f"the plan keeps {noun} of {reader} that are not in ascending order")
+    if kept[0] < 0 or kept[-1] >= number:
         raise PlanError(
-            f"channels of {reader} must be from 0 to {num_channels - 1}, the plan keeps "
-            f"{kept[0]} to {kept[-1]}"
+            f"{noun} of {reader} must be from 0 to {number - 1}, the plan keeps {kept[0]} to "
+            f"{kept[-1]}"
         )
 
 
-def _set_narrowed(
+def set_narrowed(
     view: DecoderView, module: str, weight: nn.Parameter, bias: nn.Parameter | None
-) -> None:
+) -> NarrowedLinear:
+    """Replace a linear by a narrowed one, and return that."""
     old = view.module(module)
     rows, columns = weight.shape
     new = NarrowedLinear(columns, rows, bias=bias is not None, device="meta")
@@ -114,9 +118,10 @@ def _set_narrowed(
     new.register_parameter("bias", bias)
     shard_like(new, old)
     view.set_module(module, new.train(old.training))
+    return new
 
 
-def _kept_rows(parameter: Tensor, rows: Tensor, *, is_transposed: bool = False) -> nn.Parameter:
+def kept_rows(parameter: Tensor, rows: Tensor, *, is_transposed: bool = False) -> nn.Parameter:
     """Return rows of a weight or bias, or columns of a transposed weight, as a parameter."""
     tensor = whole(parameter.detach())
     tensor = tensor.mT if is_transposed else tensor

@@ -6,6 +6,8 @@ from typing import Any, Final
 
 QUANT_METHOD: Final = "grasp_lightning"
 _KEYS: Final = {"quant_method", "ranks", "shapes", "seams"}
+# Linears of attention: narrower ones have lost heads.
+_HEADS: Final = (".q_proj", ".k_proj", ".v_proj", ".qkv_proj", ".o_proj")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ def read_config(config: Mapping[str, object]) -> SavedLinears:
 
     Raises:
         ValueError: If a newer version has written it, weights are quantized, the model has seams,
-            or it is damaged.
+            layers have lost attention heads, compression has added biases, or it is damaged.
     """
     if weights := _mapping(config, "weights"):
         raise ValueError(
@@ -55,6 +57,16 @@ def _check_keys(config: Mapping[str, object]) -> None:
         raise ValueError(
             "this model has seams (linear maps of the hidden states, method.seam=linear), which "
             "vLLM does not compute; serve a model compressed with method.seam=none or replaceme"
+        )
+    if config.get("biases"):
+        raise ValueError(
+            "this model has biases that compression has added (method.name=flap), which this "
+            "plugin does not read; serve it with transformers or llama.cpp"
+        )
+    if heads := [name for name in _mapping(config, "shapes") if name.endswith(_HEADS)]:
+        raise ValueError(
+            f"{heads[0]} has lost attention heads, and vLLM needs the same number in all layers; "
+            "serve the model with transformers or llama.cpp"
         )
     if unknown := sorted(config.keys() - _KEYS):
         raise ValueError(

@@ -17,9 +17,11 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.pipeline import compress
 from grasp_lightning.plan import DropLayers, FactorizeLinear, Plan, SelectLayers
-from grasp_lightning.stats.base import Moments, SeamSums, SpanTraining, Statistics, Step
+from grasp_lightning.stats.base import Moments, SeamSums, SpanTraining, Spread, Statistics, Step
 from tests.conftest import tiny_model
 
+# They make layers smaller, in one step, and choose none.
+UNIT_METHODS = ("llm_pruner", "flap")
 SIMILARITY = torch.tensor([0.2, 0.9, 0.5, 0.9])
 
 
@@ -38,7 +40,17 @@ def stored_statistics(view: DecoderView, step: Step) -> Statistics:
         merge_similarity=0.5,
         trained=made_up_layer(view, step.needs.span_training),
         seams=seams,
+        unit_scores={x.reader: torch.arange(float(x.number)) for x in step.needs.units},
+        spreads={name: made_up_spread(view, name) for name in step.needs.spreads},
     )
+
+
+def made_up_spread(view: DecoderView, module: str) -> Spread:
+    linear = view.module(module)
+    assert isinstance(linear, nn.Linear)
+    generator = torch.Generator().manual_seed(len(module))
+    values = torch.rand(2, linear.in_features, generator=generator).double()
+    return Spread(mean=values[0], variance=values[1])
 
 
 def made_up_layer(view: DecoderView, span: SpanTraining | None) -> dict[str, Tensor]:
@@ -65,6 +77,9 @@ def made_up_moments(view: DecoderView, module: str) -> Moments:
 
 
 def method_config(name: str, keep_ratio: float | None = None) -> MethodConfig:
+    if name in UNIT_METHODS:
+        protected = {"protect_first": 1, "protect_last": 1} if name == "llm_pruner" else {}
+        return resolve_method(MethodConfig(name=name, removed_ratio=0.2, **protected))
     config = MethodConfig(name=name, num_layers=2, keep_ratio=keep_ratio)
     if name == "grasp_plus":
         config = replace(config, refit="none")  # stored statistics have no windows
@@ -94,11 +109,11 @@ def test_decide_leaves_the_model_unchanged(name: str) -> None:
     plan = Plan(method=name)
     step = method.next_step(view, plan)
     assert step is not None
-    select = method.decide(step, view, stored_statistics(view, step))
     before = copy.deepcopy(model.state_dict())
+    select = method.decide(step, view, stored_statistics(view, step))
     step = method.next_step(view, plan.extended(select.operations))
-    assert step is not None
-    decision = method.decide(step, view, stored_statistics(view, step))
+    assert (step is None) == (name in UNIT_METHODS)
+    decision = select if step is None else method.decide(step, view, stored_statistics(view, step))
     assert decision.operations
     after = model.state_dict()
     assert before.keys() == after.keys()
@@ -120,6 +135,7 @@ def test_steps_end_and_the_size_is_as_predicted(name: str) -> None:
         "laco": (2, 3),
         "llm_streamline": (1, 2, 3),
         "replaceme": (2, 3),
+        **dict.fromkeys(UNIT_METHODS, ()),
     }
     assert changed == others.get(name, (1, 3))
     expected = parameters_after(untouched, plan.operations)

@@ -13,7 +13,8 @@ from grasp_lightning.models.lowrank import dense_shape
 from grasp_lightning.models.mlp import mlps
 from grasp_lightning.models.operations import applier_of
 from grasp_lightning.models.size import LinearShape
-from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation
+from grasp_lightning.models.units import head_units
+from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation, RemoveHeads
 from tests.conftest import tiny_model
 
 META = torch.device("meta")
@@ -82,3 +83,12 @@ def narrow_layers(
             operation = NarrowMlp(reader=mlp.reader, writers=mlp.writers, channels=tuple(channels))
             operations.append(operation)
     return [*operations], tensors
+
+
+def removal(view: DecoderView, index: int, groups: Sequence[int]) -> RemoveHeads:
+    """The removal of all key/value groups of a layer but some."""
+    units = head_units(view, index)
+    assert units is not None
+    return RemoveHeads(
+        output=units.reader, inputs=units.writers, groups=tuple(groups), num_groups=units.number
+    )

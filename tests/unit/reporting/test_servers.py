@@ -56,6 +56,17 @@ def test_a_narrowed_model_needs_the_plugin_and_loses_nothing_in_llama_cpp() -> N
     assert how(found, "llama.cpp, Ollama", 1000) == GGUF
 
 
+def test_other_numbers_of_heads_and_added_biases_keep_vllm_from_running_a_model() -> None:
+    refused = "not possible: this model has different numbers of attention heads in its layers"
+    found = servers((QUERY, NarrowedLinear(32, 16, bias=False)))
+    assert how(found, "vLLM").startswith(refused)
+    reader = NarrowedLinear(40, 32)
+    reader.adds_bias = True
+    found = servers((GATE.replace("gate", "down"), reader))
+    assert how(found, "vLLM").startswith(refused)
+    assert how(found, "llama.cpp, Ollama") == GGUF
+
+
 def test_low_rank_linears_lose_their_share_of_the_saving_in_llama_cpp() -> None:
     found = servers((QUERY, LOW_RANK), (GATE, NARROWED))
     assert found.special == "low-rank"

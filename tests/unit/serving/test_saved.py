@@ -31,6 +31,15 @@ def test_seams_are_refused_in_one_line() -> None:
     assert "\n" not in str(found.value)
 
 
+def test_removed_heads_and_added_biases_are_refused_in_one_line() -> None:
+    heads = {"shapes": {"model.layers.1.self_attn.k_proj": [8, 32]}}
+    with pytest.raises(ValueError, match=r"k_proj has lost attention heads, and vLLM needs the"):
+        read_config(heads)
+    reader = "model.layers.1.mlp.down_proj"
+    with pytest.raises(ValueError, match=r"has biases that compression has added .*flap"):
+        read_config({"shapes": {reader: [32, 20]}, "biases": [reader]})
+
+
 @pytest.mark.parametrize(
     ("damaged", "message"),
     [

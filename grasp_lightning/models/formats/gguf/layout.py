@@ -1,6 +1,7 @@
 """Which architecture of llama.cpp computes what a model does, and with which sizes.
 
-llama.cpp reads one width of the MLPs for all layers of most architectures. Two take one per layer:
+llama.cpp reads one width of the MLPs, and one number of heads, for all layers of most
+architectures. Two take them per layer:
 ``deci`` has the graph of Llama, with heads per layer and optional biases; ``openelm`` has that of
 Qwen3, without an output matrix of its own. Source: ``src/models`` of llama.cpp, build 11549.
 """
@@ -11,8 +12,9 @@ from typing import Any, Final, NamedTuple
 
 from transformers import PreTrainedModel
 
-from grasp_lightning.models.lowrank import is_low_rank
+from grasp_lightning.models.lowrank import biases_of, is_low_rank
 from grasp_lightning.models.seams import seam_refusal
+from grasp_lightning.models.units import head_size
 
 MULTIPLE: Final = 32
 """Widths of MLPs are filled up to multiples of it: the number of values in a quantized block."""
@@ -23,7 +25,7 @@ class Architecture(NamedTuple):
 
     Attributes:
         name: Value of ``general.architecture``.
-        is_per_layer: Whether it reads the widths of MLPs per layer.
+        is_per_layer: Whether it reads the widths of MLPs and the numbers of heads per layer.
         pairs_neighbours: Whether its rotary embedding turns neighbouring values, not halves.
         fuses_qkv: Whether q, k and v are one tensor.
         takes_no_heads: Whether a layer can have 0 heads.
@@ -87,21 +89,25 @@ class Layout:
 
 def layout_of(model: PreTrainedModel) -> Layout:
     """Return the layout of a model that ``layout_refusal`` accepts; the meta device works."""
-    layers, config = layers_of(model), model.config
+    layers = layers_of(model)
     kept = tuple(0 if adds_nothing(x.mlp.down_proj) else x.mlp.up_proj.out_features for x in layers)
     widths = tuple(max(-(-width // MULTIPLE), 1) * MULTIPLE for width in kept)
     # llama.cpp takes the size of a head from the first layer, which therefore keeps its heads.
     has_heads = [i == 0 or not adds_nothing(x.self_attn.o_proj) for i, x in enumerate(layers)]
     own, per_layer = FAMILIES[type(model).__name__]
+    size = head_size(layers[0].self_attn)
+    heads = [x.self_attn.o_proj.in_features // size for x in layers]
+    groups = [x.self_attn.k_proj.out_features // size for x in layers]
     varies = len(set(widths)) > 1 or (per_layer.takes_no_heads and not all(has_heads))
+    varies = varies or len(set(groups)) > 1 or bool(biases_of(model))
     architecture = per_layer if varies else own
     has_heads = [True] * len(layers) if not architecture.takes_no_heads else has_heads
     return Layout(
         architecture=architecture,
         widths=widths,
         kept=kept,
-        heads=tuple(config.num_attention_heads * has for has in has_heads),
-        key_value_heads=tuple(config.num_key_value_heads * has for has in has_heads),
+        heads=tuple(number * has for number, has in zip(heads, has_heads, strict=True)),
+        key_value_heads=tuple(number * has for number, has in zip(groups, has_heads, strict=True)),
     )
 
 
@@ -120,6 +126,11 @@ def layout_refusal(model: PreTrainedModel) -> str | None:
         return f"has MLPs with {config.hidden_act}, but llama.cpp computes silu in this family"
     if family == "Qwen3ForCausalLM" and config.attention_bias:
         return "has biases in its attention, but llama.cpp reads none in this family"
+    if family == "Qwen3ForCausalLM" and biases_of(model):
+        return (
+            "has biases that compression has added, but llama.cpp reads none in this family; "
+            "compress with another method than flap"
+        )
     return _rope_refusal(config.rope_parameters) or _openelm_refusal(model)
 
 
@@ -145,10 +156,10 @@ def _openelm_refusal(model: PreTrainedModel) -> str | None:
     if fits or layout_of(model).architecture is not _OPENELM:
         return None
     return (
-        "has MLPs of different widths: llama.cpp reads one width for all layers of Qwen3, and its "
-        "architecture openelm, which takes one per layer, has no output matrix of its own and no "
-        "rotary embeddings of type llama3; compress with method.target=plain, which gives all MLPs "
-        "one width"
+        "has MLPs of different widths, or layers with different numbers of heads: llama.cpp reads "
+        "one for all layers of Qwen3, and its architecture openelm, which takes one per layer, has "
+        "no output matrix of its own and no rotary embeddings of type llama3; compress with "
+        "method.target=plain, which gives all MLPs one width"
     )
 
 
