@@ -30,6 +30,7 @@ TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
 CriterionChoice = Literal["taylor_plus", "taylor", "perplexity"]
 MergeChoice = Literal["paper", "released"]
 ReplacementChoice = Literal["layer", "mlp"]
+DirectionsOf = Literal["input", "normed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class AmountOptions:
             llm_streamline: replaces contiguous layers by one that is trained; laco: merges layers;
             shortgpt: the layers of lowest block influence; sleb: the layers that a greedy search by
             the loss finds; shortened_llama: the layers of lowest importance by gradients or loss;
-            random: layers drawn at random; or a method of another installed package.
+            random: layers drawn at random; slicegpt: slices the hidden states; or a method of another installed package.
         num_layers: Number of decoder layers to replace or delete.
         removed_ratio: Share of all parameters to remove; replaces ``num_layers`` or ``keep_ratio``.
     """
@@ -73,7 +74,7 @@ class KeepOptions:
     Attributes:
         keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1), where 0
             deletes the layers; under a global budget, share of the parameters of all linears
-            together.
+            together; slicegpt: share of the directions of the hidden states.
     """
 
     keep_ratio: float | None = None
@@ -152,7 +153,19 @@ class MetricOptions(DampingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetOptions:
+class RoundingOptions:
+    """How sizes are rounded.
+
+    Attributes:
+        multiple_of: Ranks, numbers of channels and directions are multiples of this number; unset:
+            1, or 32 for the targets gguf and plain.
+    """
+
+    multiple_of: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions(RoundingOptions):
     """What one budget is spent on.
 
     Attributes:
@@ -161,8 +174,6 @@ class BudgetOptions:
         removable: Under a global budget, parts that may be removed whole where that costs less loss
             than compressing them: none, layers, or layers_and_blocks (also attention and MLP
             blocks). Needs weighting kfac, whose losses have the unit of a measured removal.
-        multiple_of: Ranks and numbers of channels are multiples of this number; unset: 1, or 32 for
-            the targets gguf and plain.
         target: What will run the model. any: programs that can run factors, such as transformers;
             no_factors and gguf (llama.cpp): attention stays dense, and MLPs get narrower, each by
             its own number of channels; plain: all MLPs get the same width, so that the folder is an
@@ -171,7 +182,6 @@ class BudgetOptions:
 
     mlp: MlpChoice | None = None
     removable: RemovableChoice | None = None
-    multiple_of: int | None = None
     target: TargetChoice | None = None
 
 
@@ -290,6 +300,18 @@ class StreamlineOptions(MethodOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SliceOptions(RoundingOptions, KeepOptions, AmountOptions):
+    """What slicegpt reads.
+
+    Attributes:
+        directions_of: What the kept directions hold most of. input: the hidden states as they enter
+            a block; normed: after its norm, so that all tokens count alike.
+    """
+
+    directions_of: DirectionsOf | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodConfig(
     RandomOptions,
     ShortenedLlamaOptions,
@@ -297,6 +319,7 @@ class MethodConfig(
     DropOptions,
     StreamlineOptions,
     LacoOptions,
+    SliceOptions,
     LowRankOptions,
     GraspOptions,
 ):
@@ -316,5 +339,6 @@ METHOD_OPTIONS: Final[Mapping[str, type[AmountOptions]]] = MappingProxyType(
         "laco": LacoOptions,
         "llm_streamline": StreamlineOptions,
         "replaceme": ReplaceMeOptions,
+        "slicegpt": SliceOptions,
     }
 )

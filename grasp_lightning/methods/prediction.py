@@ -34,6 +34,7 @@ class Prediction:
             the data decides on them.
         is_removable: Layers or blocks may be removed as a whole.
         target: What will serve the model, for a budget.
+        directions: Kept and original number of directions of the hidden states, if they are sliced.
         is_span: One layer replaces contiguous ones, of which ``num_layers`` are deleted.
     """
 
@@ -50,6 +51,7 @@ class Prediction:
     is_removable: bool = False
     target: TargetChoice = "any"
     is_span: bool = False
+    directions: tuple[int, int] | None = None
 
     @property
     def lines(self) -> list[str]:
@@ -61,6 +63,9 @@ class Prediction:
         widths = [f"  {mlp}: {k} of {size} channels" for mlp, (k, size) in self.widths.items()]
         if widths:
             widths = [f"{len(widths)} MLPs are narrowed:", *widths]
+        if self.directions is not None:
+            kept, size = self.directions
+            return [first, f"the hidden states keep {kept} of {size} directions in all layers"]
         if self.is_budget:
             return [first, self._budget_line]
         if self.ranks:

@@ -15,6 +15,7 @@ from grasp_lightning.models.lowrank import (
 )
 from grasp_lightning.models.numbering import unnumbered_settings
 from grasp_lightning.models.rebuilding import dense_empty
+from grasp_lightning.models.sliced import is_sliced
 
 # Keys for the width in configs where None stands for a multiple of the hidden size.
 _UNSET_KEYS = ("n_inner", "ffn_hidden_size")
@@ -33,6 +34,8 @@ def make_plain(model: PreTrainedModel) -> bool:
         Whether the model is an ordinary one now.
     """
     narrowed = narrowed_linears(model)
+    if is_sliced(model):
+        return False
     if not narrowed or low_rank_linears(model):
         return not (narrowed or low_rank_linears(model))
     found = _plain_setting(model, narrowed)

@@ -55,12 +55,14 @@ class Stream(NamedTuple):
     """How the hidden states of a model come about.
 
     Attributes:
+        size: D.
         embeddings: Full names of the embeddings whose sum they start with.
         reads: All blocks in order, and the head.
         forms: What each norm of ``reads`` computes, by full name.
         norm_of: The norm whose output each reader reads.
     """
 
+    size: int
     embeddings: tuple[str, ...]
     reads: tuple[StreamRead, ...]
     forms: Mapping[str, NormForm]
@@ -381,7 +383,7 @@ def _checked(view: DecoderView, tracer: _Tracer, forms: Mapping[str, NormForm]) 
     first = [view.layer_of(read.norms[0]) for read in found]
     if list(dict.fromkeys(first)) != [*view.layer_indices, None]:
         raise _OddError("some decoder layers do not read them")
-    return Stream(reads[0].entering, found, used, tracer.norm_of)
+    return Stream(_text(view).hidden_size, reads[0].entering, found, used, tracer.norm_of)
 
 
 def _text(view: DecoderView) -> PreTrainedConfig:

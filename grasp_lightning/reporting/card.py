@@ -9,7 +9,7 @@ from huggingface_hub import CardData, RepoCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from grasp_lightning.plan import AddSeam, Plan, SetWeights
+from grasp_lightning.plan import AddSeam, Plan, SetWeights, SliceStream
 from grasp_lightning.reporting import card_phrases as phrases
 from grasp_lightning.reporting.card_phrases import Values
 from grasp_lightning.reporting.linears import module_place
@@ -47,6 +47,7 @@ def model_card(
     base_model = phrases.public_name(origin_name)
     # Linears no longer have the shapes that the family builds.
     kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if plan.channels else ""
+    kind = "sliced" if _slicing(plan) else kind
     text = _render(
         "card.md.jinja",
         kind="compressed",
@@ -59,6 +60,7 @@ def model_card(
         removed=_removed(plan),
         merges=_merges(plan),
         correction=_correction(plan),
+        directions=_slicing(plan),
         only_deletes=not any(isinstance(op, AddSeam | SetWeights) for op in plan.operations),
         removed_share=f"{100 * metrics.removed_ratio:.1f}% of all parameters were removed",
         special=servers.special,
@@ -267,6 +269,11 @@ def _trained_span(plan: Plan) -> tuple[int, int] | None:
     if not plan.options.get("epochs") or not layers:
         return None
     return layers[0], layers[-1]
+
+
+def _slicing(plan: Plan) -> int:
+    """Return the number of kept directions of the hidden states, 0 if they are not sliced."""
+    return next((op.width for op in plan.operations if isinstance(op, SliceStream)), 0)
 
 
 def _correction(plan: Plan) -> str:

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from grasp_lightning.config import FisherChoice, LayerMetric, Reduction, Score, Terms
+from grasp_lightning.config import DirectionsOf, FisherChoice, LayerMetric, Reduction, Score, Terms
 from grasp_lightning.errors import ModelError
 from grasp_lightning.linalg.factors import SVD
 from grasp_lightning.plan import MergeLayers, RemoveBlock
@@ -92,6 +92,33 @@ class Seam:
     source: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamBases:
+    """Bases of the hidden states at every place where a model reads them.
+
+    Attributes:
+        width: Number of directions, the same everywhere.
+        directions_of: ``input``: of the hidden states as they are; ``normed``: of these divided by
+            their root mean square, so that all tokens count alike.
+    """
+
+    width: int
+    directions_of: DirectionsOf = "input"
+
+
+class StreamBasis(NamedTuple):
+    """The basis at one place.
+
+    Attributes:
+        basis: Orthonormal columns, ``(D, d)``, float32 or float64.
+        variances: Sums of squares of the hidden states along all principal directions, falling,
+            ``(D,)``, float32.
+    """
+
+    basis: Tensor
+    variances: Tensor
+
+
 class SeamSums(NamedTuple):
     """Sums over tokens of X, what a map reads, and D, what the layers add to the hidden states.
 
@@ -125,6 +152,7 @@ class Needs:
         merge: A merge of layers that is tried and undone.
         span_training: A layer to train.
         seams: Runs of layers that linear maps replace.
+        stream: Bases of the hidden states.
     """
 
     layer_metric: LayerMetric | None = None
@@ -141,12 +169,13 @@ class Needs:
     merge: MergeLayers | None = None
     span_training: SpanTraining | None = None
     seams: tuple[Seam, ...] = ()
+    stream: StreamBases | None = None
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
-        others = (*self.removables, *self.seams, self.merge, self.span_training)
+        others = (*self.removables, *self.seams, self.merge, self.span_training, self.stream)
         return not any((*asked, *others)) and not self.layer_gradients
 
     @property
@@ -241,6 +270,8 @@ class Statistics:
             merge and those of the dense model, in [-1, 1].
         trained: Values of ``SpanTraining.parameters``, in the dtype of the model.
         seams: Sums of each run of layers that a linear map replaces.
+        stream: The basis at every place where the model reads its hidden states, by the name of the
+            norm there.
     """
 
     layer_metric: Tensor | None = None
@@ -252,6 +283,7 @@ class Statistics:
     merge_similarity: float | None = None
     trained: Mapping[str, Tensor] = field(default_factory=dict)
     seams: Mapping[Seam, SeamSums] = field(default_factory=dict)
+    stream: Mapping[str, StreamBasis] = field(default_factory=dict)
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:

@@ -33,6 +33,7 @@ _NEEDS_TEXT: Final = MappingProxyType(
         "merge": "tries merges of layers",
         "epochs": "trains a layer",
         "ridge": "fits a linear map for deleted layers",
+        "directions_of": "rotates hidden states, block after block,",
     }
 )
 _ADVICE = "name another run, or measure without from_scores"
