@@ -44,7 +44,8 @@ class AmountOptions:
             llm_streamline: replaces contiguous layers by one that is trained; laco: merges layers;
             shortgpt: the layers of lowest block influence; sleb: the layers that a greedy search by
             the loss finds; shortened_llama: the layers of lowest importance by gradients or loss;
-            random: layers drawn at random; slicegpt: slices the hidden states; or a method of another installed package.
+            random: layers drawn at random; slicegpt: makes the hidden states smaller; or a method
+            of another installed package.
         num_layers: Number of decoder layers to replace or delete.
         removed_ratio: Share of all parameters to remove; replaces ``num_layers`` or ``keep_ratio``.
     """

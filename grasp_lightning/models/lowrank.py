@@ -248,6 +248,7 @@ class GraspConfig(QuantizationConfigMixin):
         shapes: Mapping[str, Sequence[int]] | None = None,
         weights: Mapping[str, Any] | None = None,  # Any: values of JSON
         seams: Mapping[str, str] | None = None,
+        *,
         stream: Mapping[str, Any] | None = None,  # Any: values of JSON
         **unknown: object,
     ) -> None:
@@ -330,9 +331,7 @@ class GraspQuantizer(HfQuantizer):
         """Replace dense linears and add seams while the model is still on the meta device."""
         self._replace_linears(model)
         names = {name for name, _ in model.named_modules()}
-        slice_modules(
-            model, self.quantization_config.stream, partial(_name_in_model, model, names)
-        )
+        slice_modules(model, self.quantization_config.stream, partial(_name_in_model, model, names))
         self._add_seams(model)
         shortcuts = self.quantization_config.stream.get(SHORTCUTS, ())
         keys = [f"{name}.weight" for name in shortcuts]

@@ -17,8 +17,13 @@ from torch import Tensor, nn
 WIDTH, SIZE, EMBEDDINGS, NORMS = "width", "size", "embeddings", "norms"
 SHORTCUTS, BIASES, HEAD = "shortcuts", "biases", "head"
 _TYPES: dict[str, Any] = {
-    **{WIDTH: int, SIZE: int, EMBEDDINGS: list, NORMS: dict},
-    **{SHORTCUTS: dict, BIASES: list, HEAD: str | NoneType},
+    WIDTH: int,
+    SIZE: int,
+    EMBEDDINGS: list,
+    NORMS: dict,
+    SHORTCUTS: dict,
+    BIASES: list,
+    HEAD: str | NoneType,
 }
 _MARK = "grasp_sliced"  # an attribute of narrower embeddings, and of linears with a new bias
 
@@ -94,7 +99,7 @@ def _add(shortcut: ShortcutLinear, _: nn.Module, _args: object, output: Tensor) 
 
 
 def shortcut_name(norm: str, writer: str) -> str:
-    """Return the full name of the shortcut of a norm and a linear, in the module that holds both."""
+    """Return the full name of a shortcut: it is in the module that holds its norm and linear."""
     shared = len([a for a, b in zip(norm.split("."), writer.split("."), strict=False) if a == b])
     parts = norm.split(".")
     return ".".join([*parts[:shared], f"{'_'.join(parts[shared:])}_shortcut"])
@@ -180,7 +185,7 @@ def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:  # Any: val
         if not isinstance(value, _TYPES[key]) or (key in (WIDTH, SIZE) and value < 1):
             raise ValueError(f"{key} of stream has a wrong value: {value!r}")
     for name, ends in settings.get(SHORTCUTS, {}).items():
-        if not (isinstance(ends, list | tuple) and len(ends) == 2 and name == shortcut_name(*ends)):
+        if [*map(type, ends)] != [str, str] or name != shortcut_name(*ends):
             raise ValueError(f"shortcut {name} of stream does not belong to {ends!r}")
     return dict(settings)
 
@@ -196,6 +201,9 @@ def slice_modules(
         model: The model, with its narrowed linears.
         settings: Those of ``stream_settings``.
         find: Maps a name in the settings to the name in the model.
+
+    Raises:
+        ValueError: If the model does not have such embeddings.
     """
     if not settings:
         return

@@ -33,7 +33,7 @@ _SAME_VALUES = {
 }
 _NO_VALUES = {"new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like"}
 _SCALES = {"mul", "mul_", "div", "div_"}
-_SUMS = {"add", "add_"}
+_SUMS, _BOTH = {"add", "add_"}, 2  # terms of a sum
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 _TOLERANCE = 1e-3  # relative, of a norm that computes in float32
 
@@ -242,7 +242,14 @@ class _Tracer(TorchDispatchMode):
         noted.append(is_ours)
         self._inside += is_ours
 
-    def _leave(self, name: str, noted: list[bool], module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401  of every module
+    def _leave(
+        self,
+        name: str,
+        noted: list[bool],
+        module: nn.Module,
+        args: Any,  # noqa: ANN401  of every module
+        output: Any,  # noqa: ANN401  of every module
+    ) -> None:
         if not (noted and noted.pop()):
             return
         self._inside -= 1
@@ -284,7 +291,7 @@ class _Tracer(TorchDispatchMode):
         keeps = found.ndim > 0 and found.shape[-1] == self._size
         if len(tags) == 1 and kind in _SAME_VALUES and keeps:
             return tags[0]
-        if kind in _SUMS and len(given) == 2 and keeps:
+        if kind in _SUMS and len(given) == _BOTH and keeps:
             return self._sum(given)
         if all(isinstance(tag, _Output) for tag in tags):
             return None  # read as anything else
@@ -296,9 +303,9 @@ class _Tracer(TorchDispatchMode):
     def _sum(self, given: Sequence[_Tag | None]) -> _Tag | None:
         states = [tag for tag in given if isinstance(tag, _State)]
         outputs = [tag for tag in given if isinstance(tag, _Output)]
-        if len(outputs) == 2:
+        if len(outputs) == _BOTH:
             return _Output(outputs[0].writers + outputs[1].writers)
-        if len(states) == 2 and all(s.base is None and s.read is None for s in states):
+        if len(states) == _BOTH and all(s.base is None and s.read is None for s in states):
             return _State(None, states[0].writers + states[1].writers)
         if len(states) == 1 and len(outputs) == 1:
             state, writers = states[0], outputs[0].writers

@@ -6,8 +6,8 @@ from typing import NamedTuple, Self
 from transformers import PreTrainedModel
 
 from grasp_lightning.models.formats.gguf.layout import layout_refusal
-from grasp_lightning.models.sliced import is_sliced
 from grasp_lightning.models.lowrank import LowRankLinear, has_replaced, low_rank_linears, seams
+from grasp_lightning.models.sliced import is_sliced
 
 _SLICED = "not possible: only its own code computes its sliced hidden states"
 _WITH_SEAMS = "not possible: this model has seams, linear maps that only its own code computes"

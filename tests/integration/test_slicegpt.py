@@ -1,4 +1,4 @@
-"""Sliced hidden states: from ``compress`` to export, training, and identities with the dense model."""
+"""Sliced hidden states: from ``compress`` to export and training, and equal to the dense model."""
 
 import json
 from functools import partial

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from grasp_lightning.errors import ModelError, PlanError
 from grasp_lightning.models.decoder import DecoderView, configs_of
-from grasp_lightning.models.linears import as_linear
+from grasp_lightning.models.linears import DenseModule, as_linear
 from grasp_lightning.models.lowrank import NarrowedLinear, dense_shape
 from grasp_lightning.models.operations.base import (
     Applier,
@@ -94,7 +94,7 @@ class Slice(Applier[SliceStream]):
         }
 
     def num_added(self, operation: SliceStream, view: DecoderView) -> int:
-        """Return the size of shortcuts and new biases, less that of norms and of removed columns."""
+        """Return the size of shortcuts and new biases, less that of norms and removed columns."""
         stream, size = stream_of(view), _size(view, operation)
         rows = sum(len(_embedding(view, name).weight) for name in operation.embeddings)
         norms = sum(p.numel() for name in stream.forms for p in view.module(name).parameters())
@@ -154,20 +154,24 @@ def _sliced(
     old = as_linear(module)
     weight = old.weight.detach().double()  # (N, M)
     bias = None if old.bias is None else old.bias.detach().double()
-    for number, read in enumerate(operation.reads):
-        if name in read.readers:
-            norm = stream.norm_of[name]
-            shift = _bias(view, norm)
-            if shift is not None:
-                bias = weight @ shift + (0 if bias is None else bias)
-            gain = view.module(norm).get_parameter("weight").detach().double()
-            weight = _rows(weight * (gain + stream.forms[norm].offset), bases[number])
-    for number, read in enumerate(operation.reads):
-        if name in read.writers:
-            basis = bases[number + 1]
-            weight = _rows(weight.mT, basis, centers=stream.centers).mT
-            if bias is not None:
-                bias = _rows(bias[None], basis, centers=stream.centers)[0]
+    numbers = range(len(bases))
+    for number in (n for n in numbers if name in operation.reads[n].readers):
+        norm = stream.norm_of[name]
+        shift = _bias(view, norm)
+        if shift is not None:
+            bias = weight @ shift + (0 if bias is None else bias)
+        gain = view.module(norm).get_parameter("weight").detach().double()
+        weight = _rows(weight * (gain + stream.forms[norm].offset), bases[number])
+    for basis in (bases[n + 1] for n in numbers if name in operation.reads[n].writers):
+        weight = _rows(weight.mT, basis, centers=stream.centers).mT
+        if bias is not None:
+            bias = _rows(bias[None], basis, centers=stream.centers)[0]
+    return _narrowed(module, weight, bias)
+
+
+def _narrowed(module: DenseModule, weight: Tensor, bias: Tensor | None) -> NarrowedLinear:
+    """Return a linear with these values that is otherwise like another one."""
+    old = as_linear(module)
     rows, columns = weight.shape
     new = NarrowedLinear(columns, rows, bias=False, device="meta")
     new.weight = like(weight, old.weight)
@@ -179,7 +183,7 @@ def _sliced(
 
 
 def _rows(weight: Tensor, basis: Tensor, *, centers: bool = False) -> Tensor:
-    """Return rows in a basis, ``(R, D) -> (R, d)``, in float64; ``centers`` subtracts their mean."""
+    """Return rows in a basis, ``(R, D) -> (R, d)``, float64; ``centers`` subtracts their mean."""
     parts = []
     for part in weight.detach().split(_ROWS):
         wide = part.double()

@@ -31,9 +31,7 @@ def test_the_mean_comes_last_even_where_other_directions_are_empty() -> None:
 
 
 def test_an_aligned_basis_spans_the_same_and_differs_least() -> None:
-    first, second = (
-        torch.linalg.qr(rows(12, 5, seed))[0] for seed in (1, 2)
-    )
+    first, second = (torch.linalg.qr(rows(12, 5, seed))[0] for seed in (1, 2))
     turned = aligned(second, first)
     torch.testing.assert_close(turned @ turned.mT, second @ second.mT)
     change = first.mT @ turned
