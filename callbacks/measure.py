@@ -63,6 +63,7 @@ from grasp_lightning.training.hidden_cache import HiddenCache
 from grasp_lightning.training.merge_trials import MergeTrials, final_states
 from grasp_lightning.training.removal_losses import removal_losses
 from grasp_lightning.training.strategies import CalibrationFSDP
+from grasp_lightning.training.stream_bases import stream_bases
 
 _DESCRIPTIONS = {
     SELECT: "comparing layers",
@@ -132,6 +133,16 @@ class TrainerMeasure:
             return self._pass(view, step, LayerSeams(step))
         if needs.spreads:
             return self._pass(view, step, InputSpreads(step))
+        if needs.stream is not None:
+            bases = stream_bases(
+                view,
+                needs.stream,
+                self._data,
+                track=self._track,
+                max_bytes=self._max_bytes,
+                store=None if self._store is None else self._store.scored_groups,
+            )
+            return Statistics(stream=bases)
         return Statistics(
             moments=self._moments(view, step) if needs.moment_kinds else {},
             removal_losses=self._removal_losses(view, needs),

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Final, Literal, Self, TypeVar, dataclass_transform
+from typing import Any, Final, Literal, NamedTuple, Self, TypeVar, dataclass_transform
 
 from grasp_lightning.errors import PlanError
 from grasp_lightning.plugins import load_method
@@ -309,6 +309,42 @@ class AddSeam(Operation):
     layers: tuple[int, ...]
     holder: int
     is_after: bool
+
+
+class StreamRead(NamedTuple):
+    """One block of a model: what it reads from the hidden states, and what it adds to them.
+
+    Attributes:
+        norms: Full names of the norms that read the hidden states here, in the order of calls.
+        readers: Full names of the linears that read the normed states.
+        writers: Full names of the linears whose outputs are added to the hidden states before the
+            next read; none for the last one, that of the head.
+    """
+
+    norms: tuple[str, ...]
+    readers: tuple[str, ...]
+    writers: tuple[str, ...]
+
+
+@operation("slice_stream")
+class SliceStream(Operation):
+    """Rotate the hidden states, and keep the first directions; a replay needs the stored bases.
+
+    Attributes:
+        width: Number of kept directions, the same everywhere.
+        embeddings: Full names of the embeddings whose sum the hidden states start with.
+        reads: All blocks in order, and the head.
+    """
+
+    width: int
+    embeddings: tuple[str, ...]
+    reads: tuple[StreamRead, ...]
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Full names of all linears that read or write the hidden states, in order."""
+        names = (name for read in self.reads for name in (*read.readers, *read.writers))
+        return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

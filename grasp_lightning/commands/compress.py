@@ -116,6 +116,11 @@ def resolved(
             f"trainer.strategy is fsdp, but method {config.method.name} trains a whole layer in "
             "every process; use ddp"
         )
+    if config.method.directions_of is not None and config.trainer.strategy == "fsdp":
+        raise ConfigError(
+            f"trainer.strategy is fsdp, but method {config.method.name} changes a whole model in "
+            "every process; use ddp"
+        )
     source = resolve_source(config.model) if given is None else given.origin
     return config, [] if source.folder is None else [source.folder]
 

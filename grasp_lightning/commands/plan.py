@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from grasp_lightning.config import CompensateConfig, PlanConfig
+from grasp_lightning.memory.activations import FLOAT64
 from grasp_lightning.memory.forecast import (
     calibration_plan,
     compensation_plan,
@@ -29,6 +30,9 @@ from grasp_lightning.storage.recut import StoredScores
 _UNKNOWN = (
     "the loss of each method.target depends on the data: compress and plan --from_scores report it"
 )
+
+
+_DIRECTIONS = 4  # matrices of the hidden size that one eigendecomposition takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,8 @@ def _moment_bytes(view: DecoderView, config: PlanConfig, prediction: Prediction)
 
     Linears with the same input share its Gram matrix, which shapes do not show.
     """
+    if config.method.directions_of is not None:  # sums, eigenvectors and their workspace
+        return _DIRECTIONS * FLOAT64 * view.model.config.get_text_config().hidden_size ** 2
     method = build_method(config.method, view)
     if isinstance(method, SparsityMethod):
         kinds, limit = frozenset({method.moment_kind}), 0.0  # one layer at a time

@@ -21,6 +21,7 @@ from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.removal import REMOVALS
 from grasp_lightning.methods.seams import SEAM
 from grasp_lightning.methods.sleb import SLEB
+from grasp_lightning.methods.slicegpt import SLICE
 from grasp_lightning.methods.sparsegpt import SPARSEGPT
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.methods.unit_removal import SPREAD, removable_units
@@ -43,6 +44,7 @@ PHASE_OF_STEP = {
     REMOVALS: "removals",
     TRAIN_LAYER: TRAIN_LAYER,
     SEAM: "seam",
+    SLICE: "slice",
     GRADIENTS: "gradients",
     SPREAD: "spread",
 }
@@ -52,6 +54,7 @@ _FORWARD_AND_BACKWARD = 3.0
 _CURVATURE = 3.3
 _PRUNING = 3.0
 _SEAM = 1.1
+_SLICE = 4.0
 _REFIT = 2.5
 _DECOMPOSITION = 65.0  # multiplications of a forward pass, per N x M x min(N, M)
 _UPDATES = 20  # updates of weights in the time of a decomposition
@@ -90,6 +93,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase="removals", label="measure blocks"): prices_blocks,
         Stage(phase=TRAIN_LAYER, label="train a layer", passes=2): method.replacement is not None,
         Stage(phase="seam", label="compare hidden states"): method.ridge is not None,
+        Stage(phase="slice", label="rotate hidden states"): method.directions_of is not None,
         choose: method.weighting is not None or is_scored or prunes,
         Stage(phase="attribution", label="score components"): is_scored
         and method.score != "magnitude",
@@ -145,6 +149,7 @@ def compress_work(
         "curvature": _curvature_work(config, view, prediction, plan),
         "seam": Work(_SEAM * tokens),
         "spread": Work(_SEAM * tokens),
+        "slice": Work(_SLICE * tokens),
         "gradients": Work(_FORWARD_AND_BACKWARD * tokens * passes, passes),
         "attribution": attribution,
         # About one sweep, half as deep on average.

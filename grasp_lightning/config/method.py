@@ -32,6 +32,7 @@ Importance = Literal["taylor", "taylor_second", "taylor_mixed", "l2"]
 MergeChoice = Literal["paper", "released"]
 ReplacementChoice = Literal["layer", "mlp"]
 PatternChoice = Literal["unstructured", "2:4", "4:8"]
+DirectionsOf = Literal["input", "normed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,9 @@ class AmountOptions:
             the loss finds; shortened_llama: the layers of lowest importance by gradients or loss;
             llm_pruner: attention heads and MLP channels of lowest importance by gradients, the same
             share of each layer; flap: those whose inputs vary least, with biases that make up for
-            them; random: layers drawn at random; wanda and sparsegpt: set weights to zero, which
-            saves no memory; or a method of another installed package.
+            them; slicegpt: makes the hidden states smaller; random: layers drawn at random; wanda
+            and sparsegpt: set weights to zero, which saves no memory; or a method of another
+            installed package.
         num_layers: Number of decoder layers to replace or delete.
         removed_ratio: Share of all parameters to remove, for wanda and sparsegpt to set to zero;
             replaces ``num_layers`` or ``keep_ratio``.
@@ -79,7 +81,7 @@ class KeepOptions:
     Attributes:
         keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1), where 0
             deletes the layers; under a global budget, share of the parameters of all linears
-            together.
+            together; slicegpt: share of the directions of the hidden states.
     """
 
     keep_ratio: float | None = None
@@ -158,7 +160,19 @@ class MetricOptions(DampingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetOptions:
+class RoundingOptions:
+    """How sizes are rounded.
+
+    Attributes:
+        multiple_of: Ranks, numbers of channels and directions are multiples of this number; unset:
+            1, or 32 for the targets gguf and plain.
+    """
+
+    multiple_of: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions(RoundingOptions):
     """What one budget is spent on.
 
     Attributes:
@@ -167,8 +181,6 @@ class BudgetOptions:
         removable: Under a global budget, parts that may be removed whole where that costs less loss
             than compressing them: none, layers, or layers_and_blocks (also attention and MLP
             blocks). Needs weighting kfac, whose losses have the unit of a measured removal.
-        multiple_of: Ranks and numbers of channels are multiples of this number; unset: 1, or 32 for
-            the targets gguf and plain.
         target: What will run the model. any: programs that can run factors, such as transformers;
             no_factors and gguf (llama.cpp): attention stays dense, and MLPs get narrower, each by
             its own number of channels; plain: all MLPs get the same width, so that the folder is an
@@ -177,7 +189,6 @@ class BudgetOptions:
 
     mlp: MlpChoice | None = None
     removable: RemovableChoice | None = None
-    multiple_of: int | None = None
     target: TargetChoice | None = None
 
 
@@ -329,6 +340,17 @@ class SparsityOptions(MethodOptions):
     pattern: PatternChoice | None = None
 
 
+class SliceOptions(RoundingOptions, KeepOptions, AmountOptions):
+    """What slicegpt reads.
+
+    Attributes:
+        directions_of: What the kept directions hold most of. input: the hidden states as they enter
+            a block; normed: after its norm, so that all tokens count alike.
+    """
+
+    directions_of: DirectionsOf | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(
     SparsityOptions,
@@ -339,6 +361,7 @@ class MethodConfig(
     DropOptions,
     StreamlineOptions,
     LacoOptions,
+    SliceOptions,
     LowRankOptions,
     GraspOptions,
 ):
@@ -360,6 +383,7 @@ METHOD_OPTIONS: Final[Mapping[str, type[AmountOptions]]] = MappingProxyType(
         "laco": LacoOptions,
         "llm_streamline": StreamlineOptions,
         "replaceme": ReplaceMeOptions,
+        "slicegpt": SliceOptions,
         "wanda": SparsityOptions,
         "sparsegpt": SparsityOptions,
     }

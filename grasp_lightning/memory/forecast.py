@@ -89,7 +89,8 @@ def calibration_plan(
         (f"ddp, {processes} processes", 1, processes),
         (f"fsdp, {processes} processes", processes, processes),
     ):
-        if scored.trained and num_parts > 1:  # not supported
+        changes_whole = scored.trained > 0 or config.method.directions_of is not None
+        if changes_whole and num_parts > 1:  # not supported
             continue
         cache = _cache_bytes(config, dense, layers, sharing)
         rows[label] = calibration_memory(
@@ -267,8 +268,8 @@ def _cache_bytes(
     """Return the size of ``HiddenCache``: the inputs of as many replaced layers as fit.
 
     A search keeps those of all candidates, for one batch. A trained layer needs the hidden states
-    around its span, up to the limit of the statistics. Pruning layer by layer keeps the inputs of
-    two layers, or none if one of them does not fit.
+    around its span, and slicing those of one layer, up to the limit of the statistics. Pruning
+    layer by layer keeps the inputs of two layers, or none if one of them does not fit.
     """
     if config.method.merge is not None:
         return _trial_bytes(config, model, processes)
@@ -282,6 +283,8 @@ def _cache_bytes(
         return min(2 * layer, int(config.statistics.max_memory * 1e9))
     if config.method.pattern is not None:
         return 2 * layer if layer <= DEFAULT_LIMIT else 0
+    if config.method.directions_of is not None:
+        return min(layer, int(config.statistics.max_memory * 1e9))
     if config.method.schedule != "iterative" or config.method.score == "magnitude":
         return 0
     return min(len(layers), DEFAULT_LIMIT // layer) * layer

@@ -25,10 +25,12 @@ from grasp_lightning.methods.replaceme import REPLACEME_METHOD
 from grasp_lightning.methods.shortened_llama import SHORTENED_LLAMA_METHOD
 from grasp_lightning.methods.shortgpt import SHORTGPT
 from grasp_lightning.methods.sleb import SLEB_METHOD
+from grasp_lightning.methods.slicegpt import SLICEGPT_METHOD
 from grasp_lightning.methods.sparsegpt import SPARSEGPT
 from grasp_lightning.methods.wanda import WANDA
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import seams
+from grasp_lightning.models.sliced import is_sliced
 from grasp_lightning.plugins import load_method, method_plugins
 
 __all__ = ["METHODS", "build_method", "predict", "resolve_method", "resolve_num_layers"]
@@ -40,7 +42,7 @@ METHODS: Final[Mapping[str, Registered]] = MappingProxyType(
             *(GRASP, GRASP_PLUS, LOW_RANK, DROP_METHOD),
             *(SHORTGPT, SLEB_METHOD, SHORTENED_LLAMA_METHOD),
             *(LACO, LLM_STREAMLINE, REPLACEME_METHOD),
-            *(LLM_PRUNER, FLAP, WANDA, SPARSEGPT, RANDOM),
+            *(LLM_PRUNER, FLAP, SLICEGPT_METHOD, WANDA, SPARSEGPT, RANDOM),
         )
     }
 )
@@ -87,8 +89,13 @@ def build_method(
     A budget is a share of the dense model ``view``; one that is out of reach is a ``ConfigError``.
 
     Raises:
-        ModelError: If the model has seams.
+        ModelError: If the model has seams, or its hidden states are sliced.
     """
+    if is_sliced(view.model):
+        raise ModelError(
+            f"the hidden states of {type(view.model).__name__} are sliced (method.name=slicegpt), "
+            "and such a model cannot be compressed again: compress the original model"
+        )
     if seams(view.model):
         raise ModelError(
             f"{type(view.model).__name__} has seams from an earlier compression "

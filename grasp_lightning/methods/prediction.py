@@ -44,6 +44,7 @@ class Prediction:
         removes_units: A budget is spent on key/value groups and MLP channels, not on ranks.
         is_removable: Layers or blocks may be removed as a whole.
         target: What will serve the model, for a budget.
+        directions: Kept and original number of directions of the hidden states, if they are sliced.
         is_span: One layer replaces contiguous ones, of which ``num_layers`` are deleted.
         zeros: Number of weights that are set to zero, which saves no parameters.
     """
@@ -63,6 +64,7 @@ class Prediction:
     is_removable: bool = False
     target: TargetChoice = "any"
     is_span: bool = False
+    directions: tuple[int, int] | None = None
     zeros: int = 0
 
     @property
@@ -85,6 +87,9 @@ class Prediction:
                 "zeros are stored like other weights, so the model is no smaller"
             )
             return [first, zeros]
+        if self.directions is not None:
+            kept, size = self.directions
+            return [first, f"the hidden states keep {kept} of {size} directions in all layers"]
         if self.is_budget:
             return [first, self._budget_line]
         if self.ranks:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp_lightning.errors import GraspError, ModelError, OutputError
-from grasp_lightning.models import int4, lowrank
+from grasp_lightning.models import int4, lowrank, sliced
 from grasp_lightning.models.lowrank import (
     QUANT_METHOD,
     REMOTE_MODULE,
@@ -28,7 +28,9 @@ from grasp_lightning.models.rebuilding import rebuild_problem
 from grasp_lightning.models.source import first_line
 
 _AUTO_CONFIG = "AutoConfig"
-_IMPORT_OF_INT4 = re.compile(r"^from grasp_lightning\.models\.int4 import .*\n", re.MULTILINE)
+_OWN_IMPORTS = re.compile(
+    r"^from grasp_lightning\.models\.\w+ import (?:\([^)]*\)|.*)\n", re.MULTILINE
+)
 
 # Auto classes that open a saved model without the package, if its family has them.
 _AUTO_CLASSES = {
@@ -179,8 +181,9 @@ def _write_remote_code(model: PreTrainedModel, path: Path) -> None:
     if not (is_custom or type(model).__module__.startswith("transformers.")):
         return  # a class of the caller's program, which a folder cannot contain
     classes = {_AUTO_CONFIG: config_class} | ({} if is_custom else _model_classes(config_class))
-    linears = _IMPORT_OF_INT4.sub("", inspect.getsource(lowrank))
-    code = [inspect.getsource(int4), "\n\n", linears, "\n\nimport transformers  # noqa: E402\n"]
+    linears = _OWN_IMPORTS.sub("", inspect.getsource(lowrank))
+    parts = (inspect.getsource(int4), inspect.getsource(sliced), linears)
+    code = ["\n\n".join(parts), "\n\nimport transformers  # noqa: E402\n"]
     for auto, found in classes.items():
         name, origin = found.__name__, f"transformers.{found.__name__}"
         if _is_remote(found):

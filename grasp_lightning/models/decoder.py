@@ -185,7 +185,7 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
     """Keep a model in eval mode, without trainable parameters or cache; restore it on exit."""
     training = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    caching = [(c, c.use_cache) for c in _configs(model) if hasattr(c, "use_cache")]
+    caching = [(c, c.use_cache) for c in configs_of(model) if hasattr(c, "use_cache")]
     try:
         model.train(False)
         model.requires_grad_(False)
@@ -221,7 +221,7 @@ def _find_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     return next((found for found in lists if len(found) == num_layers), None)
 
 
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """Return the distinct configs that the model and its decoder read, usually one."""
     configs = [model.config, model.config.get_text_config(), *_held_configs(model)]
     return list({id(config): config for config in configs}.values())

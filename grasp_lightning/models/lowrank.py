@@ -1,14 +1,17 @@
 """Low-rank and narrowed linears and seams, and how transformers loads and saves models with them.
 
-This file needs only torch and transformers: its text and that of ``int4.py`` are copied into every
-saved model, which then opens without grasp_lightning (with ``trust_remote_code=True``).
+This file needs only torch and transformers: its text and those of ``int4.py`` and ``sliced.py`` are
+copied into every saved model, which then opens without grasp_lightning (with
+``trust_remote_code=True``).
 
 A saved model is an ordinary Hugging Face folder whose ``quantization_config`` names the low-rank
 linears with their ranks and the narrowed ones with their shapes. A narrowed weight, or the right
 factor of a low-rank linear, is stored under the key of the dense weight (``<module>.weight``): a
 program that does not know this format finds a tensor of the wrong shape and stops, instead of
 leaving the linear at random values. A seam has no dense weight: it takes the key of a parameter of
-another shape in its decoder layer, which is stored as ``<seam>.held``.
+another shape in its decoder layer, which is stored as ``<seam>.held``. A model with sliced hidden
+states has narrowed linears, narrower embeddings, and shortcuts under keys of their own; ``stream``
+says where.
 
 If the weights are also quantized, by torchao or bitsandbytes, ``weights`` holds the config of
 transformers for that method, whose own quantizer reads and writes them once the linears have their
@@ -43,6 +46,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grasp_lightning.models.int4 import Int4Linear, as_int4_linear, is_int4, unpacked
+from grasp_lightning.models.sliced import (
+    BIASES,
+    HEAD,
+    SHORTCUTS,
+    checked_settings,
+    is_shortcut,
+    is_sliced_norm,
+    slice_modules,
+    sliced_problem,
+    stream_settings,
+)
 
 QUANT_METHOD = "grasp_lightning"
 SEAM_BEFORE, SEAM_AFTER = "seam", "seam_after"  # names in a decoder layer
@@ -239,12 +253,13 @@ def seams(model: nn.Module) -> dict[str, SeamLinear]:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Return whether compression made a module: a low-rank or narrowed linear, or a seam."""
-    return is_low_rank(module) or is_narrowed(module) or is_seam(module)
+    """Return whether compression made a module: a linear, a seam, a norm or a shortcut."""
+    is_sliced = is_sliced_norm(module) or is_shortcut(module)
+    return is_low_rank(module) or is_narrowed(module) or is_seam(module) or is_sliced
 
 
 def has_replaced(model: nn.Module) -> bool:
-    """Return whether a model has low-rank or narrowed linears, or seams."""
+    """Return whether a model has modules that compression made."""
     return any(is_replaced(module) for module in model.modules())
 
 
@@ -258,6 +273,8 @@ class GraspConfig(QuantizationConfigMixin):
         biases: Narrowed linears with a bias that the config of the model does not build.
         weights: The config of the quantizer of transformers that reads the weights of linears, with
             its ``quant_method``; None for plain floating point.
+        stream: What slicing changed besides shapes of linears, see
+                ``sliced.stream_settings``.
         **unknown: Refused: a newer format may have additions that must not be ignored.
     """
 
@@ -270,6 +287,7 @@ class GraspConfig(QuantizationConfigMixin):
         seams: Mapping[str, str] | None = None,
         *,
         biases: Sequence[str] = (),
+        stream: Mapping[str, Any] | None = None,  # Any: values of JSON
         **unknown: object,
     ) -> None:
         if unknown:
@@ -281,6 +299,7 @@ class GraspConfig(QuantizationConfigMixin):
         _check_seams(seams or {})
         self.biases = list(biases)
         self.seams = dict(seams or {})
+        self.stream = checked_settings(stream or {})
         self.quant_method = quant_method  # type: ignore[assignment]  # its enum has no others
         self.ranks = dict(ranks or {})
         self.shapes = {module: list(shape) for module, shape in (shapes or {}).items()}
@@ -289,7 +308,7 @@ class GraspConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
         """Return the content of config.json, without what says nothing, except for ranks."""
         content: dict[str, Any] = super().to_dict()
-        for key in ("shapes", "weights", "seams", "biases"):
+        for key in ("shapes", "weights", "seams", "biases", "stream"):
             if not content[key]:
                 del content[key]
         return content
@@ -343,11 +362,14 @@ class GraspQuantizer(HfQuantizer):
     ) -> None:
         """Replace dense linears and add seams while the model is still on the meta device."""
         self._replace_linears(model)
+        names = {name for name, _ in model.named_modules()}
+        slice_modules(model, self.quantization_config.stream, partial(_name_in_model, model, names))
         self._add_seams(model)
-        biases = self.quantization_config.biases if self._weights is None else ()
-        _check_stored(
-            (*self._seam_keys, *(f"{module}.bias" for module in biases)), checkpoint_files or ()
-        )
+        settings = self.quantization_config
+        biases = settings.biases if self._weights is None else ()
+        added = [f"{module}.bias" for module in biases]
+        added += [f"{name}.weight" for name in settings.stream.get(SHORTCUTS, ())]
+        _check_stored([*self._seam_keys, *added], checkpoint_files or ())
         if self._weights is not None:
             self._weights.preprocess_model(
                 model, device_map=device_map, checkpoint_files=checkpoint_files, **options
@@ -370,7 +392,10 @@ class GraspQuantizer(HfQuantizer):
             for factor in (low_rank.left, low_rank.right):
                 # They are loaded: a family's initialisation of linears by name does not apply.
                 factor._is_hf_initialized = True  # type: ignore[assignment]  # a flag, no module
+        stream = self.quantization_config.stream
         for stored, (rows, columns) in self.quantization_config.shapes.items():
+            if stored == stream.get(HEAD) and stored not in names:
+                continue  # a model without its head
             module, linear = _linear_in_model(model, names, stored)
             dense = dense_shape(linear)
             if not (rows <= dense[0] and columns <= dense[1] and (rows, columns) != dense):
@@ -379,7 +404,8 @@ class GraspQuantizer(HfQuantizer):
                     f"{dense[0]} x {dense[1]}"
                 )
             options, adds_bias = _options_of(linear), stored in self.quantization_config.biases
-            new = narrowed(columns, rows, **{**options, "bias": options["bias"] or adds_bias})
+            options["bias"] = options["bias"] or adds_bias or stored in stream.get(BIASES, ())
+            new = narrowed(columns, rows, **options)
             if isinstance(new, NarrowedLinear):
                 new.adds_bias = adds_bias
             model.set_submodule(module, new)
@@ -518,12 +544,13 @@ def seam_keys_of(model: nn.Module) -> dict[str, str]:
 
 
 def config_of(model: nn.Module) -> GraspConfig:
-    """Return the config that rebuilds the replaced linears and the seams of a model."""
+    """Return the config that rebuilds what compression made of a model."""
     return GraspConfig(
         ranks_of(model),
         shapes=shapes_of(model),
         seams=seam_keys_of(model),
         biases=biases_of(model),
+        stream=stream_settings(model),
     )
 
 
@@ -538,6 +565,9 @@ def check_fails_closed(model: nn.Module) -> None:
                 f"{module} has rank {linear.rank}, as many as its output features, which saves "
                 "nothing; leave it dense"
             )
+    problem = sliced_problem(model)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def finish_quantized(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from grasp_lightning.models.lowrank import (
 )
 from grasp_lightning.models.numbering import unnumbered_settings
 from grasp_lightning.models.rebuilding import dense_empty
+from grasp_lightning.models.sliced import is_sliced
 from grasp_lightning.models.units import Units, head_size, head_units
 
 # Keys for the width in configs where None stands for a multiple of the hidden size.
@@ -41,6 +42,8 @@ def make_plain(model: PreTrainedModel) -> bool:
         Whether the model is an ordinary one now.
     """
     narrowed = narrowed_linears(model)
+    if is_sliced(model):
+        return False
     if not narrowed or low_rank_linears(model):
         return not (narrowed or low_rank_linears(model))
     found = None if biases_of(model) else _plain_settings(model, narrowed)

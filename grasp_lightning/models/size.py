@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.integrity import plain_parts
 from grasp_lightning.models.lowrank import dense_shape, low_rank_linears, narrowed_linears, seams
+from grasp_lightning.models.sliced import shortcuts
 
 
 class LinearShape(NamedTuple):
@@ -55,8 +56,8 @@ class ModelSize:
     """Sizes of a model at one dtype; tied parameters are counted once.
 
     Attributes:
-        decoder_linear_parameters: Those in dense, low-rank and narrowed linears and in seams of
-            decoder layers, with biases, without mixtures of experts.
+        decoder_linear_parameters: Those in dense, low-rank and narrowed linears, seams and
+            shortcuts of decoder layers, with biases, without mixtures of experts.
     """
 
     parameters: int
@@ -105,8 +106,8 @@ def count_tied_parameters(model: nn.Module) -> int:
 def count_decoder_linears(view: DecoderView) -> int:
     """Return the number of parameters in linears of decoder layers, tied ones counted once.
 
-    Dense, low-rank and narrowed linears count with their biases, and seams; experts and routers do
-    not.
+    Dense, low-rank and narrowed linears count with their biases, seams and shortcuts; experts
+    and routers do not.
     """
     return count_parameters(_decoder_linears(view))
 
@@ -118,6 +119,7 @@ def _decoder_linears(view: DecoderView) -> nn.Module:
         linears += low_rank_linears(view.layer(index)).values()
         linears += narrowed_linears(view.layer(index)).values()
         linears += seams(view.layer(index)).values()
+        linears += shortcuts(view.layer(index)).values()
     return nn.ModuleList(linears)
 
 

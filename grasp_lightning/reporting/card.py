@@ -9,7 +9,7 @@ from huggingface_hub import CardData, RepoCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from grasp_lightning.plan import AddBias, AddSeam, Plan, SetWeights, SparsifyLinear
+from grasp_lightning.plan import AddBias, AddSeam, Plan, SetWeights, SliceStream, SparsifyLinear
 from grasp_lightning.reporting import card_phrases as phrases
 from grasp_lightning.reporting.card_phrases import Values
 from grasp_lightning.reporting.linears import module_place
@@ -52,6 +52,7 @@ def model_card(
     # Linears no longer have the shapes that the family builds.
     is_narrowed = plan.channels or plan.heads
     kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if is_narrowed else ""
+    kind = "sliced" if _slicing(plan) else kind
     text = _render(
         "card.md.jinja",
         kind="compressed",
@@ -66,6 +67,7 @@ def model_card(
         removed=_removed(plan),
         merges=_merges(plan),
         correction=_correction(plan),
+        directions=_slicing(plan),
         only_deletes=not any(isinstance(op, _KEEPING) for op in plan.operations),
         zero_share=f"{100 * metrics.zero_ratio:.1f}%" if metrics.zero_ratio else "",
         removed_share=f"{100 * metrics.removed_ratio:.1f}% of all parameters were removed",
@@ -276,6 +278,11 @@ def _trained_span(plan: Plan) -> tuple[int, int] | None:
     if not plan.options.get("epochs") or not layers:
         return None
     return layers[0], layers[-1]
+
+
+def _slicing(plan: Plan) -> int:
+    """Return the number of kept directions of the hidden states, 0 if they are not sliced."""
+    return next((op.width for op in plan.operations if isinstance(op, SliceStream)), 0)
 
 
 def _correction(plan: Plan) -> str:

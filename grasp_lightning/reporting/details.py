@@ -16,6 +16,7 @@ from grasp_lightning.plan import (
     Plan,
     RemoveBlock,
     RemoveHeads,
+    SliceStream,
     SparsifyLinear,
     TryMerge,
 )
@@ -34,6 +35,7 @@ _KINDS: dict[type[Operation], str] = {
     RemoveHeads: "with fewer heads",
     RemoveBlock: "removed",
     SparsifyLinear: "sparse",
+    SliceStream: "narrowed",
 }
 _LOSSES = ("Predicted loss, nats per token", "Measured")
 _SCORES = ("Score kept", "Squared norm kept", "Beyond the largest")

@@ -82,6 +82,7 @@ class Seconds:
     attribution: float | None = None
     curvature: float | None = None
     seam: float | None = None
+    slice: float | None = None
     merges: float | None = None
     removals: float | None = None
     gradients: float | None = None

@@ -29,6 +29,7 @@ _PHASES = {
     "merges": "Try merges of layers",
     "removals": "Measure removals of layers or blocks",
     "seam": "Compare hidden states around deleted layers",
+    "slice": "Find directions of the hidden states",
     "factorize": "Factorise and replace",
     "cut_losses": "Measure each cut alone",
     "refit": "Refit the cut linears",

@@ -51,6 +51,8 @@ def parameters_plot(metrics: Metrics) -> Plot:
     # Norms of deleted layers are removed, too.
     if total.dense - total.compressed != linears.dense - linears.compressed:
         explanation = "Deleted layers include their norms; everything else is unchanged."
+        if all(metrics.layer_changes.values()):
+            explanation = "Embeddings, head and norms change, too."
     return Plot(
         title=f"{metrics.removed_ratio:.1%} of all parameters were removed: "
         f"{count_text(total.dense)} before, {count_text(total.compressed)} after",

@@ -13,12 +13,14 @@ from grasp_lightning.models.lowrank import (
     low_rank_linears,
     seams,
 )
+from grasp_lightning.models.sliced import is_sliced
 from grasp_lightning.models.units import has_fewer_heads
 
 _WITH_HEADS = (
     "not possible: this model has different numbers of attention heads in its layers, or added "
     "biases, and vLLM computes neither"
 )
+_SLICED = "not possible: only its own code computes its sliced hidden states"
 _WITH_SEAMS = "not possible: this model has seams, linear maps that only its own code computes"
 
 
@@ -34,9 +36,9 @@ class Servers:
     """What decides which programs run a model.
 
     Attributes:
-        special: Linears that its family does not have, ``low-rank``, ``narrowed`` or ``seam``; None
-            if the folder is an ordinary one.
-        has_seams: Whether linear maps make up for deleted layers; only transformers runs them.
+        special: Linears that its family does not have, ``low-rank``, ``narrowed``, ``seam`` or
+            ``sliced``; None if the folder is an ordinary one.
+        only_here: Why only transformers runs it, for each other program; None if others do.
         has_heads: Whether compression has removed attention heads or added biases.
         num_multiplied: Number of low-rank linears that a GGUF file holds as dense matrices.
         num_restored: Parameters that this adds.
@@ -44,7 +46,7 @@ class Servers:
     """
 
     special: str | None = None
-    has_seams: bool = False
+    only_here: str | None = None
     has_heads: bool = False
     num_multiplied: int = 0
     num_restored: int = 0
@@ -57,9 +59,12 @@ class Servers:
         # One of rank 0 belongs to a removed block, which is removed in a GGUF file too.
         kept = [linear for linear in linears if linear.rank]
         special = "low-rank" if linears else "seam" if seams(model) else "narrowed"
+        only_here = _WITH_SEAMS if seams(model) else None
+        if is_sliced(model):
+            special, only_here = "sliced", _SLICED
         return cls(
             special=special if has_replaced(model) else None,
-            has_seams=bool(seams(model)),
+            only_here=only_here,
             has_heads=has_fewer_heads(model) or bool(biases_of(model)),
             num_multiplied=len(kept),
             num_restored=sum(map(_saving, kept)),
@@ -72,12 +77,10 @@ class Servers:
         Args:
             num_removed: Number of parameters that compression removed; None if it is not known.
         """
-        if self.has_seams:
-            return [
-                ServerRow("transformers", "as above"),
-                *(ServerRow(program, _WITH_SEAMS) for program in ("vLLM", "llama.cpp, Ollama")),
-                ServerRow("torchao, 8 bits", _WITH_SEAMS),
-            ]
+        if self.only_here is not None:
+            others = ("vLLM", "llama.cpp, Ollama", "torchao, 8 bits")
+            rows = (ServerRow(program, self.only_here) for program in others)
+            return [ServerRow("transformers", "as above"), *rows]
         # Not a name to install: the plugin is not on PyPI, where anybody could take it.
         plugin = ", with the plugin of grasp_lightning (`plugins/vllm`)" if self.special else ""
         return [

@@ -6,7 +6,15 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from grasp_lightning.config import FisherChoice, Importance, LayerMetric, Reduction, Score, Terms
+from grasp_lightning.config import (
+    DirectionsOf,
+    FisherChoice,
+    Importance,
+    LayerMetric,
+    Reduction,
+    Score,
+    Terms,
+)
 from grasp_lightning.errors import ModelError
 from grasp_lightning.linalg.factors import SVD
 from grasp_lightning.models.units import Units
@@ -93,6 +101,33 @@ class Seam:
     source: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamBases:
+    """Bases of the hidden states at every place where a model reads them.
+
+    Attributes:
+        width: Number of directions, the same everywhere.
+        directions_of: ``input``: of the hidden states as they are; ``normed``: of these divided by
+            their root mean square, so that all tokens count alike.
+    """
+
+    width: int
+    directions_of: DirectionsOf = "input"
+
+
+class StreamBasis(NamedTuple):
+    """The basis at one place.
+
+    Attributes:
+        basis: Orthonormal columns, ``(D, d)``, float32 or float64.
+        variances: Sums of squares of the hidden states along all principal directions, falling,
+            ``(D,)``, float32.
+    """
+
+    basis: Tensor
+    variances: Tensor
+
+
 class SeamSums(NamedTuple):
     """Sums over tokens of X, what a map reads, and D, what the layers add to the hidden states.
 
@@ -141,6 +176,7 @@ class Needs:
         units: Blocks whose units are scored by the gradients of their weights.
         importance: How they are scored.
         spreads: Linears of whose inputs mean and variance are taken.
+        stream: Bases of the hidden states.
     """
 
     layer_metric: LayerMetric | None = None
@@ -160,12 +196,13 @@ class Needs:
     units: tuple[Units, ...] = ()
     importance: Importance = "taylor"
     spreads: tuple[str, ...] = ()
+    stream: StreamBases | None = None
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
-        others = (*self.removables, *self.seams, self.merge, self.span_training)
+        others = (*self.removables, *self.seams, self.merge, self.span_training, self.stream)
         others += (*self.units, *self.spreads)
         return not any((*asked, *others)) and not self.layer_gradients
 
@@ -268,6 +305,8 @@ class Statistics:
         seams: Sums of each run of layers that a linear map replaces.
         unit_scores: Importance of each unit, by the reader of its block, float64, ``(U,)``.
         spreads: Of the inputs of each of ``Needs.spreads``.
+        stream: The basis at every place where the model reads its hidden states, by the name of the
+            norm there.
     """
 
     layer_metric: Tensor | None = None
@@ -281,6 +320,7 @@ class Statistics:
     seams: Mapping[Seam, SeamSums] = field(default_factory=dict)
     unit_scores: Mapping[str, Tensor] = field(default_factory=dict)
     spreads: Mapping[str, Spread] = field(default_factory=dict)
+    stream: Mapping[str, StreamBasis] = field(default_factory=dict)
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:

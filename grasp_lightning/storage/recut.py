@@ -34,6 +34,7 @@ _NEEDS_TEXT: Final = MappingProxyType(
         "epochs": "trains a layer",
         "ridge": "fits a linear map for deleted layers",
         "pattern": "measures each layer behind the pruned ones",
+        "directions_of": "rotates hidden states, block after block,",
     }
 )
 _ADVICE = "name another run, or measure without from_scores"

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from grasp_lightning.methods.seams import seam_operations
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import GraspConfig
+from grasp_lightning.models.stream import stream_of
 from grasp_lightning.models.surgery import apply_operations
-from grasp_lightning.plan import DropLayers, FactorizeLinear
+from grasp_lightning.plan import DropLayers, FactorizeLinear, SliceStream
 from tests.conftest import (
     ALL_FAMILIES,
     FAMILIES,
@@ -145,6 +146,15 @@ def seamed(model: PreTrainedModel, layers: tuple[int, ...] = (1, 3)) -> PreTrain
     return model
 
 
+def sliced(model: PreTrainedModel) -> PreTrainedModel:
+    """Slice the hidden states to 20 random directions at every block."""
+    view = DecoderView(model)
+    stream = stream_of(view)
+    operation = SliceStream(width=20, embeddings=stream.embeddings, reads=stream.reads)
+    apply_operations(view, [operation], random_factors(view, [operation]))
+    return model
+
+
 @torch.no_grad()
 def behaviour(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     generate: Any = model.generate  # Any: the base class has it only with a head
@@ -264,6 +274,10 @@ FAST: dict[str, Case] = {
     ),
     "llama-seamed-and-low-rank-sharded": lambda _: seamed(low_rank(tiny_model("llama")), (0, 3)),
     "gpt2-seamed-again": lambda _: seamed(tiny_model("gpt2")),
+    # Tied before; norms with biases that the head gets; two blocks in one read.
+    "qwen2-sliced-sharded": lambda _: sliced(tiny_model("qwen2")),
+    "opt-sliced-again": lambda _: sliced(tiny_model("opt")),
+    "gpt_neox-sliced": lambda _: sliced(tiny_model("gpt_neox")),
     "gpt2-narrowed-again": lambda _: narrowed(tiny_model("gpt2")),
     # Families that read the weights of linears, to initialise them or to multiply by them.
     "mamba-again": lambda _: low_rank(tiny_model("mamba")),
@@ -281,6 +295,13 @@ SLOW: dict[str, Case] = {
         f"{family}-narrowed-then-dropped-bf16-saved-twice": narrowed_and_more(family)
         for family in ALL_FAMILIES
         if family not in MOE_FAMILIES
+    },
+    **{
+        f"{family}-sliced-bf16-saved-twice": partial(
+            lambda name, scratch: reopened(sliced(tiny_model(name)), scratch, torch.bfloat16),
+            family,
+        )
+        for family in ("phi3", "gpt2", "falcon_new")
     },
     "opt-tied": lambda _: low_rank(tiny_model("opt", tie_word_embeddings=True)),
     "opt-untied": lambda _: low_rank(tiny_model("opt", tie_word_embeddings=False)),

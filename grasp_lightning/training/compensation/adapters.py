@@ -82,7 +82,9 @@ def trainable_linears(
     for module, low_rank in low_rank_linears(view.model).items():
         if low_rank.rank > 0:  # a removed block has nothing to train
             found[f"{module}.right"], found[f"{module}.left"] = low_rank.right, low_rank.left
-    found |= narrowed_linears(view.model)
+    # The head of a sliced model is narrowed too.
+    narrowed = narrowed_linears(view.model).items()
+    found |= {n: linear for n, linear in narrowed if view.layer_of(n) is not None}
     if train == "lora":
         for index in view.layer_indices:
             view.linears(index)  # warns of what is skipped

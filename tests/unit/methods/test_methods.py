@@ -14,10 +14,20 @@ from grasp_lightning.methods import METHODS, build_method, resolve_method
 from grasp_lightning.methods.layer_choice import LayerChoice
 from grasp_lightning.methods.options import keys_of
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.stream import stream_of
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.pipeline import compress
 from grasp_lightning.plan import DropLayers, FactorizeLinear, Plan, SelectLayers
-from grasp_lightning.stats.base import Moments, SeamSums, SpanTraining, Spread, Statistics, Step
+from grasp_lightning.stats.base import (
+    Moments,
+    SeamSums,
+    SpanTraining,
+    Spread,
+    Statistics,
+    Step,
+    StreamBases,
+    StreamBasis,
+)
 from tests.conftest import tiny_model
 
 # They make layers smaller, in one step, and choose none.
@@ -42,6 +52,7 @@ def stored_statistics(view: DecoderView, step: Step) -> Statistics:
         seams=seams,
         unit_scores={x.reader: torch.arange(float(x.number)) for x in step.needs.units},
         spreads={name: made_up_spread(view, name) for name in step.needs.spreads},
+        stream=made_up_bases(view, step.needs.stream),
     )
 
 
@@ -51,6 +62,13 @@ def made_up_spread(view: DecoderView, module: str) -> Spread:
     generator = torch.Generator().manual_seed(len(module))
     values = torch.rand(2, linear.in_features, generator=generator).double()
     return Spread(mean=values[0], variance=values[1])
+
+
+def made_up_bases(view: DecoderView, asked: StreamBases | None) -> dict[str, StreamBasis]:
+    if asked is None:
+        return {}
+    basis = StreamBasis(basis=torch.eye(32)[:, : asked.width], variances=torch.ones(32))
+    return {read.norms[0]: basis for read in stream_of(view).reads}
 
 
 def made_up_layer(view: DecoderView, span: SpanTraining | None) -> dict[str, Tensor]:
@@ -81,6 +99,8 @@ def method_config(name: str, keep_ratio: float | None = None) -> MethodConfig:
         protected = {"protect_first": 1, "protect_last": 1} if name == "llm_pruner" else {}
         return resolve_method(MethodConfig(name=name, removed_ratio=0.2, **protected))
     config = MethodConfig(name=name, num_layers=2, keep_ratio=keep_ratio)
+    if name == "slicegpt":
+        config = replace(config, num_layers=None, keep_ratio=0.5)
     if name == "grasp_plus":
         config = replace(config, refit="none")  # stored statistics have no windows
     if name == "shortened_llama":
@@ -112,7 +132,7 @@ def test_decide_leaves_the_model_unchanged(name: str) -> None:
     before = copy.deepcopy(model.state_dict())
     select = method.decide(step, view, stored_statistics(view, step))
     step = method.next_step(view, plan.extended(select.operations))
-    assert (step is None) == (name in UNIT_METHODS)
+    assert (step is None) == (name in {*UNIT_METHODS, "slicegpt"})
     decision = select if step is None else method.decide(step, view, stored_statistics(view, step))
     assert decision.operations
     after = model.state_dict()
@@ -136,6 +156,7 @@ def test_steps_end_and_the_size_is_as_predicted(name: str) -> None:
         "llm_streamline": (1, 2, 3),
         "replaceme": (2, 3),
         **dict.fromkeys(UNIT_METHODS, ()),
+        "slicegpt": (),
     }
     assert changed == others.get(name, (1, 3))
     expected = parameters_after(untouched, plan.operations)
