@@ -211,6 +211,7 @@ def _measure(
     if inputs.stored is not None:
         return inputs.stored
     assert inputs.data is not None  # there are windows, or stored scores
+    runs_again = config.method.schedule == "iterative" or config.method.ranks == "sensitivity"
     measure = TrainerMeasure(
         inputs.data,
         config.trainer,
@@ -219,7 +220,7 @@ def _measure(
         stop=stop,
         max_bytes=config.statistics.max_memory * 1e9,
         priced_windows=config.statistics.priced_windows,
-        caches=config.method.schedule == "iterative" and pass_on_hidden_states_only(inputs.view),
+        caches=runs_again and pass_on_hidden_states_only(inputs.view),
     )
     if inputs.shared is None:
         return measure

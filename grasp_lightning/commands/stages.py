@@ -19,6 +19,7 @@ from grasp_lightning.methods.llm_streamline import TRAIN_LAYER
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.removal import REMOVALS
 from grasp_lightning.methods.seams import SEAM
+from grasp_lightning.methods.sensitivity import KEEP_RATIOS, SENSITIVITY
 from grasp_lightning.methods.sleb import SLEB
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
@@ -40,6 +41,7 @@ PHASE_OF_STEP = {
     TRAIN_LAYER: TRAIN_LAYER,
     SEAM: "seam",
     GRADIENTS: "gradients",
+    SENSITIVITY: "truncations",
 }
 
 # Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
@@ -59,7 +61,8 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
     """Return the stages of a compression, whose method is resolved, in order."""
     method, sources = config.method, config.calibration.source
     writes_text = SELF in ((sources,) if isinstance(sources, str) else sources)
-    has_curvature = method.weighting not in (None, "none")
+    searches_ranks = method.ranks == SENSITIVITY
+    has_curvature = method.weighting not in (None, "none") and not searches_ranks
     is_scored = method.score is not None and method.keep_ratio != 0
     measures_cuts = method.weighting == "kfac" and config.statistics.measured_windows > 0
     has_gradients = method.criterion not in (None, "perplexity")
@@ -74,6 +77,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
         Stage(phase="gradients", label="score layers"): has_gradients,
         Stage(phase="curvature", label="measure curvature"): has_curvature,
+        Stage(phase="truncations", label="try truncations"): searches_ranks,
         Stage(phase="merges", label="try merges"): method.merge is not None,
         Stage(phase="removals", label="search layers"): method.name == SLEB,
         Stage(phase="removals", label="measure layers"): method.criterion == "perplexity",
@@ -132,6 +136,7 @@ def compress_work(
         "seam": Work(_SEAM * tokens),
         "gradients": Work(_FORWARD_AND_BACKWARD * tokens * passes, passes),
         "attribution": attribution,
+        "truncations": _search_work(config, view, prediction),
         # About one sweep, half as deep on average.
         "merges": Work(view.num_layers / 2 * tried, view.num_layers),
     }
@@ -165,6 +170,17 @@ def _removal_work(
     steps = range(len(plan.dropped_layers), prediction.num_layers)
     forwards = sum(1 + (view.num_layers - gone - 2) / 2 for gone in steps)
     return Work(forwards * tokens, max(len(steps), 1))
+
+
+def _search_work(config: CompressConfig, view: DecoderView, prediction: Prediction) -> Work:
+    """Return the work of a search for ranks: a forward pass, and half of one per truncation."""
+    if config.method.ranks != SENSITIVITY:
+        return Work(0)
+    settings, limited = config.calibration, config.method.search_minutes is not None
+    num_windows = min(config.statistics.priced_windows, settings.num_samples)
+    tried = min(settings.seqlen, MAX_TOKENS) * num_windows
+    trials = len(KEEP_RATIOS) * len(weight_shapes(view, Plan(method="stages"), prediction.layers))
+    return Work(settings.num_samples * settings.seqlen + tried * trials / 2, 2 + limited)
 
 
 def _layer_training(config: CompressConfig, view: DecoderView) -> float:

@@ -6,7 +6,14 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from grasp_lightning.config import FisherChoice, LayerMetric, Reduction, Score, Terms
+from grasp_lightning.config import (
+    FisherChoice,
+    LayerMetric,
+    MetricOptions,
+    Reduction,
+    Score,
+    Terms,
+)
 from grasp_lightning.errors import ModelError
 from grasp_lightning.linalg.factors import SVD
 from grasp_lightning.plan import MergeLayers, RemoveBlock
@@ -105,6 +112,22 @@ class SeamSums(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sensitivity:
+    """Truncations that are tried one by one, and undone.
+
+    Attributes:
+        ranks: Ranks to try by full name of the linear, in model order. The first rank of each is
+            always tried.
+        metric: The metric of the decompositions, all keys set.
+        seconds: How long ranks after the first are tried; None: until all are.
+    """
+
+    ranks: Mapping[str, tuple[int, ...]]
+    metric: MetricOptions
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
     """What a step needs measured; nothing by default.
 
@@ -125,6 +148,7 @@ class Needs:
         merge: A merge of layers that is tried and undone.
         span_training: A layer to train.
         seams: Runs of layers that linear maps replace.
+        sensitivity: Truncations of single linears, on a few windows; in a metric of ``moments``.
     """
 
     layer_metric: LayerMetric | None = None
@@ -141,21 +165,24 @@ class Needs:
     merge: MergeLayers | None = None
     span_training: SpanTraining | None = None
     seams: tuple[Seam, ...] = ()
+    sensitivity: Sensitivity | None = None
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
-        others = (*self.removables, *self.seams, self.merge, self.span_training)
+        others = (*self.removables, *self.seams, self.merge, self.span_training, self.sensitivity)
         return not any((*asked, *others)) and not self.layer_gradients
 
     @property
     def is_shareable(self) -> bool:
         """True if another run can use the result, to the bit.
 
-        Tried merges need an earlier measurement of the run, and training depends on the batch size.
+        Tried merges need an earlier measurement of the run, training depends on the batch size, and
+        what a search finds within a time limit depends on the machine.
         """
-        return not (self.is_empty or self.merge or self.span_training)
+        is_limited = self.sensitivity is not None and self.sensitivity.seconds is not None
+        return not (self.is_empty or self.merge or self.span_training or is_limited)
 
     @property
     def is_backward(self) -> bool:
@@ -241,6 +268,8 @@ class Statistics:
             merge and those of the dense model, in [-1, 1].
         trained: Values of ``SpanTraining.parameters``, in the dtype of the model.
         seams: Sums of each run of layers that a linear map replaces.
+        truncation_losses: Loss with a single linear truncated, by its name and rank, in nats per
+            predicted token.
     """
 
     layer_metric: Tensor | None = None
@@ -252,6 +281,7 @@ class Statistics:
     merge_similarity: float | None = None
     trained: Mapping[str, Tensor] = field(default_factory=dict)
     seams: Mapping[Seam, SeamSums] = field(default_factory=dict)
+    truncation_losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:
