@@ -1,5 +1,6 @@
 """Ranks by the measured loss of a model in which a single linear is truncated."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Final
@@ -37,8 +38,7 @@ class SensitivityRanks:
     """Ranks under one budget for all weights, by measured losses.
 
     Each weight is truncated alone, to the rank of each of ``KEEP_RATIOS``. ``ranks_by_sensitivity``
-    chooses among the truncations that were measured; a weight that was not measured at a ratio is
-    never cut on a guess.
+    chooses among the truncations that were measured: none is accepted on a guess.
 
     Attributes:
         removed_ratio: Share of the whole model to remove; None if ``keep_ratio`` is set.
@@ -72,16 +72,17 @@ class SensitivityRanks:
         least = _size_at(KEEP_RATIOS[-1], shapes)
         if self.removed_ratio is None:
             key, kept = f"keep_ratio {self.keep_ratio}", round((self.keep_ratio or 0.0) * dense)
-            feasible = f"{least / dense:.4f} to below 1"
+            feasible = f"{math.ceil(least / dense * 1e4) / 1e4:.4f} to below 1"
         else:
             key = f"removed_ratio {self.removed_ratio}"
             kept = dense - round(self.removed_ratio * self.num_parameters)
-            feasible = f"above 0 to {(dense - least) / self.num_parameters:.4f}"
+            most = (dense - least) / self.num_parameters
+            feasible = f"above 0 to {math.floor(most * 1e4) / 1e4:.4f}"
         if kept < least:
             raise ConfigError(
-                f"method.{key} is out of reach: with method.ranks sensitivity, each matrix keeps at "
-                f"least {KEEP_RATIOS[-1]} of its parameters, so the feasible range of the chosen "
-                f"layers is {feasible}; use another ratio or choose more layers"
+                f"method.{key} is out of reach: the feasible range of the chosen layers is "
+                f"{feasible}, since method.ranks sensitivity keeps about {KEEP_RATIOS[-1]} of every "
+                "matrix; use another ratio or choose more layers"
             )
         if kept == dense:
             raise ConfigError(
@@ -90,13 +91,14 @@ class SensitivityRanks:
         return kept
 
     def trials(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """Return the ranks to try of each weight that can get smaller.
+        """Return the ranks to try of each weight that can get smaller, descending.
 
-        The first ranks of all weights meet the budget by themselves. They belong to one ratio.
+        With a time limit, those of the largest ratio that meets the budget come first.
         """
-        kept = self.kept(shapes)
-        first = next(ratio for ratio in KEEP_RATIOS if _size_at(ratio, shapes) <= kept)
-        ratios = (first, *(ratio for ratio in KEEP_RATIOS if ratio != first))
+        kept, ratios = self.kept(shapes), KEEP_RATIOS
+        if self.search_minutes is not None:
+            first = next(ratio for ratio in KEEP_RATIOS if _size_at(ratio, shapes) <= kept)
+            ratios = (first, *KEEP_RATIOS)
         return {
             name: tuple(dict.fromkeys(rank_for_keep_ratio(ratio, *shape) for ratio in ratios))
             for name, shape in shapes.items()

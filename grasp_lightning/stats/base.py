@@ -116,8 +116,8 @@ class Sensitivity:
     """Truncations that are tried one by one, and undone.
 
     Attributes:
-        ranks: Ranks to try by full name of the linear, in model order. The first rank of each is
-            always tried.
+        ranks: Ranks to try by full name of the linear, in model order. With a time limit, the
+            first rank of each is tried in any case.
         metric: The metric of the decompositions, all keys set.
         seconds: How long ranks after the first are tried; None: until all are.
     """
