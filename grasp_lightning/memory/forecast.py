@@ -249,8 +249,9 @@ def _cache_bytes(
 ) -> int:
     """Return the size of ``HiddenCache``: the inputs of as many replaced layers as fit.
 
-    A search for layers keeps those of all candidates, for one batch. A trained layer needs the hidden states
-    around its span, up to the limit of the statistics.
+    A search for layers keeps those of all candidates, for one batch; a search for ranks those of
+    all layers, for its windows. A trained layer needs the hidden states around its span, up to the
+    limit of the statistics.
     """
     if config.method.merge is not None:
         return _trial_bytes(config, model, processes)

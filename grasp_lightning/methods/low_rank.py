@@ -110,9 +110,8 @@ def with_parts(config: MethodConfig, defaults: LowRankOptions) -> MethodConfig:
             )
     ranks = config.ranks or defaults.ranks
     if ranks != "sensitivity":
-        refuse_ignored(
-            config, keys_of(SearchOptions), f"method.ranks is {ranks}", "set method.ranks=sensitivity"
-        )
+        remedy = "set method.ranks=sensitivity"
+        refuse_ignored(config, keys_of(SearchOptions), f"method.ranks is {ranks}", remedy)
     if ranks != "global":
         unused |= set(keys_of(BudgetOptions))
         refuse_ignored(config, keys_of(BudgetOptions), f"method.ranks is {ranks}")

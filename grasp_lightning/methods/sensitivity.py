@@ -81,7 +81,7 @@ class SensitivityRanks:
         if kept < least:
             raise ConfigError(
                 f"method.{key} is out of reach: the feasible range of the chosen layers is "
-                f"{feasible}, since method.ranks sensitivity keeps about {KEEP_RATIOS[-1]} of every "
+                f"{feasible}, since method.ranks sensitivity keeps about {KEEP_RATIOS[-1]} of each "
                 "matrix; use another ratio or choose more layers"
             )
         if kept == dense:

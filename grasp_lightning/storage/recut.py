@@ -121,9 +121,9 @@ class StoredScores:
             here, there = options.get(key), self.plan.options.get(key)
             if here != there:
                 raise ConfigError(
-                    f"from_scores: the losses of truncations belong to their metric: method.{key} is "
-                    f"{here} here and {there} in {self._folder}; use the same, or measure without "
-                    "from_scores"
+                    "from_scores: the losses of truncations belong to their metric: "
+                    f"method.{key} is {here} here and {there} in {self._folder}; use the same, or "
+                    "measure without from_scores"
                 )
 
     def _check_fisher(self, here: OptionValue) -> None:

@@ -54,7 +54,8 @@ def truncation_losses(
 
     Processes share the linears, unless the model is sharded. Layer inputs are cached, so only the
     layers from a truncation on run again. Every loss is stored as soon as it is measured, and no
-    loss depends on the number of processes or on the order.
+    loss depends on the number of processes or on the order. One that is NaN or infinite is a
+    ``NumericsError``.
 
     Args:
         view: The dense model; every truncation is undone.
@@ -69,9 +70,6 @@ def truncation_losses(
     Returns:
         Nats per predicted token by linear and rank, in the order of ``search``; equal in all
         processes.
-
-    Raises:
-        NumericsError: If a loss is NaN or infinite.
     """
     trials = _Trials(view, basis, batches, store)
     first = {name: ranks[:1] for name, ranks in search.ranks.items()}
@@ -160,7 +158,9 @@ class _Trials:
     def _loss(self, name: str = "", rank: int = 0, basis: SVD | None = None) -> float:
         """Return the mean loss of all windows, with one linear truncated or with none."""
         windows = list(range(len(self._batches)))
-        operations, tensors, start = [], {}, None
+        operations: list[FactorizeLinear] = []
+        tensors: dict[str, Tensor] = {}
+        start: int | None = None
         if basis is not None:
             left, right = balanced_factors(basis, range(rank))
             tensors = {f"{name}.left": left, f"{name}.right": right}
@@ -187,7 +187,8 @@ class _Trials:
 
 def _packed(losses: Losses, seconds: float) -> dict[str, Tensor]:
     """Return the losses as tensors ``(number, 2)`` of ranks and losses, by linear."""
-    found = {name: torch.tensor(list(d.items()), dtype=torch.float64) for name, d in losses.items() if d}
+    rows = {name: list(by_rank.items()) for name, by_rank in losses.items() if by_rank}
+    found = {name: torch.tensor(pairs, dtype=torch.float64) for name, pairs in rows.items()}
     return {_SECONDS: torch.tensor([seconds], dtype=torch.float64), **found}
 
 

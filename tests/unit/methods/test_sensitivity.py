@@ -16,7 +16,7 @@ SIZE = 40 * 60 + 30 * 30 + 50
 
 
 def search(**options: Any) -> SensitivityRanks:  # noqa: ANN401  values of all types
-    return SensitivityRanks(**{"num_parameters": 2 * SIZE, **options})
+    return SensitivityRanks(num_parameters=2 * SIZE, **options)
 
 
 def test_every_ratio_is_tried_once_and_a_limit_changes_only_the_order() -> None:

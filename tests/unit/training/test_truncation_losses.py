@@ -11,6 +11,7 @@ from torch import Tensor
 from grasp_lightning.config import MetricOptions
 from grasp_lightning.errors import Interrupted
 from grasp_lightning.linalg.factors import SVD, factorize
+from grasp_lightning.methods.base import untracked
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.next_token import forward_inputs, next_token_losses
 from grasp_lightning.stats.base import Sensitivity
@@ -18,17 +19,10 @@ from grasp_lightning.training.truncation_losses import truncation_losses
 from tests.conftest import tiny_model
 from tests.unit.training.test_refit import windows
 
-Losses = dict[str, dict[int, float]]
-
 
 def basis(name: str, weight: Tensor) -> SVD:
     del name
     return factorize(weight)
-
-
-def untracked(items: list[str], description: str) -> list[str]:
-    del description
-    return items
 
 
 def search_of(view: DecoderView) -> Sensitivity:
@@ -96,7 +90,8 @@ def test_an_interrupted_search_measures_only_what_is_missing() -> None:
     store = Store(end=8)
     with pytest.raises(Interrupted):
         truncation_losses(view, search, basis, batches, untracked, store=store)
-    measured.tensors, decomposed = store.tensors, []
+    measured.tensors = store.tensors
+    decomposed: list[str] = []
 
     def counting(name: str, weight: Tensor) -> SVD:
         decomposed.append(name)
