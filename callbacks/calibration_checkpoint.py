@@ -62,6 +62,10 @@ class StepStore(Protocol):
     def scored_groups(self) -> GroupStore:
         """The store for the scores of groups of layers."""
 
+    @property
+    def tried_truncations(self) -> GroupStore:
+        """The store for the losses that a search has measured, as one group."""
+
 
 class CalibrationCheckpoint(L.Callback):
     """Saves a measurement's sums at batch boundaries, at intervals and before an interruption.

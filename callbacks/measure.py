@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,11 @@ from grasp_lightning.errors import PlanError
 from grasp_lightning.evaluation.cut_losses import first_tokens
 from grasp_lightning.methods.attribution import ATTRIBUTION, attribution_step
 from grasp_lightning.methods.layer_choice import GRADIENTS, SELECT
+from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.removal import REMOVALS
 from grasp_lightning.methods.seams import SEAM
-from grasp_lightning.methods.truncation import CURVATURE
+from grasp_lightning.methods.sensitivity import SENSITIVITY
+from grasp_lightning.methods.truncation import CURVATURE, Measured
 from grasp_lightning.methods.unit_removal import SPREAD
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
@@ -50,6 +52,7 @@ from grasp_lightning.stats.base import (
     MergedMoments,
     Moments,
     Needs,
+    Sensitivity,
     SpanTraining,
     Statistics,
     Step,
@@ -64,6 +67,7 @@ from grasp_lightning.training.merge_trials import MergeTrials, final_states
 from grasp_lightning.training.removal_losses import removal_losses
 from grasp_lightning.training.strategies import CalibrationFSDP
 from grasp_lightning.training.stream_bases import stream_bases
+from grasp_lightning.training.truncation_losses import num_sweeps, truncation_losses
 
 _DESCRIPTIONS = {
     SELECT: "comparing layers",
@@ -73,6 +77,7 @@ _DESCRIPTIONS = {
     SEAM: "comparing hidden states",
     GRADIENTS: "scoring by gradients",
     SPREAD: "measuring inputs",
+    SENSITIVITY: "measuring inputs",
 }
 
 
@@ -84,7 +89,8 @@ class TrainerMeasure:
         store: Keeps measurements for a later start; None keeps none.
         max_bytes: Memory limit for the moments or summed gradients of one pass; more are measured
             in several passes.
-        priced_windows: Number of windows on which removals are priced and merges are tried.
+        priced_windows: Number of windows on which removals are priced, and merges and truncations
+            are tried.
         caches: Keep the inputs of layers for later passes, see ``HiddenCache``; not for models
             whose layers pass each other more than hidden states.
     """
@@ -143,6 +149,8 @@ class TrainerMeasure:
                 store=None if self._store is None else self._store.scored_groups,
             )
             return Statistics(stream=bases)
+        if needs.sensitivity is not None:
+            return self._sensitivity(view, step, needs.sensitivity)
         return Statistics(
             moments=self._moments(view, step) if needs.moment_kinds else {},
             removal_losses=self._removal_losses(view, needs),
@@ -157,6 +165,23 @@ class TrainerMeasure:
             return None
         trials = self._trials = self._trials or self._merge_trials(view)
         return trials(view, merge)
+
+    def _sensitivity(self, view: DecoderView, step: Step, search: Sensitivity) -> Statistics:
+        """Measure the moments, and then the loss with each linear truncated."""
+        if not step.needs.moment_kinds:
+            expect_passes(num_sweeps(search))
+        moments = self._moments(view, step) if step.needs.moment_kinds else {}
+        metric = Metric(**asdict(search.metric))
+        losses = truncation_losses(
+            view,
+            search,
+            Measured(view, metric, moments, self._track).basis,
+            self._priced_batches(),
+            self._track,
+            store=None if self._store is None else self._store.tried_truncations,
+            caches=self._caches,
+        )
+        return Statistics(moments=moments, truncation_losses=losses)
 
     def _component_scores(self, view: DecoderView, step: Step) -> Statistics:
         more = group_scores(
@@ -252,7 +277,8 @@ class TrainerMeasure:
         sources = shared_inputs(view, step.needs.moments)
         groups = layer_groups(view, step.needs, self._max_bytes, sources)
         removal_passes = 1 if step.needs.removal_measure == "loss" else self._priced_windows
-        expect_passes(len(groups) + bool(step.needs.removables) * removal_passes)
+        searched = num_sweeps(step.needs.sensitivity)
+        expect_passes(len(groups) + bool(step.needs.removables) * removal_passes + searched)
         found: list[Mapping[str, Moments]] = []
         for number, group in enumerate(groups, start=1):
             part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
@@ -260,7 +286,7 @@ class TrainerMeasure:
             if moments is not None:
                 skip_pass()
             else:
-                needs = replace(step.needs, moments=group, removables=())
+                needs = replace(step.needs, moments=group, removables=(), sensitivity=None)
                 narrowed = replace(step, needs=needs)
                 measurement = LinearMoments(narrowed, sources)
                 moments = self._pass(view, narrowed, measurement, part).moments

@@ -20,6 +20,7 @@ from grasp_lightning.methods.llm_streamline import TRAIN_LAYER
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.removal import REMOVALS
 from grasp_lightning.methods.seams import SEAM
+from grasp_lightning.methods.sensitivity import KEEP_RATIOS, SENSITIVITY
 from grasp_lightning.methods.sleb import SLEB
 from grasp_lightning.methods.slicegpt import SLICE
 from grasp_lightning.methods.sparsegpt import SPARSEGPT
@@ -47,6 +48,7 @@ PHASE_OF_STEP = {
     SLICE: "slice",
     GRADIENTS: "gradients",
     SPREAD: "spread",
+    SENSITIVITY: "truncations",
 }
 
 # Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
@@ -69,8 +71,8 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
     """Return the stages of a compression, whose method is resolved, in order."""
     method, sources = config.method, config.calibration.source
     writes_text = SELF in ((sources,) if isinstance(sources, str) else sources)
-    prunes = method.pattern is not None
-    has_curvature = method.weighting not in (None, "none")
+    prunes, searches_ranks = method.pattern is not None, method.ranks == SENSITIVITY
+    has_curvature = method.weighting not in (None, "none") and not searches_ranks
     is_scored = method.score is not None and method.keep_ratio != 0
     measures_cuts = method.weighting == "kfac" and config.statistics.measured_windows > 0
     has_gradients = method.criterion not in (None, "perplexity") or _scores_units(config)
@@ -87,6 +89,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase="spread", label="measure inputs"): method.name == FLAP,
         Stage(phase="curvature", label="measure curvature"): has_curvature,
         Stage(phase="curvature", label="measure inputs"): prunes,
+        Stage(phase="truncations", label="try truncations"): searches_ranks,
         Stage(phase="merges", label="try merges"): method.merge is not None,
         Stage(phase="removals", label="search layers"): method.name == SLEB,
         Stage(phase="removals", label="measure layers"): method.criterion == "perplexity",
@@ -152,6 +155,7 @@ def compress_work(
         "slice": Work(_SLICE * tokens),
         "gradients": Work(_FORWARD_AND_BACKWARD * tokens * passes, passes),
         "attribution": attribution,
+        "truncations": _search_work(config, view, prediction),
         # About one sweep, half as deep on average.
         "merges": Work(view.num_layers / 2 * tried, view.num_layers),
     }
@@ -206,6 +210,17 @@ def _removal_work(
     steps = range(len(plan.dropped_layers), prediction.num_layers)
     forwards = sum(1 + (view.num_layers - gone - 2) / 2 for gone in steps)
     return Work(forwards * tokens, max(len(steps), 1))
+
+
+def _search_work(config: CompressConfig, view: DecoderView, prediction: Prediction) -> Work:
+    """Return the work of a search for ranks: a forward pass, and half of one per truncation."""
+    if config.method.ranks != SENSITIVITY:
+        return Work(0)
+    settings, limited = config.calibration, config.method.search_minutes is not None
+    num_windows = min(config.statistics.priced_windows, settings.num_samples)
+    tried = min(settings.seqlen, MAX_TOKENS) * num_windows
+    trials = len(KEEP_RATIOS) * len(weight_shapes(view, Plan(method="stages"), prediction.layers))
+    return Work(settings.num_samples * settings.seqlen + tried * trials / 2, 2 + limited)
 
 
 def _layer_training(config: CompressConfig, view: DecoderView) -> float:

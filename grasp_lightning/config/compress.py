@@ -26,8 +26,8 @@ class StatisticsConfig:
         measured_windows: Held-out windows on which each cut is measured alone, to compare with its
             predicted loss; 0: none.
         priced_windows: Calibration windows on which the removal of each layer and block is
-            measured, for ``method.removable``, and for ``drop`` with blocks; and on which laco
-            tries merges.
+            measured, for ``method.removable``, and for ``drop`` with blocks; on which laco tries
+            merges; and on which ``method.ranks: sensitivity`` measures truncations.
         shared: Folder of measurements and generated text that runs share: each is made by one run,
             and the others read it. Unset: none.
     """

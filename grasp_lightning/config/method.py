@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
-from grasp_lightning.config.values import Seed
+from grasp_lightning.config.values import Positive, Seed
 
 LayerMetric = Literal["similarity", "angular"]
 Terms = Literal["full", "sigma"]
 Reduction = Literal["signed", "absolute", "squared"]
 Score = Literal["taylor", "gradient", "magnitude"]
 Schedule = Literal["one_shot", "iterative"]
-PresetName = Literal["paper", "released", "svd_llm", "asvd", "fwsvd"]
+PresetName = Literal["paper", "released", "svd_llm", "asvd", "asvd_search", "fwsvd"]
 Weighting = Literal["none", "fisher_rows", "scale_columns", "input_gram", "kfac"]
 FisherChoice = Literal["sampled", "empirical"]
-RankChoice = Literal["uniform", "global"]
+RankChoice = Literal["uniform", "global", "sensitivity"]
 MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
 BlockChoice = Literal["attention", "mlp"]
@@ -80,8 +80,8 @@ class KeepOptions:
 
     Attributes:
         keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1), where 0
-            deletes the layers; under a global budget, share of the parameters of all linears
-            together; slicegpt: share of the directions of the hidden states.
+            deletes the layers; under one budget, share of the parameters of all linears together;
+            slicegpt: share of the directions of the hidden states.
     """
 
     keep_ratio: float | None = None
@@ -193,12 +193,29 @@ class BudgetOptions(RoundingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankOptions(BudgetOptions, MetricOptions, PresetOptions, KeepOptions, MethodOptions):
+class SearchOptions:
+    """A search by measured losses.
+
+    Attributes:
+        search_minutes: Minutes after which ``ranks: sensitivity`` measures no more; each linear is
+            measured at least once. Unset: no limit. The measured losses, and so the ranks, then
+            depend on the speed of the machine.
+    """
+
+    search_minutes: Positive | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankOptions(
+    SearchOptions, BudgetOptions, MetricOptions, PresetOptions, KeepOptions, MethodOptions
+):
     """What low_rank and grasp_plus read.
 
     Attributes:
         ranks: uniform: one keep ratio for all matrices; global: one budget for all, spent where it
-            reduces the predicted loss most.
+            reduces the predicted loss most; sensitivity: one budget for all, by the measured loss
+            with a single matrix truncated, for each matrix and each keep ratio of 0.1, 0.2, ...
+            0.9.
         refit: Refit the compressed linears layer by layer, on their inputs in the compressed model.
             prefix fits each to its output in the dense model; residual refits the linears that
             write to the residual stream, to reduce the accumulated error.

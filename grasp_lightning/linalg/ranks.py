@@ -5,7 +5,7 @@ have ``k (m + n)``; the weight has ``K = min(m, n)`` singular components.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -96,6 +96,44 @@ def ranks_for_budget(shapes: Sequence[tuple[int, int]], kept: int) -> list[int]:
                 spare -= costs[j]
                 is_spending = True
     return ranks
+
+
+def ranks_by_sensitivity(
+    shapes: Mapping[str, tuple[int, int]], losses: Mapping[str, Mapping[int, float]], kept: int
+) -> dict[str, int] | None:
+    """Return the ranks that keep a number of parameters, where single truncations cost least.
+
+    Truncations are accepted in the order of their losses, lowest first, until the parameters are
+    few enough. Each weight takes the lowest of its accepted ranks. The last truncation only goes as
+    deep as the budget requires, so less than one unit ``m + n`` of its weight is removed in excess.
+
+    Source: Yuan et al., "ASVD", arXiv:2312.05821, the search by sensitivity. Its code finds the
+    last accepted truncation by bisection, counts ``keep_ratio m n`` parameters of a weight, and
+    truncates the last one as deeply as it was tried.
+
+    Args:
+        shapes: Outputs and inputs ``(m, n)`` of every weight.
+        losses: Loss of the model with one weight truncated, by weight and rank; equal losses are
+            accepted in the order of ``shapes``, higher ranks first. Ranks make weights smaller.
+        kept: Number of parameters that all weights may have together.
+
+    Returns:
+        Ranks of the truncated weights, in the order of ``shapes``; None if all truncations together
+        do not suffice.
+    """
+    tried = [(losses[n][rank], -rank, n) for n in shapes if n in losses for rank in losses[n]]
+    ranks: dict[str, int] = {}
+    sizes = {name: m * n for name, (m, n) in shapes.items()}
+    excess = sum(sizes.values()) - kept
+    for _, negative, name in sorted(tried, key=lambda trial: trial[:2]):
+        if excess <= 0:
+            break
+        unit, rank = sum(shapes[name]), -negative
+        if rank < ranks.get(name, math.inf):
+            excess -= sizes[name] - rank * unit
+            ranks[name] = rank + max(-excess, 0) // unit
+            sizes[name] = ranks[name] * unit
+    return None if excess > 0 else {name: ranks[name] for name in shapes if name in ranks}
 
 
 def _cost(ranks: Sequence[int], costs: Sequence[int]) -> int:

@@ -26,6 +26,7 @@ from grasp_lightning.memory.compensation import (
 from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
 from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, CompensationRow
 from grasp_lightning.methods.metric import Metric
+from grasp_lightning.methods.sensitivity import SENSITIVITY
 from grasp_lightning.methods.sleb import SLEB
 from grasp_lightning.methods.sparsegpt import SPARSEGPT
 from grasp_lightning.models.sampling import BATCH
@@ -169,6 +170,7 @@ def scored_by(config: CompressConfig, dense: ModelShape, layers: tuple[int, ...]
         sums_gradients=is_full and method.reduction == "signed",
         is_full=is_full,
         has_bases=method.weighting is None,
+        has_logits=method.ranks == SENSITIVITY,
     )
 
 
@@ -267,12 +269,15 @@ def _cache_bytes(
 ) -> int:
     """Return the size of ``HiddenCache``: the inputs of as many replaced layers as fit.
 
-    A search keeps those of all candidates, for one batch. A trained layer needs the hidden states
-    around its span, and slicing those of one layer, up to the limit of the statistics. Pruning
-    layer by layer keeps the inputs of two layers, or none if one of them does not fit.
+    A search for layers keeps those of all candidates, for one batch; a search for ranks those of
+    all layers, for its windows. A trained layer needs the hidden states around its span, and
+    slicing those of one layer, up to the limit of the statistics. Pruning layer by layer keeps the
+    inputs of two layers, or none if one of them does not fit.
     """
     if config.method.merge is not None:
         return _trial_bytes(config, model, processes)
+    if config.method.ranks == SENSITIVITY:  # every process has all windows
+        return _tried_inputs(config, model, 1)
     if config.method.name == SLEB:
         batch = config.calibration.batch_size * config.calibration.seqlen
         layer = batch * model.hidden * model.element_size
@@ -292,11 +297,22 @@ def _cache_bytes(
 
 def _trial_bytes(config: CompressConfig, model: ModelShape, processes: int) -> int:
     """Return what a tried merge keeps: inputs of all layers, final states, and one layer twice."""
+    weights = 2 * max(entry.parameters for entry in model.layers) * model.element_size
+    layer = _layer_inputs(config, model, processes)
+    return _tried_inputs(config, model, processes) + layer + weights
+
+
+def _tried_inputs(config: CompressConfig, model: ModelShape, processes: int) -> int:
+    """Return the inputs of all layers on the windows of a search, as many as fit."""
+    layer = _layer_inputs(config, model, processes)
+    return min(len(model.layers), DEFAULT_LIMIT // layer) * layer
+
+
+def _layer_inputs(config: CompressConfig, model: ModelShape, processes: int) -> int:
+    """Return the inputs of one layer on the windows of a search."""
     windows = -(-config.statistics.priced_windows // processes)
     tokens = windows * min(config.calibration.seqlen, MAX_TOKENS)
-    layer = tokens * model.hidden * model.element_size
-    weights = 2 * max(entry.parameters for entry in model.layers) * model.element_size
-    return min(len(model.layers), DEFAULT_LIMIT // layer) * layer + layer + weights
+    return tokens * model.hidden * model.element_size
 
 
 def _num_processes(*trainers: TrainerConfig) -> int:

@@ -11,6 +11,7 @@ from grasp_lightning.config import (
     MethodConfig,
     MetricOptions,
     PresetName,
+    SearchOptions,
     Weighting,
 )
 from grasp_lightning.errors import ConfigError
@@ -30,6 +31,7 @@ from grasp_lightning.methods.options import (
     resolve_layers,
 )
 from grasp_lightning.methods.rank_rules import configured_rule
+from grasp_lightning.methods.sensitivity import SensitivityRanks, SensitivityTruncation
 from grasp_lightning.methods.targets import check_target
 from grasp_lightning.methods.truncation import Truncation
 from grasp_lightning.models.decoder import DecoderView
@@ -48,6 +50,7 @@ PLAIN: Final = LowRankOptions(
 _PRESETS: Final[Mapping[PresetName, LowRankOptions]] = {
     "svd_llm": replace(PLAIN, weighting="input_gram"),
     "asvd": replace(PLAIN, weighting="scale_columns"),
+    "asvd_search": replace(PLAIN, weighting="scale_columns", ranks="sensitivity"),
     "fwsvd": replace(PLAIN, weighting="fisher_rows"),
 }
 _REFERENCES: Final[Mapping[Weighting, str]] = {
@@ -105,9 +108,13 @@ def with_parts(config: MethodConfig, defaults: LowRankOptions) -> MethodConfig:
                 f"method.{key} must be from 0 to {_LARGEST_DAMPING}, got {value}: it is a share of "
                 "the mean diagonal"
             )
-    if (config.ranks or defaults.ranks) == "uniform":
+    ranks = config.ranks or defaults.ranks
+    if ranks != "sensitivity":
+        remedy = "set method.ranks=sensitivity"
+        refuse_ignored(config, keys_of(SearchOptions), f"method.ranks is {ranks}", remedy)
+    if ranks != "global":
         unused |= set(keys_of(BudgetOptions))
-        refuse_ignored(config, keys_of(BudgetOptions), "method.ranks is uniform")
+        refuse_ignored(config, keys_of(BudgetOptions), f"method.ranks is {ranks}")
     else:
         _check_budget(config, metric)
         if not metric.orders_channels:
@@ -145,15 +152,17 @@ def truncation(config: MethodConfig, view: DecoderView, track: Track) -> Compres
         "refit": config.refit or "none",
         "track": track,
     }
-    if config.ranks != "global":
+    if config.ranks == "uniform":
         return Truncation(rule=configured_rule(config, view), **parts)
-    rule = GlobalRanks(
-        removed_ratio=config.removed_ratio,
-        keep_ratio=config.keep_ratio,
-        num_parameters=count_parameters(view.model),
-        **given(config, BudgetOptions),
-    )
-    return BudgetedTruncation(rule=rule, **parts)
+    budget: dict[str, Any] = {
+        "removed_ratio": config.removed_ratio,
+        "keep_ratio": config.keep_ratio,
+        "num_parameters": count_parameters(view.model),
+    }
+    if config.ranks == "sensitivity":
+        rule = SensitivityRanks(**budget, search_minutes=config.search_minutes)
+        return SensitivityTruncation(rule=rule, **parts)
+    return BudgetedTruncation(rule=GlobalRanks(**budget, **given(config, BudgetOptions)), **parts)
 
 
 def _resolved(config: MethodConfig) -> MethodConfig:

@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from grasp_lightning.config import RefitChoice
-from grasp_lightning.linalg.factors import balanced_factors
+from grasp_lightning.linalg.factors import SVD, balanced_factors
 from grasp_lightning.linalg.weightings import even_norms
 from grasp_lightning.methods.base import Decision, Track, untracked
 from grasp_lightning.methods.blocks import factorize_operations, waiting_ranks
@@ -40,12 +40,19 @@ class Measured:
         """Apply a function to some weights and their moments; the processes share the work."""
 
         def on_device(name: str, weight: Tensor) -> T:
-            moments = self.moments.get(name)
-            found = {field.name: getattr(moments, field.name, None) for field in fields(Moments)}
-            moved = {k: None if v is None else v.to(weight.device) for k, v in found.items()}
-            return work(name, weight, Moments(**moved))
+            return work(name, weight, self._moments_for(name, weight))
 
         return dealt(weights_of(self.view, modules), on_device, self.track, description)
+
+    def basis(self, name: str, weight: Tensor) -> SVD:
+        """Return the components of a whole weight ``(N, M)``, both vectors of each of one norm."""
+        return even_norms(self.metric.decompose(weight, self._moments_for(name, weight)))
+
+    def _moments_for(self, name: str, weight: Tensor) -> Moments:
+        """Return the moments of a linear on the device of its weight."""
+        moments = self.moments.get(name)
+        found = {field.name: getattr(moments, field.name, None) for field in fields(Moments)}
+        return Moments(**{k: None if v is None else v.to(weight.device) for k, v in found.items()})
 
 
 def component_losses(measured: Measured, modules: Iterable[str]) -> dict[str, Tensor]:
@@ -62,8 +69,8 @@ def truncated(measured: Measured, ranks: Mapping[str, int]) -> Decision:
     metric = measured.metric
 
     def factors_of(name: str, weight: Tensor, moments: Moments) -> tuple[Tensor, ...]:
-        basis = metric.decompose(weight, moments)
-        factors = balanced_factors(even_norms(basis), range(ranks[name]))
+        basis = even_norms(metric.decompose(weight, moments))
+        factors = balanced_factors(basis, range(ranks[name]))
         scores = metric.of_singular_values(basis.s)
         return tuple(part.cpu() for part in (*factors, basis.s, scores))
 

@@ -1,5 +1,6 @@
 """Tables of the report: what a compression decided for each linear, MLP and block."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from grasp_lightning.methods.laco import SIMILARITY_KEY
+from grasp_lightning.methods.sensitivity import read_trials, trial_counts
 from grasp_lightning.models.linears import in_attention
 from grasp_lightning.plan import (
     FactorizeLinear,
@@ -68,6 +70,7 @@ def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor])
         _heads(plan),
         _removals(plan, scores),
         _merges(plan, scores),
+        _truncations(plan, scores),
     )
     return [table for table in tables if table.rows]
 
@@ -190,6 +193,27 @@ def _merges(plan: Plan, scores: Mapping[str, Tensor]) -> Details:
         "Mean cosine between the final hidden states with this merge, after those that are merged "
         "already, and those of the dense model. Each sweep from the top layer down accepts lower "
         "similarities than the one before.",
+    )
+
+
+def _truncations(plan: Plan, scores: Mapping[str, Tensor]) -> Details:
+    measured, candidates = trial_counts(scores) or (0, 0)
+    suffix = ".tried_ranks"
+    rows = []
+    for module in (key.removesuffix(suffix) for key in scores if key.endswith(suffix)):
+        losses = read_trials(module, scores)
+        ends = ((rank, math.exp(losses[rank])) for rank in (max(losses), min(losses)))
+        cells = (f"{value:.4g}" for rank, perplexity in ends for value in (rank, perplexity))
+        rank = str(plan.ranks.get(module, "dense"))
+        rows.append((*_place(module), rank, str(len(losses)), *cells))
+    return Details(
+        f"Search for ranks: {measured} of {candidates} truncations measured",
+        _columns(
+            "Linear", "Rank", "Measured", "Highest", "Perplexity", "Lowest", "Perplexity there"
+        ),
+        rows,
+        "Perplexity of the calibration windows of the search, with this linear alone truncated to "
+        "the highest and the lowest of the measured ranks.",
     )
 
 

@@ -11,6 +11,7 @@ from grasp_lightning.config import (
     FisherChoice,
     Importance,
     LayerMetric,
+    MetricOptions,
     Reduction,
     Score,
     Terms,
@@ -153,6 +154,22 @@ class Spread(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sensitivity:
+    """Truncations that are tried one by one, and undone.
+
+    Attributes:
+        ranks: Ranks to try by full name of the linear, in model order. With a time limit, the
+            first rank of each is tried in any case.
+        metric: The metric of the decompositions, all keys set.
+        seconds: How long ranks after the first are tried; None: until all are.
+    """
+
+    ranks: Mapping[str, tuple[int, ...]]
+    metric: MetricOptions
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
     """What a step needs measured; nothing by default.
 
@@ -177,6 +194,7 @@ class Needs:
         importance: How they are scored.
         spreads: Linears of whose inputs mean and variance are taken.
         stream: Bases of the hidden states.
+        sensitivity: Truncations of single linears, on a few windows; in a metric of ``moments``.
     """
 
     layer_metric: LayerMetric | None = None
@@ -197,22 +215,25 @@ class Needs:
     importance: Importance = "taylor"
     spreads: tuple[str, ...] = ()
     stream: StreamBases | None = None
+    sensitivity: Sensitivity | None = None
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
         others = (*self.removables, *self.seams, self.merge, self.span_training, self.stream)
-        others += (*self.units, *self.spreads)
+        others += (*self.units, *self.spreads, self.sensitivity)
         return not any((*asked, *others)) and not self.layer_gradients
 
     @property
     def is_shareable(self) -> bool:
         """True if another run can use the result, to the bit.
 
-        Tried merges need an earlier measurement of the run, and training depends on the batch size.
+        Tried merges need an earlier measurement of the run, training depends on the batch size, and
+        what a search finds within a time limit depends on the machine.
         """
-        return not (self.is_empty or self.merge or self.span_training)
+        is_limited = self.sensitivity is not None and self.sensitivity.seconds is not None
+        return not (self.is_empty or self.merge or self.span_training or is_limited)
 
     @property
     def is_backward(self) -> bool:
@@ -307,6 +328,8 @@ class Statistics:
         spreads: Of the inputs of each of ``Needs.spreads``.
         stream: The basis at every place where the model reads its hidden states, by the name of the
             norm there.
+        truncation_losses: Loss with a single linear truncated, by its name and rank, in nats per
+            predicted token.
     """
 
     layer_metric: Tensor | None = None
@@ -321,6 +344,7 @@ class Statistics:
     unit_scores: Mapping[str, Tensor] = field(default_factory=dict)
     spreads: Mapping[str, Spread] = field(default_factory=dict)
     stream: Mapping[str, StreamBasis] = field(default_factory=dict)
+    truncation_losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:

@@ -33,7 +33,8 @@ _SCORE_PREFIX, _FACTOR_PREFIX = "scores:", "factors:"
 def has_progress(run: RunFolder) -> bool:
     """Return whether a run has saved anything that a later start could resume from."""
     has_pass = bool(PassFile.found_in(run.path(CHECKPOINTS)) or stored_moments(run.root))
-    has_scores = any(run.path(CHECKPOINTS).glob("scores-*"))
+    folder = run.path(CHECKPOINTS)
+    has_scores = any((*folder.glob("scores-*"), *folder.glob("truncations-*")))
     files = (_PLAN, TRAINING_CHECKPOINT, SAMPLED_TEXT)
     return has_pass or has_scores or any(run.path(name).exists() for name in files)
 
@@ -108,6 +109,13 @@ class ScoredGroups(RefitLayers):
     """The groups of layers with scored components."""
 
     _name = CHECKPOINTS + "/scores-{number:06d}.safetensors"
+    _advice = MEASURE_AGAIN
+
+
+class TriedTruncations(RefitLayers):
+    """The measured losses of a search, in one file."""
+
+    _name = CHECKPOINTS + "/truncations-{number:06d}.safetensors"
     _advice = MEASURE_AGAIN
 
 
@@ -197,6 +205,11 @@ class RunProgress(RunNotes):
     def scored_groups(self) -> ScoredGroups:
         """Store for the scores of a step that scores more layers than it decides on."""
         return ScoredGroups(self._run, step_key(self.plan))
+
+    @property
+    def tried_truncations(self) -> TriedTruncations:
+        """Store for the losses that a search has measured in the current step."""
+        return TriedTruncations(self._run, step_key(self.plan))
 
     def load_moments(self, part: str) -> Mapping[str, Moments] | None:
         """Return the saved moments of one pass of the current step; None if there are none."""

@@ -10,17 +10,19 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from grasp_lightning.config import MetricOptions
 from grasp_lightning.errors import ConfigError, OutputError, PlanError
 from grasp_lightning.linalg.factors import SVD
 from grasp_lightning.methods.layer_choice import score_key
 from grasp_lightning.methods.removal import read_price
+from grasp_lightning.methods.sensitivity import SENSITIVITY, read_trials
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan, SelectLayers
 from grasp_lightning.reading.text import read_text
 from grasp_lightning.reading.yaml_text import read_yaml
 from grasp_lightning.run_folder import names
 from grasp_lightning.run_folder.manifest import Manifest
-from grasp_lightning.stats.base import Needs, Scoring, Statistics, Step
+from grasp_lightning.stats.base import Needs, Scoring, Sensitivity, Statistics, Step
 from grasp_lightning.storage.moments import stored_moments
 from grasp_lightning.storage.progress import moments_key, step_key
 from grasp_lightning.storage.tensor_files import TensorFile
@@ -102,6 +104,8 @@ class StoredScores:
             raise ConfigError(
                 "from_scores: schedule iterative needs new measurements; use one_shot"
             )
+        if options.get("ranks") == SENSITIVITY:
+            self._check_search(options)
         if "weighting" in options:
             self._check_fisher(options.get("fisher"))
             return
@@ -111,6 +115,17 @@ class StoredScores:
                 raise ConfigError(
                     f"from_scores: method.{key} is {here} here, but {self._folder} has scores with "
                     f"{there}"
+                )
+
+    def _check_search(self, options: Mapping[str, OptionValue]) -> None:
+        """Refuse losses of truncations in another metric."""
+        for key in ("ranks", *(field.name for field in fields(MetricOptions))):
+            here, there = options.get(key), self.plan.options.get(key)
+            if here != there:
+                raise ConfigError(
+                    "from_scores: the losses of truncations belong to their metric: "
+                    f"method.{key} is {here} here and {there} in {self._folder}; use the same, or "
+                    "measure without from_scores"
                 )
 
     def _check_fisher(self, here: OptionValue) -> None:
@@ -146,8 +161,9 @@ class StoredScores:
             linear = linears[module]
             self._moments.check(module, linear.out_features, linear.in_features)
         prices = self._prices(step.needs)
+        tried = self._truncation_losses(step.needs.sensitivity)
         if step.needs.moment_kinds:
-            return Statistics(moments=self._moments, removal_losses=prices)
+            return Statistics(moments=self._moments, removal_losses=prices, truncation_losses=tried)
         scores = {
             module: self.component_scores(
                 module, min(linears[module].out_features, linears[module].in_features)
@@ -163,6 +179,19 @@ class StoredScores:
                 "measure without from_scores"
             )
         return {part.name: self.price(part.name) for part in needs.removables}
+
+    def _truncation_losses(self, search: Sensitivity | None) -> dict[str, dict[int, float]]:
+        """Return the stored losses of a search; a linear without any is a ``ConfigError``."""
+        found: dict[str, dict[int, float]] = {}
+        for module, ranks in {} if search is None else search.ranks.items():
+            stored = read_trials(module, self._scores)
+            found[module] = {rank: stored[rank] for rank in ranks if rank in stored}
+            if not found[module]:
+                raise ConfigError(
+                    f"from_scores: {self._folder} has no measured truncations of {module}; name a "
+                    "run with the same method.layers"
+                )
+        return found
 
     def price(self, name: str) -> float:
         """Return the measured removal of a layer or block; a missing one is a ``ConfigError``."""

@@ -52,6 +52,7 @@ IN_A_FORWARD_PASS = Kill(CALIBRATION, "CalibrationModule", "predict_step", 2)
 IN_A_LATER_SEARCH = Kill(CALIBRATION, "CalibrationModule", "predict_step", 5)
 IN_A_GRADIENT_PASS = Kill(CALIBRATION, "CalibrationModule", "training_step", 2)
 IN_A_WALK = Kill("grasp_lightning.training.stream_bases", "_Walk", "advance", 3)
+IN_A_SEARCH_FOR_RANKS = Kill("grasp_lightning.training.truncation_losses", "_Trials", "_loss", 40)
 BETWEEN_STEPS = Kill("grasp_lightning.pipeline", "", "apply_operations", 2)
 
 
@@ -111,6 +112,12 @@ CASES = {
     ),
     "low_rank": Case(
         options={"preset": "svd_llm"}, idle={"layers": IDLE, "keep_ratio": 0.3}, drops=False
+    ),
+    "low_rank-asvd_search": Case(
+        options={"preset": "asvd_search"},
+        idle={"layers": IDLE, "keep_ratio": 0.3},
+        drops=False,
+        kill=IN_A_SEARCH_FOR_RANKS,
     ),
     "grasp_plus": Case(
         idle={"layers": IDLE, "keep_ratio": 0.3, "refit": "none"},

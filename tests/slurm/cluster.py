@@ -84,20 +84,23 @@ class Job:
         cluster: Its cluster.
         number: Its number.
         log: Where its output goes.
+
+    Attributes:
+        number: Its number; that of the array, if it is one.
     """
 
     def __init__(self, cluster: Cluster, number: int, log: Path) -> None:
         self._cluster = cluster
-        self._number = number
+        self.number = number
         self._log = log
 
     def warn(self) -> None:
         """Send its ranks the signal that SLURM sends before the time limit."""
-        self._cluster.ask("scancel", "--signal=USR1", self._number)
+        self._cluster.ask("scancel", "--signal=USR1", self.number)
 
     def fields(self) -> Mapping[str, str]:
         """Return what SLURM reports about it."""
-        words = self._cluster.ask("scontrol", "show", "job", self._number).split()
+        words = self._cluster.ask("scontrol", "show", "job", self.number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def output(self) -> str:

@@ -1,7 +1,6 @@
 """The shipped batch scripts on a real SLURM: a job that is warned resumes and loses nothing."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,18 +10,12 @@ from safetensors.torch import load_file
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
 from tests.integration.compensation import compensate_argv, compressed_folder
-from tests.slurm.cluster import ROOT, Cluster, Job, running_cluster
+from tests.slurm.cluster import ROOT, Cluster, Job
 
 pytestmark = pytest.mark.slurm
 
 WINDOWS = 600  # small ones: some seconds of a pass, most of which is left after the signal
 SCRIPTS = ROOT / "configs" / "slurm"
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with running_cluster() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 import re
 from collections.abc import Callable
+from random import Random
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from grasp_lightning.linalg.ranks import (
     factor_parameters,
     largest_useful_rank,
     rank_for_keep_ratio,
+    ranks_by_sensitivity,
     ranks_for_budget,
     stays_dense,
     top_components,
@@ -159,3 +161,56 @@ def test_non_finite_scores_are_refused(value: float) -> None:
 def test_scores_of_two_dimensions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^scores must have shape \(K,\), got \(2, 3\)$"):
         top_components(torch.ones(2, 3), 1)
+
+
+def searched_as_published(
+    shapes: dict[str, tuple[int, int]], losses: dict[str, dict[int, float]], kept: int
+) -> dict[str, int]:
+    """Bisect the cut in the list of truncations, sorted by falling loss."""
+    tried = sorted(
+        ((name, rank, losses[name][rank]) for name in losses for rank in losses[name]),
+        key=lambda trial: -trial[2],
+    )
+
+    def lowest(cut: int) -> dict[str, int]:
+        ranks: dict[str, int] = {}
+        for name, rank, _ in tried[cut:]:
+            ranks[name] = min(ranks.get(name, rank), rank)
+        return ranks
+
+    low, high = 0, len(tried)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = size_of(shapes, lowest(middle)) <= kept
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return lowest(low)
+
+
+def size_of(shapes: dict[str, tuple[int, int]], ranks: dict[str, int]) -> int:
+    return sum(ranks[n] * (a + b) if n in ranks else a * b for n, (a, b) in shapes.items())
+
+
+def test_a_search_by_sensitivity_is_the_published_one_up_to_its_last_truncation() -> None:
+    random = Random(0)
+    for _ in range(200):
+        shapes = {f"w{i}": (random.randint(8, 60), random.randint(8, 60)) for i in range(6)}
+        losses = {
+            name: {rank_for_keep_ratio(k / 10, *shape): random.random() for k in range(1, 10)}
+            for name, shape in shapes.items()
+        }
+        lowest = {name: min(ranks) for name, ranks in losses.items()}
+        kept = random.randint(size_of(shapes, lowest), size_of(shapes, {}) - 1)
+        ranks = ranks_by_sensitivity(shapes, losses, kept)
+        assert ranks is not None
+        published = searched_as_published(shapes, losses, kept)
+        different = [name for name in shapes if ranks.get(name) != published.get(name)]
+        assert list(ranks) == [name for name in shapes if name in published]
+        assert len(different) <= 1  # the last one goes only as deep as the budget requires
+        assert all(ranks[name] > published[name] for name in different)
+        assert kept - max(map(sum, shapes.values())) < size_of(shapes, ranks) <= kept
+
+
+def test_truncations_that_do_not_suffice_give_no_ranks() -> None:
+    assert ranks_by_sensitivity({"w": (10, 10)}, {"w": {2: 1.0}}, 40) == {"w": 2}
+    assert ranks_by_sensitivity({"w": (10, 10)}, {"w": {2: 1.0}}, 39) is None
+    assert ranks_by_sensitivity({"w": (10, 10), "v": (9, 9)}, {"w": {2: 1.0}}, 181 - 60) == {"w": 2}
