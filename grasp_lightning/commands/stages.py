@@ -65,7 +65,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
     has_gradients = method.criterion not in (None, "perplexity")
     prices_blocks = method.unit in ("attention", "mlp") and method.layers is None
     choose = Stage(phase=FACTORIZE, label="decompose")
-    if method.ranks == "global":
+    if method.ranks in ("per_type", "global"):
         choose = Stage(phase=FACTORIZE, label="choose ranks", passes=_PASSES_OF_BUDGET)
     stages = {
         Stage(phase=LOAD, label="load model and text"): True,

@@ -7,19 +7,21 @@ keys.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
-from grasp_lightning.config.values import Seed
+from grasp_lightning.config.values import Range, Seed
 
 LayerMetric = Literal["similarity", "angular"]
 Terms = Literal["full", "sigma"]
 Reduction = Literal["signed", "absolute", "squared"]
 Score = Literal["taylor", "gradient", "magnitude"]
 Schedule = Literal["one_shot", "iterative"]
-PresetName = Literal["paper", "released", "svd_llm", "asvd", "fwsvd"]
+PresetName = Literal[
+    "paper", "released", "svd_llm", "svd_llm_update", "svd_llm_v2", "asvd", "fwsvd"
+]
 Weighting = Literal["none", "fisher_rows", "scale_columns", "input_gram", "kfac"]
 FisherChoice = Literal["sampled", "empirical"]
-RankChoice = Literal["uniform", "global"]
+RankChoice = Literal["uniform", "per_type", "global"]
 MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
 BlockChoice = Literal["attention", "mlp"]
@@ -180,15 +182,20 @@ class LowRankOptions(BudgetOptions, MetricOptions, PresetOptions, KeepOptions, M
     """What low_rank and grasp_plus read.
 
     Attributes:
-        ranks: uniform: one keep ratio for all matrices; global: one budget for all, spent where it
-            reduces the predicted loss most.
+        ranks: uniform: one keep ratio for all matrices; per_type: the same on average, but among
+            matrices of one name in all layers, those with a larger truncation loss keep more
+            (weighting input_gram only); global: one budget for all, spent where it reduces the
+            predicted loss most.
         refit: Refit the compressed linears layer by layer, on their inputs in the compressed model.
             prefix fits each to its output in the dense model; residual refits the linears that
             write to the residual stream, to reduce the accumulated error.
+        refit_pull: How strongly a refit is pulled towards the truncated weights. 0: least squares;
+            1: half the step to it.
     """
 
     ranks: RankChoice | None = None
     refit: RefitChoice | None = None
+    refit_pull: Annotated[float, Range(at_least=0, at_most=100)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
