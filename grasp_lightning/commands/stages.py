@@ -78,7 +78,7 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
     has_gradients = method.criterion not in (None, "perplexity") or _scores_units(config)
     prices_blocks = method.unit in ("attention", "mlp") and method.layers is None
     choose = Stage(phase=FACTORIZE, label="prune" if prunes else "decompose")
-    if method.ranks == "global":
+    if method.ranks in ("per_type", "global"):
         choose = Stage(phase=FACTORIZE, label="choose ranks", passes=_PASSES_OF_BUDGET)
     stages = {
         Stage(phase=LOAD, label="load model and text"): True,

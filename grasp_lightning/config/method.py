@@ -7,19 +7,28 @@ keys.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
-from grasp_lightning.config.values import Positive, Seed
+from grasp_lightning.config.values import Positive, Range, Seed
 
 LayerMetric = Literal["similarity", "angular"]
 Terms = Literal["full", "sigma"]
 Reduction = Literal["signed", "absolute", "squared"]
 Score = Literal["taylor", "gradient", "magnitude"]
 Schedule = Literal["one_shot", "iterative"]
-PresetName = Literal["paper", "released", "svd_llm", "asvd", "asvd_search", "fwsvd"]
+PresetName = Literal[
+    "paper",
+    "released",
+    "svd_llm",
+    "svd_llm_update",
+    "svd_llm_v2",
+    "asvd",
+    "asvd_search",
+    "fwsvd",
+]
 Weighting = Literal["none", "fisher_rows", "scale_columns", "input_gram", "kfac"]
 FisherChoice = Literal["sampled", "empirical"]
-RankChoice = Literal["uniform", "global", "sensitivity"]
+RankChoice = Literal["uniform", "per_type", "global", "sensitivity"]
 MlpChoice = Literal["factors", "channels"]
 RefitChoice = Literal["none", "prefix", "residual"]
 BlockChoice = Literal["attention", "mlp"]
@@ -212,17 +221,21 @@ class LowRankOptions(
     """What low_rank and grasp_plus read.
 
     Attributes:
-        ranks: uniform: one keep ratio for all matrices; global: one budget for all, spent where it
-            reduces the predicted loss most; sensitivity: one budget for all, by the measured loss
-            with a single matrix truncated, for each matrix and each keep ratio of 0.1, 0.2, ...
-            0.9.
+        ranks: uniform: one keep ratio for all matrices; per_type: the same on average, but among
+            matrices of one name in all layers, those with a larger truncation loss keep more
+            (weighting input_gram only); global: one budget for all, spent where it reduces the
+            predicted loss most; sensitivity: one budget for all, by the measured loss with a single
+            matrix truncated, for each matrix and each keep ratio of 0.1, 0.2, ... 0.9.
         refit: Refit the compressed linears layer by layer, on their inputs in the compressed model.
             prefix fits each to its output in the dense model; residual refits the linears that
             write to the residual stream, to reduce the accumulated error.
+        refit_pull: How strongly a refit is pulled towards the truncated weights. 0: least squares;
+            1: half the step to it.
     """
 
     ranks: RankChoice | None = None
     refit: RefitChoice | None = None
+    refit_pull: Annotated[float, Range(at_least=0, at_most=100)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,28 @@ def largest_useful_rank(out_features: int, in_features: int) -> int:
     return (out_features * in_features - 1) // (out_features + in_features)
 
 
-def ranks_for_budget(shapes: Sequence[tuple[int, int]], kept: int) -> list[int]:
+def removal_weights(losses: Sequence[float]) -> list[float]:
+    """Return how much of its parameters each weight of one type should lose, relative to the mean.
+
+    Among ``n`` weights with losses ``L``, weight ``i`` loses ``n (1 / log L_i) / sum_j (1 / log
+    L_j)`` times the mean share. Losses below ``e``, for which the formula has no meaning or jumps,
+    count as ``e``.
+
+    Source: Wang et al., "SVD-LLM V2", arXiv:2503.12340, section 3.1, Algorithm 1.
+
+    Args:
+        losses: Frobenius norms of the errors of outputs, truncated at the mean share, at least one.
+
+    Returns:
+        Positive numbers with mean 1, in the order of ``losses``.
+    """
+    inverse = [1 / math.log(max(loss, math.e)) for loss in losses]
+    return [len(inverse) * value / sum(inverse) for value in inverse]
+
+
+def ranks_for_budget(
+    shapes: Sequence[tuple[int, int]], kept: int, removal: Sequence[float] | None = None
+) -> list[int]:
     """Return the ranks of one common keep ratio that spends a number of parameters.
 
     The ratio is the largest whose floored ranks stay within the budget. The remainder is spent one
@@ -60,6 +81,8 @@ def ranks_for_budget(shapes: Sequence[tuple[int, int]], kept: int) -> list[int]:
     Args:
         shapes: Outputs and inputs ``(m, n)`` of every weight.
         kept: Number of parameters that all factors may have together.
+        removal: How much of its parameters each weight loses, in units of the common ratio of
+            removal, positive; None is 1 for all.
 
     Returns:
         Rank of every weight: at least 1, and at most its largest useful rank if that is not 0.
@@ -70,32 +93,46 @@ def ranks_for_budget(shapes: Sequence[tuple[int, int]], kept: int) -> list[int]:
     costs = [factor_parameters(1, *shape) for shape in shapes]
     if kept < sum(costs):
         raise ValueError(f"rank 1 needs {sum(costs)} parameters, the budget is {kept}")
-    exact = [m * n / (m + n) for m, n in shapes]  # rank at which factors are as large as the weight
     largest = [max(1, largest_useful_rank(m, n)) for m, n in shapes]
 
     def floored(ratio: float) -> list[int]:
-        return [
-            min(top, max(1, math.floor(ratio * value)))
-            for value, top in zip(exact, largest, strict=True)
-        ]
+        targets = zip(_exact_ranks(shapes, ratio, removal), largest, strict=True)
+        return [min(top, max(1, math.floor(value))) for value, top in targets]
 
-    low, high = 0.0, 1.0
+    # All weights have rank 1 at the lower end.
+    low, high = 0.0 if removal is None else 1 - 1 / min(removal), 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         is_within = _cost(floored(middle), costs) <= kept
         low, high = (middle, high) if is_within else (low, middle)
-    ranks = floored(low)
-    by_remainder = sorted(range(len(shapes)), key=lambda j: ranks[j] - low * exact[j])
-    spare = kept - _cost(ranks, costs)
+    ranks, exact = floored(low), _exact_ranks(shapes, low, removal)
+    by_remainder = sorted(range(len(shapes)), key=lambda j: ranks[j] - exact[j])
+    _spend(kept - _cost(ranks, costs), ranks, costs, largest, by_remainder)
+    return ranks
+
+
+def _exact_ranks(
+    shapes: Sequence[tuple[int, int]], ratio: float, removal: Sequence[float] | None
+) -> list[float]:
+    """Return the real numbers at which factors have their share of the parameters."""
+    shares = [ratio] * len(shapes)
+    if removal is not None:
+        shares = [1 - (1 - ratio) * amount for amount in removal]
+    return [share * (m * n / (m + n)) for share, (m, n) in zip(shares, shapes, strict=True)]
+
+
+def _spend(
+    spare: int, ranks: list[int], costs: Sequence[int], largest: Sequence[int], order: Sequence[int]
+) -> None:
+    """Raise ranks by one in turn, while anything fits."""
     is_spending = True
     while is_spending:
         is_spending = False
-        for j in by_remainder:
+        for j in order:
             if costs[j] <= spare and ranks[j] < largest[j]:
                 ranks[j] += 1
                 spare -= costs[j]
                 is_spending = True
-    return ranks
 
 
 def ranks_by_sensitivity(

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from torch import Tensor
 
@@ -11,6 +12,9 @@ from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import Operation, OptionValue, Plan
 from grasp_lightning.stats.base import Statistics, Step
+
+REFIT_PULL: Final = 1.0
+"""Pull of a refit towards the truncated tensors, where the user has set none."""
 
 Track = Callable[[Sequence[str], str], Iterable[str]]
 """Shows progress: (items, description) -> the same items."""
@@ -31,12 +35,14 @@ class Decision:
         tensors: Factors for the operations, as ``<module>.left`` and ``<module>.right``.
         scores: The basis of the decision, stored for re-cutting and reports.
         refit: How the tensors are refitted before the operations are applied.
+        refit_pull: Cost of a change of a linear's outputs by the refit, relative to their error.
     """
 
     operations: tuple[Operation, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     refit: RefitChoice = "none"
+    refit_pull: float = REFIT_PULL
 
 
 class CompressionMethod(ABC):

@@ -60,12 +60,12 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
         if self._metric.weighting == "kfac":
             found = self._rule.target_losses(budgeted, losses, stats.removal_losses, view=model)
             scores |= stored_target_losses(found)
-        return Decision(
+        decision = Decision(
             operations=(*cut.operations, *narrowed.operations, *removed),
             tensors={**cut.tensors, **narrowed.tensors},
             scores={**scores, **cut.scores, **stored_prices(stats.removal_losses)},
-            refit=self._refit,
         )
+        return self._refitted(decision)
 
     def stored_target_losses(
         self, view: DecoderView, plan: Plan, stored: Stored

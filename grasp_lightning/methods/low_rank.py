@@ -1,4 +1,13 @@
-"""Truncation in any metric: plain SVD, FWSVD, ASVD, SVD-LLM, or a mixture of parts."""
+"""Truncation in any metric: plain SVD, FWSVD, ASVD, SVD-LLM, or a mixture of parts.
+
+Sources of the presets: ``svd_llm``, the truncation-aware whitening of Wang et al., "SVD-LLM",
+arXiv:2403.07378; ``svd_llm_update``, the same with the layer-wise closed-form update of its first
+version (``training.refit.Refitter``); ``svd_llm_v2``, Wang et al., "SVD-LLM V2", arXiv:2503.12340
+(``methods.per_type``); ``asvd``, Yuan et al., arXiv:2312.05821, with one keep ratio for all
+linears; ``fwsvd``, Hsu et al., arXiv:2207.00112: the Fisher information of a window is the squared
+gradient of its own loss, and each input is weighted by the root of the sum over windows and
+outputs.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +24,7 @@ from grasp_lightning.config import (
     Weighting,
 )
 from grasp_lightning.errors import ConfigError
-from grasp_lightning.methods.base import CompressionMethod, Registered, Track
+from grasp_lightning.methods.base import REFIT_PULL, CompressionMethod, Registered, Track
 from grasp_lightning.methods.budgeted_truncation import BudgetedTruncation
 from grasp_lightning.methods.global_ranks import GlobalRanks
 from grasp_lightning.methods.layer_choice import configured_layers
@@ -30,6 +39,7 @@ from grasp_lightning.methods.options import (
     refuse_ignored,
     resolve_layers,
 )
+from grasp_lightning.methods.per_type import PerTypeTruncation
 from grasp_lightning.methods.rank_rules import configured_rule
 from grasp_lightning.methods.sensitivity import SensitivityRanks, SensitivityTruncation
 from grasp_lightning.methods.targets import check_target
@@ -44,14 +54,19 @@ PLAIN: Final = LowRankOptions(
     ranks="uniform",
     mlp="factors",
     refit="none",
+    refit_pull=REFIT_PULL,
     gradient_damping=GRADIENT_DAMPING,
     input_damping=INPUT_DAMPING,
 )
+_SVD_LLM: Final = replace(PLAIN, weighting="input_gram")
 _PRESETS: Final[Mapping[PresetName, LowRankOptions]] = {
-    "svd_llm": replace(PLAIN, weighting="input_gram"),
+    "svd_llm": _SVD_LLM,
+    "svd_llm_update": replace(_SVD_LLM, refit="prefix", refit_pull=0.0),
+    "svd_llm_v2": replace(_SVD_LLM, ranks="per_type"),
     "asvd": replace(PLAIN, weighting="scale_columns"),
     "asvd_search": replace(PLAIN, weighting="scale_columns", ranks="sensitivity"),
-    "fwsvd": replace(PLAIN, weighting="fisher_rows"),
+    # The publication has no damping: this only gives inputs without any gradient a weight above 0.
+    "fwsvd": replace(PLAIN, weighting="fisher_rows", input_damping=1e-10),
 }
 _REFERENCES: Final[Mapping[Weighting, str]] = {
     "none": "https://doi.org/10.1007/BF02288367",
@@ -108,7 +123,15 @@ def with_parts(config: MethodConfig, defaults: LowRankOptions) -> MethodConfig:
                 f"method.{key} must be from 0 to {_LARGEST_DAMPING}, got {value}: it is a share of "
                 "the mean diagonal"
             )
+    if (config.refit or defaults.refit) == "none":
+        unused.add("refit_pull")
+        refuse_ignored(config, ("refit_pull",), "method.refit is none")
     ranks = config.ranks or defaults.ranks
+    if ranks == "per_type" and metric.weighting != "input_gram":
+        raise ConfigError(
+            f"method.ranks per_type needs method.weighting input_gram, got {metric.weighting}: its "
+            "formula takes the error of the outputs"
+        )
     if ranks != "sensitivity":
         remedy = "set method.ranks=sensitivity"
         refuse_ignored(config, keys_of(SearchOptions), f"method.ranks is {ranks}", remedy)
@@ -150,10 +173,12 @@ def truncation(config: MethodConfig, view: DecoderView, track: Track) -> Compres
         "layers": configured_layers(config),
         "metric": metric,
         "refit": config.refit or "none",
+        "refit_pull": REFIT_PULL if config.refit_pull is None else config.refit_pull,
         "track": track,
     }
-    if config.ranks == "uniform":
-        return Truncation(rule=configured_rule(config, view), **parts)
+    if config.ranks in ("uniform", "per_type"):
+        method = PerTypeTruncation if config.ranks == "per_type" else Truncation
+        return method(rule=configured_rule(config, view), **parts)
     budget: dict[str, Any] = {
         "removed_ratio": config.removed_ratio,
         "keep_ratio": config.keep_ratio,

@@ -37,6 +37,7 @@ class Prediction:
         layers: The layers assumed for ``most``.
         operations: The operations on them.
         is_budget: The data decides on ranks, under one budget for all linears of the layers.
+        is_per_type: The data decides how ranks differ between linears of one type.
         widths: Kept and original number of channels of every narrowed MLP, by its name; empty if
             the data decides on them.
         heads: Kept and original number of key/value groups of every attention that loses some, by
@@ -58,6 +59,7 @@ class Prediction:
     layers: Layers
     operations: tuple[Operation, ...]
     is_budget: bool = False
+    is_per_type: bool = False
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
     heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     removes_units: bool = False
@@ -95,6 +97,8 @@ class Prediction:
         if self.ranks:
             rows = [f"  {name}: rank {rank}" for name, rank in self.ranks.items()]
             where = f"{self.num_layers} layers are replaced; ranks in one of them:"
+            if self.is_per_type:
+                where = f"{self.num_layers} layers are replaced; mean ranks, the data varies them:"
             return [first, where, *rows, *widths]
         if self.is_span:
             return [first, f"{self.num_layers + 1} contiguous layers are replaced by one"]

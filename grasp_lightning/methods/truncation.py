@@ -9,7 +9,7 @@ from torch import Tensor
 from grasp_lightning.config import RefitChoice
 from grasp_lightning.linalg.factors import SVD, balanced_factors
 from grasp_lightning.linalg.weightings import even_norms
-from grasp_lightning.methods.base import Decision, Track, untracked
+from grasp_lightning.methods.base import REFIT_PULL, Decision, Track, untracked
 from grasp_lightning.methods.blocks import factorize_operations, waiting_ranks
 from grasp_lightning.methods.dealing import dealt
 from grasp_lightning.methods.layer_choice import LayerChoice
@@ -109,6 +109,7 @@ class MetricMethod(LayerwiseMethod, Generic[R]):
         metric: How much a change of a weight counts.
         rule: How much each weight keeps.
         refit: How the cut weights are refitted.
+        refit_pull: How strongly a refit is pulled towards the truncated weights.
         track: Shows the progress of factorisations.
     """
 
@@ -121,19 +122,29 @@ class MetricMethod(LayerwiseMethod, Generic[R]):
         metric: Metric,
         rule: R,
         refit: RefitChoice = "none",
+        refit_pull: float = REFIT_PULL,
         track: Track = untracked,
     ) -> None:
         super().__init__(name, reference, layers)
         self._metric = metric
         self._rule = rule
         self._refit = refit
+        self._refit_pull = refit_pull
         self._track = track
 
     @property
     def options(self) -> Mapping[str, OptionValue]:
         """The options that decisions depend on, for the plan."""
-        refit = {} if self._refit == "none" else {"refit": self._refit}
+        refit: dict[str, OptionValue] = {}
+        if self._refit != "none":
+            refit["refit"] = self._refit
+            if self._refit_pull != REFIT_PULL:
+                refit["refit_pull"] = self._refit_pull
         return {**self._layers.options, **self._rule.options, **self._metric.options, **refit}
+
+    def _refitted(self, decision: Decision) -> Decision:
+        """Return a decision with this method's refit."""
+        return replace(decision, refit=self._refit, refit_pull=self._refit_pull)
 
     def _curvature_step(
         self,
@@ -162,7 +173,12 @@ class Truncation(MetricMethod[RankRule]):
     def _decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
         assert step.ranks is not None  # _step has set them
         measured = Measured(model, self._metric, stats.moments, self._track)
-        return replace(truncated(measured, step.ranks), refit=self._refit)
+        return self._refitted(truncated(measured, self._ranks(step.ranks, measured)))
+
+    def _ranks(self, ranks: Mapping[str, int], measured: Measured) -> Mapping[str, int]:
+        """Return the final ranks of some weights, given those that follow from shapes alone."""
+        del measured
+        return ranks
 
     def _outlook(self, view: DecoderView, layers: Layers) -> Outlook:
         return outlook_of(view, factorize_operations(view, layers, self._rule))

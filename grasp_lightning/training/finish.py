@@ -56,7 +56,9 @@ class FinishDecision:
             return decision
         if self.data is None:
             raise ValueError("a refit needs windows")
-        refitter = Refitter(self.data, max_bytes=self.max_bytes, track=self.track)
+        refitter = Refitter(
+            self.data, max_bytes=self.max_bytes, track=self.track, pull=decision.refit_pull
+        )
         with self.phases(REFIT):
             operations = decision.operations
             store = None if self.store is None else self.store(operations)

@@ -26,8 +26,8 @@ from grasp_lightning.models.surgery import in_place_of_linears, replacements
 from grasp_lightning.plan import Operation, Replacement
 from grasp_lightning.training.layer_streams import COMPRESSED, DENSE, Streams
 
-PULL = 1.0
-RIDGE = 1e-2
+RIDGE = 1e-2  # with a pull of 1
+_LEAST_RIDGE = 1e-6  # products of inner activations are taken in float32
 _UNEXPLAINED = 0.05  # largest share of a layer's change that its writers may not explain
 _ROUNDING = 1e-4  # the same, for using the writers' sum instead of running the layer
 _LEAVING, _INNER = "leaving", "inner"
@@ -63,6 +63,8 @@ class LayerRefit:
         tensors: Tensors of the cuts, updated by each fit.
         streams: The hidden states that enter the layer.
         mode: ``prefix`` or ``residual``.
+        pull: Cost of a change of outputs from those of ``tensors``, relative to their error. The
+            ridge is proportional to it.
         is_fitted: ``tensors`` come from an earlier fit: ``fit`` only prepares ``advance``.
     """
 
@@ -75,9 +77,11 @@ class LayerRefit:
         streams: Streams,
         *,
         mode: RefitChoice,
+        pull: float,
         is_fitted: bool,
     ) -> None:
         self._view = view
+        self._pull = pull
         self._index = index
         self._is_fitted = is_fitted
         self._changes = changes
@@ -152,7 +156,8 @@ class LayerRefit:
             name, key = cut.solved, cut.solved_tensor
             cross, gram = sums[f"{name}:cross"], sums[f"{name}:gram"]
             prior = self._tensors[key].to(cross.device)
-            fitted = pulled_regression(cross, gram, prior, pull=PULL, ridge=RIDGE)
+            ridge = max(RIDGE * self._pull, _LEAST_RIDGE)
+            fitted = pulled_regression(cross, gram, prior, pull=self._pull, ridge=ridge)
             self._tensors[key] = fitted.to(self._tensors[key])
         self._compressed = replacements(self._view, self._changes, self._tensors)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grasp_lightning.config import RefitChoice
 from grasp_lightning.data.datamodules import CalibrationData
+from grasp_lightning.methods.base import REFIT_PULL
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.plan import Operation, Replacement
 from grasp_lightning.training.layer_refit import LayerRefit
@@ -38,14 +39,17 @@ class Refitter:
     parallel blocks, attention counts as the first writer. Where a layer's change is not the sum of
     two linears' outputs (as with a norm after them), ``residual`` falls back to ``prefix``.
 
-    The fit is pulled towards the truncated tensors: their difference costs as much as the fit's
-    error. Without the pull it overfits the calibration text.
+    The fit is pulled towards the truncated tensors: by default, their difference costs as much as
+    the fit's error. Without the pull it overfits the calibration text.
 
-    Source: ``prefix`` is the sequential update of Wang et al., "SVD-LLM", arXiv:2403.07378, section
-    3.3. We know of no publication that targets the residual stream.
+    Source: ``prefix`` without a pull is the layer-wise closed-form update of the first version of
+    Wang et al., "SVD-LLM", arXiv:2403.07378. As the target, its public code takes the dense weight
+    times the input in the compressed model, and not the output in the dense one. We know of no
+    publication that targets the residual stream.
 
     Args:
         max_bytes: Memory for hidden states; the rest is stored in files.
+        pull: Cost of that difference relative to the fit's error; 0 is least squares.
     """
 
     def __init__(
@@ -54,10 +58,12 @@ class Refitter:
         *,
         max_bytes: float,
         track: Callable[[Sequence[str], str], Iterable[str]],
+        pull: float = REFIT_PULL,
     ) -> None:
         self._data = data
         self._max_bytes = max_bytes
         self._track = track
+        self._pull = pull
 
     def __call__(
         self,
@@ -98,7 +104,14 @@ class Refitter:
                     refitted[key] = value.to(refitted[key])
                 is_fitted = stored is not None
                 layer = LayerRefit(
-                    view, index, changes, refitted, streams, mode=mode, is_fitted=is_fitted
+                    view,
+                    index,
+                    changes,
+                    refitted,
+                    streams,
+                    mode=mode,
+                    pull=self._pull,
+                    is_fitted=is_fitted,
                 )
                 for group in layer.groups():
                     layer.fit(group)

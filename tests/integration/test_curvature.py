@@ -15,7 +15,7 @@ from tests.integration.killing import Kill
 
 pytestmark = pytest.mark.slow  # every test runs the program several times
 
-PRESETS = ("svd_llm", "asvd", "fwsvd")
+PRESETS = ("svd_llm", "svd_llm_update", "svd_llm_v2", "asvd", "fwsvd")
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +76,14 @@ def test_presets_of_other_methods_reach_the_ratio(
     assert main(["compress", *settings, *words, f"--output_dir={tmp_path / 'run'}"]) == 0
     metrics, plan = read(tmp_path / "run", "metrics.json"), read(tmp_path / "run", "plan.json")
     assert metrics["removed_ratio"] == pytest.approx(0.25, abs=80 / metrics["parameters"]["dense"])
+    own = {key: plan["options"][key] for key in ("ranks", "refit_pull") if key in plan["options"]}
+    assert own == {"svd_llm_v2": {"ranks": "per_type"}, "svd_llm_update": {"refit_pull": 0}}.get(
+        preset, {}
+    )
     shares = {
         round(op["rank"] / 16) for op in plan["operations"] if op["kind"] == "factorize_linear"
     }
-    assert len(shares) <= 2  # one keep ratio for all
+    assert preset == "svd_llm_v2" or len(shares) <= 2  # one keep ratio for all
 
 
 def test_another_ratio_from_stored_statistics_is_that_of_a_run_that_measures(

@@ -111,7 +111,7 @@ CASES = {
         kill=IN_A_GRADIENT_PASS,
     ),
     "low_rank": Case(
-        options={"preset": "svd_llm"}, idle={"layers": IDLE, "keep_ratio": 0.3}, drops=False
+        options={"preset": "svd_llm_v2"}, idle={"layers": IDLE, "keep_ratio": 0.3}, drops=False
     ),
     "low_rank-asvd_search": Case(
         options={"preset": "asvd_search"},

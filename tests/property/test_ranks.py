@@ -59,10 +59,14 @@ def budgets(draw: st.DrawFn) -> tuple[Shapes, int]:
 
 
 @quick
-@given(budgets())
-def test_ranks_stay_within_the_budget_and_nothing_more_fits(budget: tuple[Shapes, int]) -> None:
+@given(budgets(), st.data())
+def test_ranks_stay_within_the_budget_and_nothing_more_fits(
+    budget: tuple[Shapes, int], data: st.DataObject
+) -> None:
     shapes, kept = budget
-    ranks = ranks_for_budget(shapes, kept)
+    count = len(shapes)
+    amounts = st.lists(st.floats(0.01, 10), min_size=count, max_size=count)
+    ranks = ranks_for_budget(shapes, kept, data.draw(st.none() | amounts))
     spare = kept - cost(ranks, shapes)
     assert spare >= 0
     for rank, top, (m, n) in zip(ranks, largest(shapes), shapes, strict=True):

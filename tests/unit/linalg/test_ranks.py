@@ -1,3 +1,4 @@
+import math
 import re
 from collections.abc import Callable
 from random import Random
@@ -11,6 +12,7 @@ from grasp_lightning.linalg.ranks import (
     rank_for_keep_ratio,
     ranks_by_sensitivity,
     ranks_for_budget,
+    removal_weights,
     stays_dense,
     top_components,
 )
@@ -134,6 +136,29 @@ def test_a_budget_below_rank_one_is_refused() -> None:
 
 def test_a_budget_for_no_weights_gives_no_ranks() -> None:
     assert ranks_for_budget([], 5) == []
+
+
+def test_weights_lose_in_the_proportions_that_are_asked_for() -> None:
+    # Exact ranks of full size: 32. Half of all parameters go.
+    shapes, half = [(64, 64)] * 3, 3 * 16 * 128
+    assert ranks_for_budget(shapes, half, [0.5, 1, 1.5]) == [24, 16, 8]
+    assert ranks_for_budget(shapes, half, [1, 1, 1]) == ranks_for_budget(shapes, half)
+    assert ranks_for_budget(shapes, half, [0.01, 0.01, 2.98]) == [24, 23, 1]
+    assert ranks_for_budget(shapes, 3 * 128, [0.01, 0.01, 2.98]) == [1, 1, 1]
+
+
+def test_a_larger_loss_means_a_smaller_removal() -> None:
+    losses = [10.0, 1e4, 1e7]
+    found = removal_weights(losses)
+    inverse = [1 / math.log(loss) for loss in losses]
+    assert found == [3 * value / sum(inverse) for value in inverse]
+    assert found == sorted(found, reverse=True)
+    assert sum(found) == pytest.approx(3)
+
+
+def test_losses_where_the_logarithm_is_not_above_one_count_alike() -> None:
+    assert removal_weights([0.0, 1.0, 2.0, 1e3]) == removal_weights([math.e] * 3 + [1e3])
+    assert removal_weights([0.0]) == [1.0]
 
 
 def test_top_components_come_in_ascending_order() -> None:

@@ -85,6 +85,18 @@ def test_resolving_twice_changes_nothing() -> None:
             MethodConfig(name="low_rank", keep_ratio=0.5, multiple_of=8),
             "method.multiple_of would be ignored: method.ranks is uniform",
         ),
+        (
+            MethodConfig(name="low_rank", preset="svd_llm_v2", multiple_of=8),
+            "method.multiple_of would be ignored: method.ranks is per_type",
+        ),
+        (
+            MethodConfig(name="low_rank", preset="fwsvd", ranks="per_type"),
+            "method.ranks per_type needs method.weighting input_gram, got fisher_rows",
+        ),
+        (
+            MethodConfig(name="low_rank", preset="svd_llm", refit_pull=0.5),
+            "method.refit_pull would be ignored: method.refit is none",
+        ),
     ],
 )
 def test_wrong_options_are_refused_by_name(config: MethodConfig, message: str) -> None:

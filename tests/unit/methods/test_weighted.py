@@ -90,6 +90,8 @@ def test_input_gram_minimises_the_error_of_the_outputs() -> None:
         return float((x @ (weight() - approximation).mT).square().sum())
 
     best = truncated(weight(), metric, measured, 6)
+    dropped = float(metric.losses(weight(), measured)[6:].sum())
+    assert error(best) == pytest.approx(200 * dropped, rel=1e-4)
     assert error(best) < 0.9 * error(truncated(weight(), plain, measured, 6))
     for _ in range(20):
         noise = 0.01 * torch.randn(12, 20, generator=generator)

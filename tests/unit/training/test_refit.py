@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp_lightning.config import CalibrationConfig, MethodConfig, RefitChoice
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows
+from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.linalg.regression import pulled_regression
 from grasp_lightning.methods import build_method, resolve_method
 from grasp_lightning.methods.base import Decision
@@ -20,6 +22,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import (
     DropLayers,
+    FactorizeLinear,
     Operation,
     Plan,
     RemoveBlock,
@@ -30,6 +33,7 @@ from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Statistics
 from grasp_lightning.storage.progress import RefitLayers
 from grasp_lightning.training import layer_refit
+from grasp_lightning.training.finish import FinishDecision
 from grasp_lightning.training.refit import Refitter
 from tests.conftest import byte_tokenizer, tiny_model
 from tests.unit.methods.test_weighted import moments_on
@@ -51,10 +55,13 @@ def untracked(items: Sequence[str], description: str) -> Iterable[str]:
     return items
 
 
-def refitter(found: TokenWindows, max_bytes: float = math.inf) -> Refitter:
+def data(found: TokenWindows) -> CalibrationData:
     config = CalibrationConfig(source="pydoc", batch_size=5)
-    data = CalibrationData(config, byte_tokenizer(), windows=found)
-    return Refitter(data, max_bytes=max_bytes, track=untracked)
+    return CalibrationData(config, byte_tokenizer(), windows=found)
+
+
+def refitter(found: TokenWindows, max_bytes: float = math.inf) -> Refitter:
+    return Refitter(data(found), max_bytes=max_bytes, track=untracked)
 
 
 def decision(
@@ -103,6 +110,57 @@ def test_with_nothing_compressed_before_a_truncation_by_inputs_does_not_change(
     refitted = refitter(found)(view, mode, operations, decided.tensors)
     key = f"{module}.left"
     torch.testing.assert_close(refitted[key], decided.tensors[key], rtol=1e-3, atol=1e-5)
+
+
+def calls(
+    model: PreTrainedModel, found: TokenWindows, names: Iterable[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return inputs and outputs of some modules, ``(tokens, features)``."""
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad(), ExitStack() as stack:
+        for name in names:
+
+            def keep(_: nn.Module, args: tuple[Tensor], output: Tensor, name: str = name) -> None:
+                kept[name] = args[0].flatten(0, -2), output.flatten(0, -2)
+
+            stack.enter_context(model.get_submodule(name).register_forward_hook(keep))
+        model(input_ids=found.input_ids)
+    return kept
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_update_of_svd_llm_is_least_squares_layer_after_layer(family: str) -> None:
+    found, view = windows(), DecoderView(tiny_model(family))
+    decided = decision(
+        view, found, MethodConfig(name="low_rank", preset="svd_llm_update", removed_ratio=0.2)
+    )
+    assert (decided.refit, decided.refit_pull) == ("prefix", 0)
+    finish = FinishDecision(
+        held_out=None, data=data(found), max_bytes=math.inf, phases=Phases(), track=untracked
+    )
+    refitted = finish(view, decided).tensors
+    dense, cut = tiny_model(family), tiny_model(family)
+    for model in (dense, cut):
+        nn.Module.to(model, torch.float64).requires_grad_(False)
+    apply_operations(
+        DecoderView(cut), decided.operations, {k: v.double() for k, v in refitted.items()}
+    )
+    names = [op.module for op in decided.operations if isinstance(op, FactorizeLinear)]
+    assert len(names) == 28
+    targets = calls(dense, found, names)
+    inner = calls(cut, found, [f"{name}.left" for name in names])
+    for name in names:
+        bias = getattr(dense.get_submodule(name), "bias", None)
+        z, target = inner[f"{name}.left"][0], targets[name][1]
+        target = target if bias is None else target - bias
+        naive = torch.linalg.lstsq(z, target).solution.mT
+        left = refitted[f"{name}.left"].double()
+        assert float((left - naive).norm()) < 1e-2 * float(naive.norm()), name
+        before = decided.tensors[f"{name}.left"].double()
+        errors = [float((z @ part.mT - target).norm()) for part in (before, left, naive)]
+        assert errors[1] == pytest.approx(errors[2], rel=1e-5), name
+        if ".layers.0." not in name:  # where the inputs are the dense ones
+            assert errors[1] < 0.99 * errors[0], name
 
 
 @pytest.mark.parametrize("mode", MODES)
