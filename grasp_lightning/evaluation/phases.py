@@ -58,7 +58,7 @@ class Phases:
             self._uncounted += time.perf_counter() - start
 
     def add(self, seconds: float, peak_memory_bytes: int = 0) -> None:
-        """Count what an earlier run has spent: time in the open phases and the total, and memory."""
+        """Count an earlier run's time, in the open phases and the total, and its memory."""
         self._uncounted -= seconds
         self._read_peak = max(self._read_peak, peak_memory_bytes)
 

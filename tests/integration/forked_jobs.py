@@ -7,11 +7,13 @@ them. Only the imports of fresh interpreters are saved.
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 from tests.integration.forked import CONTEXT, verified_by_a_fork
@@ -38,7 +40,7 @@ def _run(argv: list[str], environment: dict[str, str], output: Path, errors: Pat
     verification: Any = import_module("grasp_lightning.models.verification")
     verification._exit_code = verified_by_a_fork
     pool: Any = import_module("grasp_lightning.comparison.pool")
-    pool.subprocess.Popen = _Fork
+    pool.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _Fork})
     import_module("grasp_lightning.cli").run_program(argv)
 
 
