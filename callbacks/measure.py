@@ -277,11 +277,11 @@ class TrainerMeasure:
             share_done = len(rest.done) / len(rest.windows)
             callbacks = self._callbacks(measurement, step, store, share_done)
             trainer = self._trainer(module.view, callbacks, is_backward=step.needs.is_backward)
-            if step.needs.is_backward:
-                with self._cached(module, step, rest):
+            with self._cached(module, step, rest):
+                if step.needs.is_backward:
                     trainer.fit(module, datamodule=rest)
-            else:
-                trainer.predict(module, datamodule=rest, return_predictions=False)
+                else:
+                    trainer.predict(module, datamodule=rest, return_predictions=False)
         # A Trainer leaves its module on the CPU.
         module.view.model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a narrow type
 
@@ -289,22 +289,36 @@ class TrainerMeasure:
     def _cached(
         self, module: CalibrationModule, step: Step, data: CalibrationData
     ) -> Iterator[None]:
-        """Skip the first layers of a pass if they have not changed since an earlier one."""
-        if not (step.layers and self._caches):
+        """Skip the first layers of a pass if they have not changed since an earlier one.
+
+        Backward passes work from the last layer down, and start from the inputs that the first pass
+        has kept. Forward passes over the inputs of linears work up: each measures its first layer,
+        starts from the input of the layer measured before, and skips the layers above.
+        """
+        has_cache = step.needs.is_backward or step.needs.moment_kinds
+        if not (step.layers and self._caches and has_cache):
             yield
             return
-        module.cache = self._cache = self._cache or HiddenCache(module.view)
-        self._cache.keep_only(step.layers)
+        module.cache = cache = self._cache = self._cache or HiddenCache(module.view)
         windows = [window for batch in data.batches for window in batch]
-        start = self._cache.start_layer(max(step.layers), windows)
-        if len(set(processes.gather(start))) > 1:
-            # After a resume processes may have other windows; a sharded model runs in all or none.
-            start = None
+        if not step.needs.is_backward:
+            measured = min(step.layers)
+            start = _agreed(cache.start_layer(measured, windows))
+            with (
+                cache.capturing((measured,), len(windows)),
+                cache.starting_from(start),
+                cache.ending_at(measured),
+            ):
+                yield
+            cache.keep_only((measured,))
+            return
+        cache.keep_only(step.layers)
+        start = _agreed(cache.start_layer(max(step.layers), windows))
         if start is None:
-            with self._cache.capturing(step.layers, len(windows)):
+            with cache.capturing(step.layers, len(windows)):
                 yield
         else:
-            with self._cache.starting_from(start):
+            with cache.starting_from(start):
                 yield
 
     def _callbacks(
@@ -353,3 +367,11 @@ class TrainerMeasure:
             use_distributed_sampler=False,
             **more,
         )
+
+
+def _agreed(start: int | None) -> int | None:
+    """Return the cached layer that a pass starts from, if it is the same in all processes.
+
+    After a resume processes may have other windows; a sharded model runs in all or none.
+    """
+    return start if len(set(processes.gather(start))) == 1 else None

@@ -18,6 +18,7 @@ from grasp_lightning.reading.typed import as_type, to_plain
 
 PLAN_VERSION = 1
 
+SparsityPattern = Literal["unstructured", "2:4", "4:8"]
 OptionValue = str | int | float | bool | None | tuple[int, ...]
 Op = TypeVar("Op", bound="Operation")
 
@@ -174,6 +175,39 @@ class SetWeights(Operation):
     parameters: tuple[str, ...]
 
 
+@operation("sparsify_linear")
+class SparsifyLinear(Operation):
+    """Replace a weight by one of equal shape with zeros; a replay needs the stored weight.
+
+    Attributes:
+        module: Full name of the linear.
+        pattern: ``unstructured``, or ``n:m``: n of each m consecutive weights of a row are zero.
+        zeros: How many weights are set to zero.
+    """
+
+    module: str
+    pattern: SparsityPattern
+    zeros: int
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Full name of the linear."""
+        return (self.module,)
+
+    @property
+    def groups(self) -> tuple[int, int] | None:
+        """``(n, m)``; None if unstructured."""
+        return groups_of(self.pattern)
+
+
+def groups_of(pattern: SparsityPattern) -> tuple[int, int] | None:
+    """Return ``(n, m)`` of a pattern; None if it is unstructured."""
+    if pattern == "unstructured":
+        return None
+    count, _, size = pattern.partition(":")
+    return int(count), int(size)
+
+
 @operation("drop_layers")
 class DropLayers(Operation):
     """Delete whole decoder layers, given in ascending order."""
@@ -270,6 +304,11 @@ class Plan:
         """Number of kept channels of every narrowed MLP, by its reader."""
         narrowed = [op for op in self.operations if isinstance(op, NarrowMlp)]
         return {op.reader: len(op.channels) for op in narrowed}
+
+    @property
+    def zeros(self) -> int:
+        """Number of weights that are set to zero."""
+        return sum(op.zeros for op in self.operations if isinstance(op, SparsifyLinear))
 
     @property
     def removed_blocks(self) -> tuple[str, ...]:

@@ -219,11 +219,16 @@ def _measure(
         stop=stop,
         max_bytes=config.statistics.max_memory * 1e9,
         priced_windows=config.statistics.priced_windows,
-        caches=config.method.schedule == "iterative" and pass_on_hidden_states_only(inputs.view),
+        caches=_works_by_layer(config.method) and pass_on_hidden_states_only(inputs.view),
     )
     if inputs.shared is None:
         return measure
     return SharedMeasure(measure, inputs.shared, progress, _settings_of_statistics(config, inputs))
+
+
+def _works_by_layer(method: MethodConfig) -> bool:
+    """Return whether each step changes one layer, so that the next can skip those before it."""
+    return method.schedule == "iterative" or method.pattern is not None
 
 
 def _settings_of_statistics(config: CompressConfig, inputs: Inputs) -> Facts:

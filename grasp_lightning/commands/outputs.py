@@ -86,7 +86,7 @@ class Outcome(RunOutcome[Metrics]):
     Attributes:
         scores: Content of scores.safetensors.
         factors: ``<module>.left`` and ``<module>.right`` of low-rank linears, and
-            ``<module>.weight`` of the readers of narrowed MLPs.
+            ``<module>.weight`` of the readers of narrowed MLPs and of sparse linears.
         num_inputs: Inputs of every linear in decoder layers of the dense model.
         settings: The resolved configuration as plain values.
     """
@@ -115,6 +115,7 @@ class Outcome(RunOutcome[Metrics]):
             layers=self.plan.selected_layers or self.plan.dropped_layers,
             layer_changes=layer_changes(self.plan, self.num_inputs),
             removed_ratio=1 - compressed.parameters / dense.parameters,
+            zero_ratio=self.plan.zeros / dense.parameters,
             parameters=pair("parameters"),
             bytes=pair("bytes"),
             decoder_linears=DecoderLinears(

@@ -17,6 +17,7 @@ from grasp_lightning.methods.budgeted_truncation import BudgetedTruncation
 from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.narrowing import narrowable_mlps
 from grasp_lightning.methods.prediction import Prediction
+from grasp_lightning.methods.sparsity import SparsityMethod
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import load_meta_model
 from grasp_lightning.plan import Plan
@@ -79,7 +80,12 @@ def planned(config: PlanConfig, compensate: CompensateConfig, view: DecoderView)
         prediction=prediction,
         target_losses=_target_losses(config, view),
         calibration=calibration_plan(
-            config, dense, compressed, prediction.layers, _moment_bytes(view, config, prediction)
+            config,
+            dense,
+            compressed,
+            prediction.layers,
+            moments=_moment_bytes(view, config, prediction),
+            set_weights=prediction.factors if prediction.zeros else 0,
         ),
         compensation=compensation_plan(config, compensate, dense, compressed),
     )
@@ -100,9 +106,14 @@ def _moment_bytes(view: DecoderView, config: PlanConfig, prediction: Prediction)
 
     Linears with the same input share its Gram matrix, which shapes do not show.
     """
-    if config.method.weighting is None:
+    method = build_method(config.method, view)
+    if isinstance(method, SparsityMethod):
+        kinds, limit = frozenset({method.moment_kind}), 0.0  # one layer at a time
+    elif config.method.weighting is not None:
+        kinds = Metric(weighting=config.method.weighting).moment_kinds
+        limit = config.statistics.max_memory * 1e9
+    else:
         return 0
-    kinds = Metric(weighting=config.method.weighting).moment_kinds
     shapes = weight_shapes(view, Plan(method="plan"), prediction.layers)
     if prediction.is_budget and config.method.mlp == "channels":
         # Of an MLP, the linear that reads its channels is measured alone.
@@ -110,5 +121,5 @@ def _moment_bytes(view: DecoderView, config: PlanConfig, prediction: Prediction)
         shapes = {n: s for n, s in shapes.items() if not any(n in mlp.writers for mlp in mlps)}
     sources = {name: name for name in shapes}
     needs = Needs(moments=tuple(shapes), moment_kinds=kinds)
-    groups = layer_groups(view, needs, config.statistics.max_memory * 1e9, sources)
+    groups = layer_groups(view, needs, limit, sources)
     return max(moment_bytes({n: shapes[n] for n in group}, kinds, sources) for group in groups)

@@ -4,7 +4,7 @@ Work is counted in forward passes of one token through the model. A rough number
 enough: with the measured speed of earlier stages it gives the time of later ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from grasp_lightning.config import CompensateConfig, CompressConfig
 from grasp_lightning.data.datamodules import TrainingData
@@ -20,6 +20,7 @@ from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.removal import REMOVALS
 from grasp_lightning.methods.seams import SEAM
 from grasp_lightning.methods.sleb import SLEB
+from grasp_lightning.methods.sparsegpt import SPARSEGPT
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
@@ -45,9 +46,11 @@ PHASE_OF_STEP = {
 # Forward passes per token, from the CPU time of a run on SmolLM2-135M with one thread.
 _FORWARD_AND_BACKWARD = 3.0
 _CURVATURE = 3.3
+_PRUNING = 3.0
 _SEAM = 1.1
 _REFIT = 2.5
 _DECOMPOSITION = 65.0  # multiplications of a forward pass, per N x M x min(N, M)
+_UPDATES = 20  # updates of weights in the time of a decomposition
 _PASSES_OF_BUDGET = 4  # losses, order of channels, factors, narrowed MLPs
 _SAVING = (
     Stage(phase=SAVE, label="save", like=LOAD),
@@ -59,12 +62,13 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
     """Return the stages of a compression, whose method is resolved, in order."""
     method, sources = config.method, config.calibration.source
     writes_text = SELF in ((sources,) if isinstance(sources, str) else sources)
+    prunes = method.pattern is not None
     has_curvature = method.weighting not in (None, "none")
     is_scored = method.score is not None and method.keep_ratio != 0
     measures_cuts = method.weighting == "kfac" and config.statistics.measured_windows > 0
     has_gradients = method.criterion not in (None, "perplexity")
     prices_blocks = method.unit in ("attention", "mlp") and method.layers is None
-    choose = Stage(phase=FACTORIZE, label="decompose")
+    choose = Stage(phase=FACTORIZE, label="prune" if prunes else "decompose")
     if method.ranks == "global":
         choose = Stage(phase=FACTORIZE, label="choose ranks", passes=_PASSES_OF_BUDGET)
     stages = {
@@ -74,13 +78,14 @@ def compress_stages(config: CompressConfig) -> list[Stage]:
         Stage(phase="similarity", label="compare layers"): method.layer_metric is not None,
         Stage(phase="gradients", label="score layers"): has_gradients,
         Stage(phase="curvature", label="measure curvature"): has_curvature,
+        Stage(phase="curvature", label="measure inputs"): prunes,
         Stage(phase="merges", label="try merges"): method.merge is not None,
         Stage(phase="removals", label="search layers"): method.name == SLEB,
         Stage(phase="removals", label="measure layers"): method.criterion == "perplexity",
         Stage(phase="removals", label="measure blocks"): prices_blocks,
         Stage(phase=TRAIN_LAYER, label="train a layer", passes=2): method.replacement is not None,
         Stage(phase="seam", label="compare hidden states"): method.ridge is not None,
-        choose: method.weighting is not None or is_scored,
+        choose: method.weighting is not None or is_scored or prunes,
         Stage(phase="attribution", label="score components"): is_scored
         and method.score != "magnitude",
         Stage(phase=CUT_LOSSES, label="measure cuts"): measures_cuts,
@@ -108,9 +113,10 @@ def compress_work(
     method, settings = config.method, config.calibration
     tokens = settings.num_samples * settings.seqlen
     decomposed = 0
+    if method.name == SPARSEGPT.name:
+        decomposed = sum(m * m * (n + m) for n, m in _shapes(view, prediction)) // _UPDATES
     if method.weighting is not None or method.score is not None:
-        shapes = weight_shapes(view, Plan(method="stages"), prediction.layers).values()
-        decomposed = sum(n * m * min(n, m) for n, m in shapes)
+        decomposed = sum(n * m * min(n, m) for n, m in _shapes(view, prediction))
     cuts = sum(isinstance(op, Replacement) for op in prediction.operations)
     measured = min(held_out.input_ids.shape[1], MAX_TOKENS) * config.statistics.measured_windows
     tried = min(settings.seqlen, MAX_TOKENS) * config.statistics.priced_windows
@@ -128,7 +134,7 @@ def compress_work(
     measuring = {
         "similarity": Work(tokens),
         "removals": _removal_work(config, view, prediction, plan),
-        "curvature": Work(_CURVATURE * tokens),
+        "curvature": _curvature_work(config, view, prediction, plan),
         "seam": Work(_SEAM * tokens),
         "gradients": Work(_FORWARD_AND_BACKWARD * tokens * passes, passes),
         "attribution": attribution,
@@ -145,6 +151,23 @@ def compress_work(
         CUT_LOSSES: Work(cuts * measured),
         REFIT: Work(_REFIT * tokens),
     }
+
+
+def _curvature_work(
+    config: CompressConfig, view: DecoderView, prediction: Prediction, plan: Plan
+) -> Work:
+    """Return the work of one pass over all layers, or of one pass for each layer to prune."""
+    tokens = config.calibration.num_samples * config.calibration.seqlen
+    if config.method.pattern is None:
+        return Work(_CURVATURE * tokens)
+    done = {view.layer_of(module) for op in plan.operations for module in op.linears}
+    left = len(prediction.layers) - len(done)
+    # After the first pass, two layers run in each: the one pruned last, and the measured one.
+    return Work(_PRUNING * tokens * left / view.num_layers, max(left, 1))
+
+
+def _shapes(view: DecoderView, prediction: Prediction) -> Collection[tuple[int, int]]:
+    return weight_shapes(view, Plan(method="stages"), prediction.layers).values()
 
 
 def _removal_work(

@@ -65,6 +65,7 @@ def _result(
     result = replace(
         _unmeasured(folder, cell, paper),
         removed=0.0,
+        zeros=0.0,
         perplexity={name: done.texts[name].result.perplexity for name in config.texts},
         tasks={task: result for name, run in runs for task, result in _asked(name, run).items()},
         bytes=None if done.cost is None else done.cost.result.bytes,
@@ -89,7 +90,8 @@ def _with_compression(result: CellResult, metrics: _Metrics) -> CellResult:
     assert isinstance(metrics, Metrics)
     return replace(
         result,
-        removed=metrics.removed_ratio,  # training changes no size
+        removed=metrics.removed_ratio,
+        zeros=metrics.zero_ratio,
         seconds=_seconds(metrics),
         peak_memory_bytes=metrics.peak_memory_bytes,
     )
@@ -98,7 +100,8 @@ def _with_compression(result: CellResult, metrics: _Metrics) -> CellResult:
 def _with_training(result: CellResult, metrics: _Metrics) -> CellResult:
     assert isinstance(metrics, CompensationMetrics)
     return replace(
-        result,
+        result,  # training changes no size, but it may change zeros
+        zeros=None,
         validation_loss=metrics.validation_loss.after,
         trained_tokens=metrics.trained_tokens,
         tokens_per_second=metrics.tokens_per_second,

@@ -124,7 +124,7 @@ def _sets_own_size(method: MethodConfig) -> bool:
     A ``keep_ratio`` alone is a size for some methods, and for others only half of it.
     """
     sizes = (method.removed_ratio, method.num_layers, method.layers)
-    if any(size is not None for size in sizes):
+    if any(size is not None for size in sizes) or method.pattern not in (None, "unstructured"):
         return True
     if method.keep_ratio is None:
         return False

@@ -89,7 +89,8 @@ class ExportConfig:
     Attributes:
         model: Folder of a compressed model, such as ``runs/x/model``.
         format: Format of the copy; dense multiplies the factors back into ordinary weights, gguf
-            writes a file for llama.cpp, torchao and bitsandbytes quantize the weights.
+            writes a file for llama.cpp, torchao and bitsandbytes quantize the weights, 2_4 stores
+            2:4 weights without their zeros, for NVIDIA GPUs.
         type: Type of the quantized weights: int8 (default) or int4 of torchao, nf4 of bitsandbytes.
         gguf_type: Type of the matrices in a GGUF file; unset: that of the model.
         gguf_base: GGUF file, or smollm2, whose tokenizer is copied; unset: it is made from that of
@@ -99,7 +100,7 @@ class ExportConfig:
     """
 
     model: PathName
-    format: Literal["dense", "gguf", "torchao", "bitsandbytes"] = "dense"
+    format: Literal["dense", "gguf", "torchao", "bitsandbytes", "2_4"] = "dense"
     type: Literal["int8", "int4", "nf4"] | None = None
     gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None
     gguf_base: PathName | None = None

@@ -30,6 +30,7 @@ TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
 CriterionChoice = Literal["taylor_plus", "taylor", "perplexity"]
 MergeChoice = Literal["paper", "released"]
 ReplacementChoice = Literal["layer", "mlp"]
+PatternChoice = Literal["unstructured", "2:4", "4:8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,11 @@ class AmountOptions:
             llm_streamline: replaces contiguous layers by one that is trained; laco: merges layers;
             shortgpt: the layers of lowest block influence; sleb: the layers that a greedy search by
             the loss finds; shortened_llama: the layers of lowest importance by gradients or loss;
-            random: layers drawn at random; or a method of another installed package.
+            random: layers drawn at random; wanda and sparsegpt: set weights to zero, which saves no
+            memory; or a method of another installed package.
         num_layers: Number of decoder layers to replace or delete.
-        removed_ratio: Share of all parameters to remove; replaces ``num_layers`` or ``keep_ratio``.
+        removed_ratio: Share of all parameters to remove, for wanda and sparsegpt to set to zero;
+            replaces ``num_layers`` or ``keep_ratio``.
     """
 
     name: str = "grasp_plus"
@@ -290,7 +293,20 @@ class StreamlineOptions(MethodOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparsityOptions(MethodOptions):
+    """What wanda and sparsegpt read.
+
+    Attributes:
+        pattern: Where the zeros are: unstructured, or 2 of each 4 or 4 of each 8 consecutive
+            weights of a row, which is half of the weights of the linears.
+    """
+
+    pattern: PatternChoice | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodConfig(
+    SparsityOptions,
     RandomOptions,
     ShortenedLlamaOptions,
     ReplaceMeOptions,
@@ -316,5 +332,7 @@ METHOD_OPTIONS: Final[Mapping[str, type[AmountOptions]]] = MappingProxyType(
         "laco": LacoOptions,
         "llm_streamline": StreamlineOptions,
         "replaceme": ReplaceMeOptions,
+        "wanda": SparsityOptions,
+        "sparsegpt": SparsityOptions,
     }
 )

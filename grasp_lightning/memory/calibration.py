@@ -32,8 +32,9 @@ class CalibrationMemory(NamedTuple):
     Attributes:
         weights: The model, or this process's shard of it.
         statistics: Decompositions of weights, and sums of scores.
-        factors: Factors in float32.
-        activations: Peak of a forward and backward pass, or of one decomposition if that is larger.
+        factors: Factors in float32, or weights of equal shape in the type of the model.
+        activations: Peak of a forward and backward pass, or of one decomposition or update of a
+            weight if that is larger.
         cache: Hidden states kept between passes.
     """
 
@@ -57,6 +58,7 @@ def calibration_memory(
     *,
     num_parts: int = 1,
     cache: int = 0,
+    set_weights: int = 0,
 ) -> CalibrationMemory:
     """Return what one calibration process needs.
 
@@ -65,6 +67,7 @@ def calibration_memory(
         num_parts: Number of FSDP shards of the weights. A process holds tied weights, its shard,
             and one gathered matrix at a time with its buffer. Statistics are never sharded.
         cache: Bytes of hidden states kept between passes.
+        set_weights: Bytes of weights that replace others of equal shape.
     """
     weights = model.weights
     if num_parts > 1:
@@ -77,10 +80,11 @@ def calibration_memory(
     if scored.lowest is not None and (scored.has_bases or scored.sums_gradients):
         statistics += sums_bytes(scored.linears, sums_gradients=scored.sums_gradients)
     decomposition = max((decomposition_bytes(linear) for linear in scored.linears), default=0)
+    decomposition = max(decomposition, scored.update)
     return CalibrationMemory(
         weights=weights,
         statistics=statistics,
-        factors=factors_bytes(replaced),
+        factors=factors_bytes(replaced) + set_weights,
         activations=max(calibration_activations(model, run, scored), decomposition),
         cache=cache,
     )
@@ -150,6 +154,14 @@ def decomposition_bytes(linear: LinearShape) -> int:
     rank = linear.num_components
     copies = linear.rows * linear.columns + rank * (linear.rows + linear.columns)
     return FLOAT32 * (copies + 4 * rank**2 + 7 * rank)
+
+
+def update_bytes(linear: LinearShape) -> int:
+    """Return what the update of one weight by SparseGPT needs, ``8 (4 M^2 + 2 N M)``.
+
+    In float64: the Gram matrix, its factor, its inverse and the factor of that; and two weights.
+    """
+    return FLOAT64 * (4 * linear.columns**2 + 2 * linear.rows * linear.columns)
 
 
 def window_bytes(linear: LinearShape, seqlen: int, *, is_full: bool) -> int:

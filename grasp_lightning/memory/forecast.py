@@ -16,7 +16,7 @@ from grasp_lightning.data.mixture import SELF, mixture_parts
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.cut_losses import MAX_TOKENS
 from grasp_lightning.memory.activations import FLOAT32, evaluation_bytes, sampling_bytes
-from grasp_lightning.memory.calibration import bases_bytes, calibration_memory
+from grasp_lightning.memory.calibration import bases_bytes, calibration_memory, update_bytes
 from grasp_lightning.memory.compensation import (
     compensation_activations,
     compensation_memory,
@@ -26,6 +26,7 @@ from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
 from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, CompensationRow
 from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.sleb import SLEB
+from grasp_lightning.methods.sparsegpt import SPARSEGPT
 from grasp_lightning.models.sampling import BATCH
 from grasp_lightning.reading.text import user_path
 from grasp_lightning.stats.base import FORWARD_MOMENTS
@@ -60,7 +61,9 @@ def calibration_plan(
     dense: ModelShape,
     compressed: ModelShape,
     layers: tuple[int, ...],
+    *,
     moments: int = 0,
+    set_weights: int = 0,
 ) -> CalibrationPlan:
     """Return the memory of a calibration, by strategy.
 
@@ -70,9 +73,13 @@ def calibration_plan(
         compressed: The model after it.
         layers: Layers that are replaced.
         moments: Bytes of the Gram matrices that one pass sums.
+        set_weights: Number of weights that are replaced by others of equal shape.
     """
     run = calibration_pass(config)
     scored = replace(scored_by(config, dense, layers), moments=moments)
+    if config.method.name == SPARSEGPT.name:
+        linears = [x for i in layers for x in dense.layers[i].linears.values()]
+        scored = replace(scored, update=max(map(update_bytes, linears)))
     replaced = [linear for layer in compressed.layers for linear in layer.linears.values()]
     processes = _num_processes(config.trainer)
     rows = {}
@@ -85,7 +92,13 @@ def calibration_plan(
             continue
         cache = _cache_bytes(config, dense, layers, sharing)
         rows[label] = calibration_memory(
-            dense, replaced, run, scored, num_parts=num_parts, cache=cache
+            dense,
+            replaced,
+            run,
+            scored,
+            num_parts=num_parts,
+            cache=cache,
+            set_weights=set_weights * dense.element_size,
         )
     evaluated = Pass(batch_size=config.evaluation.batch_size, seqlen=config.evaluation.seqlen)
     parts = mixture_parts(config.calibration, "calibration")
@@ -248,7 +261,8 @@ def _cache_bytes(
     """Return the size of ``HiddenCache``: the inputs of as many replaced layers as fit.
 
     A search keeps those of all candidates, for one batch. A trained layer needs the hidden states
-    around its span, up to the limit of the statistics.
+    around its span, up to the limit of the statistics. Pruning layer by layer keeps the inputs of
+    two layers, or none if one of them does not fit.
     """
     if config.method.merge is not None:
         return _trial_bytes(config, model, processes)
@@ -260,6 +274,8 @@ def _cache_bytes(
     layer = windows * config.calibration.seqlen * model.hidden * model.element_size
     if config.method.replacement is not None:
         return min(2 * layer, int(config.statistics.max_memory * 1e9))
+    if config.method.pattern is not None:
+        return 2 * layer if layer <= DEFAULT_LIMIT else 0
     if config.method.schedule != "iterative" or config.method.score == "magnitude":
         return 0
     return min(len(layers), DEFAULT_LIMIT // layer) * layer

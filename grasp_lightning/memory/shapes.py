@@ -127,6 +127,7 @@ class Scored:
         moments: Bytes of the Gram matrices that are summed instead.
         has_logits: Whether a pass without gradients computes the loss.
         trained: Parameters of the largest layer, if one layer is trained; else 0.
+        update: Bytes of the largest update of a weight, if weights are updated; else 0.
     """
 
     linears: tuple[LinearShape, ...]
@@ -138,6 +139,7 @@ class Scored:
     moments: int = 0
     has_logits: bool = False
     trained: int = 0
+    update: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,8 @@ from grasp_lightning.methods.replaceme import REPLACEME_METHOD
 from grasp_lightning.methods.shortened_llama import SHORTENED_LLAMA_METHOD
 from grasp_lightning.methods.shortgpt import SHORTGPT
 from grasp_lightning.methods.sleb import SLEB_METHOD
+from grasp_lightning.methods.sparsegpt import SPARSEGPT
+from grasp_lightning.methods.wanda import WANDA
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import seams
 from grasp_lightning.plugins import load_method, method_plugins
@@ -36,6 +38,7 @@ METHODS: Final[Mapping[str, Registered]] = MappingProxyType(
             *(GRASP, GRASP_PLUS, LOW_RANK, DROP_METHOD),
             *(SHORTGPT, SLEB_METHOD, SHORTENED_LLAMA_METHOD),
             *(LACO, LLM_STREAMLINE, REPLACEME_METHOD, RANDOM),
+            *(WANDA, SPARSEGPT),
         )
     }
 )

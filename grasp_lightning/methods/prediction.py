@@ -10,7 +10,13 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import dense_shape
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
-from grasp_lightning.plan import MergeLayers, NarrowMlp, Operation, RemoveBlock
+from grasp_lightning.plan import (
+    MergeLayers,
+    NarrowMlp,
+    Operation,
+    RemoveBlock,
+    SparsifyLinear,
+)
 
 Layers = tuple[int, ...]
 """Numbers of decoder layers in the original model, ascending."""
@@ -26,7 +32,7 @@ class Prediction:
         least: Parameters after compression, if the largest layers are chosen.
         num_layers: Number of replaced or deleted layers, or of layers that lose a block.
         ranks: Rank by linear inside one of the layers; empty if layers are deleted.
-        factors: Parameters of the factors alone.
+        factors: Parameters of the factors alone, or of the weights that get zeros.
         layers: The layers assumed for ``most``.
         operations: The operations on them.
         is_budget: The data decides on ranks, under one budget for all linears of the layers.
@@ -35,6 +41,7 @@ class Prediction:
         is_removable: Layers or blocks may be removed as a whole.
         target: What will serve the model, for a budget.
         is_span: One layer replaces contiguous ones, of which ``num_layers`` are deleted.
+        zeros: Number of weights that are set to zero, which saves no parameters.
     """
 
     dense: int
@@ -50,6 +57,7 @@ class Prediction:
     is_removable: bool = False
     target: TargetChoice = "any"
     is_span: bool = False
+    zeros: int = 0
 
     @property
     def lines(self) -> list[str]:
@@ -61,6 +69,13 @@ class Prediction:
         widths = [f"  {mlp}: {k} of {size} channels" for mlp, (k, size) in self.widths.items()]
         if widths:
             widths = [f"{len(widths)} MLPs are narrowed:", *widths]
+        if self.zeros:
+            zeros = (
+                f"{self.zeros / self.dense:.1%} of all parameters become zero, "
+                f"{self.zeros / self.factors:.1%} of the weights of {self.num_layers} layers; "
+                "zeros are stored like other weights, so the model is no smaller"
+            )
+            return [first, zeros]
         if self.is_budget:
             return [first, self._budget_line]
         if self.ranks:
@@ -97,7 +112,7 @@ class Outlook(NamedTuple):
     Attributes:
         operations: The operations; for a budget, operations of about its size.
         size: Parameters of the whole model after them.
-        factors: Parameters of the factors alone.
+        factors: Parameters of the factors alone, or of the weights that get zeros.
     """
 
     operations: tuple[Operation, ...]
@@ -148,6 +163,7 @@ def predict_layers(
         layers=layers,
         operations=likely.operations,
         widths=narrowed_widths(view, likely.operations),
+        zeros=sum(op.zeros for op in likely.operations if isinstance(op, SparsifyLinear)),
     )
 
 

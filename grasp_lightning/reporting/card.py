@@ -9,7 +9,7 @@ from huggingface_hub import CardData, RepoCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from grasp_lightning.plan import AddSeam, Plan, SetWeights
+from grasp_lightning.plan import AddSeam, Plan, SetWeights, SparsifyLinear
 from grasp_lightning.reporting import card_phrases as phrases
 from grasp_lightning.reporting.card_phrases import Values
 from grasp_lightning.reporting.linears import module_place
@@ -17,6 +17,7 @@ from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
 from grasp_lightning.reporting.servers import Servers
 from grasp_lightning.reporting.tables import comparison_notes, comparison_rows, indices_text
 
+_KEEPING = AddSeam | SetWeights | SparsifyLinear  # these do more than delete layers
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # As card.md.jinja writes it.
 _TITLE = re.compile(r"^# `([^`]+)`, (?:compressed|compensated)$", re.MULTILINE)
@@ -29,6 +30,9 @@ _ADAPTED = {
     "It was not trained after compression.": "It was trained after compression: see Compensation.",
     "`plan.json` of the run that wrote this model": "`plan.json` of the run that compressed it",
     "- Perplexity was measured on": "- The perplexity under Numbers was measured on",
+    "Zeros are stored like other weights, so the model is no smaller than the base model.": (
+        "The training after that may have changed the zeros."
+    ),
     "- Quality was not measured.": "- Quality was not measured before Compensation.",
 }
 
@@ -59,7 +63,8 @@ def model_card(
         removed=_removed(plan),
         merges=_merges(plan),
         correction=_correction(plan),
-        only_deletes=not any(isinstance(op, AddSeam | SetWeights) for op in plan.operations),
+        only_deletes=not any(isinstance(op, _KEEPING) for op in plan.operations),
+        zero_share=f"{100 * metrics.zero_ratio:.1f}%" if metrics.zero_ratio else "",
         removed_share=f"{100 * metrics.removed_ratio:.1f}% of all parameters were removed",
         special=servers.special,
         trained_span=_trained_span(plan),
@@ -73,7 +78,8 @@ def model_card(
         licence=licence,
         licence_files=sorted(licence_files),
     )
-    return _card(_front_matter(kind or "layer-pruning", base_model, licence, licence_files), text)
+    kind = kind or ("sparse" if metrics.zero_ratio else "layer-pruning")
+    return _card(_front_matter(kind, base_model, licence, licence_files), text)
 
 
 def export_card(

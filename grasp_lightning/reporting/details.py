@@ -15,6 +15,7 @@ from grasp_lightning.plan import (
     Operation,
     Plan,
     RemoveBlock,
+    SparsifyLinear,
     TryMerge,
 )
 from grasp_lightning.reporting.linears import (
@@ -30,6 +31,7 @@ _KINDS: dict[type[Operation], str] = {
     FactorizeLinear: "low-rank",
     NarrowMlp: "narrowed",
     RemoveBlock: "removed",
+    SparsifyLinear: "sparse",
 }
 _LOSSES = ("Predicted loss, nats per token", "Measured")
 _SCORES = ("Score kept", "Squared norm kept", "Beyond the largest")

@@ -50,7 +50,7 @@ class DecoderLinears:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearCount:
-    """Linears of one layer's attention or MLP; low-rank, narrowed and removed ones are changed."""
+    """Linears of one layer's attention or MLP; replaced, removed and sparse ones are changed."""
 
     changed: int
     total: int
@@ -147,6 +147,8 @@ class Metrics(RunMetrics):
         layers: Decoder layers chosen by the method, ascending, as indices of the original model.
         layer_changes: Changes of each decoder layer by index; None for a deleted one.
         removed_ratio: Share of all parameters that was removed, in [0, 1].
+        zero_ratio: Share of all parameters that was set to zero, in [0, 1]; they are stored like
+            all others, so they are not removed.
         parameters: Of the whole model; tied ones count once.
         bytes: Size of the whole model at ``dtype``.
         channels: Hidden channels of every narrowed MLP, by the full name of the linear that reads
@@ -163,6 +165,7 @@ class Metrics(RunMetrics):
     layers: tuple[int, ...]
     layer_changes: Mapping[str, LayerChange | None] = field(default_factory=dict)
     removed_ratio: float
+    zero_ratio: float = 0.0
     parameters: Pair[int]
     bytes: Pair[int]
     decoder_linears: DecoderLinears

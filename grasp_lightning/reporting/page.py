@@ -122,7 +122,9 @@ def _headlines(metrics: Metrics) -> list[Headline]:
     parameters = _ARROW.join(map(tables.count_text, metrics.parameters.values))
     before, after = map(tables.size_text, metrics.bytes.values)
     done, indices = tables.done_to_layers(metrics), tables.indices_text(layers)
+    zeros = [Headline("Weights set to zero", f"{metrics.zero_ratio:.1%}", "of all parameters")]
     return [
+        *(zeros if metrics.zero_ratio else ()),
         Headline("Parameters removed", removed, parameters),
         Headline(f"Size at {metrics.dtype}", after, f"from {before}"),
         _perplexity(metrics),

@@ -121,6 +121,11 @@ def measurement_notes(metrics: AnyMetrics) -> tuple[str, ...]:
 
 def _compression_notes(metrics: Metrics) -> list[str]:
     notes, change, dense = [], metrics.loss_change, metrics.bytes.dense
+    if metrics.zero_ratio:
+        notes.append(
+            f"{metrics.zero_ratio:.1%} of all parameters were set to zero. They are stored like "
+            "all others, so the model is no smaller."
+        )
     if change.predicted is not None and change.measured is not None:
         notes.append(
             f"The loss was predicted to increase by {change.predicted:.2f} nats per token on the "
@@ -164,6 +169,8 @@ def summary(metrics: AnyMetrics) -> str:
     count = len(metrics.changed_layers)
     noun = "decoder layer" if count == 1 else "decoder layers"
     removed = f"{metrics.removed_ratio:.1%} of all parameters removed"
+    if metrics.zero_ratio:
+        removed += f", {metrics.zero_ratio:.1%} set to zero"
     return f"{count} {noun} {done_to_layers(metrics)}{_changed_parts(metrics)}, {removed}"
 
 
@@ -171,6 +178,8 @@ def done_to_layers(metrics: Metrics) -> str:
     """Return what was done to the layers, as a participle."""
     if metrics.method == "laco":
         return "merged"
+    if metrics.zero_ratio:
+        return "made sparse"
     if not any(metrics.layer_changes.values()):
         if metrics.method == "drop":
             return "dropped"

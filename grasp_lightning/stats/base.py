@@ -31,8 +31,8 @@ class Scoring:
     reduction: Reduction = "absolute"
 
 
-MomentKind = Literal["input_gram", "gradient_gram", "input_scale", "fisher_columns"]
-FORWARD_MOMENTS: frozenset[MomentKind] = frozenset({"input_gram", "input_scale"})
+MomentKind = Literal["input_gram", "gradient_gram", "input_scale", "input_square", "fisher_columns"]
+FORWARD_MOMENTS: frozenset[MomentKind] = frozenset({"input_gram", "input_scale", "input_square"})
 
 
 RemovalMeasure = Literal["divergence", "loss"]
@@ -171,9 +171,11 @@ class Step:
     Attributes:
         name: One word: select, attribution, curvature, drop, seam.
         layers: Original numbers of the decoder layers that this and later steps change, ascending:
-            their inputs can be cached between passes. Empty if this is the only step.
+            their inputs can be cached between passes. Moments that need no gradients are those of
+            the first one. Empty if this is the only step.
         bases: Singular value decompositions of the scored weights, by module.
         ranks: Ranks to truncate weights to, by module; None leaves them to the decision.
+        sparsity: Share of zeros in each weight; None leaves it to the decision.
     """
 
     name: str
@@ -181,6 +183,7 @@ class Step:
     layers: tuple[int, ...] = ()
     bases: Mapping[str, SVD] = field(default_factory=dict)
     ranks: Mapping[str, int] | None = None
+    sparsity: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,6 +198,7 @@ class Moments:
         input_gram: Mean of x x^T, ``(M, M)``.
         gradient_gram: Mean of g g^T, g = dL/dy, ``(N, N)``.
         input_scale: Mean of ``|x|``, ``(M,)``.
+        input_square: Mean of ``x^2``, ``(M,)``: the diagonal of the Gram matrix.
         fisher_columns: Mean over tokens of (dL/dW)^2, squared per window and summed over the
             outputs, ``(M,)``.
     """
@@ -202,6 +206,7 @@ class Moments:
     input_gram: Tensor | None = None
     gradient_gram: Tensor | None = None
     input_scale: Tensor | None = None
+    input_square: Tensor | None = None
     fisher_columns: Tensor | None = None
 
 

@@ -15,7 +15,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.stats.base import MomentKind, Moments, Needs, check_seen
 
 _GRAMS: frozenset[MomentKind] = frozenset({"input_gram", "gradient_gram"})
-_OF_INPUTS: frozenset[MomentKind] = frozenset({"input_gram", "input_scale"})
+_OF_INPUTS: frozenset[MomentKind] = frozenset({"input_gram", "input_scale", "input_square"})
 
 
 class MomentSums:
@@ -67,10 +67,13 @@ class MomentSums:
 
     def _add_input(self, module: str, x: Tensor) -> None:
         gram, scale = self._find(module, "input_gram"), self._find(module, "input_scale")
+        square = self._find(module, "input_square")
         if gram is not None:
             gram.addmm_(x.mT, x)
         if scale is not None:
             scale += x.abs().sum(dim=0)
+        if square is not None:
+            square += x.square().sum(dim=0)
 
     def _add_gradient(self, module: str, x: Tensor, gradient: Tensor) -> None:
         gram, fisher = self._find(module, "gradient_gram"), self._find(module, "fisher_columns")
@@ -126,6 +129,7 @@ def moments_of(module: str, tensors: Mapping[str, Tensor], sources: Mapping[str,
         input_gram=tensors.get(f"{source}:input_gram"),
         gradient_gram=tensors.get(f"{module}:gradient_gram"),
         input_scale=tensors.get(f"{source}:input_scale"),
+        input_square=tensors.get(f"{source}:input_square"),
         fisher_columns=tensors.get(f"{module}:fisher_columns"),
     )
 

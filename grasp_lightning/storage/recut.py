@@ -33,6 +33,7 @@ _NEEDS_TEXT: Final = MappingProxyType(
         "merge": "tries merges of layers",
         "epochs": "trains a layer",
         "ridge": "fits a linear map for deleted layers",
+        "pattern": "measures each layer behind the pruned ones",
     }
 )
 _ADVICE = "name another run, or measure without from_scores"

@@ -130,6 +130,8 @@ class CalibrationModule(L.LightningModule):
             tokens, float64; None if there are none.
         """
         del batch_idx
+        if self.cache is not None:
+            self.cache.start_batch(batch["index"])
         if self.removables:
             return summed_losses_without(self.view, self.removables, batch)
         self.model.base_model(**forward_inputs(batch), use_cache=False)

@@ -21,9 +21,9 @@ DEFAULT_LIMIT = 2 * 1024**3  # bytes
 class HiddenCache:
     """Inputs of some decoder layers for every window, valid while no layer below them changes.
 
-    The first pass fills the cache. A later pass that measures layer l or higher starts from the
-    highest cached layer at or below l; the layers below return their input unchanged. Sums stay
-    bit-equal, since every layer receives the same numbers.
+    A pass fills the cache. A later pass that measures layer l or higher starts from the highest
+    cached layer at or below l; the layers below return their input unchanged. Sums stay bit-equal,
+    since every layer receives the same numbers.
 
     Args:
         limit: Maximum bytes; the lowest layers are left out first.
@@ -94,6 +94,15 @@ class HiddenCache:
                 partial(self._take_cached, start), with_kwargs=True, prepend=True
             )
             stack.enter_context(handle)
+            yield
+
+    @contextmanager
+    def ending_at(self, last: int) -> Iterator[None]:
+        """Skip the layers above ``last`` that have run once: nothing reads their output."""
+        with ExitStack() as stack:
+            for index in self._view.layer_indices:
+                if index > last and index in self._lengths:
+                    stack.enter_context(self.skipping(index))
             yield
 
     def _keep_input(

@@ -53,7 +53,7 @@ def script(tmp_path_factory: pytest.TempPathFactory, program: dict[str, str]) ->
         ("evaluate --trust_remote_code=t", ["true"]),
         ("evaluate --model=a --mod", ["--model"]),
         ("compress --config=configs/quick", ["configs/quickstart.yaml"]),
-        ("export --format ", ["dense", "gguf", "torchao", "bitsandbytes"]),
+        ("export --format ", ["dense", "gguf", "torchao", "bitsandbytes", "2_4"]),
         ("completion z", ["zsh"]),
     ],
 )

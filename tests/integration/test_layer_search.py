@@ -1,7 +1,6 @@
-"""The greedy search of layers through the program: kills, processes, report and folder."""
+"""The greedy search of layers and blocks through the program: report and folder."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,10 @@ from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import DropLayers, Plan
 from grasp_lightning.reporting.tables import indices_text
 from tests.conftest import save_tiny
-from tests.integration.forked import killed, run_ranks
-from tests.integration.killing import Kill
 
 pytestmark = pytest.mark.slow  # every test runs the program several times
 
 IDS = torch.arange(12)[None]
-# Three batches per step: in the second batch of the second step, and before the second deletion.
-KILLS = {
-    "batch": Kill("grasp_lightning.training.calibration", "CalibrationModule", "predict_step", 5),
-    "deletion": Kill("grasp_lightning.pipeline", "", "apply_operations", 2),
-}
 
 
 @pytest.fixture(scope="module")
@@ -88,26 +80,6 @@ def test_plan_predicts_the_size(
     assert "3 layers are deleted" in told
 
 
-@pytest.mark.parametrize("place", KILLS)
-def test_a_killed_search_resumes(
-    place: str, settings: list[str], whole: Path, tmp_path: Path
-) -> None:
-    argv = ["compress", *settings, f"--output_dir={tmp_path / 'run'}"]
-    assert killed(KILLS[place], signal.SIGKILL, argv) == -signal.SIGKILL
-    assert main(argv) == 0
-    for name in ("plan.json", "scores.safetensors", "model/model.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
-
-
-def test_two_processes_find_what_one_finds(
-    settings: list[str], whole: Path, tmp_path: Path
-) -> None:
-    argv = ["compress", *settings, "--trainer.devices=2", f"--output_dir={tmp_path / 'run'}"]
-    done = run_ranks(argv, 2)
-    assert done.codes == [0, 0], done.text
-    assert (tmp_path / "run" / "plan.json").read_bytes() == (whole / "plan.json").read_bytes()
-
-
 def test_other_scores_cannot_replace_the_search(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,8 +107,3 @@ def test_blocks_are_removed_and_reported(settings: list[str], tmp_path: Path) ->
     metrics = json.loads((run / "metrics.json").read_text())
     loaded = AutoModelForCausalLM.from_pretrained(run / "model")
     assert loaded.num_parameters() == metrics["parameters"]["compressed"]
-    again = ["compress", *own, *unit, f"--output_dir={tmp_path / 'again'}"]
-    cut = Kill("grasp_lightning.pipeline", "", "apply_operations", 1)
-    assert killed(cut, signal.SIGKILL, again) == -signal.SIGKILL
-    assert main(again) == 0
-    assert (tmp_path / "again" / "plan.json").read_bytes() == (run / "plan.json").read_bytes()

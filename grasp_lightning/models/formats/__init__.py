@@ -8,6 +8,7 @@ from grasp_lightning.models.formats.base import ExportFacts, Format, Track
 from grasp_lightning.models.formats.dense import DenseFormat
 from grasp_lightning.models.formats.gguf import GgufFormat
 from grasp_lightning.models.formats.quantized import QuantizedFormat
+from grasp_lightning.models.formats.semi_sparse import SemiSparseFormat
 
 __all__ = ["FORMATS", "ExportFacts", "Format", "Track"]
 
@@ -17,6 +18,7 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
         "gguf": GgufFormat(),
         "torchao": QuantizedFormat("int8", "int4"),
         "bitsandbytes": QuantizedFormat("nf4"),
+        "2_4": SemiSparseFormat(),
     }
 )
 """By the value of ``format``. A key of the configuration ``<format>_...`` is of one format only."""

@@ -78,6 +78,11 @@ def notes(comparison: Comparison) -> list[str]:
     """Return sentences on how to read the table, and on the whole grid."""
     cells = comparison.cells
     found = []
+    if any(cell.zeros for cell in cells):
+        found.append(
+            "Zeros: share of all parameters that are set to zero. They are stored like all others, "
+            "so these models are no smaller."
+        )
     if any(cell.perplexity for cell in cells):
         found.append("Perplexity: lower is better. In parentheses: the factor to the dense model.")
     if any(cell.tasks for cell in cells):
@@ -110,6 +115,8 @@ def _columns(of: Sequence[Entry]) -> Iterator[Column]:
     yield Column(heading="requested", text=_requested, part="name")
     removed = _number("removed", lambda entry: entry.cell.removed, lambda share: f"{share:.2%}")
     yield replace(removed, text=_removed_or(removed.text), part="name")
+    zeros = _number("zeros", lambda entry: entry.cell.zeros or None, lambda share: f"{share:.2%}")
+    yield replace(zeros, part="name")
     yield from _with_paper(of, _quality(of))
     yield from _with_paper(of, _cost())
     yield Column(heading="reason", kind="text", text=_reason, part="failure")

@@ -82,7 +82,7 @@ def _perplexity_plot(of: Sequence[Entry]) -> Plot | None:
         title=f"{best.label} has the lowest perplexity on {texts(of)[0]}{share}: "
         f"{perplexity_text(best.y)}",
         explanation="Perplexity against the share of all parameters that is removed; lower is "
-        "better. Dashed line: the dense model.",
+        f"better. Dashed line: the dense model.{_without_zeros(of)}",
         alt=_alt(drawn[0], "perplexity"),
         svg=_svg(panels, _labels(of), _draw_shares, is_logarithmic=True),
     )
@@ -109,7 +109,7 @@ def _accuracy_plot(of: Sequence[Entry]) -> Plot | None:
     return Plot(
         title=f"{best.label} has the highest mean accuracy{share}: {best.y:.1f}%",
         explanation=f"Mean over {len(of[0].mean_tasks)} tasks against the share of all parameters "
-        "that is removed; higher is better. Dashed line: the dense model.",
+        f"that is removed; higher is better. Dashed line: the dense model.{_without_zeros(of)}",
         alt=_alt(drawn[0], "mean accuracy"),
         svg=_svg([[panel] for panel in panels], _labels(of), _draw_shares, is_logarithmic=False),
     )
@@ -167,8 +167,15 @@ def _dense(of: Iterable[Entry], model: str, value: Callable[[Entry], float | Non
 
 
 def _removed(entry: Entry) -> float | None:
-    removed = entry.cell.removed
+    """Return the removed share in percent; None for models with zeros, which are no smaller."""
+    removed = None if entry.cell.zeros else entry.cell.removed
     return None if removed is None else _PERCENT * removed
+
+
+def _without_zeros(of: Iterable[Entry]) -> str:
+    """Return a sentence on the models that are not drawn, empty if there are none."""
+    has_zeros = any(entry.cell.zeros for entry in of)
+    return " Models that only have zeros are not drawn: they remove nothing." if has_zeros else ""
 
 
 def _perplexity(text: str) -> Callable[[Entry], float | None]:

@@ -26,6 +26,7 @@ class CellResult:
         folder: Run folder, relative to the output folder of the grid.
         error: Why the cell failed, on one line; then nothing below is set.
         removed: Removed share of all parameters, in [0, 1].
+        zeros: Share of all parameters that are set to zero but stored, in [0, 1].
         perplexity: By text.
         tasks: By task, with values per document for paired differences.
         validation_loss: After training, in nats per predicted token; None without training.
@@ -49,6 +50,7 @@ class CellResult:
     folder: str
     error: str | None = None
     removed: float | None = None
+    zeros: float | None = None
     perplexity: Mapping[str, float] = field(default_factory=dict)
     tasks: Mapping[str, TaskResult] = field(default_factory=dict)
     validation_loss: float | None = None

@@ -80,6 +80,7 @@ def _record(entry: Entry, of: tuple[Entry, ...]) -> Iterator[tuple[str, Any]]:  
     yield "seed", cell.seed
     yield "requested_ratio", cell.removed_ratio
     yield "removed_ratio", cell.removed
+    yield "zero_ratio", cell.zeros
     for text in texts(of):
         yield f"perplexity.{text}", cell.perplexity.get(text)
         yield f"perplexity_factor.{text}", entry.perplexity_factor(text)

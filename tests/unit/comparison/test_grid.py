@@ -46,6 +46,19 @@ def test_a_method_with_a_size_of_its_own_has_one_cell_per_seed() -> None:
     assert len(cells) == 2 * (1 + len(found))
 
 
+def test_a_pattern_of_zeros_is_a_size_of_its_own() -> None:
+    methods = {
+        "any": MethodConfig(name="wanda"),
+        "half": MethodConfig(name="wanda", pattern="2:4"),
+    }
+    cells = grid_cells(config(methods=methods, compensations={}))
+    assert {(c.method, c.removed_ratio) for c in cells if not c.is_dense} == {
+        ("any", 0.1),
+        ("any", 0.2),
+        ("half", None),
+    }
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 100])
 def test_parts_have_every_cell_once_and_a_trained_one_with_its_base(count: int) -> None:
     cells = grid_cells(config())

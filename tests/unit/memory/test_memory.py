@@ -20,6 +20,7 @@ from grasp_lightning.memory.calibration import (
     calibration_memory,
     factors_bytes,
     sums_bytes,
+    update_bytes,
     window_bytes,
 )
 from grasp_lightning.memory.compensation import (
@@ -45,6 +46,16 @@ OPERATIONS = tuple(
     FactorizeLinear(module=f"model.layers.1.{name}", rank=rank, components=None)
     for name, rank in (("mlp.down_proj", 8), ("self_attn.q_proj", 6))
 )
+
+
+def test_a_weight_that_is_replaced_by_one_of_equal_shape_counts_like_factors() -> None:
+    scored = Scored(linears=(), lowest=None, num_layers=0, update=10**9)
+    plain = calibration_memory(shape(), (), RUN, replace(scored, update=0))
+    found = calibration_memory(shape(), (), RUN, scored, set_weights=1000)
+    assert found.factors == plain.factors + 1000
+    assert found.activations == 10**9
+    # The Gram matrix and its two factors and inverse, and two copies of the weight.
+    assert update_bytes(LinearShape(3, 5)) == 8 * (4 * 25 + 2 * 15)
 
 
 def shape(family: str = "llama") -> ModelShape:

@@ -59,6 +59,7 @@ def made_up_moments(view: DecoderView, module: str) -> Moments:
         input_gram=x.mT @ x / 64,
         gradient_gram=gradient.mT @ gradient / 64,
         input_scale=x.abs().mean(dim=0),
+        input_square=x.square().mean(dim=0),
         fisher_columns=(gradient.mT @ x).square().sum(dim=0),
     )
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import yaml
 
-from grasp_lightning.plan import DropLayers, Plan, RemoveBlock
+from grasp_lightning.plan import DropLayers, Plan, RemoveBlock, SparsifyLinear
 from grasp_lightning.reporting.card import model_card
 from grasp_lightning.reporting.metrics import Metrics, Pair
 from grasp_lightning.reporting.servers import Servers
@@ -104,6 +104,23 @@ def test_a_model_with_dropped_layers_needs_transformers_only() -> None:
     assert "trust_remote_code" not in text
     assert "decoder layers 24-26 are dropped" in text
     assert front_matter(text)["tags"] == ["grasp", "compressed", "layer-pruning"]
+
+
+def test_a_sparse_model_is_called_no_smaller() -> None:
+    dense = Pair(dense=1000, compressed=1000)
+    metrics = example_metrics(
+        method="wanda", removed_ratio=0.0, zero_ratio=0.2, parameters=dense, bytes=dense
+    )
+    operation = SparsifyLinear(module="model.layers.0.mlp.up_proj", pattern="2:4", zeros=200)
+    plan = Plan(method="wanda", operations=(operation,))
+    text = card(metrics, plan=plan, servers=Servers())
+    assert "20.0% of all parameters. Zeros are stored like other weights, so the model is" in text
+    assert "20.0% of all parameters were set to zero. They are stored like all others" in text
+    assert "This is an ordinary model with zeros among its weights" in text
+    assert "A smaller version" not in text
+    assert "deleted" not in text
+    assert "only drops" not in text
+    assert front_matter(text)["tags"] == ["grasp", "compressed", "sparse"]
 
 
 def test_what_is_removed_entirely_is_named() -> None:

@@ -17,6 +17,7 @@ KEYS = {
     "dtype",
     "layers",
     "removed_ratio",
+    "zero_ratio",
     "parameters.dense",
     "parameters.compressed",
     "bytes.dense",

@@ -79,6 +79,9 @@ def test_layers_are_named_after_what_was_done_to_them() -> None:
     assert summary(example_metrics(layers=(4,))).startswith("1 decoder layer replaced")
     cut = summary(example_metrics(method="grasp_plus"))
     assert cut.startswith("8 decoder layers compressed")
+    zeros = summary(example_metrics(method="wanda", removed_ratio=0.0, zero_ratio=0.2))
+    assert zeros.startswith("8 decoder layers made sparse")
+    assert zeros.endswith("0.0% of all parameters removed, 20.0% set to zero")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tests.unit.evaluation.test_perplexity import random_batch
 from tests.unit.stats.test_observer import Batch, run
 
 KINDS: frozenset[MomentKind] = frozenset(
-    {"input_gram", "gradient_gram", "input_scale", "fisher_columns"}
+    {"input_gram", "gradient_gram", "input_scale", "input_square", "fisher_columns"}
 )
 CPU = torch.device("cpu")
 
@@ -79,6 +79,7 @@ def test_moments_equal_sums_written_out(family: str) -> None:
             input_gram=sum((x.mT @ x for x, _ in windows), torch.zeros(())) / num_tokens,
             gradient_gram=sum((g.mT @ g for _, g in windows), torch.zeros(())) / num_tokens,
             input_scale=sum((x.abs().sum(0) for x, _ in windows), torch.zeros(())) / num_tokens,
+            input_square=sum((x.square().sum(0) for x, _ in windows), torch.zeros(())) / num_tokens,
             fisher_columns=sum(((g.mT @ x).square().sum(0) for x, g in windows), torch.zeros(()))
             / num_tokens,
         )

@@ -46,6 +46,14 @@ def test_the_title_names_the_best_at_the_share_that_most_methods_have() -> None:
     assert "drop 21.05, 30" in plot.alt
 
 
+def test_models_with_zeros_are_not_drawn_over_what_is_removed() -> None:
+    perplexity = {"WikiText-2": 1.0}
+    sparse = replace(DROP_CELL, method="wanda", removed=0.0, zeros=0.2, perplexity=perplexity)
+    plots = comparison_plots(replace(COMPARISON, cells=(DENSE_CELL, DROP_CELL, sparse)))
+    assert plots["perplexity.svg"].title.startswith("drop has the lowest perplexity")
+    assert plots["perplexity.svg"].explanation.endswith("not drawn: they remove nothing.")
+
+
 def test_seeds_become_one_point() -> None:
     second = replace(DROP_CELL, seed=1, perplexity={"WikiText-2": 40.0})
     comparison = replace(COMPARISON, cells=(DENSE_CELL, DROP_CELL, second))

@@ -157,6 +157,20 @@ def test_markdown_shows_any_name_as_it_is(name: str) -> None:
     assert html.count("<tr>") == 3
 
 
+def test_zeros_are_shown_beside_what_is_removed() -> None:
+    sparse = replace(DROP_CELL, method="wanda", removed=0.0, zeros=0.2004)
+    comparison = grid(DENSE_CELL, DROP_CELL, sparse)
+    assert "zeros" not in row(COMPARISON, 1)
+    rows = [row(comparison, place) for place in (1, 2)]
+    shown = [(found["removed"], found["zeros"]) for found in rows]
+    assert shown == [("21.05%", ""), ("0.00%", "20.04%")]
+    assert "They are stored like all others, so these models are no smaller." in markdown_text(
+        comparison
+    )
+    *_, line = csv.DictReader(io.StringIO(csv_text(comparison)))
+    assert (line["removed_ratio"], line["zero_ratio"]) == ("0.0", "0.2004")
+
+
 def test_names_in_markdown_stay_readable() -> None:
     assert "| arc_easy |" in markdown_text(COMPARISON)
 
@@ -210,7 +224,8 @@ def test_a_trained_cell_shows_its_training() -> None:
 def test_csv_keeps_its_columns_when_nothing_was_measured() -> None:
     (line,) = csv.DictReader(io.StringIO(csv_text(grid(FAILED_CELL))))
     assert list(line) == [
-        *("model", "method", "compensation", "seed", "requested_ratio", "removed_ratio"),
+        *("model", "method", "compensation", "seed"),
+        *("requested_ratio", "removed_ratio", "zero_ratio"),
         *("task_mean", "task_mean_stderr", "task_mean_difference", "task_mean_difference_stderr"),
         *("share_of_dense", "validation_loss", "bytes"),
         *("prefill_ratio", "prefill_ratio_first_quartile", "prefill_ratio_third_quartile"),
