@@ -319,11 +319,11 @@ def test_a_grid_that_is_killed_at_three_moments_goes_on(inputs: Path, tmp_path: 
     )
     for number, moment in moments:
         started = start(config, inputs)
-        wait_for(moment)
-        assert started.process.pid is not None
-        children = children_of(started.process.pid)
-        assert children
-        os.kill(started.process.pid, number)
+        pid = started.process.pid
+        assert pid is not None
+        wait_for(lambda moment=moment, pid=pid: moment() and children_of(pid) != [])  # type: ignore[misc]
+        children = children_of(pid)
+        os.kill(pid, number)
         code, _, errors = started.end(120)
         assert code == (-number if number == signal.SIGKILL else 128 + number), errors
         wait_for(lambda children=children: not any(map(is_running, children)))  # type: ignore[misc]
