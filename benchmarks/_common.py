@@ -1,4 +1,4 @@
-"""What both measurement programs share: fresh processes, a copy that loads fast, tables."""
+"""What the measurement programs share: fresh processes, a copy that loads fast, tables."""
 
 import multiprocessing
 import os

@@ -23,7 +23,7 @@ from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.sources import source_licence
-from grasp_lightning.evaluation.phases import Phases, peak_memory_bytes
+from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods.targets import read_target_losses
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import ModelSize, count_parameters
@@ -138,7 +138,7 @@ class Outcome(RunOutcome[Metrics]):
             ),
             target_losses=read_target_losses(self.scores),
             seconds=_seconds(Seconds, phases),
-            peak_memory_bytes=peak_memory_bytes(),
+            peak_memory_bytes=phases.peak_memory_bytes,
             versions=package_versions(),
         )
 
@@ -209,6 +209,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
             epochs=len(steps) / self.data.steps().steps_per_epoch,
             samples=samples.counts,
             trained_tokens=self.module.num_trained_tokens,
+            tokens_per_second=self.history.median_speed,
             data=data,
             data_licence=licence,
             history=History(
@@ -219,7 +220,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
                 validation_loss=tuple(loss for _, loss in self.history.validations),
             ),
             seconds=_seconds(CompensationSeconds, phases),
-            peak_memory_bytes=peak_memory_bytes(),
+            peak_memory_bytes=phases.peak_memory_bytes,
             versions=package_versions("peft"),
         )
 

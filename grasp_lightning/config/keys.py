@@ -87,6 +87,9 @@ def _require_section(value: object, file: str, key: str) -> None:
 
 def allowed_keys(key: str, schema: Mapping[str, Any]) -> str:
     """Return the key that an unknown one may mean, and the allowed keys."""
+    first = key.partition(".")[0]
+    if section_of(schema.get(first)) is not None:
+        return f"set all entries at once, as in --{first}='{{NAME: {{KEY: VALUE}}}}'"
     section = key.rpartition(".")[0]
     siblings = [k for k in schema if section and k.rpartition(".")[0] == section]
     names = siblings or sorted({k.partition(".")[0] for k in schema})

@@ -19,6 +19,7 @@ class Phases:
     def __init__(self, follow: Callable[[str, tuple[str, ...]], object] = lambda *_: None) -> None:
         self.seconds: dict[str, float] = {}
         self._uncounted = 0.0
+        self._read_peak = 0
         self._start = self._now()
         self._follow = follow
         self._open: list[tuple[str, tuple[str, ...]]] = []
@@ -56,16 +57,21 @@ class Phases:
         finally:
             self._uncounted += time.perf_counter() - start
 
-    def add(self, seconds: float) -> None:
-        """Count time that an earlier run has spent, in the open phases and the total."""
+    def add(self, seconds: float, peak_memory_bytes: int = 0) -> None:
+        """Count an earlier run's time, in the open phases and the total, and its memory."""
         self._uncounted -= seconds
+        self._read_peak = max(self._read_peak, peak_memory_bytes)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak resident bytes of this process, or of its CUDA device, and of added runs."""
+        return max(self._read_peak, _peak_bytes())
 
     def _now(self) -> float:
         return time.perf_counter() - self._uncounted
 
 
-def peak_memory_bytes() -> int:
-    """Return the peak resident bytes of this process, or of its CUDA device if it used one."""
+def _peak_bytes() -> int:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return int(torch.cuda.max_memory_allocated())
     return lifetime_peak_bytes()

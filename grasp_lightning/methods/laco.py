@@ -12,7 +12,7 @@ from grasp_lightning.config import LacoOptions, MergeChoice, MethodConfig
 from grasp_lightning.errors import ConfigError, ModelError, NumericsError
 from grasp_lightning.methods.base import CompressionMethod, Decision, Registered, Track
 from grasp_lightning.methods.budget import resolve_num_layers
-from grasp_lightning.methods.options import check_share, filled
+from grasp_lightning.methods.options import filled, resolve_number
 from grasp_lightning.methods.prediction import Prediction, outlook_of, predict_layers
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.dropping import drop_problem
@@ -229,12 +229,8 @@ class LacoMethod(CompressionMethod):
 
 
 def _resolved(config: MethodConfig) -> MethodConfig:
-    check_share(config.removed_ratio)
-    if (config.removed_ratio is None) == (config.num_layers is None):
-        both = "both are set" if config.num_layers is not None else "neither is set"
-        raise ConfigError(f"set exactly one of method.removed_ratio and method.num_layers ({both})")
-    config = filled(config, _DEFAULTS)
-    for key, least in (("num_layers", 1), ("merge_layers", 2), ("interval", 1)):
+    config = filled(resolve_number(config), _DEFAULTS)
+    for key, least in (("merge_layers", 2), ("interval", 1)):
         value = getattr(config, key)
         if value is not None and value < least:
             raise ConfigError(f"method.{key} must be at least {least}, got {value}")

@@ -229,6 +229,7 @@ class CompensationMetrics(RunMetrics):
         epochs: How often each sample was seen.
         samples: Number of samples by their fate: train, validation, read, cut, ...
         trained_tokens: Number of predicted tokens over all steps.
+        tokens_per_second: Predicted tokens per second of the median step.
         data: Description of the training data, without local paths.
         data_licence: None if unknown.
     """
@@ -247,6 +248,7 @@ class CompensationMetrics(RunMetrics):
     epochs: float
     samples: Mapping[str, int]
     trained_tokens: int
+    tokens_per_second: float | None = None
     data: str
     data_licence: str | None = None
     history: History = History()

@@ -167,15 +167,16 @@ def _letters(result: Throughput) -> list[str]:
 def _cells(timing: Timing) -> tuple[str, ...]:
     ratio, wait = timing.ratio, timing.first_token_seconds
     return (
-        _rate_text(timing.tokens_per_second.median),
-        _range_text(timing.tokens_per_second, _rate_text),
+        rate_text(timing.tokens_per_second.median),
+        _range_text(timing.tokens_per_second, rate_text),
         "" if ratio is None else f"{ratio.median:.2f}",
         "" if ratio is None else _range_text(ratio, lambda value: f"{value:.2f}"),
         "" if wait is None else f"{1000 * wait.median:,.1f} ms",
     )
 
 
-def _rate_text(rate: float) -> str:
+def rate_text(rate: float) -> str:
+    """Return a number of tokens per second with three digits."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"  # noqa: PLR2004  three digits
 
 

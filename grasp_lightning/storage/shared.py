@@ -43,12 +43,14 @@ class _About:
     Attributes:
         version: Version of the layout of an entry.
         seconds: How long the measurement took.
+        peak_memory_bytes: Of the run until its end; 0 in an entry that does not say.
         facts: What it depends on, to be read by people.
         files: The sha256 of each other file, by name.
     """
 
     version: int
     seconds: float
+    peak_memory_bytes: int = 0
     facts: Facts
     files: Mapping[str, str]
 
@@ -71,15 +73,15 @@ def check_shared_folder(folder: str, output_dir: str) -> None:
 class SharedFolder:
     """Reads a measurement, or makes it and keeps it for other runs.
 
-    The time of a measurement that is read counts as if it had been made; waiting for another run
-    does not count, nor does reading or writing.
+    Time and memory of a measurement that is read count as if it had been made; waiting for another
+    run does not count, nor does reading or writing.
 
     Args:
         root: Where the entries are; made on first use.
         facts: What all measurements depend on: the model, and the programs that run it.
 
     Attributes:
-        phases: The times of the run.
+        phases: Times and memory of the run.
     """
 
     def __init__(self, root: Path, facts: Facts, phases: Phases) -> None:
@@ -112,7 +114,7 @@ class SharedFolder:
                 held.enter_context(self._locked(key))
                 about, found = self._found(self._root / key, read)
             if about is not None:
-                self.phases.add(about.seconds)
+                self.phases.add(about.seconds, about.peak_memory_bytes)
                 return found[0]
             start = self.phases.total
             made = make()
@@ -162,8 +164,14 @@ class SharedFolder:
                 work.mkdir(parents=True)
                 write(work)
                 files = {path.name: _sha256(path) for path in sorted(work.iterdir())}
-                about = {"version": _VERSION, "seconds": seconds, "facts": facts, "files": files}
-                text = json.dumps(about, indent=2, sort_keys=True)
+                about = _About(
+                    version=_VERSION,
+                    seconds=seconds,
+                    peak_memory_bytes=self.phases.peak_memory_bytes,
+                    facts=facts,
+                    files=files,
+                )
+                text = json.dumps(vars(about), indent=2, sort_keys=True)
                 (work / _ABOUT).write_text(text, encoding="utf-8")
                 for path in (*work.iterdir(), work):
                     sync(path)

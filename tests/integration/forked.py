@@ -20,9 +20,9 @@ from tests.integration.killing import Kill
 
 _SECONDS = 120
 _PATIENCE = 20
-_CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 # Forked from a process that has never run a backward pass, which would forbid it.
-_CONTEXT.set_forkserver_preload(["tests.integration.forked_preload"])
+CONTEXT.set_forkserver_preload(["tests.integration.forked_preload"])
 
 
 class Outcome(NamedTuple):
@@ -67,7 +67,7 @@ def run_ranks(
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | several if number > 1 else {}
             environment = {**os.environ, **own}
             given = ([str(word) for word in argv], environment, log, kill, signal_number, path)
-            ranks.append(_CONTEXT.Process(target=_run_rank, args=given))
+            ranks.append(CONTEXT.Process(target=_run_rank, args=given))
             ranks[-1].start()
         try:
             for process in ranks:
@@ -106,15 +106,15 @@ def _run_rank(  # noqa: PLR0917  what a process is given
     os.environ |= environment
     sys.path[:0] = map(str, path)
     verification: Any = import_module("grasp_lightning.models.verification")
-    verification._exit_code = _verified_by_a_fork
+    verification._exit_code = verified_by_a_fork
     if kill is not None:
         kill.arm(signal_number)
     import_module("grasp_lightning.cli").run_program(words)
 
 
-def _verified_by_a_fork(request: Path, seconds: float) -> int | None:
+def verified_by_a_fork(request: Path, seconds: float) -> int | None:
     """Stand in for ``verification._exit_code``: forked where the ranks are, not from one."""
-    process = _CONTEXT.Process(target=reloading._answer, args=(request,))
+    process = CONTEXT.Process(target=reloading._answer, args=(request,))
     process.start()
     process.join(seconds)
     return process.exitcode

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import yaml
 
 from grasp_lightning.config import Strategy
 from grasp_lightning.training.strategies import is_sharded_strategy
 from tests.conftest import save_tiny
-from tests.integration.compensation import compressed_folder, write_samples
+from tests.integration.compensation import compressed_folder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody knows why.\n" * 40
@@ -101,102 +100,6 @@ def test_one_shot_costs_a_fraction_of_the_released_procedure(tmp_path: Path) -> 
     assert reference["cpu_seconds"] > 4 * ours["cpu_seconds"]
 
 
-def test_finished_rows_of_the_perplexity_table_are_read(tiny_folder: Path, tmp_path: Path) -> None:
-    texts = tmp_path / "data" / "wikitext2_raw"
-    texts.mkdir(parents=True)
-    for part in ("validation", "test"):
-        (texts / f"{part}.txt").write_text(TEXT)
-    output, runs = tmp_path / "table.json", tmp_path / "runs"
-    settings = ["--model", tiny_folder, "--data", tmp_path / "data", "--runs", runs]
-    settings += ["--num_layers", 2, "--keep_ratio", 0.3, "--windows", 3, "--seqlen", 32]
-    settings += ["--test_windows", 2, "--output", output]
-    half = run("perplexity_table.py", *settings, "--rows", "drop", cwd=tmp_path)
-    assert half.returncode == 0, half.stderr
-    before = (runs / "drop" / "metrics.json").stat().st_mtime_ns
-
-    rows = ("--rows", "drop", "released_iterative")
-    done = run("perplexity_table.py", *settings, *rows, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (runs / "drop" / "metrics.json").stat().st_mtime_ns == before
-    results = {row["row"]: row["metrics"] for row in json.loads(output.read_text())["rows"]}
-    assert list(results) == ["drop", "released_iterative"]
-    for name, metrics in results.items():
-        assert metrics == json.loads((runs / name / "metrics.json").read_text())
-        assert f"| {metrics['perplexity']['compressed']:.1f} | " in done.stdout
-    dense = results["drop"]["perplexity"]["dense"]
-    assert f"| nothing (dense) |  | {dense:.1f} | 0 % |" in done.stdout
-    assert "Perplexity over 62 predicted tokens." in done.stdout
-
-
-def test_the_table_of_methods_resumes_where_it_was(tiny_folder: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    for folder in ("wikitext2_raw", "c4"):
-        (data / folder).mkdir(parents=True)
-    for part in ("validation", "test"):
-        (data / "wikitext2_raw" / f"{part}.txt").write_text(TEXT)
-    lines = [json.dumps({"text": f"{row} {TEXT[:200]}"}) for row in range(520)]
-    (data / "c4" / "realnewslike_validation_sample.jsonl").write_text("\n".join(lines))
-    output, runs = tmp_path / "table.json", tmp_path / "runs"
-    settings = ["--model", tiny_folder, "--data", data, "--runs", runs, "--output", output]
-    settings += ["--windows", 4, "--test_windows", 2, "--seqlen", 32, "--ratios", 0.3]
-    half = run("methods_table.py", *settings, "--methods", "grasp_plus", cwd=tmp_path)
-    assert half.returncode == 0, half.stderr
-    measured, cut = (runs / f"grasp_plus-{ratio}-both-4-0" for ratio in ("0.2", "0.3"))
-    before = [(folder / "metrics.json").stat().st_mtime_ns for folder in (measured, cut)]
-    config = yaml.safe_load((cut / "config.yaml").read_text())
-    assert config["from_scores"] == str(measured)
-
-    methods = ("drop", "grasp_plus", "grasp_plus:refit=none,fisher=empirical")
-    done = run("methods_table.py", *settings, "--methods", *methods, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    after = [(folder / "metrics.json").stat().st_mtime_ns for folder in (measured, cut)]
-    assert after == before
-    cells = json.loads(output.read_text())["cells"]
-    assert [c["cell"]["method"] for c in cells] == list(methods)
-    for cell in cells:
-        for value in cell["perplexity"].values():
-            assert f"| {value:.1f} (x " in done.stdout
-    assert cells[1]["metrics"]["loss_change"]["predicted"] > 0
-    other = runs / "grasp_plus-refit=none-fisher=empirical-0.3-both-4-0"
-    plan = json.loads((other / "plan.json").read_text())
-    assert "refit" not in plan["options"]
-    # Its pass depends on the same options as that of another cell, whose statistics it uses.
-    config = yaml.safe_load((other / "config.yaml").read_text())
-    assert config["from_scores"] == str(runs / "grasp_plus-fisher=empirical-0.2-both-4-0")
-
-    wrong = run("methods_table.py", *settings, "--methods", "grasp_plus:nothing=1", cwd=tmp_path)
-    assert wrong.returncode == 2
-    assert "'nothing=1' is not a KEY=VALUE of a method" in wrong.stderr
-
-
-def test_the_compensation_table_trains_in_four_ways(tmp_path: Path) -> None:
-    model = compressed_folder(tmp_path / "compressed")
-    (tmp_path / "data" / "alpaca").mkdir(parents=True)
-    (tmp_path / "data" / "wikitext2_raw").mkdir()
-    write_samples(tmp_path / "data" / "alpaca" / "train.jsonl")
-    (tmp_path / "data" / "wikitext2_raw" / "test.txt").write_text(TEXT)
-    settings = ["--model", model, "--teacher", tmp_path / "compressed" / "tiny"]
-    settings += ["--data", tmp_path / "data", "--runs", tmp_path / "runs", "--rank", 4]
-    settings += ["--steps", 10, "--batch_size", 2, "--validation", 4, "--test_windows", 2]
-    settings += ["--seqlen", 32, "--learning_rate", 0.01, "--output", tmp_path / "table.json"]
-    half = run("compensation_table.py", *settings, "--rows", "factors", cwd=tmp_path)
-    assert half.returncode == 0, half.stderr
-    before = (tmp_path / "runs" / "factors" / "metrics.json").stat().st_mtime_ns
-
-    done = run("compensation_table.py", *settings, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "factors" / "metrics.json").stat().st_mtime_ns == before
-    content = json.loads((tmp_path / "table.json").read_text())
-    results = {row["row"]: row["metrics"] for row in content["rows"]}
-    assert list(results) == ["lora", "factors", "lora_on_factors", "distill"]
-    for name, metrics in results.items():
-        assert metrics["steps"] == 10
-        loss = metrics["validation_loss"]
-        assert loss["after"] < loss["before"]
-        trainable = f"{metrics['parameters']['trainable']:,}"
-        assert f"| {name} | {trainable} | {metrics['perplexity']['after']:.1f} |" in done.stdout
-
-
 def test_the_scaling_program_measures_what_is_missing(tiny_folder: Path, tmp_path: Path) -> None:
     settings = ("--model", tiny_folder, "--shrink", 8, "--output", tmp_path / "scaling.jsonl")
     keys = ("windows", "seqlen", "layers", "processes")
@@ -255,14 +158,6 @@ def test_the_memory_program_measures_what_is_missing(tiny_folder: Path, tmp_path
     )
     assert done.stdout.count("\n| ddp | 2 |") == 3
     assert done.stdout.count("\n| fsdp | 2 |") == 2
-
-
-def test_missing_data_is_one_line(tmp_path: Path) -> None:
-    done = run("perplexity_table.py", "--data", tmp_path, "--output", "x.json", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"error: --data: {tmp_path}/wikitext2_raw/validation.txt does not exist\n"
-    )
 
 
 def test_the_startup_program_measures_two_checkouts(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import yaml
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
 from tests.integration.compensation import write_samples
+from tests.integration.forked_jobs import start_forked
 from tests.integration.killing import ROOT
 from tests.unit.evaluation.test_harness import questions
 
@@ -54,22 +56,45 @@ def write_config(file: Path, **changes: object) -> Path:
     return file
 
 
-def start(config: Path, inputs: Path, *argv: str) -> subprocess.Popen[str]:
-    environment = {"INPUTS": str(inputs), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "cli.py"), "compare", f"--config={config}", *argv],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def variables_of(inputs: Path) -> dict[str, str]:
+    return {"INPUTS": str(inputs), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def compare(config: Path, inputs: Path, *argv: str) -> tuple[int, str, str]:
+class Started(NamedTuple):
+    """A command in a process of its own, and the files that it writes to."""
+
+    process: BaseProcess
+    output: Path
+    errors: Path
+
+    def end(self, seconds: float) -> tuple[int | None, str, str]:
+        """Return exit code, output and errors."""
+        self.process.join(seconds)
+        return self.process.exitcode, self.output.read_text(), self.errors.read_text()
+
+
+def start(config: Path, inputs: Path, *argv: str) -> Started:
+    files = (config.with_suffix(".out"), config.with_suffix(".err"))
+    words = ["compare", f"--config={config}", *argv]
+    return Started(start_forked(words, variables_of(inputs), *files), *files)
+
+
+def compare(config: Path, inputs: Path, *argv: str) -> tuple[int | None, str, str]:
     """Return exit code, output and errors."""
-    process = start(config, inputs, *argv)
-    output, errors = process.communicate(timeout=900)
-    return process.returncode, output, errors
+    return start(config, inputs, *argv).end(300)
+
+
+def compare_in_interpreters(config: Path, inputs: Path, *argv: str) -> tuple[int, str, str]:
+    """Do what ``compare`` does, the command and each of its jobs in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), "compare", f"--config={config}", *argv],
+        env=os.environ | variables_of(inputs),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 def cells_of(config: Path) -> dict[str, dict[str, Any]]:  # Any: values of JSON
@@ -246,8 +271,8 @@ def test_a_second_start_runs_nothing(grid: Grid, inputs: Path) -> None:
 @pytest.mark.slow
 def test_two_parts_in_two_processes_equal_one_run(grid: Grid, inputs: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "parts.yaml", methods={"drop": METHODS["drop"]})
-    for part in ("1/2", "2/2"):
-        code, output, errors = compare(config, inputs, f"--cells={part}", "--jobs=2")
+    for part, command in (("1/2", compare), ("2/2", compare_in_interpreters)):
+        code, output, errors = command(config, inputs, f"--cells={part}", "--jobs=2")
         assert code == 0, output + errors
         assert not (tmp_path / "parts" / "comparison.json").exists()
     code, output, _ = compare(config, inputs)
@@ -293,14 +318,14 @@ def test_a_grid_that_is_killed_at_three_moments_goes_on(inputs: Path, tmp_path: 
         (signal.SIGKILL, (folder / "cells" / "tiny-drop-0.3-seed0-short" / "manifest.json").exists),
     )
     for number, moment in moments:
-        process = start(config, inputs)
-        wait_for(moment)
-        children = children_of(process.pid)
-        assert children
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
-        expected = -number if number == signal.SIGKILL else 128 + number
-        assert process.returncode == expected, errors
+        started = start(config, inputs)
+        pid = started.process.pid
+        assert pid is not None
+        wait_for(lambda moment=moment, pid=pid: moment() and children_of(pid) != [])  # type: ignore[misc]
+        children = children_of(pid)
+        os.kill(pid, number)
+        code, _, errors = started.end(120)
+        assert code == (-number if number == signal.SIGKILL else 128 + number), errors
         wait_for(lambda children=children: not any(map(is_running, children)))  # type: ignore[misc]
         assert not (folder / "comparison.json").exists()
     code, output, errors = compare(config, inputs)
@@ -311,6 +336,17 @@ def test_a_grid_that_is_killed_at_three_moments_goes_on(inputs: Path, tmp_path: 
     assert after["compensation"] == "short"
     assert after["removed"] == before["removed"]
     assert after["seconds"] > before["seconds"]
+    trained, metrics = (
+        json.loads((folder / cell["folder"] / "metrics.json").read_text())
+        for cell in (after, before)
+    )
+    assert after["validation_loss"] == trained["validation_loss"]["after"]
+    assert after["trainable_parameters"] == trained["parameters"]["trainable"]
+    for key in ("trained_tokens", "tokens_per_second"):
+        assert after[key] == trained[key] > 0
+        assert before[key] is None
+    peaks = [content["peak_memory_bytes"] for content in (trained, metrics)]
+    assert after["peak_memory_bytes"] == max(peaks)
     assert after["perplexity"]["Fox"] != before["perplexity"]["Fox"]
 
 

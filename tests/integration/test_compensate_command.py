@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from statistics import median
 
 import lightning as L
 import pytest
@@ -82,6 +83,8 @@ def test_a_run_writes_what_the_design_names(settings: list[str], tmp_path: Path)
     assert {"torch", "lightning", "transformers", "peft"} <= metrics["versions"].keys()
     with (folder / "logs" / "start_1" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["loss"]]
+    speeds = [float(row["tokens_per_second"]) for row in rows]
+    assert metrics["tokens_per_second"] == pytest.approx(median(speeds), rel=1e-4)
     assert [float(row["loss"]) for row in rows] == pytest.approx(metrics["history"]["loss"])
     assert "Compensation" in (folder / "model" / "README.md").read_text()
 

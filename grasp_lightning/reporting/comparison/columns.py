@@ -16,6 +16,7 @@ from grasp_lightning.reporting.tables import (
     perplexity_text,
     size_text,
 )
+from grasp_lightning.reporting.throughput import rate_text
 
 Kind = Literal["row", "number", "text"]
 Part = Literal["name", "quality", "task", "cost", "failure"]
@@ -130,6 +131,8 @@ def _quality(of: Sequence[Entry]) -> Iterator[tuple[str, Column]]:
     yield "mean", _mean_of_tasks(of[0].mean_tasks if of else [])
     share = _number("of dense", lambda entry: entry.share_of_dense, lambda value: f"{value:.1%}")
     yield "percent", share
+    loss = _number("validation loss", lambda entry: entry.cell.validation_loss, "{:.3f}".format)
+    yield "validation_loss", loss
 
 
 def _cost() -> Iterator[tuple[str, Column]]:
@@ -143,6 +146,12 @@ def _cost() -> Iterator[tuple[str, Column]]:
     yield "decode", _speed("decode", lambda entry: entry.cell.decode)
     yield "seconds", _number("time", lambda entry: entry.cell.seconds, duration_text, "cost")
     yield "memory", size("peak memory", lambda entry: entry.cell.peak_memory_bytes)
+    yield (
+        "tokens_per_second",
+        _number(
+            "training, tokens/s", lambda entry: entry.cell.tokens_per_second, rate_text, "cost"
+        ),
+    )
 
 
 def _number(

@@ -29,11 +29,16 @@ class CellResult:
         zeros: Share of all parameters that are set to zero but stored, in [0, 1].
         perplexity: By text.
         tasks: By task, with values per document for paired differences.
+        validation_loss: After training, in nats per predicted token; None without training.
         bytes: Size of all parameters, at one dtype for all cells of a model.
         prefill: Tokens per second, divided by the dense model's in the same round.
         decode: The same for decoding.
-        seconds: To compress. Statistics that cells share count in each cell as if measured there.
-        peak_memory_bytes: Of the compression.
+        seconds: To compress and to train. Statistics that cells share count in each cell as if
+            measured there.
+        peak_memory_bytes: Of the compression and the training, counted in the same way.
+        trained_tokens: Predicted tokens over all steps of the training; None without one.
+        tokens_per_second: Predicted tokens per second of the median training step.
+        trainable_parameters: Number of trained parameters; merged adapters count, too.
         paper: The paper's own numbers by column: a text, a task, or ``mean``.
     """
 
@@ -48,11 +53,15 @@ class CellResult:
     zeros: float | None = None
     perplexity: Mapping[str, float] = field(default_factory=dict)
     tasks: Mapping[str, TaskResult] = field(default_factory=dict)
+    validation_loss: float | None = None
     bytes: int | None = None
     prefill: Spread | None = None
     decode: Spread | None = None
     seconds: float | None = None
     peak_memory_bytes: int | None = None
+    trained_tokens: int | None = None
+    tokens_per_second: float | None = None
+    trainable_parameters: int | None = None
     paper: Mapping[str, float] = field(default_factory=dict)
 
     @property

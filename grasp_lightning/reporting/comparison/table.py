@@ -88,11 +88,15 @@ def _record(entry: Entry, of: tuple[Entry, ...]) -> Iterator[tuple[str, Any]]:  
         yield from _estimates(f"task.{task}", entry.task(task), entry.task_difference(task))
     yield from _estimates("task_mean", entry.task_mean, entry.task_mean_difference)
     yield "share_of_dense", entry.share_of_dense
+    yield "validation_loss", cell.validation_loss
     yield "bytes", cell.bytes
     yield from _quartiles("prefill_ratio", cell.prefill)
     yield from _quartiles("decode_ratio", cell.decode)
     yield "seconds", cell.seconds
     yield "peak_memory_bytes", cell.peak_memory_bytes
+    yield "trained_tokens", cell.trained_tokens
+    yield "tokens_per_second", cell.tokens_per_second
+    yield "trainable_parameters", cell.trainable_parameters
     for name in sorted({name for other in of for name in other.cell.paper}):
         yield f"paper.{name}", cell.paper.get(name)
     yield "folder", cell.folder

@@ -123,8 +123,8 @@ class CompensationModule(L.LightningModule):
                 ``targets`` and ``position_ids``, ``(B, T)``.
 
         Returns:
-            ``loss``, the mean over the predicted tokens of all processes in nats, and
-            ``learning_rate``.
+            ``loss``, the mean over the predicted tokens of all processes in nats,
+            ``learning_rate`` and ``tokens_per_second``.
 
         Raises:
             NumericsError: If the loss is NaN or infinite.
@@ -153,7 +153,7 @@ class CompensationModule(L.LightningModule):
         speed = num_tokens / (time.perf_counter() - start)
         self.log_dict({"loss": total, "tokens_per_second": speed}, prog_bar=True)
         self.log("learning_rate", learning_rate)
-        return {"loss": total, "learning_rate": learning_rate}
+        return {"loss": total, "learning_rate": learning_rate, "tokens_per_second": speed}
 
     def token_losses(self, part: MicroBatch) -> Tensor:
         """Return the training loss of every predicted token, in nats, ``(n,)``."""

@@ -3,7 +3,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grasp_lightning.config import CompareConfig, CompensateConfig, CompressConfig, EvaluateConfig
+from grasp_lightning.config import (
+    CompareConfig,
+    CompensateConfig,
+    CompressConfig,
+    EvaluateConfig,
+    MethodConfig,
+)
 from grasp_lightning.config.compensate_settings import check_settings
 from grasp_lightning.config.parsing import parse, to_dict, with_run_config
 from grasp_lightning.errors import ConfigError
@@ -159,6 +165,19 @@ def test_mistakes_in_a_file_name_file_and_key(tmp_path: Path, text: str, message
     assert message in str(error.value)
     assert str(error.value).startswith(file)
     assert "\n" not in str(error.value)
+
+
+def test_flags_override_the_file_of_a_grid() -> None:
+    flags = ["--calibration.source=[file]", "--calibration.path=[a.txt]", "--calibration.rows=null"]
+    flags += ["--seeds=[0,1,2]", "--tasks.names=[]", "--methods={a: {name: drop, unit: mlp}}"]
+    file = next(file for file in CONFIGS if file.name == "smollm2.yaml")
+    grid = parse(CompareConfig, "cli.py compare", [f"--config={file}", *flags])
+    assert (grid.calibration.source, grid.calibration.path) == (("file",), ("a.txt",))
+    assert (grid.calibration.rows, grid.calibration.num_samples) == (None, 64)
+    assert (grid.seeds, grid.tasks.names, grid.tasks.limit) == ((0, 1, 2), (), 200)
+    assert grid.methods == {"a": MethodConfig(name="drop", unit="mlp")}
+    with pytest.raises(ConfigError, match=r"methods.a.unit; set all entries at once, as in --meth"):
+        parse(CompareConfig, "cli.py compare", [f"--config={file}", "--methods.a.unit=mlp"])
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,11 @@ def test_the_nearest_share_is_reached_and_predicted() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MethodConfig(name="laco"), "set exactly one of .* (neither is set)"),
-        (replace(CONFIG, removed_ratio=0.2), "(both are set)"),
+        (
+            MethodConfig(name="laco"),
+            "laco needs method.removed_ratio or method.num_layers; neither is set",
+        ),
+        (replace(CONFIG, removed_ratio=0.2), "removed_ratio or method.num_layers, not both"),
         (replace(CONFIG, layers=(1,)), "method.layers would be ignored: method laco finds the"),
         (
             replace(CONFIG, keep_ratio=0.1),

@@ -65,6 +65,7 @@ KEYS = {
     "epochs",
     "samples",
     "trained_tokens",
+    "tokens_per_second",
     "data",
     "data_licence",
     "history.steps",

@@ -72,6 +72,16 @@ def change_version(folder: Path) -> None:
     (folder / "entry.json").write_text(json.dumps({**content, "version": 0}))
 
 
+def test_the_peak_of_a_measurement_counts_in_every_run(tmp_path: Path) -> None:
+    measuring = Phases()
+    measuring.add(0, 2**60)
+    share(tmp_path, lambda: "a", measuring)
+    reading = Phases()
+    share(tmp_path, never, reading)
+    assert reading.peak_memory_bytes == 2**60
+    assert 0 < Phases().peak_memory_bytes < 2**60
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -201,14 +201,35 @@ def test_csv_parses_back_to_the_raw_numbers() -> None:
     assert failed["error"] == "MethodError: tiny has no <layers>"
 
 
+def test_a_trained_cell_shows_its_training() -> None:
+    trained = replace(
+        DROP_CELL,
+        compensation="lora",
+        validation_loss=2.0034,
+        trained_tokens=92_638,
+        tokens_per_second=1181.4,
+        trainable_parameters=8_576_768,
+    )
+    content = grid(DENSE_CELL, DROP_CELL, trained)
+    shown = row(content, 2)
+    assert shown["validation loss"] == "2.003"
+    assert shown["training, tokens/s"] == "1,181"
+    assert row(content, 1)["validation loss"] == row(content, 0)["training, tokens/s"] == ""
+    assert "validation loss" not in row(grid(DENSE_CELL, DROP_CELL), 1)
+    *_, last = csv.DictReader(io.StringIO(csv_text(content)))
+    assert (last["trained_tokens"], last["trainable_parameters"]) == ("92638", "8576768")
+    assert (last["validation_loss"], last["tokens_per_second"]) == ("2.0034", "1181.4")
+
+
 def test_csv_keeps_its_columns_when_nothing_was_measured() -> None:
     (line,) = csv.DictReader(io.StringIO(csv_text(grid(FAILED_CELL))))
     assert list(line) == [
         *("model", "method", "compensation", "seed"),
         *("requested_ratio", "removed_ratio", "zero_ratio"),
         *("task_mean", "task_mean_stderr", "task_mean_difference", "task_mean_difference_stderr"),
-        *("share_of_dense", "bytes"),
+        *("share_of_dense", "validation_loss", "bytes"),
         *("prefill_ratio", "prefill_ratio_first_quartile", "prefill_ratio_third_quartile"),
         *("decode_ratio", "decode_ratio_first_quartile", "decode_ratio_third_quartile"),
-        *("seconds", "peak_memory_bytes", "folder", "error"),
+        *("seconds", "peak_memory_bytes", "trained_tokens", "tokens_per_second"),
+        *("trainable_parameters", "folder", "error"),
     ]
