@@ -130,7 +130,9 @@ def _config(
             num_validation=arguments.validation,
             order="length_grouped",
         ),
-        distillation=DistillationConfig(teacher=teacher) if has_teacher else DistillationConfig(),
+        distillation=DistillationConfig(teacher=teacher, mix=0.5)
+        if has_teacher
+        else DistillationConfig(),
         optimizer=OptimizerConfig(
             learning_rate=arguments.learning_rate, warmup_steps=arguments.steps // 10
         ),

@@ -1,6 +1,6 @@
 """Checks of the configuration of ``compensate`` that need neither model nor text."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,10 +10,13 @@ from grasp_lightning.config import (
     InstructionConfig,
     LoggersConfig,
     LoraSettings,
+    Recipe,
     TextConfig,
 )
 from grasp_lightning.config.values import check_values
 from grasp_lightning.errors import ConfigError
+
+_SELF = "self"  # see data.mixture
 
 
 def check_settings(config: CompensateConfig) -> None:
@@ -24,11 +27,19 @@ def check_settings(config: CompensateConfig) -> None:
     _check_packages(config.loggers)
 
 
-def uses_instructions(config: CompensateConfig) -> bool:
+def uses_instructions(config: Recipe) -> bool:
     """Return whether the model is trained on instructions rather than plain text."""
     if config.objective == "distill":
         return config.distillation.data == "instruction"
     return config.objective == "instruction"
+
+
+def uses_self(config: Recipe) -> bool:
+    """Return whether the model is trained on text that the dense model generates."""
+    sources = config.text.source
+    return not uses_instructions(config) and _SELF in (
+        (sources,) if isinstance(sources, str) else sources
+    )
 
 
 def _refuse_ignored(config: CompensateConfig) -> None:
@@ -36,14 +47,24 @@ def _refuse_ignored(config: CompensateConfig) -> None:
     unread: list[tuple[str, Any, str]] = []  # Any: a section
     if config.train == "factors":
         unread.append(("lora", LoraSettings(), "train: factors has no adapters"))
+    needs_dense = uses_self(config) or config.objective == "distill"
     if config.objective != "distill":
         reason = f"objective: {config.objective} has no teacher"
-        unread.append(("distillation", DistillationConfig(), reason))
-    elif config.distillation.teacher is None:
+        defaults = DistillationConfig()
+        if needs_dense:  # which only writes text
+            dense = config.distillation
+            defaults = replace(defaults, teacher=dense.teacher, device=dense.device)
+        unread.append(("distillation", defaults, reason))
+    if needs_dense and config.distillation.teacher is None:
+        which = "objective: distill" if config.objective == "distill" else "text.source self"
         raise ConfigError(
-            "objective: distill needs distillation.teacher: the dense model, as a folder, hub "
-            "name, .gguf file or smollm2"
+            f"{which} needs distillation.teacher: the dense model, as a folder, hub name, .gguf "
+            "file or smollm2"
         )
+    if config.objective == "distill" and not config.distillation.cache:
+        reason = "distillation.cache is false"
+        uncached = replace(config.distillation, top_k=DistillationConfig().top_k, cache_dir=None)
+        unread.append(("distillation", uncached, reason))
     if reads_instructions:
         unread.append(("text", TextConfig(), "the model is trained on instructions"))
     else:
