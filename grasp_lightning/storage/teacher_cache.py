@@ -20,7 +20,7 @@ from torch import Tensor
 
 from grasp_lightning import processes
 from grasp_lightning.data.batching import Extras, TokenSamples
-from grasp_lightning.errors import ConfigError, PlanError
+from grasp_lightning.errors import ConfigError, OutputError, PlanError
 from grasp_lightning.models.next_token import PREDICTION_KEYS, TopPredictions
 from grasp_lightning.progress import track
 from grasp_lightning.reading.tensors import open_tensors
@@ -29,6 +29,7 @@ from grasp_lightning.run_folder.files import remove_partials
 from grasp_lightning.run_folder.names import CHECKPOINTS
 from grasp_lightning.storage.shared import locked
 from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
+from grasp_lightning.storage.training import inputs_changed
 
 TEACHER: Final = "teacher"
 """Name of the phase that writes the files."""
@@ -133,7 +134,8 @@ class TeacherCache:
         """Whether no file is missing; files of another teacher, text or size are refused.
 
         Raises:
-            ConfigError: If the folder holds other predictions.
+            ConfigError: If the shared folder holds other predictions.
+            OutputError: If the run folder does.
             PlanError: If a file is damaged.
         """
         return not self._missing()
@@ -186,6 +188,8 @@ class TeacherCache:
             return False
         stored = file.metadata()[_FACTS]
         if stored != self._facts:
+            if self._shared is None and self._run is not None:
+                raise OutputError(inputs_changed(self._run))
             raise ConfigError(self._other(shard, stored))
         expected = {IDS: (shard.size, self._top_k), TAIL: (shard.size,)}
         if any(file.shapes.get(name) != shape for name, shape in expected.items()):

@@ -52,6 +52,7 @@ def text_options(compressed: Path, folder: Path) -> list[str]:
         "--text.seqlen=24",
         "--training.batch_size=4",
         "--optimizer.warmup_steps=1",
+        "--optimizer.learning_rate=0.01",
         "--evaluation.source=pydoc",
         "--evaluation.num_samples=2",
         "--evaluation.seqlen=32",
@@ -105,7 +106,6 @@ def test_a_run_killed_in_the_cache_goes_on_with_it(settings: list[str], tmp_path
     argv = [*settings, "--distillation.cache=true", "--data.order=shuffled"]
     whole, run = (f"--output_dir={tmp_path / name}" for name in ("whole", "run"))
     assert main(["compensate", *argv, whole]) == 0
-    # Training text and validation text have one file each.
     assert killed(IN_THE_CACHE, signal.SIGKILL, ["compensate", *argv, run]) == -signal.SIGKILL
     assert len(list((tmp_path / "run" / "checkpoints").glob("teacher-*"))) == 1
     assert main(["compensate", *argv, run]) == 0
