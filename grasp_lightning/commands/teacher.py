@@ -216,6 +216,6 @@ def _cached(
         folder=None if folder is None else Path(folder).expanduser(),
         run=run,
     )
-    processes.on_first(lambda: cache.check_free_space())
+    processes.on_first(cache.check_free_space)
     teacher = CachedTeacher(str(facts), temperature=settings.temperature, mix=settings.mix)
     return Lesson(dense=dense, text=text, teacher=teacher, cache=cache)

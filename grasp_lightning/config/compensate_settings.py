@@ -47,24 +47,7 @@ def _refuse_ignored(config: CompensateConfig) -> None:
     unread: list[tuple[str, Any, str]] = []  # Any: a section
     if config.train == "factors":
         unread.append(("lora", LoraSettings(), "train: factors has no adapters"))
-    needs_dense = uses_self(config) or config.objective == "distill"
-    if config.objective != "distill":
-        reason = f"objective: {config.objective} has no teacher"
-        defaults = DistillationConfig()
-        if needs_dense:  # which only writes text
-            dense = config.distillation
-            defaults = replace(defaults, teacher=dense.teacher, device=dense.device)
-        unread.append(("distillation", defaults, reason))
-    if needs_dense and config.distillation.teacher is None:
-        which = "objective: distill" if config.objective == "distill" else "text.source self"
-        raise ConfigError(
-            f"{which} needs distillation.teacher: the dense model, as a folder, hub name, .gguf "
-            "file or smollm2"
-        )
-    if config.objective == "distill" and not config.distillation.cache:
-        reason = "distillation.cache is false"
-        uncached = replace(config.distillation, top_k=DistillationConfig().top_k, cache_dir=None)
-        unread.append(("distillation", uncached, reason))
+    unread += _unread_distillation(config)
     if reads_instructions:
         unread.append(("text", TextConfig(), "the model is trained on instructions"))
     else:
@@ -77,6 +60,26 @@ def _refuse_ignored(config: CompensateConfig) -> None:
                     f"{section}.{key.name} is {value!r}, but would be ignored: {reason}; leave it "
                     "out"
                 )
+
+
+def _unread_distillation(config: CompensateConfig) -> list[tuple[str, DistillationConfig, str]]:
+    """Return what must be unset in section ``distillation``, and why; a teacher may be missing."""
+    given, defaults = config.distillation, DistillationConfig()
+    is_distilled = config.objective == "distill"
+    needs_dense = uses_self(config) or is_distilled
+    if needs_dense and given.teacher is None:
+        which = "objective: distill" if is_distilled else "text.source self"
+        raise ConfigError(
+            f"{which} needs distillation.teacher: the dense model, as a folder, hub name, .gguf "
+            "file or smollm2"
+        )
+    if is_distilled:
+        uncached = replace(given, top_k=defaults.top_k, cache_dir=None)
+        reason = "distillation.cache is false"
+        return [] if given.cache else [("distillation", uncached, reason)]
+    if needs_dense:  # which only writes text
+        defaults = replace(defaults, teacher=given.teacher, device=given.device)
+    return [("distillation", defaults, f"objective: {config.objective} has no teacher")]
 
 
 def _check_validation(config: CompensateConfig) -> None:

@@ -115,13 +115,10 @@ class TeacherCache:
         self._run = run
 
     def check_free_space(self, bytes_more: int = 0) -> None:
-        """Refuse a disk without room for the files that are missing.
+        """Refuse a disk without room for the files that are missing, by an ``OutputError``.
 
         Args:
             bytes_more: What else the run writes, for files that are kept in its folder.
-
-        Raises:
-            OutputError: If there is too little room.
         """
         needed = sum(map(self._bytes, self._missing()))
         if self._shared is not None:
@@ -131,25 +128,21 @@ class TeacherCache:
 
     @property
     def is_complete(self) -> bool:
-        """Whether no file is missing; files of another teacher, text or size are refused.
+        """Whether no file is missing.
 
-        Raises:
-            ConfigError: If the shared folder holds other predictions.
-            OutputError: If the run folder does.
-            PlanError: If a file is damaged.
+        Other predictions in the shared folder are a ``ConfigError``, in the run folder an
+        ``OutputError``. A damaged file is a ``PlanError``.
         """
         return not self._missing()
 
     def fill(self, predict: Predict) -> None:
         """Write the files that are missing; all processes of a run must call this.
 
-        Processes share the files. A second run that shares the folder waits.
+        Processes share the files. A second run that shares the folder waits. A full disk is an
+        ``OutputError``, and complete files stay.
 
         Args:
             predict: Runs the teacher; not called if no file is missing.
-
-        Raises:
-            OutputError: If the disk is full; complete files stay.
         """
         with ExitStack() as held:
             if self._shared is not None:
@@ -252,9 +245,7 @@ class TeacherCache:
         starts = self._starts[part]
         first, last = (int(starts[i] - starts[shard.first]) for i in (sample, sample + 1))
         content = self._content(shard)
-        found = TopPredictions(
-            *(content.get_slice(name)[first:last] for name in PREDICTION_KEYS)
-        )
+        found = TopPredictions(*(content.get_slice(name)[first:last] for name in PREDICTION_KEYS))
         if last > first and (
             int(found.ids.long().max()) >= self._vocabulary
             or found.log_probs.isnan().any()

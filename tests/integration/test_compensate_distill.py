@@ -115,9 +115,7 @@ def test_a_run_killed_in_the_cache_goes_on_with_it(settings: list[str], tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_share_the_cache(
-    strategy: str, settings: list[str], tmp_path: Path
-) -> None:
+def test_two_processes_share_the_cache(strategy: str, settings: list[str], tmp_path: Path) -> None:
     argv = ["compensate", *settings, "--distillation.cache=true"]
     assert main([*argv, f"--output_dir={tmp_path / 'alone'}"]) == 0
     options = ["--trainer.devices=2", f"--trainer.strategy={strategy}"]

@@ -54,9 +54,7 @@ class Objective:
         model_hashes: Fingerprints of the ``model`` before training and of any ``teacher``.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, teacher: Teacher | CachedTeacher | None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, teacher: Teacher | CachedTeacher | None) -> None:
         self._model = model
         self._teacher = teacher
         self._forms: dict[PreTrainedModel, PackingForm] = {}

@@ -31,15 +31,13 @@ def predictions_of(
 ) -> TopPredictions:
     """Return the predictions for all predicted tokens of some samples, in their order.
 
-    Every sample is read alone, as in all orders of a training; similar lengths share a batch.
+    Every sample is read alone, as in all orders of a training; similar lengths share a batch. NaN
+    or infinity is a ``NumericsError``.
 
     Args:
         indices: At least one.
         batch_size: Samples per forward pass.
         precision: As of the training.
-
-    Raises:
-        NumericsError: If the teacher gives NaN or infinity.
     """
     counts = samples.num_targets_of
     found: dict[int, TopPredictions] = {}
@@ -48,9 +46,7 @@ def predictions_of(
         batch_of = by_length[start : start + batch_size]
         batch = collate(samples, [[index] for index in batch_of])
         batch = {name: part.to(teacher.device) for name, part in batch.items()}
-        with torch.autocast(
-            teacher.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"
-        ):
+        with torch.autocast(teacher.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
             logits = teacher(**forward_inputs(batch), use_cache=False).logits
         top = top_predictions(
             logits, batch["input_ids"], batch["targets"], top_k=top_k, temperature=temperature

@@ -262,7 +262,7 @@ def test_tokens_that_are_not_kept_are_one_class() -> None:
     losses = top_k_distillation_losses(ours, top, input_ids, targets, temperature=2.0, mix=1.0)
 
     own, given = (part[predicting(targets)].double() / 2 for part in (theirs, teacher))
-    is_kept = torch.zeros_like(given, dtype=torch.bool).scatter(-1, given.topk(5).indices, True)  # noqa: FBT003
+    is_kept = torch.zeros_like(given, dtype=torch.bool).scatter(-1, given.topk(5).indices, True)
 
     def classes(scores: Tensor) -> Tensor:
         probs = scores.softmax(-1)

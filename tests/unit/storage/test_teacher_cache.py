@@ -134,7 +134,7 @@ def test_other_predictions_are_refused(filled: Path, facts: dict[str, object], w
 def test_a_damaged_file_is_named(filled: Path) -> None:
     file = filled / "teacher-train-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(PlanError, match="teacher-train-00001.safetensors.*delete it to run the"):
+    with pytest.raises(PlanError, match=r"teacher-train-00001\.safetensors.*delete it to run the"):
         cache_in(filled).fill(unexpected)
 
 
@@ -167,5 +167,5 @@ def test_a_teacher_that_gives_nan_is_one_line() -> None:
     predict = partial(
         predictions_of, model, batch_size=2, top_k=8, temperature=1.0, precision="32-true"
     )
-    with pytest.raises(NumericsError, match=r"^distillation\.teacher: the teacher gives NaN or inf"):
+    with pytest.raises(NumericsError, match=r"^distillation\.teacher: the teacher gives NaN"):
         predict(PARTS["train"], range(2))
