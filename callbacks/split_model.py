@@ -110,7 +110,7 @@ def _mean_loss(
     pl_module: L.LightningModule,
     batches: Iterable[MicroBatch | object],  # from a loader of any type
 ) -> float:
-    """Return the mean cross-entropy, from forward passes of the strategy."""
+    """Return the mean validation loss, from forward passes of the strategy."""
     module = compensation_module(pl_module)
     was_training = module.model.training
     module.model.train(False)

@@ -19,10 +19,15 @@ from grasp_lightning.commands.stages import (
     compensate_stages,
     compensate_work,
 )
+from grasp_lightning.commands.teacher import Lesson, lesson, teacher_settings
 from grasp_lightning.commands.training import TrainingRun
 from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
-from grasp_lightning.config import CompensateConfig, ModelConfig, Strategy
-from grasp_lightning.config.compensate_settings import check_settings, uses_instructions
+from grasp_lightning.config import CompensateConfig, Strategy
+from grasp_lightning.config.compensate_settings import (
+    check_settings,
+    uses_instructions,
+    uses_self,
+)
 from grasp_lightning.data.datamodules import InstructionData, TextData, TrainingData
 from grasp_lightning.data.section_windows import evaluation_windows
 from grasp_lightning.data.windows import TokenWindows, own_micro_batches
@@ -32,15 +37,16 @@ from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.checkpoint import check_not_quantized, push_folder
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, resolve_device
-from grasp_lightning.models.model_settings import named_by
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.models.verification import can_generate
 from grasp_lightning.progress import RunBar, expect_work
 from grasp_lightning.reporting.metrics import Change, CompensationMetrics
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.storage.sampled_text import SAMPLE, SampledText
+from grasp_lightning.storage.shared import check_shared_folder
 from grasp_lightning.storage.training import RunNotes, check_inputs
-from grasp_lightning.training.compensation import CompensationModule, Teacher, trainable_linears
+from grasp_lightning.training.compensation import CompensationModule, trainable_linears
 from grasp_lightning.training.compensation.adapters import consolidated
 from grasp_lightning.training.strategies import check_strategy, is_deepspeed, is_sharded_strategy
 
@@ -69,7 +75,7 @@ class _Inputs:
     view: DecoderView
     data: TrainingData
     held_out: TokenWindows
-    teacher: Teacher | None
+    lesson: Lesson
     device: torch.device
     bytes_needed: int
     generates: bool
@@ -84,14 +90,20 @@ def run_compensate(config: CompensateConfig) -> CompensateRun:
     """
     folder, uploaded = Path(output_folder(config, "runs/second")), None
     check_settings(config)
-    stages = compensate_stages(is_split=is_sharded_strategy(config.trainer.strategy))
+    if config.distillation.cache_dir is not None:
+        check_shared_folder(config.distillation.cache_dir, str(folder), "distillation.cache_dir")
+    stages = compensate_stages(
+        is_split=is_sharded_strategy(config.trainer.strategy),
+        writes_text=uses_self(config),
+        is_cached=config.distillation.cache,
+    )
     with RunBar(stages, is_shown=processes.is_first()) as bar:
         phases = Phases(bar.follow)
         metrics = run_in_folder(
             config,
             protected=_protected(config),
             memory_advice=_MEMORY_KEYS,
-            prepare=lambda _: _prepare(config, phases),
+            prepare=lambda run: _prepare(config, phases, run),
             execute=lambda run, inputs, stop: _execute(config, run, inputs, phases, stop),
             read=CompensationMetrics.from_dict,
         )
@@ -104,7 +116,7 @@ def run_compensate(config: CompensateConfig) -> CompensateRun:
 def _protected(config: CompensateConfig) -> list[Path]:
     models = [config.model]
     if config.distillation.teacher is not None:
-        models.append(_teacher_settings(config))
+        models.append(teacher_settings(config))
     folders = [resolve_source(model).folder for model in models]
     return [folder for folder in folders if folder is not None]
 
@@ -112,13 +124,18 @@ def _protected(config: CompensateConfig) -> list[Path]:
 def _execute(
     config: CompensateConfig, run: RunFolder, inputs: _Inputs, phases: Phases, stop: StopRequest
 ) -> CompensationMetrics:
+    lesson = inputs.lesson
     processes.on_first(lambda: run.check_free_space(inputs.bytes_needed))
+    lesson.keep_in(run)
+    if (cache := lesson.cache) is not None:
+        processes.on_first(lambda: cache.check_free_space(inputs.bytes_needed))
     expect_work(compensate_work(config, inputs.data, inputs.held_out))
     notes, view = RunNotes(run), inputs.view
     parameters = count_parameters(view.model)
-    module = CompensationModule(view, config.optimizer, teacher=inputs.teacher, seed=config.seed)
+    module = CompensationModule(view, config.optimizer, teacher=lesson.teacher, seed=config.seed)
     hashes = {**inputs.data.fingerprint, **module.model_hashes}
     processes.on_first(lambda: check_inputs(run, hashes))
+    lesson.prepare(config, inputs.data, phases)
     training = TrainingRun(config, run, module, inputs.data, stop, device=inputs.device)
     train = _train_split if is_sharded_strategy(config.trainer.strategy) else _train
     perplexity, validation_loss = train(config, inputs, training, notes, phases)
@@ -191,11 +208,11 @@ def _train_split(
     return Change(before=before, after=after), Change(before=loss_before, after=loss_after)
 
 
-def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
+def _prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) -> _Inputs:
     device, strategy = resolve_device(config.model.device), config.trainer.strategy
     check_trainer(config.trainer, device, get_args(Strategy), "compensation")
     check_strategy(strategy, device)
-    with phases(LOAD):
+    with phases(LOAD, excluding=(SAMPLE,)):
         # A model that will be split need not fit on the device.
         loaded = load_model(
             replace(config.model, device="cpu") if is_sharded_strategy(strategy) else config.model
@@ -204,13 +221,14 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
         view = DecoderView(loaded.model)
         linears = trainable_linears(view, config.train, config.lora.targets)
         _check_dtype(config, loaded)
-        data = _training_data(config, loaded, view)
+        data, dense = lesson(
+            config, loaded, lambda text: _training_data(config, loaded, view, text), phases, run
+        )
         check_vocabulary(view, data.samples.train.input_ids)
         _check_steps(config, data)
         check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
         held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
         check_vocabulary(view, held_out.input_ids)
-        teacher = _teacher(config, loaded) if config.objective == "distill" else None
         generates = can_generate(loaded.model)
     trained = sum(linear.weight.numel() for linear in linears.values())  # at most
     needed = count_parameters(view.model) * loaded.model.dtype.itemsize
@@ -219,7 +237,7 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
         view=view,
         data=data,
         held_out=held_out,
-        teacher=teacher,
+        lesson=dense,
         device=device,
         bytes_needed=int(_SAFETY * (needed + _CHECKPOINT_BYTES * trained)),
         generates=generates,
@@ -227,13 +245,13 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
 
 
 def _training_data(
-    config: CompensateConfig, loaded: LoadedModel, view: DecoderView
+    config: CompensateConfig, loaded: LoadedModel, view: DecoderView, text: SampledText | None
 ) -> TrainingData:
     if uses_instructions(config):
         check_length(view, config.data.max_length, "data.max_length")
         return InstructionData(config.data, loaded.tokenizer, config.training, config.seed)
     check_length(view, config.text.seqlen, "text.seqlen")
-    return TextData(config.text, loaded.tokenizer, config.training, config.seed)
+    return TextData(config.text, loaded.tokenizer, config.training, config.seed, text)
 
 
 def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
@@ -260,35 +278,6 @@ def _check_steps(config: CompensateConfig, data: TrainingData) -> None:
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, but there are only "
             f"{num_steps} steps; lower it"
         )
-
-
-def _teacher_settings(config: CompensateConfig) -> ModelConfig:
-    assert config.distillation.teacher is not None  # checked with the other settings
-    device = config.distillation.device
-    return replace(
-        config.model,
-        path=config.distillation.teacher,
-        revision=None,
-        gguf_file=None,
-        device=config.model.device if device == "auto" else device,
-    )
-
-
-def _teacher(config: CompensateConfig, loaded: LoadedModel) -> Teacher:
-    with named_by("distillation.teacher"):
-        teacher = load_model(_teacher_settings(config))
-    sizes = [m.config.get_text_config().vocab_size for m in (teacher.model, loaded.model)]
-    if sizes[0] != sizes[1] or teacher.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
-        raise ModelError(
-            f"distillation.teacher: {teacher.origin.name} has a different vocabulary from the "
-            f"model ({sizes[0]} and {sizes[1]} tokens); use the dense model that was compressed"
-        )
-    teacher.model.requires_grad_(False)
-    return Teacher(
-        model=teacher.model,
-        temperature=config.distillation.temperature,
-        mix=config.distillation.mix,
-    )
 
 
 def _perplexity(config: CompensateConfig, inputs: _Inputs, phases: Phases, when: str) -> float:

@@ -96,7 +96,7 @@ def prepare(
         prediction = method.predict(view)
         shared = _shared(config, loaded, digest, phases)
         text = SampledText(
-            loaded.model,
+            lambda: loaded.model,
             digest,
             phases,
             earlier=None if config.from_scores is None else Path(config.from_scores),

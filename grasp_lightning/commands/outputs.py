@@ -17,11 +17,12 @@ from torch import Tensor
 from grasp_lightning import __version__
 from grasp_lightning.callbacks.history import TrainingHistory
 from grasp_lightning.commands.stages import SAVE
-from grasp_lightning.config import CompensateConfig
+from grasp_lightning.config import CompensateConfig, TextConfig
 from grasp_lightning.config.compensate_settings import uses_instructions
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
+from grasp_lightning.data.mixture import SELF, mixture_parts, section_of
 from grasp_lightning.data.sources import source_licence
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods.targets import read_target_losses
@@ -271,13 +272,28 @@ def _seconds(kind: type[S], phases: Phases) -> S:
 
 def _describe_data(config: CompensateConfig) -> tuple[str, str | None]:
     """Return the training data in words, without a path, and its licence."""
-    section = config.data if uses_instructions(config) else config.text
+    if not uses_instructions(config):
+        return _describe_text(config.text)
+    section = config.data
     if section.source == "file":
         return Path(section.path or "").name, section.licence
-    if uses_instructions(config):
-        hub = HUB_INSTRUCTIONS[section.source]
-        return f"{section.source} ({hub.repository})", section.licence or hub.licence
-    return section.source, section.licence or source_licence(section.source)
+    hub = HUB_INSTRUCTIONS[section.source]
+    return f"{section.source} ({hub.repository})", section.licence or hub.licence
+
+
+def _describe_text(text: TextConfig) -> tuple[str, str | None]:
+    """Return the sources in words, and their licences if all are known.
+
+    Text of the dense model has none of its own.
+    """
+    names, licences = [], []
+    for part in mixture_parts(section_of(text), "text"):
+        names.append(part.source if part.path is None else Path(part.path).name)
+        if part.source != SELF:
+            named = source_licence(part.source)
+            licences.append(text.licence if part.path is not None else text.licence or named)
+    known = [licence for licence in dict.fromkeys(licences) if licence is not None]
+    return ", ".join(names), "; ".join(known) if known and None not in licences else None
 
 
 def _write_tensors(

@@ -34,6 +34,7 @@ from grasp_lightning.stats.layer_gradients import gradient_groups
 from grasp_lightning.stats.unit_gradients import unit_groups
 from grasp_lightning.storage.model_folder import VERIFY
 from grasp_lightning.storage.sampled_text import SAMPLE
+from grasp_lightning.storage.teacher_cache import TEACHER
 from grasp_lightning.training.finish import CUT_LOSSES, REFIT
 
 LOAD, EVALUATE, FACTORIZE, TRAIN, SAVE = "load", "evaluate", "factorize", "train", "save"
@@ -230,12 +231,21 @@ def _layer_training(config: CompressConfig, view: DecoderView) -> float:
     return 1 + _FORWARD_AND_BACKWARD * (config.method.epochs or 0) / view.num_layers
 
 
-def compensate_stages(*, is_split: bool) -> list[Stage]:
-    """Return the stages of a compensation; a split model is measured while it is trained."""
+def compensate_stages(*, is_split: bool, writes_text: bool, is_cached: bool) -> list[Stage]:
+    """Return the stages of a compensation; a split model is measured while it is trained.
+
+    Args:
+        writes_text: Whether the dense model generates text.
+        is_cached: Whether a teacher's predictions are kept on disk.
+    """
     before, after = (Stage(phase=EVALUATE, label=f"perplexity {w}") for w in ("before", "after"))
     training = [Stage(phase=TRAIN, label="train")]
-    load = Stage(phase=LOAD, label="load model and text")
-    return [load, *(training if is_split else [before, *training, after]), *_SAVING]
+    load = [Stage(phase=LOAD, label="load model and text")]
+    if writes_text:
+        load.append(Stage(phase=SAMPLE, label="generate text"))
+    if is_cached:
+        load.append(Stage(phase=TEACHER, label="cache the teacher"))
+    return [*load, *(training if is_split else [before, *training, after]), *_SAVING]
 
 
 def compensate_work(
@@ -244,12 +254,15 @@ def compensate_work(
     """Return the work of each phase."""
     steps, samples, validate_every = data.steps(), data.samples, config.training.validate_every
     per_token = _FORWARD_AND_BACKWARD + config.training.gradient_checkpointing
-    per_token += config.objective == "distill"
+    teaches = config.objective == "distill" and not config.distillation.cache
+    per_token += teaches
     trained = samples.train.num_tokens * len(steps) / steps.steps_per_epoch
     validated = len(samples.validation) > 0
-    validation = samples.validation.num_tokens
+    validation = samples.validation.num_tokens * (1 + teaches)
+    whole = samples.train.num_tokens + samples.validation.num_tokens
     validations = 0 if validate_every is None else len(steps) // validate_every
     return {
+        TEACHER: Work(whole),
         EVALUATE: Work(held_out.num_tokens + validation, 1 + validated),
         TRAIN: Work(per_token * trained + validations * validation),
     }

@@ -66,7 +66,7 @@ class TrainingRun:
         return self._best.step
 
     def validation_loss(self) -> float:
-        """Return the mean cross-entropy on the samples set aside, in nats per predicted token."""
+        """Return the mean loss on the samples set aside, in nats per predicted token."""
         with expected_warnings():
             trainer = self._trainer([StepProgressBar("validation")])
             (result,) = trainer.validate(self.module, datamodule=self.data, verbose=False)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from grasp_lightning.config.common import CorpusSource, EvaluationConfig, ModelConfig, TrainerConfig
+from grasp_lightning.config.common import EvaluationConfig, ModelConfig, TrainerConfig
 from grasp_lightning.config.values import (
     BelowOne,
     Count,
@@ -70,19 +70,30 @@ class InstructionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig(CorpusSource):
+class TextConfig:
     """Plain text, in windows of equal length.
 
     Attributes:
-        split: Split of the corpus; unset: its calibration split.
+        source: One source or a list, as of ``calibration.source``: pydoc, wikitext2, c4, ptb, file;
+            with answers, in the chat format of the model: alpaca, instructions; self: text that
+            the dense model, ``distillation.teacher``, generates.
+        path: One file for each ``file`` and ``instructions`` in ``source``, in order.
+        weights: Relative number of windows from each source of a list; unset: equal.
+        rows: Rows of the files to read, from 0, such as 0-259 or 260-, one range per ``path``;
+            unset: all rows.
+        split: Split of the corpora; unset: the calibration split of each.
         field: Text column of .jsonl and .parquet files.
-        num_samples: Number of training windows.
-        num_validation: Number of other windows, for validation.
+        num_samples: Number of training windows, over all sources.
+        num_validation: Number of other windows of the same mixture, for validation.
         seqlen: Tokens per window.
         add_bos: Start every window with the beginning-of-sequence token.
-        licence: Licence of a local file, for the model card.
+        licence: Licence of the local files, for the model card.
     """
 
+    source: str | tuple[str, ...] = "wikitext2"
+    path: PathName | tuple[PathName, ...] | None = None
+    weights: tuple[float, ...] | None = None
+    rows: str | tuple[str, ...] | None = None
     split: str | None = None
     field: str = "text"
     num_samples: Count = 512
@@ -102,13 +113,20 @@ class DistillationConfig:
         temperature: Softmax temperature of both distributions, above 0.
         mix: Share of the teacher in the loss, in (0, 1]; the rest is the usual cross-entropy.
         device: Device of the teacher: auto (the model's), or another, such as cpu.
+        cache: Run the teacher once, and keep its likeliest next tokens on disk.
+        top_k: Number of these tokens per predicted token; all others count as one class.
+        cache_dir: Folder that keeps them for other runs with the same teacher and text; unset: the
+            run folder, until the run is finished.
     """
 
     teacher: PathName | None = None
     data: Literal["instruction", "text"] = "instruction"
     temperature: Positive = 1.0
-    mix: Share = 0.5
+    mix: Share = 1.0
     device: str = "auto"
+    cache: bool = False
+    top_k: Count = 64
+    cache_dir: PathName | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

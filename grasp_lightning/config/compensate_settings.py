@@ -1,6 +1,6 @@
 """Checks of the configuration of ``compensate`` that need neither model nor text."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,10 +10,13 @@ from grasp_lightning.config import (
     InstructionConfig,
     LoggersConfig,
     LoraSettings,
+    Recipe,
     TextConfig,
 )
 from grasp_lightning.config.values import check_values
 from grasp_lightning.errors import ConfigError
+
+_SELF = "self"  # see data.mixture
 
 
 def check_settings(config: CompensateConfig) -> None:
@@ -24,11 +27,19 @@ def check_settings(config: CompensateConfig) -> None:
     _check_packages(config.loggers)
 
 
-def uses_instructions(config: CompensateConfig) -> bool:
+def uses_instructions(config: Recipe) -> bool:
     """Return whether the model is trained on instructions rather than plain text."""
     if config.objective == "distill":
         return config.distillation.data == "instruction"
     return config.objective == "instruction"
+
+
+def uses_self(config: Recipe) -> bool:
+    """Return whether the model is trained on text that the dense model generates."""
+    sources = config.text.source
+    return not uses_instructions(config) and _SELF in (
+        (sources,) if isinstance(sources, str) else sources
+    )
 
 
 def _refuse_ignored(config: CompensateConfig) -> None:
@@ -36,14 +47,7 @@ def _refuse_ignored(config: CompensateConfig) -> None:
     unread: list[tuple[str, Any, str]] = []  # Any: a section
     if config.train == "factors":
         unread.append(("lora", LoraSettings(), "train: factors has no adapters"))
-    if config.objective != "distill":
-        reason = f"objective: {config.objective} has no teacher"
-        unread.append(("distillation", DistillationConfig(), reason))
-    elif config.distillation.teacher is None:
-        raise ConfigError(
-            "objective: distill needs distillation.teacher: the dense model, as a folder, hub "
-            "name, .gguf file or smollm2"
-        )
+    unread += _unread_distillation(config)
     if reads_instructions:
         unread.append(("text", TextConfig(), "the model is trained on instructions"))
     else:
@@ -56,6 +60,26 @@ def _refuse_ignored(config: CompensateConfig) -> None:
                     f"{section}.{key.name} is {value!r}, but would be ignored: {reason}; leave it "
                     "out"
                 )
+
+
+def _unread_distillation(config: CompensateConfig) -> list[tuple[str, DistillationConfig, str]]:
+    """Return what must be unset in section ``distillation``, and why; a teacher may be missing."""
+    given, defaults = config.distillation, DistillationConfig()
+    is_distilled = config.objective == "distill"
+    needs_dense = uses_self(config) or is_distilled
+    if needs_dense and given.teacher is None:
+        which = "objective: distill" if is_distilled else "text.source self"
+        raise ConfigError(
+            f"{which} needs distillation.teacher: the dense model, as a folder, hub name, .gguf "
+            "file or smollm2"
+        )
+    if is_distilled:
+        uncached = replace(given, top_k=defaults.top_k, cache_dir=None)
+        reason = "distillation.cache is false"
+        return [] if given.cache else [("distillation", uncached, reason)]
+    if needs_dense:  # which only writes text
+        defaults = replace(defaults, teacher=given.teacher, device=given.device)
+    return [("distillation", defaults, f"objective: {config.objective} has no teacher")]
 
 
 def _check_validation(config: CompensateConfig) -> None:

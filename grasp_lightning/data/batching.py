@@ -4,7 +4,7 @@ Legend: N samples with n tokens in total, B rows of T tokens in a batch.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -19,6 +19,9 @@ Rows = list[list[int]]
 
 MicroBatch = dict[str, Tensor]
 """``input_ids``, ``mask``, ``targets`` and ``position_ids``, each ``(B, T)``; see ``collate``."""
+
+Extras = Callable[[Sequence[int]], Mapping[str, Tensor]]
+"""Indices of samples -> tensors with one row for each of their predicted tokens, in order."""
 
 _GROUP_BATCHES = 50  # batches whose samples are sorted by length together
 _IGNORED_ID = 0  # padding: masked, and after all real tokens, so any id works
@@ -138,12 +141,15 @@ def epoch_batches(
     return _batched([[index] for index in shuffled], batch_size)
 
 
-def collate(samples: TokenSamples, rows: Rows, *, counts: bool = True) -> dict[str, Tensor]:
+def collate(
+    samples: TokenSamples, rows: Rows, *, counts: bool = True, extras: Extras | None = None
+) -> dict[str, Tensor]:
     """Return one batch in the form that models and losses take.
 
     Args:
         rows: Indices of the samples in each row; at least one row.
         counts: False clears all targets, for a batch that only keeps processes in step.
+        extras: What else is known of the predicted tokens; it is added to the batch.
 
     Returns:
         ``input_ids``, ``mask`` (real tokens, which precede the padding), ``targets`` and
@@ -168,6 +174,8 @@ def collate(samples: TokenSamples, rows: Rows, *, counts: bool = True) -> dict[s
             batch["targets"][place] = samples.targets[source] & counts
             batch["position_ids"][place] = torch.arange(size)
             column += size
+    if extras is not None:
+        batch |= extras([index for row in rows for index in row] if counts else [])
     return batch
 
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 
-from grasp_lightning.config import CalibrationConfig
+from grasp_lightning.config import CalibrationConfig, TextConfig
 from grasp_lightning.data.hub import HUB_CORPORA
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.rows import RowRange
@@ -16,10 +16,25 @@ from grasp_lightning.errors import ConfigError
 INSTRUCTIONS = "instructions"
 SELF = "self"
 CALIBRATION_SOURCES = (*SOURCES, INSTRUCTIONS, *HUB_INSTRUCTIONS, SELF)
-"""What ``calibration.source`` takes: ``SOURCES``, instruction samples, and the model itself."""
+"""What a mixture takes: ``SOURCES``, instruction samples, and text that the model writes."""
 
 _WITH_FILE = ("file", INSTRUCTIONS)
 _WITH_SPLITS = ("pydoc", *HUB_CORPORA)
+
+
+def section_of(text: TextConfig) -> CalibrationConfig:
+    """Return the mixture that a section ``text`` names, with its training windows."""
+    return CalibrationConfig(
+        source=text.source,
+        path=text.path,
+        weights=text.weights,
+        rows=text.rows,
+        split=text.split,
+        field=text.field,
+        num_samples=text.num_samples,
+        seqlen=text.seqlen,
+        add_bos=text.add_bos,
+    )
 
 
 def mixture_parts(config: CalibrationConfig, part: Part) -> tuple[MixturePart, ...]:
@@ -29,7 +44,7 @@ def mixture_parts(config: CalibrationConfig, part: Part) -> tuple[MixturePart, .
 
     Args:
         config: The section; its numbers are in range.
-        part: Name of the section, for messages; ``text`` takes only ``SOURCES``.
+        part: Name of the section, for messages.
 
     Raises:
         ConfigError: If keys do not fit the sources.
@@ -93,7 +108,7 @@ def interleaved(counts: Sequence[int]) -> list[int]:
 
 
 def _sources(config: CalibrationConfig, part: Part) -> tuple[str, ...]:
-    allowed = CALIBRATION_SOURCES if part == "calibration" else SOURCES
+    allowed = CALIBRATION_SOURCES
     sources = (config.source,) if isinstance(config.source, str) else config.source
     if not sources:
         raise ConfigError(
@@ -101,9 +116,9 @@ def _sources(config: CalibrationConfig, part: Part) -> tuple[str, ...]:
         )
     for source in sources:
         if source not in allowed:
-            hint = ", or a list such as [wikitext2, c4]" if part == "calibration" else ""
             raise ConfigError(
-                f"{part}.source {source!r} is unknown; expected one of {', '.join(allowed)}{hint}"
+                f"{part}.source {source!r} is unknown; expected one of {', '.join(allowed)}, or a "
+                "list such as [wikitext2, c4]"
             )
     return sources
 

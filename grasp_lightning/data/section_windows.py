@@ -1,16 +1,18 @@
 """The windows that sections of the configuration ask for: drawn, or from the start of a text."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grasp_lightning.config import CalibrationConfig, EvaluationConfig
+from grasp_lightning.config import CalibrationConfig, EvaluationConfig, TextConfig
 from grasp_lightning.config.values import check_values
 from grasp_lightning.data.chat import calibration_documents
 from grasp_lightning.data.hub import HUB_CORPORA
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
-from grasp_lightning.data.mixture import SELF, interleaved, mixture_parts
+from grasp_lightning.data.mixture import SELF, interleaved, mixture_parts, section_of, shares
 from grasp_lightning.data.self_text import Sampler, self_text
 from grasp_lightning.data.sources import MixturePart, Part, check_corpus, read_documents
 from grasp_lightning.data.windows import TokenWindows, pack_windows
@@ -24,12 +26,10 @@ def calibration_windows(
     config: CalibrationConfig,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-    part: Part = "calibration",
-    asked: str | None = None,
     *,
     sample: Sampler | None = None,
 ) -> TokenWindows:
-    """Draw the ``num_samples`` windows for calibration or training.
+    """Draw the ``num_samples`` windows for calibration.
 
     The seed shuffles the documents. They are read until there are ``CANDIDATE_FACTOR`` times as
     many windows as needed (a shard of C4 has hundreds of times as many); a second draw selects from
@@ -39,24 +39,62 @@ def calibration_windows(
 
     Args:
         seed: Seed for all draws.
-        part: Name of the section, for messages.
-        asked: How the section specifies the number of windows; None: by its ``num_samples``.
         sample: Writes text with the model, for ``source: self``.
 
     Returns:
         Full windows; those of each source keep the order of its shuffled corpus.
     """
-    check_values(config, f"{part}.")
-    sources = mixture_parts(config, part)
-    drawn = []
+    check_values(config, "calibration.")
+    sources, drawn = mixture_parts(config, "calibration"), []
     for source in sources:
-        if len(sources) > 1:
-            asked = _asked(config, source)
+        asked = _asked(config, source) if len(sources) > 1 else None
         if source.source == SELF:
             drawn.append(_written(source, config, tokenizer, seed, sample))
         else:
-            drawn.append(_drawn(source, config, tokenizer, seed, part=part, asked=asked))
-    return _joined(drawn).select(interleaved([len(windows) for windows in drawn]))
+            drawn.append(_drawn(source, config, tokenizer, seed, part="calibration", asked=asked))
+    return _interleaved(drawn)
+
+
+class TrainingWindows(NamedTuple):
+    """Windows to train on, and others, of the same mixture, to validate on."""
+
+    train: TokenWindows
+    validation: TokenWindows
+
+
+def training_windows(
+    config: TextConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    sample: Sampler | None = None,
+) -> TrainingWindows:
+    """Draw the windows of section ``text``; no window is in both parts.
+
+    Each source is drawn as in ``calibration_windows``, and a further draw sets its share of
+    ``num_validation`` windows aside. Errors are those of ``calibration_windows``.
+
+    Args:
+        seed: Seed for all draws.
+        sample: Writes text with the dense model, for ``source: self``.
+    """
+    section = section_of(config)
+    check_values(section, "text.")
+    sources = mixture_parts(section, "text")
+    set_aside = shares(config.num_validation, config.weights or [1.0] * len(sources))
+    asked = f"num_samples is {config.num_samples} and num_validation {config.num_validation}"
+    train, validation = [], []
+    for source, count in zip(sources, set_aside, strict=True):
+        both = replace(source, num_samples=source.num_samples + count)
+        if both.source == SELF:
+            windows = _written(both, section, tokenizer, seed, sample)
+        else:
+            own = f", {both.num_samples} of {both.source}" if len(sources) > 1 else ""
+            windows = _drawn(both, section, tokenizer, seed, part="text", asked=asked + own)
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+        train.append(windows.select(order[count:].sort().values))
+        validation.append(windows.select(order[:count].sort().values))
+    return TrainingWindows(_interleaved(train), _interleaved(validation))
 
 
 def local_calibration_windows(
@@ -155,12 +193,13 @@ def _written(
     return TokenWindows(ids, torch.ones_like(targets), targets)
 
 
-def _joined(parts: Sequence[TokenWindows]) -> TokenWindows:
-    return TokenWindows(
+def _interleaved(parts: Sequence[TokenWindows]) -> TokenWindows:
+    joined = TokenWindows(
         torch.cat([part.input_ids for part in parts]),
         torch.cat([part.mask for part in parts]),
         torch.cat([part.targets for part in parts]),
     )
+    return joined.select(interleaved([len(part) for part in parts]))
 
 
 def _require_windows(

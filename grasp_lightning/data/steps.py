@@ -10,7 +10,14 @@ import torch
 
 from grasp_lightning import processes
 from grasp_lightning.config import BatchOrder, TrainingConfig
-from grasp_lightning.data.batching import MicroBatch, Rows, TokenSamples, collate, epoch_batches
+from grasp_lightning.data.batching import (
+    Extras,
+    MicroBatch,
+    Rows,
+    TokenSamples,
+    collate,
+    epoch_batches,
+)
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -127,13 +134,16 @@ class WindowSteps(ResumableSteps[list[int]]):
 class TrainingSteps(ResumableSteps[StepBatch]):
     """The optimizer steps of a compensation; equal samples and options give equal steps.
 
-    Processes share the rows of a step.
+    Processes share the rows of a step. ``extras`` are added to the micro-batches.
     """
 
-    def __init__(self, samples: TokenSamples, options: StepOptions) -> None:
+    def __init__(
+        self, samples: TokenSamples, options: StepOptions, extras: Extras | None = None
+    ) -> None:
         super().__init__()
         self._samples = samples
         self._options = options
+        self._extras = extras
         self._epoch = lru_cache(maxsize=1)(self._batches_of)
         self.steps_per_epoch = len(self._epoch(0))
 
@@ -146,7 +156,10 @@ class TrainingSteps(ResumableSteps[StepBatch]):
         """Return the rows of a step in micro-batches."""
         rows = self.rows(number)
         batches = processes.own_batches(rows, self._options.micro_batch_size)
-        parts = [collate(self._samples, list(own), counts=counts) for own, counts in batches]
+        parts = [
+            collate(self._samples, list(own), counts=counts, extras=self._extras)
+            for own, counts in batches
+        ]
         targets = self._samples.num_targets_of
         return StepBatch(parts, sum(int(targets[index]) for row in rows for index in row))
 

@@ -4,7 +4,7 @@ Legend: B windows of T tokens, V words in the vocabulary, n predicted tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,20 +116,110 @@ def distillation_losses(
             f"student and teacher must score the same tokens, got logits of shape "
             f"{tuple(logits.shape)} and {tuple(teacher_logits.shape)}"
         )
-    rows, labels = _predicted(input_ids, targets)
     flat = teacher_logits.detach().flatten(end_dim=1)
+    rows, _ = _predicted(input_ids, targets)
 
-    def mixed(part: Tensor, place: slice) -> tuple[Tensor, Tensor]:
-        divergence, divergence_grad = _divergence(part, flat[rows[place]].float(), temperature)
-        losses, grad = _cross_entropy(part, labels[place])
-        return torch.lerp(losses, divergence, mix), torch.lerp(grad, divergence_grad, mix)
+    def divergence(part: Tensor, place: slice) -> tuple[Tensor, Tensor]:
+        return _divergence(part, flat[rows[place]].float(), temperature)
 
-    return _row_losses(logits, rows, mixed)
+    return _mixed_losses(logits, input_ids, targets, divergence, mix)
+
+
+PREDICTION_KEYS = ("teacher_ids", "teacher_log_probs", "teacher_tail")
+"""Names of the parts of ``TopPredictions`` in a batch or a file."""
+
+
+class TopPredictions(NamedTuple):
+    """The likeliest tokens of a teacher's n predictions, and the probability of all others.
+
+    Attributes:
+        ids: Tokens, ``(n, k)`` int64.
+        log_probs: Logarithms of their probabilities, ``(n, k)``, in any float dtype.
+        tail: Probability of all other tokens together, ``(n,)``.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    tail: Tensor
+
+
+@torch.no_grad()
+def top_predictions(
+    logits: Tensor, input_ids: Tensor, targets: Tensor, *, top_k: int, temperature: float
+) -> TopPredictions:
+    """Return what ``top_k_distillation_losses`` needs of a teacher's logits, in float32.
+
+    Args:
+        logits: The teacher's scores, ``(B, T, V)``, any float dtype.
+        top_k: k, from 1 to V.
+        temperature: Softmax temperature, above 0.
+    """
+    rows, _ = _predicted(input_ids, targets)
+    flat, parts = logits.flatten(end_dim=1), []
+    size = max(_PART // logits.shape[-1], 1)
+    for start in range(0, max(len(rows), 1), size):
+        scores = flat[rows[start : start + size]].float() / temperature
+        log_probs = log_softmax(scores, dim=-1)
+        top, ids = log_probs.topk(top_k)
+        # Summed, not one minus the others: a small rest keeps its digits.
+        tail = log_probs.scatter(-1, ids, -torch.inf).logsumexp(dim=-1).exp()
+        parts.append((ids, top, tail))
+    return TopPredictions(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def top_k_distillation_losses(
+    logits: Tensor,
+    teacher: TopPredictions,
+    input_ids: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    mix: float,
+) -> Tensor:
+    """Return ``distillation_losses`` from the teacher's likeliest tokens; all others are one class.
+
+    The divergence is at most that from the full distribution, and grows with k; for k = V both are
+    equal. Other arguments, result and side effects: see ``distillation_losses``.
+
+    Args:
+        teacher: Predictions at the same temperature, one per predicted token. Their probabilities
+            are scaled to sum to one with the tail, which removes the bias of rounded logarithms.
+
+    Raises:
+        ValueError: If there are not as many predictions as predicted tokens.
+    """
+    num_predicted = len(_predicted(input_ids, targets)[0])
+    if len(teacher.tail) != num_predicted:
+        raise ValueError(
+            f"expected a prediction of the teacher for each of {num_predicted} tokens, got "
+            f"{len(teacher.tail)}"
+        )
+
+    def divergence(part: Tensor, place: slice) -> tuple[Tensor, Tensor]:
+        own = TopPredictions(*(values[place] for values in teacher))
+        return _class_divergence(part, own, temperature)
+
+    return _mixed_losses(logits, input_ids, targets, divergence, mix)
 
 
 PartLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """Float32 logits ``(p, V)`` of some predicted tokens, and their slice of all n tokens -> losses
 ``(p,)``, and their gradient by the logits ``(p, V)``."""
+
+
+def _mixed_losses(
+    logits: Tensor, input_ids: Tensor, targets: Tensor, divergence: PartLoss, mix: float
+) -> Tensor:
+    rows, labels = _predicted(input_ids, targets)
+
+    def mixed(part: Tensor, place: slice) -> tuple[Tensor, Tensor]:
+        divergences, divergence_grad = divergence(part, place)
+        if mix == 1:
+            return divergences, divergence_grad
+        losses, grad = _cross_entropy(part, labels[place])
+        return torch.lerp(losses, divergences, mix), torch.lerp(grad, divergence_grad, mix)
+
+    return _row_losses(logits, rows, mixed)
 
 
 def _predicted(input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,6 +250,24 @@ def _divergence(logits: Tensor, teacher: Tensor, temperature: float) -> tuple[Te
     # A probability of zero times a logarithm of minus infinity is zero; NaN stays.
     terms = torch.where(teacher_probs == 0, 0.0, teacher_probs * (teacher_log_probs - log_probs))
     return temperature**2 * terms.sum(dim=-1), temperature * (log_probs.exp_() - teacher_probs)
+
+
+def _class_divergence(
+    logits: Tensor, teacher: TopPredictions, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return ``_divergence`` over k + 1 classes: each of the teacher's k tokens, and the rest."""
+    ids, tail = teacher.ids, teacher.tail.float()
+    probs = teacher.log_probs.float().softmax(dim=-1) * (1 - tail)[:, None]
+    log_probs = log_softmax(logits / temperature, dim=-1)
+    own = log_probs.gather(-1, ids)
+    own_tail = log_probs.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
+    terms = torch.where(probs == 0, 0.0, probs * (probs.log() - own)).sum(dim=-1)
+    terms += torch.where(tail == 0, 0.0, tail * (tail.log() - own_tail))
+    # Of the rest, the teacher's probability is split like the student's own.
+    share = (log_probs - own_tail[:, None]).exp_().mul_(tail[:, None])
+    grad = log_probs.exp() - torch.where(tail[:, None] == 0, 0.0, share)
+    grad.scatter_(-1, ids, own.exp() - probs)
+    return temperature**2 * terms, temperature * grad
 
 
 def _row_losses(logits: Tensor, rows: Tensor, part_loss: PartLoss) -> Tensor:

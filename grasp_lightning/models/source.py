@@ -1,5 +1,6 @@
 """The source of a model: its folder, hub repository or file, and its licence."""
 
+import hashlib
 import re
 import textwrap
 from dataclasses import dataclass, replace
@@ -118,6 +119,24 @@ def describe_origin(source: ModelSource) -> ModelOrigin:
         quantized_source=False,
         folder=source.folder,
     )
+
+
+def source_hash(config: ModelConfig) -> str:
+    """Return a hash that identifies a model without loading it.
+
+    It covers the bytes of a GGUF file, or of the config and the weight files of a local folder; for
+    a hub model its name and commit.
+    """
+    source = pinned(resolve_source(config))
+    if source.is_hub:
+        return hashlib.sha256(f"{source.location}@{source.revision}".encode()).hexdigest()
+    digest, folder = hashlib.sha256(), Path(source.location)
+    files = [source.gguf_file] if source.gguf_file else [folder / "config.json"]
+    files += [] if source.gguf_file else weight_files(folder)
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _looks_like_path(text: str) -> bool:

@@ -128,7 +128,8 @@ def _teacher(base_model: str, distillation: Values) -> str:
     # A path like models/llama has the form of a hub name: only a known one is printed whole.
     name = teacher if teacher == base_model else _last_part(teacher)
     who = f"the teacher {code_span(name)}" if name else "a teacher"
-    return f"the distribution that {who} predicts{_set_options(distillation, 'temperature', 'mix')}"
+    names = ("temperature", "mix", *(["top_k"] if distillation.get("cache") else []))
+    return f"the distribution that {who} predicts{_set_options(distillation, *names)}"
 
 
 def _set_options(values: Values, *names: str) -> str:

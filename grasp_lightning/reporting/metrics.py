@@ -101,6 +101,8 @@ class CompensationSeconds:
     """Wall-clock seconds per phase; None for phases that the run did not have."""
 
     load: float | None = None
+    sample: float | None = None
+    teacher: float | None = None
     train: float | None = None
     evaluate: float | None = None
     save: float | None = None

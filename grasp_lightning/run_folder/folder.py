@@ -200,8 +200,8 @@ class RunFolder(RunWriter):
         check_free_space(self.root, bytes_needed)
 
 
-def check_free_space(root: Path, bytes_needed: int) -> None:
-    """Check that the disk of a folder, which may be absent, has room.
+def check_free_space(root: Path, bytes_needed: int, key: str = "output_dir") -> None:
+    """Check that the disk of a folder, which may be absent and is named by a key, has room.
 
     Raises:
         OutputError: If it does not.
@@ -211,5 +211,5 @@ def check_free_space(root: Path, bytes_needed: int) -> None:
     if free < bytes_needed:
         raise OutputError(
             f"{root} needs {bytes_needed / _MEGABYTE:.1f} MB, but {free / _MEGABYTE:.1f} MB are "
-            "free; free some space or use another output_dir"
+            f"free; free some space or use another {key}"
         )

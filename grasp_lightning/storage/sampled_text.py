@@ -5,6 +5,7 @@ rounds differently. A finished run keeps it for a later cut that reads the text 
 """
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class SampledText:
     """Generates text with a model, or reads earlier text: a ``data.self_text.Sampler``.
 
     Args:
-        model: The model, in ``eval()``.
+        model: Returns the model, in ``eval()``; only called if text is missing.
         digest: Hash of its weights.
         phases: Times the generation, as ``sample``.
         earlier: Folder of a finished run whose text is used if it was drawn in the same way.
@@ -41,7 +42,7 @@ class SampledText:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Callable[[], PreTrainedModel],
         digest: str,
         phases: Phases,
         *,
@@ -91,7 +92,7 @@ class SampledText:
 
         def sample() -> Tensor:
             return sample_text(
-                self._model,
+                self._model(),
                 num_windows,
                 length,
                 starts=starts,

@@ -55,8 +55,8 @@ class _About:
     files: Mapping[str, str]
 
 
-def check_shared_folder(folder: str, output_dir: str) -> None:
-    """Refuse a folder that cannot be written, or that overlaps with the run folder.
+def check_shared_folder(folder: str, output_dir: str, key: str = "statistics.shared") -> None:
+    """Refuse a folder, named by a key, that cannot be written or overlaps with the run folder.
 
     Raises:
         ConfigError: If one of them is inside the other.
@@ -64,10 +64,10 @@ def check_shared_folder(folder: str, output_dir: str) -> None:
     shared, run = (Path(path).expanduser().resolve() for path in (folder, output_dir))
     if shared.is_relative_to(run) or run.is_relative_to(shared):
         raise ConfigError(
-            f"statistics.shared: {folder} and output_dir {output_dir} must not be inside each "
+            f"{key}: {folder} and output_dir {output_dir} must not be inside each "
             "other; use a folder next to it"
         )
-    check_parent(shared / _ABOUT, "statistics.shared")
+    check_parent(shared / _ABOUT, key)
 
 
 class SharedFolder:
@@ -111,7 +111,7 @@ class SharedFolder:
             with self.phases.paused():
                 complete = processes.on_first(lambda: {**self._facts, **facts()})
                 key = hashlib.sha256(json.dumps(complete, sort_keys=True).encode()).hexdigest()
-                held.enter_context(self._locked(key))
+                held.enter_context(locked(self._root / f"{key}.lock"))
                 about, found = self._found(self._root / key, read)
             if about is not None:
                 self.phases.add(about.seconds, about.peak_memory_bytes)
@@ -124,24 +124,6 @@ class SharedFolder:
                     lambda: self._keep(key, complete, seconds, lambda folder: write(folder, made))
                 )
             return made
-
-    @contextmanager
-    def _locked(self, key: str) -> Iterator[None]:
-        """Hold an entry in rank 0; the system releases it when the process dies."""
-        file = self._root / f"{key}.lock"
-        held: list[int] = []
-        is_told = False
-        try:
-            # It polls, since a collective call may not wait as long as a measurement takes.
-            while not processes.on_first(lambda: _take(file, held)):
-                if processes.is_first() and not is_told:
-                    logger.warning("another run is measuring the same for %s; waiting", self._root)
-                is_told = True
-                time.sleep(_POLL_SECONDS)
-            yield
-        finally:
-            for descriptor in held:
-                os.close(descriptor)
 
     def _found(self, folder: Path, read: Callable[[Path], T]) -> tuple[_About | None, list[T]]:
         """Return an entry and its content, or nothing."""
@@ -181,6 +163,27 @@ class SharedFolder:
             logger.warning("%s; other runs will measure it again", error)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock in rank 0 during a ``with`` block; the system frees it when the process dies.
+
+    All processes of a run must call this. A second run waits, with one warning.
+    """
+    held: list[int] = []
+    is_told = False
+    try:
+        # It polls, since a collective call may not wait as long as a measurement takes.
+        while not processes.on_first(lambda: _take(file, held)):
+            if processes.is_first() and not is_told:
+                logger.warning("another run is measuring the same for %s; waiting", file.parent)
+            is_told = True
+            time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
 
 
 def _take(file: Path, held: list[int]) -> bool:

@@ -66,11 +66,16 @@ def check_inputs(run: RunFolder, hashes: Mapping[str, str]) -> None:
         if not isinstance(stored, dict):
             raise OutputError(told(file, "is damaged: it must contain hashes by name", advice))
         if stored != hashes:
-            raise OutputError(
-                f"{run.root} contains a run whose model, teacher or training data has changed "
-                "since it started; use another output_dir or --overwrite"
-            )
+            raise OutputError(inputs_changed(run))
     run.write_json(_INPUTS, hashes)
+
+
+def inputs_changed(run: RunFolder) -> str:
+    """Return the message about a run whose inputs are no longer those of its start."""
+    return (
+        f"{run.root} contains a run whose model, teacher or training data has changed since it "
+        "started; use another output_dir or --overwrite"
+    )
 
 
 class TrainingFile:

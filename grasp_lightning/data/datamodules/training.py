@@ -8,20 +8,24 @@ from functools import cached_property, partial
 from typing import NamedTuple
 
 import lightning as L
-import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning import processes
 from grasp_lightning.config import (
     BatchOrder,
-    CalibrationConfig,
     InstructionConfig,
     TextConfig,
     TrainingConfig,
 )
 from grasp_lightning.config.values import check_values
-from grasp_lightning.data.batching import MicroBatch, TokenSamples, collate, epoch_batches
+from grasp_lightning.data.batching import (
+    Extras,
+    MicroBatch,
+    TokenSamples,
+    collate,
+    epoch_batches,
+)
 from grasp_lightning.data.datamodules.calibration import LazyBatches
 from grasp_lightning.data.instruction_files import Instructions, read_instructions
 from grasp_lightning.data.instructions import (
@@ -29,7 +33,8 @@ from grasp_lightning.data.instructions import (
     split_instructions,
     tokenize_instructions,
 )
-from grasp_lightning.data.section_windows import calibration_windows
+from grasp_lightning.data.section_windows import training_windows
+from grasp_lightning.data.self_text import Sampler
 from grasp_lightning.data.steps import StepOptions, TrainingSteps
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError
@@ -54,6 +59,9 @@ class TrainingData(L.LightningDataModule):
     Args:
         training: Batch sizes, and how long to train.
         seed: Seed for the validation split and the sample order.
+
+    Attributes:
+        extras: What is added to the micro-batches of ``train`` and ``validation``.
     """
 
     def __init__(
@@ -63,6 +71,7 @@ class TrainingData(L.LightningDataModule):
         self.tokenizer = tokenizer
         self.training = training
         self.seed = seed
+        self.extras: Mapping[str, Extras] = {}
 
     @property
     @abstractmethod
@@ -93,7 +102,7 @@ class TrainingData(L.LightningDataModule):
         options = StepOptions.of(
             self.training, order=self.order, row_length=self.row_length, seed=self.seed
         )
-        return TrainingSteps(self.samples.train, options)
+        return TrainingSteps(self.samples.train, options, self.extras.get("train"))
 
     def setup(self, stage: str) -> None:  # noqa: ARG002  # Lightning passes it by name
         """Read the samples, so that unreadable text fails before the first step."""
@@ -120,7 +129,11 @@ class TrainingData(L.LightningDataModule):
             epoch=0,
         )
         own = processes.own_batches(rows, 1)
-        builders = [partial(collate, validation, part[0], counts=counts) for part, counts in own]
+        extras = self.extras.get("validation")
+        builders = [
+            partial(collate, validation, part[0], counts=counts, extras=extras)
+            for part, counts in own
+        ]
         return DataLoader(LazyBatches(builders), batch_size=None)
 
 
@@ -179,7 +192,11 @@ class InstructionData(TrainingData):
 
 
 class TextData(TrainingData):
-    """Windows of plain text, from section ``text``; too small a number is a ``ConfigError``."""
+    """Windows of plain text, from section ``text``; too small a number is a ``ConfigError``.
+
+    Args:
+        sample: Writes text with the dense model, for ``source: self``.
+    """
 
     def __init__(
         self,
@@ -187,6 +204,7 @@ class TextData(TrainingData):
         tokenizer: PreTrainedTokenizerBase,
         training: TrainingConfig | None = None,
         seed: int = 0,
+        sample: Sampler | None = None,
     ) -> None:
         super().__init__(tokenizer, training or TrainingConfig(), seed)
         if config.num_samples < 1 or config.num_validation < 0:
@@ -195,6 +213,7 @@ class TextData(TrainingData):
                 f"{config.num_samples} and {config.num_validation}"
             )
         self.config = config
+        self._sample = sample
 
     @property
     def order(self) -> BatchOrder:
@@ -209,26 +228,9 @@ class TextData(TrainingData):
     @cached_property
     def samples(self) -> TrainingSamples:
         """The windows, read on first access; a text that is too short is a ``DataError``."""
-        config = self.config
-        windows = calibration_windows(
-            CalibrationConfig(
-                source=config.source,
-                path=config.path,
-                split=config.split,
-                field=config.field,
-                num_samples=config.num_samples + config.num_validation,
-                seqlen=config.seqlen,
-                add_bos=config.add_bos,
-            ),
-            self.tokenizer,
-            self.seed,
-            part="text",
-            asked=f"num_samples is {config.num_samples} and num_validation {config.num_validation}",
+        train, validation = training_windows(
+            self.config, self.tokenizer, self.seed, sample=self._sample
         )
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(windows), generator=generator)
-        train = windows.select(order[config.num_validation :].sort().values)
-        validation = windows.select(order[: config.num_validation].sort().values)
         return TrainingSamples(
             _as_samples(train),
             _as_samples(validation),

@@ -26,7 +26,11 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.integrity import nan_advice
 from grasp_lightning.training.checkpoints import check_checkpoint
 from grasp_lightning.training.compensation.adapters import Trained
-from grasp_lightning.training.compensation.objective import Objective, Teacher
+from grasp_lightning.training.compensation.objective import (
+    CachedTeacher,
+    Objective,
+    Teacher,
+)
 from grasp_lightning.training.shards import fill, whole_shape, whole_values
 from grasp_lightning.training.strategies import (
     CompensationDeepSpeed,
@@ -59,7 +63,7 @@ class CompensationModule(L.LightningModule):
         model: PreTrainedModel | DecoderView,
         optimizer: OptimizerConfig | None = None,
         *,
-        teacher: Teacher | None = None,
+        teacher: Teacher | CachedTeacher | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -140,6 +144,7 @@ class CompensationModule(L.LightningModule):
             with self._synchronized(number == len(batch.parts)):
                 loss = self._run(part).sum() / num_tokens
                 if not loss.isfinite():
+                    self._objective.check_teacher(part)
                     raise NumericsError(
                         f"the training loss is {float(loss.detach())} in step {batch_idx}; "
                         f"{nan_advice(self.model.dtype, _LOWER)}"
@@ -193,9 +198,12 @@ class CompensationModule(L.LightningModule):
         self._validation.reset()
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Add the cross-entropy of one micro-batch."""
+        """Add the losses of one micro-batch, which are those of the training."""
         del batch_idx
-        self._validation.update(self._objective.cross_entropies(batch).double())
+        losses = self._objective.losses(batch)
+        if not losses.isfinite().all():
+            self._objective.check_teacher(batch)
+        self._validation.update(losses.double())
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over all predicted tokens."""

@@ -9,7 +9,15 @@ from transformers import PreTrainedModel
 from grasp_lightning.data.batching import MicroBatch
 from grasp_lightning.data.packing import PackingForm, packed_inputs, packing_form
 from grasp_lightning.models.integrity import model_hash
-from grasp_lightning.models.next_token import distillation_losses, forward_inputs, next_token_losses
+from grasp_lightning.models.next_token import (
+    PREDICTION_KEYS,
+    TopPredictions,
+    distillation_losses,
+    forward_inputs,
+    next_token_losses,
+    top_k_distillation_losses,
+)
+from grasp_lightning.training.compensation.prediction import refuse_non_finite
 
 
 class Teacher(NamedTuple):
@@ -25,6 +33,20 @@ class Teacher(NamedTuple):
     mix: float
 
 
+class CachedTeacher(NamedTuple):
+    """A dense model whose predictions come with the batches, as ``TopPredictions``.
+
+    Attributes:
+        digest: Hash of the model, and of what its predictions depend on.
+        temperature: Applied to both distributions.
+        mix: The teacher's share of the loss.
+    """
+
+    digest: str
+    temperature: float
+    mix: float
+
+
 class Objective:
     """Losses of the trained model; not a module, so that a teacher is not moved, saved or wrapped.
 
@@ -32,13 +54,15 @@ class Objective:
         model_hashes: Fingerprints of the ``model`` before training and of any ``teacher``.
     """
 
-    def __init__(self, model: PreTrainedModel, teacher: Teacher | None) -> None:
+    def __init__(self, model: PreTrainedModel, teacher: Teacher | CachedTeacher | None) -> None:
         self._model = model
         self._teacher = teacher
         self._forms: dict[PreTrainedModel, PackingForm] = {}
         self.model_hashes = {"model": model_hash(model)}
-        if teacher is not None:
+        if isinstance(teacher, Teacher):
             self.model_hashes["teacher"] = model_hash(teacher.model)
+        elif teacher is not None:
+            self.model_hashes["teacher"] = teacher.digest
 
     @property
     def teacher(self) -> str:
@@ -47,19 +71,37 @@ class Objective:
 
     def expect_packed(self, row_length: int) -> None:
         """Find out how each model separates the samples of a packed row of this many tokens."""
-        for model in (self._model, *(self._teacher or ())[:1]):
+        models = [self._model]
+        if isinstance(self._teacher, Teacher):
+            models.append(self._teacher.model)
+        for model in models:
             self._forms[model] = packing_form(model, row_length)
 
     def losses(self, batch: MicroBatch) -> Tensor:
         """Return the training loss of every predicted token, in nats, ``(n,)``."""
         if self._teacher is None:
             return self.cross_entropies(batch)
-        teacher, temperature, mix = self._teacher
+        _, temperature, mix = self._teacher
+        ids, targets = batch["input_ids"], batch["targets"]
+        if isinstance(self._teacher, CachedTeacher):
+            logits = self._logits(self._model, batch)
+            predicted = TopPredictions(*(batch[key].to(logits.device) for key in PREDICTION_KEYS))
+            return top_k_distillation_losses(
+                logits, predicted, ids, targets, temperature=temperature, mix=mix
+            )
         with torch.inference_mode():
-            given = self._logits(teacher, batch)
+            given = self._logits(self._teacher.model, batch)
         logits = self._logits(self._model, batch)
-        given, ids, targets = given.to(logits.device), batch["input_ids"], batch["targets"]
+        given = given.to(logits.device)
         return distillation_losses(logits, given, ids, targets, temperature=temperature, mix=mix)
+
+    def check_teacher(self, batch: MicroBatch) -> None:
+        """Raise a ``NumericsError`` if the teacher gives NaN or infinity for a batch."""
+        if isinstance(self._teacher, Teacher):
+            with torch.inference_mode():
+                logits = self._logits(self._teacher.model, batch)
+            if not logits[batch["mask"].to(logits.device)].isfinite().all():
+                refuse_non_finite(self._teacher.model, batch)
 
     def cross_entropies(self, batch: MicroBatch) -> Tensor:
         """Return the cross-entropy of every predicted token, in nats, ``(n,)``."""

@@ -304,15 +304,6 @@ def test_keys_of_a_mixture_that_do_not_fit_are_refused(
         mixture_parts(CalibrationConfig(**options), "calibration")
 
 
-@pytest.mark.parametrize("source", ["self", "instructions", "alpaca"])
-def test_a_text_to_train_on_takes_plain_text_only(source: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        mixture_parts(CalibrationConfig(source=source), "text")
-    assert str(caught.value) == (
-        f"text.source {source!r} is unknown; expected one of pydoc, wikitext2, c4, ptb, file"
-    )
-
-
 def test_every_source_can_be_mixed() -> None:
     config = CalibrationConfig(source=CALIBRATION_SOURCES, path=("a.jsonl", "b.jsonl"))
     parts = mixture_parts(config, "calibration")

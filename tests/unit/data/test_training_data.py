@@ -201,6 +201,36 @@ def test_windows_of_a_file_are_all_different_pieces_of_it(
     assert int(train.num_targets) == 10 * 11
 
 
+def test_both_parts_of_a_mixture_have_its_shares(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    paths = []
+    for name in ("lower", "upper"):
+        words = [f"{number:05d}" + (name[0] * 7) for number in range(20)]  # 20 windows
+        paths.append(str(tmp_path / f"{name}.txt"))
+        Path(paths[-1]).write_text("".join(words), encoding="utf-8")
+
+    def written(num_windows: int, length: int, **_: object) -> Tensor:
+        return 65 + torch.arange(num_windows)[:, None].expand(-1, length)
+
+    config = TextConfig(
+        source=("file", "file", "self"),
+        path=tuple(paths),
+        weights=(2, 1, 1),
+        num_samples=16,
+        num_validation=8,
+        seqlen=12,
+    )
+    data = TextData(config, tokenizer, TRAINING, 0, written)
+    train, validation, _ = data.samples
+    kinds = [
+        [text_of(row, tokenizer)[-1] for row in rows(part)[:count]]
+        for part, count in ((train, 8), (train, 16), (validation, 8))
+    ]
+    assert [(kind.count("l"), kind.count("u")) for kind in kinds] == [(4, 2), (8, 4), (4, 2)]
+    assert len({*rows(train), *rows(validation)}) == 24
+
+
 def test_windows_may_start_with_a_token_of_their_own(tokenizer: PreTrainedTokenizerFast) -> None:
     train = text_data(tokenizer, add_bos=True).samples.train
     assert {row[0] for row in rows(train)} == {tokenizer.bos_token_id}

@@ -4,7 +4,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
 from grasp_lightning.models import next_token
-from grasp_lightning.models.next_token import distillation_losses, next_token_losses
+from grasp_lightning.models.next_token import (
+    distillation_losses,
+    next_token_losses,
+    top_k_distillation_losses,
+    top_predictions,
+)
 
 VOCABULARY = 40
 RULED_OUT = -float("inf")
@@ -223,3 +228,71 @@ def test_a_teacher_with_another_vocabulary_is_a_mistake() -> None:
     )
     with pytest.raises(ValueError, match=message):
         distillation_losses(student, teacher[..., 1:], input_ids, targets, temperature=1.0, mix=0.5)
+
+
+# The teacher's likeliest tokens alone
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("mix", [0.3, 1.0])
+def test_all_tokens_of_the_teacher_give_the_full_divergence(
+    temperature: float, mix: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(next_token, "_PART", VOCABULARY * 7)
+    student, teacher, input_ids, targets = random_case()
+    teacher[..., 3] = RULED_OUT
+    ours, theirs = (student.clone().requires_grad_() for _ in range(2))
+    top = top_predictions(teacher, input_ids, targets, top_k=VOCABULARY, temperature=temperature)
+    losses = top_k_distillation_losses(
+        ours, top, input_ids, targets, temperature=temperature, mix=mix
+    )
+    expected = distillation_losses(
+        theirs, teacher, input_ids, targets, temperature=temperature, mix=mix
+    )
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6 * max(temperature, 1) ** 2)
+    torch.testing.assert_close(
+        gradient(losses, ours), gradient(expected, theirs), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_tokens_that_are_not_kept_are_one_class() -> None:
+    student, teacher, input_ids, targets = random_case()
+    ours, theirs = (student.double().float().requires_grad_() for _ in range(2))
+    top = top_predictions(teacher, input_ids, targets, top_k=5, temperature=2.0)
+    losses = top_k_distillation_losses(ours, top, input_ids, targets, temperature=2.0, mix=1.0)
+
+    own, given = (part[predicting(targets)].double() / 2 for part in (theirs, teacher))
+    is_kept = torch.zeros_like(given, dtype=torch.bool).scatter(-1, given.topk(5).indices, True)
+
+    def classes(scores: Tensor) -> Tensor:
+        probs = scores.softmax(-1)
+        rest = probs.masked_fill(is_kept, 0).sum(-1, keepdim=True)
+        return torch.cat([probs[is_kept].view(len(probs), 5), rest], dim=-1).log()
+
+    expected = 4 * kl_div(classes(own), classes(given), reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(losses, expected.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        gradient(losses, ours), gradient(expected, theirs), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_more_tokens_lose_less_even_if_their_logarithms_are_rounded() -> None:
+    student, teacher, input_ids, targets = random_case()
+    options = {"temperature": 1.0, "mix": 1.0}
+    full = distillation_losses(student, teacher, input_ids, targets, **options).mean()
+    lost = []
+    for top_k in (1, 4, 16, VOCABULARY):
+        top = top_predictions(teacher, input_ids, targets, top_k=top_k, temperature=1.0)
+        kept = top._replace(log_probs=top.log_probs.bfloat16())
+        losses = top_k_distillation_losses(student, kept, input_ids, targets, **options)
+        lost.append(float((full - losses.mean()) / full))
+    assert lost == sorted(lost, reverse=True)
+    assert lost[0] > 0.1
+    assert abs(lost[-1]) < 1e-3
+
+
+def test_predictions_for_other_tokens_are_refused() -> None:
+    student, teacher, input_ids, targets = random_case()
+    top = top_predictions(teacher[:2], input_ids[:2], targets[:2], top_k=3, temperature=1.0)
+    with pytest.raises(ValueError, match="a prediction of the teacher for each of"):
+        top_k_distillation_losses(student, top, input_ids, targets, temperature=1.0, mix=1.0)

@@ -62,7 +62,7 @@ def load_moments(run: RunFolder) -> object:
 
 
 def draw(run: RunFolder) -> Tensor:
-    text = SampledText(tiny_model(), "model", Phases())
+    text = SampledText(tiny_model, "model", Phases())
     text.keep_in(run)
     return text(3, 8, starts=BYTES, vocabulary=BYTES, seed=0)
 

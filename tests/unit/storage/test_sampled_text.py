@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> RunFolder:
 def text_in(
     run: RunFolder | None, digest: str = "model", earlier: Path | None = None
 ) -> SampledText:
-    text = SampledText(tiny_model(), digest, Phases(), earlier=earlier)
+    text = SampledText(tiny_model, digest, Phases(), earlier=earlier)
     if run is not None:
         text.keep_in(run)
     return text
@@ -44,7 +44,7 @@ def stored(folder: Path) -> Tensor:
 
 
 def test_text_is_kept_as_it_grows(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = SampledText(tiny_model(), "model", Phases())
+    text = SampledText(tiny_model, "model", Phases())
     text.keep_in(run)
     original, lengths = text._keep, []
 
