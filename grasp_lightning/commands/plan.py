@@ -105,7 +105,7 @@ def _moment_bytes(view: DecoderView, config: PlanConfig, prediction: Prediction)
     Linears with the same input share its Gram matrix, which shapes do not show.
     """
     if config.method.directions_of is not None:  # sums, eigenvectors and their workspace
-        return _DIRECTIONS * FLOAT64 * view.model.config.get_text_config().hidden_size ** 2
+        return _DIRECTIONS * FLOAT64 * model_shape(view).hidden ** 2
     if config.method.weighting is None:
         return 0
     kinds = Metric(weighting=config.method.weighting).moment_kinds
