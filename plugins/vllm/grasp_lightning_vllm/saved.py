@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 QUANT_METHOD: Final = "grasp_lightning"
-_KEYS: Final = {"quant_method", "ranks", "shapes", "seams"}
+_KEYS: Final = {"quant_method", "ranks", "shapes", "seams", "stream"}
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ def read_config(config: Mapping[str, object]) -> SavedLinears:
     """Read the ``quantization_config`` of a compressed model.
 
     Raises:
-        ValueError: If a newer version has written it, weights are quantized, the model has seams,
-            or it is damaged.
+        ValueError: If a newer version has written it, weights are quantized, the model has seams
+            or sliced hidden states, or it is damaged.
     """
     if weights := _mapping(config, "weights"):
         raise ValueError(
@@ -55,6 +55,11 @@ def _check_keys(config: Mapping[str, object]) -> None:
         raise ValueError(
             "this model has seams (linear maps of the hidden states, method.seam=linear), which "
             "vLLM does not compute; serve a model compressed with method.seam=none or replaceme"
+        )
+    if _mapping(config, "stream"):
+        raise ValueError(
+            "this model has sliced hidden states (method.name=slicegpt), which vLLM does not "
+            "compute; serve a model compressed with another method"
         )
     if unknown := sorted(config.keys() - _KEYS):
         raise ValueError(

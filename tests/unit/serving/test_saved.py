@@ -31,6 +31,12 @@ def test_seams_are_refused_in_one_line() -> None:
     assert "\n" not in str(found.value)
 
 
+def test_sliced_hidden_states_are_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"has sliced hidden states .*, which vLLM") as found:
+        read_config({"ranks": {}, "stream": {"width": 32, "size": 20}})
+    assert "\n" not in str(found.value)
+
+
 @pytest.mark.parametrize(
     ("damaged", "message"),
     [
