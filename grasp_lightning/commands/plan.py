@@ -111,7 +111,7 @@ def _moment_bytes(view: DecoderView, config: PlanConfig, prediction: Prediction)
     Linears with the same input share its Gram matrix, which shapes do not show.
     """
     if config.method.directions_of is not None:  # sums, eigenvectors and their workspace
-        return _DIRECTIONS * FLOAT64 * view.model.config.get_text_config().hidden_size ** 2
+        return _DIRECTIONS * FLOAT64 * model_shape(view).hidden ** 2
     method = build_method(config.method, view)
     if isinstance(method, SparsityMethod):
         kinds, limit = frozenset({method.moment_kind}), 0.0  # one layer at a time

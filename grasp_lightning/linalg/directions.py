@@ -43,5 +43,7 @@ def aligned(basis: Tensor, to: Tensor) -> Tensor:
         basis: Orthonormal columns, ``(D, d)``.
         to: Orthonormal columns, ``(D, d)``, of the same dtype.
     """
-    left, _, right = torch.linalg.svd(basis.mT @ to)
-    return basis @ (left @ right)
+    change: Tensor = basis.mT @ to
+    left, _, right = torch.linalg.svd(change)
+    turn: Tensor = left @ right
+    return basis @ turn

@@ -178,14 +178,14 @@ class _Read:
     readers: list[str] = field(default_factory=list)
 
 
-class _Tracer(TorchDispatchMode):
+class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
     """Follows hidden states through a pass, and refuses what a rotation would change.
 
     Embeddings, norms and linears are followed as modules, and everything else as operations.
     """
 
     def __init__(self, size: int, forms: Mapping[str, NormForm]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self._size = size
         self._forms = forms
         self._tags: dict[int, tuple[Tensor, _Tag]] = {}  # with the tensor: its id stays its own
@@ -383,11 +383,11 @@ def _checked(view: DecoderView, tracer: _Tracer, forms: Mapping[str, NormForm]) 
         StreamRead(tuple(read.norms), tuple(read.readers), after.entering if after else ())
         for read, after in zip(reads, [*reads[1:], None], strict=True)
     )
-    for read in found[:-1]:
-        layers = {view.layer_of(name) for names in read for name in names}
+    for block in found[:-1]:
+        layers = {view.layer_of(name) for names in block for name in names}
         if len(layers) != 1 or None in layers:
-            raise _OddError(f"{read.norms[0]} and what follows it are not in one decoder layer")
-    first = [view.layer_of(read.norms[0]) for read in found]
+            raise _OddError(f"{block.norms[0]} and what follows it are not in one decoder layer")
+    first = [view.layer_of(block.norms[0]) for block in found]
     if list(dict.fromkeys(first)) != [*view.layer_indices, None]:
         raise _OddError("some decoder layers do not read them")
     return Stream(_text(view).hidden_size, reads[0].entering, found, used, tracer.norm_of)

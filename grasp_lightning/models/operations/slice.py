@@ -185,8 +185,8 @@ def _narrowed(module: DenseModule, weight: Tensor, bias: Tensor | None) -> Narro
 def _rows(weight: Tensor, basis: Tensor, *, centers: bool = False) -> Tensor:
     """Return rows in a basis, ``(R, D) -> (R, d)``, float64; ``centers`` subtracts their mean."""
     parts = []
-    for part in weight.detach().split(_ROWS):
-        wide = part.double()
+    for start in range(0, len(weight), _ROWS):
+        wide = weight.detach()[start : start + _ROWS].double()
         wide = wide - wide.mean(dim=-1, keepdim=True) if centers else wide
         parts.append(wide @ basis.to(wide))
     return torch.cat(parts)

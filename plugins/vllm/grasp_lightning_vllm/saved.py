@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 QUANT_METHOD: Final = "grasp_lightning"
-_KEYS: Final = {"quant_method", "ranks", "shapes", "seams"}
+_KEYS: Final = {"quant_method", "ranks", "shapes", "seams", "stream"}
 # Linears of attention: narrower ones have lost heads.
 _HEADS: Final = (".q_proj", ".k_proj", ".v_proj", ".qkv_proj", ".o_proj")
 
@@ -31,8 +31,9 @@ def read_config(config: Mapping[str, object]) -> SavedLinears:
     """Read the ``quantization_config`` of a compressed model.
 
     Raises:
-        ValueError: If a newer version has written it, weights are quantized, the model has seams,
-            layers have lost attention heads, compression has added biases, or it is damaged.
+        ValueError: If a newer version has written it, weights are quantized, the model has seams
+            or sliced hidden states, layers have lost attention heads, compression has added biases,
+            or it is damaged.
     """
     if weights := _mapping(config, "weights"):
         raise ValueError(
@@ -57,6 +58,11 @@ def _check_keys(config: Mapping[str, object]) -> None:
         raise ValueError(
             "this model has seams (linear maps of the hidden states, method.seam=linear), which "
             "vLLM does not compute; serve a model compressed with method.seam=none or replaceme"
+        )
+    if _mapping(config, "stream"):
+        raise ValueError(
+            "this model has sliced hidden states (method.name=slicegpt), which vLLM does not "
+            "compute; serve a model compressed with another method"
         )
     if config.get("biases"):
         raise ValueError(

@@ -40,6 +40,12 @@ def test_removed_heads_and_added_biases_are_refused_in_one_line() -> None:
         read_config({"shapes": {reader: [32, 20]}, "biases": [reader]})
 
 
+def test_sliced_hidden_states_are_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"has sliced hidden states .*, which vLLM") as found:
+        read_config({"ranks": {}, "stream": {"width": 32, "size": 20}})
+    assert "\n" not in str(found.value)
+
+
 @pytest.mark.parametrize(
     ("damaged", "message"),
     [
