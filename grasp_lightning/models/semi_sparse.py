@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grasp_lightning.errors import ModelError
@@ -147,9 +147,10 @@ def open_2_4(folder: str | Path, device: str = "cuda") -> PreTrainedModel:
     dtype = tensors[packed[0]].dtype
     for key in packed:
         tensors[key] = unpacked_2_4(tensors[key], tensors.pop(key + POSITIONS))
-    library: Any = AutoModelForCausalLM  # Any: untyped in transformers
     config = AutoConfig.from_pretrained(folder)
-    model: PreTrainedModel = library.from_pretrained(
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # Any: a class, or a tuple of classes
+    kind = found[0] if isinstance(found, tuple) else found
+    model: PreTrainedModel = kind.from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype
     )
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a too narrow type
