@@ -64,7 +64,7 @@ def wanda(
     if groups is None:
         zeros = _lowest(scores, int(weight.shape[1] * sparsity))
     else:
-        zeros = _lowest(scores.unflatten(1, (-1, groups[1])), groups[0]).flatten(1)
+        zeros = _lowest(scores.reshape(len(scores), -1, groups[1]), groups[0]).flatten(1)
     return weight.masked_fill(zeros, 0)
 
 

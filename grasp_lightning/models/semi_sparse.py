@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grasp_lightning.errors import ModelError
@@ -100,7 +100,7 @@ def packed_2_4(weight: Tensor) -> tuple[Tensor, Tensor] | None:
     A byte has the positions of two groups, two bits each, the first in the lowest bits:
     ``(N, M/8)``, uint8. None if a group of four has more than two values.
     """
-    groups = weight.unflatten(1, (-1, _GROUP))
+    groups = weight.reshape(len(weight), -1, _GROUP)
     if bool((groups.count_nonzero(dim=-1) > _KEPT).any()):
         return None
     # Values first, in their order; a zero fills up a group that has fewer.
@@ -108,7 +108,7 @@ def packed_2_4(weight: Tensor) -> tuple[Tensor, Tensor] | None:
     positions = order[..., :_KEPT].sort(dim=-1).values
     values = groups.gather(-1, positions).flatten(1)
     shifts = _BITS * torch.arange(2 * _KEPT, device=weight.device)
-    codes = (positions.flatten(1).unflatten(1, (-1, 2 * _KEPT)) << shifts).sum(dim=-1)
+    codes = (positions.reshape(len(weight), -1, 2 * _KEPT) << shifts).sum(dim=-1)
     return values, codes.to(torch.uint8)
 
 
@@ -116,9 +116,9 @@ def unpacked_2_4(values: Tensor, positions: Tensor) -> Tensor:
     """Return the weight that ``packed_2_4`` packed."""
     shifts = _BITS * torch.arange(2 * _KEPT, device=values.device)
     found = (positions.long().unsqueeze(-1) >> shifts) & (_GROUP - 1)
-    places = found.flatten(1).unflatten(1, (-1, _KEPT))
+    places = found.reshape(len(values), -1, _KEPT)
     groups = values.new_zeros((*places.shape[:2], _GROUP))
-    return groups.scatter(-1, places, values.unflatten(1, (-1, _KEPT))).flatten(1)
+    return groups.scatter(-1, places, values.reshape(places.shape)).flatten(1)
 
 
 def open_2_4(folder: str | Path, device: str = "cuda") -> PreTrainedModel:
@@ -147,9 +147,10 @@ def open_2_4(folder: str | Path, device: str = "cuda") -> PreTrainedModel:
     dtype = tensors[packed[0]].dtype
     for key in packed:
         tensors[key] = unpacked_2_4(tensors[key], tensors.pop(key + POSITIONS))
-    library: Any = AutoModelForCausalLM  # Any: untyped in transformers
     config = AutoConfig.from_pretrained(folder)
-    model: PreTrainedModel = library.from_pretrained(
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # Any: a class, or a tuple of classes
+    kind = found[0] if isinstance(found, tuple) else found
+    model: PreTrainedModel = kind.from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype
     )
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it with a too narrow type
@@ -157,4 +158,5 @@ def open_2_4(folder: str | Path, device: str = "cuda") -> PreTrainedModel:
         linear = model.get_submodule(key.removesuffix(".weight"))
         sparse = to_sparse_semi_structured(linear.get_parameter("weight").detach())
         linear.register_parameter("weight", nn.Parameter(sparse, requires_grad=False))
-    return model.eval()
+    model.train(False)
+    return model

@@ -249,8 +249,8 @@ class Step:
     Attributes:
         name: One word: select, attribution, curvature, drop, seam.
         layers: Original numbers of the decoder layers that this and later steps change, ascending:
-            their inputs can be cached between passes. Moments that need no gradients are those of
-            the first one. Empty if this is the only step.
+            their inputs can be cached between passes. Moments that need no gradients belong to the
+            first one. Empty if this is the only step.
         bases: Singular value decompositions of the scored weights, by module.
         ranks: Ranks to truncate weights to, by module; None leaves them to the decision.
         sparsity: Share of zeros in each weight; None leaves it to the decision.

@@ -23,17 +23,19 @@ from grasp_lightning.models.semi_sparse import (
 )
 from tests.conftest import byte_tokenizer, tiny_model
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
 IDS = torch.arange(40, 60)[None]
 
 
-def sparse_model(**sizes: object) -> PreTrainedModel:
+def sparse_model(width: int = 128) -> PreTrainedModel:
     """A tiny model in bfloat16 whose linears are 2:4."""
-    model = tiny_model(**{**SIZES, "num_key_value_heads": 1, **sizes})
+    model = tiny_model(
+        hidden_size=64, intermediate_size=width, num_attention_heads=2, num_key_value_heads=1
+    )
     for linear in DecoderView(model).all_linears().values():
         weight = linear.weight.detach()
         weight.copy_(wanda(weight, torch.ones(weight.shape[1]), groups=(2, 4)))
-    return model.to(torch.bfloat16)
+    model.bfloat16()
+    return model
 
 
 def saved(model: PreTrainedModel, folder: Path) -> Path:
@@ -81,7 +83,7 @@ def test_what_has_no_2_4_form_is_named() -> None:
     DecoderView(model).linears(2)["model.layers.2.mlp.up_proj"].weight.data[1, :3] = 1
     with pytest.raises(ModelError, match=r"model.layers.2.mlp.up_proj is not 2:4: some of its"):
         semi_sparse_tensors(model)
-    problem = semi_sparse_problem(sparse_model(intermediate_size=96))
+    problem = semi_sparse_problem(sparse_model(width=96))
     assert problem is not None
     assert "model.layers.0.mlp.down_proj of shape (64, 96)" in problem
     problem = semi_sparse_problem(model.float())
