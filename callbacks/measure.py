@@ -56,6 +56,8 @@ from grasp_lightning.stats.base import (
     SpanTraining,
     Statistics,
     Step,
+    StreamBases,
+    StreamBasis,
 )
 from grasp_lightning.stats.layer_gradients import gradient_groups
 from grasp_lightning.stats.moments import layer_groups
@@ -133,22 +135,9 @@ class TrainerMeasure:
         needs = step.needs
         if needs.weight_gradients or needs.more_groups:
             return self._component_scores(view, step)
-        if needs.layer_metric is not None:
-            return self._pass(view, step, LayerSimilarity(step=step))
-        if needs.seams:
-            return self._pass(view, step, LayerSeams(step))
-        if needs.spreads:
-            return self._pass(view, step, InputSpreads(step))
-        if needs.stream is not None:
-            bases = stream_bases(
-                view,
-                needs.stream,
-                self._data,
-                track=self._track,
-                max_bytes=self._max_bytes,
-                store=None if self._store is None else self._store.scored_groups,
-            )
-            return Statistics(stream=bases)
+        measurement = _of_one_pass(step)
+        if measurement is not None:
+            return self._pass(view, step, measurement)
         if needs.sensitivity is not None:
             return self._sensitivity(view, step, needs.sensitivity)
         return Statistics(
@@ -158,6 +147,17 @@ class TrainerMeasure:
             unit_scores=self._unit_scores(view, step) if needs.units else {},
             merge_similarity=self._merge_similarity(view, needs.merge),
             trained={} if needs.span_training is None else self._train(view, needs.span_training),
+            stream={} if needs.stream is None else self._bases(view, needs.stream),
+        )
+
+    def _bases(self, view: DecoderView, asked: StreamBases) -> dict[str, StreamBasis]:
+        return stream_bases(
+            view,
+            asked,
+            self._data,
+            track=self._track,
+            max_bytes=self._max_bytes,
+            store=None if self._store is None else self._store.scored_groups,
         )
 
     def _merge_similarity(self, view: DecoderView, merge: MergeLayers | None) -> float | None:
@@ -430,3 +430,13 @@ def _agreed(start: int | None) -> int | None:
     After a resume processes may have other windows; a sharded model runs in all or none.
     """
     return start if len(set(processes.gather(start))) == 1 else None
+
+
+def _of_one_pass(step: Step) -> Measurement | None:
+    """Return what measures a step in a single pass over the windows; None for other steps."""
+    needs = step.needs
+    if needs.layer_metric is not None:
+        return LayerSimilarity(step=step)
+    if needs.seams:
+        return LayerSeams(step)
+    return InputSpreads(step) if needs.spreads else None

@@ -385,6 +385,7 @@ class Plan:
         """Number of weights that are set to zero."""
         return sum(op.zeros for op in self.operations if isinstance(op, SparsifyLinear))
 
+    @property
     def heads(self) -> dict[str, tuple[int, int]]:
         """Kept and original number of key/value groups of every attention, by its full name."""
         narrowed = [op for op in self.operations if isinstance(op, RemoveHeads)]

@@ -90,7 +90,7 @@ def _check_vocabulary(
     sizes = [m.config.get_text_config().vocab_size for m in (model, loaded.model)]
     if sizes[0] != sizes[1] or tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
         raise ModelError(
-            f"distillation.teacher: {Path(model.config.name_or_path).name} has a different "
+            f"distillation.teacher: {Path(str(model.name_or_path)).name} has a different "
             f"vocabulary from the model ({sizes[0]} and {sizes[1]} tokens); use the dense model "
             "that was compressed"
         )
@@ -201,7 +201,7 @@ def _cached(
             "tokens; lower it"
         )
     whole = samples.train.sha256 + samples.validation.sha256
-    facts = {
+    facts: dict[str, str | int | float] = {
         "teacher": dense.digest,
         "text": hashlib.sha256(whole.encode()).hexdigest(),
         "top_k": settings.top_k,

@@ -370,6 +370,7 @@ class SparsityOptions(MethodOptions):
     pattern: PatternChoice | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
 class SliceOptions(RoundingOptions, KeepOptions, AmountOptions):
     """What slicegpt reads.
 

@@ -284,15 +284,21 @@ def _cache_bytes(
         return min(len(model.layers) - 2, DEFAULT_LIMIT // layer) * layer
     windows = -(-config.calibration.num_samples // processes)
     layer = windows * config.calibration.seqlen * model.hidden * model.element_size
-    if config.method.replacement is not None:
-        return min(2 * layer, int(config.statistics.max_memory * 1e9))
-    if config.method.pattern is not None:
+    return _kept_between_layers(config, layer, len(layers))
+
+
+def _kept_between_layers(config: CompressConfig, layer: int, num_layers: int) -> int:
+    """Return the bytes of hidden states that a method keeps, from those of one layer."""
+    method, most = config.method, int(config.statistics.max_memory * 1e9)
+    if method.replacement is not None:
+        return min(2 * layer, most)
+    if method.directions_of is not None:
+        return min(layer, most)
+    if method.pattern is not None:
         return 2 * layer if layer <= DEFAULT_LIMIT else 0
-    if config.method.directions_of is not None:
-        return min(layer, int(config.statistics.max_memory * 1e9))
-    if config.method.schedule != "iterative" or config.method.score == "magnitude":
+    if method.schedule != "iterative" or method.score == "magnitude":
         return 0
-    return min(len(layers), DEFAULT_LIMIT // layer) * layer
+    return min(num_layers, DEFAULT_LIMIT // layer) * layer
 
 
 def _trial_bytes(config: CompressConfig, model: ModelShape, processes: int) -> int:

@@ -116,13 +116,7 @@ def with_parts(config: MethodConfig, defaults: LowRankOptions) -> MethodConfig:
     metric = Metric(weighting=config.weighting or defaults.weighting or "none")
     unused = set(keys_of(MetricOptions)) - set(metric.options)
     refuse_ignored(config, unused, f"method.weighting is {metric.weighting}")
-    for key in keys_of(DampingOptions):
-        value: float | None = getattr(config, key)
-        if value is not None and not 0 <= value <= _LARGEST_DAMPING:
-            raise ConfigError(
-                f"method.{key} must be from 0 to {_LARGEST_DAMPING}, got {value}: it is a share of "
-                "the mean diagonal"
-            )
+    _check_damping(config)
     if (config.refit or defaults.refit) == "none":
         unused.add("refit_pull")
         refuse_ignored(config, ("refit_pull",), "method.refit is none")
@@ -145,6 +139,16 @@ def with_parts(config: MethodConfig, defaults: LowRankOptions) -> MethodConfig:
         elif config.target not in (None, "any"):
             defaults = replace(defaults, mlp="channels")
     return filled(config, defaults, unused)
+
+
+def _check_damping(config: MethodConfig) -> None:
+    for key in keys_of(DampingOptions):
+        value: float | None = getattr(config, key)
+        if value is not None and not 0 <= value <= _LARGEST_DAMPING:
+            raise ConfigError(
+                f"method.{key} must be from 0 to {_LARGEST_DAMPING}, got {value}: it is a share of "
+                "the mean diagonal"
+            )
 
 
 def _check_budget(config: MethodConfig, metric: Metric) -> None:

@@ -76,38 +76,50 @@ class Prediction:
         if larger != share:
             share += f" to {larger}, depending on the layers chosen,"
         first = f"{share} of {self.dense:,} parameters removed: {self.most:,} remain"
-        widths = [f"  {mlp}: {k} of {size} channels" for mlp, (k, size) in self.widths.items()]
-        if widths:
-            widths = [f"{len(widths)} MLPs are narrowed:", *widths]
-        heads = [f"  {name}: {k} of {n} key/value groups" for name, (k, n) in self.heads.items()]
-        if heads:
-            widths = [f"{len(heads)} attention blocks lose heads:", *heads, *widths]
+        return [first, *self._what_changes]
+
+    @property
+    def _what_changes(self) -> list[str]:
         if self.zeros:
-            zeros = (
-                f"{self.zeros / self.dense:.1%} of all parameters become zero, "
-                f"{self.zeros / self.factors:.1%} of the weights of {self.num_layers} layers; "
-                "zeros are stored like other weights, so the model is no smaller"
-            )
-            return [first, zeros]
+            return [self._zeros_line]
         if self.directions is not None:
             kept, size = self.directions
-            return [first, f"the hidden states keep {kept} of {size} directions in all layers"]
+            return [f"the hidden states keep {kept} of {size} directions in all layers"]
         if self.is_budget:
-            return [first, self._budget_line]
+            return [self._budget_line]
         if self.ranks:
             rows = [f"  {name}: rank {rank}" for name, rank in self.ranks.items()]
             where = f"{self.num_layers} layers are replaced; ranks in one of them:"
-            if self.is_per_type:
-                where = f"{self.num_layers} layers are replaced; mean ranks, the data varies them:"
-            return [first, where, *rows, *widths]
+            return [where, *rows, *self._smaller_blocks]
+        return self._smaller_blocks or [self._layers_line]
+
+    @property
+    def _zeros_line(self) -> str:
+        return (
+            f"{self.zeros / self.dense:.1%} of all parameters become zero, "
+            f"{self.zeros / self.factors:.1%} of the weights of {self.num_layers} layers; "
+            "zeros are stored like other weights, so the model is no smaller"
+        )
+
+    @property
+    def _smaller_blocks(self) -> list[str]:
+        heads = [f"  {name}: {k} of {n} key/value groups" for name, (k, n) in self.heads.items()]
+        widths = [f"  {name}: {k} of {n} channels" for name, (k, n) in self.widths.items()]
+        if heads:
+            heads = [f"{len(heads)} attention blocks lose heads:", *heads]
+        if widths:
+            widths = [f"{len(widths)} MLPs are narrowed:", *widths]
+        return heads + widths
+
+    @property
+    def _layers_line(self) -> str:
         if self.is_span:
-            return [first, f"{self.num_layers + 1} contiguous layers are replaced by one"]
+            return f"{self.num_layers + 1} contiguous layers are replaced by one"
         blocks = sum(isinstance(op, RemoveBlock) for op in self.operations)
         if blocks:
-            return [first, f"{blocks} attention or MLP blocks are removed"]
+            return f"{blocks} attention or MLP blocks are removed"
         is_merged = any(isinstance(op, MergeLayers) for op in self.operations)
-        done = "merged into others" if is_merged else "deleted"
-        return [first, *(widths or [f"{self.num_layers} layers are {done}"])]
+        return f"{self.num_layers} layers are {'merged into others' if is_merged else 'deleted'}"
 
     @property
     def _budget_line(self) -> str:

@@ -95,10 +95,10 @@ class SensitivityRanks:
 
         With a time limit, those of the largest ratio that meets the budget come first.
         """
-        kept, ratios = self.kept(shapes), KEEP_RATIOS
+        kept, ratios = self.kept(shapes), [*KEEP_RATIOS]
         if self.search_minutes is not None:
             first = next(ratio for ratio in KEEP_RATIOS if _size_at(ratio, shapes) <= kept)
-            ratios = (first, *KEEP_RATIOS)
+            ratios.insert(0, first)
         return {
             name: tuple(dict.fromkeys(rank_for_keep_ratio(ratio, *shape) for ratio in ratios))
             for name, shape in shapes.items()

@@ -376,9 +376,7 @@ class GraspQuantizer(HfQuantizer):
             )
 
     def _replace_linears(self, model: PreTrainedModel) -> None:
-        # The quantizer of bitsandbytes takes plain linears only.
-        narrowed = NarrowedLinear if self._weights is None else nn.Linear
-        names, changed = {name for name, _ in model.named_modules()}, set[str]()
+        names = {name for name, _ in model.named_modules()}
         for stored, rank in self.quantization_config.ranks.items():
             module, linear = _linear_in_model(model, names, stored)
             rows, columns = dense_shape(linear)
@@ -392,7 +390,12 @@ class GraspQuantizer(HfQuantizer):
             for factor in (low_rank.left, low_rank.right):
                 # They are loaded: a family's initialisation of linears by name does not apply.
                 factor._is_hf_initialized = True  # type: ignore[assignment]  # a flag, no module
-        stream = self.quantization_config.stream
+        self._narrow_linears(model, names)
+
+    def _narrow_linears(self, model: PreTrainedModel, names: AbstractSet[str]) -> None:
+        # The quantizer of bitsandbytes takes plain linears only.
+        narrowed = NarrowedLinear if self._weights is None else nn.Linear
+        stream, changed = self.quantization_config.stream, set[str]()
         for stored, (rows, columns) in self.quantization_config.shapes.items():
             if stored == stream.get(HEAD) and stored not in names:
                 continue  # a model without its head

@@ -42,10 +42,10 @@ def make_plain(model: PreTrainedModel) -> bool:
         Whether the model is an ordinary one now.
     """
     narrowed = narrowed_linears(model)
-    if is_sliced(model):
+    if is_sliced(model) or low_rank_linears(model):
         return False
-    if not narrowed or low_rank_linears(model):
-        return not (narrowed or low_rank_linears(model))
+    if not narrowed:
+        return True
     found = None if biases_of(model) else _plain_settings(model, narrowed)
     if found is None:
         return False
@@ -58,11 +58,15 @@ def make_plain(model: PreTrainedModel) -> bool:
         for key, value in settings.items():
             setattr(config, key, value)
     for parent in {name.rpartition(".")[0] for name in narrowed}:
-        module = model.get_submodule(parent)
-        for setting, value in unnumbered_settings(plain.get_submodule(parent)).items():
-            setattr(module, setting, value)
-        fit_heads(module)
+        _set_as(model.get_submodule(parent), plain.get_submodule(parent))
     return True
+
+
+def _set_as(module: nn.Module, plain: nn.Module) -> None:
+    """Set the sizes that a module keeps beside its weights as those of an ordinary one."""
+    for key, value in unnumbered_settings(plain).items():
+        setattr(module, key, value)
+    fit_heads(module)
 
 
 def _plain_settings(

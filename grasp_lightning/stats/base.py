@@ -221,9 +221,9 @@ class Needs:
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
-        others = (*self.removables, *self.seams, self.merge, self.span_training, self.stream)
-        others += (*self.units, *self.spreads, self.sensitivity)
-        return not any((*asked, *others)) and not self.layer_gradients
+        parts = (*self.removables, *self.seams, *self.units, *self.spreads)
+        others = (self.merge, self.span_training, self.stream, self.sensitivity)
+        return not any((*asked, *parts, *others)) and not self.layer_gradients
 
     @property
     def is_shareable(self) -> bool:

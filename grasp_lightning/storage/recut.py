@@ -108,7 +108,11 @@ class StoredScores:
             self._check_search(options)
         if "weighting" in options:
             self._check_fisher(options.get("fisher"))
-            return
+        else:
+            self._check_scoring(options)
+
+    def _check_scoring(self, options: Mapping[str, OptionValue]) -> None:
+        """Refuse scores of components by another formula."""
         for key in (field.name for field in fields(Scoring)):
             here, there = options.get(key), self.plan.options.get(key)
             if here is not None and here != there:

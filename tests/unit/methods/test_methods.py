@@ -96,8 +96,9 @@ def made_up_moments(view: DecoderView, module: str) -> Moments:
 
 def method_config(name: str, keep_ratio: float | None = None) -> MethodConfig:
     if name in UNIT_METHODS:
-        protected = {"protect_first": 1, "protect_last": 1} if name == "llm_pruner" else {}
-        return resolve_method(MethodConfig(name=name, removed_ratio=0.2, **protected))
+        kept = 1 if name == "llm_pruner" else None
+        config = MethodConfig(name=name, removed_ratio=0.2, protect_first=kept, protect_last=kept)
+        return resolve_method(config)
     config = MethodConfig(name=name, num_layers=2, keep_ratio=keep_ratio)
     if name == "slicegpt":
         config = replace(config, num_layers=None, keep_ratio=0.5)

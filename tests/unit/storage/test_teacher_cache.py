@@ -13,6 +13,7 @@ from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage import teacher_cache
 from grasp_lightning.storage.progress import has_progress
 from grasp_lightning.storage.teacher_cache import TeacherCache
+from grasp_lightning.storage.tensor_files import save_tensors
 from grasp_lightning.training.compensation import predictions_of
 from tests.conftest import tiny_model
 
@@ -124,7 +125,7 @@ def test_a_complete_file_is_not_written_again(filled: Path) -> None:
 )
 def test_other_predictions_are_refused(filled: Path, facts: dict[str, object], which: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        cache_in(filled, **facts).fill(unexpected)
+        cache_in(filled, None, **facts).fill(unexpected)
     assert str(caught.value) == (
         f"distillation.cache_dir: {filled} holds the predictions of {which}; use another folder, "
         "or delete its teacher-*.safetensors"
@@ -140,13 +141,13 @@ def test_a_damaged_file_is_named(filled: Path) -> None:
 
 def test_files_in_a_run_folder_are_progress_that_a_full_disk_leaves(tmp_path: Path) -> None:
     run = RunFolder.open(tmp_path / "run", {})
-    original, calls = teacher_cache.save_tensors, [0]
+    calls = [0]
 
     def writing(path: Path, **content: Any) -> None:  # noqa: ANN401  tensors and metadata
         calls[0] += 1
         if calls[0] == 3:
             raise OSError(28, "No space left on device")
-        original(path, **content)
+        save_tensors(path, **content)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher_cache, "save_tensors", writing)
