@@ -46,8 +46,9 @@ class Flap(CompressionMethod):
     """Remove key/value groups and MLP channels by one threshold over all layers.
 
     For an input j of the linear that reads heads or channels, with weight W and variance ``v_j``
-    over the tokens of the text, the fluctuation is ``v_j |W_j|^2``. Within each layer, the values
-    of all inputs of attention are reduced to mean 0 and deviation 1, and so are those of the MLP.
+    over the tokens of the text, the fluctuation is ``v_j |W_j|^2``. Within the attention, or
+    the MLP, of each layer, the values of all inputs are shifted and scaled to mean 0 and deviation
+    1.
     The score of a unit is the mean over its inputs. The units with the lowest scores of the whole
     model are removed until the share is reached; the best one of each block stays. What the removed
     inputs contribute on average, ``sum_j mean_j W_j``, becomes a bias of the linear.

@@ -39,7 +39,7 @@ class LlmPruner(CompressionMethod):
 
     - ``taylor``: ``|w g|``, g being the gradient of the mean loss per predicted token;
     - ``taylor_second``: ``w^2 h``, h being the mean over windows of the squared gradient of the
-      mean loss of one window, in place of the diagonal of the Hessian matrix;
+      mean loss of one window, instead of the diagonal of the Hessian matrix;
     - ``taylor_mixed``: ``|w g - w^2 h / 2|``;
     - ``l2``: ``w^2``.
 

@@ -130,7 +130,7 @@ class SensitivityTruncation(MetricMethod[SensitivityRanks]):
 
     For each linear and each keep ratio of 0.1, 0.2, ... 0.9, the model with only that linear
     truncated is run on a few calibration windows. Truncations are taken in the order of their
-    losses, which is that of their perplexities, until the budget is met. A linear takes the lowest
+    losses, and so of their perplexities, until the budget is met. A linear takes the lowest
     of its ratios.
 
     Source: Yuan et al., "ASVD", arXiv:2312.05821, "Sensitivity-based Truncation Rank Searching".

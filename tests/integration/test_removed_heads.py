@@ -27,7 +27,7 @@ def logits(folder: Path) -> Tensor:
 
 
 def compressed(folder: Path, family: str, *words: str) -> Path:
-    """The run folder of a tiny model without 20 % of its parameters."""
+    """The run folder of a tiny model with 20 % of its parameters removed."""
     source, run = save_tiny(folder / "source", family), folder / "run"
     windows = [
         f"--{part}.{key}"
