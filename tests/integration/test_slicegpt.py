@@ -111,7 +111,7 @@ def test_slicing_to_the_rank_of_the_hidden_states_is_exact(family: str, directio
 def test_every_block_reads_the_largest_directions_of_what_the_sliced_model_gives_it(
     family: str,
 ) -> None:
-    model, kept, data = with_norms(tiny_model(family)), 12, windows()
+    model, kept, data = with_norms(tiny_model(family)), 8, windows()
     stream, mask = stream_of(DecoderView(model)), data.mask
     scores = sliced(model, kept)
     entering: dict[str, Tensor] = {}
@@ -125,7 +125,7 @@ def test_every_block_reads_the_largest_directions_of_what_the_sliced_model_gives
         held = states.reshape(*mask.shape, kept)[mask].square().sum()
         variances = scores[f"{name}.variances"]
         torch.testing.assert_close(held, variances[:kept].sum(), rtol=1e-4, atol=0)
-        assert held < 0.99 * variances.sum()  # what is removed counts
+        assert held < 0.999 * variances.sum()  # what is removed counts
 
 
 @pytest.fixture(scope="module")
