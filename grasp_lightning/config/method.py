@@ -306,7 +306,7 @@ class SliceOptions(RoundingOptions, KeepOptions, AmountOptions):
 
     Attributes:
         directions_of: What the kept directions hold most of. input: the hidden states as they enter
-            a block; normed: after its norm, so that all tokens count alike.
+            a block; normed: after its norm, so that all tokens count equally.
     """
 
     directions_of: DirectionsOf | None = None

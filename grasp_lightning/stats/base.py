@@ -99,7 +99,7 @@ class StreamBases:
     Attributes:
         width: Number of directions, the same everywhere.
         directions_of: ``input``: of the hidden states as they are; ``normed``: of these divided by
-            their root mean square, so that all tokens count alike.
+            their root mean square, so that all tokens count equally.
     """
 
     width: int
