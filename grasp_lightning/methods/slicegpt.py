@@ -48,7 +48,7 @@ class SliceGpt(CompressionMethod):
     - The bases are turned inside their subspaces so that each residual connection is as near to the
       identity as it can be. In exact arithmetic this changes nothing.
     - ``removed_ratio`` counts all parameters, also those of the residual connections and of the
-      head, which tied models get in addition. The share in (t) and (c) counts directions.
+      head, which tied models get in addition. In (t) and (c) it is a share of directions.
     - d is not rounded; ``multiple_of=8`` rounds as (c) does.
 
     Args:

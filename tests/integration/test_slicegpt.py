@@ -111,7 +111,7 @@ def test_slicing_to_the_rank_of_the_hidden_states_is_exact(family: str, directio
 def test_every_block_reads_the_largest_directions_of_what_the_sliced_model_gives_it(
     family: str,
 ) -> None:
-    model, kept, data = with_norms(tiny_model(family)), 12, windows()
+    model, kept, data = with_norms(tiny_model(family)), 8, windows()
     stream, mask = stream_of(DecoderView(model)), data.mask
     scores = sliced(model, kept)
     entering: dict[str, Tensor] = {}
@@ -121,11 +121,13 @@ def test_every_block_reads_the_largest_directions_of_what_the_sliced_model_gives
     with torch.no_grad():
         model(input_ids=data.input_ids, attention_mask=mask.long())
     assert len(entering) == len(stream.reads) == len(scores)
+    lost = []
     for name, states in entering.items():
         held = states.reshape(*mask.shape, kept)[mask].square().sum()
         variances = scores[f"{name}.variances"]
         torch.testing.assert_close(held, variances[:kept].sum(), rtol=1e-4, atol=0)
-        assert held < 0.99 * variances.sum()  # what is removed counts
+        lost.append(1 - float(held / variances.sum()))
+    assert max(lost) > 0.005  # far more than the tolerance
 
 
 @pytest.fixture(scope="module")

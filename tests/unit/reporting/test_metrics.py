@@ -38,6 +38,7 @@ KEYS = {
     "seconds.attribution",
     "seconds.curvature",
     "seconds.seam",
+    "seconds.slice",
     "seconds.merges",
     "seconds.removals",
     "seconds.gradients",
