@@ -23,7 +23,7 @@ from grasp_lightning.methods.unit_removal import (
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.units import Units
-from grasp_lightning.plan import OptionValue, Plan
+from grasp_lightning.plan import Operation, OptionValue, Plan
 from grasp_lightning.stats.base import Needs, Statistics, Step
 from grasp_lightning.stats.unit_gradients import unit_importance
 
@@ -96,7 +96,8 @@ class LlmPruner(CompressionMethod):
         scores: Mapping[str, Tensor] = stats.unit_scores
         if self._importance == "l2":
             scores = {x.reader: unit_importance(model, x, "l2", {}) for x in blocks}
-        operations, tensors = [], {}
+        operations: list[Operation] = []
+        tensors: dict[str, Tensor] = {}
         for units in blocks:
             if number := self._cut[units.reader]:
                 kept = in_order(scores[units.reader])[number:]

@@ -56,8 +56,8 @@ def make_plain(model: PreTrainedModel) -> bool:
             setattr(config, key, value)
     for parent in {name.rpartition(".")[0] for name in narrowed}:
         module = model.get_submodule(parent)
-        for setting, value in unnumbered_settings(plain.get_submodule(parent)).items():
-            setattr(module, setting, value)
+        for setting, plain_value in unnumbered_settings(plain.get_submodule(parent)).items():
+            setattr(module, setting, plain_value)
         fit_heads(module)
     return True
 

@@ -166,8 +166,8 @@ class Needs:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
         others = (*self.removables, *self.seams, self.merge, self.span_training)
-        others += (*self.units, *self.spreads)
-        return not any((*asked, *others)) and not self.layer_gradients
+        parts = (*self.layer_gradients, *self.units, *self.spreads)
+        return not any((*asked, *others)) and not parts
 
     @property
     def is_shareable(self) -> bool:

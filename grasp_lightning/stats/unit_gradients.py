@@ -156,7 +156,7 @@ def _unit_sums(units: Units, name: str, values: Tensor) -> Tensor:
     rows = values.reshape(len(values), -1).sum(dim=1, dtype=torch.float64).cpu()
     sums = torch.zeros(units.number, dtype=torch.float64)
     sizes = units.parts[units.writers.index(name)]
-    for part, size in zip(rows.split([n * units.number for n in sizes]), sizes, strict=True):
+    for part, size in zip(torch.split(rows, [n * units.number for n in sizes]), sizes, strict=True):
         sums += part.reshape(units.number, size).sum(dim=1)
     return sums
 

@@ -239,7 +239,7 @@ def _padded(narrowed: NarrowedLinear, dense: DenseModule, parts: Parts | None) -
 def _padded_parts(tensor: Tensor, parts: Parts) -> Tensor:
     """Return a weight or bias with zeros at the end of every part."""
     found = []
-    for part, (kept, size) in zip(tensor.split([n for n, _ in parts]), parts, strict=True):
+    for part, (kept, size) in zip(torch.split(tensor, [n for n, _ in parts]), parts, strict=True):
         found += [part, part.new_zeros((size - kept, *part.shape[1:]))]
     return torch.cat(found)
 

@@ -77,8 +77,10 @@ def made_up_moments(view: DecoderView, module: str) -> Moments:
 
 def method_config(name: str, keep_ratio: float | None = None) -> MethodConfig:
     if name in UNIT_METHODS:
-        protected = {"protect_first": 1, "protect_last": 1} if name == "llm_pruner" else {}
-        return resolve_method(MethodConfig(name=name, removed_ratio=0.2, **protected))
+        config = MethodConfig(name=name, removed_ratio=0.2)
+        if name == "llm_pruner":
+            config = replace(config, protect_first=1, protect_last=1)
+        return resolve_method(config)
     config = MethodConfig(name=name, num_layers=2, keep_ratio=keep_ratio)
     if name == "grasp_plus":
         config = replace(config, refit="none")  # stored statistics have no windows
