@@ -96,8 +96,9 @@ def made_up_moments(view: DecoderView, module: str) -> Moments:
 
 def method_config(name: str, keep_ratio: float | None = None) -> MethodConfig:
     if name in UNIT_METHODS:
-        kept = 1 if name == "llm_pruner" else None
-        config = MethodConfig(name=name, removed_ratio=0.2, protect_first=kept, protect_last=kept)
+        config = MethodConfig(name=name, removed_ratio=0.2)
+        if name == "llm_pruner":
+            config = replace(config, protect_first=1, protect_last=1)
         return resolve_method(config)
     config = MethodConfig(name=name, num_layers=2, keep_ratio=keep_ratio)
     if name == "slicegpt":
