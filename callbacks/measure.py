@@ -36,9 +36,9 @@ from grasp_lightning.errors import PlanError
 from grasp_lightning.evaluation.cut_losses import first_tokens
 from grasp_lightning.methods.attribution import ATTRIBUTION, attribution_step
 from grasp_lightning.methods.layer_choice import GRADIENTS, SELECT
+from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.removal import REMOVALS
 from grasp_lightning.methods.seams import SEAM
-from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.sensitivity import SENSITIVITY
 from grasp_lightning.methods.truncation import CURVATURE, Measured
 from grasp_lightning.models.decoder import DecoderView

@@ -162,9 +162,7 @@ def truncation(config: MethodConfig, view: DecoderView, track: Track) -> Compres
     if config.ranks == "sensitivity":
         rule = SensitivityRanks(**budget, search_minutes=config.search_minutes)
         return SensitivityTruncation(rule=rule, **parts)
-    return BudgetedTruncation(
-        rule=GlobalRanks(**budget, **given(config, BudgetOptions)), **parts
-    )
+    return BudgetedTruncation(rule=GlobalRanks(**budget, **given(config, BudgetOptions)), **parts)
 
 
 def _resolved(config: MethodConfig) -> MethodConfig:

@@ -102,8 +102,7 @@ class StoredScores:
             raise ConfigError(
                 "from_scores: schedule iterative needs new measurements; use one_shot"
             )
-        if options.get("ranks") == SENSITIVITY:
-            self._check_search(options)
+        self._check_search(options)
         if "weighting" in options:
             self._check_fisher(options.get("fisher"))
             return
@@ -117,7 +116,8 @@ class StoredScores:
 
     def _check_search(self, options: Mapping[str, OptionValue]) -> None:
         """Refuse losses of truncations in another metric."""
-        for key in ("ranks", *(field.name for field in fields(MetricOptions))):
+        keys = ("ranks", *(field.name for field in fields(MetricOptions)))
+        for key in keys if options.get("ranks") == SENSITIVITY else ():
             here, there = options.get(key), self.plan.options.get(key)
             if here != there:
                 raise ConfigError(
@@ -161,9 +161,7 @@ class StoredScores:
         prices = self._prices(step.needs)
         tried = self._truncation_losses(step.needs.sensitivity)
         if step.needs.moment_kinds:
-            return Statistics(
-                moments=self._moments, removal_losses=prices, truncation_losses=tried
-            )
+            return Statistics(moments=self._moments, removal_losses=prices, truncation_losses=tried)
         scores = {
             module: self.component_scores(
                 module, min(linears[module].out_features, linears[module].in_features)
