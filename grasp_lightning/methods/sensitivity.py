@@ -28,7 +28,7 @@ from grasp_lightning.stats.base import Sensitivity, Statistics, Step
 
 SENSITIVITY: Final = "sensitivity"
 """Name of the step that measures truncations."""
-KEEP_RATIOS: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+KEEP_RATIOS: Final[tuple[float, ...]] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 _RANKS, _LOSSES, _COUNTS = "{name}.tried_ranks", "{name}.tried_losses", "sensitivity.counts"
 _SECONDS_PER_MINUTE = 60
 
@@ -130,8 +130,8 @@ class SensitivityTruncation(MetricMethod[SensitivityRanks]):
 
     For each linear and each keep ratio of 0.1, 0.2, ... 0.9, the model with only that linear
     truncated is run on a few calibration windows. Truncations are taken in the order of their
-    losses, and so of their perplexities, until the budget is met. A linear takes the lowest
-    of its ratios.
+    losses, and so of their perplexities, until the budget is met. A linear takes the lowest of its
+    ratios.
 
     Source: Yuan et al., "ASVD", arXiv:2312.05821, "Sensitivity-based Truncation Rank Searching".
     Its code counts nominal ratios and includes the head; here the parameters of the factors and of

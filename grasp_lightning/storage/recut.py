@@ -104,8 +104,7 @@ class StoredScores:
             raise ConfigError(
                 "from_scores: schedule iterative needs new measurements; use one_shot"
             )
-        if options.get("ranks") == SENSITIVITY:
-            self._check_search(options)
+        self._check_search(options)
         if "weighting" in options:
             self._check_fisher(options.get("fisher"))
         else:
@@ -123,7 +122,8 @@ class StoredScores:
 
     def _check_search(self, options: Mapping[str, OptionValue]) -> None:
         """Refuse losses of truncations in another metric."""
-        for key in ("ranks", *(field.name for field in fields(MetricOptions))):
+        keys = ("ranks", *(field.name for field in fields(MetricOptions)))
+        for key in keys if options.get("ranks") == SENSITIVITY else ():
             here, there = options.get(key), self.plan.options.get(key)
             if here != there:
                 raise ConfigError(

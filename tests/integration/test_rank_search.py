@@ -37,7 +37,7 @@ def test_losses_are_shared_and_cut_again_without_a_search(
     searched, shared, cut = (tmp_path / name for name in ("searched", "shared_run", "cut"))
     assert main([*sharing, "--method.removed_ratio=0.1", f"--output_dir={searched}"]) == 0
     monkeypatch.setattr(
-        "grasp_lightning.callbacks.measure.TrainerMeasure.__call__",
+        "grasp_lightning.callbacks.measure.TrainerMeasure._sensitivity",
         lambda *_: pytest.fail("it was measured again"),
     )
     other = "--method.removed_ratio=0.2"
