@@ -91,8 +91,8 @@ def _check_vocabulary(
     sizes = [m.config.get_text_config().vocab_size for m in (model, loaded.model)]
     if sizes[0] != sizes[1] or tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
         raise ModelError(
-            f"distillation.teacher: {name} has a different vocabulary from the model ({sizes[0]} and {sizes[1]} tokens); use the dense model "
-            "that was compressed"
+            f"distillation.teacher: {name} has a different vocabulary from the model ({sizes[0]} "
+            f"and {sizes[1]} tokens); use the dense model that was compressed"
         )
 
 
