@@ -23,7 +23,7 @@ from grasp_lightning.progress import track
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.sampled_text import SampledText
 from grasp_lightning.storage.shared import SharedFolder
-from grasp_lightning.storage.teacher_cache import TEACHER, TeacherCache
+from grasp_lightning.storage.teacher_cache import TEACHER, Facts, TeacherCache
 from grasp_lightning.training.compensation import CachedTeacher, Teacher, predictions_of
 
 
@@ -201,7 +201,7 @@ def _cached(
             "tokens; lower it"
         )
     whole = samples.train.sha256 + samples.validation.sha256
-    facts = {
+    facts: Facts = {
         "teacher": dense.digest,
         "text": hashlib.sha256(whole.encode()).hexdigest(),
         "top_k": settings.top_k,

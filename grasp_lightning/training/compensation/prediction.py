@@ -54,8 +54,8 @@ def predictions_of(
         if top.log_probs.isnan().any() or top.tail.isnan().any():
             refuse_non_finite(teacher, batch)
         sizes = counts[batch_of].tolist()
-        columns = [values.cpu().split(sizes) for values in top]
-        for index, *values in zip(batch_of, *columns, strict=True):
+        parts = [torch.split(values.cpu(), sizes) for values in top]
+        for index, *values in zip(batch_of, *parts, strict=True):
             found[index] = TopPredictions(*values)
     columns = zip(*(found[index] for index in indices), strict=True)
     return TopPredictions(*(torch.cat(column) for column in columns))

@@ -12,11 +12,12 @@ from grasp_lightning.models.next_token import PREDICTION_KEYS, TopPredictions, t
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage import teacher_cache
 from grasp_lightning.storage.progress import has_progress
-from grasp_lightning.storage.teacher_cache import TeacherCache
+from grasp_lightning.storage.teacher_cache import Facts, TeacherCache
+from grasp_lightning.storage.tensor_files import save_tensors
 from grasp_lightning.training.compensation import predictions_of
 from tests.conftest import tiny_model
 
-FACTS = {"teacher": "a", "text": "b", "top_k": 8, "temperature": 1.0, "dtype": "float32"}
+FACTS: Facts = {"teacher": "a", "text": "b", "top_k": 8, "temperature": 1.0, "dtype": "float32"}
 VOCABULARY = 260
 
 
@@ -55,9 +56,11 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_cache, "_FEWEST_TOKENS", 12)
 
 
-def cache_in(folder: Path | None, run: RunFolder | None = None, **facts: object) -> TeacherCache:
-    given = {**FACTS, **facts}
-    return TeacherCache(PARTS, given, vocabulary=VOCABULARY, folder=folder, run=run)  # type: ignore[arg-type]
+def cache_in(
+    folder: Path | None, run: RunFolder | None = None, facts: Facts | None = None
+) -> TeacherCache:
+    given = {**FACTS, **(facts or {})}
+    return TeacherCache(PARTS, given, vocabulary=VOCABULARY, folder=folder, run=run)
 
 
 @pytest.fixture
@@ -122,9 +125,9 @@ def test_a_complete_file_is_not_written_again(filled: Path) -> None:
         ({"dtype": "bfloat16"}, "dtype float32, not bfloat16"),
     ],
 )
-def test_other_predictions_are_refused(filled: Path, facts: dict[str, object], which: str) -> None:
+def test_other_predictions_are_refused(filled: Path, facts: Facts, which: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        cache_in(filled, **facts).fill(unexpected)
+        cache_in(filled, facts=facts).fill(unexpected)
     assert str(caught.value) == (
         f"distillation.cache_dir: {filled} holds the predictions of {which}; use another folder, "
         "or delete its teacher-*.safetensors"
@@ -140,7 +143,7 @@ def test_a_damaged_file_is_named(filled: Path) -> None:
 
 def test_files_in_a_run_folder_are_progress_that_a_full_disk_leaves(tmp_path: Path) -> None:
     run = RunFolder.open(tmp_path / "run", {})
-    original, calls = teacher_cache.save_tensors, [0]
+    original, calls = save_tensors, [0]
 
     def writing(path: Path, **content: Any) -> None:  # noqa: ANN401  tensors and metadata
         calls[0] += 1
