@@ -153,7 +153,7 @@ def lesson_of(
     """Return the training data, and what the dense model contributes.
 
     Args:
-        data_of: Builds the data; takes what writes text with the dense model.
+        data_of: Builds the data; takes the sampler of the dense model.
         run: Keeps text and predictions once it is open.
     """
     is_distilled = config.objective == "distill"

@@ -72,7 +72,7 @@ def training_windows(
     """Draw the windows of section ``text``; no window is in both parts.
 
     Each source is drawn as in ``calibration_windows``, and a further draw sets its share of
-    ``num_validation`` windows aside. Errors are those of ``calibration_windows``.
+    ``num_validation`` windows aside. It raises the errors of ``calibration_windows``.
 
     Args:
         seed: Seed for all draws.
