@@ -19,7 +19,7 @@ from grasp_lightning.commands.stages import (
     compensate_stages,
     compensate_work,
 )
-from grasp_lightning.commands.teacher import Lesson, lesson, teacher_settings
+from grasp_lightning.commands.teacher import Lesson, lesson_of, teacher_settings
 from grasp_lightning.commands.training import TrainingRun
 from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
 from grasp_lightning.config import CompensateConfig, Strategy
@@ -221,7 +221,7 @@ def _prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) ->
         view = DecoderView(loaded.model)
         linears = trainable_linears(view, config.train, config.lora.targets)
         _check_dtype(config, loaded)
-        data, dense = lesson(
+        data, lesson = lesson_of(
             config, loaded, lambda text: _training_data(config, loaded, view, text), phases, run
         )
         check_vocabulary(view, data.samples.train.input_ids)
@@ -237,7 +237,7 @@ def _prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) ->
         view=view,
         data=data,
         held_out=held_out,
-        lesson=dense,
+        lesson=lesson,
         device=device,
         bytes_needed=int(_SAFETY * (needed + _CHECKPOINT_BYTES * trained)),
         generates=generates,

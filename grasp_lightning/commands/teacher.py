@@ -18,12 +18,12 @@ from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.loading import LoadedModel, load_model, load_without_weights
 from grasp_lightning.models.model_settings import named_by
-from grasp_lightning.models.source import source_hash
+from grasp_lightning.models.source import resolve_source, source_hash
 from grasp_lightning.progress import track
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.sampled_text import SampledText
 from grasp_lightning.storage.shared import SharedFolder
-from grasp_lightning.storage.teacher_cache import TEACHER, TeacherCache
+from grasp_lightning.storage.teacher_cache import TEACHER, Facts, TeacherCache
 from grasp_lightning.training.compensation import CachedTeacher, Teacher, predictions_of
 
 
@@ -57,7 +57,8 @@ class DenseModel:
         self._model: PreTrainedModel | None = None
         with named_by("distillation.teacher"):
             model, tokenizer = load_without_weights(self._settings)
-        _check_vocabulary(model, tokenizer, loaded)
+            name = resolve_source(self._settings).name
+        _check_vocabulary(name, model, tokenizer, loaded)
         self.dtype = model.dtype
         self.vocabulary = int(model.config.get_text_config().vocab_size)
 
@@ -85,14 +86,13 @@ class DenseModel:
 
 
 def _check_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedModel
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedModel
 ) -> None:
     sizes = [m.config.get_text_config().vocab_size for m in (model, loaded.model)]
     if sizes[0] != sizes[1] or tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
         raise ModelError(
-            f"distillation.teacher: {Path(str(model.name_or_path)).name} has a different "
-            f"vocabulary from the model ({sizes[0]} and {sizes[1]} tokens); use the dense model "
-            "that was compressed"
+            f"distillation.teacher: {name} has a different vocabulary from the model ({sizes[0]} "
+            f"and {sizes[1]} tokens); use the dense model that was compressed"
         )
 
 
@@ -143,7 +143,7 @@ class Lesson:
         data.extras = {part: cache.extras(part) for part in ("train", "validation")}
 
 
-def lesson(
+def lesson_of(
     config: CompensateConfig,
     loaded: LoadedModel,
     data_of: Callable[[SampledText | None], TrainingData],
@@ -153,7 +153,7 @@ def lesson(
     """Return the training data, and what the dense model contributes.
 
     Args:
-        data_of: Builds the data; takes the writer of text by the dense model.
+        data_of: Builds the data; takes the sampler of the dense model.
         run: Keeps text and predictions once it is open.
     """
     is_distilled = config.objective == "distill"
@@ -201,7 +201,7 @@ def _cached(
             "tokens; lower it"
         )
     whole = samples.train.sha256 + samples.validation.sha256
-    facts: dict[str, str | int | float] = {
+    facts: Facts = {
         "teacher": dense.digest,
         "text": hashlib.sha256(whole.encode()).hexdigest(),
         "top_k": settings.top_k,

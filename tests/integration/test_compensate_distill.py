@@ -200,9 +200,8 @@ def test_a_cache_of_another_text_is_one_line(
 def test_text_of_the_dense_model_needs_one(
     compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options: list[str] = text_options(compressed, tmp_path)
-    argv = ["compensate", "--objective=text", f"--output_dir={tmp_path / 'run'}", *options[:-1]]
-    given = options[-1]
+    *options, given = text_options(compressed, tmp_path)
+    argv = ["compensate", "--objective=text", f"--output_dir={tmp_path / 'run'}", *options]
     assert main(argv) == 2
     assert "text.source self needs distillation.teacher" in capsys.readouterr().err
     assert main([*argv, given]) == 0

@@ -198,7 +198,7 @@ class CompensationModule(L.LightningModule):
         self._validation.reset()
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Add the losses of one micro-batch, the same as in training."""
+        """Add the training losses of one micro-batch."""
         del batch_idx
         losses = self._objective.losses(batch)
         if not losses.isfinite().all():

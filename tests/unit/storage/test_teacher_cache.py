@@ -12,12 +12,12 @@ from grasp_lightning.models.next_token import PREDICTION_KEYS, TopPredictions, t
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage import teacher_cache
 from grasp_lightning.storage.progress import has_progress
-from grasp_lightning.storage.teacher_cache import TeacherCache
+from grasp_lightning.storage.teacher_cache import Facts, TeacherCache
 from grasp_lightning.storage.tensor_files import save_tensors
 from grasp_lightning.training.compensation import predictions_of
 from tests.conftest import tiny_model
 
-FACTS = {"teacher": "a", "text": "b", "top_k": 8, "temperature": 1.0, "dtype": "float32"}
+FACTS: Facts = {"teacher": "a", "text": "b", "top_k": 8, "temperature": 1.0, "dtype": "float32"}
 VOCABULARY = 260
 
 
@@ -56,9 +56,11 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_cache, "_FEWEST_TOKENS", 12)
 
 
-def cache_in(folder: Path | None, run: RunFolder | None = None, **facts: object) -> TeacherCache:
-    given = {**FACTS, **facts}
-    return TeacherCache(PARTS, given, vocabulary=VOCABULARY, folder=folder, run=run)  # type: ignore[arg-type]
+def cache_in(
+    folder: Path | None, run: RunFolder | None = None, facts: Facts | None = None
+) -> TeacherCache:
+    given = {**FACTS, **(facts or {})}
+    return TeacherCache(PARTS, given, vocabulary=VOCABULARY, folder=folder, run=run)
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def test_a_complete_file_is_not_written_again(filled: Path) -> None:
     assert len(files) > 3
     files[1].unlink()
     (filled / f".partial.{'0' * 16}.safetensors").write_bytes(b"of a killed process")
-    kept = {file: file.stat().st_ino for file in filled.glob("*.safetensors")}
+    kept = {file: file.stat().st_ino for file in filled.glob("teacher-*")}
     asked: list[Sequence[int]] = []
 
     def noting(part: TokenSamples, indices: Sequence[int]) -> TopPredictions:
@@ -107,7 +109,7 @@ def test_a_complete_file_is_not_written_again(filled: Path) -> None:
 
     cache_in(filled).fill(noting)
     assert len(asked) == 1
-    now = {file: file.stat().st_ino for file in filled.glob("*.safetensors")}
+    now = {file: file.stat().st_ino for file in filled.glob("teacher-*")}
     assert now.keys() == kept.keys() | {files[1]}
     assert all(now[file] == kept[file] for file in kept)
     assert not list(filled.glob(".partial*"))
@@ -123,9 +125,9 @@ def test_a_complete_file_is_not_written_again(filled: Path) -> None:
         ({"dtype": "bfloat16"}, "dtype float32, not bfloat16"),
     ],
 )
-def test_other_predictions_are_refused(filled: Path, facts: dict[str, object], which: str) -> None:
+def test_other_predictions_are_refused(filled: Path, facts: Facts, which: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        cache_in(filled, None, **facts).fill(unexpected)
+        cache_in(filled, facts=facts).fill(unexpected)
     assert str(caught.value) == (
         f"distillation.cache_dir: {filled} holds the predictions of {which}; use another folder, "
         "or delete its teacher-*.safetensors"
