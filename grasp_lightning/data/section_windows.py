@@ -72,11 +72,7 @@ def training_windows(
     """Draw the windows of section ``text``; no window is in both parts.
 
     Each source is drawn as in ``calibration_windows``, and a further draw sets its share of
-    <<<<<<< HEAD
-    ``num_validation`` windows aside. It raises the same errors.
-    =======
     ``num_validation`` windows aside. It raises the errors of ``calibration_windows``.
-    >>>>>>> h8
 
     Args:
         seed: Seed for all draws.
