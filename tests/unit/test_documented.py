@@ -38,9 +38,10 @@ OF_THE_SYSTEM = {"Killed"}
 
 
 def templates() -> set[str]:
-    """Every string of the library but docstrings, with ... instead of values."""
+    """Every string of the library and the plugin but docstrings, with ... instead of values."""
     found = set()
-    for file in (ROOT / "grasp_lightning").rglob("*.py"):
+    folders = (ROOT / "grasp_lightning", ROOT / "plugins/vllm/grasp_lightning_vllm")
+    for file in (file for folder in folders for file in folder.rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
