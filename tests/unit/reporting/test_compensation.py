@@ -74,6 +74,8 @@ KEYS = {
     "history.validation_steps",
     "history.validation_loss",
     "seconds.load",
+    "seconds.sample",
+    "seconds.teacher",
     "seconds.train",
     "seconds.evaluate",
     "seconds.save",
