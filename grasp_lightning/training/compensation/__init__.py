@@ -9,6 +9,7 @@ from grasp_lightning.training.compensation.adapters import (
 )
 from grasp_lightning.training.compensation.module import VALIDATION_LOSS, CompensationModule
 from grasp_lightning.training.compensation.objective import Teacher
+from grasp_lightning.training.compensation.parameters import own_parameters, rewritten_parameters
 
 __all__ = [
     "VALIDATION_LOSS",
@@ -17,6 +18,8 @@ __all__ = [
     "Trained",
     "make_trainable",
     "merge_adapters",
+    "own_parameters",
     "resolve_targets",
+    "rewritten_parameters",
     "trainable_linears",
 ]
