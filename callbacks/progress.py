@@ -24,6 +24,7 @@ class StepProgressBar(ProgressBar):
         self._share_done = share_done
         self._done = 0
         self._is_enabled = True
+        self._expected: int | None = None
         self._open = ExitStack()
         self._bar: PassBar | None = None
 
@@ -35,11 +36,18 @@ class StepProgressBar(ProgressBar):
         """Show the bar again."""
         self._is_enabled = True
 
+    def expect(self, total: int) -> None:
+        """Show progress towards this number of batches, instead of all that the Trainer gets."""
+        self._expected = total
+        if self._bar is not None:
+            self._bar.expect(total)
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Show the bar; a resumed training begins in the middle."""
-        self._begin(self.total_train_batches, batch_idx)
+        total = self.total_train_batches if self._expected is None else self._expected
+        self._begin(total, batch_idx)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object

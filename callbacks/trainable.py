@@ -1,5 +1,6 @@
 """Chooses the trainable parameters of a compensation, before the optimizer is made."""
 
+from collections.abc import Collection
 from typing import Any
 
 import lightning as L
@@ -17,10 +18,13 @@ class TrainableParameters(L.Callback):
 
     Args:
         train: ``lora``: adapters on all linears; ``factors``: the factors of low-rank linears and
-            the narrowed linears; ``lora_on_factors``: adapters on these only.
+            the narrowed linears, without biases; ``lora_on_factors``: adapters on these only;
+            ``replaced``: these linears with biases, seams, and ``rewritten`` parameters; ``all``:
+            every parameter of the decoder layers.
         lora: Rank, scale, dropout and targets of adapters.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         seed: Seed for the initial adapters.
+        rewritten: Further parameters for ``replaced``, by name, see ``rewritten_parameters``.
     """
 
     def __init__(
@@ -30,11 +34,13 @@ class TrainableParameters(L.Callback):
         *,
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        rewritten: Collection[str] = (),
     ) -> None:
         self._train = train
         self._lora = lora or LoraSettings()
         self._gradient_checkpointing = gradient_checkpointing
         self._seed = seed
+        self._rewritten = frozenset(rewritten)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make parameters trainable when a fit is set up, before the optimizer exists."""
@@ -43,7 +49,7 @@ class TrainableParameters(L.Callback):
             return
         with torch.random.fork_rng():
             torch.manual_seed(self._seed)
-            module.trained = make_trainable(module.view, self._train, self._lora)
+            module.trained = make_trainable(module.view, self._train, self._lora, self._rewritten)
         if self._gradient_checkpointing:
             model: Any = module.model  # Any: untyped in transformers
             model.activation_checkpointing_enable({"use_reentrant": False})

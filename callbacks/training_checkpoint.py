@@ -49,7 +49,9 @@ class TrainingCheckpoint(L.Callback):
         """Save, if it is time or the run should end, unless a validation is due first."""
         interval = trainer.val_check_batch
         validates = trainer.enable_validation and any(trainer.num_val_batches)
-        if not (validates and interval and (batch_idx + 1) % interval == 0):
+        # A training that has just been stopped is validated after this step, too.
+        is_due = trainer.should_stop or (interval and (batch_idx + 1) % interval == 0)
+        if not (validates and is_due):
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

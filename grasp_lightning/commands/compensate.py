@@ -24,6 +24,7 @@ from grasp_lightning.commands.training import TrainingRun
 from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
 from grasp_lightning.config import CompensateConfig, Strategy
 from grasp_lightning.config.compensate_settings import (
+    ADAPTER_MODES,
     check_settings,
     uses_instructions,
     uses_self,
@@ -43,10 +44,16 @@ from grasp_lightning.models.verification import can_generate
 from grasp_lightning.progress import RunBar, expect_work
 from grasp_lightning.reporting.metrics import Change, CompensationMetrics
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.storage.model_folder import read_plan
 from grasp_lightning.storage.sampled_text import SAMPLE, SampledText
 from grasp_lightning.storage.shared import check_shared_folder
 from grasp_lightning.storage.training import RunNotes, check_inputs
-from grasp_lightning.training.compensation import CompensationModule, trainable_linears
+from grasp_lightning.training.compensation import (
+    CompensationModule,
+    own_parameters,
+    rewritten_parameters,
+    trainable_linears,
+)
 from grasp_lightning.training.compensation.adapters import consolidated
 from grasp_lightning.training.strategies import check_strategy, is_deepspeed, is_sharded_strategy
 
@@ -79,6 +86,7 @@ class _Inputs:
     device: torch.device
     bytes_needed: int
     generates: bool
+    rewritten: frozenset[str]
 
 
 def run_compensate(config: CompensateConfig) -> CompensateRun:
@@ -132,11 +140,25 @@ def _execute(
     expect_work(compensate_work(config, inputs.data, inputs.held_out))
     notes, view = RunNotes(run), inputs.view
     parameters = count_parameters(view.model)
-    module = CompensationModule(view, config.optimizer, teacher=lesson.teacher, seed=config.seed)
+    module = CompensationModule(
+        view,
+        config.optimizer,
+        teacher=lesson.teacher,
+        seed=config.seed,
+        is_limited=config.training.max_time is not None,
+    )
     hashes = {**inputs.data.fingerprint, **module.model_hashes}
     processes.on_first(lambda: check_inputs(run, hashes))
     lesson.prepare(config, inputs.data, phases)
-    training = TrainingRun(config, run, module, inputs.data, stop, device=inputs.device)
+    training = TrainingRun(
+        config,
+        run,
+        module,
+        inputs.data,
+        stop,
+        device=inputs.device,
+        rewritten=inputs.rewritten,
+    )
     train = _train_split if is_sharded_strategy(config.trainer.strategy) else _train
     perplexity, validation_loss = train(config, inputs, training, notes, phases)
 
@@ -145,13 +167,14 @@ def _execute(
         loaded = inputs.loaded
         if is_sharded_strategy(config.trainer.strategy):
             with phases(SAVE):
-                loaded = consolidated(config, training.gathered.state)
+                loaded = consolidated(config, training.gathered.state, inputs.rewritten)
         outcome = CompensationOutcome(
             config=config,
             loaded=loaded,
             data=inputs.data,
             module=module,
             history=training.history,
+            time_limit=training.time_limit,
             best_step=training.best_step,
             parameters_before=parameters,
             perplexity=perplexity,
@@ -219,7 +242,9 @@ def _prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) ->
         )
         check_not_quantized(loaded.model, ModelError)
         view = DecoderView(loaded.model)
-        linears = trainable_linears(view, config.train, config.lora.targets)
+        plan = read_plan(loaded.origin.folder) if config.train == "replaced" else None
+        rewritten = frozenset() if plan is None else rewritten_parameters(view, plan)
+        trained = _trained_bound(config, view, rewritten)
         _check_dtype(config, loaded)
         data, lesson = lesson_of(
             config, loaded, lambda text: _training_data(config, loaded, view, text), phases, run
@@ -230,7 +255,6 @@ def _prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) ->
         held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
         check_vocabulary(view, held_out.input_ids)
         generates = can_generate(loaded.model)
-    trained = sum(linear.weight.numel() for linear in linears.values())  # at most
     needed = count_parameters(view.model) * loaded.model.dtype.itemsize
     return _Inputs(
         loaded=loaded,
@@ -241,7 +265,16 @@ def _prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) ->
         device=device,
         bytes_needed=int(_SAFETY * (needed + _CHECKPOINT_BYTES * trained)),
         generates=generates,
+        rewritten=rewritten,
     )
+
+
+def _trained_bound(config: CompensateConfig, view: DecoderView, rewritten: frozenset[str]) -> int:
+    """Return the most parameters that are trained; a model with none to train is refused."""
+    if config.train == "all" or config.train == "replaced":  # noqa: PLR1714  # for mypy
+        return sum(p.numel() for p in own_parameters(view, config.train, rewritten).values())
+    linears = trainable_linears(view, config.train, config.lora.targets)
+    return sum(linear.weight.numel() for linear in linears.values())
 
 
 def _training_data(
@@ -257,10 +290,10 @@ def _training_data(
 def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
     trainer = config.trainer
     is_coarse = loaded.model.dtype.itemsize < torch.float32.itemsize
-    if config.train == "factors" and is_coarse:
+    if config.train not in ADAPTER_MODES and is_coarse:
         raise ConfigError(
-            f"train: factors would train weights in {loaded.model.dtype}, which is too coarse for "
-            "small steps; set model.dtype: float32 (trainer.precision: bf16-mixed computes in "
+            f"train: {config.train} would train weights in {loaded.model.dtype}, which is too "
+            "coarse for small steps; set model.dtype: float32 (trainer.precision: bf16-mixed computes in "
             "bfloat16), or train: lora"
         )
     if is_deepspeed(trainer.strategy) and trainer.precision == "32-true" and is_coarse:
@@ -273,6 +306,8 @@ def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
 
 def _check_steps(config: CompensateConfig, data: TrainingData) -> None:
     num_steps = len(data.steps())
+    if config.training.max_time is not None:  # the warm-up is planned, too
+        return
     if config.optimizer.warmup_steps >= num_steps:
         raise ConfigError(
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, but there are only "

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from grasp_lightning import __version__
 from grasp_lightning.callbacks.history import TrainingHistory
+from grasp_lightning.callbacks.time_limit import TimeLimit
 from grasp_lightning.commands.stages import SAVE
 from grasp_lightning.config import CompensateConfig, TextConfig
 from grasp_lightning.config.compensate_settings import uses_instructions
 from grasp_lightning.config.parsing import to_dict
+from grasp_lightning.config.values import seconds_of
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.mixture import SELF, mixture_parts, section_of
@@ -37,6 +39,7 @@ from grasp_lightning.reporting.metrics import (
     CompensationSeconds,
     DecoderLinears,
     History,
+    LimitedTime,
     LossChange,
     Metrics,
     Pair,
@@ -169,12 +172,19 @@ class Outcome(RunOutcome[Metrics]):
 
 @dataclass(frozen=True, kw_only=True)
 class CompensationOutcome(RunOutcome[CompensationMetrics]):
-    """The result of a compensation; adapters are merged, and ``best_step`` is None for the last."""
+    """The result of a compensation.
+
+    Attributes:
+        loaded: The model, with adapters merged.
+        time_limit: None if the time was not limited.
+        best_step: None for the last step.
+    """
 
     config: CompensateConfig
     data: TrainingData
     module: CompensationModule
     history: TrainingHistory
+    time_limit: TimeLimit | None
     best_step: int | None
     parameters_before: int
     perplexity: Change[float | None]
@@ -206,6 +216,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
             validation_loss=self.validation_loss,
             validation_tokens=samples.validation.num_targets or None,
             steps=len(steps),
+            time_limit=_limited(config, self.time_limit),
             best_step=self.best_step,
             epochs=len(steps) / self.data.steps().steps_per_epoch,
             samples=samples.counts,
@@ -268,6 +279,16 @@ def _dtype(loaded: LoadedModel) -> str:
 def _seconds(kind: type[S], phases: Phases) -> S:
     times = {phase.name: phases.seconds.get(phase.name) for phase in fields(kind)}
     return kind(**{**times, "total": phases.total})
+
+
+def _limited(config: CompensateConfig, limit: TimeLimit | None) -> LimitedTime | None:
+    if limit is None or config.training.max_time is None:
+        return None
+    return LimitedTime(
+        max_seconds=seconds_of(config.training.max_time),
+        planned_steps=limit.planned_steps,
+        seconds=limit.seconds,
+    )
 
 
 def _describe_data(config: CompensateConfig) -> tuple[str, str | None]:

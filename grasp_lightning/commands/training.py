@@ -1,6 +1,6 @@
 """The Trainer of ``compensate``: callbacks, loggers, and a checkpoint for resuming."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -20,9 +20,11 @@ from grasp_lightning.callbacks.placement import placement
 from grasp_lightning.callbacks.progress import StepProgressBar
 from grasp_lightning.callbacks.split_model import GatherTrained
 from grasp_lightning.callbacks.stop_request import StopRequest
+from grasp_lightning.callbacks.time_limit import TimeLimit
 from grasp_lightning.callbacks.trainable import TrainableParameters
 from grasp_lightning.callbacks.training_checkpoint import TrainingCheckpoint
 from grasp_lightning.config import CompensateConfig
+from grasp_lightning.config.values import seconds_of
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.run_folder.names import CHECKPOINTS, LOGS
@@ -39,7 +41,8 @@ class TrainingRun:
     """Validates and trains a module in an open run folder.
 
     ``history`` includes the steps before an interruption. If the model is split over processes,
-    ``gathered`` has the trained weights in rank 0, not merged.
+    ``gathered`` has the trained weights in rank 0, not merged. ``rewritten`` names further
+    parameters for ``train: replaced``.
     """
 
     config: CompensateConfig
@@ -48,12 +51,18 @@ class TrainingRun:
     data: TrainingData
     stop: StopRequest
     device: torch.device = field(kw_only=True)
+    rewritten: Collection[str] = field(default=(), kw_only=True)
     history: TrainingHistory = field(default_factory=TrainingHistory, init=False)
     gathered: GatherTrained = field(default_factory=GatherTrained, init=False)
 
     def __post_init__(self) -> None:
         self._is_sharded = is_sharded_strategy(self.config.trainer.strategy)
         self._best = BestWeights(_Best(self.run))
+        training = self.config.training
+        self.time_limit: TimeLimit | None = None
+        if training.max_time is not None:
+            seconds = seconds_of(training.max_time)
+            self.time_limit = TimeLimit(seconds, self.data, training.validate_every)
 
     @property
     def can_validate(self) -> bool:
@@ -92,7 +101,11 @@ class TrainingRun:
         config, training = self.config, self.config.training
         checkpointing = training.gradient_checkpointing
         trainable = TrainableParameters(
-            config.train, config.lora, gradient_checkpointing=checkpointing, seed=config.seed
+            config.train,
+            config.lora,
+            gradient_checkpointing=checkpointing,
+            seed=config.seed,
+            rewritten=self.rewritten,
         )
         callbacks: list[L.Callback] = [trainable, self.history]
         if training.keep == "best":
@@ -106,6 +119,8 @@ class TrainingRun:
         )
         if measure is not None:
             callbacks.append(measure)
+        if self.time_limit is not None:
+            callbacks.append(self.time_limit)
         callbacks.append(self.gathered if self._is_sharded else ExportMergedModel())
         return [*callbacks, StepProgressBar("training"), checkpoint]
 

@@ -8,6 +8,7 @@ from grasp_lightning.config.values import (
     BelowOne,
     Count,
     CountOrZero,
+    Duration,
     NotNegative,
     PathName,
     Positive,
@@ -16,9 +17,10 @@ from grasp_lightning.config.values import (
     WindowLength,
 )
 
-TrainMode = Literal["lora", "factors", "lora_on_factors"]
+TrainMode = Literal["lora", "factors", "lora_on_factors", "replaced", "all"]
 Objective = Literal["instruction", "text", "distill"]
 BatchOrder = Literal["shuffled", "length_grouped", "packed"]
+OptimizerName = Literal["adamw", "adamw_8bit"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
 
@@ -134,6 +136,7 @@ class OptimizerConfig:
     """AdamW and its learning rate.
 
     Attributes:
+        name: adamw, or adamw_8bit, whose states take a quarter of the memory (bitsandbytes).
         learning_rate: Peak learning rate.
         weight_decay: Decoupled weight decay of all trained parameters.
         beta1: Decay of the mean of gradients.
@@ -144,6 +147,7 @@ class OptimizerConfig:
         gradient_clip: Maximum norm of the whole gradient; unset: no clipping.
     """
 
+    name: OptimizerName = "adamw"
     learning_rate: Share = 3e-4
     weight_decay: NotNegative = 0.0
     beta1: BelowOne = 0.9
@@ -161,6 +165,8 @@ class TrainingConfig:
     Attributes:
         epochs: Passes over the samples.
         max_steps: Maximum optimizer steps; unset: ``epochs`` decides.
+        max_time: Maximum time in training, such as 90s, 30m or 2h: as many steps as fit are
+            planned, warm-up and decay included, but no more than the other limits allow.
         batch_size: Rows per optimizer step.
         micro_batch_size: Rows per forward pass; affects memory and speed, not the result.
         validate_every: Optimizer steps between validations; unset: only before and after.
@@ -171,6 +177,7 @@ class TrainingConfig:
 
     epochs: Count = 1
     max_steps: Count | None = None
+    max_time: Duration | None = None
     batch_size: Count = 32
     micro_batch_size: Count = 4
     validate_every: Count | None = None
@@ -214,7 +221,9 @@ class Recipe:
     Attributes:
         preset: Named set of defaults: paper, the settings of arXiv:2501.00339, Table 6.
         train: What to train: lora (adapters on all linears), factors (low-rank factors and narrowed
-            linears), or lora_on_factors (adapters on these only).
+            linears, without biases), lora_on_factors (adapters on these only), replaced (these
+            linears with biases, seams, and weights that compression set or merged), or all (every
+            weight of the decoder layers).
         objective: What to train on: instruction, text, or distill (a teacher's distribution).
         lora: LoRA adapters.
         data: Instructions to train on.

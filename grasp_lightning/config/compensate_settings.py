@@ -2,7 +2,7 @@
 
 from dataclasses import fields, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Final
 
 from grasp_lightning.config import (
     CompensateConfig,
@@ -12,6 +12,7 @@ from grasp_lightning.config import (
     LoraSettings,
     Recipe,
     TextConfig,
+    TrainMode,
 )
 from grasp_lightning.config.values import check_values
 from grasp_lightning.errors import ConfigError
@@ -19,11 +20,15 @@ from grasp_lightning.errors import ConfigError
 _SELF = "self"  # see data.mixture
 
 
+ADAPTER_MODES: Final[tuple[TrainMode, ...]] = ("lora", "lora_on_factors")
+
+
 def check_settings(config: CompensateConfig) -> None:
     """Refuse numbers out of range, and keys that contradict others or have no effect."""
     check_values(config)
     _refuse_ignored(config)
     _check_validation(config)
+    _check_optimizer(config)
     _check_packages(config.loggers)
 
 
@@ -45,8 +50,8 @@ def uses_self(config: Recipe) -> bool:
 def _refuse_ignored(config: CompensateConfig) -> None:
     reads_instructions = uses_instructions(config)
     unread: list[tuple[str, Any, str]] = []  # Any: a section
-    if config.train == "factors":
-        unread.append(("lora", LoraSettings(), "train: factors has no adapters"))
+    if config.train not in ADAPTER_MODES:
+        unread.append(("lora", LoraSettings(), f"train: {config.train} has no adapters"))
     unread += _unread_distillation(config)
     if reads_instructions:
         unread.append(("text", TextConfig(), "the model is trained on instructions"))
@@ -97,6 +102,22 @@ def _check_validation(config: CompensateConfig) -> None:
         raise ConfigError(
             f"training.validate_every is {training.validate_every}, but {section}.num_validation "
             "is 0: set samples aside, or leave it out"
+        )
+
+
+def _check_optimizer(config: CompensateConfig) -> None:
+    name, strategy = config.optimizer.name, config.trainer.strategy
+    if name == "adamw":
+        return
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optimizer.name {name} needs the package bitsandbytes: pip install "
+            "'grasp-lightning[quantize]', or use adamw"
+        )
+    if strategy not in {"auto", "ddp"}:
+        raise ConfigError(
+            f"optimizer.name {name} cannot divide its states between processes, as "
+            f"trainer.strategy {strategy} does: use adamw, or trainer.strategy auto or ddp"
         )
 
 

@@ -1,6 +1,7 @@
 """Allowed values, declared at each key of the configuration and checked in one place."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -10,6 +11,8 @@ from grasp_lightning.reading.text import one_line, user_path
 
 _MOST_BITS = 1024  # of a number that is shown
 _FINITE = "must be a finite number"
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smh])", re.ASCII)
+_UNITS = {"s": 1, "m": 60, "h": 3600}
 _MOST = 2**31 - 1  # of a count whose key declares no other bound
 
 
@@ -54,7 +57,17 @@ class _Path:
         return "path"
 
 
+@dataclass(frozen=True)
+class _Duration:
+    """Marks a text that is a time: a number and its unit, ``s``, ``m`` or ``h``."""
+
+    def __repr__(self) -> str:
+        """Return what the help of a command shows."""
+        return "time, such as 90s, 30m or 2h"
+
+
 PathName = Annotated[str, _Path()]
+Duration = Annotated[str, _Duration()]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(at_least=0)]
 BelowOne = Annotated[float, Range(at_least=0, below=1)]
@@ -94,6 +107,19 @@ def check_values(config: Any, prefix: str = "") -> None:  # noqa: ANN401  a data
                     claim = claim.replace("must be above", "must hold numbers above")
                     claim = claim.replace("must be", "must hold numbers of")
                 raise ConfigError(f"{key} {claim}, got {_shown(part)}")
+
+
+def seconds_of(duration: str) -> float:
+    """Return the seconds of a ``Duration``, such as ``90s``, ``30m`` or ``1.5h``.
+
+    Raises:
+        ValueError: If it is none, or not above 0.
+    """
+    match = _DURATION.fullmatch(duration)
+    seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    if not 0 < seconds <= _MOST:
+        raise ValueError(f"expected a time such as 90s, 30m or 2h, got {duration!r}")
+    return seconds
 
 
 def is_path(kind: Any) -> bool:  # noqa: ANN401  a type annotation
@@ -140,4 +166,9 @@ def _text_refusal(value: str, key: str, marks: list[object]) -> str | None:
         return "is not UTF-8 text"
     if any(isinstance(mark, _Path) for mark in marks):
         user_path(value, key, ConfigError)
+    if any(isinstance(mark, _Duration) for mark in marks):
+        try:
+            seconds_of(value)
+        except ValueError:
+            return "must be a time such as 90s, 30m or 2h"
     return None

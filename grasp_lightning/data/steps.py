@@ -163,6 +163,11 @@ class TrainingSteps(ResumableSteps[StepBatch]):
         targets = self._samples.num_targets_of
         return StepBatch(parts, sum(int(targets[index]) for row in rows for index in row))
 
+    def num_tokens(self, step: int) -> int:
+        """Return the number of tokens in all rows of a step, without padding."""
+        lengths = self._samples.lengths
+        return sum(int(lengths[index]) for row in self.rows(step) for index in row)
+
     def rows(self, step: int) -> Rows:
         """Return the indices of the samples in each row of a step."""
         epoch, index = divmod(step, self.steps_per_epoch)

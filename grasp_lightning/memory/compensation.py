@@ -30,6 +30,8 @@ ZERO_AHEAD = 5 * 10**7
 # Per parameter, in float32: Adam's two moments, and the copy of DeepSpeed stages 1 and 2.
 ADAM = 2 * FLOAT32
 ADAM_AND_COPY = 3 * FLOAT32
+# bitsandbytes' 8-bit AdamW has a float32 scale for this many values of a moment.
+BLOCK_8BIT = 256
 
 
 class CompensationMemory(NamedTuple):
@@ -62,6 +64,7 @@ def compensation_memory(
     is_new: bool,
     activations: int,
     teacher: int = 0,
+    is_8bit: bool = False,
 ) -> tuple[CompensationMemory, int]:
     """Return what one compensation process needs on its device, by kind, and on its host.
 
@@ -83,6 +86,8 @@ def compensation_memory(
         is_new: Whether the trained parameters are added to the model, as adapters are.
         activations: Bytes of activations.
         teacher: Bytes of a teacher on the same device.
+        is_8bit: Whether the optimizer keeps its states in 8 bits; the few small parameters whose
+            states stay in float32 are not told apart.
     """
     new = FLOAT32 * trained if is_new else 0
     whole = model.weights + new
@@ -90,7 +95,7 @@ def compensation_memory(
     is_split = strategy == "fsdp" or "stage_3" in strategy
     gathered = _gathered(model, strategy, new) if is_split else 0
     weights = part_of(whole, parts) + gathered if is_split and parts > 1 else whole
-    optimizer = _optimizer_bytes(strategy, trained, parts)
+    optimizer = _optimizer_bytes(strategy, trained, parts, is_8bit=is_8bit)
     if strategy == "ddp" and parts > 1:
         gradients *= 2
         activations = max(activations, min(whole, DDP_COPIES) - gradients - optimizer)
@@ -141,11 +146,16 @@ def compensation_activations(
 
 def trained_parameters(model: ModelShape, adapters: Adapters) -> int:
     """Return the number of parameters that a compensation trains."""
+    if adapters.rank is None and adapters.on_dense:
+        return sum(layer.parameters for layer in model.layers)
+    rewritten = sum(layer.rewritten for layer in model.layers) if adapters.has_rewritten else 0
     trained = (matrix for layer in model.layers for matrix in _trained(layer, adapters))
-    return sum(adapters.parameters(matrix) for matrix in trained)
+    return rewritten + sum(adapters.parameters(matrix) for matrix in trained)
 
 
-def _optimizer_bytes(strategy: Strategy, trained: int, parts: int) -> int:
+def _optimizer_bytes(strategy: Strategy, trained: int, parts: int, *, is_8bit: bool) -> int:
+    if is_8bit:  # the states are never sharded
+        return 2 * trained + 2 * FLOAT32 * part_of(trained, BLOCK_8BIT)
     if strategy in ("deepspeed_stage_1", "deepspeed_stage_2"):
         return part_of(ADAM_AND_COPY * trained, parts)
     return ADAM * trained if strategy in ("auto", "ddp") else part_of(ADAM * trained, parts)

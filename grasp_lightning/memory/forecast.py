@@ -10,8 +10,13 @@ from grasp_lightning.config import (
     PlanConfig,
     Strategy,
     TrainerConfig,
+    TrainMode,
 )
-from grasp_lightning.config.compensate_settings import check_settings, uses_instructions
+from grasp_lightning.config.compensate_settings import (
+    ADAPTER_MODES,
+    check_settings,
+    uses_instructions,
+)
 from grasp_lightning.config.parsing import parse
 from grasp_lightning.data.mixture import SELF, mixture_parts
 from grasp_lightning.errors import ConfigError
@@ -38,6 +43,7 @@ from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
 # Sharding is pointless in one process: the forecast then assumes this many.
 DEFAULT_PROCESSES: Final = 8
 _COMPENSATION_STRATEGIES: Final[tuple[Strategy, ...]] = get_args(Strategy)
+_WHOLE_STATES: Final[tuple[Strategy, ...]] = ("auto", "ddp")
 
 
 def compensation_settings(config: PlanConfig) -> CompensateConfig:
@@ -203,52 +209,75 @@ def compensation_plan(
         dense: The dense model, which is the teacher in a distillation.
         compressed: The model that is trained.
     """
-    adapters = adapters_of(compensate)
-    is_distilled = compensate.objective == "distill"
-    run = compensation_pass(compensate)
-    trained = trained_parameters(compressed, adapters)
-    full, checkpointed = (
-        compensation_activations(
-            compressed, run, adapters, is_checkpointed=is_checkpointed, num_logits=1 + is_distilled
-        )
-        for is_checkpointed in (False, True)
-    )
-    has_teacher = is_distilled and compensate.distillation.device == "auto"
     processes = _num_processes(compensate.trainer, config.trainer)
-    rows = {}
-    for strategy in _COMPENSATION_STRATEGIES:
-        (memory, host), (less, _) = (
-            compensation_memory(
-                compressed,
-                strategy,
-                1 if strategy == "auto" else processes,
-                trained=trained,
-                is_new=adapters.rank is not None,
-                activations=activations,
-                teacher=dense.weights if has_teacher else 0,
-            )
-            for activations in (full, checkpointed)
-        )
-        rows[strategy] = CompensationRow(memory=memory, total_checkpointed=less.total, host=host)
+    is_8bit = compensate.optimizer.name == "adamw_8bit"
+    strategies = _WHOLE_STATES if is_8bit else _COMPENSATION_STRATEGIES
+    rows = {
+        strategy: _compensation_row(compensate, dense, compressed, strategy, processes)
+        for strategy in strategies
+    }
+    modes = {}
+    for train in get_args(TrainMode):
+        other = replace(compensate, train=train)
+        if trained_parameters(compressed, adapters_of(other)):  # there may be no factors
+            modes[train] = _compensation_row(other, dense, compressed, "auto", processes)
+    run, adapters = compensation_pass(compensate), adapters_of(compensate)
     return CompensationPlan(
         source=config.compensate if isinstance(config, PlanConfig) else None,
         train=compensate.train,
-        trained=trained,
+        trained=trained_parameters(compressed, adapters),
         batch_size=run.batch_size,
         seqlen=run.seqlen,
         processes=processes,
-        activations_checkpointed=checkpointed,
+        activations_checkpointed=_activations(compensate, compressed, is_checkpointed=True),
         rows=rows,
+        modes=modes,
+    )
+
+
+def _compensation_row(
+    config: CompensateConfig,
+    dense: ModelShape,
+    compressed: ModelShape,
+    strategy: Strategy,
+    processes: int,
+) -> CompensationRow:
+    adapters = adapters_of(config)
+    has_teacher = config.objective == "distill" and config.distillation.device == "auto"
+    (memory, host), (less, _) = (
+        compensation_memory(
+            compressed,
+            strategy,
+            1 if strategy == "auto" else processes,
+            trained=trained_parameters(compressed, adapters),
+            is_new=adapters.rank is not None,
+            activations=_activations(config, compressed, is_checkpointed=is_checkpointed),
+            teacher=dense.weights if has_teacher else 0,
+            is_8bit=config.optimizer.name == "adamw_8bit",
+        )
+        for is_checkpointed in (False, True)
+    )
+    return CompensationRow(memory=memory, total_checkpointed=less.total, host=host)
+
+
+def _activations(config: CompensateConfig, model: ModelShape, *, is_checkpointed: bool) -> int:
+    return compensation_activations(
+        model,
+        compensation_pass(config),
+        adapters_of(config),
+        is_checkpointed=is_checkpointed,
+        num_logits=1 + (config.objective == "distill"),
     )
 
 
 def adapters_of(config: CompensateConfig) -> Adapters:
-    """Return the adapters that a configuration trains."""
+    """Return the adapters or weights that a configuration trains."""
     return Adapters(
-        rank=None if config.train == "factors" else config.lora.rank,
-        on_dense=config.train == "lora",
+        rank=config.lora.rank if config.train in ADAPTER_MODES else None,
+        on_dense=config.train in {"lora", "all"},
+        has_rewritten=config.train == "replaced",
         has_dropout=config.lora.dropout > 0,
-        targets=config.lora.targets,
+        targets=config.lora.targets if config.train in ADAPTER_MODES else (),
     )
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from grasp_lightning.memory.shapes import Layer, ModelShape
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import in_attention
-from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears
+from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears, seams
 from grasp_lightning.models.operations import applier_of
 from grasp_lightning.models.size import LinearShape, count_parameters, count_tied_parameters
-from grasp_lightning.plan import Operation
+from grasp_lightning.plan import AddSeam, MergeLayers, Operation, SetWeights
 
 _INNER_SIZES = 4  # times the hidden size, for layers without linears in their MLP
 # Layers of these types keep a state of fixed size, or nothing, instead of keys and values.
@@ -56,16 +56,40 @@ def shape_after(model: ModelShape, operations: Sequence[Operation], parameters: 
     for operation in operations:
         new |= applier_of(operation).new_shapes(operation, dense)
     layers = tuple(
-        _replaced(layer, new) for index, layer in enumerate(model.layers) if index not in dropped
+        _after(index, layer, new, operations, seam=model.hidden**2)
+        for index, layer in enumerate(model.layers)
+        if index not in dropped
     )
     inner, is_gated = _widest_mlp(layers, model.hidden)
     return replace(model, parameters=parameters, layers=layers, inner=inner, is_gated=is_gated)
 
 
-def _replaced(layer: Layer, new: Mapping[str, LinearShape]) -> Layer:
+def _after(
+    index: int,
+    layer: Layer,
+    new: Mapping[str, LinearShape],
+    operations: Sequence[Operation],
+    *,
+    seam: int,
+) -> Layer:
+    """Return the shape of a layer with new linears; a seam has this number of parameters."""
     linears = {name: new.get(name, shape) for name, shape in layer.linears.items()}
     before, after = (sum(x.parameters for x in y.values()) for y in (layer.linears, linears))
-    return layer._replace(parameters=layer.parameters - before + after, linears=linears)
+    replaced = [name for name, shape in linears.items() if shape.is_replaced]
+    changed, seams = {f"{name}.bias" for name in replaced}, 0
+    for operation in operations:
+        if isinstance(operation, SetWeights):
+            changed |= {f"{operation.module}.{name}" for name in operation.parameters}
+        elif isinstance(operation, MergeLayers) and operation.absorbed:
+            changed |= layer.sizes.keys() if operation.base == index else set()
+        elif isinstance(operation, AddSeam) and operation.holder == index:
+            seams += seam
+    changed -= {f"{name}.weight" for name in replaced}
+    return layer._replace(
+        parameters=layer.parameters - before + after + seams,
+        linears=linears,
+        rewritten=sum(layer.sizes.get(name, 0) for name in changed) + seams,
+    )
 
 
 def _layer(view: DecoderView, index: int) -> Layer:
@@ -81,7 +105,14 @@ def _layer(view: DecoderView, index: int) -> Layer:
         rows, columns = narrowed.out_features, narrowed.in_features
         linears[prefix + name] = LinearShape(rows, columns, is_narrowed=True)
     attention = [name for name in linears if in_attention(name.removeprefix(prefix))]
-    return Layer(count_parameters(module), linears, tuple(attention))
+    sizes = {prefix + name: p.numel() for name, p in module.named_parameters()}
+    rewritten = sum(linear.weight.numel() for linear in seams(module).values())
+    for name, shape in linears.items():
+        if shape.is_replaced:
+            rewritten += sizes.get(f"{name}.bias", 0) + sizes.get(f"{name}.left.bias", 0)
+    return Layer(
+        count_parameters(module), linears, tuple(attention), sizes=sizes, rewritten=rewritten
+    )
 
 
 def _widest_mlp(layers: Iterable[Layer], hidden: int) -> tuple[int, bool]:

@@ -6,6 +6,7 @@ Q and G total widths of queries and keys, I inner width of the MLP, V vocabulary
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from grasp_lightning.models.size import LinearShape
@@ -19,12 +20,17 @@ class Layer(NamedTuple):
         linears: Full name -> shape.
         attention: Names of the linears in the attention block.
         has_keys: Whether the layer caches keys and values during generation.
+        sizes: Full name of a parameter -> number of values; those of replaced linears may be old.
+        rewritten: Number of parameters that compression added or changed besides the factors and
+            narrowed weights: biases of these linears, seams, and weights that were set or merged.
     """
 
     parameters: int
     linears: Mapping[str, LinearShape]
     attention: tuple[str, ...] = ()
     has_keys: bool = True
+    sizes: Mapping[str, int] = MappingProxyType({})
+    rewritten: int = 0
 
     @property
     def blocks(self) -> tuple[tuple[LinearShape, ...], ...]:
@@ -149,15 +155,18 @@ class Adapters:
     """Parameters that a compensation trains.
 
     Attributes:
-        rank: Rank of the adapters, at most half the smaller side of a matrix; None trains factors
-            and narrowed weights themselves.
-        on_dense: Whether dense linears get adapters, too.
+        rank: Rank of the adapters, at most half the smaller side of a matrix; None trains weights
+            themselves.
+        on_dense: Whether dense linears get adapters, too; without adapters, whether every parameter
+            of the decoder layers is trained.
+        has_rewritten: Whether ``Layer.rewritten`` is trained besides factors and narrowed weights.
         has_dropout: Whether adapters drop some of their inputs.
         targets: Suffixes of the names of trained linears; empty for all.
     """
 
     rank: int | None
     on_dense: bool = True
+    has_rewritten: bool = False
     has_dropout: bool = True
     targets: tuple[str, ...] = ()
 
@@ -167,10 +176,8 @@ class Adapters:
         return self.has_dropout and self.rank is not None
 
     def trains(self, name: str, linear: LinearShape) -> bool:
-        """Return whether a linear's factors, narrowed weight or adapters are trained."""
-        if linear.rank == 0 or not (
-            linear.is_replaced or (self.on_dense and self.rank is not None)
-        ):
+        """Return whether a linear's factors, weight or adapters are trained."""
+        if linear.rank == 0 or not (linear.is_replaced or self.on_dense):
             return False
         return not self.targets or any(
             name == target or name.endswith(f".{target}") for target in self.targets

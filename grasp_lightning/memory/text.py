@@ -58,6 +58,7 @@ class CompensationPlan:
         seqlen: Tokens per row.
         activations_checkpointed: Bytes of activations with gradient checkpointing.
         rows: Bytes by strategy.
+        modes: Bytes by what is trained, in one process with strategy auto.
     """
 
     source: str | None
@@ -68,6 +69,7 @@ class CompensationPlan:
     processes: int
     activations_checkpointed: int
     rows: Mapping[Strategy, CompensationRow]
+    modes: Mapping[TrainMode, CompensationRow]
 
 
 def memory_lines(calibration: CalibrationPlan, compensation: CompensationPlan) -> list[str]:
@@ -110,6 +112,10 @@ def _compensation_lines(plan: CompensationPlan, unit: int) -> list[str]:
     for strategy, (memory, total_checkpointed, host) in plan.rows.items():
         label = "auto, 1 process" if strategy == "auto" else strategy
         rows[label] = _cells((*memory, memory.total, total_checkpointed, host), unit)
+    modes = {
+        train: _cells((*row.memory, row.memory.total, row.total_checkpointed), unit)
+        for train, row in plan.modes.items()
+    }
     source = plan.source or "the defaults"
     (activations,) = _cells([plan.activations_checkpointed], unit)
     size = f"{plan.batch_size} x {plan.seqlen} tokens"
@@ -119,6 +125,8 @@ def _compensation_lines(plan: CompensationPlan, unit: int) -> list[str]:
         *_aligned(header, rows),
         f"checkpointed: total with training.gradient_checkpointing, activations {activations};",
         "host: memory offloaded from the device",
+        "by what is trained, auto, 1 process",
+        *_aligned(header[:-1], modes, "train"),
     ]
 
 
@@ -126,9 +134,11 @@ def _cells(sizes: Iterable[int], unit: int) -> list[str]:
     return [f"{size / unit:.2f}" for size in sizes]
 
 
-def _aligned(header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+def _aligned(
+    header: Sequence[str], rows: Mapping[str, Sequence[str]], first_column: str = "strategy"
+) -> list[str]:
     """Return table lines with a left-aligned first column and right-aligned others."""
-    table = {"strategy": header, **rows}
+    table = {first_column: header, **rows}
     first = max(map(len, table))
     widths = [max(len(cells[i]) for cells in table.values()) for i in range(len(header))]
     return [

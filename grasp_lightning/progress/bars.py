@@ -34,15 +34,28 @@ _ALMOST = 99  # percent, while the run is active
 class PassBar:
     """The bar of one pass."""
 
-    def __init__(self, display: Progress, task: TaskID, on_update: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        display: Progress,
+        task: TaskID,
+        total: float | None,
+        on_update: Callable[[float], None],
+    ) -> None:
         self._display = display
         self._task = task
+        self._total = total
         self._on_update = on_update
 
     def update(self, done: float, note: str = "") -> None:
         """Show how many items are done, and a note, such as the loss."""
-        self._on_update(done)
+        if self._total:
+            self._on_update(done / self._total)
         self._display.update(self._task, completed=done, note=note)
+
+    def expect(self, total: float) -> None:
+        """Change the number of items."""
+        self._total = total
+        self._display.update(self._task, total=total, of=f"/{total:.0f}")
 
 
 class RunBar:
@@ -114,12 +127,13 @@ class RunBar:
         """Show the bar of a pass; the outermost one shows how much of the stage is done."""
         counts = self._num_open == 0 and bool(total)
 
-        def on_update(done: float) -> None:
-            if counts and total:
-                self._estimate.advance(done / total)
+        def on_update(share_done: float) -> None:
+            if counts:
+                self._estimate.advance(share_done)
 
         self._num_open += 1
-        on_update(done)
+        if total:
+            on_update(done / total)
         display = self._display or _own_display(console, total, is_shown=self._is_shown)
         try:
             with _row(display, description, total, done, on_update) as bar:
@@ -213,7 +227,7 @@ def _row(
     task = display.add_task(description, total=total, completed=int(done), of=of, note="")
     with nullcontext() if is_shared else display:
         try:
-            yield PassBar(display, task, on_update)
+            yield PassBar(display, task, total, on_update)
         finally:
             if is_shared:
                 display.refresh()  # the end of a short pass, too

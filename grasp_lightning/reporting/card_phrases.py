@@ -98,6 +98,10 @@ def _what(metrics: CompensationMetrics, config: Values) -> str:
     """Return what was trained, as the end of a sentence."""
     if metrics.train == "factors":
         return "the factors of the low-rank linears themselves"
+    if metrics.train == "replaced":
+        return "the weights that compression replaced or changed"
+    if metrics.train == "all":
+        return "all weights of the decoder layers"
     lora = _section(config, "lora")
     if targets := lora.get("targets"):
         place = ", ".join(code_span(str(target)) for target in targets)
@@ -140,11 +144,15 @@ def _set_options(values: Values, *names: str) -> str:
 
 def _schedule(metrics: CompensationMetrics, config: Values) -> str:
     optimizer, training = _section(config, "optimizer"), _section(config, "training")
+    limit = metrics.time_limit
     settings = {
+        "time limit": training.get("max_time"),
+        "planned steps": None if limit is None else limit.planned_steps,
         "batch size": training.get("batch_size"),
         "learning rate": optimizer.get("learning_rate"),
         "schedule": optimizer.get("schedule"),
-        "warm-up steps": optimizer.get("warmup_steps"),
+        "optimizer": None if (name := optimizer.get("name")) == "adamw" else name,
+        "warm-up steps": None if limit is not None else optimizer.get("warmup_steps"),
         "weight decay": optimizer.get("weight_decay"),
         "gradients clipped to norm": optimizer.get("gradient_clip"),
     }

@@ -22,6 +22,8 @@ _TRAINED = {
     "lora": "LoRA",
     "factors": "factor training",
     "lora_on_factors": "LoRA on the factors",
+    "replaced": "training of the replaced weights",
+    "all": "training of all layers",
 }
 _LEARNED = {
     "instruction": "on instruction data",
@@ -152,6 +154,12 @@ def _training_notes(metrics: CompensationMetrics) -> list[str]:
     notes = [f"Trained on {metrics.data}: {tokens} in {length}."]
     if counts := samples_text(metrics.samples):
         notes.append(f"Samples: {counts}.")
+    if (limit := metrics.time_limit) is not None:
+        planned = "no" if limit.planned_steps is None else f"{limit.planned_steps:,}"
+        notes.append(
+            f"Time limit of {limit.max_seconds:,.0f} s: {planned} steps planned, "
+            f"{metrics.steps:,} done in {limit.seconds:,.0f} s."
+        )
     if metrics.best_step is not None:
         notes.append(f"The weights after step {metrics.best_step:,} are kept.")
     return notes

@@ -4,13 +4,17 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
+from grasp_lightning.errors import PlanError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.side_files import copy_side_files
 from grasp_lightning.models.source import ModelOrigin
 from grasp_lightning.models.verification import verify_saved
+from grasp_lightning.plan import Plan
+from grasp_lightning.reading.text import read_text, told
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.run_folder.names import PLAN
 
 VERIFY = "verify"
 _CARD_NAME = "README.md"
@@ -54,3 +58,19 @@ def read_card(folder: Path | None) -> str | None:
     if file is None or not file.is_file():
         return None
     return file.read_text(encoding="utf-8", errors="replace")
+
+
+def read_plan(folder: Path | None) -> Plan | None:
+    """Return the plan of the run whose folder holds a model's folder; None if there is none.
+
+    Raises:
+        PlanError: If it cannot be read.
+    """
+    file = None if folder is None else folder.resolve().parent / PLAN
+    if file is None or not file.is_file():
+        return None
+    try:
+        return Plan.from_json(read_text(file, PlanError))
+    except PlanError as error:
+        advice = "restore it, or move the model's folder away from it"
+        raise PlanError(told(file, f"is damaged: {error}", advice)) from error

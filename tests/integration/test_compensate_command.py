@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 from statistics import median
+from typing import get_args
 
 import lightning as L
 import pytest
@@ -32,7 +33,7 @@ from tests.conftest import save_tiny
 from tests.integration.compensation import compensate_argv, compressed_folder, write_samples
 
 IDS = torch.arange(40).view(2, 20)
-MODES: tuple[TrainMode, ...] = ("lora", "factors", "lora_on_factors")
+MODES: tuple[TrainMode, ...] = get_args(TrainMode)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,7 @@ def test_a_run_writes_what_the_design_names(settings: list[str], tmp_path: Path)
     assert metrics["perplexity"]["before"] > 0
     assert metrics["perplexity"]["after"] != metrics["perplexity"]["before"]
     assert metrics["steps"] == 4
+    assert metrics["time_limit"] is None
     assert metrics["samples"]["train"] == 24
     assert metrics["samples"]["validation"] == 6
     assert metrics["history"]["validation_steps"] == [2, 4]
@@ -306,10 +308,22 @@ def test_an_upload_that_fails_keeps_the_model_and_can_be_tried_again(
         (["--data.num_validation=30"], "data.num_validation is 30"),
         (["--objective=distill"], "objective: distill needs distillation.teacher"),
         (
-            ["--model.dtype=bfloat16", "--train=factors", "--lora.rank=256"],
-            "set model.dtype: float32",
+            ["--model.dtype=bfloat16", "--train=all", "--lora.rank=256"],
+            "train: all would train weights in torch.bfloat16, which is too coarse",
         ),
-        (["--train=sideways"], "train: expected one of lora, factors, lora_on_factors"),
+        (
+            ["--train=sideways"],
+            "train: expected one of lora, factors, lora_on_factors, replaced, all",
+        ),
+        (
+            ["--training.max_time=soon"],
+            "training.max_time must be a time such as 90s, 30m or 2h, got 'soon'",
+        ),
+        (["--training.max_time=0m"], "training.max_time must be a time such as 90s"),
+        (
+            ["--optimizer.name=adamw_8bit", "--trainer.strategy=fsdp"],
+            "optimizer.name adamw_8bit cannot divide its states between processes",
+        ),
         (["--trainer.num_nodes=2"], "trainer.num_nodes is 2: start the command on every node"),
     ],
 )

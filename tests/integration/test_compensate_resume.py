@@ -39,6 +39,8 @@ KILLS: Mapping[str, Kill] = {
 OPTIONS = {
     "lora": ["--train=lora", "--lora.rank=4", "--lora.dropout=0.3", "--training.keep=best"],
     "factors": ["--train=factors", "--training.patience=3"],
+    # Time for all steps.
+    "all": ["--train=all", "--training.max_time=1h", "--training.keep=best"],
 }
 
 
@@ -72,6 +74,10 @@ def assert_equal_runs(first: Path, second: Path) -> None:
     for content in contents:
         for key in ("seconds", "peak_memory_bytes", "tokens_per_second"):
             del content[key]
+        if content["time_limit"] is not None:
+            assert 0 < content["time_limit"].pop("seconds") < 3600
+            assert content["time_limit"] == {"max_seconds": 3600, "planned_steps": 12}
+            assert content["steps"] == 12
     assert contents[0] == contents[1]
     assert not (second / "checkpoints").exists()
 
@@ -81,9 +87,10 @@ def assert_equal_runs(first: Path, second: Path) -> None:
     ("place", "train"),
     [
         *((place, "lora") for place in KILLS),
-        ("inside the first epoch", "factors"),
         ("after a validation", "factors"),
-        ("after the last step", "factors"),
+        ("inside the first epoch", "all"),
+        ("in the last validation", "all"),
+        ("after the last step", "all"),
     ],
 )
 def test_a_killed_training_ends_with_the_bytes_of_one_that_was_not(

@@ -53,7 +53,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 LORA = ("--train=lora", "--lora.rank=4", "--lora.dropout=0")
 TRAINED = {
     "lora": LORA,
-    "factors": ("--train=factors",),
+    "all": ("--train=all",),
     "lora_on_factors": ("--train=lora_on_factors", *LORA[1:]),
 }
 
@@ -125,8 +125,11 @@ def test_two_processes_train_as_one_does_whether_killed_or_not(
 @pytest.mark.parametrize(
     ("strategy", "train", "number"),
     [
-        ("fsdp", "factors", 2),
-        ("deepspeed_stage_3", "factors", 2),
+        ("ddp", "all", 2),
+        ("fsdp", "all", 2),
+        ("deepspeed_stage_1", "all", 2),
+        ("deepspeed_stage_2", "all", 2),
+        ("deepspeed_stage_3", "all", 2),
         ("deepspeed_stage_2", "lora_on_factors", 2),
         ("deepspeed_stage_2_offload", "lora", 1),
         ("deepspeed_stage_3_offload", "lora", 2),

@@ -9,6 +9,7 @@ from grasp_lightning.training.compensation.adapters import (
 )
 from grasp_lightning.training.compensation.module import VALIDATION_LOSS, CompensationModule
 from grasp_lightning.training.compensation.objective import CachedTeacher, Teacher
+from grasp_lightning.training.compensation.parameters import own_parameters, rewritten_parameters
 from grasp_lightning.training.compensation.prediction import predictions_of
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "Trained",
     "make_trainable",
     "merge_adapters",
+    "own_parameters",
     "predictions_of",
     "resolve_targets",
+    "rewritten_parameters",
     "trainable_linears",
 ]

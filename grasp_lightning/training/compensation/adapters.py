@@ -1,8 +1,8 @@
-"""Trainable parameters: low-rank factors or LoRA adapters, and how adapters are merged."""
+"""Trainable parameters: weights themselves or LoRA adapters, and how adapters are merged."""
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule
 from grasp_lightning.models.loading import LoadedModel, load_model
 from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears, ranks_of
+from grasp_lightning.training.compensation.parameters import own_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ class Trained:
     """The trainable part of a model.
 
     Attributes:
-        modules: Full names of the linears that are trained or have adapters, in model order.
-        adapters: None where the linears themselves are trained.
+        modules: Full names of the modules that are trained or have adapters, in model order.
+        adapters: None where weights themselves are trained.
     """
 
     modules: tuple[str, ...]
@@ -46,25 +47,41 @@ class Trained:
     num_parameters: int
 
 
-def make_trainable(view: DecoderView, train: TrainMode, lora: LoraSettings) -> Trained:
+def make_trainable(
+    view: DecoderView, train: TrainMode, lora: LoraSettings, rewritten: Collection[str] = ()
+) -> Trained:
     """Freeze a model in place, except for what the training mode changes.
 
     Adapters start at zero, so the model's output is unchanged; their first factors are drawn from
     torch's global generator. A rank above half the smaller side of a linear is capped there with
     one warning, and alpha with it, so that the adapter keeps its scale.
 
+    Args:
+        view: The model.
+        train: The training mode.
+        lora: Settings of adapters; ``targets`` also choose among factors.
+        rewritten: Further parameters that ``replaced`` trains, from ``rewritten_parameters``.
+
     Source: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
     """
-    linears = trainable_linears(view, train, lora.targets)
-    view.model.requires_grad_(False)
     adapters = None
-    if train == "factors":
-        for linear in linears.values():
-            linear.weight.requires_grad_(True)
+    if train == "all" or train == "replaced":  # noqa: PLR1714  # mypy narrows only this form
+        parameters = own_parameters(view, train, rewritten)
+        view.model.requires_grad_(False)
+        modules = tuple(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
     else:
-        adapters = _attach(view.model, linears, lora)
+        linears = trainable_linears(view, train, lora.targets)
+        view.model.requires_grad_(False)
+        modules = tuple(linears)
+        if train == "factors":
+            for linear in linears.values():
+                linear.weight.requires_grad_(True)
+        else:
+            adapters = _attach(view.model, linears, lora)
     trained = (p.numel() for p in view.model.parameters() if p.requires_grad)
-    return Trained(modules=tuple(linears), adapters=adapters, num_parameters=sum(trained))
+    return Trained(modules=modules, adapters=adapters, num_parameters=sum(trained))
 
 
 def trainable_linears(
@@ -94,7 +111,7 @@ def trainable_linears(
         which = "those of this one have rank 0" if ranks_of(view.model) else "this one has none"
         raise ModelError(
             f"train: {train} needs a model with low-rank linears, and {which}: give the "
-            "model/ folder of a compressed model, or use train: lora"
+            "model/ folder of a compressed model, or use train: lora or all"
         )
     ordered = [name for name, _ in view.model.named_modules() if name in found]
     return {name: found[name] for name in resolve_targets(ordered, targets)}
@@ -195,13 +212,15 @@ def _attach(
     return adapters
 
 
-def consolidated(config: CompensateConfig, state: Mapping[str, Tensor]) -> LoadedModel:
+def consolidated(
+    config: CompensateConfig, state: Mapping[str, Tensor], rewritten: Collection[str] = ()
+) -> LoadedModel:
     """Reload the model on the CPU, load the trained parameters by name, and merge the adapters.
 
     Unchanged weights come from their original files, so they are never gathered.
     """
     loaded = load_model(replace(config.model, device="cpu"))
-    trained = make_trainable(DecoderView(loaded.model), config.train, config.lora)
+    trained = make_trainable(DecoderView(loaded.model), config.train, config.lora, rewritten)
     parameters = dict(loaded.model.named_parameters())
     assert {name for name, p in parameters.items() if p.requires_grad} == set(state)
     with torch.no_grad():

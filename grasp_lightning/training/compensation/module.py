@@ -13,8 +13,9 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from grasp_lightning import processes
 from grasp_lightning.config import OptimizerConfig
@@ -31,6 +32,7 @@ from grasp_lightning.training.compensation.objective import (
     Objective,
     Teacher,
 )
+from grasp_lightning.training.compensation.optimizer import make_optimizer, rate_share
 from grasp_lightning.training.shards import fill, whole_shape, whole_values
 from grasp_lightning.training.strategies import (
     CompensationDeepSpeed,
@@ -53,9 +55,17 @@ class CompensationModule(L.LightningModule):
     A checkpoint holds the trained parameters only, never the rest of the model. A module with
     another model, other samples or another objective refuses it.
 
+    Args:
+        model: The compressed model.
+        optimizer: AdamW and its learning rate.
+        teacher: A dense model to learn from.
+        seed: Seed of dropout.
+        is_limited: Whether a ``TimeLimit`` plans the steps, and with them the schedule.
+
     Attributes:
         trained: None until ``TrainableParameters`` has set it.
         num_trained_tokens: Predicted tokens trained on so far.
+        planned_steps: Number of steps that a ``TimeLimit`` has planned; None before.
     """
 
     def __init__(
@@ -65,17 +75,20 @@ class CompensationModule(L.LightningModule):
         *,
         teacher: Teacher | CachedTeacher | None = None,
         seed: int = 0,
+        is_limited: bool = False,
     ) -> None:
         super().__init__()
         self.view = model if isinstance(model, DecoderView) else DecoderView(model)
         self.model = self.view.model
         self.trained: Trained | None = None
         self.num_trained_tokens = 0
+        self.planned_steps: int | None = None
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints are partial, and checked here
         self._optimizer_config = optimizer or OptimizerConfig()
         self._objective = Objective(self.model, teacher)
         self._seed = seed
+        self._is_limited = is_limited
         self._is_split = False
         self._validation = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
 
@@ -95,21 +108,16 @@ class CompensationModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW over the trainable parameters, with a schedule by step."""
-        config = self._optimizer_config
-        optimizer = torch.optim.AdamW(
-            (p for p in self.parameters() if p.requires_grad),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-        )
-        scheduler = get_scheduler(
-            config.schedule,
-            optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=self._num_steps(),
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
+        config, num_steps = self._optimizer_config, self._num_steps()
+        is_sharded = isinstance(self.trainer.strategy, CompensationFSDP | CompensationDeepSpeed)
+        optimizer = make_optimizer(config, self._trainable().values(), is_sharded=is_sharded)
+
+        def share(step: int) -> float:
+            if self._is_limited:
+                return rate_share(config, step, self.planned_steps, is_limited=True)
+            return rate_share(config, step, num_steps)
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, share)}}
 
     def on_fit_start(self) -> None:
         """Turn dropout on; Lightning keeps each module's mode."""

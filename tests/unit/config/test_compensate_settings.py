@@ -307,6 +307,22 @@ def test_validations_need_samples(options: dict[str, Any], section: str) -> None
 # Packages
 
 
+def test_8_bit_states_need_their_package_and_are_not_sharded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = with_key(config(), "optimizer.name", "adamw_8bit")
+    assert refusal(with_key(given, "trainer.strategy", "deepspeed_stage_2")) == (
+        "optimizer.name adamw_8bit cannot divide its states between processes, as "
+        "trainer.strategy deepspeed_stage_2 does: use adamw, or trainer.strategy auto or ddp"
+    )
+    check_settings(given)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert refusal(given) == (
+        "optimizer.name adamw_8bit needs the package bitsandbytes: pip install "
+        "'grasp-lightning[quantize]', or use adamw"
+    )
+
+
 @pytest.mark.parametrize(
     ("loggers", "message"),
     [

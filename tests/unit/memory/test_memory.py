@@ -33,12 +33,19 @@ from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import LinearShape, count_parameters
 from grasp_lightning.models.surgery import apply_operations
-from grasp_lightning.plan import DropLayers, FactorizeLinear
+from grasp_lightning.plan import (
+    AddSeam,
+    DropLayers,
+    FactorizeLinear,
+    MergeLayers,
+    Plan,
+    SetWeights,
+)
 from grasp_lightning.stats.base import Scoring
 from grasp_lightning.stats.components import ComponentScores
-from grasp_lightning.training.compensation import make_trainable
+from grasp_lightning.training.compensation import make_trainable, rewritten_parameters
 from tests.conftest import TINY_CONFIGS, VOCABULARY, tiny_model
-from tests.unit.models.helpers import narrow_layers
+from tests.unit.models.helpers import factorize_layers, narrow_layers
 
 RUN = Pass(batch_size=2, seqlen=24, on_cpu=True)
 WITHOUT_ATTENTION = ("mamba", "mamba2", "xlstm")
@@ -154,6 +161,47 @@ def test_the_shape_of_narrowed_mlps_is_planned_and_found(family: str) -> None:
         adapters = Adapters(rank=5 if train == "lora" else None, on_dense=train == "lora")
         trained = make_trainable(view, train, LoraSettings(rank=5))
         assert trained_parameters(found, adapters) == trained.num_parameters
+
+
+@pytest.mark.parametrize("train", ["replaced", "all"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_trained_weights_are_planned_to_the_parameter(family: str, train: TrainMode) -> None:
+    view = DecoderView(tiny_model(family))
+    norm = "input_layernorm.weight" if family == "llama" else "self_attn_layer_norm.weight"
+    before, layers = shape(family), view.layers_name
+    factorized, tensors = factorize_layers(view, [1], 8)
+    operations = (
+        *factorized,
+        SetWeights(module=f"{layers}.0", parameters=(norm,)),
+        MergeLayers(base=2, absorbed=(3,), rule="paper"),
+        AddSeam(layers=(3,), holder=2, is_after=True),
+    )
+    hidden = before.hidden
+    tensors[f"{layers}.0.{norm}"] = torch.ones(hidden)
+    tensors[f"{layers}.2.seam_after.weight"] = torch.zeros(hidden, hidden)
+    apply_operations(view, operations, tensors)
+    planned = shape_after(before, operations, count_parameters(view.model))
+    present = DecoderView(view.model)
+    plan = Plan(method="made up", operations=operations)
+    trained = make_trainable(present, train, LoraSettings(), rewritten_parameters(present, plan))
+    adapters = Adapters(rank=None, on_dense=train == "all", has_rewritten=train == "replaced")
+    assert trained_parameters(planned, adapters) == trained.num_parameters
+    if train == "all":
+        assert trained_parameters(model_shape(present), adapters) == trained.num_parameters
+
+
+def test_states_of_8_bits_are_counted_to_the_byte() -> None:
+    bits8 = pytest.importorskip("bitsandbytes", reason="the extra quantize is not installed")
+    weight = nn.Parameter(torch.zeros(64, 80))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = bits8.optim.AdamW8bit([weight])
+    optimizer.step()
+    ((_, state),) = optimizer.state.items()
+    kept = sum(state[key].nbytes for key in ("state1", "state2", "absmax1", "absmax2"))
+    memory, _ = compensation_memory(
+        shape(), "auto", 1, trained=5120, is_new=False, activations=0, is_8bit=True
+    )
+    assert memory.optimizer == kept
 
 
 def test_the_widest_mlp_counts() -> None:

@@ -13,10 +13,12 @@ from grasp_lightning.errors import ConfigError, ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears, ranks_of, shapes_of
 from grasp_lightning.models.surgery import apply_operations
+from grasp_lightning.plan import MergeLayers, Plan, SetWeights
 from grasp_lightning.training.compensation import (
     make_trainable,
     merge_adapters,
     resolve_targets,
+    rewritten_parameters,
     trainable_linears,
 )
 from tests.conftest import tiny_model
@@ -156,7 +158,7 @@ def test_a_dense_model_has_no_factors_to_train(train: TrainMode) -> None:
         make_trainable(DecoderView(tiny_model()), train, LORA)
     assert str(caught.value) == (
         f"train: {train} needs a model with low-rank linears, and this one has none: give the "
-        "model/ folder of a compressed model, or use train: lora"
+        "model/ folder of a compressed model, or use train: lora or all"
     )
 
 
@@ -194,6 +196,67 @@ def test_narrowed_linears_alone_can_be_trained() -> None:
     assert trained.modules == tuple(
         f"model.layers.2.mlp.{name}_proj" for name in ("gate", "up", "down")
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_trains_every_parameter_of_the_decoder_layers_and_no_other(family: str) -> None:
+    view = compressed(family)
+    names = [name for name, _ in view.model.named_parameters()]
+    trained = make_trainable(view, "all", LORA)
+    inside = [name for name in names if name.startswith(f"{view.layers_name}.")]
+    assert trainable_names(view.model) == inside
+    assert any("norm" in name or "ln_" in name for name in inside)
+    assert trained.adapters is None
+    assert trained.num_parameters == sum(
+        parameter.numel() for layer in range(4) for parameter in view.layer(layer).parameters()
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_replaced_trains_what_compression_replaced_set_or_merged(family: str) -> None:
+    view = DecoderView(tiny_model(family))
+    layers = f"{view.layers_name}."
+    norm = "input_layernorm" if family == "llama" else "self_attn_layer_norm"
+    factorized, tensors = factorize_layers(view, [1], RANK)
+    apply_operations(view, factorized, tensors)
+    apply_operations(view, *narrow_layers(view, (2,), range(0, 40, 2)))
+    view.drop([0])
+    plan = Plan(
+        method="made up",
+        operations=(
+            *factorized,
+            SetWeights(module=f"{layers}2", parameters=(f"{norm}.weight",)),
+            SetWeights(module=f"{layers}1.self_attn.q_proj", parameters=("weight",)),
+            MergeLayers(base=3, absorbed=(0,), rule="paper"),
+        ),
+    )
+    present = DecoderView(view.model)  # layers 1, 2, 3 are now 0, 1, 2
+    rewritten = rewritten_parameters(present, plan)
+
+    make_trainable(present, "replaced", LORA, rewritten)
+
+    linears = ("fc1", "fc2") if family == "opt" else ("mlp.",)
+    expected = [
+        name
+        for name, _ in view.model.named_parameters()
+        if name.startswith(f"{layers}2.")
+        or (name.startswith(f"{layers}0.") and (".left." in name or ".right." in name))
+        or name == f"{layers}1.{norm}.weight"
+        or name.startswith(tuple(f"{layers}1.{linear}" for linear in linears))
+    ]
+    assert trainable_names(view.model) == expected
+    assert any(name.endswith(".left.bias") for name in expected) == (family == "opt")
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    operations, _ = factorize_layers(DecoderView(tiny_model()), [2], RANK)
+    with pytest.raises(ModelError, match=r"belongs to another model: its low-rank linears differ"):
+        rewritten_parameters(compressed(), Plan(method="x", operations=tuple(operations)))
+
+
+def test_nothing_replaced_is_an_error_that_names_another_mode() -> None:
+    with pytest.raises(ModelError, match=r"^train: replaced needs .* or use train: all$"):
+        make_trainable(DecoderView(tiny_model()), "replaced", LORA)
 
 
 # Adapters
