@@ -49,9 +49,7 @@ class TrainableParameters(L.Callback):
             return
         with torch.random.fork_rng():
             torch.manual_seed(self._seed)
-            module.trained = make_trainable(
-                module.view, self._train, self._lora, self._rewritten
-            )
+            module.trained = make_trainable(module.view, self._train, self._lora, self._rewritten)
         if self._gradient_checkpointing:
             model: Any = module.model  # Any: untyped in transformers
             model.activation_checkpointing_enable({"use_reentrant": False})

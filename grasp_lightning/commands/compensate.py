@@ -255,9 +255,7 @@ def _prepare(config: CompensateConfig, phases: Phases) -> _Inputs:
     )
 
 
-def _trained_bound(
-    config: CompensateConfig, view: DecoderView, rewritten: frozenset[str]
-) -> int:
+def _trained_bound(config: CompensateConfig, view: DecoderView, rewritten: frozenset[str]) -> int:
     """Return the most parameters that are trained; a model with none to train is refused."""
     if config.train == "all" or config.train == "replaced":  # noqa: PLR1714  # for mypy
         return sum(p.numel() for p in own_parameters(view, config.train, rewritten).values())
@@ -281,8 +279,8 @@ def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
     if config.train not in ADAPTER_MODES and is_coarse:
         raise ConfigError(
             f"train: {config.train} would train weights in {loaded.model.dtype}, which is too "
-            "coarse for small steps; set model.dtype: float32 (trainer.precision: bf16-mixed computes in "
-            "bfloat16), or train: lora"
+            "coarse for small steps; set model.dtype: float32 (trainer.precision: bf16-mixed "
+            "computes in bfloat16), or train: lora"
         )
     if is_deepspeed(trainer.strategy) and trainer.precision == "32-true" and is_coarse:
         raise ConfigError(

@@ -16,7 +16,6 @@ from grasp_lightning.config import (
 from grasp_lightning.config.values import check_values
 from grasp_lightning.errors import ConfigError
 
-
 ADAPTER_MODES: Final[tuple[TrainMode, ...]] = ("lora", "lora_on_factors")
 
 

@@ -13,8 +13,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from grasp_lightning import processes

@@ -10,6 +10,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import is_replaced, ranks_of
 from grasp_lightning.plan import MergeLayers, Plan, SetWeights
 
+
 def own_parameters(
     view: DecoderView, train: Literal["replaced", "all"], rewritten: Collection[str]
 ) -> dict[str, nn.Parameter]:
@@ -58,7 +59,7 @@ def rewritten_parameters(view: DecoderView, plan: Plan) -> frozenset[str]:
         plan: The plan that it was compressed with.
 
     Raises:
-        ModelError: If the plan is that of another model.
+        ModelError: If the plan belongs to another model.
     """
     renamed = _renaming(view, plan)
     ranks = {renamed(module): rank for module, rank in plan.ranks.items()}

@@ -306,6 +306,7 @@ def test_validations_need_samples(options: dict[str, Any], section: str) -> None
 
 # Packages
 
+
 def test_8_bit_states_need_their_package_and_are_not_sharded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -320,7 +321,6 @@ def test_8_bit_states_need_their_package_and_are_not_sharded(
         "optimizer.name adamw_8bit needs the package bitsandbytes: pip install "
         "'grasp-lightning[quantize]', or use adamw"
     )
-
 
 
 @pytest.mark.parametrize(
