@@ -10,9 +10,12 @@ from grasp_lightning.callbacks.progress import StepProgressBar
 from grasp_lightning.callbacks.trainable import compensation_module
 from grasp_lightning.data.datamodules import TrainingData
 
-# The plan is made after this many steps, or this share of all steps or of the time, if sooner.
+# The plan is made after this many steps, or this share of all steps or of the time, if sooner,
 _MEASURED_STEPS = 10
 _MEASURED_SHARE = 0.05
+# but not before this many, the first of which is slow, unless they take this share of the time.
+_LEAST_STEPS = 3
+_LATEST_SHARE = 0.5
 _PLANNED_SHARE = 0.95  # of the time; the rest is for slower steps and for checkpoints
 _FORWARD = 1 / 3  # cost of validating a token, compared with training on it
 
@@ -85,8 +88,7 @@ class TimeLimit(L.Callback):
         done = batch_idx + 1
         if self.planned_steps is None:
             self._durations.append(duration)
-            enough = min(_MEASURED_STEPS, _MEASURED_SHARE * len(self._steps))
-            if done >= enough or seconds >= _MEASURED_SHARE * self._limit:
+            if self._can_plan(done, seconds / self._limit):
                 self.planned_steps = self._plan(done, seconds)
                 compensation_module(pl_module).planned_steps = self.planned_steps
                 self._show(trainer)
@@ -97,6 +99,13 @@ class TimeLimit(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
         self._earlier, self._begun = self.seconds, None
+
+    def _can_plan(self, done: int, share: float) -> bool:
+        """Return whether enough steps were timed, or a large share of the time is over."""
+        enough = min(_MEASURED_STEPS, _MEASURED_SHARE * len(self._steps))
+        is_enough = done >= enough or share >= _MEASURED_SHARE
+        least = min(_LEAST_STEPS, len(self._steps))
+        return (is_enough and done >= least) or share >= _LATEST_SHARE
 
     def _plan(self, done: int, seconds: float) -> int:
         """Return how many steps fit into the time, those that are done included."""

@@ -293,8 +293,8 @@ def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
     if config.train not in ADAPTER_MODES and is_coarse:
         raise ConfigError(
             f"train: {config.train} would train weights in {loaded.model.dtype}, which is too "
-            "coarse for small steps; set model.dtype: float32 (trainer.precision: bf16-mixed computes in "
-            "bfloat16), or train: lora"
+            "coarse for small steps; set model.dtype: float32 (trainer.precision: bf16-mixed "
+            "computes in bfloat16), or train: lora"
         )
     if is_deepspeed(trainer.strategy) and trainer.precision == "32-true" and is_coarse:
         raise ConfigError(

@@ -281,9 +281,9 @@ def _seconds(kind: type[S], phases: Phases) -> S:
     return kind(**{**times, "total": phases.total})
 
 
-def _limited(config: CompensateConfig, limit: TimeLimit | None) -> LimitedTime | None:
+def _limited(config: CompensateConfig, limit: TimeLimit | None) -> LimitedTime:
     if limit is None or config.training.max_time is None:
-        return None
+        return LimitedTime()
     return LimitedTime(
         max_seconds=seconds_of(config.training.max_time),
         planned_steps=limit.planned_steps,

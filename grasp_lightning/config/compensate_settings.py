@@ -18,8 +18,6 @@ from grasp_lightning.config.values import check_values
 from grasp_lightning.errors import ConfigError
 
 _SELF = "self"  # see data.mixture
-
-
 ADAPTER_MODES: Final[tuple[TrainMode, ...]] = ("lora", "lora_on_factors")
 
 

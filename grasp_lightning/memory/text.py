@@ -112,7 +112,7 @@ def _compensation_lines(plan: CompensationPlan, unit: int) -> list[str]:
     for strategy, (memory, total_checkpointed, host) in plan.rows.items():
         label = "auto, 1 process" if strategy == "auto" else strategy
         rows[label] = _cells((*memory, memory.total, total_checkpointed, host), unit)
-    modes = {
+    modes: dict[str, Sequence[str]] = {
         train: _cells((*row.memory, row.memory.total, row.total_checkpointed), unit)
         for train, row in plan.modes.items()
     }

@@ -144,15 +144,15 @@ def _set_options(values: Values, *names: str) -> str:
 
 def _schedule(metrics: CompensationMetrics, config: Values) -> str:
     optimizer, training = _section(config, "optimizer"), _section(config, "training")
-    limit = metrics.time_limit
+    is_limited = metrics.time_limit.max_seconds is not None
     settings = {
         "time limit": training.get("max_time"),
-        "planned steps": None if limit is None else limit.planned_steps,
+        "planned steps": metrics.time_limit.planned_steps,
         "batch size": training.get("batch_size"),
         "learning rate": optimizer.get("learning_rate"),
         "schedule": optimizer.get("schedule"),
         "optimizer": None if (name := optimizer.get("name")) == "adamw" else name,
-        "warm-up steps": None if limit is not None else optimizer.get("warmup_steps"),
+        "warm-up steps": None if is_limited else optimizer.get("warmup_steps"),
         "weight decay": optimizer.get("weight_decay"),
         "gradients clipped to norm": optimizer.get("gradient_clip"),
     }

@@ -221,17 +221,17 @@ class History:
 
 @dataclass(frozen=True, kw_only=True)
 class LimitedTime:
-    """What a training with a time limit planned and took.
+    """What a training with a time limit planned and took; None without a limit.
 
     Attributes:
         max_seconds: The limit.
-        planned_steps: None if the training ended before it could plan.
+        planned_steps: None also if the training ended before it could plan.
         seconds: Time in training, over all starts.
     """
 
-    max_seconds: float
-    planned_steps: int | None
-    seconds: float
+    max_seconds: float | None = None
+    planned_steps: int | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +242,6 @@ class CompensationMetrics(RunMetrics):
         train: lora, factors, lora_on_factors, replaced, or all.
         objective: instruction, text, or distill.
         validation_loss: Nats per predicted token on samples set aside; None if there are none.
-        time_limit: None if the time was not limited.
         best_step: Step whose weights were kept; None for the last one.
         epochs: How often each sample was seen.
         samples: Number of samples by their fate: train, validation, read, cut, ...
@@ -262,7 +261,7 @@ class CompensationMetrics(RunMetrics):
     validation_loss: Change[float | None] = _NO_CHANGE
     validation_tokens: int | None = None
     steps: int
-    time_limit: LimitedTime | None = None
+    time_limit: LimitedTime = LimitedTime()
     best_step: int | None = None
     epochs: float
     samples: Mapping[str, int]

@@ -154,7 +154,8 @@ def _training_notes(metrics: CompensationMetrics) -> list[str]:
     notes = [f"Trained on {metrics.data}: {tokens} in {length}."]
     if counts := samples_text(metrics.samples):
         notes.append(f"Samples: {counts}.")
-    if (limit := metrics.time_limit) is not None:
+    limit = metrics.time_limit
+    if limit.max_seconds is not None and limit.seconds is not None:
         planned = "no" if limit.planned_steps is None else f"{limit.planned_steps:,}"
         notes.append(
             f"Time limit of {limit.max_seconds:,.0f} s: {planned} steps planned, "

@@ -28,14 +28,14 @@ def make_optimizer(
     trained = list(parameters)
     betas = (config.beta1, config.beta2)
     if config.name == "adamw_8bit":
-        adamw_8bit: type[Optimizer] = import_module("bitsandbytes.optim").AdamW8bit
-        return adamw_8bit(
+        optimizer: Optimizer = import_module("bitsandbytes.optim").AdamW8bit(
             trained,
             lr=config.learning_rate,
             betas=betas,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
         )
+        return optimizer
     is_fused = not is_sharded and all(p.device.type in _FUSED for p in trained)
     optimizer = torch.optim.AdamW(
         trained,
@@ -47,7 +47,7 @@ def make_optimizer(
     )
     # It could unscale gradients itself, so that Lightning would refuse to clip them; bfloat16
     # needs no scaling.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    optimizer._step_supports_amp_scaling = False
     return optimizer
 
 

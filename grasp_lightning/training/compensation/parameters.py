@@ -59,7 +59,7 @@ def rewritten_parameters(view: DecoderView, plan: Plan) -> frozenset[str]:
         plan: The plan that it was compressed with.
 
     Raises:
-        ModelError: If the plan is that of another model.
+        ModelError: If the plan belongs to another model.
     """
     renamed = _renaming(view, plan)
     ranks = {renamed(module): rank for module, rank in plan.ranks.items()}

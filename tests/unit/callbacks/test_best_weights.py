@@ -38,7 +38,7 @@ pytestmark = [
 # own opinions, and rises again when it knows the training samples by heart.
 FAST = OptimizerConfig(learning_rate=0.05, schedule="constant", warmup_steps=0)
 LORA = LoraSettings(rank=4, dropout=0.0)
-NUM_STEPS = 12
+NUM_STEPS = 10
 
 
 class Memory:

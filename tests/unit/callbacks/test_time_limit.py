@@ -39,6 +39,7 @@ class Clock(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: object
     ) -> None:
+        del pl_module, optimizer
         self.now += self._seconds if trainer.global_step < 10 else self._later
 
 
@@ -52,6 +53,7 @@ class Saving(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object
     ) -> None:
+        del pl_module, args
         if trainer.global_step == self._step:
             trainer.save_checkpoint(self._file, weights_only=False)
 
@@ -66,7 +68,7 @@ def trained(
     """Train on samples of one length, one a step, and validate after every 20 steps."""
     monkeypatch.setattr("grasp_lightning.callbacks.time_limit.time.monotonic", clock)
     training = TrainingConfig(batch_size=1, micro_batch_size=1, epochs=epochs)
-    data = GivenData(random_samples((9,)), random_samples((12, 24)), training=training)
+    data = GivenData(random_samples((9,)), random_samples((12, 12, 12)), training=training)
     module = CompensationModule(compressed(), OPTIMIZER, is_limited=True)
     limit, history = TimeLimit(LIMIT, data, 20), TrainingHistory()
     trainer = make_trainer(
@@ -96,7 +98,8 @@ def test_steps_and_schedule_are_planned_from_the_first_steps_and_kept_by_a_resum
     assert max(rates) == rates[3] == pytest.approx(0.01)
 
     again, resumed, later = trained(Clock(1.1), monkeypatch, checkpoint=file)
-    assert (later.planned_steps, later.seconds) == (35, pytest.approx(15 + 20 * 1.1))
+    assert later.planned_steps == 35
+    assert later.seconds == pytest.approx(15 + 20 * 1.1)
     assert resumed.steps == history.steps
     assert resumed.validations == history.validations
     weights = again.trained_state()

@@ -16,6 +16,7 @@ from grasp_lightning.reporting.metrics import (
     CompensationMetrics,
     CompensationSeconds,
     History,
+    LimitedTime,
     Pair,
 )
 from grasp_lightning.reporting.page import render_compensation_report
@@ -61,6 +62,9 @@ KEYS = {
     "validation_loss.after",
     "validation_tokens",
     "steps",
+    "time_limit.max_seconds",
+    "time_limit.planned_steps",
+    "time_limit.seconds",
     "best_step",
     "epochs",
     "samples",
@@ -106,6 +110,14 @@ def test_keys_are_those_that_scripts_rely_on(metrics: CompensationMetrics) -> No
 def test_json_round_trip_gives_equal_metrics(metrics: CompensationMetrics) -> None:
     text = json.dumps(metrics.to_dict(), allow_nan=False)
     assert CompensationMetrics.from_dict(json.loads(text)) == metrics
+
+
+def test_a_time_limit_is_told_with_what_was_planned_and_done() -> None:
+    limit = LimitedTime(max_seconds=1800, planned_steps=105, seconds=1754.2)
+    metrics = example_compensation(time_limit=limit)
+    told = "Time limit of 1,800 s: 105 steps planned, 100 done in 1,754 s."
+    assert told in comparison_notes(metrics)
+    assert told in render_compensation_report(metrics, CONFIG)
 
 
 def test_keys_of_a_later_version_are_ignored() -> None:
