@@ -23,6 +23,7 @@ _PATIENCE = 20
 CONTEXT = multiprocessing.get_context("forkserver")
 # Forked from a process that has never run a backward pass, which would forbid it.
 CONTEXT.set_forkserver_preload(["tests.integration.forked_preload"])
+FORK = multiprocessing.get_context("fork")
 
 
 class Outcome(NamedTuple):
@@ -113,8 +114,13 @@ def _run_rank(  # noqa: PLR0917  what a process is given
 
 
 def verified_by_a_fork(request: Path, seconds: float) -> int | None:
-    """Stand in for ``verification._exit_code``: forked where the ranks are, not from one."""
-    process = CONTEXT.Process(target=reloading._answer, args=(request,))
+    """Stand in for ``verification._exit_code``.
+
+    A rank of several has threads of its process group, which no fork survives. It starts a fork
+    server of its own, which imports everything again.
+    """
+    context = CONTEXT if "WORLD_SIZE" in os.environ else FORK
+    process = context.Process(target=reloading._answer, args=(request,))
     process.start()
     process.join(seconds)
     return process.exitcode

@@ -4,7 +4,6 @@ Jobs are children of the command, as ever: signals, exit codes and the death of 
 them. Only the imports of fresh interpreters are saved.
 """
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,9 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
-from tests.integration.forked import CONTEXT, verified_by_a_fork
+from tests.integration.forked import CONTEXT, FORK, verified_by_a_fork
 
-_FORK = multiprocessing.get_context("fork")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -51,7 +49,7 @@ class _Fork:
         self, argv: Sequence[str], *, env: Mapping[str, str], stdout: IO[bytes], **_: object
     ) -> None:
         given = (argv[2], list(argv[3:]), dict(env), stdout.fileno())
-        self._process = _FORK.Process(target=_run_job, args=given)
+        self._process = FORK.Process(target=_run_job, args=given)
         # A signal waits until the job has handlers of its own.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
