@@ -40,7 +40,10 @@ def test_an_array_runs_all_cells_and_the_same_command_writes_the_table(
     def explain() -> str:
         return "\n".join([*states(), *logs(), cluster.logs()])
 
-    wait_until(lambda: not {*states()} & {"PENDING", "RUNNING", "COMPLETING"}, "the end", explain)
+    def has_ended() -> bool:
+        return not {*states()} & {"PENDING", "RUNNING", "COMPLETING"}
+
+    wait_until(has_ended, "the end of the array", explain, seconds=300)
     assert states() == ["COMPLETED"] * NUM_TASKS, explain()
     assert len(logs()) == NUM_TASKS
     numbers = [int(re.findall(r"^(\d+) cells?, 0 of", log, re.MULTILINE)[0]) for log in logs()]
