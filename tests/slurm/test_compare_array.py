@@ -20,7 +20,8 @@ def test_an_array_runs_all_cells_and_the_same_command_writes_the_table(
 ) -> None:
     save_tiny(tmp_path / "tiny", max_position_embeddings=256)
     (tmp_path / "text.txt").write_text(TEXT)
-    config = write_config(tmp_path / "grid.yaml", methods={"drop": {"name": "drop"}})
+    methods = {"drop": {"name": "drop"}}
+    config = write_config(tmp_path / "grid.yaml", methods=methods, removed_ratios=[0.2])
     job = cluster.submit(
         ROOT / "configs" / "slurm" / "compare.sbatch",
         [f"--config={config}"],
@@ -40,20 +41,23 @@ def test_an_array_runs_all_cells_and_the_same_command_writes_the_table(
     def explain() -> str:
         return "\n".join([*states(), *logs(), cluster.logs()])
 
-    wait_until(lambda: not {*states()} & {"PENDING", "RUNNING", "COMPLETING"}, "the end", explain)
+    def has_ended() -> bool:
+        return not {*states()} & {"PENDING", "RUNNING", "COMPLETING"}
+
+    wait_until(has_ended, "the end of the array", explain, seconds=300)
     assert states() == ["COMPLETED"] * NUM_TASKS, explain()
     assert len(logs()) == NUM_TASKS
-    numbers = [int(re.findall(r"^(\d+) cells?, 0 of", log, re.MULTILINE)[0]) for log in logs()]
-    assert sorted(numbers) == [1, 2], explain()  # dense and two ratios, each in one task
+    numbers = [re.findall(r"^(\d+) cells?, 0 of", log, re.MULTILINE) for log in logs()]
+    assert numbers == [["1"], ["1"]], explain()  # the dense model, and drop
     folder = tmp_path / "grid"
     assert not list(folder.glob("table*"))
     before = times(folder, "cells")
 
     code, output, errors = compare(config, tmp_path)
     assert code == 0, errors
-    assert output.startswith("3 cells, 3 of them finished\n")
+    assert output.startswith("2 cells, 2 of them finished\n")
     assert times(folder, "cells") == before
-    assert (folder / "table.md").read_text().count("drop") >= NUM_TASKS
+    assert "drop" in (folder / "table.md").read_text()
     found = cells_of(config)
-    assert len(found) == 3
+    assert len(found) == NUM_TASKS
     assert all(cell["error"] is None and cell["perplexity"]["Fox"] > 1 for cell in found.values())
