@@ -74,7 +74,7 @@ class MeasureInFit(L.Callback):
     ) -> tuple[float, float | None]:
         data: TrainingData = trainer.datamodule  # type: ignore[attr-defined]  # undeclared
         with self._timed():
-            loss = _mean_loss(trainer, pl_module, self._held_out)
+            loss = _mean_loss(trainer, pl_module, self._held_out, is_text=True)
             samples = data.val_dataloader()
             validation = _mean_loss(trainer, pl_module, samples) if len(samples) else None
         try:
@@ -109,14 +109,22 @@ def _mean_loss(
     trainer: L.Trainer,
     pl_module: L.LightningModule,
     batches: Iterable[MicroBatch | object],  # from a loader of any type
+    *,
+    is_text: bool = False,
 ) -> float:
-    """Return the mean validation loss, from forward passes of the strategy."""
+    """Return the mean validation loss, from forward passes of the strategy.
+
+    Args:
+        is_text: The batches are held-out text, whose loss is the cross-entropy.
+    """
     module = compensation_module(pl_module)
     was_training = module.model.training
     module.model.train(False)
+    module.measures_text = is_text
     module.on_validation_epoch_start()
     with torch.no_grad():
         for index, batch in enumerate(batches):
             trainer.strategy.validation_step(batch, index)
     module.model.train(was_training)
+    module.measures_text = False
     return module.mean_validation_loss()

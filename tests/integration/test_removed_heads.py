@@ -28,7 +28,8 @@ def logits(folder: Path) -> Tensor:
 
 def compressed(folder: Path, family: str, *words: str) -> Path:
     """The run folder of a tiny model with 30 % of its parameters removed."""
-    source, run = save_tiny(folder / "source", family), folder / "run"
+    source = save_tiny(folder / "source", family, max_position_embeddings=256)
+    run = folder / "run"
     windows = [
         f"--{part}.{key}"
         for part in ("calibration", "evaluation")

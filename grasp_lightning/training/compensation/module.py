@@ -66,6 +66,8 @@ class CompensationModule(L.LightningModule):
         trained: None until ``TrainableParameters`` has set it.
         num_trained_tokens: Predicted tokens trained on so far.
         planned_steps: Number of steps that a ``TimeLimit`` has planned; None before.
+        measures_text: Whether validation steps take the cross-entropy, as perplexity needs it,
+            instead of the training loss.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class CompensationModule(L.LightningModule):
         self.trained: Trained | None = None
         self.num_trained_tokens = 0
         self.planned_steps: int | None = None
+        self.measures_text = False
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints are partial, and checked here
         self._optimizer_config = optimizer or OptimizerConfig()
@@ -206,9 +209,12 @@ class CompensationModule(L.LightningModule):
         self._validation.reset()
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Add the training losses of one micro-batch."""
+        """Add the losses of one micro-batch."""
         del batch_idx
-        losses = self._objective.losses(batch)
+        if self.measures_text:
+            losses = self._objective.cross_entropies(batch)
+        else:
+            losses = self._objective.losses(batch)
         if not losses.isfinite().all():
             self._objective.check_teacher(batch)
         self._validation.update(losses.double())

@@ -234,7 +234,7 @@ REFUSALS: dict[str, tuple[str, dict[str, object], str]] = {
     "qwen3": (
         "qwen3",
         {"tie_word_embeddings": False},
-        "has MLPs of different widths: llama.cpp reads one width for all layers of Qwen3",
+        "has MLPs of different widths, or layers with different numbers of heads: llama.cpp reads",
     ),
 }
 

@@ -39,6 +39,7 @@ KEYS = {
     "seconds.curvature",
     "seconds.seam",
     "seconds.slice",
+    "seconds.spread",
     "seconds.merges",
     "seconds.removals",
     "seconds.gradients",
