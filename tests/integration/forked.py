@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from importlib import import_module
+from multiprocessing.context import ForkContext, ForkServerContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,19 +108,29 @@ def _run_rank(  # noqa: PLR0917  what a process is given
     os.environ |= environment
     sys.path[:0] = map(str, path)
     verification: Any = import_module("grasp_lightning.models.verification")
-    verification._exit_code = verified_by_a_fork
+    verification._exit_code = _verified_elsewhere
     if kill is not None:
         kill.arm(signal_number)
     import_module("grasp_lightning.cli").run_program(words)
 
 
-def verified_by_a_fork(request: Path, seconds: float) -> int | None:
+def _verified_elsewhere(request: Path, seconds: float) -> int | None:
     """Stand in for ``verification._exit_code``.
 
-    A rank of several has threads of its process group, which no fork survives. It starts a fork
-    server of its own, which imports everything again.
+    A rank may have threads of a process group, which no fork survives. It starts a fork server of
+    its own, which imports everything again.
     """
-    context = CONTEXT if "WORLD_SIZE" in os.environ else FORK
+    return _answered(CONTEXT, request, seconds)
+
+
+def verified_by_a_fork(request: Path, seconds: float) -> int | None:
+    """Stand in for ``verification._exit_code`` where there are no process groups."""
+    return _answered(FORK, request, seconds)
+
+
+def _answered(
+    context: ForkContext | ForkServerContext, request: Path, seconds: float
+) -> int | None:
     process = context.Process(target=reloading._answer, args=(request,))
     process.start()
     process.join(seconds)
