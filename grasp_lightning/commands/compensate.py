@@ -305,9 +305,9 @@ def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
 
 
 def _check_steps(config: CompensateConfig, data: TrainingData) -> None:
-    num_steps = len(data.steps())
     if config.training.max_time is not None:  # the warm-up is planned, too
         return
+    num_steps = len(data.steps())
     if config.optimizer.warmup_steps >= num_steps:
         raise ConfigError(
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, but there are only "

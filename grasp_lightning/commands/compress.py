@@ -111,16 +111,8 @@ def resolved(
     if config.statistics.shared is not None:
         check_shared_folder(config.statistics.shared, output_dir)
     config = replace(config, method=_resolved_method(config))
-    if config.method.replacement is not None and config.trainer.strategy == "fsdp":
-        raise ConfigError(
-            f"trainer.strategy is fsdp, but method {config.method.name} trains a whole layer in "
-            "every process; use ddp"
-        )
-    if config.method.directions_of is not None and config.trainer.strategy == "fsdp":
-        raise ConfigError(
-            f"trainer.strategy is fsdp, but method {config.method.name} changes a whole model in "
-            "every process; use ddp"
-        )
+    if config.trainer.strategy == "fsdp":
+        _check_splittable(config.method)
     source = resolve_source(config.model) if given is None else given.origin
     return config, [] if source.folder is None else [source.folder]
 
@@ -230,6 +222,19 @@ def _measure(
     if inputs.shared is None:
         return measure
     return SharedMeasure(measure, inputs.shared, progress, _settings_of_statistics(config, inputs))
+
+
+def _check_splittable(method: MethodConfig) -> None:
+    """Refuse a method that needs whole layers in every process: a ``ConfigError``."""
+    for key, work in (
+        ("replacement", "trains a whole layer"),
+        ("directions_of", "changes a whole model"),
+    ):
+        if getattr(method, key) is not None:
+            raise ConfigError(
+                f"trainer.strategy is fsdp, but method {method.name} {work} in every process; use "
+                "ddp"
+            )
 
 
 def _reads_hidden_states_again(method: MethodConfig) -> bool:
