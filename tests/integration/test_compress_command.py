@@ -653,6 +653,7 @@ def test_plan_shows_the_memory_of_llama_2_7b(
         *("auto", "ddp, 4 processes", "fsdp, 4 processes", "auto, 1 process", "ddp", "fsdp"),
         *("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"),
         *("deepspeed_stage_2_offload", "deepspeed_stage_3_offload"),
+        *("lora", "factors", "lora_on_factors", "replaced", "all"),
     ]
     # U, s and V of q, k, v, o (4096 x 4096) and gate, up, down (4096 x 11008), float32.
     square, wide = 4096 * 8193, 4096 * (4096 + 1 + 11008)
