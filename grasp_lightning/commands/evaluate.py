@@ -24,6 +24,7 @@ from grasp_lightning.evaluation.peak_memory import forget_peak, peak_bytes
 from grasp_lightning.evaluation.results import CorpusResult, ModelEvaluation
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.device import matmul_precision
 from grasp_lightning.models.loading import (
     LoadedModel,
     load_meta_model,
@@ -72,7 +73,8 @@ def run_evaluate(config: EvaluateConfig) -> EvaluateRun:
     file = EvaluationFile(config.output, request, machine)
     evaluations, amended = [], []
     for model in models:
-        evaluation = _evaluate(model, config, corpora, harness, file)
+        with matmul_precision(config.matmul_precision):
+            evaluation = _evaluate(model, config, corpora, harness, file)
         evaluations.append(evaluation)
         section = stored_section(evaluation, request.settings)
         changed = amend_run(model.path, "evaluation", section, merge_sections)
@@ -127,7 +129,12 @@ def _settings(config: EvaluateConfig, harness: Harness | None, machine: Machine)
     """Return what results depend on besides model, corpus and task, by part."""
     tasks = asdict(_task_settings(config))
     return {
-        "model": {"dtype": config.dtype, "revision": config.revision, "device": machine.device},
+        "model": {
+            "dtype": config.dtype,
+            "revision": config.revision,
+            "device": machine.device,
+            "matmul_precision": config.matmul_precision,
+        },
         "windows": {f"evaluation.{key}": v for key, v in asdict(config.evaluation).items()},
         "tasks": tasks if harness is None else {**tasks, **harness.fingerprint},
     }

@@ -90,11 +90,14 @@ class GridRun:
         """Return the request to measure what is missing."""
         config, key = self.folder.config, self._key(cell)
         done = Measurements.read(self.folder.measurements(cell))
-        texts = {name: key_of(key, text) for name, text in config.texts.items()}
+        # Without a key, as in the files of earlier versions, products are not rounded.
+        rounding = () if config.matmul_precision == "highest" else (config.matmul_precision,)
+        texts = {name: key_of(key, text, *rounding) for name, text in config.texts.items()}
         tasks = {}
         if is_asked(config.tasks, cell):
             settings = replace(config.tasks, names=(), removed_ratios=None)
-            tasks = dict.fromkeys(config.tasks.names, key_of(key, settings, _lm_eval_version()))
+            task_key = key_of(key, settings, _lm_eval_version(), *rounding)
+            tasks = dict.fromkeys(config.tasks.names, task_key)
         return Measure(
             model=self.folder.model(cell),
             file=str(self.folder.measurements(cell)),
@@ -103,6 +106,7 @@ class GridRun:
             text_keys={n: k for n, k in texts.items() if _is_other(done.texts.get(n), k)},
             tasks=config.tasks,
             task_keys={n: k for n, k in tasks.items() if _is_other(done.tasks.get(n), k)},
+            matmul_precision=config.matmul_precision,
         )
 
     def _prepare(self, missing: Sequence[Cell]) -> None:

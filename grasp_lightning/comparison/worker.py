@@ -17,12 +17,19 @@ from time import perf_counter
 from types import MappingProxyType
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp_lightning.comparison.grid import renamed
 from grasp_lightning.comparison.measurements import Keyed, Measurements, Speed
-from grasp_lightning.config import EvaluationConfig, ModelConfig, SpeedConfig, TasksConfig
+from grasp_lightning.config import (
+    EvaluationConfig,
+    MatmulPrecision,
+    ModelConfig,
+    SpeedConfig,
+    TasksConfig,
+)
 from grasp_lightning.data.section_windows import evaluation_windows
 from grasp_lightning.data.windows import TokenWindows, batches
 from grasp_lightning.errors import GraspError, OutputError
@@ -67,6 +74,7 @@ class Measure:
         texts: Texts by name.
         text_keys: Key of each.
         task_keys: Key of each task to run.
+        matmul_precision: How torch rounds the inputs of float32 matrix products.
     """
 
     model: ModelConfig
@@ -76,6 +84,7 @@ class Measure:
     text_keys: Mapping[str, str]
     tasks: TasksConfig
     task_keys: Mapping[str, str]
+    matmul_precision: MatmulPrecision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +174,7 @@ def _measure(request: Measure) -> None:
     file, tasks, harness = Path(request.file), request.tasks, None
     if request.task_keys:
         harness = Harness(list(request.task_keys), tasks.task_data, task_settings(tasks))
+    torch.set_float32_matmul_precision(request.matmul_precision)  # until this process ends
     loaded = load_model(request.model)
     view, done = DecoderView(loaded.model), Measurements.read(file)
     done = replace(done, machine=machine_line())

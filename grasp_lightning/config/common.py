@@ -7,6 +7,7 @@ from grasp_lightning.config.values import Count, PathName, Range, WindowLength
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Precision = Literal["32-true", "bf16-mixed"]
+MatmulPrecision = Literal["highest", "high", "medium"]
 Strategy = Literal[
     "auto",
     "ddp",

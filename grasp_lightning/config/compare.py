@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from grasp_lightning.config.common import (
     CalibrationConfig,
     EvaluationConfig,
+    MatmulPrecision,
     ModelConfig,
     TrainerConfig,
 )
@@ -112,6 +113,8 @@ class CompareConfig:
         trainer: Lightning settings of all compressions.
         texts: Held-out texts for perplexity by name.
         tasks: Tasks of lm-eval.
+        matmul_precision: How torch may round the inputs of float32 matrix products in perplexity
+            and tasks: highest not at all, high to TensorFloat32, medium to bfloat16.
         speed: Throughput.
         paper: Numbers of a paper.
     """
@@ -131,6 +134,7 @@ class CompareConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     texts: Mapping[str, EvaluationConfig]
     tasks: TasksConfig = field(default_factory=TasksConfig)
+    matmul_precision: MatmulPrecision = "highest"
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     paper: PaperConfig = field(default_factory=PaperConfig)
 

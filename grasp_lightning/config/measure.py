@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from grasp_lightning.config.common import CorpusWindows, Dtype
+from grasp_lightning.config.common import CorpusWindows, Dtype, MatmulPrecision
 from grasp_lightning.config.values import (
     Count,
     CountOrZero,
@@ -22,6 +22,8 @@ class EvaluateConfig:
         dtype: Floating point type of the weights; auto keeps each checkpoint's.
         device: Device of the model: auto, cpu, cuda, cuda:1, ...
         trust_remote_code: Run model code that comes with the checkpoints.
+        matmul_precision: How torch may round the inputs of float32 matrix products: highest not at
+            all, high to TensorFloat32, medium to bfloat16, which is faster on hardware that has it.
         corpora: Texts for perplexity: wikitext2, ptb, c4, pydoc, or .txt, .jsonl or .parquet files.
         evaluation: How to cut these texts into windows.
         tasks: Names of lm-eval tasks, tags or groups; needs the extra ``eval``.
@@ -39,6 +41,7 @@ class EvaluateConfig:
     dtype: Dtype = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    matmul_precision: MatmulPrecision = "highest"
     corpora: tuple[PathName, ...] = ()
     evaluation: CorpusWindows = field(default_factory=CorpusWindows)
     tasks: tuple[str, ...] = ()

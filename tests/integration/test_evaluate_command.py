@@ -71,6 +71,22 @@ def test_perplexity_is_that_of_a_plain_loop(
     assert result["perplexity"] == pytest.approx(plain_perplexity(tiny_folder), rel=1e-5)
 
 
+def test_matmul_precision_rounds_products_and_is_restored(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del workplace
+    before = torch.get_float32_matmul_precision()
+    found = {}
+    for name in ("highest", "medium"):
+        argv = ["--model=tiny-llama", "--corpora=corpus.txt", f"--matmul_precision={name}"]
+        assert evaluate(*argv, f"--output={name}.json", "--evaluation.seqlen=16") == 0
+        capsys.readouterr()
+        (model,) = json.loads(Path(f"{name}.json").read_text())["models"]
+        found[name] = model["corpora"]["corpus.txt"]["perplexity"]
+    assert torch.get_float32_matmul_precision() == before
+    assert found["medium"] == pytest.approx(found["highest"], rel=0.01)
+
+
 def test_rows_of_a_file_are_a_setting_of_the_results(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +171,7 @@ def test_what_is_finished_is_not_measured_again(
         ("--evaluation.seqlen=32", "with evaluation.seqlen 48, now it is 32; name another file"),
         ("--limit=3", "with limit None, now it is 3"),
         ("--dtype=bfloat16", "with dtype auto, now it is bfloat16"),
+        ("--matmul_precision=medium", "with matmul_precision highest, now it is medium"),
     ],
 )
 def test_other_settings_are_not_mixed_with_stored_results(
