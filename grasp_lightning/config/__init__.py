@@ -85,6 +85,7 @@ from grasp_lightning.config.method import (
     Unit,
     Weighting,
 )
+from grasp_lightning.config.trim import TrimConfig
 
 CONFIGS: Final[Mapping[str, type]] = MappingProxyType(
     {
@@ -95,6 +96,7 @@ CONFIGS: Final[Mapping[str, type]] = MappingProxyType(
         "benchmark": BenchmarkConfig,
         "compare": CompareConfig,
         "export": ExportConfig,
+        "trim": TrimConfig,
     }
 )
 """The configuration of each command."""
@@ -173,6 +175,7 @@ __all__ = [
     "TrainMode",
     "TrainerConfig",
     "TrainingConfig",
+    "TrimConfig",
     "Unit",
     "Weighting",
 ]

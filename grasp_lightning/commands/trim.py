@@ -1,0 +1,347 @@
+"""``trim``: a model without the tokens that some texts never use."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from grasp_lightning.config import EvaluationConfig, TrimConfig
+from grasp_lightning.config.parsing import to_dict
+from grasp_lightning.config.values import check_values
+from grasp_lightning.data.sources import Documents, corpus_named, read_documents
+from grasp_lightning.data.token_texts import (
+    TokenCounts,
+    count_tokens,
+    find_other_pieces,
+    find_other_text,
+)
+from grasp_lightning.errors import ConfigError, DataError, GraspError, ModelError, OutputError
+from grasp_lightning.models.checkpoint import check_not_quantized, save_model
+from grasp_lightning.models.loading import LoadedModel, load_model
+from grasp_lightning.models.quiet import quiet_transformers
+from grasp_lightning.models.size import count_bytes, count_parameters
+from grasp_lightning.models.source import resolve_source, source_hash
+from grasp_lightning.models.verification import can_generate, verify_saved
+from grasp_lightning.models.vocabulary.choice import Choice, choose_tokens
+from grasp_lightning.models.vocabulary.files import (
+    TOKENIZER,
+    fitting_files,
+    processor_tokens,
+    tokenizer_content,
+    write_tokenizer,
+)
+from grasp_lightning.models.vocabulary.pieces import pieces_of
+from grasp_lightning.models.vocabulary.rows import check_rows, special_ids, trim_rows
+from grasp_lightning.reading.text import read_json
+from grasp_lightning.reading.typed import as_type, to_plain
+from grasp_lightning.reporting.card import base_model_of, trim_card
+from grasp_lightning.reporting.metrics import Change
+from grasp_lightning.reporting.trimming import TextLength, TrimFacts
+from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.storage.model_folder import read_card, write_beside
+
+FACTS_NAME = "trim.json"
+SOURCE_CARD_NAME = "SOURCE_MODEL_CARD.md"
+
+_MODEL_NAME = "model"
+_FINGERPRINT = "source_sha256"
+_LEAST_USED = 1000  # different tokens of a corpus
+_NUM_COMPARED = 64  # tokens per corpus whose logits are compared
+_TOLERANCE = 1e-5  # of logits, as a share of the largest
+_COLUMNS = (".jsonl", ".parquet")
+_SAFETY = 1.1  # tokenizer and cards, in addition to the weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimRun:
+    """A finished trim, with its folder as the user named it."""
+
+    folder: Path
+    facts: TrimFacts
+
+    @property
+    def model_folder(self) -> Path:
+        """Folder of the trimmed model."""
+        return self.folder / _MODEL_NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """A text, and its tokens before."""
+
+    documents: Documents
+    counts: TokenCounts
+    is_named: bool
+
+    @property
+    def name(self) -> str:
+        """Name without a folder."""
+        return self.documents.name.rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """The checked inputs.
+
+    Attributes:
+        tokens: Text of every token by its id.
+        special: Those that were added to the pieces.
+        num_rows: Rows of the embedding.
+        choice: The tokens that stay.
+        generates: Whether the model generates with its cache.
+    """
+
+    loaded: LoadedModel
+    tokens: Mapping[int, str]
+    special: Mapping[int, str]
+    num_rows: int
+    texts: Sequence[_Text]
+    choice: Choice
+    generates: bool
+
+
+def run_trim(config: TrimConfig) -> TrimRun:
+    """Write a model without the tokens that the corpora never use; a finished one is only read.
+
+    Raises:
+        GraspError: If model, corpora or output folder do not fit, or a check of the result fails;
+            then nothing is written.
+    """
+    check_values(config)
+    corpora = _corpora(config)
+    source = resolve_source(config.model)
+    protected = [] if source.folder is None else [source.folder]
+    settings = to_dict(config)
+    _, state = RunFolder.look_up(
+        config.output_dir, settings, overwrite=config.overwrite, protected=protected
+    )
+    inputs = None if state == "finished" else _prepared(config, corpora)
+    with RunFolder.open(
+        config.output_dir, settings, overwrite=config.overwrite, protected=protected
+    ) as run:
+        if run.state == "finished" or inputs is None:
+            facts = _stored_facts(run, config)
+        else:
+            try:
+                facts = _execute(config, inputs, run)
+            except GraspError:
+                run.discard()
+                raise
+    return TrimRun(folder=Path(config.output_dir), facts=facts)
+
+
+def _corpora(config: TrimConfig) -> dict[str, EvaluationConfig]:
+    """Return how to read the corpora, and last the unnamed text, by their names."""
+    if not config.corpora:
+        raise ConfigError("corpora is empty; name at least one text, as in --corpora=wikitext2")
+    twice = sorted({name for name in config.corpora if config.corpora.count(name) > 1})
+    if twice:
+        raise ConfigError(f"corpora: {twice[0]} is named twice")
+    found, default = {}, EvaluationConfig().field
+    for key, name in (*(("corpora", name) for name in config.corpora), ("unnamed", config.unnamed)):
+        source = corpus_named(name, key)
+        is_file = source.path is not None
+        if key == "unnamed" and is_file and name in config.corpora:
+            raise ConfigError(f"unnamed: {name} is one of the corpora; name another text")
+        has_columns = is_file and Path(name).suffix.lower() in _COLUMNS
+        field = config.field if has_columns else default
+        found[f"{key} {name}"] = EvaluationConfig(**asdict(source), field=field)
+    if config.field != default and all(one.field == default for one in found.values()):
+        raise ConfigError(f"field {config.field!r} has no effect: no text has columns; remove it")
+    return found
+
+
+def _prepared(config: TrimConfig, corpora: Mapping[str, EvaluationConfig]) -> _Inputs:
+    """Load the model, count the tokens of all texts, and choose those that stay."""
+    loaded = load_model(config.model)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    check_not_quantized(model, ModelError)
+    is_gguf = resolve_source(config.model).gguf_file is not None
+    has_file = is_gguf or any(file.name == TOKENIZER for file in loaded.origin.side_files)
+    content = tokenizer_content(tokenizer, has_file=has_file)
+    pieces = pieces_of(content)
+    num_rows = check_rows(model)
+    added = {token["id"]: token["content"] for token in content["added_tokens"]}
+    tokens = {**{index: piece for piece, index in pieces.ids.items()}, **added}
+    if max(tokens) >= num_rows:
+        raise ModelError(
+            f"the tokenizer has token {max(tokens)}, but the model has only {num_rows} rows: they "
+            "do not belong together"
+        )
+    texts = [
+        _text(tokenizer, corpus, num_rows, is_named=name.startswith("corpora "))
+        for name, corpus in corpora.items()
+    ]
+    counts = torch.stack([text.counts.counts for text in texts if text.is_named]).sum(dim=0)
+    protected = {*processor_tokens(content), *special_ids(model, num_rows)}
+    choice = choose_tokens(
+        pieces,
+        tokens,
+        counts.tolist(),
+        protected.union(tokenizer.all_special_ids),
+        multiple_of=config.multiple_of,
+        num_tokens=config.num_tokens,
+    )
+    return _Inputs(
+        loaded=loaded,
+        tokens=tokens,
+        special=added,
+        num_rows=num_rows,
+        texts=texts,
+        choice=choice,
+        generates=can_generate(model),
+    )
+
+
+def _text(
+    tokenizer: PreTrainedTokenizerBase, corpus: EvaluationConfig, num_rows: int, *, is_named: bool
+) -> _Text:
+    documents = read_documents(corpus, "calibration" if is_named else "evaluation")
+    counts = count_tokens(documents, tokenizer, num_rows, _NUM_COMPARED)
+    if is_named and counts.num_used < _LEAST_USED:
+        raise DataError(
+            f"corpora: {documents.name} uses only {counts.num_used} different tokens, expected at "
+            f"least {_LEAST_USED:,}; name a longer text"
+        )
+    return _Text(documents=documents, counts=counts, is_named=is_named)
+
+
+def _execute(config: TrimConfig, inputs: _Inputs, run: RunFolder) -> TrimFacts:
+    loaded, choice = inputs.loaded, inputs.choice
+    model, old = loaded.model, loaded.tokenizer
+    sizes = count_parameters(model), count_bytes(model)
+    before = _logits(model, inputs, range(inputs.num_rows))
+    trim_rows(model, choice.rows)
+    difference, largest = _compared(before, _logits(model, inputs, choice.rows), model.dtype)
+    run.check_free_space(int(_SAFETY * count_bytes(model)))
+    with run.new_folder(_MODEL_NAME) as folder:
+        save_model(model, folder)
+        write_tokenizer(old, folder, choice.new_ids)
+        new = _reloaded(folder, trust_remote_code=config.model.trust_remote_code)
+        _check_tokenizer(inputs, old, new)
+        facts = TrimFacts(
+            model=loaded.origin.name,
+            dtype=str(model.dtype).removeprefix("torch."),
+            tokens=Change(before=inputs.num_rows, after=len(choice.rows)),
+            parameters=Change(before=sizes[0], after=count_parameters(model)),
+            bytes=Change(before=sizes[1], after=count_bytes(model)),
+            used_tokens=choice.num_used,
+            filling_tokens=choice.num_fillers,
+            same_pieces=choice.keeps_all_used,
+            logit_difference=difference,
+            largest_logit=largest,
+            special_tokens={text: choice.new_ids[old] for old, text in inputs.special.items()},
+            texts=tuple(_length(text, new, len(choice.rows)) for text in inputs.texts),
+        )
+        _write_beside(loaded, facts, folder)
+        verify_saved(model, folder, generates=inputs.generates)
+    run.write_json(FACTS_NAME, {_FINGERPRINT: source_hash(config.model), **to_plain(facts)})
+    run.finish()
+    return facts
+
+
+def _logits(model: PreTrainedModel, inputs: _Inputs, rows: Sequence[int]) -> list[Tensor]:
+    """Return logits over the tokens that stay on the first tokens of each text.
+
+    Args:
+        rows: Old id of each id that the model has now.
+    """
+    ids = {old: new for new, old in enumerate(rows)}
+    kept = torch.tensor([ids[old] for old in inputs.choice.rows])
+    found = []
+    for text in inputs.texts:
+        known = [ids[old] for old in text.counts.first.tolist() if old in inputs.choice.new_ids]
+        with torch.no_grad():
+            given = torch.tensor([known], device=model.device)
+            logits = model(input_ids=given, use_cache=False).logits[0]
+        found.append(logits.float().cpu()[:, kept])
+    return found
+
+
+def _compared(
+    before: Sequence[Tensor], after: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[float, float]:
+    """Return the largest difference of logits, and the largest logit."""
+    pairs = list(zip(before, after, strict=True))
+    largest = max(float(old.abs().max()) for old, _ in pairs)
+    difference = max(float((old - new).abs().max()) for old, new in pairs)
+    if not difference <= max(_TOLERANCE, torch.finfo(dtype).eps) * max(largest, 1.0):
+        raise ModelError(
+            f"the logits of the trimmed model differ by {difference:.2g}, so something else in it "
+            "depends on token ids; it cannot be trimmed"
+        )
+    return difference, largest
+
+
+def _reloaded(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    with quiet_transformers():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+    return tokenizer
+
+
+def _check_tokenizer(
+    inputs: _Inputs, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a trimmed tokenizer that does not split or write texts as it must."""
+    ids = inputs.choice.new_ids
+    expected = {text: ids[index] for index, text in inputs.tokens.items() if index in ids}
+    if new.get_vocab() != expected:
+        name, index = min(new.get_vocab().items() ^ expected.items(), key=lambda item: item[1])
+        raise ModelError(
+            f"the tokenizer cannot be trimmed: transformers reads {name!r} with another id than "
+            f"{expected.get(name, index)} from its {TOKENIZER}"
+        )
+    for text in inputs.texts:
+        found = None
+        if text.is_named and inputs.choice.keeps_all_used:
+            found = find_other_pieces(text.documents, old, new, ids)
+        else:
+            found = find_other_text(text.documents, old, new)
+        if found is not None:
+            raise ModelError(f"the tokenizer cannot be trimmed: {found} would be read differently")
+
+
+def _length(text: _Text, tokenizer: PreTrainedTokenizerBase, size: int) -> TextLength:
+    before, num_bytes = text.counts.num_tokens, text.counts.num_bytes
+    after = count_tokens(text.documents, tokenizer, size).num_tokens
+    return TextLength(
+        name=text.name,
+        is_named=text.is_named,
+        num_bytes=num_bytes,
+        tokens=Change(before=before, after=after),
+        tokens_per_byte=Change(before=before / num_bytes, after=after / num_bytes),
+    )
+
+
+def _write_beside(loaded: LoadedModel, facts: TrimFacts, folder: Path) -> None:
+    origin = replace(loaded.origin, side_files=fitting_files(loaded.origin.side_files))
+    source_card = read_card(origin.folder)
+    card = trim_card(
+        facts,
+        base_model=base_model_of(source_card or "") or origin.name,
+        licence=origin.licence,
+        licence_files=[file.name for file in origin.licence_files],
+        source_card=SOURCE_CARD_NAME if source_card else None,
+    )
+    write_beside(folder, origin, card, {SOURCE_CARD_NAME: source_card} if source_card else {})
+
+
+def _stored_facts(run: RunFolder, config: TrimConfig) -> TrimFacts:
+    file = run.path(FACTS_NAME)
+    try:
+        content = read_json(file)
+        fingerprint = content.pop(_FINGERPRINT, None)
+        facts = as_type(TrimFacts, content, FACTS_NAME)
+    except GraspError as error:
+        raise OutputError(f"{file} is missing or damaged; trim again with --overwrite") from error
+    if fingerprint != source_hash(config.model):
+        raise OutputError(
+            f"{run.root} contains a trimmed version of another model than {config.model.path} is "
+            "now; use another output_dir or --overwrite"
+        )
+    return facts
