@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning.config import EvaluationConfig, TrimConfig
 from grasp_lightning.config.parsing import to_dict
@@ -21,7 +20,6 @@ from grasp_lightning.data.token_texts import (
 from grasp_lightning.errors import ConfigError, DataError, GraspError, ModelError, OutputError
 from grasp_lightning.models.checkpoint import check_not_quantized, save_model
 from grasp_lightning.models.loading import LoadedModel, load_model
-from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.size import count_bytes, count_parameters
 from grasp_lightning.models.source import resolve_source, source_hash
 from grasp_lightning.models.verification import can_generate, verify_saved
@@ -30,9 +28,11 @@ from grasp_lightning.models.vocabulary.files import (
     TOKENIZER,
     fitting_files,
     processor_tokens,
+    read_tokenizer,
     tokenizer_content,
     write_tokenizer,
 )
+from grasp_lightning.models.vocabulary.logits import compare_logits, kept_logits
 from grasp_lightning.models.vocabulary.pieces import pieces_of
 from grasp_lightning.models.vocabulary.rows import check_rows, special_ids, trim_rows
 from grasp_lightning.reading.text import read_json
@@ -50,7 +50,6 @@ _MODEL_NAME = "model"
 _FINGERPRINT = "source_sha256"
 _LEAST_USED = 1000  # different tokens of a corpus
 _NUM_COMPARED = 64  # tokens per corpus whose logits are compared
-_TOLERANCE = 1e-5  # of logits, as a share of the largest
 _COLUMNS = (".jsonl", ".parquet")
 _SAFETY = 1.1  # tokenizer and cards, in addition to the weights
 
@@ -101,6 +100,12 @@ class _Inputs:
     texts: Sequence[_Text]
     choice: Choice
     generates: bool
+
+    @property
+    def new_vocabulary(self) -> dict[str, int]:
+        """New id of every token that stays, by its text."""
+        ids = self.choice.new_ids
+        return {text: ids[index] for index, text in self.tokens.items() if index in ids}
 
 
 def run_trim(config: TrimConfig) -> TrimRun:
@@ -213,15 +218,19 @@ def _execute(config: TrimConfig, inputs: _Inputs, run: RunFolder) -> TrimFacts:
     loaded, choice = inputs.loaded, inputs.choice
     model, old = loaded.model, loaded.tokenizer
     sizes = count_parameters(model), count_bytes(model)
-    before = _logits(model, inputs, range(inputs.num_rows))
+    windows, kept = [text.counts.first.tolist() for text in inputs.texts], torch.tensor(choice.rows)
+    before = kept_logits(model, windows, range(inputs.num_rows), kept)
     trim_rows(model, choice.rows)
-    difference, largest = _compared(before, _logits(model, inputs, choice.rows), model.dtype)
+    after = kept_logits(model, windows, choice.rows, kept)
+    logits = compare_logits(before, after, model.dtype)
     run.check_free_space(int(_SAFETY * count_bytes(model)))
     with run.new_folder(_MODEL_NAME) as folder:
         save_model(model, folder)
         write_tokenizer(old, folder, choice.new_ids)
-        new = _reloaded(folder, trust_remote_code=config.model.trust_remote_code)
-        _check_tokenizer(inputs, old, new)
+        new = read_tokenizer(
+            folder, inputs.new_vocabulary, trust_remote_code=config.model.trust_remote_code
+        )
+        _check_texts(inputs, old, new)
         facts = TrimFacts(
             model=loaded.origin.name,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -231,8 +240,8 @@ def _execute(config: TrimConfig, inputs: _Inputs, run: RunFolder) -> TrimFacts:
             used_tokens=choice.num_used,
             filling_tokens=choice.num_fillers,
             same_pieces=choice.keeps_all_used,
-            logit_difference=difference,
-            largest_logit=largest,
+            logit_difference=logits.difference,
+            largest_logit=logits.largest,
             special_tokens={text: choice.new_ids[old] for old, text in inputs.special.items()},
             texts=tuple(_length(text, new, len(choice.rows)) for text in inputs.texts),
         )
@@ -243,63 +252,13 @@ def _execute(config: TrimConfig, inputs: _Inputs, run: RunFolder) -> TrimFacts:
     return facts
 
 
-def _logits(model: PreTrainedModel, inputs: _Inputs, rows: Sequence[int]) -> list[Tensor]:
-    """Return logits over the tokens that stay on the first tokens of each text.
-
-    Args:
-        rows: Old id of each id that the model has now.
-    """
-    ids = {old: new for new, old in enumerate(rows)}
-    kept = torch.tensor([ids[old] for old in inputs.choice.rows])
-    found = []
-    for text in inputs.texts:
-        known = [ids[old] for old in text.counts.first.tolist() if old in inputs.choice.new_ids]
-        with torch.no_grad():
-            given = torch.tensor([known], device=model.device)
-            logits = model(input_ids=given, use_cache=False).logits[0]
-        found.append(logits.float().cpu()[:, kept])
-    return found
-
-
-def _compared(
-    before: Sequence[Tensor], after: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[float, float]:
-    """Return the largest difference of logits, and the largest logit."""
-    pairs = list(zip(before, after, strict=True))
-    largest = max(float(old.abs().max()) for old, _ in pairs)
-    difference = max(float((old - new).abs().max()) for old, new in pairs)
-    if not difference <= max(_TOLERANCE, torch.finfo(dtype).eps) * max(largest, 1.0):
-        raise ModelError(
-            f"the logits of the trimmed model differ by {difference:.2g}, so something else in it "
-            "depends on token ids; it cannot be trimmed"
-        )
-    return difference, largest
-
-
-def _reloaded(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    with quiet_transformers():
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code
-        )
-    return tokenizer
-
-
-def _check_tokenizer(
+def _check_texts(
     inputs: _Inputs, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase
 ) -> None:
     """Refuse a trimmed tokenizer that does not split or write texts as it must."""
-    ids = inputs.choice.new_ids
-    expected = {text: ids[index] for index, text in inputs.tokens.items() if index in ids}
-    if new.get_vocab() != expected:
-        name, index = min(new.get_vocab().items() ^ expected.items(), key=lambda item: item[1])
-        raise ModelError(
-            f"the tokenizer cannot be trimmed: transformers reads {name!r} with another id than "
-            f"{expected.get(name, index)} from its {TOKENIZER}"
-        )
     for text in inputs.texts:
-        found = None
         if text.is_named and inputs.choice.keeps_all_used:
-            found = find_other_pieces(text.documents, old, new, ids)
+            found = find_other_pieces(text.documents, old, new, inputs.choice.new_ids)
         else:
             found = find_other_text(text.documents, old, new)
         if found is not None:

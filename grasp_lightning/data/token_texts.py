@@ -1,6 +1,6 @@
 """How texts are split into tokens: counts, lengths, and comparison of two tokenizers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,9 +97,12 @@ def find_other_text(
 
 def _batches(documents: Documents, doing: str) -> Iterator[Sequence[str]]:
     texts = [text for text in documents.texts if text]
-    starts = range(0, len(texts), _BATCH)
-    # On standard error: standard output is for the result.
-    for start in track(starts, f"{doing} {documents.name}", console=Console(stderr=True)):
+    starts: Iterable[int] = range(0, len(texts), _BATCH)
+    # On standard error: standard output is for the result. In a log, a refusal is one line.
+    console = Console(stderr=True)
+    if console.is_terminal:
+        starts = track(starts, f"{doing} {documents.name}", console=console)
+    for start in starts:
         yield texts[start : start + _BATCH]
 
 

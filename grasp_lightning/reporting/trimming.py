@@ -71,7 +71,7 @@ class TrimFacts:
 def trim_table(facts: TrimFacts) -> Table:
     """Return sizes and lengths before and after, for the terminal."""
     table = narrow_table(trim_notes(facts), "Trimmed vocabulary")
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in trim_rows_of(facts):
@@ -103,7 +103,7 @@ def trim_notes(facts: TrimFacts) -> tuple[str, ...]:
     )
     notes = [f"{facts.model}: {facts.used_tokens:,} of the tokens that stay are in the corpora."]
     if facts.filling_tokens:
-        notes.append(f"{facts.filling_tokens:,} others fill up the number; no row is without use.")
+        notes.append(f"{facts.filling_tokens:,} unused tokens stay to fill up multiple_of.")
     names = list(facts.special_tokens)
     more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
     special = f"Special and added tokens that stay: {' '.join(names[:_MAX_SHOWN])}{more}."

@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from grasp_lightning.errors import ModelError
+from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.vocabulary.pieces import Json, pieces_of
 
 TOKENIZER: Final = "tokenizer.json"
@@ -58,6 +59,18 @@ def processor_tokens(content: Json) -> frozenset[int]:
     return frozenset(found)
 
 
+def trimmed_content(content: Json, new_ids: Mapping[int, int]) -> Json:
+    """Return the content of a tokenizer.json with the tokens that stay.
+
+    Args:
+        content: Content with all tokens.
+        new_ids: New id of each old id that stays.
+    """
+    pieces = pieces_of(content)
+    ids = {piece: new_ids[old] for piece, old in pieces.ids.items() if old in new_ids}
+    return {**_with_ids(content, new_ids.__getitem__), "model": pieces.trimmed(ids)}
+
+
 def write_tokenizer(
     tokenizer: PreTrainedTokenizerBase, folder: Path, new_ids: Mapping[int, int]
 ) -> None:
@@ -65,26 +78,55 @@ def write_tokenizer(
 
     Args:
         folder: Folder of the model, written before.
-        new_ids: New id of each old id.
+        new_ids: New id of each old id that stays.
     """
     tokenizer.save_pretrained(folder)
-    file = folder / TOKENIZER
-    content: Json = json.loads(file.read_text(encoding="utf-8"))
-    pieces = pieces_of(content)
-    ids = {piece: new_ids[old] for piece, old in pieces.ids.items() if old in new_ids}
-    trimmed = {**_with_ids(content, new_ids.__getitem__), "model": pieces.trimmed(ids)}
-    file.write_text(json.dumps(trimmed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    file = folder / _CONFIG
-    content = json.loads(file.read_text(encoding="utf-8"))
-    added: Mapping[str, Any] | None = content.get("added_tokens_decoder")  # Any: AddedToken
-    if added is not None:
-        content["added_tokens_decoder"] = {str(new_ids[int(k)]): v for k, v in added.items()}
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _rewrite(folder / TOKENIZER, lambda content: trimmed_content(content, new_ids))
+
+    def renumbered(content: Json) -> Json:
+        added = content.get("added_tokens_decoder")
+        if added is None:
+            return content
+        by_id = {str(new_ids[int(old)]): token for old, token in added.items()}
+        return {**content, "added_tokens_decoder": by_id}
+
+    _rewrite(folder / _CONFIG, renumbered)
+
+
+def read_tokenizer(
+    folder: Path, expected: Mapping[str, int], *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a written folder.
+
+    Args:
+        expected: Ids that its tokens must have, and no others.
+        trust_remote_code: Run code that comes with the tokenizer.
+
+    Raises:
+        ModelError: If transformers reads others.
+    """
+    with quiet_transformers():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+    found = tokenizer.get_vocab()
+    if found != expected:
+        text, index = min(found.items() ^ expected.items(), key=lambda item: item[1])
+        raise ModelError(
+            f"the tokenizer cannot be trimmed: transformers would read {text!r} with another id "
+            f"than {expected.get(text, index)} from its {TOKENIZER}"
+        )
+    return tokenizer
 
 
 def fitting_files(files: Iterable[Path]) -> tuple[Path, ...]:
     """Return the side files of a model without those that hold its old vocabulary."""
     return tuple(file for file in files if not any(fnmatchcase(file.name, name) for name in _STALE))
+
+
+def _rewrite(file: Path, change: Callable[[Json], Json]) -> None:
+    content = change(json.loads(file.read_text(encoding="utf-8")))
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _with_ids(content: Json, new_id: Callable[[int], int]) -> Json:
