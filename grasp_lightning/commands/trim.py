@@ -1,6 +1,6 @@
 """``trim``: a model without the tokens that some texts never use."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from grasp_lightning.data.token_texts import (
 )
 from grasp_lightning.errors import ConfigError, DataError, GraspError, ModelError, OutputError
 from grasp_lightning.models.checkpoint import check_not_quantized, save_model
+from grasp_lightning.models.formats.gguf.pretokenizers import pre_tokenizer_of
+from grasp_lightning.models.gguf import read_header
 from grasp_lightning.models.loading import LoadedModel, load_model
 from grasp_lightning.models.size import count_bytes, count_parameters
 from grasp_lightning.models.source import resolve_source, source_hash
@@ -35,7 +37,7 @@ from grasp_lightning.models.vocabulary.files import (
 from grasp_lightning.models.vocabulary.logits import compare_logits, kept_logits
 from grasp_lightning.models.vocabulary.pieces import pieces_of
 from grasp_lightning.models.vocabulary.rows import check_rows, special_ids, trim_rows
-from grasp_lightning.reading.text import read_json
+from grasp_lightning.reading.text import read_json, read_text
 from grasp_lightning.reading.typed import as_type, to_plain
 from grasp_lightning.reporting.card import base_model_of, trim_card
 from grasp_lightning.reporting.metrics import Change
@@ -69,11 +71,12 @@ class TrimRun:
 
 @dataclass(frozen=True, kw_only=True)
 class _Text:
-    """A text, and its tokens before."""
+    """A text, and its tokens before; the report leaves out a second form of a text."""
 
     documents: Documents
     counts: TokenCounts
     is_named: bool
+    is_shown: bool
 
     @property
     def name(self) -> str:
@@ -90,6 +93,7 @@ class _Inputs:
         special: Those that were added to the pieces.
         num_rows: Rows of the embedding.
         choice: The tokens that stay.
+        pre_tokenizer: llama.cpp's name of it, if it has one.
         generates: Whether the model generates with its cache.
     """
 
@@ -99,6 +103,7 @@ class _Inputs:
     num_rows: int
     texts: Sequence[_Text]
     choice: Choice
+    pre_tokenizer: str | None
     generates: bool
 
     @property
@@ -164,8 +169,10 @@ def _prepared(config: TrimConfig, corpora: Mapping[str, EvaluationConfig]) -> _I
     loaded = load_model(config.model)
     model, tokenizer = loaded.model, loaded.tokenizer
     check_not_quantized(model, ModelError)
-    is_gguf = resolve_source(config.model).gguf_file is not None
-    has_file = is_gguf or any(file.name == TOKENIZER for file in loaded.origin.side_files)
+    gguf_file = resolve_source(config.model).gguf_file
+    has_file = gguf_file is not None or any(
+        file.name == TOKENIZER for file in loaded.origin.side_files
+    )
     content = tokenizer_content(tokenizer, has_file=has_file)
     pieces = pieces_of(content)
     num_rows = check_rows(model)
@@ -177,8 +184,9 @@ def _prepared(config: TrimConfig, corpora: Mapping[str, EvaluationConfig]) -> _I
             "do not belong together"
         )
     texts = [
-        _text(tokenizer, corpus, num_rows, is_named=name.startswith("corpora "))
+        text
         for name, corpus in corpora.items()
+        for text in _texts(tokenizer, corpus, num_rows, is_named=name.startswith("corpora "))
     ]
     counts = torch.stack([text.counts.counts for text in texts if text.is_named]).sum(dim=0)
     protected = {*processor_tokens(content), *special_ids(model, num_rows)}
@@ -197,21 +205,31 @@ def _prepared(config: TrimConfig, corpora: Mapping[str, EvaluationConfig]) -> _I
         num_rows=num_rows,
         texts=texts,
         choice=choice,
+        pre_tokenizer=read_header(gguf_file).pre_tokenizer
+        if gguf_file is not None
+        else pre_tokenizer_of(tokenizer),
         generates=can_generate(model),
     )
 
 
-def _text(
+def _texts(
     tokenizer: PreTrainedTokenizerBase, corpus: EvaluationConfig, num_rows: int, *, is_named: bool
-) -> _Text:
+) -> Iterator[_Text]:
+    """Yield a text, and the other form in which this program reads it, if there is one."""
     documents = read_documents(corpus, "calibration" if is_named else "evaluation")
-    counts = count_tokens(documents, tokenizer, num_rows, _NUM_COMPARED)
-    if is_named and counts.num_used < _LEAST_USED:
-        raise DataError(
-            f"corpora: {documents.name} uses only {counts.num_used} different tokens, expected at "
-            f"least {_LEAST_USED:,}; name a longer text"
-        )
-    return _Text(documents=documents, counts=counts, is_named=is_named)
+    forms = [documents]
+    if corpus.path is not None and Path(corpus.path).suffix.lower() == ".txt":
+        # For perplexity, lines are joined with two more line feeds.
+        text = read_text(Path(corpus.path).expanduser(), encoding="utf-8-sig")
+        forms = [Documents((text,), documents.name), *([documents] if is_named else [])]
+    for number, form in enumerate(forms):
+        counts = count_tokens(form, tokenizer, num_rows, _NUM_COMPARED)
+        if is_named and counts.num_used < _LEAST_USED:
+            raise DataError(
+                f"corpora: {form.name} uses only {counts.num_used} different tokens, expected at "
+                f"least {_LEAST_USED:,}; name a longer text"
+            )
+        yield _Text(documents=form, counts=counts, is_named=is_named, is_shown=number == 0)
 
 
 def _execute(config: TrimConfig, inputs: _Inputs, run: RunFolder) -> TrimFacts:
@@ -226,7 +244,7 @@ def _execute(config: TrimConfig, inputs: _Inputs, run: RunFolder) -> TrimFacts:
     run.check_free_space(int(_SAFETY * count_bytes(model)))
     with run.new_folder(_MODEL_NAME) as folder:
         save_model(model, folder)
-        write_tokenizer(old, folder, choice.new_ids)
+        write_tokenizer(old, folder, choice.new_ids, inputs.pre_tokenizer)
         new = read_tokenizer(
             folder, inputs.new_vocabulary, trust_remote_code=config.model.trust_remote_code
         )
@@ -243,7 +261,9 @@ def _execute(config: TrimConfig, inputs: _Inputs, run: RunFolder) -> TrimFacts:
             logit_difference=logits.difference,
             largest_logit=logits.largest,
             special_tokens={text: choice.new_ids[old] for old, text in inputs.special.items()},
-            texts=tuple(_length(text, new, len(choice.rows)) for text in inputs.texts),
+            texts=tuple(
+                _length(text, new, len(choice.rows)) for text in inputs.texts if text.is_shown
+            ),
         )
         _write_beside(loaded, facts, folder)
         verify_saved(model, folder, generates=inputs.generates)

@@ -104,7 +104,7 @@ def trim_notes(facts: TrimFacts) -> tuple[str, ...]:
     notes = [f"{facts.model}: {facts.used_tokens:,} of the tokens that stay are in the corpora."]
     if facts.filling_tokens:
         notes.append(f"{facts.filling_tokens:,} unused tokens stay to fill up multiple_of.")
-    names = list(facts.special_tokens)
+    names = sorted(facts.special_tokens, key=facts.special_tokens.__getitem__)
     more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
     special = f"Special and added tokens that stay: {' '.join(names[:_MAX_SHOWN])}{more}."
     logits = (

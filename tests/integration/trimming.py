@@ -92,7 +92,7 @@ def save_model_of(kind: str, folder: Path, family: str = "llama", **overrides: o
     tokenizer = tokenizer_of(kind)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": [tokenizer.eos_token_id, 2]}
     ids |= {"pad_token_id": tokenizer.eos_token_id}
-    model = tiny_model(family, vocab_size=NUM_ROWS, **ids, **overrides)
+    model = tiny_model(family, **{"vocab_size": NUM_ROWS, **ids, **overrides})
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder.parent / "corpus.txt").write_text(corpus(), encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Final
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from grasp_lightning.errors import ModelError
+from grasp_lightning.models.formats.gguf.pretokenizers import NAME_KEY
 from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.vocabulary.pieces import Json, pieces_of
 
@@ -72,23 +73,28 @@ def trimmed_content(content: Json, new_ids: Mapping[int, int]) -> Json:
 
 
 def write_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, folder: Path, new_ids: Mapping[int, int]
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    new_ids: Mapping[int, int],
+    pre_tokenizer: str | None = None,
 ) -> None:
     """Write a tokenizer with the tokens that stay.
 
     Args:
         folder: Folder of the model, written before.
         new_ids: New id of each old id that stays.
+        pre_tokenizer: llama.cpp's name of its pre-tokenizer, which is recognised by old ids only.
     """
     tokenizer.save_pretrained(folder)
     _rewrite(folder / TOKENIZER, lambda content: trimmed_content(content, new_ids))
 
     def renumbered(content: Json) -> Json:
+        name = {} if pre_tokenizer is None else {NAME_KEY: pre_tokenizer}
         added = content.get("added_tokens_decoder")
         if added is None:
-            return content
+            return {**content, **name}
         by_id = {str(new_ids[int(old)]): token for old, token in added.items()}
-        return {**content, "added_tokens_decoder": by_id}
+        return {**content, **name, "added_tokens_decoder": by_id}
 
     _rewrite(folder / _CONFIG, renumbered)
 

@@ -16,6 +16,7 @@ from grasp_lightning.config import (
     ModelConfig,
     PlanConfig,
     TrainerConfig,
+    TrimConfig,
 )
 from grasp_lightning.config.parsing import parse
 from grasp_lightning.config.values import check_values
