@@ -1,23 +1,24 @@
 """``trim``: a model without the tokens that some texts never use."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grasp_lightning.config import EvaluationConfig, TrimConfig
+from grasp_lightning.config import TrimConfig
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.config.values import check_values
-from grasp_lightning.data.sources import Documents, corpus_named, read_documents
-from grasp_lightning.data.token_texts import (
-    TokenCounts,
-    count_tokens,
-    find_other_pieces,
-    find_other_text,
+from grasp_lightning.data.corpora import (
+    Corpus,
+    CountedText,
+    check_texts,
+    corpora_of,
+    counted_texts,
 )
-from grasp_lightning.errors import ConfigError, DataError, GraspError, ModelError, OutputError
+from grasp_lightning.data.token_texts import count_tokens
+from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.models.checkpoint import check_not_quantized, save_model
 from grasp_lightning.models.formats.gguf.pretokenizers import pre_tokenizer_of
 from grasp_lightning.models.gguf import read_header
@@ -37,7 +38,7 @@ from grasp_lightning.models.vocabulary.files import (
 from grasp_lightning.models.vocabulary.logits import compare_logits, kept_logits
 from grasp_lightning.models.vocabulary.pieces import pieces_of
 from grasp_lightning.models.vocabulary.rows import check_rows, special_ids, trim_rows
-from grasp_lightning.reading.text import read_json, read_text
+from grasp_lightning.reading.text import read_json
 from grasp_lightning.reading.typed import as_type, to_plain
 from grasp_lightning.reporting.card import base_model_of, trim_card
 from grasp_lightning.reporting.metrics import Change
@@ -50,9 +51,6 @@ SOURCE_CARD_NAME = "SOURCE_MODEL_CARD.md"
 
 _MODEL_NAME = "model"
 _FINGERPRINT = "source_sha256"
-_LEAST_USED = 1000  # different tokens of a corpus
-_NUM_COMPARED = 64  # tokens per corpus whose logits are compared
-_COLUMNS = (".jsonl", ".parquet")
 _SAFETY = 1.1  # tokenizer and cards, in addition to the weights
 
 
@@ -67,21 +65,6 @@ class TrimRun:
     def model_folder(self) -> Path:
         """Folder of the trimmed model."""
         return self.folder / _MODEL_NAME
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Text:
-    """A text, and its tokens before; the report leaves out a second form of a text."""
-
-    documents: Documents
-    counts: TokenCounts
-    is_named: bool
-    is_shown: bool
-
-    @property
-    def name(self) -> str:
-        """Name without a folder."""
-        return self.documents.name.rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +84,7 @@ class _Inputs:
     tokens: Mapping[int, str]
     special: Mapping[int, str]
     num_rows: int
-    texts: Sequence[_Text]
+    texts: Sequence[CountedText]
     choice: Choice
     pre_tokenizer: str | None
     generates: bool
@@ -121,7 +104,7 @@ def run_trim(config: TrimConfig) -> TrimRun:
             then nothing is written.
     """
     check_values(config)
-    corpora = _corpora(config)
+    corpora = corpora_of(config)
     source = resolve_source(config.model)
     protected = [] if source.folder is None else [source.folder]
     settings = to_dict(config)
@@ -143,28 +126,7 @@ def run_trim(config: TrimConfig) -> TrimRun:
     return TrimRun(folder=Path(config.output_dir), facts=facts)
 
 
-def _corpora(config: TrimConfig) -> dict[str, EvaluationConfig]:
-    """Return how to read the corpora, and last the unnamed text, by their names."""
-    if not config.corpora:
-        raise ConfigError("corpora is empty; name at least one text, as in --corpora=wikitext2")
-    twice = sorted({name for name in config.corpora if config.corpora.count(name) > 1})
-    if twice:
-        raise ConfigError(f"corpora: {twice[0]} is named twice")
-    found, default = {}, EvaluationConfig().field
-    for key, name in (*(("corpora", name) for name in config.corpora), ("unnamed", config.unnamed)):
-        source = corpus_named(name, key)
-        is_file = source.path is not None
-        if key == "unnamed" and is_file and name in config.corpora:
-            raise ConfigError(f"unnamed: {name} is one of the corpora; name another text")
-        has_columns = is_file and Path(name).suffix.lower() in _COLUMNS
-        field = config.field if has_columns else default
-        found[f"{key} {name}"] = EvaluationConfig(**asdict(source), field=field)
-    if config.field != default and all(one.field == default for one in found.values()):
-        raise ConfigError(f"field {config.field!r} has no effect: no text has columns; remove it")
-    return found
-
-
-def _prepared(config: TrimConfig, corpora: Mapping[str, EvaluationConfig]) -> _Inputs:
+def _prepared(config: TrimConfig, corpora: Sequence[Corpus]) -> _Inputs:
     """Load the model, count the tokens of all texts, and choose those that stay."""
     loaded = load_model(config.model)
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -183,11 +145,7 @@ def _prepared(config: TrimConfig, corpora: Mapping[str, EvaluationConfig]) -> _I
             f"the tokenizer has token {max(tokens)}, but the model has only {num_rows} rows: they "
             "do not belong together"
         )
-    texts = [
-        text
-        for name, corpus in corpora.items()
-        for text in _texts(tokenizer, corpus, num_rows, is_named=name.startswith("corpora "))
-    ]
+    texts = [text for corpus in corpora for text in counted_texts(corpus, tokenizer, num_rows)]
     counts = torch.stack([text.counts.counts for text in texts if text.is_named]).sum(dim=0)
     protected = {*processor_tokens(content), *special_ids(model, num_rows)}
     choice = choose_tokens(
@@ -212,26 +170,6 @@ def _prepared(config: TrimConfig, corpora: Mapping[str, EvaluationConfig]) -> _I
     )
 
 
-def _texts(
-    tokenizer: PreTrainedTokenizerBase, corpus: EvaluationConfig, num_rows: int, *, is_named: bool
-) -> Iterator[_Text]:
-    """Yield a text, and the other form in which this program reads it, if there is one."""
-    documents = read_documents(corpus, "calibration" if is_named else "evaluation")
-    forms = [documents]
-    if corpus.path is not None and Path(corpus.path).suffix.lower() == ".txt":
-        # For perplexity, lines are joined with two more line feeds.
-        text = read_text(Path(corpus.path).expanduser(), encoding="utf-8-sig")
-        forms = [Documents((text,), documents.name), *([documents] if is_named else [])]
-    for number, form in enumerate(forms):
-        counts = count_tokens(form, tokenizer, num_rows, _NUM_COMPARED)
-        if is_named and counts.num_used < _LEAST_USED:
-            raise DataError(
-                f"corpora: {form.name} uses only {counts.num_used} different tokens, expected at "
-                f"least {_LEAST_USED:,}; name a longer text"
-            )
-        yield _Text(documents=form, counts=counts, is_named=is_named, is_shown=number == 0)
-
-
 def _execute(config: TrimConfig, inputs: _Inputs, run: RunFolder) -> TrimFacts:
     loaded, choice = inputs.loaded, inputs.choice
     model, old = loaded.model, loaded.tokenizer
@@ -248,7 +186,7 @@ def _execute(config: TrimConfig, inputs: _Inputs, run: RunFolder) -> TrimFacts:
         new = read_tokenizer(
             folder, inputs.new_vocabulary, trust_remote_code=config.model.trust_remote_code
         )
-        _check_texts(inputs, old, new)
+        check_texts(inputs.texts, old, new, choice.new_ids, same_pieces=choice.keeps_all_used)
         facts = TrimFacts(
             model=loaded.origin.name,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -272,20 +210,7 @@ def _execute(config: TrimConfig, inputs: _Inputs, run: RunFolder) -> TrimFacts:
     return facts
 
 
-def _check_texts(
-    inputs: _Inputs, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase
-) -> None:
-    """Refuse a trimmed tokenizer that does not split or write texts as it must."""
-    for text in inputs.texts:
-        if text.is_named and inputs.choice.keeps_all_used:
-            found = find_other_pieces(text.documents, old, new, inputs.choice.new_ids)
-        else:
-            found = find_other_text(text.documents, old, new)
-        if found is not None:
-            raise ModelError(f"the tokenizer cannot be trimmed: {found} would be read differently")
-
-
-def _length(text: _Text, tokenizer: PreTrainedTokenizerBase, size: int) -> TextLength:
+def _length(text: CountedText, tokenizer: PreTrainedTokenizerBase, size: int) -> TextLength:
     before, num_bytes = text.counts.num_tokens, text.counts.num_bytes
     after = count_tokens(text.documents, tokenizer, size).num_tokens
     return TextLength(

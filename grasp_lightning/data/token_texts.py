@@ -46,15 +46,14 @@ def count_tokens(
     """Count the tokens of all documents, without special tokens around them.
 
     Args:
-        size: Number of ids, V; larger ids are counted as well, so that a caller can refuse them.
+        size: Number of ids, V.
         num_first: How many of the first tokens to return.
     """
     counts, first = torch.zeros(size, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     num_bytes = 0
     for texts in _batches(documents, "counting tokens of"):
         ids = torch.cat(_encoded(tokenizer, texts))
-        found = torch.bincount(ids, minlength=len(counts))
-        counts = torch.cat([counts, counts.new_zeros(len(found) - len(counts))]) + found
+        counts += torch.bincount(ids, minlength=size)
         first = (
             torch.cat([first, ids[: num_first - len(first)]]) if len(first) < num_first else first
         )

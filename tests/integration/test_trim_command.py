@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,6 +14,7 @@ from grasp_lightning import trim_vocabulary
 from grasp_lightning.cli import main
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.formats.gguf.pretokenizers import NAME_KEY
 from grasp_lightning.models.surgery import apply_operations
 from tests.conftest import save_tiny, tiny_model
 from tests.integration.trimming import (
@@ -185,14 +187,21 @@ def test_a_compressed_model_stays_compressed(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model" / "modeling_grasp.py").is_file()
 
 
-def test_llama_cpp_gets_the_trimmed_vocabulary(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
-    source = save_model_of("byte_fallback", tmp_path / "tiny")
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("byte_level", "gpt-2"), pytest.param("byte_fallback", "default", marks=pytest.mark.slow)],
+)
+def test_llama_cpp_gets_the_trimmed_vocabulary(tmp_path: Path, kind: str, name: str) -> None:
+    source = save_model_of(kind, tmp_path / "tiny")
+    file = source / "tokenizer_config.json"
+    # A known tokenizer is recognised by its ids, another one by this key.
+    file.write_text(json.dumps({**json.loads(file.read_text()), NAME_KEY: name}))
     assert trim(source) == 0
     words = ["--format=gguf", f"--output_dir={tmp_path / 'gguf'}"]
     assert main(["export", f"--model={tmp_path / 'out' / 'model'}", *words]) == 0
     (file,) = (tmp_path / "gguf" / "model").glob("*.gguf")
-    reader, size = gguf.GGUFReader(file), facts_of(source)["tokens"]["after"]
+    reader, size = GGUFReader(file), facts_of(source)["tokens"]["after"]
+    assert reader.fields["tokenizer.ggml.pre"].contents() == name
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     new = AutoTokenizer.from_pretrained(tmp_path / "out" / "model").get_vocab()
     assert tokens == sorted(new, key=new.__getitem__)

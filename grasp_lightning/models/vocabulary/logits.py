@@ -37,7 +37,8 @@ def kept_logits(
     columns = torch.tensor([ids[old] for old in kept.tolist()])
     found = []
     for text in texts:
-        given = torch.tensor([[ids[old] for old in text if old in stay]], device=model.device)
+        known = [ids[old] for old in text if old in stay]
+        given = torch.tensor([known or [ids[int(kept[0])]]], device=model.device)
         with torch.no_grad():
             logits = model(input_ids=given, use_cache=False).logits[0]
         found.append(logits.float().cpu()[:, columns])
