@@ -130,6 +130,7 @@ def test_the_table_reports_sizes_and_lengths(
     assert str(tmp_path) not in written
 
 
+@pytest.mark.slow
 def test_a_finished_trim_is_only_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save_model_of("byte_level", tmp_path / "tiny")
     assert trim(source) == 0
@@ -150,6 +151,7 @@ def test_a_finished_trim_is_only_read(tmp_path: Path, capsys: pytest.CaptureFixt
     assert facts_of(source)["tokens"]["after"] % 32 == 0
 
 
+@pytest.mark.slow
 def test_the_most_frequent_tokens_can_be_chosen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +173,7 @@ def test_the_most_frequent_tokens_can_be_chosen(
     assert "into other pieces than before, because of num_tokens" in output
 
 
+@pytest.mark.slow
 def test_a_compressed_model_stays_compressed(tmp_path: Path) -> None:
     source = save_model_of("byte_level", tmp_path / "tiny")
     model = tiny_model("llama", vocab_size=NUM_ROWS)
@@ -288,6 +291,7 @@ def _save_other_form(content: dict, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 def test_every_mistake_is_one_line_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +312,7 @@ def test_a_model_of_fewer_tokens_is_too_small_to_trim(
     assert "different tokens, expected at least 1,000" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_would_read_a_text_differently_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from grasp_lightning.models.vocabulary.files import processor_tokens, trimmed_co
 from grasp_lightning.models.vocabulary.pieces import pieces_of
 from tests.integration.trimming import KINDS, corpus, trained
 
+CASES = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 WORDS = corpus().split()[:400]
 
 
@@ -40,7 +41,7 @@ def trimmed_once(kind: str) -> Tokenizer:
     return trimmed(kind, corpus()[:2000])[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 @settings(deadline=None, max_examples=25)
 @given(words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=40))
 def test_a_text_keeps_its_pieces(kind: str, words: list[str]) -> None:
@@ -59,7 +60,7 @@ def test_any_text_comes_back_from_a_byte_level_tokenizer(text: str) -> None:
     assert small.decode(small.encode(text, add_special_tokens=False).ids) == text
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 @settings(deadline=None, max_examples=50)
 @given(words=st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=20))
 def test_other_text_is_decoded_as_before(kind: str, words: list[str]) -> None:
