@@ -32,6 +32,7 @@ def corpus() -> str:
 @cache
 def trained(kind: str) -> str:
     """Return the tokenizer.json of a kind."""
+    trainer: trainers.Trainer
     if kind == "byte_level":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

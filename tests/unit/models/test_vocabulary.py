@@ -1,5 +1,7 @@
 """Pieces of tokenizers, the choice of tokens, and rows of embeddings."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -34,7 +36,11 @@ def test_only_merges_whose_pieces_stay_are_kept() -> None:
 def test_characters_stay_unless_bytes_stand_for_them() -> None:
     assert bpe("a b").needed == {*"abcd"}
     by_byte = {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
-    section = {"type": "BPE", "vocab": {"a": 0, "ab": 1, **by_byte}, "merges": []}
+    section: dict[str, object] = {
+        "type": "BPE",
+        "vocab": {"a": 0, "ab": 1, **by_byte},
+        "merges": [],
+    }
     section |= {"byte_fallback": True, "unk_token": "ab"}
     assert pieces_of({"model": section}).needed == {"ab", *by_byte}
 
@@ -80,7 +86,8 @@ def test_rows_without_a_token_come_last() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt_neox", "phi"])
 def test_logits_of_the_kept_rows_are_the_same(family: str) -> None:
-    model = tiny_model(family, **({"vocab_size": 60} | IDS | PHI.get(family, {})))
+    options: dict[str, Any] = {"vocab_size": 60, **IDS, **PHI.get(family, {})}
+    model = tiny_model(family, **options)
     rows = [1, 2, 3, 7, 8, 20, 40, 41, 59]
     assert check_rows(model) == 60
     assert special_ids(model, 60) == {40, 2, 59}
