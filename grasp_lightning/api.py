@@ -215,6 +215,44 @@ def evaluate(
     return [evaluation.to_dict() for evaluation in run_evaluate(config).evaluations]
 
 
+def trim_vocabulary(
+    model: object,
+    *,
+    corpora: str | Path | Sequence[str | Path],
+    output_dir: str | Path,
+    **keys: Any,  # noqa: ANN401  checked when they are parsed
+) -> dict[str, Any]:  # Any: values of JSON
+    """Remove tokens that some texts never use, like the command ``trim``.
+
+    The trimmed model, an ordinary folder, is ``model`` in ``output_dir``::
+
+        facts = trim_vocabulary("smollm2", corpora="wikitext2,c4", output_dir="runs/trimmed")
+        print(facts["tokens"], facts["parameters"])
+
+    Args:
+        model: A run, folder, hub name, .gguf file or ``smollm2``, or the section ``model`` as a
+            mapping.
+        corpora: Texts whose tokens stay: wikitext2, ptb, c4, pydoc, or files.
+        output_dir: Run folder to write.
+        **keys: Keys of the configuration; ``grasp-lightning trim --help`` lists them.
+
+    Returns:
+        The content of trim.json: what was removed, and tokens per byte before and after.
+    """
+    from grasp_lightning.config import TrimConfig  # noqa: PLC0415
+    from grasp_lightning.config.keywords import parse_keywords  # noqa: PLC0415
+    from grasp_lightning.reading.typed import to_plain  # noqa: PLC0415
+
+    _require_named(model, "trim_vocabulary")
+    keys |= _set(model=model, output_dir=output_dir)
+    keys["corpora"] = [corpora] if isinstance(corpora, Path) else corpora
+    config = parse_keywords(TrimConfig, keys, "trim_vocabulary")
+    from grasp_lightning.commands.trim import run_trim  # noqa: PLC0415
+
+    facts: dict[str, Any] = to_plain(run_trim(config).facts)  # Any: values of JSON
+    return facts
+
+
 def load(folder: str | Path, *, device: str = "auto", trust_remote_code: bool = False) -> Run:
     """Return the finished run of ``compress`` or ``compensate`` in a folder.
 

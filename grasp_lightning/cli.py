@@ -24,6 +24,7 @@ from grasp_lightning.config import (
     ExportConfig,
     ModelConfig,
     PlanConfig,
+    TrimConfig,
 )
 from grasp_lightning.config.parsing import parse, with_run_config
 from grasp_lightning.errors import GraspError, Interrupted
@@ -122,6 +123,21 @@ def _export(prog: str, argv: Sequence[str]) -> None:
     print("\n".join(run_export(config).lines))
 
 
+def _trim(prog: str, argv: Sequence[str]) -> None:
+    config = parse(TrimConfig, prog, argv)
+    _check_source(config.model)
+    from rich.console import Console  # noqa: PLC0415
+
+    from grasp_lightning.commands.trim import FACTS_NAME, run_trim  # noqa: PLC0415
+    from grasp_lightning.reporting.trimming import trim_table  # noqa: PLC0415
+
+    begin()
+    run = run_trim(config)
+    Console().print(trim_table(run.facts))
+    print(f"model:  {run.model_folder}")
+    _print_files(run.folder / FACTS_NAME)
+
+
 def _evaluate(prog: str, argv: Sequence[str]) -> None:
     config = parse(EvaluateConfig, prog, argv)
     from rich.console import Console  # noqa: PLC0415
@@ -200,6 +216,7 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         "export": Command(
             "write a compressed model in a format that other runtimes can read", _export
         ),
+        "trim": Command("remove tokens that some texts never use, with their weights", _trim),
     }
 )
 

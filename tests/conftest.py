@@ -134,7 +134,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides: object) -> Pre
     Weights are drawn larger than at a usual initialisation, so that layers differ visibly.
     """
     torch.manual_seed(seed)
-    options = {**_COMMON, **TINY_CONFIGS[family], **overrides}
+    options = {**_COMMON, **TINY_CONFIGS.get(family, {"model_type": family}), **overrides}
     config = AutoConfig.for_model(str(options.pop("model_type")), **options)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)

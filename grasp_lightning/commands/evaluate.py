@@ -14,7 +14,7 @@ from grasp_lightning.commands.workflow import tracked_perplexity
 from grasp_lightning.config import EvaluateConfig, EvaluationConfig, ModelConfig
 from grasp_lightning.config.values import check_values
 from grasp_lightning.data.section_windows import evaluation_windows
-from grasp_lightning.data.sources import SOURCES
+from grasp_lightning.data.sources import corpus_named
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError, DataError, ModelError, OutputError
 from grasp_lightning.evaluation.cost import measure_cost
@@ -41,9 +41,6 @@ from grasp_lightning.storage.results import (
     merge_sections,
     stored_section,
 )
-
-_FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
-_FILE = "file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,18 +108,8 @@ def _check_names(config: EvaluateConfig) -> None:
 
 
 def _corpus_config(corpus: str, config: EvaluateConfig) -> EvaluationConfig:
-    is_file = Path(corpus).suffix.lower() in _FILE_SUFFIXES
-    names = [source for source in SOURCES if source != _FILE]
-    if not is_file and corpus not in names:
-        raise ConfigError(
-            f"corpora: expected {', '.join(names)}, or a file ({', '.join(_FILE_SUFFIXES)}), got "
-            f"{corpus!r}"
-        )
-    return EvaluationConfig(
-        source=_FILE if is_file else corpus,
-        path=corpus if is_file else None,
-        **asdict(config.evaluation),
-    )
+    source = corpus_named(corpus, "corpora")
+    return EvaluationConfig(**asdict(source), **asdict(config.evaluation))
 
 
 def _settings(config: EvaluateConfig, harness: Harness | None, machine: Machine) -> Settings:

@@ -86,6 +86,7 @@ from grasp_lightning.config.method import (
     Unit,
     Weighting,
 )
+from grasp_lightning.config.trim import TrimConfig
 
 CONFIGS: Final[Mapping[str, type]] = MappingProxyType(
     {
@@ -96,6 +97,7 @@ CONFIGS: Final[Mapping[str, type]] = MappingProxyType(
         "benchmark": BenchmarkConfig,
         "compare": CompareConfig,
         "export": ExportConfig,
+        "trim": TrimConfig,
     }
 )
 """The configuration of each command."""
@@ -175,6 +177,7 @@ __all__ = [
     "TrainMode",
     "TrainerConfig",
     "TrainingConfig",
+    "TrimConfig",
     "Unit",
     "Weighting",
 ]

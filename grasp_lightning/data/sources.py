@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from grasp_lightning.config import EvaluationConfig
+from grasp_lightning.config.common import CorpusSource
 from grasp_lightning.data.files import read_file
 from grasp_lightning.data.hub import HUB_CORPORA, hub_documents
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
@@ -40,12 +41,33 @@ class MixturePart:
 Corpus = EvaluationConfig | MixturePart
 
 
+_FILE = "file"
+_FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
 @dataclass(frozen=True)
 class Documents:
     """Unconnected texts, at least one of them not blank, and the corpus's name in messages."""
 
     texts: tuple[str, ...]
     name: str
+
+
+def corpus_named(name: str, key: str) -> CorpusSource:
+    """Return the source that a name or a path of a file stands for, given by a key.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    if Path(name).suffix.lower() in _FILE_SUFFIXES:
+        return CorpusSource(source=_FILE, path=name)
+    names = [source for source in SOURCES if source != _FILE]
+    if name not in names:
+        raise ConfigError(
+            f"{key}: expected {', '.join(names)}, or a file ({', '.join(_FILE_SUFFIXES)}), got "
+            f"{name!r}"
+        )
+    return CorpusSource(source=name)
 
 
 def source_licence(source: str) -> str | None:

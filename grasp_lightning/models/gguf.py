@@ -25,6 +25,7 @@ class GGUFHeader(NamedTuple):
     file_bytes: int
     num_elements: int
     licence: str | None
+    pre_tokenizer: str | None
 
     @property
     def is_smaller_than_float32(self) -> bool:
@@ -45,8 +46,10 @@ def read_header(file: Path) -> GGUFHeader:
     try:
         reader = GGUFReader(file)
         end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
-        licence = reader.get_field("general.license")
-        licence_text = licence.contents() if licence is not None else None
+        licence, pre_tokenizer = (
+            None if (field := reader.get_field(key)) is None else field.contents()
+            for key in ("general.license", "tokenizer.ggml.pre")
+        )
     # GGUFReader has no error class of its own.
     except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError) as error:
         raise ModelError(
@@ -61,7 +64,8 @@ def read_header(file: Path) -> GGUFHeader:
     return GGUFHeader(
         file_bytes=file_bytes,
         num_elements=sum(tensor.n_elements for tensor in reader.tensors),
-        licence=str(licence_text) if licence_text else None,
+        licence=str(licence) if licence else None,
+        pre_tokenizer=str(pre_tokenizer) if pre_tokenizer else None,
     )
 
 

@@ -16,6 +16,7 @@ from grasp_lightning.reporting.linears import module_place
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
 from grasp_lightning.reporting.servers import Servers
 from grasp_lightning.reporting.tables import comparison_notes, comparison_rows, indices_text
+from grasp_lightning.reporting.trimming import TrimFacts, trim_rows_of
 
 _KEEPING = AddSeam | SetWeights | SparsifyLinear  # these do more than delete layers
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -117,6 +118,37 @@ def export_card(
         source_card=source_card,
     )
     return _card(_front_matter(format_name, base_model, licence, licence_files, library), text)
+
+
+def trim_card(
+    facts: TrimFacts,
+    *,
+    base_model: str,
+    licence: str | None,
+    licence_files: Sequence[str],
+    source_card: str | None,
+) -> str:
+    """Return the README.md of a model with a trimmed vocabulary.
+
+    Args:
+        facts: What was removed.
+        base_model: Name of the base model.
+        licence: Its licence.
+        licence_files: Names of the files with its text.
+        source_card: Name of the file with the original's card, None if it had none.
+    """
+    text = _render(
+        "card_trim.md.jinja",
+        base_model=base_model,
+        rows=list(trim_rows_of(facts)),
+        texts=[text.name for text in facts.texts if text.is_named],
+        unnamed=next(text.name for text in facts.texts if not text.is_named),
+        same_pieces=facts.same_pieces,
+        licence=licence,
+        licence_files=sorted(licence_files),
+        source_card=source_card,
+    )
+    return _card(_front_matter("trimmed-vocabulary", base_model, licence, licence_files), text)
 
 
 def compensated_card(

@@ -12,12 +12,13 @@ SAMPLED_TEXT: Final = "sampled_text.safetensors"
 METRICS: Final = "metrics.json"
 REPORT: Final = "report.html"
 EXPORT: Final = "export.json"
+TRIM: Final = "trim.json"
 MODEL: Final = "model"
 LOGS: Final = "logs"
 CHECKPOINTS: Final = "checkpoints"
 
 _FOLDERS = (MODEL, LOGS, CHECKPOINTS)
-_FILES = (CONFIG, PLAN, SCORES, FACTORS, STATISTICS, SAMPLED_TEXT, METRICS, REPORT, EXPORT)
+_FILES = (CONFIG, PLAN, SCORES, FACTORS, STATISTICS, SAMPLED_TEXT, METRICS, REPORT, EXPORT, TRIM)
 
 
 def is_reserved(name: str) -> bool:

@@ -23,6 +23,7 @@ PATH_KEYS = {
     "evaluate": ("model", "corpora", "task_data", "output", "config"),
     "benchmark": ("model", "against", "output"),
     "export": ("model", "output_dir"),
+    "trim": ("model.path", "output_dir", "corpora", "unnamed"),
     "compare": ("output_dir", "config"),
 }
 GRID = """
@@ -74,6 +75,7 @@ def words_of(command: str, given: Path, **changes: str) -> list[str]:
         "evaluate": [f"--model={given}", "--corpora=../text.txt", "--evaluation.seqlen=16"],
         "benchmark": [f"--model={given}", "--prefill_lengths=[8]", "--prompt_length=8"],
         "export": [f"--model={given}", "--output_dir=run"],
+        "trim": [f"--model.path={given}", "--corpora=pydoc", "--output_dir=run"],
         "compare": ["--config=../grid.yaml", "--output_dir=run"],
     }
     keys = {name.replace("__", "."): value for name, value in changes.items()}

@@ -43,7 +43,13 @@ PRELUDES = {
         "from grasp_lightning.callbacks import (\n"
         "    LayerSimilarity, ReplaceRedundantLayers, SingularAttribution\n"
         ")\n"
-    )
+    ),
+    # A vocabulary with tokens to remove.
+    "docs/trim.md": (
+        "from pathlib import Path\n"
+        "from tests.integration.trimming import save_model_of\n"
+        "save_model_of('byte_level', Path('tiny'))\n"
+    ),
 }
 NEEDED = ("model.path", "model", "output_dir")
 COMMANDS_OF_CONFIGS: dict[str, tuple[type, str]] = {

@@ -53,7 +53,7 @@ def test_every_name_that_a_run_writes_is_refused_where_something_else_has_it(
         files = json.loads((tmp_path / name / "manifest.json").read_text())["files"]
         written |= set(files) | {path.name for path in (tmp_path / name).iterdir()}
     assert {
-        *("logs", "model", "export.json", "statistics-00001-of-00004.safetensors"),
+        *("logs", "model", "export.json", "trim.json", "statistics-00001-of-00004.safetensors"),
         *("checkpoints/last.ckpt", "checkpoints/best.safetensors", "checkpoints/notes.json"),
         *("checkpoints/inputs.json", "checkpoints/steps.json", "checkpoints/pass-0-0.safetensors"),
         *("checkpoints/refit-000001.safetensors", "model/config.json", "sampled_text.safetensors"),

@@ -43,6 +43,7 @@ def run(*words: str) -> tuple[int, str, str, list[str]]:
         (["compress", "--help"], "--method.removed_ratio"),
         (["compensate", "--help"], "--lora"),
         (["benchmark", "--help"], "--rounds"),
+        (["trim", "--help"], "--corpora"),
         (["plan", "--print_config"], "removed_ratio"),
         (["completion", "zsh"], "compdef"),
     ],
@@ -69,6 +70,7 @@ def test_help_imports_no_heavy_package(words: list[str], says: str) -> None:
         (["plan", "--model.path=./nowhere"], "model.path: no such file or folder: ./nowhere"),
         (["compress", "--model.path=cli.py"], "cli.py is a file; expected a folder"),
         (["compensate", "--model.path=./nowhere"], "model.path: no such file or folder"),
+        (["trim", "--corpora=pydoc", "--output_dir=b", "--model.path=./nowhere"], "no such file"),
         (["export", "--format=onnx"], "expected one of dense, gguf, torchao, bitsandbytes"),
     ],
 )

@@ -17,6 +17,7 @@ from grasp_lightning.config import (
     EvaluateConfig,
     ExportConfig,
     PlanConfig,
+    TrimConfig,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,7 @@ KEYS: tuple[tuple[str, type[Any], tuple[str, ...]], ...] = (
     ("benchmark", BenchmarkConfig, ("revision", "dtype", "device", "trust_remote_code")),
     ("compare", CompareConfig, ("calibration", "statistics", "trainer")),
     ("export", ExportConfig, ()),
+    ("trim", TrimConfig, ("model",)),
 )
 OF_THE_SYSTEM = {"Killed"}
 

@@ -16,6 +16,7 @@ from grasp_lightning.config import (
     ModelConfig,
     PlanConfig,
     TrainerConfig,
+    TrimConfig,
 )
 from grasp_lightning.config.parsing import parse
 from grasp_lightning.config.values import check_values
@@ -30,11 +31,12 @@ COMMANDS: dict[str, Any] = {
     "evaluate": EvaluateConfig(model=("m",)),
     "benchmark": BenchmarkConfig(model="m"),
     "export": ExportConfig(model="m", output_dir="x"),
+    "trim": TrimConfig(model=ModelConfig(path="m"), corpora=("pydoc",), output_dir="x"),
 }
 PATHS = (
     *("output_dir", "from_scores", "compensate", "model.path", "model.gguf_file", "output"),
     *("model", "corpora", "task_data", "against", "calibration.path", "evaluation.path"),
-    *("data.path", "text.path", "distillation.teacher"),
+    *("data.path", "text.path", "distillation.teacher", "unnamed"),
 )
 
 

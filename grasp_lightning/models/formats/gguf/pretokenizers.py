@@ -17,6 +17,9 @@ TEST_TEXT: Final = (
 )
 """Spaces, emojis, digits, scripts and contractions, which pre-tokenizers split differently."""
 
+NAME_KEY: Final = "llama_cpp_pre_tokenizer"
+"""Key of tokenizer_config.json with the name, where ids no longer show it."""
+
 PRE_TOKENIZERS: Final = {
     "b0a6b1c0bd5998ebd9df08611efde34a4ff03faed45ae09c43e6b31ebd4b94cf": "a.x-4.0",
     "49fc0303c9e0d2c2c565c510f64b2d9b271276acdcdadff733249eda9f7d59df": "afmoe",
@@ -110,6 +113,10 @@ of models that do not generate text are left out.
 
 
 def pre_tokenizer_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return llama.cpp's name of a tokenizer's pre-tokenizer; None if it does not know it."""
+    """Return llama.cpp's name of a tokenizer's pre-tokenizer; None if it does not know it.
+
+    A trimmed tokenizer has other ids, and its tokenizer_config.json has the name from before.
+    """
     ids = tokenizer.encode(TEST_TEXT)
-    return PRE_TOKENIZERS.get(sha256(str(ids).encode()).hexdigest())
+    name = PRE_TOKENIZERS.get(sha256(str(ids).encode()).hexdigest())
+    return name or tokenizer.init_kwargs.get(NAME_KEY)

@@ -1,0 +1,1 @@
+"""The vocabulary of a model: which tokens stay, and how tokenizer and weights become smaller."""
