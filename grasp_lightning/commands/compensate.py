@@ -142,7 +142,7 @@ def _execute(
     lesson.keep_in(run)
     if (cache := lesson.cache) is not None:
         processes.on_first(lambda: cache.check_free_space(inputs.bytes_needed))
-    expect_work(compensate_work(config, inputs.data, inputs.held_out))
+    expect_work(compensate_work(config, inputs.data, inputs.held_out, len(inputs.stages)))
     notes, view = RunNotes(run), inputs.view
     parameters = count_parameters(view.model)
     training = _training(config, run, inputs, notes, stop)
