@@ -72,7 +72,7 @@ def render_compensation_report(metrics: CompensationMetrics, config: Values) -> 
     """Return the page of a compensation; equal inputs give equal text."""
     history, errors = metrics.history, metrics.layer_errors
     plots = [layer_errors_plot(errors)] if errors else []
-    if history.steps and metrics.objective != "local":  # each layer starts anew
+    if history.steps and metrics.objective != "local":  # each layer begins at its own loss
         plots.append(training_plot(history, kept_step=metrics.best_step))
     return _render(metrics, config, plots, _training_headlines(metrics), _TRAINING_PHASES)
 

@@ -115,8 +115,8 @@ class _WindowsOfSteps(ResumableSteps[list[int]]):
 class LocalData(LayerData):
     """Windows of one length, with the hidden states of both models at the present depth.
 
-    ``ENTERING`` are those of the compressed model, ``LEAVING`` those of the dense one. Windows for
-    validation have the numbers after those to train on.
+    ``ENTERING`` belong to the compressed model, ``LEAVING`` to the dense one. The numbers of
+    windows for validation follow those of the windows to train on.
 
     Args:
         data: The windows.
