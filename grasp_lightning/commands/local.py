@@ -1,5 +1,6 @@
 """``compensate --objective=local``: trains one layer after the other, in an open run folder."""
 
+import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,9 +35,9 @@ from grasp_lightning.config import CompensateConfig
 from grasp_lightning.config.values import seconds_of
 from grasp_lightning.data.batching import collate
 from grasp_lightning.data.datamodules import TrainingData
-from grasp_lightning.errors import ConfigError, ModelError
+from grasp_lightning.errors import ConfigError, ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView, frozen
-from grasp_lightning.models.integrity import model_hash
+from grasp_lightning.models.integrity import model_hash, nan_advice
 from grasp_lightning.models.sliced import stream_settings
 from grasp_lightning.plan import Plan
 from grasp_lightning.progress import track
@@ -130,7 +131,7 @@ class LocalRun:
     def __post_init__(self) -> None:
         self._files = StageFiles(self.run)
         self._errors: list[float] = []
-        self._seconds, self._planned, self._tokens = 0.0, 0, 0
+        self._seconds, self._planned, self._tokens, self._num_stages = 0.0, 0, 0, 0
         self.model_hashes = {"model": model_hash(self.view.model), "teacher": self.dense.digest}
         make_trainable(self.view, self.config.train, self.config.lora, self.rewritten)
         self._parameters = {n: p for n, p in self.view.model.named_parameters() if p.requires_grad}
@@ -142,29 +143,47 @@ class LocalRun:
         return len(self.data.samples.validation) > 0
 
     def validation_loss(self) -> float:
-        """Return the mean over stages of the normalised error on the samples set aside."""
+        """Return the mean over stages of the normalised error on the samples set aside.
+
+        Raises:
+            NumericsError: If an error is NaN or infinite.
+        """
         samples, size = self.data.samples.validation, self.config.training.micro_batch_size
         own = processes.own_share(range(len(samples)))
         parts = [own[start : start + size] for start in range(0, len(own), size)]
         batches = (collate(samples, [[i] for i in part]) for part in track(parts, "hidden states"))
         scale = self.config.local.scale
         errors = stage_errors(self._dense_view, self.view, self.stages, batches, scale)
+        for stage, error in zip(self.stages, errors, strict=True):
+            if not math.isfinite(error):
+                raise NumericsError(
+                    f"the error of the hidden states after decoder layer {stage.last} is {error}: "
+                    "the model or distillation.teacher gives NaN or infinity; "
+                    f"{nan_advice(self.view.model.dtype, 'lower optimizer.learning_rate')}"
+                )
         if self.notes.noted(_NOTE.format(0)) is None:  # it is not trained yet
             self.notes.note_all({_NOTE.format(n): error for n, error in enumerate(errors)})
         self._errors = errors
         return sum(errors) / len(errors)
 
     def fit(self) -> None:
-        """Train every stage, from the bottom; the results of finished ones are read."""
+        """Train every stage, from the bottom; the results of finished ones are read.
+
+        Stages that have nothing to train, or no error, only move the hidden states.
+        """
         waiting = sum(bool(self._own(stage)) for stage in self.stages)
-        begun = time.monotonic()
+        begun, is_exact = time.monotonic(), True
         with expected_warnings(), self._started() as started:
             for number, stage in enumerate(self.stages):
                 if number:
                     started.streams.advance_compressed(self.stages[number - 1])
                 mean_square = started.streams.advance_dense(stage)
-                if not self._own(stage):  # compression did not touch these layers
+                is_exact = is_exact and started.streams.agree(stage)
+                has_own = bool(self._own(stage))
+                if is_exact or not has_own:
+                    waiting -= has_own
                     continue
+                self._num_stages += 1
                 result = self._files.load(number)
                 if result is not None:
                     self._remember(result)
@@ -177,14 +196,13 @@ class LocalRun:
     @property
     def summary(self) -> TrainingSummary:
         """The training, once it is finished."""
-        stages = [stage for stage in self.stages if self._own(stage)]
         before = [self.notes.noted(_NOTE.format(n)) for n, _ in enumerate(self._errors)]
         per_epoch = self.data.steps().steps_per_epoch
         return TrainingSummary(
             history=self.history,
             num_parameters=sum(p.numel() for p in self._parameters.values()),
             num_tokens=self._tokens,
-            epochs=len(self.history.steps) / (len(stages) * per_epoch),
+            epochs=len(self.history.steps) / (max(self._num_stages, 1) * per_epoch),
             best_step=None,
             time_limit=time_limit_of(self.config, self._planned, self._seconds),
             validation_tokens=self.data.samples.validation.num_tokens,

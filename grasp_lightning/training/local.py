@@ -194,6 +194,20 @@ class PairedStreams:
         sums = processes.summed(sums)
         return float(sums["squares"] / sums["tokens"])
 
+    def agree(self, stage: LocalStage) -> bool:
+        """Return whether a stage gives exactly the dense hidden states, so that it has no error.
+
+        The dense ones must have been moved to its end. They count as equal if they are so in the
+        dtype of the compressed model. All processes must call this.
+        """
+        with self._compressed.only(stage.first, stage.last) as run:
+            pairs = (
+                (run(batch, self._data.states(ENTERING, rows)), self._data.states(LEAVING, rows))
+                for batch, rows in zip(self._batches.values(), self._rows.values(), strict=True)
+            )
+            is_equal = all(torch.equal(found, expected.to(found)) for found, expected in pairs)
+        return all(processes.gather(is_equal))
+
     def advance_compressed(self, stage: LocalStage) -> None:
         """Move those of the compressed model through a stage."""
         for _ in self._advance(self._compressed, ENTERING, stage.first, stage.last):
