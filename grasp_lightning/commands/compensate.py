@@ -57,7 +57,7 @@ from grasp_lightning.training.compensation import (
     trainable_linears,
 )
 from grasp_lightning.training.compensation.adapters import consolidated
-from grasp_lightning.training.local import LocalStage
+from grasp_lightning.training.local_stages import LocalStage
 from grasp_lightning.training.strategies import check_strategy, is_deepspeed, is_sharded_strategy
 
 _MEMORY_KEYS = (

@@ -49,14 +49,9 @@ from grasp_lightning.storage.training import RunNotes
 from grasp_lightning.training.compensation import make_trainable
 from grasp_lightning.training.hidden_cache import pass_on_hidden_states_only
 from grasp_lightning.training.layer_streams import HiddenStates
-from grasp_lightning.training.local import (
-    LocalData,
-    LocalModule,
-    LocalStage,
-    PairedStreams,
-    local_stages,
-    stage_errors,
-)
+from grasp_lightning.training.local import LocalModule, stage_errors
+from grasp_lightning.training.local_stages import LocalStage, local_stages
+from grasp_lightning.training.local_streams import LocalData, PairedStreams
 
 _GIGA = 10**9
 _LEAST_SECONDS = 1e-3  # of a stage: one step
@@ -172,12 +167,15 @@ class LocalRun:
         Stages that have nothing to train, or no error, only move the hidden states.
         """
         waiting = sum(bool(self._own(stage)) for stage in self.stages)
-        begun, is_exact = time.monotonic(), True
+        is_exact = True
         with expected_warnings(), self._started() as started:
+            begun = time.monotonic()
             for number, stage in enumerate(self.stages):
+                moved = time.monotonic()
                 if number:
                     started.streams.advance_compressed(self.stages[number - 1])
                 mean_square = started.streams.advance_dense(stage)
+                moved = time.monotonic() - moved
                 is_exact = is_exact and started.streams.agree(stage)
                 has_own = bool(self._own(stage))
                 if is_exact or not has_own:
@@ -189,7 +187,8 @@ class LocalRun:
                     self._remember(result)
                 else:
                     spent = time.monotonic() - begun
-                    result = self._trained(number, started, mean_square, spent, waiting)
+                    limit = self._limit(spent, (waiting - 1) * moved, waiting)
+                    result = self._trained(number, started, mean_square, limit, spent)
                 self._take(result)
                 begun, waiting = time.monotonic(), waiting - 1
 
@@ -243,28 +242,34 @@ class LocalRun:
         key = "TMPDIR, or raise local.max_memory"
         check_free_space(Path(gettempdir()), max(int(beyond), 0) * number, key)
 
-    def _limit(self, spent: float, waiting: int) -> TimeLimit | None:
-        """Return an equal share of the time that is left, less the time between stages.
+    def _limit(self, spent: float, reserved: float, waiting: int) -> TimeLimit | None:
+        """Return an equal share of the time that is left for training.
 
         Args:
             spent: Seconds since the stage before.
+            reserved: Seconds that the hidden states will take in later stages.
             waiting: Number of stages that are not trained yet.
         """
         training = self.config.training
         if training.max_time is None:
             return None
-        left = seconds_of(training.max_time) - self._seconds - waiting * spent
+        left = seconds_of(training.max_time) - self._seconds - spent - reserved
         (share, *_) = processes.gather(max(left / waiting, _LEAST_SECONDS))
         return TimeLimit(share, self.data, training.validate_every)
 
     def _trained(
-        self, number: int, started: _Started, mean_square: float, spent: float, waiting: int
+        self,
+        number: int,
+        started: _Started,
+        mean_square: float,
+        limit: TimeLimit | None,
+        spent: float,
     ) -> StageResult:
         """Train a stage from its checkpoint, if there is one, and store the result."""
         stage, history, data = self.stages[number], self.history, started.data
         config, own = self.config, self._own(stage)
         steps, validations = len(history.steps), len(history.validations)
-        limit, store = self._limit(spent, waiting), self._files.running(number)
+        store = self._files.running(number)
         data.restart(f"{stage} {list(own)}")
         with started.streams.with_weights(stage) as run:
             module = LocalModule(

@@ -257,10 +257,10 @@ def test_what_does_not_fit_is_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    sizes: dict[str, int] = {"num_hidden_layers": 6, "hidden_size": 64}
-    for name, key in (("DEEP", "num_hidden_layers"), ("WIDE", "hidden_size")):
-        if any(name in word for word in options_):
-            save_tiny(tmp_path / name, **{key: sizes[key]})
+    if any("DEEP" in word for word in options_):
+        save_tiny(tmp_path / "DEEP", num_hidden_layers=6)
+    if any("WIDE" in word for word in options_):
+        save_tiny(tmp_path / "WIDE", hidden_size=64)
     words = [word.replace("=DEEP", f"={tmp_path}/DEEP") for word in options_]
     words = [word.replace("=WIDE", f"={tmp_path}/WIDE") for word in words]
     assert main([*settings, *words, f"--output_dir={tmp_path / 'run'}"]) == 2

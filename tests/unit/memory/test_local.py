@@ -18,7 +18,7 @@ from grasp_lightning.memory.shapes import Adapters, Pass
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.training.layer_streams import HiddenStates
 from grasp_lightning.training.layer_training import ENTERING, LEAVING
-from grasp_lightning.training.local import LocalData, PairedStreams
+from grasp_lightning.training.local_streams import LocalData, PairedStreams
 from tests.conftest import tiny_model
 from tests.unit.memory.test_memory import bytes_kept, compressed_view, kept_by_autograd
 from tests.unit.training.test_compensation_module import GivenData, random_samples

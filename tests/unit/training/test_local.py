@@ -14,14 +14,9 @@ from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import AddSeam, DropLayers, MergeLayers, Operation, Plan
 from grasp_lightning.training.layer_streams import HiddenStates
 from grasp_lightning.training.layer_training import ENTERING, LEAVING
-from grasp_lightning.training.local import (
-    LocalData,
-    LocalModule,
-    LocalStage,
-    PairedStreams,
-    local_stages,
-    stage_errors,
-)
+from grasp_lightning.training.local import LocalModule, stage_errors
+from grasp_lightning.training.local_stages import LocalStage, local_stages
+from grasp_lightning.training.local_streams import LocalData, PairedStreams
 from tests.conftest import tiny_model
 from tests.unit.training.test_compensation_module import GivenData, random_samples
 
