@@ -267,3 +267,14 @@ def test_what_does_not_fit_is_one_line(
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_plan_shows_its_memory(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    method = ["--method.name=grasp", "--method.layers=[1]", "--method.keep_ratio=0.5"]
+    file = "--compensate=configs/compensate/local.yaml"
+    assert main(["plan", f"--model.path={dense}", *method, file]) == 0
+    table = capsys.readouterr().out.partition("compensation with")[2]
+    # (512 + 16) windows of 2048 tokens, 32 float32 values in each of two models.
+    assert "with hidden states, 276.82 in one process, or" in table
+    assert "fsdp" not in table
+    assert "lora" not in table
