@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
 from tests.integration.forked import killed, run_ranks
-from tests.integration.killing import Kill
+from tests.integration.killing import ROOT, Kill
 
 MODULE = ("grasp_lightning.training.local", "LocalModule")
 COMMAND = "grasp_lightning.commands.local"
@@ -271,7 +271,7 @@ def test_what_does_not_fit_is_one_line(
 
 def test_plan_shows_its_memory(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     method = ["--method.name=grasp", "--method.layers=[1]", "--method.keep_ratio=0.5"]
-    file = "--compensate=configs/compensate/local.yaml"
+    file = f"--compensate={ROOT / 'configs/compensate/local.yaml'}"
     assert main(["plan", f"--model.path={dense}", *method, file]) == 0
     table = capsys.readouterr().out.partition("compensation with")[2]
     # (512 + 16) windows of 2048 tokens, 32 float32 values in each of two models.
