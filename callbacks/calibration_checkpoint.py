@@ -7,8 +7,8 @@ from typing import Protocol
 import lightning as L
 from torch import Tensor
 
+from grasp_lightning.callbacks.layer_fit import TrainingStore
 from grasp_lightning.callbacks.measurement import Measurement
-from grasp_lightning.callbacks.span_training import TrainingStore
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.stats.base import Moments

@@ -45,9 +45,7 @@ class TrainingHistory(L.Callback):
         """Record the validation loss."""
         if trainer.sanity_checking:
             return
-        self.validations.append(
-            (trainer.global_step, float(trainer.callback_metrics[VALIDATION_LOSS]))
-        )
+        self.validations.append((len(self.steps), float(trainer.callback_metrics[VALIDATION_LOSS])))
 
     def state_dict(self) -> dict[str, Any]:  # Any: Lightning's own type
         """Return all losses and speeds."""

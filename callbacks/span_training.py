@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
 
 import lightning as L
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from grasp_lightning.callbacks.layer_fit import TrainingStore, fit_layers
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.callbacks.training_checkpoint import TrainingCheckpoint
 from grasp_lightning.data.datamodules import CalibrationData
@@ -21,16 +20,6 @@ from grasp_lightning.training.span import SpanData, SpanModule, first_weights
 
 NewTrainer = Callable[..., L.Trainer]
 """Makes a Trainer from its callbacks and further arguments."""
-
-
-class TrainingStore(Protocol):
-    """Keeps the checkpoint of the running training."""
-
-    def load(self) -> str | None:
-        """Return the path of the checkpoint, or None; all processes must call this."""
-
-    def save(self, write: Callable[[Path], None]) -> None:
-        """Let a function write the checkpoint, in all processes; it replaces an earlier one."""
 
 
 def train_span(
@@ -70,35 +59,15 @@ def train_span(
         saves = [] if store is None else [_checkpoint(store, every_seconds, stop)]
         trainer = new_trainer(
             [*callbacks, *saves],
-            val_check_interval=states.steps.steps_per_epoch,
+            val_check_interval=states.steps_per_epoch,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=-1,  # the weights before the first step count, too
             limit_val_batches=None if states.validation else 0,
         )
         with in_place_of_linears(view, removed), runner.with_weights(span.layers[0]) as run:
             module = SpanModule(view, span, states, run)
-            with stop.deferred():
-                trainer.fit(
-                    module,
-                    train_dataloaders=states.steps,
-                    val_dataloaders=DataLoader(_Batches(states.validation), batch_size=None),
-                    ckpt_path=None if store is None else store.load(),
-                    weights_only=True,
-                )
+            fit_layers(trainer, module, states, store, stop)
             return module.trained()
-
-
-class _Batches(Dataset[list[int]]):
-    """Batches of window numbers."""
-
-    def __init__(self, batches: Sequence[list[int]]) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> list[int]:
-        return self._batches[index]
 
 
 def _checkpoint(

@@ -1,13 +1,12 @@
 """Ends a compensation within a time, and plans its steps for it."""
 
 import time
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 
 from grasp_lightning import processes
 from grasp_lightning.callbacks.progress import StepProgressBar
-from grasp_lightning.callbacks.trainable import compensation_module
 from grasp_lightning.data.datamodules import TrainingData
 
 # The plan is made after this many steps, or this share of all steps or of the time, if sooner,
@@ -18,6 +17,13 @@ _LEAST_STEPS = 3
 _LATEST_SHARE = 0.5
 _PLANNED_SHARE = 0.95  # of the time; the rest is for slower steps and for checkpoints
 _FORWARD = 1 / 3  # cost of validating a token, compared with training on it
+
+
+@runtime_checkable
+class _Planned(Protocol):
+    """A module whose schedule follows a number of steps."""
+
+    planned_steps: int | None
 
 
 class TimeLimit(L.Callback):
@@ -61,8 +67,7 @@ class TimeLimit(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the module its plan; end at once if the checkpoint was saved at the end."""
-        module = compensation_module(pl_module)
-        module.planned_steps = self.planned_steps
+        self._give_plan(pl_module)
         trainer.should_stop |= self._has_ended
         self._show(trainer)
 
@@ -90,7 +95,7 @@ class TimeLimit(L.Callback):
             self._durations.append(duration)
             if self._can_plan(done, seconds / self._limit):
                 self.planned_steps = self._plan(done, seconds)
-                compensation_module(pl_module).planned_steps = self.planned_steps
+                self._give_plan(pl_module)
                 self._show(trainer)
         is_done = self.planned_steps is not None and done >= self.planned_steps
         self._has_ended = is_done or seconds + duration + self._reserved > self._limit
@@ -99,6 +104,10 @@ class TimeLimit(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
         self._earlier, self._begun = self.seconds, None
+
+    def _give_plan(self, module: L.LightningModule) -> None:
+        assert isinstance(module, _Planned)  # every module that is trained for a time
+        module.planned_steps = self.planned_steps
 
     def _can_plan(self, done: int, share: float) -> bool:
         """Return whether enough steps were timed, or a large share of the time is over."""

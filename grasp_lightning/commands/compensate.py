@@ -10,6 +10,7 @@ from grasp_lightning import processes
 from grasp_lightning.callbacks.placement import check_trainer
 from grasp_lightning.callbacks.split_model import MeasureInFit
 from grasp_lightning.callbacks.stop_request import StopRequest
+from grasp_lightning.commands.local import LocalRun, check_local
 from grasp_lightning.commands.outputs import CompensationOutcome, write_outputs
 from grasp_lightning.commands.stages import (
     EVALUATE,
@@ -32,7 +33,7 @@ from grasp_lightning.config.compensate_settings import (
 from grasp_lightning.data.datamodules import InstructionData, TextData, TrainingData
 from grasp_lightning.data.section_windows import evaluation_windows
 from grasp_lightning.data.windows import TokenWindows, own_micro_batches
-from grasp_lightning.errors import ConfigError, ModelError
+from grasp_lightning.errors import ConfigError, ModelError, PlanError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.checkpoint import check_not_quantized, push_folder
@@ -41,6 +42,7 @@ from grasp_lightning.models.loading import LoadedModel, load_model, resolve_devi
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.models.verification import can_generate
+from grasp_lightning.plan import Plan
 from grasp_lightning.progress import RunBar, expect_work
 from grasp_lightning.reporting.metrics import Change, CompensationMetrics
 from grasp_lightning.run_folder import RunFolder
@@ -55,6 +57,7 @@ from grasp_lightning.training.compensation import (
     trainable_linears,
 )
 from grasp_lightning.training.compensation.adapters import consolidated
+from grasp_lightning.training.local_stages import LocalStage
 from grasp_lightning.training.strategies import check_strategy, is_deepspeed, is_sharded_strategy
 
 _MEMORY_KEYS = (
@@ -87,6 +90,8 @@ class _Inputs:
     bytes_needed: int
     generates: bool
     rewritten: frozenset[str]
+    plan: Plan | None
+    stages: list[LocalStage]
 
 
 def run_compensate(config: CompensateConfig) -> CompensateRun:
@@ -137,45 +142,30 @@ def _execute(
     lesson.keep_in(run)
     if (cache := lesson.cache) is not None:
         processes.on_first(lambda: cache.check_free_space(inputs.bytes_needed))
-    expect_work(compensate_work(config, inputs.data, inputs.held_out))
+    expect_work(compensate_work(config, inputs.data, inputs.held_out, len(inputs.stages)))
     notes, view = RunNotes(run), inputs.view
     parameters = count_parameters(view.model)
-    module = CompensationModule(
-        view,
-        config.optimizer,
-        teacher=lesson.teacher,
-        seed=config.seed,
-        is_limited=config.training.max_time is not None,
-    )
-    hashes = {**inputs.data.fingerprint, **module.model_hashes}
+    training = _training(config, run, inputs, notes, stop)
+    hashes = {**inputs.data.fingerprint, **training.model_hashes}
     processes.on_first(lambda: check_inputs(run, hashes))
     lesson.prepare(config, inputs.data, phases)
-    training = TrainingRun(
-        config,
-        run,
-        module,
-        inputs.data,
-        stop,
-        device=inputs.device,
-        rewritten=inputs.rewritten,
-    )
-    train = _train_split if is_sharded_strategy(config.trainer.strategy) else _train
-    perplexity, validation_loss = train(config, inputs, training, notes, phases)
+    if isinstance(training, TrainingRun) and is_sharded_strategy(config.trainer.strategy):
+        perplexity, validation_loss = _train_split(config, inputs, training, notes, phases)
+    else:
+        perplexity, validation_loss = _train(config, inputs, training, notes, phases)
 
     def write() -> CompensationMetrics:
         # Done here, so that only rank 0 loads a whole model.
         loaded = inputs.loaded
-        if is_sharded_strategy(config.trainer.strategy):
+        if isinstance(training, TrainingRun) and is_sharded_strategy(config.trainer.strategy):
             with phases(SAVE):
                 loaded = consolidated(config, training.gathered.state, inputs.rewritten)
         outcome = CompensationOutcome(
             config=config,
             loaded=loaded,
             data=inputs.data,
-            module=module,
-            history=training.history,
-            time_limit=training.time_limit,
-            best_step=training.best_step,
+            training=training.summary,
+            plan=inputs.plan,
             parameters_before=parameters,
             perplexity=perplexity,
             perplexity_tokens=inputs.held_out.num_targets,
@@ -190,10 +180,41 @@ def _execute(
     return metrics
 
 
+def _training(
+    config: CompensateConfig, run: RunFolder, inputs: _Inputs, notes: RunNotes, stop: StopRequest
+) -> TrainingRun | LocalRun:
+    """Return what validates and trains the model."""
+    lesson, rewritten = inputs.lesson, inputs.rewritten
+    if config.objective == "local":
+        assert lesson.dense is not None  # it is the teacher
+        view, stages = inputs.view, inputs.stages
+        return LocalRun(
+            config,
+            run,
+            view,
+            lesson.dense,
+            inputs.data,
+            stages,
+            notes,
+            stop,
+            rewritten=rewritten,
+        )
+    module = CompensationModule(
+        inputs.view,
+        config.optimizer,
+        teacher=lesson.teacher,
+        seed=config.seed,
+        is_limited=config.training.max_time is not None,
+    )
+    return TrainingRun(
+        config, run, module, inputs.data, stop, device=inputs.device, rewritten=rewritten
+    )
+
+
 def _train(
     config: CompensateConfig,
     inputs: _Inputs,
-    training: TrainingRun,
+    training: TrainingRun | LocalRun,
     notes: RunNotes,
     phases: Phases,
 ) -> _Measured:
@@ -242,8 +263,10 @@ def _prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) ->
         )
         check_not_quantized(loaded.model, ModelError)
         view = DecoderView(loaded.model)
-        plan = read_plan(loaded.origin.folder) if config.train == "replaced" else None
-        rewritten = frozenset() if plan is None else rewritten_parameters(view, plan)
+        plan = _plan(config, loaded)
+        rewritten: frozenset[str] = frozenset()
+        if config.train == "replaced" and plan is not None:
+            rewritten = rewritten_parameters(view, plan)
         trained = _trained_bound(config, view, rewritten)
         _check_dtype(config, loaded)
         data, lesson = lesson_of(
@@ -251,6 +274,10 @@ def _prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) ->
         )
         check_vocabulary(view, data.samples.train.input_ids)
         _check_steps(config, data)
+        stages = []
+        if config.objective == "local":
+            assert lesson.dense is not None  # it is the teacher
+            stages = check_local(config, view, lesson.dense, plan, data)
         check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
         held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
         check_vocabulary(view, held_out.input_ids)
@@ -266,7 +293,19 @@ def _prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) ->
         bytes_needed=int(_SAFETY * (needed + _CHECKPOINT_BYTES * trained)),
         generates=generates,
         rewritten=rewritten,
+        plan=plan,
+        stages=stages,
     )
+
+
+def _plan(config: CompensateConfig, loaded: LoadedModel) -> Plan | None:
+    """Return the plan beside the model; a damaged one is refused only if it is needed."""
+    try:
+        return read_plan(loaded.origin.folder)
+    except PlanError:
+        if config.train == "replaced" or config.objective == "local":
+            raise
+        return None
 
 
 def _trained_bound(config: CompensateConfig, view: DecoderView, rewritten: frozenset[str]) -> int:
@@ -290,7 +329,9 @@ def _training_data(
 def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
     trainer = config.trainer
     is_coarse = loaded.model.dtype.itemsize < torch.float32.itemsize
-    if config.train not in ADAPTER_MODES and is_coarse:
+    # A single layer is trained in float32 copies.
+    trains_itself = config.train not in ADAPTER_MODES and config.objective != "local"
+    if trains_itself and is_coarse:
         raise ConfigError(
             f"train: {config.train} would train weights in {loaded.model.dtype}, which is too "
             "coarse for small steps; set model.dtype: float32 (trainer.precision: bf16-mixed "

@@ -15,13 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grasp_lightning import __version__
-from grasp_lightning.callbacks.history import TrainingHistory
-from grasp_lightning.callbacks.time_limit import TimeLimit
 from grasp_lightning.commands.stages import SAVE
+from grasp_lightning.commands.training import TrainingSummary
 from grasp_lightning.config import CompensateConfig, TextConfig
 from grasp_lightning.config.compensate_settings import uses_instructions
 from grasp_lightning.config.parsing import to_dict
-from grasp_lightning.config.values import seconds_of
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.mixture import SELF, mixture_parts, section_of
@@ -39,7 +37,6 @@ from grasp_lightning.reporting.metrics import (
     CompensationSeconds,
     DecoderLinears,
     History,
-    LimitedTime,
     LossChange,
     Metrics,
     Pair,
@@ -50,8 +47,8 @@ from grasp_lightning.reporting.metrics import (
 from grasp_lightning.reporting.page import render_compensation_report, render_report
 from grasp_lightning.reporting.servers import Servers
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.run_folder.names import PLAN
 from grasp_lightning.storage.model_folder import VERIFY, read_card, write_model
-from grasp_lightning.training.compensation import CompensationModule
 
 M = TypeVar("M", bound=RunMetrics)
 S = TypeVar("S", Seconds, CompensationSeconds)
@@ -167,7 +164,7 @@ class Outcome(RunOutcome[Metrics]):
         """Write scores, factors and plan."""
         _write_tensors(run, "scores.safetensors", self.scores, torch.float32)
         _write_tensors(run, "factors.safetensors", self.factors, self.loaded.model.dtype)
-        run.write_text("plan.json", self.plan.to_json())
+        run.write_text(PLAN, self.plan.to_json())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,16 +173,13 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
 
     Attributes:
         loaded: The model, with adapters merged.
-        time_limit: None if the time was not limited.
-        best_step: None for the last step.
+        plan: What the trained model was compressed with, if that is known.
     """
 
     config: CompensateConfig
     data: TrainingData
-    module: CompensationModule
-    history: TrainingHistory
-    time_limit: TimeLimit | None
-    best_step: int | None
+    training: TrainingSummary
+    plan: Plan | None
     parameters_before: int
     perplexity: Change[float | None]
     validation_loss: Change[float | None]
@@ -197,8 +191,9 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
 
     def metrics(self, phases: Phases) -> CompensationMetrics:
         """Return the numbers, with the times so far."""
-        config, samples, steps = self.config, self.data.samples, self.history.steps
-        assert self.module.trained is not None  # a compensation trains it
+        config, training = self.config, self.training
+        history = training.history
+        steps = history.steps
         before, after = self.parameters_before, count_parameters(self.loaded.model)
         item = self.loaded.model.dtype.itemsize
         data, licence = _describe_data(config)
@@ -208,28 +203,29 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
             objective=config.objective,
             dtype=_dtype(self.loaded),
             parameters=ParameterCounts(
-                before=before, after=after, trainable=self.module.trained.num_parameters
+                before=before, after=after, trainable=training.num_parameters
             ),
             bytes=Change(before=before * item, after=after * item),
             perplexity=self.perplexity,
             perplexity_tokens=self.perplexity_tokens,
             validation_loss=self.validation_loss,
-            validation_tokens=samples.validation.num_targets or None,
+            validation_tokens=training.validation_tokens or None,
+            layer_errors=training.layer_errors,
             steps=len(steps),
-            time_limit=_limited(config, self.time_limit),
-            best_step=self.best_step,
-            epochs=len(steps) / self.data.steps().steps_per_epoch,
-            samples=samples.counts,
-            trained_tokens=self.module.num_trained_tokens,
-            tokens_per_second=self.history.median_speed,
+            time_limit=training.time_limit,
+            best_step=training.best_step,
+            epochs=training.epochs,
+            samples=self.data.samples.counts,
+            trained_tokens=training.num_tokens,
+            tokens_per_second=history.median_speed,
             data=data,
             data_licence=licence,
             history=History(
                 steps=tuple(range(1, len(steps) + 1)),
                 loss=tuple(loss for loss, _ in steps),
                 learning_rate=tuple(rate for _, rate in steps),
-                validation_steps=tuple(step for step, _ in self.history.validations),
-                validation_loss=tuple(loss for _, loss in self.history.validations),
+                validation_steps=tuple(step for step, _ in history.validations),
+                validation_loss=tuple(loss for _, loss in history.validations),
             ),
             seconds=_seconds(CompensationSeconds, phases),
             peak_memory_bytes=phases.peak_memory_bytes,
@@ -252,6 +248,11 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
     def report(self, metrics: CompensationMetrics) -> str:
         """Return the report page."""
         return render_compensation_report(metrics, to_dict(self.config))
+
+    def write_decisions(self, run: RunFolder) -> None:
+        """Write the plan of the compression, so that a later training finds it."""
+        if self.plan is not None:
+            run.write_text(PLAN, self.plan.to_json())
 
 
 def write_outputs(run: RunFolder, outcome: RunOutcome[M], phases: Phases) -> M:
@@ -279,16 +280,6 @@ def _dtype(loaded: LoadedModel) -> str:
 def _seconds(kind: type[S], phases: Phases) -> S:
     times = {phase.name: phases.seconds.get(phase.name) for phase in fields(kind)}
     return kind(**{**times, "total": phases.total})
-
-
-def _limited(config: CompensateConfig, limit: TimeLimit | None) -> LimitedTime:
-    if limit is None or config.training.max_time is None:
-        return LimitedTime()
-    return LimitedTime(
-        max_seconds=seconds_of(config.training.max_time),
-        planned_steps=limit.planned_steps,
-        seconds=limit.seconds,
-    )
 
 
 def _describe_data(config: CompensateConfig) -> tuple[str, str | None]:

@@ -249,20 +249,28 @@ def compensate_stages(*, is_split: bool, writes_text: bool, is_cached: bool) -> 
 
 
 def compensate_work(
-    config: CompensateConfig, data: TrainingData, held_out: TokenWindows
+    config: CompensateConfig, data: TrainingData, held_out: TokenWindows, num_stages: int
 ) -> Mapping[str, Work]:
-    """Return the work of each phase."""
+    """Return the work of each phase.
+
+    Args:
+        num_stages: Number of stages of a layer-local training; 0 for any other.
+    """
     steps, samples, validate_every = data.steps(), data.samples, config.training.validate_every
     per_token = _FORWARD_AND_BACKWARD + config.training.gradient_checkpointing
     teaches = config.objective == "distill" and not config.distillation.cache
     per_token += teaches
     trained = samples.train.num_tokens * len(steps) / steps.steps_per_epoch
     validated = len(samples.validation) > 0
-    validation = samples.validation.num_tokens * (1 + teaches)
+    validation = samples.validation.num_tokens * (1 + (teaches or num_stages > 0))
     whole = samples.train.num_tokens + samples.validation.num_tokens
     validations = 0 if validate_every is None else len(steps) // validate_every
     return {
         TEACHER: Work(whole),
         EVALUATE: Work(held_out.num_tokens + validation, 1 + validated),
-        TRAIN: Work(per_token * trained + validations * validation),
+        # Layer by layer, both models also run once, to move the hidden states.
+        TRAIN: Work(
+            per_token * trained + validations * validation + 2 * whole * (num_stages > 0),
+            max(num_stages, 1),
+        ),
     }

@@ -16,6 +16,7 @@ from grasp_lightning.config.compensate_settings import uses_self
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.evaluation.phases import Phases
+from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, load_without_weights
 from grasp_lightning.models.model_settings import named_by
 from grasp_lightning.models.source import resolve_source, source_hash
@@ -60,7 +61,18 @@ class DenseModel:
             name = resolve_source(self._settings).name
         _check_vocabulary(name, model, tokenizer, loaded)
         self.dtype = model.dtype
+        self._empty = model
         self.vocabulary = int(model.config.get_text_config().vocab_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of its decoder layers."""
+        return DecoderView(self._empty).num_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Number of features of its hidden states."""
+        return int(self._empty.config.get_text_config().hidden_size)
 
     @cached_property
     def digest(self) -> str:
@@ -156,8 +168,8 @@ def lesson_of(
         data_of: Builds the data; takes the sampler of the dense model.
         run: Keeps text and predictions once it is open.
     """
-    is_distilled = config.objective == "distill"
-    if not (is_distilled or uses_self(config)):
+    is_distilled, is_local = config.objective == "distill", config.objective == "local"
+    if not (is_distilled or is_local or uses_self(config)):
         return data_of(None), Lesson()
     dense = DenseModel(config, loaded)
     text = None
@@ -166,6 +178,8 @@ def lesson_of(
         if run is not None:
             text.keep_in(run)
     data = data_of(text)
+    if is_local:
+        return data, Lesson(dense=dense, text=text)
     if not is_distilled:
         _ = data.samples
         dense.release()

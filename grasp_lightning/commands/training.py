@@ -1,9 +1,9 @@
 """The Trainer of ``compensate``: callbacks, loggers, and a checkpoint for resuming."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -26,6 +26,7 @@ from grasp_lightning.callbacks.training_checkpoint import TrainingCheckpoint
 from grasp_lightning.config import CompensateConfig
 from grasp_lightning.config.values import seconds_of
 from grasp_lightning.data.datamodules import TrainingData
+from grasp_lightning.reporting.metrics import Change, LimitedTime
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.run_folder.names import CHECKPOINTS, LOGS
 from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
@@ -34,6 +35,28 @@ from grasp_lightning.training.compensation import VALIDATION_LOSS, CompensationM
 from grasp_lightning.training.strategies import is_sharded_strategy, sharded_strategy
 
 _BEST = f"{CHECKPOINTS}/best.safetensors"
+
+
+class TrainingSummary(NamedTuple):
+    """What a finished training says of itself.
+
+    Attributes:
+        num_parameters: Number of trained parameters.
+        num_tokens: Tokens trained on, over all steps.
+        epochs: How often each sample was seen.
+        best_step: Number of steps behind the kept weights; None for the last ones.
+        validation_tokens: Tokens behind the validation loss.
+        layer_errors: Error of the hidden states after each layer, by its number.
+    """
+
+    history: TrainingHistory
+    num_parameters: int
+    num_tokens: int
+    epochs: float
+    best_step: int | None
+    time_limit: LimitedTime
+    validation_tokens: int
+    layer_errors: Mapping[str, Change[float]]
 
 
 @dataclass(eq=False)
@@ -70,9 +93,27 @@ class TrainingRun:
         return len(self.data.samples.validation) > 0
 
     @property
-    def best_step(self) -> int | None:
-        """Number of steps behind the kept weights; None for the last ones."""
-        return self._best.step
+    def model_hashes(self) -> Mapping[str, str]:
+        """Fingerprints of the model before training and of any teacher."""
+        return self.module.model_hashes
+
+    @property
+    def summary(self) -> TrainingSummary:
+        """The training, once it is finished."""
+        assert self.module.trained is not None  # the fit trains it
+        limited, limit = LimitedTime(), self.time_limit
+        if limit is not None:
+            limited = time_limit_of(self.config, limit.planned_steps, limit.seconds)
+        return TrainingSummary(
+            history=self.history,
+            num_parameters=self.module.trained.num_parameters,
+            num_tokens=self.module.num_trained_tokens,
+            epochs=len(self.history.steps) / self.data.steps().steps_per_epoch,
+            best_step=self._best.step,
+            time_limit=limited,
+            validation_tokens=self.data.samples.validation.num_targets,
+            layer_errors={},
+        )
 
     def validation_loss(self) -> float:
         """Return the mean loss on the samples set aside, in nats per predicted token."""
@@ -86,7 +127,8 @@ class TrainingRun:
         """Train from the last checkpoint, if any, and merge; ``measure`` runs before and after."""
         checkpoint = TrainingFile(self.run).load()
         with expected_warnings(), self.stop.deferred():
-            trainer = self._trainer(self._callbacks(measure), self._loggers(), is_training=True)
+            loggers = new_loggers(self.config, self.run)
+            trainer = self._trainer(self._callbacks(measure), loggers, is_training=True)
             trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
         if not self._is_sharded:
             self._back_to_device()
@@ -124,45 +166,20 @@ class TrainingRun:
         callbacks.append(self.gathered if self._is_sharded else ExportMergedModel())
         return [*callbacks, StepProgressBar("training"), checkpoint]
 
-    def _loggers(self) -> list[Logger]:
-        logs, settings = self.run.live_folder(LOGS), self.config.loggers
-        # One per start: a logger deletes earlier logs of its own name. Only rank 0 writes logs.
-        taken = {path.name for path in logs.glob("start_*")}
-        version = next(name for n in count(1) if (name := f"start_{n}") not in taken)
-        loggers: list[Logger] = [
-            CSVLogger(logs, name="", version=version, flush_logs_every_n_steps=10)
-        ]
-        if settings.tensorboard:
-            loggers.append(TensorBoardLogger(logs, name="", version=version))
-        if settings.wandb is not None:
-            loggers.append(WandbLogger(project=settings.wandb, save_dir=logs))
-        return loggers
-
     def _trainer(
         self,
         callbacks: list[L.Callback],
-        loggers: list[Logger] | None = None,
+        loggers: Sequence[Logger] = (),
         *,
         is_training: bool = False,
     ) -> L.Trainer:
-        every = self.config.training.validate_every if is_training else None
-        return L.Trainer(
-            accelerator=self.device.type,
+        return new_trainer(
+            self.config,
+            self.device,
+            callbacks,
+            loggers,
+            is_training=is_training,
             **self._placement(is_training),
-            precision=self.config.trainer.precision,
-            max_epochs=1,
-            limit_val_batches=0 if is_training and every is None else None,
-            val_check_interval=every,
-            check_val_every_n_epoch=None if every is not None else 1,
-            num_sanity_val_steps=0,
-            callbacks=callbacks,
-            logger=loggers or False,
-            log_every_n_steps=1,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            # Inference tensors that a model caches (rotary tables) cannot be used in backward.
-            inference_mode=False,
-            use_distributed_sampler=False,
         )
 
     def _placement(self, is_training: bool) -> dict[str, Any]:
@@ -174,6 +191,66 @@ class TrainingRun:
             # Buffers do not change, and are the same in all processes.
             arguments["strategy"] = DDPStrategy(broadcast_buffers=False)
         return arguments
+
+
+def time_limit_of(
+    config: CompensateConfig, planned_steps: int | None, seconds: float
+) -> LimitedTime:
+    """Return what a training planned and took; nothing without a limit."""
+    if config.training.max_time is None:
+        return LimitedTime()
+    most = seconds_of(config.training.max_time)
+    return LimitedTime(max_seconds=most, planned_steps=planned_steps, seconds=seconds)
+
+
+def new_loggers(config: CompensateConfig, run: RunFolder) -> list[Logger]:
+    """Return the loggers of one start of a training."""
+    logs, settings = run.live_folder(LOGS), config.loggers
+    # One per start: a logger deletes earlier logs of its own name. Only rank 0 writes logs.
+    taken = {path.name for path in logs.glob("start_*")}
+    version = next(name for n in count(1) if (name := f"start_{n}") not in taken)
+    loggers: list[Logger] = [CSVLogger(logs, name="", version=version, flush_logs_every_n_steps=10)]
+    if settings.tensorboard:
+        loggers.append(TensorBoardLogger(logs, name="", version=version))
+    if settings.wandb is not None:
+        loggers.append(WandbLogger(project=settings.wandb, save_dir=logs))
+    return loggers
+
+
+def new_trainer(
+    config: CompensateConfig,
+    device: torch.device,
+    callbacks: list[L.Callback],
+    loggers: Sequence[Logger] = (),
+    *,
+    is_training: bool,
+    num_sanity_val_steps: int = 0,
+    **where: Any,  # noqa: ANN401  arguments of a Trainer
+) -> L.Trainer:
+    """Return a Trainer for one fit or one validation.
+
+    Args:
+        where: Devices, processes and strategy, as ``placement`` returns them.
+    """
+    every = config.training.validate_every if is_training else None
+    return L.Trainer(
+        accelerator=device.type,
+        **where,
+        precision=config.trainer.precision,
+        max_epochs=1,
+        limit_val_batches=0 if is_training and every is None else None,
+        val_check_interval=every,
+        check_val_every_n_epoch=None if every is not None else 1,
+        num_sanity_val_steps=num_sanity_val_steps,
+        callbacks=callbacks,
+        logger=list(loggers) or False,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        # Inference tensors that a model caches (rotary tables) cannot be used in backward.
+        inference_mode=False,
+        use_distributed_sampler=False,
+    )
 
 
 class _Best:

@@ -127,7 +127,7 @@ class GridFolder:
     def _with_teacher(self, recipe: Recipe, cell: Cell) -> Recipe:
         """Fill in the dense model as the teacher of a recipe that needs one and names none."""
         distillation = recipe.distillation
-        needs_one = recipe.objective == "distill" or uses_self(recipe)
+        needs_one = recipe.objective in {"distill", "local"} or uses_self(recipe)
         if not needs_one or distillation.teacher is not None:
             return recipe
         teacher = self.models[cell.model].path

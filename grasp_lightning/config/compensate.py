@@ -18,7 +18,8 @@ from grasp_lightning.config.values import (
 )
 
 TrainMode = Literal["lora", "factors", "lora_on_factors", "replaced", "all"]
-Objective = Literal["instruction", "text", "distill"]
+Objective = Literal["instruction", "text", "distill", "local"]
+LocalScale = Literal["layer", "token"]
 BatchOrder = Literal["shuffled", "length_grouped", "packed"]
 OptimizerName = Literal["adamw", "adamw_8bit"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
@@ -132,6 +133,22 @@ class DistillationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocalConfig:
+    """Layer-local training: every layer learns the hidden state of the dense model.
+
+    Attributes:
+        layers_at_once: Number of layers that are trained together.
+        scale: What a squared error is divided by: layer (the mean square of the dense hidden states
+            of all tokens), or token (that of the same token).
+        max_memory: Limit in GB for the hidden states of all windows; the rest is stored on disk.
+    """
+
+    layers_at_once: Count = 1
+    scale: LocalScale = "layer"
+    max_memory: Positive = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its learning rate.
 
@@ -224,11 +241,13 @@ class Recipe:
             linears, without biases), lora_on_factors (adapters on these only), replaced (these
             linears with biases, seams, and weights that compression set or merged), or all (every
             weight of the decoder layers).
-        objective: What to train on: instruction, text, or distill (a teacher's distribution).
+        objective: What to train on: instruction, text, distill (a teacher's distribution), or local
+            (a teacher's hidden states, layer by layer).
         lora: LoRA adapters.
         data: Instructions to train on.
         text: Plain text to train on.
         distillation: Distillation from a teacher.
+        local: Layer-local training.
         optimizer: AdamW and its learning rate.
         training: Steps, batches, and weights to keep.
         trainer: Lightning settings.
@@ -242,6 +261,7 @@ class Recipe:
     data: InstructionConfig = field(default_factory=InstructionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -8,10 +8,12 @@ from grasp_lightning.config import (
     CompensateConfig,
     DistillationConfig,
     InstructionConfig,
+    LocalConfig,
     LoggersConfig,
     LoraSettings,
     Recipe,
     TextConfig,
+    TrainingConfig,
     TrainMode,
 )
 from grasp_lightning.config.values import check_values
@@ -24,6 +26,8 @@ ADAPTER_MODES: Final[tuple[TrainMode, ...]] = ("lora", "lora_on_factors")
 def check_settings(config: CompensateConfig) -> None:
     """Refuse numbers out of range, and keys that contradict others or have no effect."""
     check_values(config)
+    if config.objective == "local":
+        _check_local(config)
     _refuse_ignored(config)
     _check_validation(config)
     _check_optimizer(config)
@@ -51,6 +55,8 @@ def _refuse_ignored(config: CompensateConfig) -> None:
     if config.train not in ADAPTER_MODES:
         unread.append(("lora", LoraSettings(), f"train: {config.train} has no adapters"))
     unread += _unread_distillation(config)
+    if config.objective != "local":
+        unread.append(("local", LocalConfig(), f"objective is {config.objective}, not local"))
     if reads_instructions:
         unread.append(("text", TextConfig(), "the model is trained on instructions"))
     else:
@@ -68,10 +74,10 @@ def _refuse_ignored(config: CompensateConfig) -> None:
 def _unread_distillation(config: CompensateConfig) -> list[tuple[str, DistillationConfig, str]]:
     """Return what must be unset in section ``distillation``, and why; a teacher may be missing."""
     given, defaults = config.distillation, DistillationConfig()
-    is_distilled = config.objective == "distill"
-    needs_dense = uses_self(config) or is_distilled
+    is_distilled, is_local = config.objective == "distill", config.objective == "local"
+    needs_dense = uses_self(config) or is_distilled or is_local
     if needs_dense and given.teacher is None:
-        which = "objective: distill" if is_distilled else "text.source self"
+        which = f"objective: {config.objective}" if is_distilled or is_local else "text.source self"
         raise ConfigError(
             f"{which} needs distillation.teacher: the dense model, as a folder, hub name, .gguf "
             "file or smollm2"
@@ -80,9 +86,34 @@ def _unread_distillation(config: CompensateConfig) -> list[tuple[str, Distillati
         uncached = replace(given, top_k=defaults.top_k, cache_dir=None)
         reason = "distillation.cache is false"
         return [] if given.cache else [("distillation", uncached, reason)]
-    if needs_dense:  # which only writes text
+    if needs_dense:  # which only writes text, or gives hidden states
         defaults = replace(defaults, teacher=given.teacher, device=given.device)
+    if is_local:
+        if given.data == "text":  # which it reads anyway
+            defaults = replace(defaults, data="text")
+        return [("distillation", defaults, "objective: local learns hidden states of plain text")]
     return [("distillation", defaults, f"objective: {config.objective} has no teacher")]
+
+
+def _check_local(config: CompensateConfig) -> None:
+    """Refuse what makes no sense if one layer is trained at a time."""
+    if config.train in ADAPTER_MODES:
+        raise ConfigError(
+            f"objective: local trains weights themselves, but train is {config.train}; set train: "
+            "all, replaced or factors"
+        )
+    if config.trainer.strategy not in {"auto", "ddp"}:
+        raise ConfigError(
+            f"objective: local trains one layer at a time, so there is nothing for "
+            f"trainer.strategy {config.trainer.strategy} to divide; use auto or ddp"
+        )
+    for key in ("patience", "gradient_checkpointing"):
+        value = getattr(config.training, key)
+        if value != getattr(TrainingConfig(), key):
+            raise ConfigError(
+                f"training.{key} is {value}, but would be ignored: objective: local trains one "
+                "layer at a time; leave it out"
+            )
 
 
 def _check_validation(config: CompensateConfig) -> None:

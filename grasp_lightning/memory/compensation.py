@@ -121,6 +121,8 @@ def compensation_activations(
 ) -> int:
     """Return the peak of a compensation step besides parameters, in bytes.
 
+    Without logits, only decoder layers run.
+
     Autograd keeps ``layer_bytes`` of every layer. Per token, an adapter keeps its input after
     dropout, ``4 M`` (``2 M`` under bf16-mixed), the dropout mask, ``M`` on a GPU and ``4 M`` on a
     CPU, and its inner values, as many as its rank. Without dropout, as with trained factors, it
@@ -136,7 +138,7 @@ def compensation_activations(
     backward = run.num_tokens * (5 * model.inner + 2 * model.hidden) * computed
     if adapters.drops:
         backward += run.num_tokens * 2 * model.inner * FLOAT32
-    head = head_bytes(model, run, num_logits)
+    head = head_bytes(model, run, num_logits) if num_logits else 0
     copies = HALF * trained_parameters(model, adapters) if run.is_mixed else 0
     if not is_checkpointed:
         return copies + sum(layers) + max(head, backward)
@@ -154,11 +156,18 @@ def trained_parameters(model: ModelShape, adapters: Adapters) -> int:
 
 
 def _optimizer_bytes(strategy: Strategy, trained: int, parts: int, *, is_8bit: bool) -> int:
-    if is_8bit:  # the states are never sharded
-        return 2 * trained + 2 * FLOAT32 * part_of(trained, BLOCK_8BIT)
+    if is_8bit or strategy in ("auto", "ddp"):  # states of 8 bits are never sharded
+        return optimizer_bytes(trained, is_8bit=is_8bit)
     if strategy in ("deepspeed_stage_1", "deepspeed_stage_2"):
         return part_of(ADAM_AND_COPY * trained, parts)
-    return ADAM * trained if strategy in ("auto", "ddp") else part_of(ADAM * trained, parts)
+    return part_of(ADAM * trained, parts)
+
+
+def optimizer_bytes(trained: int, *, is_8bit: bool) -> int:
+    """Return the bytes of AdamW's states that are not sharded."""
+    if is_8bit:
+        return 2 * trained + 2 * FLOAT32 * part_of(trained, BLOCK_8BIT)
+    return ADAM * trained
 
 
 def _adapter_bytes(layer: Layer, run: Pass, adapters: Adapters) -> int:

@@ -28,6 +28,7 @@ from grasp_lightning.memory.compensation import (
     compensation_memory,
     trained_parameters,
 )
+from grasp_lightning.memory.local import hidden_state_bytes, local_memory
 from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
 from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, CompensationRow
 from grasp_lightning.methods.metric import Metric
@@ -210,14 +211,17 @@ def compensation_plan(
         compressed: The model that is trained.
     """
     processes = _num_processes(compensate.trainer, config.trainer)
-    is_8bit = compensate.optimizer.name == "adamw_8bit"
-    strategies = _WHOLE_STATES if is_8bit else _COMPENSATION_STRATEGIES
+    is_local = compensate.objective == "local"
+    is_whole = compensate.optimizer.name == "adamw_8bit" or is_local
+    strategies = _WHOLE_STATES if is_whole else _COMPENSATION_STRATEGIES
     rows = {
         strategy: _compensation_row(compensate, dense, compressed, strategy, processes)
         for strategy in strategies
     }
     modes = {}
     for train in get_args(TrainMode):
+        if is_local and train in ADAPTER_MODES:
+            continue
         other = replace(compensate, train=train)
         if trained_parameters(compressed, adapters_of(other)):  # there may be no factors
             modes[train] = _compensation_row(other, dense, compressed, "auto", processes)
@@ -229,6 +233,7 @@ def compensation_plan(
         batch_size=run.batch_size,
         seqlen=run.seqlen,
         processes=processes,
+        hidden_states=hidden_state_bytes(compensate, dense, compressed, 1) if is_local else None,
         activations_checkpointed=_activations(compensate, compressed, is_checkpointed=True),
         rows=rows,
         modes=modes,
@@ -242,13 +247,17 @@ def _compensation_row(
     strategy: Strategy,
     processes: int,
 ) -> CompensationRow:
-    adapters = adapters_of(config)
+    adapters, num_processes = adapters_of(config), 1 if strategy == "auto" else processes
+    if config.objective == "local":
+        run = compensation_pass(config)
+        memory = local_memory(config, dense, compressed, run, adapters, num_processes=num_processes)
+        return CompensationRow(memory=memory, total_checkpointed=memory.total, host=0)
     has_teacher = config.objective == "distill" and config.distillation.device == "auto"
     (memory, host), (less, _) = (
         compensation_memory(
             compressed,
             strategy,
-            1 if strategy == "auto" else processes,
+            num_processes,
             trained=trained_parameters(compressed, adapters),
             is_new=adapters.rank is not None,
             activations=_activations(config, compressed, is_checkpointed=is_checkpointed),

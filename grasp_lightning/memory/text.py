@@ -58,6 +58,8 @@ class CompensationPlan:
         seqlen: Tokens per row.
         activations_checkpointed: Bytes of activations with gradient checkpointing.
         rows: Bytes by strategy.
+        hidden_states: Bytes of hidden states on all windows that one process keeps, in memory or on
+            disk; None if the training is not layer-local.
         modes: Bytes by what is trained, in one process with strategy auto.
     """
 
@@ -70,6 +72,7 @@ class CompensationPlan:
     activations_checkpointed: int
     rows: Mapping[Strategy, CompensationRow]
     modes: Mapping[TrainMode, CompensationRow]
+    hidden_states: int | None = None
 
 
 def memory_lines(calibration: CalibrationPlan, compensation: CompensationPlan) -> list[str]:
@@ -119,12 +122,21 @@ def _compensation_lines(plan: CompensationPlan, unit: int) -> list[str]:
     source = plan.source or "the defaults"
     (activations,) = _cells([plan.activations_checkpointed], unit)
     size = f"{plan.batch_size} x {plan.seqlen} tokens"
+    notes = [
+        f"checkpointed: total with training.gradient_checkpointing, activations {activations};",
+        "host: memory offloaded from the device",
+    ]
+    if plan.hidden_states is not None:
+        (hidden,) = _cells([plan.hidden_states], unit)
+        notes = [
+            f"a few layers at a time; activations: with hidden states, {hidden} in one process, or",
+            "local.max_memory if that is less",
+        ]
     return [
         f"compensation with {source}, {plan.processes} processes, {size} at a time,",
         f"train: {plan.train}, {plan.trained:,} parameters trained",
         *_aligned(header, rows),
-        f"checkpointed: total with training.gradient_checkpointing, activations {activations};",
-        "host: memory offloaded from the device",
+        *notes,
         "by what is trained, auto, 1 process",
         *_aligned(header[:-1], modes, "train"),
     ]

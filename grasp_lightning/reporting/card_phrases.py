@@ -116,7 +116,13 @@ def _what(metrics: CompensationMetrics, config: Values) -> str:
 def _goal(metrics: CompensationMetrics, base_model: str, config: Values) -> str:
     """Return what was learned, as the end of a sentence."""
     if metrics.objective == "distill":
-        return _teacher(base_model, _section(config, "distillation"))
+        distillation = _section(config, "distillation")
+        names = ("temperature", "mix", *(["top_k"] if distillation.get("cache") else []))
+        who = _teacher(base_model, distillation)
+        return f"the distribution that {who} predicts{_set_options(distillation, *names)}"
+    if metrics.objective == "local":
+        who = _teacher(base_model, _section(config, "distillation"))
+        return f"the hidden states of {who} after each layer, one layer after the other"
     if metrics.objective == "text":
         return "the next token of plain text"
     if metrics.objective != "instruction":
@@ -131,9 +137,7 @@ def _teacher(base_model: str, distillation: Values) -> str:
     teacher = str(distillation.get("teacher") or "")
     # A path like models/llama has the form of a hub name: only a known one is printed whole.
     name = teacher if teacher == base_model else _last_part(teacher)
-    who = f"the teacher {code_span(name)}" if name else "a teacher"
-    names = ("temperature", "mix", *(["top_k"] if distillation.get("cache") else []))
-    return f"the distribution that {who} predicts{_set_options(distillation, *names)}"
+    return f"the teacher {code_span(name)}" if name else "a teacher"
 
 
 def _set_options(values: Values, *names: str) -> str:
@@ -178,7 +182,7 @@ def dataset_of(metrics: CompensationMetrics, config: Values) -> str | None:
 def _learns_text(metrics: CompensationMetrics, config: Values) -> bool:
     if metrics.objective == "distill":
         return bool(_section(config, "distillation").get("data") == "text")
-    return metrics.objective == "text"
+    return metrics.objective in {"text", "local"}
 
 
 def _section(config: Values, name: str) -> Values:

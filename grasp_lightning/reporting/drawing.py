@@ -162,6 +162,19 @@ def draw_training(figure: Figure, history: History, *, window: int, kept_step: i
     figure.legend(loc="outside upper right", ncols=4)
 
 
+def draw_errors(figure: Figure, layers: Sequence[int], before: Array, after: Array) -> None:
+    """Draw two values of each layer, ``(L,)``, before and after training."""
+    axes = figure.subplots()
+    axes.grid(visible=True, axis="y")
+    for values, colour, label in ((before, OTHER, "before"), (after, CHOSEN, "after")):
+        axes.plot(layers, values, color=colour, marker="o", markersize=4.5, label=label)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("relative squared error")
+    figure.legend(loc="outside upper right", ncols=2)
+
+
 def moving_mean(values: Array, window: int) -> Array:
     """Return the mean around each value ``(N,)``, over fewer values at the ends."""
     weights = np.ones(window)

@@ -240,8 +240,11 @@ class CompensationMetrics(RunMetrics):
 
     Attributes:
         train: lora, factors, lora_on_factors, replaced, or all.
-        objective: instruction, text, or distill.
-        validation_loss: Nats per predicted token on samples set aside; None if there are none.
+        objective: instruction, text, distill, or local.
+        validation_loss: Nats per predicted token on samples set aside; None if there are none. Of
+            local, the mean of ``layer_errors``.
+        layer_errors: Of local: normalised error of the hidden states after each trained layer, by
+            its number in the model, on samples set aside.
         best_step: Step whose weights were kept; None for the last one.
         epochs: How often each sample was seen.
         samples: Number of samples by their fate: train, validation, read, cut, ...
@@ -260,6 +263,7 @@ class CompensationMetrics(RunMetrics):
     perplexity: Change[float | None] = _NO_CHANGE
     validation_loss: Change[float | None] = _NO_CHANGE
     validation_tokens: int | None = None
+    layer_errors: Mapping[str, Change[float]] = field(default_factory=dict)
     steps: int
     time_limit: LimitedTime = LimitedTime()
     best_step: int | None = None

@@ -14,7 +14,7 @@ from grasp_lightning.reporting.card_phrases import Values
 from grasp_lightning.reporting.details import Details, decision_details
 from grasp_lightning.reporting.drawing import Plot
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
-from grasp_lightning.reporting.plots import run_plots, training_plot
+from grasp_lightning.reporting.plots import layer_errors_plot, run_plots, training_plot
 from grasp_lightning.reporting.tables import NOT_MEASURED, AnyMetrics
 
 _ARROW = " \u2192 "
@@ -70,8 +70,10 @@ def render_report(
 
 def render_compensation_report(metrics: CompensationMetrics, config: Values) -> str:
     """Return the page of a compensation; equal inputs give equal text."""
-    history = metrics.history
-    plots = [training_plot(history, kept_step=metrics.best_step)] if history.steps else []
+    history, errors = metrics.history, metrics.layer_errors
+    plots = [layer_errors_plot(errors)] if errors else []
+    if history.steps and metrics.objective != "local":  # each layer begins at its own loss
+        plots.append(training_plot(history, kept_step=metrics.best_step))
     return _render(metrics, config, plots, _training_headlines(metrics), _TRAINING_PHASES)
 
 

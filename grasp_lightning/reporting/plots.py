@@ -11,7 +11,7 @@ from grasp_lightning.reporting import drawing
 from grasp_lightning.reporting.drawing import Plot, svg_text
 from grasp_lightning.reporting.heat_maps import losses_plot, ranks_plot, search_plot, widths_plot
 from grasp_lightning.reporting.linears import Array, float64_array, scored_linears
-from grasp_lightning.reporting.metrics import History, Metrics
+from grasp_lightning.reporting.metrics import Change, History, Metrics
 from grasp_lightning.reporting.tables import count_text, indices_text, loss_text, steps_text
 
 _MAX_PANELS = 8
@@ -208,6 +208,28 @@ def components_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
         f"{len(linears)} linears {num_kept} components are kept, {num_beyond} of them beyond the "
         "largest singular values.",
         svg=svg_text(0.6 + 2.35 * num_rows, draw),
+    )
+
+
+def layer_errors_plot(errors: Mapping[str, Change[float]]) -> Plot:
+    """Return the error of the hidden states after each layer, before and after training.
+
+    Args:
+        errors: By the number of the layer, ascending; not empty.
+    """
+    before, after = (
+        np.array([error.values[number] for error in errors.values()]) for number in (0, 1)
+    )
+    layers = [int(layer) for layer in errors]
+    first, last = loss_text(float(before.mean())), loss_text(float(after.mean()))
+    verb = "falls" if after.mean() < before.mean() else "rises"
+    return Plot(
+        title=f"Mean error of the hidden states {verb} from {first} to {last}",
+        explanation="Squared error of the hidden states after each layer, relative to those of the "
+        "dense model, on samples that are not trained on.",
+        alt=f"Line plot of the error of the hidden states after {len(layers)} layers. After the "
+        f"last one: {loss_text(before[-1])} before training, {loss_text(after[-1])} after.",
+        svg=svg_text(3.0, lambda figure: drawing.draw_errors(figure, layers, before, after)),
     )
 
 

@@ -29,6 +29,7 @@ _LEARNED = {
     "instruction": "on instruction data",
     "text": "on text",
     "distill": "on a teacher's predictions",
+    "local": "on a teacher's hidden states",
 }
 _SAMPLES = {
     "train": "{:,} for training",
@@ -114,11 +115,20 @@ def measurement_notes(metrics: AnyMetrics) -> tuple[str, ...]:
             "is better."
         )
     if isinstance(metrics, CompensationMetrics) and metrics.validation_tokens is not None:
-        notes.append(
-            "Validation loss in nats per predicted token, on "
-            f"{metrics.validation_tokens:,} predicted tokens of samples set aside."
-        )
+        notes.append(_validation_note(metrics.objective, metrics.validation_tokens))
     return tuple(notes)
+
+
+def _validation_note(objective: str, tokens: int) -> str:
+    if objective == "local":
+        return (
+            "Validation loss: squared error of the hidden states, relative to those of the dense "
+            f"model, mean over layers, on {tokens:,} tokens of samples set aside."
+        )
+    return (
+        f"Validation loss in nats per predicted token, on {tokens:,} predicted tokens of samples "
+        "set aside."
+    )
 
 
 def _compression_notes(metrics: Metrics) -> list[str]:
@@ -151,6 +161,8 @@ def _compression_notes(metrics: Metrics) -> list[str]:
 def _training_notes(metrics: CompensationMetrics) -> list[str]:
     length = f"{steps_text(metrics.steps)}, {epochs_text(metrics.epochs)}"
     tokens = f"{metrics.trained_tokens:,} predicted tokens"
+    if metrics.objective == "local":
+        tokens = f"{metrics.trained_tokens:,} tokens, over all layers,"
     notes = [f"Trained on {metrics.data}: {tokens} in {length}."]
     if counts := samples_text(metrics.samples):
         notes.append(f"Samples: {counts}.")

@@ -17,6 +17,7 @@ from grasp_lightning.run_folder.names import CHECKPOINTS, SAMPLED_TEXT
 from grasp_lightning.stats.base import Moments
 from grasp_lightning.storage.moments import MomentFiles, stored_moments
 from grasp_lightning.storage.passes import PassFile, PassFiles
+from grasp_lightning.storage.stages import has_stages
 from grasp_lightning.storage.teacher_cache import has_shards
 from grasp_lightning.storage.tensor_files import MEASURE_AGAIN, TensorFile, save_tensors
 from grasp_lightning.storage.training import TRAINING_CHECKPOINT, RunNotes, TrainingFile
@@ -36,7 +37,7 @@ def has_progress(run: RunFolder) -> bool:
     has_pass = bool(PassFile.found_in(run.path(CHECKPOINTS)) or stored_moments(run.root))
     folder = run.path(CHECKPOINTS)
     has_scores = any((*folder.glob("scores-*"), *folder.glob("truncations-*")))
-    has_cache = has_shards(folder)
+    has_cache = has_shards(folder) or has_stages(folder)
     files = (_PLAN, TRAINING_CHECKPOINT, SAMPLED_TEXT)
     return has_pass or has_scores or has_cache or any(run.path(name).exists() for name in files)
 

@@ -28,7 +28,11 @@ class RunNotes:
 
     def note(self, key: str, value: float) -> None:
         """Save a number under a key."""
-        self._run.write_json(_NOTES, {**self._notes(), key: value})
+        self.note_all({key: value})
+
+    def note_all(self, values: Mapping[str, float]) -> None:
+        """Save numbers under their keys."""
+        self._run.write_json(_NOTES, {**self._notes(), **values})
 
     def noted(self, key: str) -> float | None:
         """Return a saved number; None if there is none."""
@@ -79,28 +83,29 @@ def inputs_changed(run: RunFolder) -> str:
 
 
 class TrainingFile:
-    """The checkpoint of the running training."""
+    """The checkpoint of the running training, or of a part of it under another name."""
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder, name: str = TRAINING_CHECKPOINT) -> None:
         self._run = run
+        self._name = name
 
     def load(self) -> str | None:
         """Return its path, or None; all processes must call this."""
-        return training_checkpoint(self._run)
+        return training_checkpoint(self._run, self._name)
 
     def save(self, write: Callable[[Path], None]) -> None:
         """Let a function write it; processes other than rank 0 take part and write nothing."""
         if processes.is_first():
-            self._run.write_with(TRAINING_CHECKPOINT, write)
+            self._run.write_with(self._name, write)
         else:
-            write(self._run.path(TRAINING_CHECKPOINT))
+            write(self._run.path(self._name))
 
 
-def training_checkpoint(run: RunFolder) -> str | None:
+def training_checkpoint(run: RunFolder, name: str = TRAINING_CHECKPOINT) -> str | None:
     """Return the path of a training's checkpoint, or None; all processes must call this."""
 
     def check() -> str | None:
-        path = run.path(TRAINING_CHECKPOINT)
+        path = run.path(name)
         if not path.exists():
             return None
         content = read_checkpoint(path, PlanError, advice=_TRAIN_AGAIN)
@@ -108,10 +113,10 @@ def training_checkpoint(run: RunFolder) -> str | None:
         missing = [key for key in _KEYS if key not in held]
         if missing:
             raise PlanError(told(path, f"is damaged: it has no {missing[0]}", _TRAIN_AGAIN))
-        for name, value in content["state_dict"].items():
+        for key, value in content["state_dict"].items():
             if not value.isfinite().all():
                 raise PlanError(
-                    told(path, f"is damaged: {name} has values that are not finite", _TRAIN_AGAIN)
+                    told(path, f"is damaged: {key} has values that are not finite", _TRAIN_AGAIN)
                 )
         return str(path)
 

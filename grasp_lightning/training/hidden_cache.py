@@ -188,7 +188,7 @@ def _runs_alone(
 ) -> bool:
     entering, expected = seen[index]
     call = partial(view.model.base_model, input_ids=ids, use_cache=False)
-    with only_layer(view, index, lengths) as run:
+    with only_layers(view, index, index, lengths) as run:
         try:
             found = run(entering, call)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
@@ -217,20 +217,20 @@ def handing_through(layer: nn.Module, length: int) -> Iterator[None]:
 
 
 @contextmanager
-def only_layer(
-    view: DecoderView, index: int, lengths: Mapping[int, int]
+def only_layers(
+    view: DecoderView, first: int, last: int, lengths: Mapping[int, int]
 ) -> Iterator[Callable[[Tensor, Callable[[], object]], Tensor]]:
-    """Make all layers but one return their input during a ``with`` block.
+    """Make all layers but some contiguous ones return their input during a ``with`` block.
 
     Args:
-        index: The layer that runs.
+        first: The first layer that runs.
+        last: The last one.
         lengths: Lengths of all layers' output tuples, see ``handing_through``.
 
     Yields:
-        A function of the hidden states that enter the layer and of a call of the model; it returns
-        the hidden states that leave the layer.
+        A function of the hidden states that enter the first layer and of a call of the model; it
+        returns the hidden states that leave the last layer.
     """
-    layer = view.layer(index)
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
 
@@ -248,10 +248,11 @@ def only_layer(
 
     with ExitStack() as stack:
         for other in view.layer_indices:
-            if other != index:
+            if not first <= other <= last:
                 stack.enter_context(handing_through(view.layer(other), lengths[other]))
-        stack.enter_context(layer.register_forward_pre_hook(take, with_kwargs=True, prepend=True))
-        stack.enter_context(layer.register_forward_hook(note))
+        start, end = view.layer(first), view.layer(last)
+        stack.enter_context(start.register_forward_pre_hook(take, with_kwargs=True, prepend=True))
+        stack.enter_context(end.register_forward_hook(note))
         yield run
 
 

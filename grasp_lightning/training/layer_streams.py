@@ -4,7 +4,7 @@ Legend: B windows of T tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from grasp_lightning.data.datamodules import CalibrationData
+from grasp_lightning.errors import OutputError
 from grasp_lightning.models.calls import hidden_input, hidden_output
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.next_token import forward_inputs
-from grasp_lightning.training.hidden_cache import handing_through, noting_length, only_layer
+from grasp_lightning.models.source import first_line
+from grasp_lightning.training.hidden_cache import handing_through, noting_length, only_layers
 
 DENSE, COMPRESSED = "dense", "compressed"
 
@@ -48,7 +50,14 @@ class HiddenStates:
             self._kept[place] = hidden
             self._bytes += hidden.nbytes
         else:
-            torch.save(hidden, self._path(place))
+            path = self._path(place)
+            try:
+                torch.save(hidden, path)
+            except (OSError, RuntimeError) as error:  # a full disk is either of them
+                raise OutputError(
+                    f"cannot write {path}: {first_line(error)}; set TMPDIR to a folder on a larger "
+                    "disk"
+                ) from error
 
     def _path(self, place: tuple[str, int]) -> Path:
         name, batch = place
@@ -126,29 +135,38 @@ class LayerRunner:
             yield
 
     @contextmanager
-    def only(self, index: int) -> Iterator[Callable[[Mapping[str, Tensor], Tensor], Tensor]]:
-        """Run one layer alone during a ``with`` block; needs an earlier pass over the model.
+    def only(
+        self, first: int, last: int | None = None
+    ) -> Iterator[Callable[[Mapping[str, Tensor], Tensor], Tensor]]:
+        """Run one layer alone, or layers up to ``last``, during a ``with`` block.
+
+        It needs an earlier pass over the model.
 
         Yields:
-            A function that maps a batch and the hidden states that enter the layer, ``(B, T, D)``,
-            to those that leave it, without autograd history.
+            A function that maps a batch and the hidden states that enter ``first``, ``(B, T, D)``,
+            to those that leave the last layer, without autograd history.
         """
-        with self._without_head(), only_layer(self._view, index, self._lengths) as run:
+        with self._without_head(), self._only(first, last) as run:
             yield torch.no_grad()(lambda batch, hidden: run(hidden, partial(self._call, batch)))
 
     @contextmanager
     def with_weights(
-        self, index: int
+        self, first: int, last: int | None = None
     ) -> Iterator[Callable[[Mapping[str, Tensor], Tensor, Mapping[str, Tensor]], Tensor]]:
-        """Run one layer alone, as ``only``, with other values of its parameters.
+        """Run layers alone, as ``only``, with other values of their parameters.
 
         Yields:
-            A function of a batch, the hidden states that enter the layer, ``(B, T, D)``, and the
-            values by the parameters' full names; it returns the hidden states that leave the layer,
-            with autograd history of the values.
+            A function of a batch, the hidden states that enter ``first``, ``(B, T, D)``, and the
+            values by the parameters' full names; it returns the hidden states that leave the last
+            layer, with autograd history of the values.
         """
-        with self._without_head(), only_layer(self._view, index, self._lengths) as run:
+        with self._without_head(), self._only(first, last) as run:
             yield lambda batch, hidden, values: run(hidden, partial(self._call, batch, values))
+
+    def _only(
+        self, first: int, last: int | None
+    ) -> AbstractContextManager[Callable[[Tensor, Callable[[], object]], Tensor]]:
+        return only_layers(self._view, first, first if last is None else last, self._lengths)
 
     def _call(
         self, batch: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None
