@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from grasp_lightning.errors import ModelError
+from grasp_lightning.models.experts import experts_layout
 from grasp_lightning.models.linears import (
     DenseLinear,
     DenseModule,
@@ -15,7 +16,7 @@ from grasp_lightning.models.linears import (
     dense_modules,
     skipped_modules,
 )
-from grasp_lightning.models.lowrank import has_replaced
+from grasp_lightning.models.lowrank import has_replaced, is_replaced
 from grasp_lightning.models.numbering import number_dependent_option, renumber_layer, shorten_config
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ class DecoderView:
         layers_name: Full name of the list of decoder layers, for example ``model.layers``.
         num_layers: Number of decoder layers of the original model.
         layer_indices: Original numbers of the layers that remain, ascending.
+        narrows_experts: Whether the warning about mixtures of experts leaves out those that can
+            be narrowed.
 
     Args:
         model: A decoder-only language model, with or without its head.
@@ -55,6 +58,7 @@ class DecoderView:
         self.layers_name = next(name for name, module in model.named_modules() if module is layers)
         self.num_layers = len(layers)
         self.layer_indices = tuple(range(self.num_layers))
+        self.narrows_experts = False
         self._has_warned = False
         self._left_out: frozenset[str] = frozenset()
 
@@ -157,7 +161,7 @@ class DecoderView:
 
     def _warn_of_skipped(self, index: int) -> None:
         prefix = f"{self._layer_name(index)}."
-        skipped = [name.removeprefix(prefix) for name in self.skipped(index)]
+        skipped = [name.removeprefix(prefix) for name in self.skipped(index) if self._stays(name)]
         if skipped and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -166,6 +170,18 @@ class DecoderView:
                 type(self.model).__name__,
                 ", ".join(skipped),
             )
+
+    def _stays(self, part: str) -> bool:
+        """Return whether a part of a mixture stays unchanged although linears are replaced.
+
+        If experts can be narrowed, that leaves linears such as shared experts, but no routers.
+        """
+        modules = [*self.module(part).modules()]
+        if any(map(is_replaced, modules)):
+            return False
+        if not self.narrows_experts or any(isinstance(m, DenseModule) for m in modules):
+            return True
+        return part.endswith("experts") and not any(map(experts_layout, modules))
 
     def _position(self, index: int) -> int:
         if not 0 <= index < self.num_layers:
