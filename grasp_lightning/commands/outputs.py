@@ -26,11 +26,13 @@ from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.mixture import SELF, mixture_parts, section_of
 from grasp_lightning.data.sources import source_licence
+from grasp_lightning.errors import OutputError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods.targets import read_target_losses
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import ModelSize, count_parameters
 from grasp_lightning.plan import Plan
+from grasp_lightning.reading.text import read_json
 from grasp_lightning.reporting.card import base_model_of, compensated_card, model_card
 from grasp_lightning.reporting.linears import layer_changes, predicted_losses
 from grasp_lightning.reporting.metrics import (
@@ -38,6 +40,7 @@ from grasp_lightning.reporting.metrics import (
     CompensationMetrics,
     CompensationSeconds,
     DecoderLinears,
+    FirstStage,
     History,
     LimitedTime,
     LossChange,
@@ -50,6 +53,7 @@ from grasp_lightning.reporting.metrics import (
 from grasp_lightning.reporting.page import render_compensation_report, render_report
 from grasp_lightning.reporting.servers import Servers
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.run_folder.names import COMPRESSED, METRICS
 from grasp_lightning.storage.model_folder import VERIFY, read_card, write_model
 from grasp_lightning.training.compensation import CompensationModule
 
@@ -178,6 +182,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
         loaded: The model, with adapters merged.
         time_limit: None if the time was not limited.
         best_step: None for the last step.
+        compression: Metrics of the compression in the same run folder, if there is one.
     """
 
     config: CompensateConfig
@@ -189,6 +194,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
     parameters_before: int
     perplexity: Change[float | None]
     validation_loss: Change[float | None]
+    compression: Metrics | None = None
 
     @cached_property
     def source_card(self) -> str | None:
@@ -231,6 +237,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
                 validation_steps=tuple(step for step, _ in self.history.validations),
                 validation_loss=tuple(loss for _, loss in self.history.validations),
             ),
+            compression=_first_stage(self.compression, item),
             seconds=_seconds(CompensationSeconds, phases),
             peak_memory_bytes=phases.peak_memory_bytes,
             versions=package_versions("peft"),
@@ -264,6 +271,26 @@ def write_outputs(run: RunFolder, outcome: RunOutcome[M], phases: Phases) -> M:
     run.write_text("report.html", outcome.report(metrics))
     run.write_json("metrics.json", metrics.to_dict())
     return metrics
+
+
+def read_compression(run: RunFolder) -> Metrics:
+    """Return the metrics of the finished compression inside a run folder."""
+    return Metrics.from_dict(read_json(run.path(f"{COMPRESSED}/{METRICS}"), OutputError))
+
+
+def _first_stage(metrics: Metrics | None, itemsize: int) -> FirstStage | None:
+    if metrics is None:
+        return None
+    dense, compressed = metrics.parameters.values
+    return FirstStage(
+        method=metrics.method,
+        removed_ratio=metrics.removed_ratio,
+        parameters=metrics.parameters,
+        bytes=Pair(dense=dense * itemsize, compressed=compressed * itemsize),
+        perplexity=metrics.perplexity,
+        seconds=metrics.seconds.total,
+        peak_memory_bytes=metrics.peak_memory_bytes,
+    )
 
 
 def package_versions(*more: str) -> dict[str, str]:

@@ -7,19 +7,16 @@ from typing import Final, get_args
 from grasp_lightning.config import (
     CompensateConfig,
     CompressConfig,
-    PlanConfig,
     Strategy,
     TrainerConfig,
     TrainMode,
 )
 from grasp_lightning.config.compensate_settings import (
     ADAPTER_MODES,
-    check_settings,
     uses_instructions,
+    uses_self,
 )
-from grasp_lightning.config.parsing import parse
-from grasp_lightning.data.mixture import SELF, mixture_parts
-from grasp_lightning.errors import ConfigError
+from grasp_lightning.data.mixture import SELF, mixture_parts, section_of
 from grasp_lightning.evaluation.cut_losses import MAX_TOKENS
 from grasp_lightning.memory.activations import FLOAT32, evaluation_bytes, sampling_bytes
 from grasp_lightning.memory.calibration import bases_bytes, calibration_memory, update_bytes
@@ -29,13 +26,18 @@ from grasp_lightning.memory.compensation import (
     trained_parameters,
 )
 from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
-from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, CompensationRow
+from grasp_lightning.memory.text import (
+    CachedPredictions,
+    CalibrationPlan,
+    CompensationPlan,
+    CompensationRow,
+)
 from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.sensitivity import SENSITIVITY
 from grasp_lightning.methods.sleb import SLEB
 from grasp_lightning.methods.sparsegpt import SPARSEGPT
+from grasp_lightning.models.next_token import stored_bytes
 from grasp_lightning.models.sampling import BATCH
-from grasp_lightning.reading.text import user_path
 from grasp_lightning.stats.base import FORWARD_MOMENTS
 from grasp_lightning.stats.moments import groups_within
 from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
@@ -44,24 +46,6 @@ from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
 DEFAULT_PROCESSES: Final = 8
 _COMPENSATION_STRATEGIES: Final[tuple[Strategy, ...]] = get_args(Strategy)
 _WHOLE_STATES: Final[tuple[Strategy, ...]] = ("auto", "ddp")
-
-
-def compensation_settings(config: PlanConfig) -> CompensateConfig:
-    """Return the compensation to forecast: that of ``plan``'s file, or the defaults.
-
-    Raises:
-        ConfigError: If the file is missing; a wrong one is refused as ``compensate`` does.
-    """
-    file = config.compensate
-    if file is None:
-        return CompensateConfig(model=config.model)
-    if not user_path(file, "--compensate", ConfigError).is_file():
-        raise ConfigError(f"--compensate {file}: no such file")
-    # The compressed model does not exist yet, so the file need not name it.
-    argv = [f"--config={file}", f"--model.path={config.model.path}"]
-    settings = parse(CompensateConfig, "plan", argv)
-    check_settings(settings)
-    return settings
 
 
 def calibration_plan(
@@ -199,17 +183,23 @@ def _layer_gradients(config: CompressConfig, model: ModelShape, layers: Iterable
 
 
 def compensation_plan(
-    config: CompressConfig, compensate: CompensateConfig, dense: ModelShape, compressed: ModelShape
+    compensate: CompensateConfig,
+    dense: ModelShape,
+    compressed: ModelShape,
+    *,
+    source: str | None = None,
+    trainers: Iterable[TrainerConfig] = (),
 ) -> CompensationPlan:
     """Return the memory of a compensation, by strategy, with and without gradient checkpointing.
 
     Args:
-        config: Configuration of the compression.
         compensate: Configuration of the compensation.
         dense: The dense model, which is the teacher in a distillation.
         compressed: The model that is trained.
+        source: Name of the configuration file.
+        trainers: Other settings that may say how many processes there are.
     """
-    processes = _num_processes(compensate.trainer, config.trainer)
+    processes = _num_processes(compensate.trainer, *trainers)
     is_8bit = compensate.optimizer.name == "adamw_8bit"
     strategies = _WHOLE_STATES if is_8bit else _COMPENSATION_STRATEGIES
     rows = {
@@ -223,7 +213,7 @@ def compensation_plan(
             modes[train] = _compensation_row(other, dense, compressed, "auto", processes)
     run, adapters = compensation_pass(compensate), adapters_of(compensate)
     return CompensationPlan(
-        source=config.compensate if isinstance(config, PlanConfig) else None,
+        source=source,
         train=compensate.train,
         trained=trained_parameters(compressed, adapters),
         batch_size=run.batch_size,
@@ -232,6 +222,7 @@ def compensation_plan(
         activations_checkpointed=_activations(compensate, compressed, is_checkpointed=True),
         rows=rows,
         modes=modes,
+        cached=_cached_predictions(compensate, dense),
     )
 
 
@@ -244,6 +235,7 @@ def _compensation_row(
 ) -> CompensationRow:
     adapters = adapters_of(config)
     has_teacher = config.objective == "distill" and config.distillation.device == "auto"
+    has_teacher = has_teacher and not config.distillation.cache
     (memory, host), (less, _) = (
         compensation_memory(
             compressed,
@@ -257,7 +249,39 @@ def _compensation_row(
         )
         for is_checkpointed in (False, True)
     )
-    return CompensationRow(memory=memory, total_checkpointed=less.total, host=host)
+    before = _bytes_before_training(config, dense)
+    if before and strategy in _WHOLE_STATES:  # else the trained model is still on the host
+        before += compressed.weights
+    return CompensationRow(
+        memory=memory, total_checkpointed=less.total, host=host, before_training=before
+    )
+
+
+def _bytes_before_training(config: CompensateConfig, dense: ModelShape) -> int:
+    """Return what a dense model takes that is released before training: it writes or is cached."""
+    if config.distillation.device != "auto":
+        return 0
+    run, work = compensation_pass(config), []
+    if config.objective == "distill" and config.distillation.cache:
+        work.append(evaluation_bytes(dense, run))
+    if uses_self(config):
+        parts = mixture_parts(section_of(config.text), "text")
+        num_written = sum(part.num_samples for part in parts if part.source == SELF)
+        work.append(sampling_bytes(dense, replace(run, batch_size=min(num_written, BATCH))))
+    return dense.weights + max(work) if work else 0
+
+
+def _cached_predictions(config: CompensateConfig, dense: ModelShape) -> CachedPredictions | None:
+    """Return the bytes of a teacher's cache on disk; None without one.
+
+    Windows of text have one prediction per token but the first. How many tokens instructions have
+    is not known before they are read.
+    """
+    if config.objective != "distill" or not config.distillation.cache:
+        return None
+    per_token, text = stored_bytes(config.distillation.top_k, dense.vocabulary), config.text
+    num_tokens = (text.num_samples + text.num_validation) * (text.seqlen - 1)
+    return CachedPredictions(per_token, None if uses_instructions(config) else num_tokens)
 
 
 def _activations(config: CompensateConfig, model: ModelShape, *, is_checkpointed: bool) -> int:
@@ -266,7 +290,7 @@ def _activations(config: CompensateConfig, model: ModelShape, *, is_checkpointed
         compensation_pass(config),
         adapters_of(config),
         is_checkpointed=is_checkpointed,
-        num_logits=1 + (config.objective == "distill"),
+        num_logits=1 + (config.objective == "distill" and not config.distillation.cache),
     )
 
 
