@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from grasp_lightning.commands.compensate import (
-    bytes_needed,
     check_cache_folder,
     protected_folders,
     rewritten_by_plan,
@@ -19,7 +18,7 @@ from grasp_lightning.commands.dry_run import (
     unchecked_line,
 )
 from grasp_lightning.commands.teacher import teacher_settings
-from grasp_lightning.commands.training_checks import check_training
+from grasp_lightning.commands.training_checks import check_training, training_bytes
 from grasp_lightning.commands.two_stages import check_second_stage, look_up, stages
 from grasp_lightning.commands.workflow import output_folder
 from grasp_lightning.config import CompensateConfig, CompressConfig
@@ -36,6 +35,7 @@ from grasp_lightning.models.loading import load_meta_model, load_without_weights
 from grasp_lightning.models.model_settings import named_by
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.run_folder import RunFolder, check_free_space
+from grasp_lightning.run_folder.folder import RunState
 
 
 def dry_run_two_stages(config: CompressConfig, second: CompensateConfig) -> list[str]:
@@ -54,13 +54,12 @@ def dry_run_two_stages(config: CompressConfig, second: CompensateConfig) -> list
     if state == "finished":
         return finished_lines(root)
     checked = check_compression(first, second, config.compensate)
-    unread, more = check_second_stage(
+    unread, needed = check_second_stage(
         checked.config, second, checked.view, checked.tokenizer, reads_hub=False
     )
-    needed = checked.needed + more
     check_free_space(root, needed)
     done = [f"The compression in {first.output_dir} is finished."] * (compressed == "finished")
-    begun = "unfinished" if "unfinished" in (compressed, state) else "new"
+    begun: RunState = "unfinished" if "unfinished" in (compressed, state) else "new"
     folder = folder_lines(root, begun, needed, overwrite=config.overwrite)
     return [*checked.lines, "", *done, *folder, unchecked_line([*checked.unread, *unread])]
 
@@ -92,7 +91,7 @@ def dry_run_compensate(config: CompensateConfig) -> list[str]:
     trained = trained_bound(config, view, rewritten_by_plan(config, view))
     unread = check_training(config, view, tokenizer, reads_hub=False)
     unread += check_held_out(config.evaluation, view, tokenizer)
-    needed = bytes_needed(count_parameters(model), model.dtype, trained)
+    needed = training_bytes(config, view, count_parameters(model), trained)
     check_free_space(root, needed)
     shape = model_shape(view)
     plan = compensation_plan(config, _teacher_shape(config) or shape, shape)

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning.callbacks.placement import check_placement
-from grasp_lightning.commands.compensate import check_dtype, check_steps
+from grasp_lightning.commands.compensate import bytes_needed, check_dtype, check_steps
 from grasp_lightning.commands.teacher import DenseModel
 from grasp_lightning.config import CompensateConfig, Strategy
 from grasp_lightning.config.compensate_settings import uses_instructions, uses_self
@@ -17,12 +18,14 @@ from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.section_windows import readable_training_windows
 from grasp_lightning.errors import ModelError
 from grasp_lightning.memory.compensation import trained_parameters
-from grasp_lightning.memory.forecast import adapters_of
+from grasp_lightning.memory.forecast import adapters_of, cached_predictions
 from grasp_lightning.memory.model_shape import model_shape, shape_after
 from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import resolve_device
+from grasp_lightning.run_folder import check_free_space
+from grasp_lightning.storage.teacher_cache import has_shards
 from grasp_lightning.training.compensation import trainable_linears
 from grasp_lightning.training.strategies import check_strategy
 
@@ -81,6 +84,30 @@ def check_trained(config: CompensateConfig, view: DecoderView, prediction: Predi
     if of_dense:
         trainable_linears(view, "lora", of_dense)
     return trained
+
+
+def training_bytes(
+    config: CompensateConfig, view: DecoderView, parameters: int, trained: int
+) -> int:
+    """Return the bytes that a compensation writes into its run folder, about.
+
+    An empty ``distillation.cache_dir`` without room for the cache is an ``OutputError``.
+
+    Args:
+        config: The configuration.
+        view: The model that is trained, or the dense one.
+        parameters: Number of all parameters.
+        trained: Number of trained ones.
+    """
+    needed = bytes_needed(parameters, view.model.dtype, trained)
+    cached = cached_predictions(config, int(view.model.config.get_text_config().vocab_size))
+    size = 0 if cached is None else cached.num_bytes or 0
+    if config.distillation.cache_dir is None:
+        return needed + size
+    folder = Path(config.distillation.cache_dir).expanduser()
+    if not has_shards(folder):
+        check_free_space(folder, size, "distillation.cache_dir")
+    return needed
 
 
 def _check_windows(

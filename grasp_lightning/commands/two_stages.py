@@ -14,14 +14,18 @@ from transformers import PreTrainedTokenizerBase
 from grasp_lightning import processes
 from grasp_lightning.commands.compensate import (
     CompensateRun,
-    bytes_needed,
     check_cache_folder,
     protected_folders,
     run_compensate,
     settings_in_folder,
 )
 from grasp_lightning.commands.compress import resolved, run_compress
-from grasp_lightning.commands.training_checks import check_trained, check_training
+from grasp_lightning.commands.inputs import bytes_needed
+from grasp_lightning.commands.training_checks import (
+    check_trained,
+    check_training,
+    training_bytes,
+)
 from grasp_lightning.commands.workflow import begins_anew, output_folder
 from grasp_lightning.config import CompensateConfig, CompressConfig
 from grasp_lightning.config.parsing import to_dict
@@ -30,7 +34,7 @@ from grasp_lightning.methods import predict
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.in_memory import ModelInMemory
 from grasp_lightning.models.loading import load_without_weights, resolve_device
-from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.run_folder import RunFolder, check_free_space
 from grasp_lightning.run_folder.folder import RunState
 from grasp_lightning.run_folder.names import COMPRESSED, MODEL
 
@@ -106,7 +110,9 @@ def check_second_stage(
     *,
     reads_hub: bool,
 ) -> tuple[list[str], int]:
-    """Check a compensation before the compression; return the texts not read, and its bytes.
+    """Check a compensation before the compression; return the texts not read.
+
+    Also returns the bytes that both stages write, about.
 
     Args:
         first: The compression, with its method resolved.
@@ -118,7 +124,8 @@ def check_second_stage(
     prediction = predict(view, first.method)
     trained = check_trained(second, view, prediction)
     unread = check_training(second, view, tokenizer, reads_hub=reads_hub)
-    return unread, bytes_needed(prediction.most, view.model.dtype, trained)
+    needed = training_bytes(second, view, prediction.most, trained)
+    return unread, needed + bytes_needed(prediction, view.model.dtype)
 
 
 def _check(first: CompressConfig, second: CompensateConfig, given: ModelInMemory | None) -> None:
@@ -127,7 +134,9 @@ def _check(first: CompressConfig, second: CompensateConfig, given: ModelInMemory
         model, tokenizer = load_without_weights(first.model)
     else:
         model, tokenizer = given.model, given.tokenizer
-    check_second_stage(first, second, DecoderView(model), tokenizer, reads_hub=True)
+    view = DecoderView(model)
+    _, needed = check_second_stage(first, second, view, tokenizer, reads_hub=True)
+    check_free_space(Path(str(second.output_dir)).expanduser(), needed)
 
 
 def _forget_overwritten(second: CompensateConfig) -> None:

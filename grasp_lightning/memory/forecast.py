@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Final, get_args
 
 from grasp_lightning.config import (
@@ -18,7 +19,7 @@ from grasp_lightning.config.compensate_settings import (
 )
 from grasp_lightning.data.mixture import SELF, mixture_parts, section_of
 from grasp_lightning.evaluation.cut_losses import MAX_TOKENS
-from grasp_lightning.memory.activations import FLOAT32, evaluation_bytes, sampling_bytes
+from grasp_lightning.memory.activations import FLOAT32, HALF, evaluation_bytes, sampling_bytes
 from grasp_lightning.memory.calibration import bases_bytes, calibration_memory, update_bytes
 from grasp_lightning.memory.compensation import (
     compensation_activations,
@@ -45,6 +46,7 @@ from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
 # Sharding is pointless in one process: the forecast then assumes this many.
 DEFAULT_PROCESSES: Final = 8
 _COMPENSATION_STRATEGIES: Final[tuple[Strategy, ...]] = get_args(Strategy)
+_ITEM_SIZES: Final = MappingProxyType({"float32": FLOAT32, "bfloat16": HALF, "float16": HALF})
 _WHOLE_STATES: Final[tuple[Strategy, ...]] = ("auto", "ddp")
 
 
@@ -219,10 +221,12 @@ def compensation_plan(
         batch_size=run.batch_size,
         seqlen=run.seqlen,
         processes=processes,
-        activations_checkpointed=_activations(compensate, compressed, is_checkpointed=True),
+        activations_checkpointed=_activations(
+            compensate, _as_loaded(compensate, compressed), is_checkpointed=True
+        ),
         rows=rows,
         modes=modes,
-        cached=_cached_predictions(compensate, dense),
+        cached=cached_predictions(compensate, dense.vocabulary),
     )
 
 
@@ -234,6 +238,7 @@ def _compensation_row(
     processes: int,
 ) -> CompensationRow:
     adapters = adapters_of(config)
+    dense, compressed = _as_loaded(config, dense), _as_loaded(config, compressed)
     has_teacher = config.objective == "distill" and config.distillation.device == "auto"
     has_teacher = has_teacher and not config.distillation.cache
     (memory, host), (less, _) = (
@@ -257,6 +262,12 @@ def _compensation_row(
     )
 
 
+def _as_loaded(config: CompensateConfig, model: ModelShape) -> ModelShape:
+    """Return a shape with the dtype that a compensation loads; trained weights are float32."""
+    size = _ITEM_SIZES.get(config.model.dtype, model.element_size)
+    return replace(model, element_size=size if config.train in ADAPTER_MODES else FLOAT32)
+
+
 def _bytes_before_training(config: CompensateConfig, dense: ModelShape) -> int:
     """Return what a dense model takes that is released before training: it writes or is cached."""
     if config.distillation.device != "auto":
@@ -271,7 +282,7 @@ def _bytes_before_training(config: CompensateConfig, dense: ModelShape) -> int:
     return dense.weights + max(work) if work else 0
 
 
-def _cached_predictions(config: CompensateConfig, dense: ModelShape) -> CachedPredictions | None:
+def cached_predictions(config: CompensateConfig, vocabulary: int) -> CachedPredictions | None:
     """Return the bytes of a teacher's cache on disk; None without one.
 
     Windows of text have one prediction per token but the first. How many tokens instructions have
@@ -279,7 +290,7 @@ def _cached_predictions(config: CompensateConfig, dense: ModelShape) -> CachedPr
     """
     if config.objective != "distill" or not config.distillation.cache:
         return None
-    per_token, text = stored_bytes(config.distillation.top_k, dense.vocabulary), config.text
+    per_token, text = stored_bytes(config.distillation.top_k, vocabulary), config.text
     num_tokens = (text.num_samples + text.num_validation) * (text.seqlen - 1)
     return CachedPredictions(per_token, None if uses_instructions(config) else num_tokens)
 

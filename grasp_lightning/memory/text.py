@@ -67,6 +67,11 @@ class CachedPredictions(NamedTuple):
     bytes_per_token: int
     num_tokens: int | None
 
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes of the whole cache, None if only the data can tell."""
+        return None if self.num_tokens is None else self.num_tokens * self.bytes_per_token
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompensationPlan:
@@ -167,9 +172,8 @@ def _cache_lines(cached: CachedPredictions | None) -> list[str]:
     if cached is None:
         return []
     size = f"{cached.bytes_per_token} bytes per predicted token"
-    if cached.num_tokens is not None:
-        total = cached.bytes_per_token * cached.num_tokens
-        size = f"{total / _MEGA:,.1f} MB, {size}"
+    if cached.num_bytes is not None:
+        size = f"{cached.num_bytes / _MEGA:,.1f} MB, {size}"
     return [f"the teacher's cache on disk: {size}"]
 
 
