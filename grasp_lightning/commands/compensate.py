@@ -48,6 +48,7 @@ from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.checkpoint import check_not_quantized, push_folder
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, resolve_device
+from grasp_lightning.models.model_settings import named_by
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.models.verification import can_generate
@@ -161,10 +162,10 @@ def check_cache_folder(config: CompensateConfig) -> None:
 
 def protected_folders(config: CompensateConfig, *, follows_compression: bool) -> list[Path]:
     """Return the folders of models that must not be in, around or at the run folder."""
-    models = [] if follows_compression else [config.model]
+    folders = [] if follows_compression else [resolve_source(config.model).folder]
     if config.distillation.teacher is not None:
-        models.append(teacher_settings(config))
-    folders = [resolve_source(model).folder for model in models]
+        with named_by("distillation.teacher"):
+            folders.append(resolve_source(teacher_settings(config)).folder)
     return [folder for folder in folders if folder is not None]
 
 

@@ -31,7 +31,7 @@ trainer: {checkpoint_seconds: 0}
 evaluation: {source: c4}
 """
 TRAIN_STEP = Kill(
-    "grasp_lightning.training.compensation.module", "CompensationModule", "training_step", 3
+    "grasp_lightning.training.compensation.module", "CompensationModule", "training_step", 2
 )
 KILLS = {
     "in the compression": Kill("grasp_lightning.storage.progress", "RunProgress", "add_step", 2),
