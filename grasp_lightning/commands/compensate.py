@@ -110,7 +110,7 @@ def run_compensate(config: CompensateConfig, *, follows_compression: bool = Fals
 
     Args:
         config: The configuration.
-        follows_compression: Whether the model is that of a compression in the same run folder, see
+        follows_compression: Whether a compression in the same run folder made the model, see
             ``two_stages``.
 
     Raises:

@@ -1,6 +1,6 @@
 """``compress --compensate``: compress a model and train the result, in one run folder.
 
-The folder is that of the compensation. The compression is a run of its own in its subfolder
+The compensation writes the folder. The compression is a run of its own in its subfolder
 ``compressed``, so it is finished, resumed and refused like any other.
 """
 
@@ -48,7 +48,7 @@ def run_two_stages(
     and a finished one is not repeated.
 
     Args:
-        config: The compression; its ``output_dir`` is that of the whole.
+        config: The compression; its ``output_dir`` is the folder of both stages.
         second: The training after it, from ``second_stage``.
         given: As in ``run_compress``.
     """

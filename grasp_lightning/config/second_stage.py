@@ -99,7 +99,7 @@ def following(
     """Return a compensation with what it takes over from the compression before it.
 
     Both measure perplexity on the same text and have the same processes. Where the settings leave
-    it open, the dense model teaches, and device and remote code are those of the compression.
+    it open, the dense model teaches, and device and remote code follow the compression.
 
     Args:
         config: The compression.
