@@ -15,7 +15,7 @@ import grasp_lightning
 from grasp_lightning.cli import main
 from grasp_lightning.errors import ConfigError
 from tests.conftest import save_tiny
-from tests.integration.forked import killed
+from tests.integration.forked import killed, run_ranks
 from tests.integration.killing import Kill
 
 SECOND = """\
@@ -145,6 +145,18 @@ def test_a_killed_command_goes_on_in_the_stage_where_it_was(
     assert_equal_models(tmp_path / "run", whole)
     assert before in (None, done.stat().st_mtime_ns)
     assert metrics(tmp_path / "run")["history"] == metrics(whole)["history"]
+
+
+@pytest.mark.slow
+def test_two_processes_do_both_stages(whole: Path, settings: list[str], tmp_path: Path) -> None:
+    strategies = ["--trainer.strategy=ddp", "--compensate.trainer.strategy=fsdp"]
+    argv = [*settings, "--trainer.devices=2", *strategies, f"--output_dir={tmp_path / 'run'}"]
+    done = run_ranks(argv, 2)
+    assert done.codes == [0, 0], done.text
+    left, right = metrics(whole), metrics(tmp_path / "run")
+    assert right["history"]["loss"] == pytest.approx(left["history"]["loss"], rel=1e-4)
+    for key in ("perplexity", "validation_loss"):
+        assert right[key] == pytest.approx(left[key], rel=1e-4)
 
 
 @pytest.mark.slow
