@@ -198,7 +198,7 @@ def test_other_settings_train_the_same_compressed_model_again(
         (["--compensate.model.dtype=bfloat16"], "train: all would train weights in"),
         (
             ["--method.name=drop", "--method.keep_ratio=null", "--compensate.train=factors"],
-            "train: factors needs replaced linears, and the compression leaves none",
+            "train: factors needs low-rank or narrowed linears, and the compression leaves none",
         ),
     ],
 )
