@@ -7,7 +7,7 @@ from typing import Any, Final
 from grasp_lightning.config.common import TrainerConfig
 from grasp_lightning.config.compensate import CompensateConfig
 from grasp_lightning.config.compensate_settings import check_settings, uses_self
-from grasp_lightning.config.compress import CompressConfig
+from grasp_lightning.config.compress import CompressConfig, PlanConfig
 from grasp_lightning.config.keywords import parse_keywords
 from grasp_lightning.config.parsing import parse
 from grasp_lightning.errors import ConfigError
@@ -121,6 +121,9 @@ def following(
     is_named = can_teach and dense.revision is None and dense.gguf_file is None
     if needs_dense and distillation.teacher is None and is_named:
         distillation = replace(distillation, teacher=dense.path)
+    trainer = settings.trainer
+    if not isinstance(config, PlanConfig):  # which runs neither
+        trainer = _trainer(config.trainer, trainer)
     settings = replace(
         settings,
         output_dir=config.output_dir,
@@ -129,7 +132,7 @@ def following(
         model=model,
         distillation=distillation,
         evaluation=config.evaluation,
-        trainer=_trainer(config.trainer, settings.trainer),
+        trainer=trainer,
     )
     check_settings(settings)
     return settings

@@ -10,6 +10,7 @@ from grasp_lightning.config import (
     EvaluateConfig,
     MethodConfig,
     ModelConfig,
+    PlanConfig,
     TrainerConfig,
 )
 from grasp_lightning.config.parsing import parse, to_dict, with_run_config
@@ -51,6 +52,7 @@ def test_every_shipped_config_parses(file: Path) -> None:
             )
         )
         assert second is not None
+        assert second_stage(PlanConfig(model=ModelConfig(path="dense"), compensate=str(file)))
         if config.objective == "distill":
             assert second.distillation.teacher == (config.distillation.teacher or "dense")
     else:
