@@ -81,6 +81,7 @@ def compress(
     *,
     tokenizer: object = None,
     output_dir: str | Path | None = None,
+    compensate: str | Path | Mapping[str, Any] | None = None,  # Any: as keys are
     **keys: Any,  # noqa: ANN401  checked when they are parsed
 ) -> Run:
     """Compress a model like the command ``compress``, and return the finished run.
@@ -114,6 +115,9 @@ def compress(
             the model of that run.
         tokenizer: The tokenizer of a ``PreTrainedModel``.
         output_dir: Run folder to write.
+        compensate: Training that follows in the same folder: the YAML file of a ``compensate``, or
+            its keywords as a mapping. The run is then that of the trained model, and
+            ``load(run.folder / "compressed")`` is the compression.
         **keys: Keys of the configuration; ``grasp-lightning compress --help`` lists them.
 
     Raises:
@@ -131,13 +135,35 @@ def compress(
         model = to_dict(given.settings)
     elif tokenizer is not None:
         raise ConfigError("compress: tokenizer has no effect with a path or name; leave it out")
-    keys |= _set(model=model, output_dir=output_dir)
+    is_file = isinstance(compensate, str | Path)
+    keys |= _set(model=model, output_dir=output_dir, compensate=compensate if is_file else None)
     config = parse_keywords(CompressConfig, keys, "compress")
-    from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
-
+    second = _second_stage(config, compensate, can_teach=given is None)
     with _among_processes(config.model.device):
-        folder = run_compress(config, given).folder
-    return _run(folder, config.model)
+        if second is None:
+            from grasp_lightning.commands.compress import run_compress  # noqa: PLC0415
+
+            return _run(run_compress(config, given).folder, config.model)
+        from grasp_lightning.commands.two_stages import run_two_stages  # noqa: PLC0415
+
+        return _run(run_two_stages(config, second, given).folder, config.model)
+
+
+def _second_stage(config: Any, compensate: object, *, can_teach: bool) -> Any:  # noqa: ANN401  types of other modules
+    """Return the configuration of the training that follows a compression, if any."""
+    from grasp_lightning.config.second_stage import (  # noqa: PLC0415
+        second_stage,
+        second_stage_of_keywords,
+    )
+
+    if isinstance(compensate, Mapping):
+        return second_stage_of_keywords(config, compensate, can_teach=can_teach)
+    if compensate is not None and not isinstance(compensate, str | Path):
+        raise ConfigError(
+            "compress: compensate: expected a YAML file or the keywords of compensate, got "
+            f"{type(compensate).__name__}"
+        )
+    return second_stage(config, can_teach=can_teach)
 
 
 def compensate(

@@ -27,6 +27,7 @@ from grasp_lightning.config import (
     TrimConfig,
 )
 from grasp_lightning.config.parsing import parse, with_run_config
+from grasp_lightning.config.second_stage import second_stage, split_options
 from grasp_lightning.errors import GraspError, Interrupted
 from grasp_lightning.launch import joined
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
@@ -59,8 +60,13 @@ def _check_source(model: ModelConfig) -> None:
 
 
 def _compress(prog: str, argv: Sequence[str]) -> None:
-    config = parse(CompressConfig, prog, with_run_config(argv))
+    own, options = split_options(argv)
+    config = parse(CompressConfig, prog, with_run_config(own))
+    second = second_stage(config, options)
     _check_source(config.model)
+    if second is not None:
+        _compress_and_compensate(config, second, argv)
+        return
     if config.dry_run:
         from grasp_lightning.commands.dry_run import dry_run_compress  # noqa: PLC0415
 
@@ -76,18 +82,46 @@ def _compress(prog: str, argv: Sequence[str]) -> None:
             _print_run(run.folder, run.metrics)
 
 
+def _compress_and_compensate(
+    config: CompressConfig, second: CompensateConfig, argv: Sequence[str]
+) -> None:
+    if config.dry_run:
+        from grasp_lightning.commands.dry_run_training import dry_run_two_stages  # noqa: PLC0415
+
+        begin()
+        print("\n".join(dry_run_two_stages(config, second)))
+        return
+    with joined(config.trainer, config.model.device, "compress", argv) as speaks:
+        from grasp_lightning.commands.two_stages import run_two_stages  # noqa: PLC0415
+
+        begin()
+        run = run_two_stages(config, second)
+        if speaks:
+            _print_compensation(run.folder, run.metrics, run.uploaded)
+
+
 def _compensate(prog: str, argv: Sequence[str]) -> None:
     config = parse(CompensateConfig, prog, argv)
     _check_source(config.model)
+    if config.dry_run:
+        from grasp_lightning.commands.dry_run_training import dry_run_compensate  # noqa: PLC0415
+
+        begin()
+        print("\n".join(dry_run_compensate(config)))
+        return
     with joined(config.trainer, config.model.device, "compensate", argv) as speaks:
         from grasp_lightning.commands.compensate import run_compensate  # noqa: PLC0415
 
         begin()
         run = run_compensate(config)
         if speaks:
-            _print_run(run.folder, run.metrics)
-            if run.uploaded is not None:
-                print(f"upload: {run.uploaded}")
+            _print_compensation(run.folder, run.metrics, run.uploaded)
+
+
+def _print_compensation(folder: Path, metrics: CompensationMetrics, uploaded: str | None) -> None:
+    _print_run(folder, metrics)
+    if uploaded is not None:
+        print(f"upload: {uploaded}")
 
 
 def _print_run(folder: Path, metrics: Metrics | CompensationMetrics) -> None:
@@ -107,12 +141,14 @@ def _print_files(*files: Path | None) -> None:
 
 
 def _plan(prog: str, argv: Sequence[str]) -> None:
-    config = parse(PlanConfig, prog, with_run_config(argv))
+    own, options = split_options(argv)
+    config = parse(PlanConfig, prog, with_run_config(own))
+    compensate = second_stage(config, options)
     _check_source(config.model)
     from grasp_lightning.commands.plan import run_plan  # noqa: PLC0415
 
     begin()
-    print("\n".join(run_plan(config).lines))
+    print("\n".join(run_plan(config, compensate).lines))
 
 
 def _export(prog: str, argv: Sequence[str]) -> None:

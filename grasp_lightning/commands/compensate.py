@@ -11,7 +11,11 @@ from grasp_lightning.callbacks.placement import check_trainer
 from grasp_lightning.callbacks.split_model import MeasureInFit
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.commands.local import LocalRun, check_local
-from grasp_lightning.commands.outputs import CompensationOutcome, write_outputs
+from grasp_lightning.commands.outputs import (
+    CompensationOutcome,
+    read_compression,
+    write_outputs,
+)
 from grasp_lightning.commands.stages import (
     EVALUATE,
     LOAD,
@@ -22,7 +26,12 @@ from grasp_lightning.commands.stages import (
 )
 from grasp_lightning.commands.teacher import Lesson, lesson_of, teacher_settings
 from grasp_lightning.commands.training import TrainingRun
-from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
+from grasp_lightning.commands.workflow import (
+    Settings,
+    output_folder,
+    run_in_folder,
+    tracked_perplexity,
+)
 from grasp_lightning.config import CompensateConfig, Strategy
 from grasp_lightning.config.compensate_settings import (
     ADAPTER_MODES,
@@ -30,6 +39,7 @@ from grasp_lightning.config.compensate_settings import (
     uses_instructions,
     uses_self,
 )
+from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.data.datamodules import InstructionData, TextData, TrainingData
 from grasp_lightning.data.section_windows import evaluation_windows
 from grasp_lightning.data.windows import TokenWindows, own_micro_batches
@@ -39,6 +49,7 @@ from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.checkpoint import check_not_quantized, push_folder
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, resolve_device
+from grasp_lightning.models.model_settings import named_by
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.models.verification import can_generate
@@ -46,6 +57,7 @@ from grasp_lightning.plan import Plan
 from grasp_lightning.progress import RunBar, expect_work
 from grasp_lightning.reporting.metrics import Change, CompensationMetrics
 from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.run_folder.names import COMPRESSED, MODEL
 from grasp_lightning.storage.model_folder import read_plan
 from grasp_lightning.storage.sampled_text import SAMPLE, SampledText
 from grasp_lightning.storage.shared import check_shared_folder
@@ -94,17 +106,26 @@ class _Inputs:
     stages: list[LocalStage]
 
 
-def run_compensate(config: CompensateConfig) -> CompensateRun:
+def run_compensate(config: CompensateConfig, *, follows_compression: bool = False) -> CompensateRun:
     """Train a compressed model as a configuration says, and write its run folder.
 
     The metrics of a finished run are only read; an unfinished run resumes after its last saved
     step. SIGINT and SIGTERM save at the next step and raise ``Interrupted``. A wrong configuration,
     model, text or number is a ``GraspError``, which leaves nothing of a new run.
+
+    Args:
+        config: The configuration.
+        follows_compression: Whether a compression in the same run folder made the model, see
+            ``two_stages``.
+
+    Raises:
+        ConfigError: If ``dry_run`` is set.
     """
+    if config.dry_run:
+        raise ConfigError("dry_run is set: use dry_run_compensate, or leave it out to make a run")
     folder, uploaded = Path(output_folder(config, "runs/second")), None
     check_settings(config)
-    if config.distillation.cache_dir is not None:
-        check_shared_folder(config.distillation.cache_dir, str(folder), "distillation.cache_dir")
+    check_cache_folder(config)
     stages = compensate_stages(
         is_split=is_sharded_strategy(config.trainer.strategy),
         writes_text=uses_self(config),
@@ -114,11 +135,14 @@ def run_compensate(config: CompensateConfig) -> CompensateRun:
         phases = Phases(bar.follow)
         metrics = run_in_folder(
             config,
-            protected=_protected(config),
+            protected=protected_folders(config, follows_compression=follows_compression),
             memory_advice=_MEMORY_KEYS,
             prepare=lambda run: _prepare(config, phases, run),
-            execute=lambda run, inputs, stop: _execute(config, run, inputs, phases, stop),
+            execute=lambda run, inputs, stop: _execute(
+                config, run, inputs, phases, stop, follows_compression=follows_compression
+            ),
             read=CompensationMetrics.from_dict,
+            settings=settings_in_folder(config, follows_compression=follows_compression),
         )
     if config.push_to_hub is not None:
         name = config.push_to_hub
@@ -126,16 +150,38 @@ def run_compensate(config: CompensateConfig) -> CompensateRun:
     return CompensateRun(folder=folder, metrics=metrics, uploaded=uploaded)
 
 
-def _protected(config: CompensateConfig) -> list[Path]:
-    models = [config.model]
+def settings_in_folder(config: CompensateConfig, *, follows_compression: bool) -> Settings:
+    """Return the content of config.yaml; it names a model in the run folder by its place there."""
+    settings = to_dict(config)
+    if follows_compression:
+        settings["model"]["path"] = f"{COMPRESSED}/{MODEL}"
+    return settings
+
+
+def check_cache_folder(config: CompensateConfig) -> None:
+    """Refuse a ``distillation.cache_dir`` that overlaps the run folder."""
+    if config.distillation.cache_dir is not None:
+        folder = str(config.output_dir)
+        check_shared_folder(config.distillation.cache_dir, folder, "distillation.cache_dir")
+
+
+def protected_folders(config: CompensateConfig, *, follows_compression: bool) -> list[Path]:
+    """Return the folders of models that must not be in, around or at the run folder."""
+    folders = [] if follows_compression else [resolve_source(config.model).folder]
     if config.distillation.teacher is not None:
-        models.append(teacher_settings(config))
-    folders = [resolve_source(model).folder for model in models]
+        with named_by("distillation.teacher"):
+            folders.append(resolve_source(teacher_settings(config)).folder)
     return [folder for folder in folders if folder is not None]
 
 
 def _execute(
-    config: CompensateConfig, run: RunFolder, inputs: _Inputs, phases: Phases, stop: StopRequest
+    config: CompensateConfig,
+    run: RunFolder,
+    inputs: _Inputs,
+    phases: Phases,
+    stop: StopRequest,
+    *,
+    follows_compression: bool,
 ) -> CompensationMetrics:
     lesson = inputs.lesson
     processes.on_first(lambda: run.check_free_space(inputs.bytes_needed))
@@ -171,6 +217,7 @@ def _execute(
             perplexity_tokens=inputs.held_out.num_targets,
             validation_loss=validation_loss,
             generates=inputs.generates,
+            compression=read_compression(run) if follows_compression else None,
         )
         return write_outputs(run, outcome, phases)
 
@@ -263,17 +310,15 @@ def _prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) ->
         )
         check_not_quantized(loaded.model, ModelError)
         view = DecoderView(loaded.model)
-        plan = _plan(config, loaded)
-        rewritten: frozenset[str] = frozenset()
-        if config.train == "replaced" and plan is not None:
-            rewritten = rewritten_parameters(view, plan)
-        trained = _trained_bound(config, view, rewritten)
-        _check_dtype(config, loaded)
+        plan = plan_beside(config)
+        rewritten = rewritten_by_plan(config, view, plan)
+        trained = trained_bound(config, view, rewritten)
+        check_dtype(config, loaded.model.dtype)
         data, lesson = lesson_of(
             config, loaded, lambda text: _training_data(config, loaded, view, text), phases, run
         )
         check_vocabulary(view, data.samples.train.input_ids)
-        _check_steps(config, data)
+        check_steps(config, len(data.steps()))
         stages = []
         if config.objective == "local":
             assert lesson.dense is not None  # it is the teacher
@@ -282,7 +327,6 @@ def _prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) ->
         held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
         check_vocabulary(view, held_out.input_ids)
         generates = can_generate(loaded.model)
-    needed = count_parameters(view.model) * loaded.model.dtype.itemsize
     return _Inputs(
         loaded=loaded,
         view=view,
@@ -290,7 +334,7 @@ def _prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) ->
         held_out=held_out,
         lesson=lesson,
         device=device,
-        bytes_needed=int(_SAFETY * (needed + _CHECKPOINT_BYTES * trained)),
+        bytes_needed=bytes_needed(count_parameters(view.model), loaded.model.dtype, trained),
         generates=generates,
         rewritten=rewritten,
         plan=plan,
@@ -298,17 +342,31 @@ def _prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) ->
     )
 
 
-def _plan(config: CompensateConfig, loaded: LoadedModel) -> Plan | None:
+def plan_beside(config: CompensateConfig) -> Plan | None:
     """Return the plan beside the model; a damaged one is refused only if it is needed."""
     try:
-        return read_plan(loaded.origin.folder)
+        return read_plan(resolve_source(config.model).folder)
     except PlanError:
         if config.train == "replaced" or config.objective == "local":
             raise
         return None
 
 
-def _trained_bound(config: CompensateConfig, view: DecoderView, rewritten: frozenset[str]) -> int:
+def rewritten_by_plan(
+    config: CompensateConfig, view: DecoderView, plan: Plan | None
+) -> frozenset[str]:
+    """Return further parameters for ``train: replaced``, from the plan beside the model."""
+    if config.train != "replaced" or plan is None:
+        return frozenset()
+    return rewritten_parameters(view, plan)
+
+
+def bytes_needed(parameters: int, dtype: torch.dtype, trained: int) -> int:
+    """Return the bytes that a run writes, about, besides the cache of a teacher."""
+    return int(_SAFETY * (parameters * dtype.itemsize + _CHECKPOINT_BYTES * trained))
+
+
+def trained_bound(config: CompensateConfig, view: DecoderView, rewritten: frozenset[str]) -> int:
     """Return the most parameters that are trained; a model with none to train is refused."""
     if config.train == "all" or config.train == "replaced":  # noqa: PLR1714  # for mypy
         return sum(p.numel() for p in own_parameters(view, config.train, rewritten).values())
@@ -326,29 +384,30 @@ def _training_data(
     return TextData(config.text, loaded.tokenizer, config.training, config.seed, text)
 
 
-def _check_dtype(config: CompensateConfig, loaded: LoadedModel) -> None:
+def check_dtype(config: CompensateConfig, dtype: torch.dtype) -> None:
+    """Refuse a model whose weights are too coarse for what trains them."""
     trainer = config.trainer
-    is_coarse = loaded.model.dtype.itemsize < torch.float32.itemsize
+    is_coarse = dtype.itemsize < torch.float32.itemsize
     # A single layer is trained in float32 copies.
     trains_itself = config.train not in ADAPTER_MODES and config.objective != "local"
     if trains_itself and is_coarse:
         raise ConfigError(
-            f"train: {config.train} would train weights in {loaded.model.dtype}, which is too "
+            f"train: {config.train} would train weights in {dtype}, which is too "
             "coarse for small steps; set model.dtype: float32 (trainer.precision: bf16-mixed "
             "computes in bfloat16), or train: lora"
         )
     if is_deepspeed(trainer.strategy) and trainer.precision == "32-true" and is_coarse:
         raise ConfigError(
             f"trainer.strategy {trainer.strategy} with precision 32-true would convert the weights "
-            f"from {loaded.model.dtype} into float32; set trainer.precision: bf16-mixed, or "
+            f"from {dtype} into float32; set trainer.precision: bf16-mixed, or "
             "model.dtype: float32"
         )
 
 
-def _check_steps(config: CompensateConfig, data: TrainingData) -> None:
+def check_steps(config: CompensateConfig, num_steps: int) -> None:
+    """Refuse a warm-up that would not end."""
     if config.training.max_time is not None:  # the warm-up is planned, too
         return
-    num_steps = len(data.steps())
     if config.optimizer.warmup_steps >= num_steps:
         raise ConfigError(
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, but there are only "

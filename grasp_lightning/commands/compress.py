@@ -74,10 +74,12 @@ def run_compress(config: CompressConfig, given: ModelInMemory | None = None) -> 
     ``GraspError``, which leaves nothing of a new run.
 
     Raises:
-        ConfigError: If ``dry_run`` is set.
+        ConfigError: If ``dry_run`` or ``compensate`` is set.
     """
     if config.dry_run:
         raise ConfigError("dry_run is set: use dry_run_compress, or leave it out to make a run")
+    if config.compensate is not None:
+        raise ConfigError("compensate is set: use run_two_stages, or leave it out")
     config, protected = resolved(config, given)
     assert config.output_dir is not None  # resolved has checked it
     with RunBar(compress_stages(config), is_shown=processes.is_first()) as bar:

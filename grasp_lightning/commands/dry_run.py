@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +12,12 @@ from grasp_lightning.callbacks.placement import check_placement
 from grasp_lightning.commands.compress import resolved
 from grasp_lightning.commands.inputs import bytes_needed, check_num_windows
 from grasp_lightning.commands.plan import planned
-from grasp_lightning.config import CompressConfig, PlanConfig
+from grasp_lightning.config import (
+    CompensateConfig,
+    CompressConfig,
+    EvaluationConfig,
+    TrainerConfig,
+)
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.config.values import check_values
 from grasp_lightning.data.hub import HUB_CORPORA
@@ -20,7 +26,6 @@ from grasp_lightning.data.section_windows import evaluation_windows, local_calib
 from grasp_lightning.data.sources import check_corpus
 from grasp_lightning.errors import ModelError
 from grasp_lightning.launch import check_number
-from grasp_lightning.memory.forecast import compensation_settings
 from grasp_lightning.methods import build_method
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.checkpoint import check_not_quantized
@@ -32,6 +37,25 @@ from grasp_lightning.run_folder.names import CONFIG
 from grasp_lightning.storage.recut import StoredScores
 
 
+class Checked(NamedTuple):
+    """A compression whose quick checks have passed.
+
+    Attributes:
+        config: The configuration, with its method resolved.
+        view: The dense model, without weights.
+        lines: The forecast of ``plan``.
+        unread: Sources of text that were not read.
+        needed: Bytes that the run writes, about.
+    """
+
+    config: CompressConfig
+    view: DecoderView
+    tokenizer: PreTrainedTokenizerBase
+    lines: list[str]
+    unread: list[str]
+    needed: int
+
+
 def dry_run_compress(config: CompressConfig) -> list[str]:
     """Make the quick checks of ``run_compress``, and write nothing.
 
@@ -41,51 +65,65 @@ def dry_run_compress(config: CompressConfig) -> list[str]:
     Returns:
         Lines for the user: the forecast of ``plan``, the run folder, and what was not checked.
     """
-    trainer = config.trainer
-    if "RANK" not in os.environ and trainer.num_nodes == 1:
-        check_number(trainer.devices)
     config, protected = resolved(config)
     assert config.output_dir is not None  # resolved has checked it
     root, state = RunFolder.look_up(
         config.output_dir, to_dict(config), overwrite=config.overwrite, protected=protected
     )
     if state == "finished":
-        return [
-            f"{root} contains the finished run of this configuration.",
-            "Dry run: nothing was written. The command would only print the results.",
-        ]
+        return finished_lines(root)
+    checked = check_compression(config)
+    check_free_space(root, checked.needed)
+    folder = folder_lines(root, state, checked.needed, overwrite=config.overwrite)
+    return [*checked.lines, "", *folder, unchecked_line(checked.unread)]
+
+
+def check_compression(
+    config: CompressConfig, second: CompensateConfig | None = None, source: str | None = None
+) -> Checked:
+    """Make the quick checks that do not concern the run folder.
+
+    Args:
+        config: The configuration, with its method resolved.
+        second: The compensation whose memory is predicted; None for the defaults.
+        source: Its file.
+    """
+    check_processes(config.trainer)
     check_values(config)
     mixture_parts(config.calibration, "calibration")
-    check_placement(trainer, resolve_device(config.model.device))
+    check_placement(config.trainer, resolve_device(config.model.device))
     stored = None if config.from_scores is None else StoredScores(config.from_scores)
     model, tokenizer = load_without_weights(config.model)
     check_not_quantized(model, ModelError)
     view = DecoderView(model)
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    forecast_config = PlanConfig(**values)
-    forecast = planned(forecast_config, compensation_settings(forecast_config), view)
+    forecast = planned(replace(config, compensate=source), second, view)
     if stored is not None:
         config = replace(config, method=replace(config.method, score_all_layers=None))
     method = build_method(config.method, view)
-    unread = _check_evaluation(config, view, tokenizer)
+    unread = check_held_out(config.evaluation, view, tokenizer)
     if stored is None or "refit" in method.options:
         if stored is not None:
             stored.check_windows({"seed": str(config.seed)})
         unread += _check_calibration(config, view, tokenizer)
     needed = bytes_needed(forecast.prediction, model.dtype)
-    check_free_space(root, needed)
-    return [*forecast.lines, "", *_folder_lines(config, root, state, needed), _unchecked(unread)]
+    return Checked(config, view, tokenizer, forecast.lines, unread, needed)
 
 
-def _check_evaluation(
-    config: CompressConfig, view: DecoderView, tokenizer: PreTrainedTokenizerBase
+def check_processes(trainer: TrainerConfig) -> None:
+    """Refuse more processes than this machine can run."""
+    if "RANK" not in os.environ and trainer.num_nodes == 1:
+        check_number(trainer.devices)
+
+
+def check_held_out(
+    config: EvaluationConfig, view: DecoderView, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
     """Check the held-out text; return its source if it is not read."""
-    check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
-    if config.evaluation.source in HUB_CORPORA:
-        check_corpus(config.evaluation, "evaluation")
-        return [config.evaluation.source]
-    check_vocabulary(view, evaluation_windows(config.evaluation, tokenizer).input_ids)
+    check_length(view, config.seqlen, "evaluation.seqlen")
+    if config.source in HUB_CORPORA:
+        check_corpus(config, "evaluation")
+        return [config.source]
+    check_vocabulary(view, evaluation_windows(config, tokenizer).input_ids)
     return []
 
 
@@ -102,15 +140,25 @@ def _check_calibration(
     return [source for source, windows in found if windows is None]
 
 
-def _folder_lines(config: CompressConfig, root: Path, state: RunState, needed: int) -> list[str]:
+def finished_lines(root: Path) -> list[str]:
+    """Return what a dry run says of a finished run."""
+    return [
+        f"{root} contains the finished run of this configuration.",
+        "Dry run: nothing was written. The command would only print the results.",
+    ]
+
+
+def folder_lines(root: Path, state: RunState, needed: int, *, overwrite: bool) -> list[str]:
+    """Return what would happen in the run folder."""
     lines = [f"The run would write about {needed / 1e6:.1f} MB to {root}."]
     if state == "unfinished":
         lines.append("The folder has an unfinished run of this configuration, which would resume.")
-    if config.overwrite and (root / CONFIG).exists():
+    if overwrite and (root / CONFIG).exists():
         lines.append("The earlier run in the folder would be deleted first.")
     return lines
 
 
-def _unchecked(unread: Sequence[str]) -> str:
+def unchecked_line(unread: Sequence[str]) -> str:
+    """Return what a dry run has not checked."""
     texts = f"; the text of {', '.join(sorted(set(unread)))}" if unread else ""
     return f"Dry run: nothing was written. Not checked: the values of the weights{texts}."

@@ -24,11 +24,13 @@ from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.mixture import SELF, mixture_parts, section_of
 from grasp_lightning.data.sources import source_licence
+from grasp_lightning.errors import OutputError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods.targets import read_target_losses
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import ModelSize, count_parameters
 from grasp_lightning.plan import Plan
+from grasp_lightning.reading.text import read_json
 from grasp_lightning.reporting.card import base_model_of, compensated_card, model_card
 from grasp_lightning.reporting.linears import layer_changes, predicted_losses
 from grasp_lightning.reporting.metrics import (
@@ -36,6 +38,7 @@ from grasp_lightning.reporting.metrics import (
     CompensationMetrics,
     CompensationSeconds,
     DecoderLinears,
+    FirstStage,
     History,
     LossChange,
     Metrics,
@@ -47,7 +50,7 @@ from grasp_lightning.reporting.metrics import (
 from grasp_lightning.reporting.page import render_compensation_report, render_report
 from grasp_lightning.reporting.servers import Servers
 from grasp_lightning.run_folder import RunFolder
-from grasp_lightning.run_folder.names import PLAN
+from grasp_lightning.run_folder.names import COMPRESSED, METRICS, PLAN
 from grasp_lightning.storage.model_folder import VERIFY, read_card, write_model
 
 M = TypeVar("M", bound=RunMetrics)
@@ -174,6 +177,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
     Attributes:
         loaded: The model, with adapters merged.
         plan: What the trained model was compressed with, if that is known.
+        compression: Metrics of the compression in the same run folder, if there is one.
     """
 
     config: CompensateConfig
@@ -183,6 +187,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
     parameters_before: int
     perplexity: Change[float | None]
     validation_loss: Change[float | None]
+    compression: Metrics | None = None
 
     @cached_property
     def source_card(self) -> str | None:
@@ -227,6 +232,7 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
                 validation_steps=tuple(step for step, _ in history.validations),
                 validation_loss=tuple(loss for _, loss in history.validations),
             ),
+            compression=_first_stage(self.compression, item),
             seconds=_seconds(CompensationSeconds, phases),
             peak_memory_bytes=phases.peak_memory_bytes,
             versions=package_versions("peft"),
@@ -265,6 +271,26 @@ def write_outputs(run: RunFolder, outcome: RunOutcome[M], phases: Phases) -> M:
     run.write_text("report.html", outcome.report(metrics))
     run.write_json("metrics.json", metrics.to_dict())
     return metrics
+
+
+def read_compression(run: RunFolder) -> Metrics:
+    """Return the metrics of the finished compression inside a run folder."""
+    return Metrics.from_dict(read_json(run.path(f"{COMPRESSED}/{METRICS}"), OutputError))
+
+
+def _first_stage(metrics: Metrics | None, itemsize: int) -> FirstStage | None:
+    if metrics is None:
+        return None
+    dense, compressed = metrics.parameters.values
+    return FirstStage(
+        method=metrics.method,
+        removed_ratio=metrics.removed_ratio,
+        parameters=metrics.parameters,
+        bytes=Pair(dense=dense * itemsize, compressed=compressed * itemsize),
+        perplexity=metrics.perplexity,
+        seconds=metrics.seconds.total,
+        peak_memory_bytes=metrics.peak_memory_bytes,
+    )
 
 
 def package_versions(*more: str) -> dict[str, str]:

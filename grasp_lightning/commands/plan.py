@@ -3,13 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from grasp_lightning.config import CompensateConfig, PlanConfig
+from grasp_lightning.config import CompensateConfig, CompressConfig, PlanConfig
 from grasp_lightning.memory.activations import FLOAT64
-from grasp_lightning.memory.forecast import (
-    calibration_plan,
-    compensation_plan,
-    compensation_settings,
-)
+from grasp_lightning.memory.forecast import calibration_plan, compensation_plan
 from grasp_lightning.memory.model_shape import model_shape, shape_after
 from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, memory_lines
 from grasp_lightning.methods import build_method, predict, resolve_method
@@ -66,19 +62,23 @@ class Planned:
         return [f"predicted increase of the loss, in nats per token, by method.target: {losses}"]
 
 
-def run_plan(config: PlanConfig) -> Planned:
+def run_plan(config: PlanConfig, compensate: CompensateConfig | None = None) -> Planned:
     """Return what a configuration would remove and the memory it takes; reads no weights."""
     config = replace(config, method=resolve_method(config.method, config.seed))
-    compensate = compensation_settings(config)
     return planned(config, compensate, DecoderView(load_meta_model(config.model, warns=True)))
 
 
-def planned(config: PlanConfig, compensate: CompensateConfig, view: DecoderView) -> Planned:
+def planned(
+    config: CompressConfig, compensate: CompensateConfig | None, view: DecoderView
+) -> Planned:
     """Return the forecast of a configuration with its method resolved, and of a compensation.
 
     Args:
+        config: The configuration.
+        compensate: None for the defaults.
         view: The dense model; its weights may be on the meta device.
     """
+    compensate = compensate or CompensateConfig(model=config.model)
     prediction = predict(view, config.method)
     dense = model_shape(view)
     compressed = shape_after(dense, prediction.operations, prediction.most)
@@ -93,7 +93,13 @@ def planned(config: PlanConfig, compensate: CompensateConfig, view: DecoderView)
             moments=_moment_bytes(view, config, prediction),
             set_weights=_set_weights(view, prediction),
         ),
-        compensation=compensation_plan(config, compensate, dense, compressed),
+        compensation=compensation_plan(
+            compensate,
+            dense,
+            compressed,
+            source=config.compensate,
+            trainers=[config.trainer],
+        ),
     )
 
 
@@ -109,7 +115,7 @@ def _set_weights(view: DecoderView, prediction: Prediction) -> int:
     return found
 
 
-def _target_losses(config: PlanConfig, view: DecoderView) -> dict[str, float] | None:
+def _target_losses(config: CompressConfig, view: DecoderView) -> dict[str, float] | None:
     method = build_method(config.method, view)
     if config.method.weighting != "kfac" or not isinstance(method, BudgetedTruncation):
         return None
@@ -119,7 +125,7 @@ def _target_losses(config: PlanConfig, view: DecoderView) -> dict[str, float] | 
     return method.stored_target_losses(view, stored.plan, stored)
 
 
-def _moment_bytes(view: DecoderView, config: PlanConfig, prediction: Prediction) -> int:
+def _moment_bytes(view: DecoderView, config: CompressConfig, prediction: Prediction) -> int:
     """Return an upper bound for the sums in the largest pass of a curvature measurement.
 
     Linears with the same input share its Gram matrix, which shapes do not show.

@@ -47,22 +47,40 @@ class DenseModel:
     Its vocabulary is checked at once, without its weights.
 
     Args:
-        loaded: The model that is trained.
+        config: The configuration.
+        trained: The model that is trained.
+        tokenizer: The tokenizer of that model.
 
     Raises:
         ModelError: If the two vocabularies differ.
+        ConfigError: If the cache is to keep more tokens than there are.
     """
 
-    def __init__(self, config: CompensateConfig, loaded: LoadedModel) -> None:
+    def __init__(
+        self,
+        config: CompensateConfig,
+        trained: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
         self._settings = teacher_settings(config)
         self._model: PreTrainedModel | None = None
         with named_by("distillation.teacher"):
-            model, tokenizer = load_without_weights(self._settings)
+            model, own_tokenizer = load_without_weights(self._settings)
             name = resolve_source(self._settings).name
-        _check_vocabulary(name, model, tokenizer, loaded)
         self.dtype = model.dtype
         self._empty = model
         self.vocabulary = int(model.config.get_text_config().vocab_size)
+        size = trained.config.get_text_config().vocab_size
+        if self.vocabulary != size or own_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise ModelError(
+                f"distillation.teacher: {name} has a different vocabulary from the model "
+                f"({self.vocabulary} and {size} tokens); use the dense model that was compressed"
+            )
+        if config.distillation.cache and config.distillation.top_k > self.vocabulary:
+            raise ConfigError(
+                f"distillation.top_k is {config.distillation.top_k}, but the vocabulary has "
+                f"{self.vocabulary} tokens; lower it"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -95,17 +113,6 @@ class DenseModel:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def _check_vocabulary(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedModel
-) -> None:
-    sizes = [m.config.get_text_config().vocab_size for m in (model, loaded.model)]
-    if sizes[0] != sizes[1] or tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
-        raise ModelError(
-            f"distillation.teacher: {name} has a different vocabulary from the model ({sizes[0]} "
-            f"and {sizes[1]} tokens); use the dense model that was compressed"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +178,7 @@ def lesson_of(
     is_distilled, is_local = config.objective == "distill", config.objective == "local"
     if not (is_distilled or is_local or uses_self(config)):
         return data_of(None), Lesson()
-    dense = DenseModel(config, loaded)
+    dense = DenseModel(config, loaded.model, loaded.tokenizer)
     text = None
     if uses_self(config):
         text = _text(config, dense, phases)
@@ -209,11 +216,6 @@ def _cached(
     run: RunFolder | None,
 ) -> Lesson:
     settings, samples = config.distillation, data.samples
-    if settings.top_k > dense.vocabulary:
-        raise ConfigError(
-            f"distillation.top_k is {settings.top_k}, but the vocabulary has {dense.vocabulary} "
-            "tokens; lower it"
-        )
     whole = samples.train.sha256 + samples.validation.sha256
     facts: Facts = {
         "teacher": dense.digest,

@@ -48,6 +48,7 @@ def run_in_folder(
     prepare: Callable[[RunFolder | None], Inputs],
     execute: Callable[[RunFolder, Inputs, StopRequest], Result],
     read: Callable[[Settings], Result],
+    settings: Settings | None = None,
 ) -> Result:
     """Do the work of a run in its folder once, and return the result; a finished run is only read.
 
@@ -59,12 +60,13 @@ def run_in_folder(
         memory_advice: Keys to lower if the device runs out of memory.
         prepare: Loads and checks the inputs; takes the folder if it is open already.
         read: Turns the metrics.json of a finished run into the result.
+        settings: The configuration as it is written and compared; None takes it as it is.
     """
-    settings, output_dir = to_dict(config), config.output_dir
+    settings, output_dir = settings or to_dict(config), config.output_dir
     assert output_dir is not None  # see output_folder
     stop = StopRequest()
     with stop.installed():
-        anew = _begins_anew(output_dir, settings, overwrite=config.overwrite)
+        anew = begins_anew(output_dir, settings, overwrite=config.overwrite)
         inputs = [prepare(None)] if anew else []
         with _open_together(output_dir, settings, overwrite=anew, protected=protected) as run:
             if run.state == "finished":
@@ -75,7 +77,7 @@ def run_in_folder(
                 return execute(run, inputs[0] if inputs else prepare(run), stop)
 
 
-def _begins_anew(output_dir: str, config: Settings, *, overwrite: bool) -> bool:
+def begins_anew(output_dir: str, config: Settings, *, overwrite: bool) -> bool:
     """Return whether ``overwrite`` deletes what is in the run folder.
 
     A job that SLURM has requeued is started by the same command, and resumes its own run.

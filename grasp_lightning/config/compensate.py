@@ -273,11 +273,13 @@ class CompensateConfig(Recipe, TrainedFolder):
     """Train a compressed model, merge what was trained, save the result and report.
 
     Attributes:
+        dry_run: Check everything that is quick, print the memory, and write nothing.
         push_to_hub: Hub repository to upload the finished model to.
         model: The compressed model.
         evaluation: Held-out text for perplexity, before and after.
     """
 
+    dry_run: bool = False
     push_to_hub: str | None = None
     model: ModelConfig
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -50,6 +50,9 @@ class CompressConfig:
         seed: Seed of the choice of calibration windows, and of layers that random draws.
         from_scores: Finished run whose stored scores are used instead of a pass over the data;
             unset keys are taken from its configuration.
+        compensate: YAML file of a ``compensate`` that follows in the same run folder; its keys are
+            also options, as in ``--compensate.training.max_time=10m``. ``plan`` predicts its
+            memory. Unset: none follows.
         model: Model to compress.
         method: Compression method.
         calibration: Calibration text.
@@ -63,6 +66,7 @@ class CompressConfig:
     dry_run: bool = False
     seed: Seed = 0
     from_scores: PathName | None = None
+    compensate: PathName | None = None
     model: ModelConfig
     method: MethodConfig = field(default_factory=MethodConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -73,13 +77,7 @@ class CompressConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(CompressConfig):
-    """Predict what ``compress`` removes and how much memory it needs, from the config alone.
-
-    Attributes:
-        compensate: YAML file of a later ``compensate``, to predict its memory; unset: the defaults.
-    """
-
-    compensate: PathName | None = None
+    """Predict what ``compress`` removes and how much memory it needs, from the config alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,23 +78,66 @@ def training_windows(
         seed: Seed for all draws.
         sample: Writes text with the dense model, for ``source: self``.
     """
+    section, train, validation = section_of(config), [], []
+    for both, count, asked in _training_parts(config):
+        if both.source == SELF:
+            windows = _written(both, section, tokenizer, seed, sample)
+        else:
+            windows = _drawn(both, section, tokenizer, seed, part="text", asked=asked)
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+        train.append(windows.select(order[count:].sort().values))
+        validation.append(windows.select(order[:count].sort().values))
+    return TrainingWindows(_interleaved(train), _interleaved(validation))
+
+
+def readable_training_windows(
+    config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int, *, reads_hub: bool
+) -> list[tuple[str, TokenWindows | None]]:
+    """Return the windows of section ``text`` that need no model, validation included, by source.
+
+    Raises the errors of ``training_windows``.
+
+    Args:
+        config: The section.
+        seed: Seed for all draws.
+        reads_hub: Whether to read sources on the hub, too.
+
+    Returns:
+        Pairs of a source and its windows, None if they are not read.
+    """
+    found: list[tuple[str, TokenWindows | None]] = []
+    for both, _, asked in _training_parts(config):
+        windows = None
+        if both.source in HUB_CORPORA:
+            check_corpus(both, "text")
+        is_on_hub = both.source in HUB_CORPORA or both.source in HUB_INSTRUCTIONS
+        if both.source != SELF and (reads_hub or not is_on_hub):
+            section = section_of(config)
+            windows = _drawn(both, section, tokenizer, seed, part="text", asked=asked)
+        found.append((both.source, windows))
+    return found
+
+
+class _TrainingPart(NamedTuple):
+    """One source of section ``text``: its windows, how many are set aside, and a message."""
+
+    both: MixturePart
+    set_aside: int
+    asked: str
+
+
+def _training_parts(config: TextConfig) -> list[_TrainingPart]:
     section = section_of(config)
     check_values(section, "text.")
     sources = mixture_parts(section, "text")
     set_aside = shares(config.num_validation, config.weights or [1.0] * len(sources))
     asked = f"num_samples is {config.num_samples} and num_validation {config.num_validation}"
-    train, validation = [], []
+    parts = []
     for source, count in zip(sources, set_aside, strict=True):
         both = replace(source, num_samples=source.num_samples + count)
-        if both.source == SELF:
-            windows = _written(both, section, tokenizer, seed, sample)
-        else:
-            own = f", {both.num_samples} of {both.source}" if len(sources) > 1 else ""
-            windows = _drawn(both, section, tokenizer, seed, part="text", asked=asked + own)
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-        train.append(windows.select(order[count:].sort().values))
-        validation.append(windows.select(order[:count].sort().values))
-    return TrainingWindows(_interleaved(train), _interleaved(validation))
+        own = f", {both.num_samples} of {both.source}" if len(sources) > 1 else ""
+        parts.append(_TrainingPart(both, count, asked + own))
+    return parts
 
 
 def local_calibration_windows(

@@ -2,26 +2,24 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Final, get_args
 
 from grasp_lightning.config import (
     CompensateConfig,
     CompressConfig,
-    PlanConfig,
     Strategy,
     TrainerConfig,
     TrainMode,
 )
 from grasp_lightning.config.compensate_settings import (
     ADAPTER_MODES,
-    check_settings,
     uses_instructions,
+    uses_self,
 )
-from grasp_lightning.config.parsing import parse
-from grasp_lightning.data.mixture import SELF, mixture_parts
-from grasp_lightning.errors import ConfigError
+from grasp_lightning.data.mixture import SELF, mixture_parts, section_of
 from grasp_lightning.evaluation.cut_losses import MAX_TOKENS
-from grasp_lightning.memory.activations import FLOAT32, evaluation_bytes, sampling_bytes
+from grasp_lightning.memory.activations import FLOAT32, HALF, evaluation_bytes, sampling_bytes
 from grasp_lightning.memory.calibration import bases_bytes, calibration_memory, update_bytes
 from grasp_lightning.memory.compensation import (
     compensation_activations,
@@ -30,13 +28,18 @@ from grasp_lightning.memory.compensation import (
 )
 from grasp_lightning.memory.local import hidden_state_bytes, local_memory
 from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
-from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, CompensationRow
+from grasp_lightning.memory.text import (
+    CachedPredictions,
+    CalibrationPlan,
+    CompensationPlan,
+    CompensationRow,
+)
 from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.sensitivity import SENSITIVITY
 from grasp_lightning.methods.sleb import SLEB
 from grasp_lightning.methods.sparsegpt import SPARSEGPT
+from grasp_lightning.models.next_token import stored_bytes
 from grasp_lightning.models.sampling import BATCH
-from grasp_lightning.reading.text import user_path
 from grasp_lightning.stats.base import FORWARD_MOMENTS
 from grasp_lightning.stats.moments import groups_within
 from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
@@ -44,25 +47,8 @@ from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
 # Sharding is pointless in one process: the forecast then assumes this many.
 DEFAULT_PROCESSES: Final = 8
 _COMPENSATION_STRATEGIES: Final[tuple[Strategy, ...]] = get_args(Strategy)
+_ITEM_SIZES: Final = MappingProxyType({"float32": FLOAT32, "bfloat16": HALF, "float16": HALF})
 _WHOLE_STATES: Final[tuple[Strategy, ...]] = ("auto", "ddp")
-
-
-def compensation_settings(config: PlanConfig) -> CompensateConfig:
-    """Return the compensation to forecast: that of ``plan``'s file, or the defaults.
-
-    Raises:
-        ConfigError: If the file is missing; a wrong one is refused as ``compensate`` does.
-    """
-    file = config.compensate
-    if file is None:
-        return CompensateConfig(model=config.model)
-    if not user_path(file, "--compensate", ConfigError).is_file():
-        raise ConfigError(f"--compensate {file}: no such file")
-    # The compressed model does not exist yet, so the file need not name it.
-    argv = [f"--config={file}", f"--model.path={config.model.path}"]
-    settings = parse(CompensateConfig, "plan", argv)
-    check_settings(settings)
-    return settings
 
 
 def calibration_plan(
@@ -200,17 +186,23 @@ def _layer_gradients(config: CompressConfig, model: ModelShape, layers: Iterable
 
 
 def compensation_plan(
-    config: CompressConfig, compensate: CompensateConfig, dense: ModelShape, compressed: ModelShape
+    compensate: CompensateConfig,
+    dense: ModelShape,
+    compressed: ModelShape,
+    *,
+    source: str | None = None,
+    trainers: Iterable[TrainerConfig] = (),
 ) -> CompensationPlan:
     """Return the memory of a compensation, by strategy, with and without gradient checkpointing.
 
     Args:
-        config: Configuration of the compression.
         compensate: Configuration of the compensation.
         dense: The dense model, which is the teacher in a distillation.
         compressed: The model that is trained.
+        source: Name of the configuration file.
+        trainers: Other settings that may say how many processes there are.
     """
-    processes = _num_processes(compensate.trainer, config.trainer)
+    processes = _num_processes(compensate.trainer, *trainers)
     is_local = compensate.objective == "local"
     is_whole = compensate.optimizer.name == "adamw_8bit" or is_local
     strategies = _WHOLE_STATES if is_whole else _COMPENSATION_STRATEGIES
@@ -227,16 +219,19 @@ def compensation_plan(
             modes[train] = _compensation_row(other, dense, compressed, "auto", processes)
     run, adapters = compensation_pass(compensate), adapters_of(compensate)
     return CompensationPlan(
-        source=config.compensate if isinstance(config, PlanConfig) else None,
+        source=source,
         train=compensate.train,
         trained=trained_parameters(compressed, adapters),
         batch_size=run.batch_size,
         seqlen=run.seqlen,
         processes=processes,
         hidden_states=hidden_state_bytes(compensate, dense, compressed, 1) if is_local else None,
-        activations_checkpointed=_activations(compensate, compressed, is_checkpointed=True),
+        activations_checkpointed=_activations(
+            compensate, _as_loaded(compensate, compressed), is_checkpointed=True
+        ),
         rows=rows,
         modes=modes,
+        cached=cached_predictions(compensate, dense.vocabulary),
     )
 
 
@@ -252,7 +247,9 @@ def _compensation_row(
         run = compensation_pass(config)
         memory = local_memory(config, dense, compressed, run, adapters, num_processes=num_processes)
         return CompensationRow(memory=memory, total_checkpointed=memory.total, host=0)
+    dense, compressed = _as_loaded(config, dense), _as_loaded(config, compressed)
     has_teacher = config.objective == "distill" and config.distillation.device == "auto"
+    has_teacher = has_teacher and not config.distillation.cache
     (memory, host), (less, _) = (
         compensation_memory(
             compressed,
@@ -266,7 +263,45 @@ def _compensation_row(
         )
         for is_checkpointed in (False, True)
     )
-    return CompensationRow(memory=memory, total_checkpointed=less.total, host=host)
+    before = _bytes_before_training(config, dense)
+    if before and strategy in _WHOLE_STATES:  # else the trained model is still on the host
+        before += compressed.weights
+    return CompensationRow(
+        memory=memory, total_checkpointed=less.total, host=host, before_training=before
+    )
+
+
+def _as_loaded(config: CompensateConfig, model: ModelShape) -> ModelShape:
+    """Return a shape with the dtype that a compensation loads; trained weights are float32."""
+    size = _ITEM_SIZES.get(config.model.dtype, model.element_size)
+    return replace(model, element_size=size if config.train in ADAPTER_MODES else FLOAT32)
+
+
+def _bytes_before_training(config: CompensateConfig, dense: ModelShape) -> int:
+    """Return what a dense model takes that is released before training: it writes or is cached."""
+    if config.distillation.device != "auto":
+        return 0
+    run, work = compensation_pass(config), []
+    if config.objective == "distill" and config.distillation.cache:
+        work.append(evaluation_bytes(dense, run))
+    if uses_self(config):
+        parts = mixture_parts(section_of(config.text), "text")
+        num_written = sum(part.num_samples for part in parts if part.source == SELF)
+        work.append(sampling_bytes(dense, replace(run, batch_size=min(num_written, BATCH))))
+    return dense.weights + max(work) if work else 0
+
+
+def cached_predictions(config: CompensateConfig, vocabulary: int) -> CachedPredictions | None:
+    """Return the bytes of a teacher's cache on disk; None without one.
+
+    Windows of text have one prediction per token but the first. How many tokens instructions have
+    is not known before they are read.
+    """
+    if config.objective != "distill" or not config.distillation.cache:
+        return None
+    per_token, text = stored_bytes(config.distillation.top_k, vocabulary), config.text
+    num_tokens = (text.num_samples + text.num_validation) * (text.seqlen - 1)
+    return CachedPredictions(per_token, None if uses_instructions(config) else num_tokens)
 
 
 def _activations(config: CompensateConfig, model: ModelShape, *, is_checkpointed: bool) -> int:
@@ -275,7 +310,7 @@ def _activations(config: CompensateConfig, model: ModelShape, *, is_checkpointed
         compensation_pass(config),
         adapters_of(config),
         is_checkpointed=is_checkpointed,
-        num_logits=1 + (config.objective == "distill"),
+        num_logits=1 + (config.objective == "distill" and not config.distillation.cache),
     )
 
 

@@ -40,11 +40,37 @@ class CalibrationPlan:
 
 
 class CompensationRow(NamedTuple):
-    """Memory of a compensation under one strategy; ``host`` is the offloaded part."""
+    """Memory of a compensation under one strategy.
+
+    Attributes:
+        memory: Bytes during training.
+        total_checkpointed: Bytes during training with gradient checkpointing.
+        host: Bytes of the offloaded part.
+        before_training: Bytes while a dense model writes text or fills the cache; 0 without one.
+    """
 
     memory: CompensationMemory
     total_checkpointed: int
     host: int
+    before_training: int = 0
+
+    @property
+    def peaks(self) -> tuple[int, int]:
+        """Most bytes of the whole run, without and with gradient checkpointing."""
+        before = self.before_training
+        return max(self.memory.total, before), max(self.total_checkpointed, before)
+
+
+class CachedPredictions(NamedTuple):
+    """A teacher's cache on disk; ``num_tokens`` is None if only the data can tell."""
+
+    bytes_per_token: int
+    num_tokens: int | None
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes of the whole cache, None if only the data can tell."""
+        return None if self.num_tokens is None else self.num_tokens * self.bytes_per_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +87,7 @@ class CompensationPlan:
         hidden_states: Bytes of hidden states on all windows that one process keeps, in memory or on
             disk; None if the training is not layer-local.
         modes: Bytes by what is trained, in one process with strategy auto.
+        cached: The teacher's cache, if it has one.
     """
 
     source: str | None
@@ -73,18 +100,20 @@ class CompensationPlan:
     rows: Mapping[Strategy, CompensationRow]
     modes: Mapping[TrainMode, CompensationRow]
     hidden_states: int | None = None
+    cached: CachedPredictions | None = None
 
 
-def memory_lines(calibration: CalibrationPlan, compensation: CompensationPlan) -> list[str]:
-    """Return the tables of a calibration and of the compensation after it."""
+def memory_lines(calibration: CalibrationPlan | None, compensation: CompensationPlan) -> list[str]:
+    """Return the tables of a calibration, if there is one, and of the compensation after it."""
     largest = max(row.memory.total for row in compensation.rows.values())
     unit, name = (_GIGA, "GB") if largest >= _GIGA else (_MEGA, "MB")
+    before = [] if calibration is None else [*_calibration_lines(calibration, unit, name), ""]
     return [
         f"Memory per process, in {name}; without interpreter, libraries and device context",
         "",
-        *_calibration_lines(calibration, unit, name),
-        "",
+        *before,
         *_compensation_lines(compensation, unit),
+        *_cache_lines(compensation.cached),
     ]
 
 
@@ -112,12 +141,11 @@ def _calibration_lines(plan: CalibrationPlan, unit: int, name: str) -> list[str]
 def _compensation_lines(plan: CompensationPlan, unit: int) -> list[str]:
     header = ("weights", "gradients", "optimizer", "activations", "total", "checkpointed", "host")
     rows: dict[str, Sequence[str]] = {}
-    for strategy, (memory, total_checkpointed, host) in plan.rows.items():
+    for strategy, row in plan.rows.items():
         label = "auto, 1 process" if strategy == "auto" else strategy
-        rows[label] = _cells((*memory, memory.total, total_checkpointed, host), unit)
+        rows[label] = _cells((*row.memory, *row.peaks, row.host), unit)
     modes: dict[str, Sequence[str]] = {
-        train: _cells((*row.memory, row.memory.total, row.total_checkpointed), unit)
-        for train, row in plan.modes.items()
+        train: _cells((*row.memory, *row.peaks), unit) for train, row in plan.modes.items()
     }
     source = plan.source or "the defaults"
     (activations,) = _cells([plan.activations_checkpointed], unit)
@@ -137,9 +165,28 @@ def _compensation_lines(plan: CompensationPlan, unit: int) -> list[str]:
         f"train: {plan.train}, {plan.trained:,} parameters trained",
         *_aligned(header, rows),
         *notes,
+        *_lines_before_training(plan, unit),
         "by what is trained, auto, 1 process",
         *_aligned(header[:-1], modes, "train"),
     ]
+
+
+def _lines_before_training(plan: CompensationPlan, unit: int) -> list[str]:
+    """Return what the totals count of a dense model that is released before training."""
+    sizes = sorted({row.before_training for row in plan.rows.values()} - {0})
+    if not sizes:
+        return []
+    found = " to ".join(_cells(sizes, unit))
+    return [f"before training, with the dense model: {found}; the totals are the larger of both"]
+
+
+def _cache_lines(cached: CachedPredictions | None) -> list[str]:
+    if cached is None:
+        return []
+    size = f"{cached.bytes_per_token} bytes per predicted token"
+    if cached.num_bytes is not None:
+        size = f"{cached.num_bytes / _MEGA:,.1f} MB, {size}"
+    return [f"the teacher's cache on disk: {size}"]
 
 
 def _cells(sizes: Iterable[int], unit: int) -> list[str]:

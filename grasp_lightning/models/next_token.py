@@ -129,6 +129,19 @@ PREDICTION_KEYS = ("teacher_ids", "teacher_log_probs", "teacher_tail")
 """Names of the parts of ``TopPredictions`` in a batch or a file."""
 
 
+_UINT16 = 2**16
+
+
+def stored_id_type(vocabulary: int) -> torch.dtype:
+    """Return the smallest type in which the ids of a vocabulary are stored."""
+    return torch.uint16 if vocabulary <= _UINT16 else torch.int32
+
+
+def stored_bytes(top_k: int, vocabulary: int) -> int:
+    """Return the bytes of one prediction on disk: ids, bfloat16 logarithms, and a float32 tail."""
+    return top_k * (stored_id_type(vocabulary).itemsize + 2) + 4
+
+
 class TopPredictions(NamedTuple):
     """The likeliest tokens of a teacher's n predictions, and the probability of all others.
 

@@ -13,6 +13,7 @@ from grasp_lightning.reporting.tables import (
     epochs_text,
     measurement_notes,
     samples_text,
+    state_names,
     steps_text,
 )
 
@@ -89,6 +90,7 @@ def training_content(
         "length": _length(metrics, config),
         "evaluation": text_source(config, "evaluation"),
         "data_licence": data_licence,
+        "states": state_names(metrics),
         "rows": comparison_rows(metrics),
         "notes": measurement_notes(metrics),
     }

@@ -235,6 +235,25 @@ class LimitedTime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstStage:
+    """The compression that the same command did before a compensation.
+
+    Attributes:
+        bytes: Size of both models at the dtype of the compensated one.
+        seconds: Of the whole compression.
+        peak_memory_bytes: Of the process that compressed, or of its device.
+    """
+
+    method: str
+    removed_ratio: float
+    parameters: Pair[int]
+    bytes: Pair[int]
+    perplexity: Pair[float | None] = _NO_PAIR
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompensationMetrics(RunMetrics):
     """All measurements of a compensation; ``train`` distinguishes them from those of a compression.
 
@@ -252,6 +271,7 @@ class CompensationMetrics(RunMetrics):
         tokens_per_second: Predicted tokens per second of the median step.
         data: Description of the training data, without local paths.
         data_licence: None if unknown.
+        compression: The first stage of ``compress --compensate``; None for ``compensate`` alone.
     """
 
     STATES: ClassVar = ("before", "after")
@@ -274,4 +294,5 @@ class CompensationMetrics(RunMetrics):
     data: str
     data_licence: str | None = None
     history: History = History()
+    compression: FirstStage | None = None
     seconds: CompensationSeconds = CompensationSeconds()

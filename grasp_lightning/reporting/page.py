@@ -39,6 +39,8 @@ _PHASES = {
 }
 _TRAINING_PHASES = {
     "load": "Load model and data",
+    "sample": "Generate training text",
+    "teacher": "Cache the teacher's predictions",
     "train": "Train",
     "evaluate": "Evaluate before and after",
     "save": "Save the model",
@@ -104,12 +106,14 @@ def _render(
     *,
     details: Iterable[Details] = (),
 ) -> str:
+    states = tables.state_names(metrics)
     return page_template("report.html.jinja").render(
         kind="compensation" if isinstance(metrics, CompensationMetrics) else "compression",
         metrics=metrics,
         summary=tables.summary(metrics),
         headlines=[*headlines, *_total(metrics)],
-        rows=tables.comparison_rows(metrics),
+        columns=[("Quantity", "row"), *((s.capitalize(), "number") for s in states)],
+        rows=[*tables.comparison_rows(metrics), *tables.cost_rows(metrics)],
         notes=tables.comparison_notes(metrics),
         plots=[(plot, data_uri(plot)) for plot in plots],
         details=details,

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grasp_lightning.config import TargetChoice
-from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics, States
+from grasp_lightning.reporting.metrics import CompensationMetrics, FirstStage, Metrics, States
 
 T = TypeVar("T")
 AnyMetrics = Metrics | CompensationMetrics
@@ -51,6 +51,16 @@ class Row(NamedTuple):
     change: str
 
 
+class StagesRow(NamedTuple):
+    """One line of a comparison over both stages; the change is from the dense model to the last."""
+
+    quantity: str
+    dense: str
+    compressed: str
+    compensated: str
+    change: str
+
+
 def comparison_table(metrics: AnyMetrics) -> Table:
     """Return the model before and after, with the measurements as caption, for the terminal."""
     # Text, not str: a model's name may hold brackets, which rich would read as markup.
@@ -60,11 +70,18 @@ def comparison_table(metrics: AnyMetrics) -> Table:
         caption_justify="left",
     )
     table.add_column("")
-    for heading in (*metrics.STATES, "change"):
+    for heading in state_names(metrics):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in comparison_rows(metrics):
+    for row in (*comparison_rows(metrics), *cost_rows(metrics)):
         table.add_row(*row)
     return table
+
+
+def state_names(metrics: AnyMetrics) -> tuple[str, ...]:
+    """Return the headings of the columns after the first of ``comparison_rows``."""
+    if isinstance(metrics, CompensationMetrics) and metrics.compression is not None:
+        return (*StagesRow._fields[1:-1], "against dense")
+    return (*metrics.STATES, "change")
 
 
 def narrow_table(notes: Iterable[str], title: str | None = None) -> Table:
@@ -81,8 +98,13 @@ def narrow_table(notes: Iterable[str], title: str | None = None) -> Table:
     )
 
 
-def comparison_rows(metrics: AnyMetrics) -> tuple[Row, ...]:
-    """Return parameters, bytes and quality before and after, sizes in millions of bytes."""
+def comparison_rows(metrics: AnyMetrics) -> tuple[Row, ...] | tuple[StagesRow, ...]:
+    """Return parameters, bytes and quality before and after, sizes in millions of bytes.
+
+    After ``compress --compensate``, there is a column for each stage.
+    """
+    if isinstance(metrics, CompensationMetrics) and metrics.compression is not None:
+        return _rows_of_stages(metrics, metrics.compression)
     parameters = _row("parameters", metrics.parameters, "{:,}".format, percent_text)
     size = _row(f"MB at {metrics.dtype}", metrics.bytes, megabytes_text, percent_text)
     perplexity = _row("perplexity", metrics.perplexity, perplexity_text, factor_text)
@@ -96,6 +118,35 @@ def comparison_rows(metrics: AnyMetrics) -> tuple[Row, ...]:
         size,
         _row("MB in decoder linears", linears.bytes, megabytes_text, percent_text),
         perplexity,
+    )
+
+
+def _rows_of_stages(metrics: CompensationMetrics, first: FirstStage) -> tuple[StagesRow, ...]:
+    before, after = map(loss_text, metrics.validation_loss.values)
+    return (
+        _stages_row(
+            "parameters", first.parameters, metrics.parameters.after, "{:,}".format, percent_text
+        ),
+        _stages_row(
+            f"MB at {metrics.dtype}", first.bytes, metrics.bytes.after, megabytes_text, percent_text
+        ),
+        _stages_row(
+            "perplexity", first.perplexity, metrics.perplexity.after, perplexity_text, factor_text
+        ),
+        StagesRow("validation loss", "", before, after, ""),
+    )
+
+
+def cost_rows(metrics: AnyMetrics) -> tuple[StagesRow, ...]:
+    """Return time and peak memory of each stage after ``compress --compensate``, else nothing."""
+    if not isinstance(metrics, CompensationMetrics) or metrics.compression is None:
+        return ()
+    first = metrics.compression
+    times = map(duration_text, (first.seconds, metrics.seconds.total))
+    peaks = map(_memory_text, (first.peak_memory_bytes, metrics.peak_memory_bytes))
+    return (
+        StagesRow("time of the stage", "", next(times), next(times), ""),
+        StagesRow("peak memory in MB", "", next(peaks), next(peaks), ""),
     )
 
 
@@ -183,8 +234,12 @@ def summary(metrics: AnyMetrics) -> str:
     if isinstance(metrics, CompensationMetrics):
         trained = _TRAINED.get(metrics.train, metrics.train)
         learned = _LEARNED.get(metrics.objective, f"on {metrics.objective}")
+        first = metrics.compression
+        before = ""
+        if first is not None:
+            before = f"{first.method}, {first.removed_ratio:.1%} of all parameters removed; then "
         return (
-            f"{trained} {learned}, {steps_text(metrics.steps)}, "
+            f"{before}{trained} {learned}, {steps_text(metrics.steps)}, "
             f"{count_text(metrics.parameters.trainable)} trainable parameters"
         )
     count = len(metrics.changed_layers)
@@ -267,6 +322,10 @@ def factor_text(before: float | None, after: float | None) -> str:
     return f"x {after / before:,.2f}"
 
 
+def _memory_text(size: int | None) -> str:
+    return NOT_MEASURED if size is None else megabytes_text(size)
+
+
 def loss_text(loss: float | None) -> str:
     """Return a loss with three decimals."""
     return NOT_MEASURED if loss is None else f"{loss:.3f}"
@@ -321,3 +380,16 @@ def _row(
 ) -> Row:
     before, after = states.values
     return Row(quantity, text(before), text(after), change(before, after))
+
+
+def _stages_row(
+    quantity: str,
+    first: States[T],
+    compensated: T,
+    text: Callable[[T], str],
+    change: Callable[[T, T], str],
+) -> StagesRow:
+    dense, compressed = first.values
+    return StagesRow(
+        quantity, text(dense), text(compressed), text(compensated), change(dense, compensated)
+    )

@@ -16,6 +16,8 @@ TRIM: Final = "trim.json"
 MODEL: Final = "model"
 LOGS: Final = "logs"
 CHECKPOINTS: Final = "checkpoints"
+COMPRESSED: Final = "compressed"
+"""Run folder of a compression, inside that of the compensation which the same command does."""
 
 _FOLDERS = (MODEL, LOGS, CHECKPOINTS)
 _FILES = (CONFIG, PLAN, SCORES, FACTORS, STATISTICS, SAMPLED_TEXT, METRICS, REPORT, EXPORT, TRIM)

@@ -23,7 +23,8 @@ _NOT_COMPARED = {"output_dir", "overwrite", "dry_run", "push_to_hub", "statistic
 # Commands themselves compare what depends on the number of processes.
 _NOT_COMPARED |= {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}
 # Keys that earlier versions did not have: unset, they count as absent.
-_COMPARED_IF_SET = ("calibration.weights", "calibration.rows", "evaluation.rows", "method.fisher")
+_COMPARED_IF_SET = {"calibration.weights", "calibration.rows", "evaluation.rows", "method.fisher"}
+_COMPARED_IF_SET |= {"compensate"}
 
 
 def classify(
@@ -79,13 +80,21 @@ def _refuse_foreign_folder(root: Path, overwrite: bool) -> None:
         return
     with os.scandir(root) as entries:
         foreign = sorted(
-            entry.name for entry in entries if entry.name != LOCK_NAME and not is_partial(entry)
+            entry.name
+            for entry in entries
+            if not (entry.name == LOCK_NAME or is_partial(entry) or _is_first_stage(entry))
         )
     if foreign:
         raise OutputError(
             f"{root} is not empty and contains no run of this program (it has {foreign[0]}); "
             f"{_ADVICE}"
         )
+
+
+def _is_first_stage(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is the compression whose model is to be trained in the folder."""
+    is_named = entry.name == names.COMPRESSED and entry.is_dir(follow_symlinks=False)
+    return is_named and Manifest.read(Path(entry.path)) is not None
 
 
 def _refuse_foreign_entries(root: Path, manifest: Manifest | None) -> None:

@@ -21,7 +21,12 @@ from torch import Tensor
 from grasp_lightning import processes
 from grasp_lightning.data.batching import Extras, TokenSamples
 from grasp_lightning.errors import ConfigError, OutputError, PlanError
-from grasp_lightning.models.next_token import PREDICTION_KEYS, TopPredictions
+from grasp_lightning.models.next_token import (
+    PREDICTION_KEYS,
+    TopPredictions,
+    stored_bytes,
+    stored_id_type,
+)
 from grasp_lightning.progress import track
 from grasp_lightning.reading.tensors import open_tensors
 from grasp_lightning.run_folder import RunFolder, check_free_space, write_file
@@ -49,7 +54,6 @@ _AGAIN = "delete it to run the teacher on that part again"
 _MANY_FILES = 64
 _FEWEST_TOKENS, _MOST_TOKENS = 2**11, 2**16  # per file
 _MOST_OPEN = 128
-_UINT16 = 2**16
 
 
 class _Shard(NamedTuple):
@@ -96,7 +100,7 @@ class TeacherCache:
         self._facts = json.dumps(facts, sort_keys=True)
         self._top_k = int(facts["top_k"])
         self._vocabulary = vocabulary
-        self._id_type = torch.uint16 if vocabulary <= _UINT16 else torch.int32
+        self._id_type = stored_id_type(vocabulary)
         self._shared = folder
         self._run = run
         self._shards = {part: _shards(part, whole) for part, whole in samples.items()}
@@ -162,7 +166,7 @@ class TeacherCache:
         return [shard for shards in self._shards.values() for shard in shards]
 
     def _bytes(self, shard: _Shard) -> int:
-        return shard.size * (self._top_k * (self._id_type.itemsize + 2) + 4)
+        return shard.size * stored_bytes(self._top_k, self._vocabulary)
 
     def _path(self, shard: _Shard) -> Path:
         if self._shared is not None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
+from tests.conftest import save_tiny
 from tests.integration.compensation import compensate_argv, compressed_folder
 from tests.integration.forked import killed
 from tests.integration.killing import Kill
@@ -101,6 +102,24 @@ def test_a_killed_training_ends_with_the_bytes_of_one_that_was_not(
     assert (tmp_path / "run").is_dir()
     assert main(["compensate", *argv]) == 0
     assert_equal_runs(whole[train], tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_killed_training_with_8_bit_states_ends_with_the_same_bytes(
+    settings: list[str], tmp_path: Path
+) -> None:
+    # Parameters of fewer than 4096 values would keep float32 states.
+    model = save_tiny(tmp_path / "wide", intermediate_size=160, max_position_embeddings=256)
+    options = [f"--model.path={model}", "--train=all", "--optimizer.name=adamw_8bit"]
+    argv = ["compensate", *settings, *options]
+    assert main([*argv, f"--output_dir={tmp_path / 'whole'}"]) == 0
+    argv.append(f"--output_dir={tmp_path / 'run'}")
+    assert killed(KILLS["inside the second epoch"], signal.SIGKILL, argv) == -signal.SIGKILL
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    states = saved["optimizer_states"][0]["state"].values()
+    assert any(getattr(v, "dtype", None) == torch.uint8 for s in states for v in s.values())
+    assert main(argv) == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -75,14 +75,17 @@ class Slice(Applier[SliceStream]):
             )
 
     def new_shapes(self, operation: SliceStream, dense: Shapes) -> dict[str, LinearShape]:
-        """Return shapes with fewer columns for readers, and fewer rows for writers."""
+        """Return shapes with fewer columns for readers, and fewer rows for writers.
+
+        The head, which reads the last hidden states, is in no decoder layer and has no entry.
+        """
         shapes = {n: shape._replace(is_narrowed=True) for n, shape in dense.items()}
         for read in operation.reads:
-            for name in read.readers:
+            for name in shapes.keys() & read.readers:
                 shapes[name] = shapes[name]._replace(columns=operation.width)
-            for name in read.writers:
+            for name in shapes.keys() & read.writers:
                 shapes[name] = shapes[name]._replace(rows=operation.width)
-        return {name: shapes[name] for name in operation.linears}
+        return {name: shapes[name] for name in operation.linears if name in shapes}
 
     def own_tensors(self, operation: SliceStream, view: DecoderView) -> dict[str, Tensor]:
         """Return empty bases, in float32 or better."""

@@ -9,9 +9,12 @@ from grasp_lightning.config import (
     CompressConfig,
     EvaluateConfig,
     MethodConfig,
+    ModelConfig,
+    PlanConfig,
+    TrainerConfig,
 )
-from grasp_lightning.config.compensate_settings import check_settings
 from grasp_lightning.config.parsing import parse, to_dict, with_run_config
+from grasp_lightning.config.second_stage import second_stage
 from grasp_lightning.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
@@ -38,8 +41,20 @@ def test_every_shipped_config_parses(file: Path) -> None:
         assert compared.methods
     elif file.parent.name == "compensate":
         config = parse(CompensateConfig, "cli.py compensate", [f"--config={file}"])
-        check_settings(config)
         assert config.output_dir
+        # Checked as the second stage of a compression, whose model teaches if the file names none.
+        second = second_stage(
+            CompressConfig(
+                model=ModelConfig(path="dense"),
+                trainer=TrainerConfig(devices=config.trainer.devices),
+                compensate=str(file),
+                output_dir="runs/x",
+            )
+        )
+        assert second is not None
+        assert second_stage(PlanConfig(model=ModelConfig(path="dense"), compensate=str(file)))
+        if config.objective == "distill":
+            assert second.distillation.teacher == (config.distillation.teacher or "dense")
     else:
         assert parsed(f"--config={file}").output_dir
 

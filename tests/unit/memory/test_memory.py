@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from grasp_lightning.config import LoraSettings, Reduction, Strategy, Terms, TrainMode
+from grasp_lightning.config import (
+    LoraSettings,
+    MethodConfig,
+    Reduction,
+    Strategy,
+    Terms,
+    TrainMode,
+)
 from grasp_lightning.linalg.factors import balanced_factors, factorize
 from grasp_lightning.memory.activations import LOSS_PARTS, head_bytes, layer_bytes, sampling_bytes
 from grasp_lightning.memory.calibration import (
@@ -30,6 +37,7 @@ from grasp_lightning.memory.compensation import (
 )
 from grasp_lightning.memory.model_shape import model_shape, shape_after
 from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
+from grasp_lightning.methods import predict, resolve_method
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import LinearShape, count_parameters
 from grasp_lightning.models.surgery import apply_operations
@@ -208,6 +216,16 @@ def test_the_widest_mlp_counts() -> None:
     view = DecoderView(tiny_model())
     apply_operations(view, *narrow_layers(view, (0,), range(20)))
     assert model_shape(view).inner == 48
+
+
+def test_slicing_narrows_the_linears_of_layers_and_a_head_outside_them() -> None:
+    view = DecoderView(tiny_model())
+    prediction = predict(view, resolve_method(MethodConfig(name="slicegpt", keep_ratio=0.5), 0))
+    planned = shape_after(model_shape(view), prediction.operations, prediction.most)
+    linears = planned.layers[1].linears
+    assert linears["model.layers.1.mlp.up_proj"].columns == 16
+    assert linears["model.layers.1.mlp.down_proj"].rows == 16
+    assert planned.parameters == prediction.most
 
 
 def test_dropped_layers_do_not_exist() -> None:

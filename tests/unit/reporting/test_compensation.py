@@ -15,6 +15,7 @@ from grasp_lightning.reporting.metrics import (
     Change,
     CompensationMetrics,
     CompensationSeconds,
+    FirstStage,
     History,
     LimitedTime,
     Pair,
@@ -25,6 +26,8 @@ from grasp_lightning.reporting.tables import (
     comparison_notes,
     comparison_rows,
     comparison_table,
+    cost_rows,
+    state_names,
     summary,
 )
 from tests.unit.reporting.compensation_example import (
@@ -72,6 +75,7 @@ KEYS = {
     "tokens_per_second",
     "data",
     "data_licence",
+    "compression",
     "history.steps",
     "history.loss",
     "history.learning_rate",
@@ -110,6 +114,29 @@ def test_keys_are_those_that_scripts_rely_on(metrics: CompensationMetrics) -> No
 def test_json_round_trip_gives_equal_metrics(metrics: CompensationMetrics) -> None:
     text = json.dumps(metrics.to_dict(), allow_nan=False)
     assert CompensationMetrics.from_dict(json.loads(text)) == metrics
+
+
+def test_both_stages_are_told_side_by_side() -> None:
+    first = FirstStage(
+        method="grasp_plus",
+        removed_ratio=0.19,
+        parameters=Pair(dense=134_515_008, compressed=109_013_760),
+        bytes=Pair(dense=538_060_032, compressed=436_055_040),
+        perplexity=Pair[float | None](dense=29.5, compressed=None),
+        seconds=65.0,
+    )
+    metrics = example_compensation(compression=first)
+    assert CompensationMetrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
+    assert state_names(metrics) == ("dense", "compressed", "compensated", "against dense")
+    rows = {row.quantity: row[1:] for row in (*comparison_rows(metrics), *cost_rows(metrics))}
+    assert rows["parameters"] == ("134,515,008", "109,013,760", "109,013,760", "-19.0%")
+    assert rows["MB at float32"] == ("538.1", "436.1", "436.1", "-19.0%")
+    assert rows["perplexity"] == ("29.50", "not measured", "30.76", "x 1.04")
+    assert rows["validation loss"] == ("", "2.650", "1.756", "")
+    assert rows["time of the stage"][:2] == ("", "1 min 5 s")
+    assert rows["peak memory in MB"][1] == "not measured"
+    assert summary(metrics).startswith("grasp_plus, 19.0% of all parameters removed; then LoRA on")
+    assert cost_rows(example_compensation()) == ()
 
 
 def test_a_time_limit_is_told_with_what_was_planned_and_done() -> None:
