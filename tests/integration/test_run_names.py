@@ -12,6 +12,7 @@ from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.run_folder.writer import RunWriter
 from tests.conftest import save_tiny
 from tests.integration.compensation import compensate_argv
+from tests.integration.trimming import save_model_of
 
 TEXT = ["--evaluation.source=pydoc", "--evaluation.num_samples=2", "--evaluation.seqlen=32"]
 
@@ -33,6 +34,11 @@ def commands(base: Path) -> dict[str, Sequence[str]]:
             "--trainer.checkpoint_seconds=0",
         ],
         "export": ["export", f"--model={base / 'compress' / 'model'}", "--format=dense"],
+        "trim": [
+            "trim",
+            f"--model.path={save_model_of('byte_level', base / 'sized')}",
+            f"--corpora={base / 'corpus.txt'}",
+        ],
     }
 
 

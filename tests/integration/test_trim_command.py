@@ -26,7 +26,9 @@ from tests.integration.trimming import (
 )
 from tests.unit.models.helpers import factorize_layers
 
-OTHER = "Zwölf Boxkämpfer jagen Viktor, \u732b und \U0001f600, über den Sylter Deich.\n"
+OTHER = (
+    "Zw\u00f6lf Boxk\u00e4mpfer jagen Viktor, \u732b und \U0001f600, \u00fcber den Sylter Deich.\n"
+)
 UNREADABLE = "def f(x): return zip(x, 'trombone') # jovial quartz"
 
 
