@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from grasp_lightning.callbacks.measurement import Measurement
+from grasp_lightning.models.mixtures import RoutedTokens, weights_of
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.stats.moments import MomentSums
 from grasp_lightning.stats.observer import InputObserver, LinearObserver
@@ -36,16 +37,18 @@ class LinearMoments(Measurement):
         return self._given
 
     def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
-        """Return the hooks on the linears."""
+        """Return the hooks on the linears and experts."""
         view, needs = module.view, step.needs
-        linears = view.all_linears()
-        shapes = {n: (linears[n].out_features, linears[n].in_features) for n in needs.moments}
+        weights = weights_of(view, needs.moments)
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         self._sums = MomentSums(shapes, needs.moment_kinds, self._sources, view.model.device)
         self._num_tokens = 0
         observer = LinearObserver if needs.is_backward else InputObserver
         return observer(view, needs.moments, self._add).attached()
 
-    def _add(self, module: str, x: Tensor, grad_output: Tensor | None = None) -> None:
+    def _add(
+        self, module: str, x: Tensor | RoutedTokens, grad_output: Tensor | None = None
+    ) -> None:
         if not self._is_padding:
             self._sums.add(module, x, grad_output)
 

@@ -36,6 +36,11 @@ class Operation:
         return ()
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """Full names of all replaced modules: the linears, or others."""
+        return self.linears
+
+    @property
     def ranks(self) -> Mapping[str, int]:
         """Rank of each linear that becomes two factors, by name."""
         return {}
@@ -142,6 +147,27 @@ class NarrowMlp(Replacement):
     def solved_tensor(self) -> str:
         """Name of the reader's weight."""
         return f"{self.reader}.weight"
+
+
+@operation("narrow_experts")
+class NarrowExperts(Operation):
+    """Remove inner channels of all experts of a module; a replay needs the stored, refitted weight.
+
+    Attributes:
+        experts: Full name of the module in the original model.
+        width: Number of channels that each expert keeps.
+        channels: For each expert, the kept channels as a hexadecimal number: bit j is set if
+            channel j is kept. A list of numbers would take several times the space.
+    """
+
+    experts: str
+    width: int
+    channels: tuple[str, ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Full name of the module."""
+        return (self.experts,)
 
 
 @operation("remove_heads")
@@ -376,9 +402,14 @@ class Plan:
 
     @property
     def channels(self) -> dict[str, int]:
-        """Number of kept channels of every narrowed MLP, by its reader."""
-        narrowed = [op for op in self.operations if isinstance(op, NarrowMlp)]
-        return {op.reader: len(op.channels) for op in narrowed}
+        """Number of kept channels of every narrowed MLP, by its reader, and of all experts."""
+        found: dict[str, int] = {}
+        for op in self.operations:
+            if isinstance(op, NarrowMlp):
+                found[op.reader] = len(op.channels)
+            elif isinstance(op, NarrowExperts):
+                found[op.experts] = op.width
+        return found
 
     @property
     def zeros(self) -> int:

@@ -93,6 +93,10 @@ TINY_CONFIGS |= {
 }
 ALL_FAMILIES = tuple(TINY_CONFIGS)
 MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+STACKED_FAMILIES = (
+    *MOE_FAMILIES,
+    *("olmoe", "gpt_oss", "deepseek_v3", "glm4_moe", "granitemoe", "qwen3_next"),
+)
 _STATE_SPACE = {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8}
 _LINEAR_ATTENTION = {
     "linear_num_value_heads": 4,
@@ -119,6 +123,56 @@ TINY_CONFIGS |= {
         "num_heads": 4,
     },
     "granite": {"model_type": "granite", **_GROUPED},
+    "olmoe": {"model_type": "olmoe", **_GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        **_GROUPED,
+        **_WINDOWS,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        **_COMMON_SIZES,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        **_GROUPED,
+        "head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
+    "granitemoe": {
+        "model_type": "granitemoe",
+        **_GROUPED,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_next": {
+        "model_type": "qwen3_next",
+        **_GROUPED,
+        **_EXPERTS,
+        **_LINEAR_ATTENTION,
+        "head_dim": 16,
+        "shared_expert_intermediate_size": 24,
+    },
     "qwen3_5_text": {
         "model_type": "qwen3_5_text",
         **_GROUPED,

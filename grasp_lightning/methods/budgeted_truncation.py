@@ -1,9 +1,11 @@
 """Truncation under one budget: the data decides on ranks, channels and removed parts."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from grasp_lightning.linalg.ranks import factor_parameters, ranks_for_budget
@@ -17,7 +19,7 @@ from grasp_lightning.methods.truncation import Measured, MetricMethod, component
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
-from grasp_lightning.plan import FactorizeLinear, NarrowMlp, Operation, Plan
+from grasp_lightning.plan import FactorizeLinear, Operation, Plan
 from grasp_lightning.stats.base import Statistics, Step
 
 
@@ -116,8 +118,8 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
             return Outlook(_evenly(budgeted, kept / budgeted.size), size, kept)
         operations = _evenly_narrowed(budgeted, kept, self._rule.unit)
         size = parameters_after(view, operations) if self._is_uniform else size
-        linears = view.all_linears()
-        weights = (linears[op.reader].out_features * len(op.channels) for op in operations)
+        widths = Plan(method=self.name, operations=operations).channels
+        weights = (budgeted.mlps[name].num_outputs * width for name, width in widths.items())
         return Outlook(operations, size, sum(weights))
 
 
@@ -131,24 +133,33 @@ def _evenly(budgeted: Budgeted, share: float) -> tuple[Operation, ...]:
         FactorizeLinear(module=name, rank=rank, components=None)
         for name, rank in zip(shapes, ranks, strict=True)
     )
-    widths = {name: max(1, int(share * mlp.num_channels)) for name, mlp in budgeted.mlps.items()}
+    widths = {
+        name: _multiple(int(share * mlp.num_channels), mlp.multiple_of)
+        for name, mlp in budgeted.mlps.items()
+    }
     return (*cut, *_narrowed_to(budgeted, widths))
 
 
-def _evenly_narrowed(budgeted: Budgeted, kept: int, unit: int) -> tuple[NarrowMlp, ...]:
+def _evenly_narrowed(budgeted: Budgeted, kept: int, unit: int) -> tuple[Operation, ...]:
     """Return operations that keep the same share of every MLP, and everything else."""
     mlps = budgeted.mlps
     size = sum(mlp.num_channels * mlp.channel_size for mlp in mlps.values())
     left = max(size - (budgeted.size - kept), 0)
     widths = {
-        name: max(left * mlp.num_channels // size // unit, 1) * unit for name, mlp in mlps.items()
+        name: _multiple(left * mlp.num_channels // size, math.lcm(unit, mlp.multiple_of))
+        for name, mlp in mlps.items()
     }
     return _narrowed_to(budgeted, widths)
 
 
-def _narrowed_to(budgeted: Budgeted, widths: Mapping[str, int]) -> tuple[NarrowMlp, ...]:
+def _multiple(width: int, unit: int) -> int:
+    """Return the largest multiple up to a width, and at least one unit."""
+    return max(width // unit, 1) * unit
+
+
+def _narrowed_to(budgeted: Budgeted, widths: Mapping[str, int]) -> tuple[Operation, ...]:
     return tuple(
-        NarrowMlp(reader=name, writers=mlp.writers, channels=tuple(range(widths[name])))
+        mlp.operation(torch.arange(widths[name]))
         for name, mlp in budgeted.mlps.items()
         if widths[name] < mlp.num_channels
     )

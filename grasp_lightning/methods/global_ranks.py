@@ -28,8 +28,8 @@ class Budgeted:
 
     Attributes:
         shapes: ``(N, M)`` of every matrix that may be cut, by module.
-        mlps: Every MLP that may lose channels, by the name of its reader. Its linears are not in
-            ``shapes``.
+        mlps: Every MLP that may lose channels, by the name of its reader, and all experts. Their
+            linears are not in ``shapes``.
         removables: Layers, each followed by its blocks, that may be removed as a whole.
     """
 
@@ -39,7 +39,7 @@ class Budgeted:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Full names of the linears that must be measured."""
+        """Full names of the linears and experts that must be measured."""
         return (*self.shapes, *self.mlps)
 
     @property
@@ -53,15 +53,22 @@ class Budgeted:
         return self.linear_size + sum(map(self.own_size, self.removables))
 
     def own_size(self, removable: Removable) -> int:
-        """Return the size of norms, biases and experts that a layer removes; 0 for a block."""
+        """Return the size of norms, biases and routers that a layer removes; 0 for a block."""
         return max(removable.parameters - self._inside(removable), 0)
 
     def left_size(self, removable: Removable) -> int:
         """Return the size of channel biases that a removed block keeps; 0 for a layer."""
         return max(self._inside(removable) - removable.parameters, 0)
 
+    def inside(self, removable: Removable) -> set[str]:
+        """Return the names of what is in a layer or block."""
+        experts = {name for name, mlp in self.mlps.items() if mlp.num_experts}
+        in_layer = {name for name in experts if self.mlps[name].layer == removable.layer}
+        found = {*removable.linears} | (set() if removable.is_block else in_layer)
+        return found & {*self.modules}
+
     def _inside(self, removable: Removable) -> int:
-        return sum(self._size_of(n) for n in self.modules if n in removable.linears)
+        return sum(map(self._size_of, self.inside(removable)))
 
     def _size_of(self, module: str) -> int:
         if module in self.mlps:
@@ -124,8 +131,8 @@ class GlobalRanks:
             view: The dense model; its weights may be on the meta device.
             layers: Numbers of the layers that may be compressed, ascending.
         """
-        shapes = weight_shapes(view, Plan(method="budget"), layers)
         mlps = narrowable_mlps(view, layers) if self.mlp == "channels" else {}
+        shapes = weight_shapes(view, Plan(method="budget"), layers)
         check_mlps(self.target, view, mlps)
         inside = {name for mlp in mlps.values() for name in (mlp.reader, *mlp.writers)}
         return Budgeted(
@@ -198,7 +205,7 @@ class GlobalRanks:
         left: dict[str, Choice] = {choice.name: choice for choice in choices}
         # Blocks first, so that the group of a layer holds theirs.
         for part in sorted(budgeted.removables, key=lambda part: not part.is_block):
-            inside = {*part.linears}
+            inside = budgeted.inside(part)
             if not part.is_block:
                 inside |= {b.name for b in budgeted.removables if b.layer == part.layer}
             left[part.name] = GroupChoice(
@@ -219,7 +226,12 @@ class GlobalRanks:
             for name, shape in budgeted.shapes.items()
         ]
         mlps = [
-            ChannelChoice(name, mlp.channel_size, losses[name], multiple_of=self.unit)
+            ChannelChoice(
+                name,
+                mlp.channel_size,
+                losses[name],
+                multiple_of=math.lcm(self.unit, mlp.multiple_of),
+            )
             for name, mlp in budgeted.mlps.items()
         ]
         return [*matrices, *mlps]

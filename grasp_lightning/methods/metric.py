@@ -1,8 +1,9 @@
 """The metric in which low-rank methods truncate weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from grasp_lightning.config import FisherChoice, Weighting
@@ -17,6 +18,7 @@ from grasp_lightning.linalg.weightings import (
 from grasp_lightning.plan import OptionValue
 from grasp_lightning.stats.base import MomentKind, Moments
 
+_STACKED = 3  # dimensions of the weights of experts
 GRADIENT_DAMPING = 1e-2
 INPUT_DAMPING = 1e-4
 _KINDS: dict[Weighting, frozenset[MomentKind]] = {
@@ -94,15 +96,46 @@ class Metric:
     def removal(self, weight: Tensor, moments: Moments) -> Removal:
         """Return the greedy order in which inputs of a weight ``(N, M)`` are removed.
 
-        Losses are predicted nats per token for ``kfac``, else squared errors of the outputs.
+        Losses are predicted nats per token for ``kfac``, else squared errors of the outputs. The
+        weights of experts, ``(E, N, M)``, have an order each, ``(E, M)``; the losses are those of
+        all experts together, if each loses as many inputs.
         """
-        gram = _measured(moments.input_gram)
-        order, losses = removal_order(weight, gram, self._left_root(moments), self.input_damping)
+        left, damping = self._left_root(moments), self.input_damping
+        grams = self._with_prior(_measured(moments.input_gram))
+        if weight.ndim == _STACKED:
+            pairs = zip(weight, grams, strict=True)
+            found = [removal_order(one, gram, left, damping) for one, gram in pairs]
+            order = torch.stack([removal.order for removal in found])
+            losses = torch.stack([removal.losses for removal in found]).sum(0)
+        else:
+            order, losses = removal_order(weight, grams, left, damping)
         return Removal(order, losses / 2 if self.weighting == "kfac" else losses)
 
-    def narrowed(self, weight: Tensor, moments: Moments, kept: Sequence[int]) -> Tensor:
-        """Refit a weight ``(N, M)`` to the kept inputs, ascending: ``(N, len(kept))``."""
-        return narrowed_weight(weight, _measured(moments.input_gram), kept, self.input_damping)
+    def narrowed(self, weight: Tensor, moments: Moments, kept: Tensor) -> Tensor:
+        """Refit a weight ``(N, M)`` to the kept inputs, ascending, ``(k,)``: ``(N, k)``.
+
+        The weights of experts, ``(E, N, M)``, keep inputs ``(E, k)``; theirs keep their dtype.
+        """
+        damping = self.input_damping
+        grams = self._with_prior(_measured(moments.input_gram))
+        if weight.ndim == _STACKED:
+            parts = zip(weight, grams, kept.tolist(), strict=True)
+            return torch.stack(
+                [narrowed_weight(one, gram, k, damping).to(one.dtype) for one, gram, k in parts]
+            )
+        return narrowed_weight(weight, grams, kept.tolist(), damping)
+
+    def _with_prior(self, gram: Tensor) -> Tensor:
+        """Add the damping of the average expert to the Gram matrices of all, ``(E, M, M)``.
+
+        An expert with few tokens has a small one, which says little: without the prior, its
+        channels would seem free. That of a single linear stays as it is.
+        """
+        if gram.ndim < _STACKED:
+            return gram
+        pooled = float(gram.diagonal(dim1=-2, dim2=-1).double().mean())
+        prior = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        return gram + self.input_damping * pooled * prior
 
     def _roots(self, moments: Moments) -> tuple[Tensor | None, Tensor | None]:
         """Return the roots of the output metric and the input metric."""

@@ -1,4 +1,4 @@
-"""MLPs with fewer hidden channels: the loss of each channel, and removal of the cheapest."""
+"""MLPs and experts with fewer channels: the loss of each channel, and removal of the cheapest."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,33 +9,63 @@ from grasp_lightning.linalg.channels import Removal
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.methods.truncation import Measured
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.experts import MULTIPLE, READER
+from grasp_lightning.models.mixtures import experts_in
 from grasp_lightning.models.mlp import mlps
-from grasp_lightning.plan import NarrowMlp
+from grasp_lightning.models.operations.narrow_experts import narrow_experts
+from grasp_lightning.plan import NarrowExperts, NarrowMlp
 from grasp_lightning.stats.base import Moments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Narrowable:
-    """An MLP whose hidden channels can be removed one by one.
+    """An MLP whose hidden channels can be removed one by one, or all experts of a layer.
 
     Attributes:
-        reader: Full name of the linear that reads the channels.
-        writers: Full names of the linears that write them, in module order.
-        num_channels: Number of hidden channels.
-        channel_size: Parameters per channel, including biases of the writers.
+        reader: Full name of the linear that reads the channels, or of the module of experts.
+        writers: Full names of the linears that write them, in module order; none for experts.
+        layer: Number of the decoder layer.
+        num_channels: Number of hidden channels, of each expert.
+        channel_size: Parameters per channel, including biases of the writers; of one channel in
+            every expert.
+        num_outputs: Outputs of the linear, or of all experts together.
+        num_experts: 0 for an MLP.
     """
 
     reader: str
     writers: tuple[str, ...]
+    layer: int
     num_channels: int
     channel_size: int
+    num_outputs: int
+    num_experts: int = 0
+
+    @property
+    def multiple_of(self) -> int:
+        """Number whose multiples are allowed numbers of channels."""
+        return MULTIPLE if self.num_experts else 1
+
+    @property
+    def solved_tensor(self) -> str:
+        """Name of the weight that is refitted to the kept channels."""
+        return f"{self.reader}.{READER if self.num_experts else 'weight'}"
+
+    def operation(self, kept: Tensor) -> NarrowMlp | NarrowExperts:
+        """Return the operation that keeps some channels, ascending, ``(k,)``, of experts ``(E, k)``.
+
+        Experts may also keep the same channels, ``(k,)``.
+        """
+        if self.num_experts:
+            return narrow_experts(self.reader, kept.expand(self.num_experts, -1).tolist())
+        return NarrowMlp(reader=self.reader, writers=self.writers, channels=tuple(kept.tolist()))
 
 
 def narrowable_mlps(view: DecoderView, layers: Sequence[int]) -> dict[str, Narrowable]:
-    """Return the MLPs of some layers whose channels can be removed, by reader, in model order.
+    """Return the MLPs and experts of some layers whose channels can be removed, in model order.
 
-    A mixture of experts has none. The weights of the model may be on the meta device.
+    They are found by the names of their readers. The weights may be on the meta device.
     """
+    view.narrows_experts = True
     found: dict[str, Narrowable] = {}
     for index in layers:
         linears = view.linears(index)
@@ -49,9 +79,22 @@ def narrowable_mlps(view: DecoderView, layers: Sequence[int]) -> dict[str, Narro
             found[mlp.reader] = Narrowable(
                 reader=mlp.reader,
                 writers=mlp.writers,
+                layer=index,
                 num_channels=count,
                 channel_size=written + reader.out_features,
+                num_outputs=reader.out_features,
             )
+        for name, layout in experts_in(view, index).items():
+            if layout.width > MULTIPLE:
+                found[name] = Narrowable(
+                    reader=name,
+                    writers=(),
+                    layer=index,
+                    num_channels=layout.width,
+                    channel_size=layout.channel_size,
+                    num_outputs=layout.number * layout.hidden,
+                    num_experts=layout.number,
+                )
     return found
 
 
@@ -71,15 +114,13 @@ def narrowing(
     channels: Mapping[str, int],
 ) -> Decision:
     """Keep the last ``channels`` of each order, by reader, and refit the readers to them."""
-    kept = {n: tuple(sorted(orders[n].order[-count:].tolist())) for n, count in channels.items()}
+    kept = {n: orders[n].order[..., -count:].sort(-1).values for n, count in channels.items()}
 
     def refitted(name: str, weight: Tensor, moments: Moments) -> Tensor:
         return measured.metric.narrowed(weight, moments, kept[name]).cpu()
 
+    weights = measured.each(kept, refitted, "narrow")
     return Decision(
-        operations=tuple(
-            NarrowMlp(reader=name, writers=narrowable[name].writers, channels=kept[name])
-            for name in kept
-        ),
-        tensors={f"{n}.weight": weight for n, weight in measured.each(kept, refitted, "narrow")},
+        operations=tuple(narrowable[name].operation(channels) for name, channels in kept.items()),
+        tensors={narrowable[name].solved_tensor: weight for name, weight in weights},
     )

@@ -8,10 +8,12 @@ from grasp_lightning.config import TargetChoice
 from grasp_lightning.linalg.ranks import factor_parameters
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.lowrank import dense_shape
+from grasp_lightning.models.mixtures import experts_in
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.plan import (
     MergeLayers,
+    NarrowExperts,
     NarrowMlp,
     Operation,
     Plan,
@@ -127,8 +129,10 @@ class Prediction:
             where = f"heads and MLP channels of {self.num_layers} layers share one budget"
             return f"{where}: the data decides on their numbers in each layer"
         more = ", on what is removed whole" if self.is_removable else ""
+        has_experts = any(isinstance(op, NarrowExperts) for op in self.operations)
         if self.target == "any":
-            where = f"all linears of {self.num_layers} layers share one budget"
+            what = "all linears and experts" if has_experts else "all linears"
+            where = f"{what} of {self.num_layers} layers share one budget"
             return f"{where}: the data decides on ranks{more}, and on what stays dense"
         if self.target == "plain":
             one = "attention stays dense, and all MLPs get one width"
@@ -234,10 +238,13 @@ def predict_units(
 def narrowed_widths(
     view: DecoderView, operations: Iterable[Operation]
 ) -> dict[str, tuple[int, int]]:
-    """Return kept and original number of channels of every narrowed MLP, by its original name."""
-    narrowed = [op for op in operations if isinstance(op, NarrowMlp)]
-    readers = {op: view.dense_modules(view.layer_of(op.reader) or 0) for op in narrowed}
-    return {
-        op.mlp: (len(op.channels), dense_shape(modules[op.reader])[1])
-        for op, modules in readers.items()
-    }
+    """Return kept and original number of channels of narrowed MLPs and experts, by original name."""
+    found: dict[str, tuple[int, int]] = {}
+    for op in operations:
+        if isinstance(op, NarrowMlp):
+            modules = view.dense_modules(view.layer_of(op.reader) or 0)
+            found[op.mlp] = (len(op.channels), dense_shape(modules[op.reader])[1])
+        elif isinstance(op, NarrowExperts):
+            experts = experts_in(view, view.layer_of(op.experts) or 0)
+            found[op.experts] = (op.width, experts[op.experts].width)
+    return found

@@ -16,7 +16,6 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.plain import make_plain
 from grasp_lightning.models.rebuilding import rebuilt_empty
 from grasp_lightning.models.surgery import apply_operations
-from grasp_lightning.plan import NarrowMlp
 
 TARGETS: Final[tuple[TargetChoice, ...]] = get_args(TargetChoice)
 MULTIPLES: Final[Mapping[TargetChoice, int]] = MappingProxyType(
@@ -108,11 +107,15 @@ def read_target_losses(scores: Mapping[str, Tensor]) -> dict[str, float]:
 def _can_say_width(view: DecoderView, mlps: Collection[Narrowable]) -> bool:
     """Return whether a model with narrower MLPs would be an ordinary one, by trying it."""
     trial = rebuilt_empty(view.model)
-    cut = [NarrowMlp(reader=mlp.reader, writers=mlp.writers, channels=(0,)) for mlp in mlps]
-    empty = {op.solved_tensor: torch.zeros(1, 1).expand(_outputs(view, op), 1) for op in cut}
+    kept = [torch.arange(mlp.multiple_of) for mlp in mlps]
+    cut = [mlp.operation(channels) for mlp, channels in zip(mlps, kept, strict=True)]
+    empty = {mlp.solved_tensor: torch.zeros(1).expand(_solved_shape(mlp)) for mlp in mlps}
     apply_operations(DecoderView(trial), cut, empty)
     return make_plain(trial)
 
 
-def _outputs(view: DecoderView, operation: NarrowMlp) -> int:
-    return view.linears(view.layer_of(operation.reader) or 0)[operation.reader].out_features
+def _solved_shape(mlp: Narrowable) -> tuple[int, ...]:
+    """Return the shape of the refitted weight with the smallest number of channels."""
+    if mlp.num_experts:
+        return mlp.num_experts, mlp.num_outputs // mlp.num_experts, mlp.multiple_of
+    return mlp.num_outputs, mlp.multiple_of

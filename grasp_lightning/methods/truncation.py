@@ -18,6 +18,7 @@ from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.prediction import Layers, Outlook, outlook_of
 from grasp_lightning.methods.rank_rules import RankRule
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.mixtures import weights_of, in_model_order
 from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
 from grasp_lightning.stats.base import Moments, Needs, Removable, Statistics, Step
 
@@ -85,12 +86,6 @@ def truncated(measured: Measured, ranks: Mapping[str, int]) -> Decision:
     return Decision(operations=tuple(operations), tensors=tensors, scores=stored)
 
 
-def weights_of(view: DecoderView, modules: Iterable[str]) -> dict[str, Tensor]:
-    """Return the weights of some dense linears, ``(N, M)``, by full name."""
-    linears = view.all_linears()
-    return {name: linears[name].weight.detach() for name in modules}
-
-
 class _Rule(Protocol):
     @property
     def options(self) -> Mapping[str, OptionValue]: ...
@@ -155,7 +150,7 @@ class MetricMethod(LayerwiseMethod, Generic[R]):
     ) -> Step:
         """Return the step that measures what the metric needs for some linears."""
         needs = Needs(
-            moments=tuple(name for name in model.all_linears() if name in modules),
+            moments=in_model_order(model, modules),
             moment_kinds=self._metric.moment_kinds,
             fisher=self._metric.fisher,
             removables=removables,

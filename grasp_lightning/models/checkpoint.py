@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp_lightning.errors import GraspError, ModelError, OutputError
-from grasp_lightning.models import int4, lowrank, sliced
+from grasp_lightning.models import experts, int4, lowrank, sliced
 from grasp_lightning.models.lowrank import (
     QUANT_METHOD,
     REMOTE_MODULE,
@@ -182,7 +182,7 @@ def _write_remote_code(model: PreTrainedModel, path: Path) -> None:
         return  # a class of the caller's program, which a folder cannot contain
     classes = {_AUTO_CONFIG: config_class} | ({} if is_custom else _model_classes(config_class))
     linears = _OWN_IMPORTS.sub("", inspect.getsource(lowrank))
-    parts = (inspect.getsource(int4), inspect.getsource(sliced), linears)
+    parts = (*map(inspect.getsource, (int4, experts, sliced)), linears)
     code = ["\n\n".join(parts), "\n\nimport transformers  # noqa: E402\n"]
     for auto, found in classes.items():
         name, origin = found.__name__, f"transformers.{found.__name__}"

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from grasp_lightning.errors import ModelError
+from grasp_lightning.models.experts import experts_layout
 from grasp_lightning.models.linears import (
     DenseLinear,
     DenseModule,
@@ -31,6 +32,8 @@ class DecoderView:
         layers_name: Full name of the list of decoder layers, for example ``model.layers``.
         num_layers: Number of decoder layers of the original model.
         layer_indices: Original numbers of the layers that remain, ascending.
+        narrows_experts: Whether the warning about mixtures of experts leaves out those that can
+            be narrowed.
 
     Args:
         model: A decoder-only language model, with or without its head.
@@ -55,6 +58,7 @@ class DecoderView:
         self.layers_name = next(name for name, module in model.named_modules() if module is layers)
         self.num_layers = len(layers)
         self.layer_indices = tuple(range(self.num_layers))
+        self.narrows_experts = False
         self._has_warned = False
         self._left_out: frozenset[str] = frozenset()
 
@@ -157,7 +161,11 @@ class DecoderView:
 
     def _warn_of_skipped(self, index: int) -> None:
         prefix = f"{self._layer_name(index)}."
-        skipped = [name.removeprefix(prefix) for name in self.skipped(index)]
+        skipped = [
+            name.removeprefix(prefix)
+            for name in self.skipped(index)
+            if not (self.narrows_experts and experts_layout(self.module(name)))
+        ]
         if skipped and not self._has_warned:
             self._has_warned = True
             logger.warning(

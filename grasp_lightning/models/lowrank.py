@@ -1,7 +1,7 @@
 """Low-rank and narrowed linears and seams, and how transformers loads and saves models with them.
 
-This file needs only torch and transformers: its text and those of ``int4.py`` and ``sliced.py`` are
-copied into every saved model, which then opens without grasp_lightning (with
+This file needs only torch and transformers: its text, ``int4.py``, ``experts.py`` and ``sliced.py``
+are copied into every saved model, which then opens without grasp_lightning (with
 ``trust_remote_code=True``).
 
 A saved model is an ordinary Hugging Face folder whose ``quantization_config`` names the low-rank
@@ -45,6 +45,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from grasp_lightning.models.experts import is_narrowed_experts, narrowed_experts, shrink_experts
 from grasp_lightning.models.int4 import Int4Linear, as_int4_linear, is_int4, unpacked
 from grasp_lightning.models.sliced import (
     BIASES,
@@ -253,9 +254,10 @@ def seams(model: nn.Module) -> dict[str, SeamLinear]:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Return whether compression made a module: a linear, a seam, a norm or a shortcut."""
+    """Return whether compression made a module: a linear, experts, a seam, a norm or a shortcut."""
     is_sliced = is_sliced_norm(module) or is_shortcut(module)
-    return is_low_rank(module) or is_narrowed(module) or is_seam(module) or is_sliced
+    is_smaller = is_low_rank(module) or is_narrowed(module) or is_narrowed_experts(module)
+    return is_smaller or is_seam(module) or is_sliced
 
 
 def has_replaced(model: nn.Module) -> bool:
@@ -275,6 +277,7 @@ class GraspConfig(QuantizationConfigMixin):
             its ``quant_method``; None for plain floating point.
         stream: What slicing changed besides shapes of linears, see
                 ``sliced.stream_settings``.
+        experts: Inner channels of the experts that have lost some.
         **unknown: Refused: a newer format may have additions that must not be ignored.
     """
 
@@ -288,6 +291,7 @@ class GraspConfig(QuantizationConfigMixin):
         *,
         biases: Sequence[str] = (),
         stream: Mapping[str, Any] | None = None,  # Any: values of JSON
+        experts: Mapping[str, int] | None = None,
         **unknown: object,
     ) -> None:
         if unknown:
@@ -297,6 +301,8 @@ class GraspConfig(QuantizationConfigMixin):
             )
         _check_linears(ranks or {}, shapes or {}, biases)
         _check_seams(seams or {})
+        _check_experts(experts or {})
+        self.experts = dict(experts or {})
         self.biases = list(biases)
         self.seams = dict(seams or {})
         self.stream = checked_settings(stream or {})
@@ -308,7 +314,7 @@ class GraspConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
         """Return the content of config.json, without what says nothing, except for ranks."""
         content: dict[str, Any] = super().to_dict()
-        for key in ("shapes", "weights", "seams", "biases", "stream"):
+        for key in ("shapes", "weights", "seams", "biases", "stream", "experts"):
             if not content[key]:
                 del content[key]
         return content
@@ -363,6 +369,8 @@ class GraspQuantizer(HfQuantizer):
         """Replace dense linears and add seams while the model is still on the meta device."""
         self._replace_linears(model)
         names = {name for name, _ in model.named_modules()}
+        for stored, width in self.quantization_config.experts.items():
+            shrink_experts(model.get_submodule(_name_in_model(model, names, stored)), stored, width)
         slice_modules(model, self.quantization_config.stream, partial(_name_in_model, model, names))
         self._add_seams(model)
         settings = self.quantization_config
@@ -554,6 +562,7 @@ def config_of(model: nn.Module) -> GraspConfig:
         seams=seam_keys_of(model),
         biases=biases_of(model),
         stream=stream_settings(model),
+        experts=narrowed_experts(model),
     )
 
 
@@ -666,6 +675,12 @@ def _check_seams(seams: Mapping[str, str]) -> None:
                 f"seam {seam} must be {SEAM_BEFORE} or {SEAM_AFTER} of a decoder layer, stored as "
                 f"one of its parameters, got {held!r}"
             )
+
+
+def _check_experts(experts: Mapping[str, int]) -> None:
+    for module, width in experts.items():
+        if not _is_size(width):
+            raise ValueError(f"width of {module} must be a positive integer, got {width!r}")
 
 
 def _is_size(value: object, *, least: int = 1) -> bool:

@@ -1,6 +1,7 @@
 """Models whose layers were all narrowed to one shape: ordinary ones, with another config."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import product
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
@@ -8,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.experts import experts_layout, narrowed_experts, set_experts
 from grasp_lightning.models.linears import DenseModule
 from grasp_lightning.models.lowrank import (
     NarrowedLinear,
@@ -34,17 +36,17 @@ _ERRORS = (
 def make_plain(model: PreTrainedModel) -> bool:
     """Turn a model with MLPs of one width, and one number of heads, into an ordinary one, in place.
 
-    Its narrowed linears become ordinary ones, and its config says the width and the heads. It stays
-    as it is if it has a low-rank linear or an added bias, if layers differ, or if its config cannot
-    say them. The weights may be on the meta device.
+    Experts may have a width of their own. Its narrowed linears become ordinary ones, and its config
+    says the width and the heads. It stays as it is if it has a low-rank linear or an added bias, if
+    layers differ, or if its config cannot say them. The weights may be on the meta device.
 
     Returns:
         Whether the model is an ordinary one now.
     """
-    narrowed = narrowed_linears(model)
+    narrowed, experts = narrowed_linears(model), narrowed_experts(model)
     if is_sliced(model) or low_rank_linears(model):
         return False
-    if not narrowed:
+    if not narrowed and not experts:
         return True
     found = None if biases_of(model) else _plain_settings(model, narrowed)
     if found is None:
@@ -57,16 +59,18 @@ def make_plain(model: PreTrainedModel) -> bool:
     for config in _text_configs(model):
         for key, value in settings.items():
             setattr(config, key, value)
-    for parent in {name.rpartition(".")[0] for name in narrowed}:
-        _set_as(model.get_submodule(parent), plain.get_submodule(parent))
+    _settle(model, plain, {name.rpartition(".")[0] for name in narrowed} | experts.keys())
     return True
 
 
-def _set_as(module: nn.Module, plain: nn.Module) -> None:
-    """Set the sizes that a module keeps beside its weights as those of an ordinary one."""
-    for key, value in unnumbered_settings(plain).items():
-        setattr(module, key, value)
-    fit_heads(module)
+def _settle(model: nn.Module, plain: nn.Module, names: Iterable[str]) -> None:
+    """Let modules keep the same sizes beside their weights as in an ordinary model."""
+    for name in names:
+        module = model.get_submodule(name)
+        for key, value in unnumbered_settings(plain.get_submodule(name)).items():
+            setattr(module, key, value)
+        fit_heads(module)
+        set_experts(module, None, {})
 
 
 def _plain_settings(
@@ -85,15 +89,14 @@ def _plain_settings(
         and isinstance(original := dense.get_submodule(name), DenseModule)
     }
     narrower = {(old, new) for old, new in widths if new < old}
+    narrower |= _expert_widths(model, dense)
     found = _head_settings(dense, narrowed, heads)
-    if found is None or len(narrower) > 1:
+    if found is None or len({old for old, _ in narrower}) < len(narrower):
         return None
     text = model.config.get_text_config()
-    choices: Iterator[dict[str, int]] = iter([{}])
-    for old, width in narrower:
-        choices = ({key: width} for key in _candidates(text, old))
-    for choice in choices:
-        settings = {**choice, **found}
+    keys = ([(key, new) for key in _candidates(text, old)] for old, new in sorted(narrower))
+    for choice in product(*keys):
+        settings = {**dict(choice), **found}
         try:
             plain = dense_empty(model, settings)
             type(plain.config).from_dict(plain.config.to_dict())  # it may refuse a combination
@@ -102,6 +105,13 @@ def _plain_settings(
         if _shapes(plain, ()) == _shapes(model, _transposed(plain, narrowed)):
             return settings, plain
     return None
+
+
+def _expert_widths(model: PreTrainedModel, dense: PreTrainedModel) -> set[tuple[int, int]]:
+    """Return the original width of narrowed experts with the present one."""
+    layouts = {n: experts_layout(dense.get_submodule(n)) for n in narrowed_experts(model)}
+    widths = narrowed_experts(model)
+    return {(layout.width, widths[name]) for name, layout in layouts.items() if layout}
 
 
 def _head_settings(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.integrity import plain_parts
 from grasp_lightning.models.lowrank import dense_shape, low_rank_linears, narrowed_linears, seams
+from grasp_lightning.models.mixtures import experts_in
 from grasp_lightning.models.sliced import shortcuts
 
 
@@ -124,12 +125,16 @@ def _decoder_linears(view: DecoderView) -> nn.Module:
 
 
 def count_inputs(view: DecoderView) -> dict[str, int]:
-    """Return the number of inputs of every dense linear in decoder layers, by original name."""
-    return {
-        name: dense_shape(module)[1]
-        for index in view.layer_indices
-        for name, module in view.dense_modules(index).items()
-    }
+    """Return the number of inputs of every dense linear in decoder layers, by original name.
+
+    Experts with stacked weights count as one linear, which reads the channels of one expert.
+    """
+    found: dict[str, int] = {}
+    for index in view.layer_indices:
+        linears = view.dense_modules(index).items()
+        found |= {name: dense_shape(module)[1] for name, module in linears}
+        found |= {name: layout.width for name, layout in experts_in(view, index).items()}
+    return found
 
 
 def measure_size(view: DecoderView, element_size: int | None = None) -> ModelSize:

@@ -40,12 +40,12 @@ def apply_operations(
 def replacements(
     view: DecoderView, operations: Sequence[Operation], tensors: Mapping[str, Tensor]
 ) -> dict[str, nn.Module]:
-    """Return the modules that operations would put into a model, by the linears they replace.
+    """Return the modules that operations would put into a model, by the modules they replace.
 
     The model stays unchanged and shares its biases with them. Arguments and errors: see
     ``apply_operations``.
     """
-    replaced = {name: view.module(name) for operation in operations for name in operation.linears}
+    replaced = {name: view.module(name) for operation in operations for name in operation.modules}
     apply_operations(view, operations, tensors)
     new = {name: view.module(name) for name in replaced}
     for name, module in replaced.items():
@@ -56,7 +56,7 @@ def replacements(
 
 @contextmanager
 def in_place_of_linears(view: DecoderView, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Temporarily put modules, by the names of the linears they replace, into a model."""
+    """Temporarily put modules, by the names of those they replace, into a model."""
     usual = {name: view.module(name) for name in modules}
     try:
         for name, module in modules.items():
@@ -102,8 +102,13 @@ def _checked(
     new: dict[str, LinearShape] = {}
     own: set[str] = set()  # names of tensors that belong to no linear
     left = set(view.layer_indices)
+    others: set[str] = set()  # replaced modules that are no linears
     for operation in operations:
         applier = applier_of(operation)
+        for module in set(operation.modules) - set(operation.linears):
+            if module in others:
+                raise PlanError(f"the plan {applier.verb} {module} twice")
+            others.add(module)
         for module in operation.linears:
             _check_untouched(applier.verb, module, new.get(module))
             if view.layer_of(module) in set(view.layer_indices) - left:

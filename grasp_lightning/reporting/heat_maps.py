@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from grasp_lightning.methods.removal import search_losses
-from grasp_lightning.plan import NarrowMlp, Plan
+from grasp_lightning.plan import NarrowExperts, NarrowMlp, Plan
 from grasp_lightning.reporting.drawing import Plot, draw_heat_map, svg_text
 from grasp_lightning.reporting.linears import module_place, predicted_losses
 from grasp_lightning.reporting.metrics import Metrics
@@ -39,17 +39,22 @@ def ranks_plot(plan: Plan) -> Plot | None:
 
 def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
     """Return the share of channels that narrowed MLPs keep, for each linear; None if unknown."""
-    kept = {
-        op: len(op.channels) / metrics.channels[op.reader].dense
+    readers = {
+        op: op.reader if isinstance(op, NarrowMlp) else op.experts
         for op in plan.operations
-        if isinstance(op, NarrowMlp) and op.reader in metrics.channels
+        if isinstance(op, NarrowMlp | NarrowExperts)
+    }
+    kept = {
+        op: plan.channels[reader] / metrics.channels[reader].dense
+        for op, reader in readers.items()
+        if reader in metrics.channels
     }
     if not kept:
         return None
     percent = {
         module_place(module): round(100 * share, 1)
         for op, share in kept.items()
-        for module in op.linears
+        for module in op.modules
     }
     low, high = (f"{share:.0%}" for share in (min(kept.values()), max(kept.values())))
     span = low if low == high else f"{low} to {high}"

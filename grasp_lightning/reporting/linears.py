@@ -103,7 +103,7 @@ def layer_changes(plan: Plan, linears: Collection[str]) -> dict[str, LayerChange
 
     ``linears`` are the full names of all linears in the decoder layers of the original model.
     """
-    changed = {module for op in plan.operations for module in op.linears}
+    changed = {module for op in plan.operations for module in op.modules}
     changed |= {module for module in linears if module_place(module)[0] in plan.merged_layers}
     counts: dict[int, dict[bool, list[bool]]] = {}
     for name in linears:

@@ -1,6 +1,9 @@
 """Sums over tokens of inputs and gradients of linears, such as Gram matrices.
 
-Legend: T tokens of a window, N output and M input features of a linear.
+The readers of experts count as one linear ``(E, N, M)``: each expert's own inputs have a Gram
+matrix, ``(E, M, M)`` in all, and the gradients are those of the sum of all experts.
+
+Legend: T tokens of a window, N output and M input features of a linear, E experts.
 """
 
 from collections.abc import Mapping
@@ -12,6 +15,7 @@ from torch import Tensor
 from grasp_lightning.errors import NumericsError
 from grasp_lightning.linalg.triangles import pack_triangle, unpack_triangle
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.mixtures import RoutedTokens, weights_of
 from grasp_lightning.stats.base import MomentKind, Moments, Needs, check_seen
 
 _GRAMS: frozenset[MomentKind] = frozenset({"input_gram", "gradient_gram"})
@@ -25,15 +29,15 @@ class MomentSums:
     read the same input share its sums.
 
     Args:
-        shapes: ``(N, M)`` by module.
-        kinds: Which sums are taken.
+        shapes: ``(N, M)`` of a linear or ``(E, N, M)`` of experts, by module.
+        kinds: Which sums are taken; of experts only Gram matrices.
         sources: Module -> the module whose input it shares, possibly itself.
         device: Device of the sums.
     """
 
     def __init__(
         self,
-        shapes: Mapping[str, tuple[int, int]],
+        shapes: Mapping[str, tuple[int, ...]],
         kinds: frozenset[MomentKind],
         sources: Mapping[str, str],
         device: torch.device,
@@ -43,10 +47,11 @@ class MomentSums:
         self._shapes = shapes
         self._num_windows = dict.fromkeys(shapes, 0)
         self.sums: dict[str, Tensor] = {}
-        for (module, (n, m)), kind in product(shapes.items(), sorted(kinds)):
+        for (module, (*stack, n, m)), kind in product(shapes.items(), sorted(kinds)):
             key, size = self._key(module, kind), n if kind == "gradient_gram" else m
             if key not in self.sums:
                 shape = (size, size) if kind in _GRAMS else (size,)
+                shape = (*stack, *shape) if kind in _OF_INPUTS else shape
                 self.sums[key] = torch.zeros(shape, device=device)
 
     def _key(self, module: str, kind: MomentKind) -> str:
@@ -55,15 +60,30 @@ class MomentSums:
     def _find(self, module: str, kind: MomentKind) -> Tensor | None:
         return self.sums[self._key(module, kind)] if kind in self._kinds else None
 
-    def add(self, module: str, x: Tensor, grad_output: Tensor | None = None) -> None:
-        """Add one window of a linear: input ``(T, M)``, any gradient of its output ``(T, N)``."""
+    def add(
+        self, module: str, x: Tensor | RoutedTokens, grad_output: Tensor | None = None
+    ) -> None:
+        """Add one window of a linear: input ``(T, M)``, any gradient of its output ``(T, N)``.
+
+        Experts have routed tokens instead of an input.
+        """
         self._num_windows[module] += 1
         # Hooks may call from inside a mixed-precision step, where autocast would round products.
-        with torch.autocast(x.device.type, enabled=False):
-            if self._sources[module] == module:
+        device = self.sums[next(iter(self.sums))].device
+        with torch.autocast(device.type, enabled=False):
+            if isinstance(x, RoutedTokens):
+                self._add_routed(module, x)
+                x = x.hidden[:, :0]
+            elif self._sources[module] == module:
                 self._add_input(module, x.float())
             if grad_output is not None:
                 self._add_gradient(module, x.float(), grad_output.float())
+
+    @torch.no_grad()
+    def _add_routed(self, module: str, tokens: RoutedTokens) -> None:
+        grams = self._find(module, "input_gram")
+        for expert, x in () if grams is None else tokens.inputs():
+            grams[expert].addmm_(x.float().mT, x.float())
 
     def _add_input(self, module: str, x: Tensor) -> None:
         gram, scale = self._find(module, "input_gram"), self._find(module, "input_scale")
@@ -135,7 +155,9 @@ def moments_of(module: str, tensors: Mapping[str, Tensor], sources: Mapping[str,
 
 
 def moment_bytes(
-    shapes: Mapping[str, tuple[int, int]], kinds: frozenset[MomentKind], sources: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]],
+    kinds: frozenset[MomentKind],
+    sources: Mapping[str, str],
 ) -> int:
     """Return the bytes that ``MomentSums`` of the same arguments takes."""
     return MomentSums(shapes, kinds, sources, torch.device("meta")).num_bytes
@@ -150,14 +172,14 @@ def layer_groups(
         max_bytes: Memory for the sums of a group; a single layer may take more.
         sources: Module -> the module whose input it shares, possibly itself.
     """
-    linears = view.all_linears()
+    weights = weights_of(view, needs.moments)
     layers: dict[int, tuple[str, ...]] = {}
     for index in view.layer_indices:
         if found := tuple(n for n in needs.moments if view.layer_of(n) == index):
             layers[index] = found
 
     def size(names: tuple[str, ...]) -> int:
-        shapes = {n: (linears[n].out_features, linears[n].in_features) for n in names}
+        shapes = {name: tuple(weights[name].shape) for name in names}
         return moment_bytes(shapes, needs.moment_kinds, sources)
 
     groups = groups_within({index: size(names) for index, names in layers.items()}, max_bytes)

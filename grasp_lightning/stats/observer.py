@@ -19,10 +19,12 @@ from transformers.pytorch_utils import Conv1D
 from grasp_lightning.models.calls import hidden_input
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule
+from grasp_lightning.models.mixtures import RoutedTokens, check_layout, routed_tokens
 from grasp_lightning.models.sharding import whole
 
-WindowSink = Callable[[str, Tensor, Tensor], None]
-InputSink = Callable[[str, Tensor], None]
+Inputs = Tensor | RoutedTokens
+WindowSink = Callable[[str, Inputs, Tensor], None]
+InputSink = Callable[[str, Inputs], None]
 GradientSink = Callable[[str, Mapping[str, Tensor]], None]
 _Args = tuple[object, ...]
 _Kwargs = dict[str, object]
@@ -35,6 +37,7 @@ class _Hooks(ABC):
         self._view = view
         self._modules = modules
         self._batch_size = 1
+        self._known: set[str] = set()  # experts whose layout was checked
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -67,6 +70,22 @@ class _Hooks(ABC):
         """Read one call of a module, and replace its output unless None is returned."""
 
 
+    def _windows(
+        self, name: str, module: nn.Module, args: _Args, kwargs: _Kwargs, output: Tensor
+    ) -> list[Inputs]:
+        """Return what each window gives to a linear, ``(T, M)``, or to experts."""
+        if isinstance(module, DenseModule):
+            x = args[0]
+            assert isinstance(x, Tensor)  # of every linear
+            # Some families flatten (B, T, M) to (B * T, M) before a linear.
+            return list(x.detach().reshape(self._batch_size, -1, x.shape[-1]))
+        routed = routed_tokens(module, name, (*args, *kwargs.values()), self._batch_size)
+        if name not in self._known:
+            check_layout(name, routed[0], output.detach()[: len(routed[0].hidden)])
+            self._known.add(name)
+        return list(routed)
+
+
 class _BackwardHooks(_Hooks):
     """Hooks for a backward pass, which needs all parameters frozen.
 
@@ -87,8 +106,9 @@ class LinearObserver(_BackwardHooks):
     """Passes (x, dL/dy) of each window and linear to a sink during the backward pass.
 
     Args:
-        modules: Original names of the observed linears.
-        sink: Called with (module name, x ``(T, M)``, dL/dy ``(T, N)``) once per window.
+        modules: Original names of the observed linears and experts.
+        sink: Called with (module name, x ``(T, M)``, dL/dy ``(T, N)``) once per window; for
+            experts, x are their routed tokens.
     """
 
     def __init__(self, view: DecoderView, modules: tuple[str, ...], sink: WindowSink) -> None:
@@ -96,8 +116,7 @@ class LinearObserver(_BackwardHooks):
         self._sink = sink
 
     def _first_layer(self) -> int:
-        owners = {name: i for i in self._view.layer_indices for name in self._view.linears(i)}
-        return min(owners[name] for name in self._modules)
+        return min(self._view.layer_of(name) or 0 for name in self._modules)
 
     def _read(
         self,
@@ -107,17 +126,15 @@ class LinearObserver(_BackwardHooks):
         kwargs: _Kwargs,
         output: Tensor,
     ) -> None:
-        del module, kwargs
         if output.requires_grad:
-            # Some families flatten (B, T, M) to (B * T, M) before a linear.
-            x = args[0].detach().reshape(self._batch_size, -1, args[0].shape[-1])
-            hook = partial(self._split, name, x)
+            windows = self._windows(name, module, args, kwargs, output)
+            hook = partial(self._split, name, windows)
             output.register_hook(hook)  # type: ignore[no-untyped-call]  # untyped in torch
 
-    def _split(self, name: str, x: Tensor, grad: Tensor) -> None:
-        grad = grad.detach().reshape(*x.shape[:2], grad.shape[-1])
-        for x_TM, grad_TN in zip(x, grad, strict=True):
-            self._sink(name, x_TM, grad_TN)
+    def _split(self, name: str, windows: list[Inputs], grad: Tensor) -> None:
+        grad = grad.detach().reshape(len(windows), -1, grad.shape[-1])
+        for x, grad_TN in zip(windows, grad, strict=True):
+            self._sink(name, x, grad_TN)
 
 
 class ParameterObserver(_BackwardHooks):
@@ -239,8 +256,9 @@ class InputObserver(_Hooks):
     """Passes x of each window and linear to a sink during a forward pass.
 
     Args:
-        modules: Original names of the observed linears.
-        sink: Called with (module name, x ``(T, M)``) once per window.
+        modules: Original names of the observed linears and experts.
+        sink: Called with (module name, x ``(T, M)``) once per window; for experts, x are their
+            routed tokens.
     """
 
     def __init__(self, view: DecoderView, modules: tuple[str, ...], sink: InputSink) -> None:
@@ -261,19 +279,18 @@ class InputObserver(_Hooks):
         kwargs: _Kwargs,
         output: Tensor,
     ) -> None:
-        del module, kwargs, output
-        x = args[0].detach()
-        for x_TM in x.reshape(self._batch_size, -1, x.shape[-1]):
-            self._sink(name, x_TM)
+        for x in self._windows(name, module, args, kwargs, output):
+            self._sink(name, x)
 
 
 def shared_inputs(view: DecoderView, modules: tuple[str, ...]) -> dict[str, str]:
     """Map each linear to the first one called with the same input tensor, possibly itself.
 
-    Such groups are q, k and v, or gate and up. A short forward pass finds them.
+    Such groups are q, k and v, or gate and up. A short forward pass finds them. Experts share with
+    none.
 
     Args:
-        modules: Original names of linears, in model order.
+        modules: Original names of linears and experts, in model order.
     """
     readers: dict[int, str] = {}
     sources = dict(zip(modules, modules, strict=True))
@@ -286,7 +303,8 @@ def shared_inputs(view: DecoderView, modules: tuple[str, ...]) -> dict[str, str]
     with ExitStack() as stack, torch.no_grad():
         for name in modules:
             module = view.module(name)
-            stack.enter_context(module.register_forward_pre_hook(partial(note, name)))
+            if isinstance(module, DenseModule):
+                stack.enter_context(module.register_forward_pre_hook(partial(note, name)))
         ids = torch.zeros((1, 2), dtype=torch.int64, device=view.model.device)
         view.model.base_model(input_ids=ids, use_cache=False)
     return sources

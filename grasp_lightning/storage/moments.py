@@ -47,15 +47,25 @@ class StoredMoments(Mapping[str, Moments]):
         """Read the moments of one linear."""
         file, names = self._places[module]
         tensors = file.read(names.values())
-        found = {k: file.check(tensors, name, torch.float32, -1) for k, name in names.items()}
+        found = {
+            k: file.check(tensors, name, torch.float32, *(-1 for _ in file.shapes[name]))
+            for k, name in names.items()
+        }
         return Moments(**{k: unpack_triangle(v) if k in _GRAMS else v for k, v in found.items()})
 
-    def check(self, module: str, num_outputs: int, num_inputs: int) -> None:
-        """Raise a ``PlanError`` unless the stored shapes fit a linear; this reads no moments."""
+    def check(self, module: str, shape: Sequence[int]) -> None:
+        """Raise a ``PlanError`` unless the stored shapes fit a weight; this reads no moments.
+
+        Args:
+            module: Full name of a linear or of experts.
+            shape: ``(N, M)``, or ``(E, N, M)`` of experts.
+        """
+        *stack, num_outputs, num_inputs = shape
         file, names = self._places[module]
         for kind, name in names.items():
             size = num_outputs if kind == "gradient_gram" else num_inputs
             expected = (triangle_size(size) if kind in _GRAMS else size,)
+            expected = expected if kind == "gradient_gram" else (*stack, *expected)
             if file.shapes[name] != expected:
                 raise PlanError(
                     file.damaged(f"{name} must have shape {expected}, got {file.shapes[name]}")

@@ -17,6 +17,7 @@ from grasp_lightning.methods.layer_choice import score_key
 from grasp_lightning.methods.removal import read_price
 from grasp_lightning.methods.sensitivity import SENSITIVITY, read_trials
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.mixtures import weights_of
 from grasp_lightning.plan import OptionValue, Plan, SelectLayers
 from grasp_lightning.reading.text import read_text
 from grasp_lightning.reading.yaml_text import read_yaml
@@ -159,15 +160,14 @@ class StoredScores:
         for module, basis in step.bases.items():
             self._check_basis(module, basis)
         metric = None if step.needs.layer_metric is None else self._layer_metric(view, step.needs)
-        linears = view.all_linears()
-        for module in step.needs.moments:
+        for module, weight in weights_of(view, step.needs.moments).items():
             self._check_moments(module, step.needs)
-            linear = linears[module]
-            self._moments.check(module, linear.out_features, linear.in_features)
+            self._moments.check(module, weight.shape)
         prices = self._prices(step.needs)
         tried = self._truncation_losses(step.needs.sensitivity)
         if step.needs.moment_kinds:
             return Statistics(moments=self._moments, removal_losses=prices, truncation_losses=tried)
+        linears = view.all_linears()
         scores = {
             module: self.component_scores(
                 module, min(linears[module].out_features, linears[module].in_features)

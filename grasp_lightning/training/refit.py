@@ -124,8 +124,8 @@ class Refitter:
 def _by_layer(view: DecoderView, operations: Sequence[Operation]) -> dict[int, list[Operation]]:
     found: dict[int, list[Operation]] = {}
     for operation in operations:
-        if operation.linears:
-            index = view.layer_of(operation.linears[0])
-            assert index is not None  # operations are on linears of decoder layers
+        if operation.modules:
+            index = view.layer_of(operation.modules[0])
+            assert index is not None  # operations are on modules of decoder layers
             found.setdefault(index, []).append(operation)
     return found

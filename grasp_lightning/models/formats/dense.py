@@ -1,4 +1,4 @@
-"""Ordinary dense weights: factors are multiplied, and narrowed linears padded with zeros."""
+"""Ordinary dense weights: factors are multiplied, narrowed linears padded with zeros."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from grasp_lightning.config import ExportConfig
 from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantizer, save_model
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.experts import experts_layout, narrowed_experts, set_experts
 from grasp_lightning.models.formats.base import ExportFacts, Format, Track
 from grasp_lightning.models.linears import DenseModule
 from grasp_lightning.models.loading import LoadedModel
@@ -52,18 +53,22 @@ class DenseFacts(ExportFacts):
     Attributes:
         ranks: Rank of each linear whose factors were multiplied, by full name.
         shapes: [out_features, in_features] of each narrowed linear padded with zeros, by full name.
+        experts: Width of all narrowed experts padded with zeros, by full name.
     """
 
     ranks: dict[str, int]
     parameters: NumParameters
     dtype: str
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    experts: dict[str, int] = field(default_factory=dict)
 
     def lines(self, folder: Path) -> list[str]:
         """Return the path of the copy, and that it is not smaller."""
         done = [f"factors of {len(self.ranks)} linears multiplied"]
-        done = done if self.ranks or not self.shapes else []
+        done = done if self.ranks or not (self.shapes or self.experts) else []
         done += [f"{len(self.shapes)} narrowed linears padded with zeros"] if self.shapes else []
+        if self.experts:
+            done.append(f"narrowed experts of {len(self.experts)} layers padded with zeros")
         first = (
             f"{', '.join(done)}: {self.parameters.dense:,} parameters, the compressed model has "
             f"{self.parameters.compressed:,}; this copy is not smaller"
@@ -104,6 +109,7 @@ class DenseFormat(Format):
         del options
         model = loaded.model
         ranks, shapes, compressed = ranks_of(model), shapes_of(model), count_parameters(model)
+        experts = narrowed_experts(model)
         densify(model, track)
         save_model(model, folder, tokenizer=loaded.tokenizer)
         return DenseFacts(
@@ -111,11 +117,12 @@ class DenseFormat(Format):
             parameters=NumParameters(dense=count_parameters(model), compressed=compressed),
             dtype=str(model.dtype).removeprefix("torch."),
             shapes=shapes,
+            experts=experts,
         )
 
 
 def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
-    """Multiply factors into dense weights and pad narrowed linears with zeros, in place.
+    """Multiply factors into dense weights, pad narrowed linears and experts with zeros, in place.
 
     The model becomes an ordinary one of its class and original size; biases do not change. Products
     are computed in float32 or better and stored in the dtype and on the device of the factors; the
@@ -129,7 +136,7 @@ def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
         track: Shows progress: names of the linears -> the same names.
 
     Returns:
-        Sorted full names of the linears that became dense.
+        Sorted full names of the linears that became dense, then of the experts.
 
     Raises:
         ModelError: If the model has no such linears, or has seams or added biases.
@@ -138,7 +145,8 @@ def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
     if refusal is not None:
         raise ModelError(f"{type(model).__name__} {refusal}")
     factors, narrowed = low_rank_linears(model), narrowed_linears(model)
-    if not factors and not narrowed:
+    experts = narrowed_experts(model)
+    if not (factors or narrowed or experts):
         raise ModelError(
             f"{type(model).__name__} has neither low-rank nor narrowed linears, so there is "
             "nothing to multiply or pad: expected a model whose linears were replaced by compress"
@@ -157,8 +165,27 @@ def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
         model.set_submodule(name, module)
     for parent in {name.rpartition(".")[0] for name in weights}:
         fit_heads(model.get_submodule(parent))
+    for name in experts:
+        _pad_experts(model.get_submodule(name), originals.get_submodule(name))
     attach_quantizer(model)
-    return tuple(weights)
+    return (*weights, *experts)
+
+
+def _pad_experts(narrowed: nn.Module, original: nn.Module) -> None:
+    """Give experts their original width, with zeros for the removed channels."""
+    layout, kept = experts_layout(original), experts_layout(narrowed)
+    assert layout is not None  # loading and surgery accept no others
+    assert kept is not None
+    rows = layout.rows(torch.arange(kept.width))
+    full: dict[str, Tensor] = {}
+    for name, shape in layout.shapes(layout.width).items():
+        old = narrowed.get_parameter(name).detach()
+        if tuple(old.shape) == shape:
+            continue
+        (axis,) = (axis for axis in range(len(shape)) if old.shape[axis] != shape[axis])
+        places = rows if name.startswith(layout.writer) else torch.arange(kept.width)
+        full[name] = old.new_zeros(shape).index_copy(axis, places.to(old.device), old)
+    set_experts(narrowed, None, full)
 
 
 def _refusal(model: PreTrainedModel) -> str | None:
