@@ -21,7 +21,9 @@ from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.methods.sparsity import SparsityMethod
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import load_meta_model
-from grasp_lightning.plan import Plan
+from grasp_lightning.models.mixtures import in_model_order, weights_of
+from grasp_lightning.models.operations import applier_of
+from grasp_lightning.plan import NarrowExperts, Plan
 from grasp_lightning.reporting.tables import target_losses_text
 from grasp_lightning.stats.base import Needs
 from grasp_lightning.stats.moments import layer_groups, moment_bytes
@@ -89,10 +91,22 @@ def planned(config: PlanConfig, compensate: CompensateConfig, view: DecoderView)
             compressed,
             prediction.layers,
             moments=_moment_bytes(view, config, prediction),
-            set_weights=prediction.factors if prediction.zeros else 0,
+            set_weights=_set_weights(view, prediction),
         ),
         compensation=compensation_plan(config, compensate, dense, compressed),
     )
+
+
+def _set_weights(view: DecoderView, prediction: Prediction) -> int:
+    """Return how many weights in the type of the model a run keeps besides factors."""
+    if prediction.zeros:
+        return prediction.factors
+    found = 0
+    for op in prediction.operations:
+        if isinstance(op, NarrowExperts):
+            own = applier_of(op).own_tensors(op, view).values()
+            found += sum(tensor.numel() for tensor in own)
+    return found
 
 
 def _target_losses(config: PlanConfig, view: DecoderView) -> dict[str, float] | None:
@@ -120,11 +134,14 @@ def _moment_bytes(view: DecoderView, config: PlanConfig, prediction: Prediction)
         limit = config.statistics.max_memory * 1e9
     else:
         return 0
-    shapes = weight_shapes(view, Plan(method="plan"), prediction.layers)
+    measured = {*weight_shapes(view, Plan(method="plan"), prediction.layers)}
     if prediction.is_budget and config.method.mlp == "channels":
         # Of an MLP, the linear that reads its channels is measured alone.
         mlps = narrowable_mlps(view, prediction.layers).values()
-        shapes = {n: s for n, s in shapes.items() if not any(n in mlp.writers for mlp in mlps)}
+        measured |= {mlp.reader for mlp in mlps}
+        measured -= {name for mlp in mlps for name in mlp.writers}
+    weights = weights_of(view, in_model_order(view, measured))
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     sources = {name: name for name in shapes}
     needs = Needs(moments=tuple(shapes), moment_kinds=kinds)
     groups = layer_groups(view, needs, limit, sources)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from grasp_lightning.errors import ConfigError
 from grasp_lightning.linalg.channels import Removal
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.methods.truncation import Measured
@@ -13,6 +14,7 @@ from grasp_lightning.models.experts import MULTIPLE, READER
 from grasp_lightning.models.mixtures import experts_in
 from grasp_lightning.models.mlp import mlps
 from grasp_lightning.models.operations.narrow_experts import narrow_experts
+from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.plan import NarrowExperts, NarrowMlp
 from grasp_lightning.stats.base import Moments
 
@@ -51,9 +53,9 @@ class Narrowable:
         return f"{self.reader}.{READER if self.num_experts else 'weight'}"
 
     def operation(self, kept: Tensor) -> NarrowMlp | NarrowExperts:
-        """Return the operation that keeps some channels, ascending, ``(k,)``, of experts ``(E, k)``.
+        """Return the operation that keeps some channels, ascending, ``(k,)``.
 
-        Experts may also keep the same channels, ``(k,)``.
+        Of experts, each may keep its own, ``(E, k)``.
         """
         if self.num_experts:
             return narrow_experts(self.reader, kept.expand(self.num_experts, -1).tolist())
@@ -64,6 +66,9 @@ def narrowable_mlps(view: DecoderView, layers: Sequence[int]) -> dict[str, Narro
     """Return the MLPs and experts of some layers whose channels can be removed, in model order.
 
     They are found by the names of their readers. The weights may be on the meta device.
+
+    Raises:
+        ConfigError: If there are experts, and FSDP shards the model.
     """
     view.narrows_experts = True
     found: dict[str, Narrowable] = {}
@@ -85,6 +90,11 @@ def narrowable_mlps(view: DecoderView, layers: Sequence[int]) -> dict[str, Narro
                 num_outputs=reader.out_features,
             )
         for name, layout in experts_in(view, index).items():
+            if is_sharded(view.module(name)):
+                raise ConfigError(
+                    f"method.mlp channels narrows {name}, which trainer.strategy fsdp does not "
+                    "support: use auto or ddp, or set method.mlp=factors to leave experts unchanged"
+                )
             if layout.width > MULTIPLE:
                 found[name] = Narrowable(
                     reader=name,

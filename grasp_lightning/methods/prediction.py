@@ -238,7 +238,7 @@ def predict_units(
 def narrowed_widths(
     view: DecoderView, operations: Iterable[Operation]
 ) -> dict[str, tuple[int, int]]:
-    """Return kept and original number of channels of narrowed MLPs and experts, by original name."""
+    """Return kept and original number of channels of narrowed MLPs and experts, by their names."""
     found: dict[str, tuple[int, int]] = {}
     for op in operations:
         if isinstance(op, NarrowMlp):

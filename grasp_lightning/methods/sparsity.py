@@ -28,8 +28,8 @@ from grasp_lightning.methods.options import (
 )
 from grasp_lightning.methods.prediction import Layers, Outlook
 from grasp_lightning.methods.truncation import CURVATURE
-from grasp_lightning.models.mixtures import weights_of
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.mixtures import weights_of
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.plan import OptionValue, Plan, SparsifyLinear, groups_of
 from grasp_lightning.stats.base import MomentKind, Moments, Needs, Statistics, Step

@@ -18,7 +18,7 @@ from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.prediction import Layers, Outlook, outlook_of
 from grasp_lightning.methods.rank_rules import RankRule
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.mixtures import weights_of, in_model_order
+from grasp_lightning.models.mixtures import in_model_order, weights_of
 from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
 from grasp_lightning.stats.base import Moments, Needs, Removable, Statistics, Step
 

@@ -16,7 +16,7 @@ from grasp_lightning.models.linears import (
     dense_modules,
     skipped_modules,
 )
-from grasp_lightning.models.lowrank import has_replaced
+from grasp_lightning.models.lowrank import has_replaced, is_replaced
 from grasp_lightning.models.numbering import number_dependent_option, renumber_layer, shorten_config
 
 logger = logging.getLogger(__name__)
@@ -161,11 +161,7 @@ class DecoderView:
 
     def _warn_of_skipped(self, index: int) -> None:
         prefix = f"{self._layer_name(index)}."
-        skipped = [
-            name.removeprefix(prefix)
-            for name in self.skipped(index)
-            if not (self.narrows_experts and experts_layout(self.module(name)))
-        ]
+        skipped = [name.removeprefix(prefix) for name in self.skipped(index) if self._stays(name)]
         if skipped and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -174,6 +170,18 @@ class DecoderView:
                 type(self.model).__name__,
                 ", ".join(skipped),
             )
+
+    def _stays(self, part: str) -> bool:
+        """Return whether a part of a mixture stays unchanged although linears are replaced.
+
+        If experts can be narrowed, that leaves linears such as shared experts, but no routers.
+        """
+        modules = [*self.module(part).modules()]
+        if any(map(is_replaced, modules)):
+            return False
+        if not self.narrows_experts or any(isinstance(m, DenseModule) for m in modules):
+            return True
+        return part.endswith("experts") and not any(map(experts_layout, modules))
 
     def _position(self, index: int) -> int:
         if not 0 <= index < self.num_layers:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.linears import DenseLinear
+from grasp_lightning.models.linears import DenseLinear, as_linear
 from grasp_lightning.models.lowrank import narrowed_linears
 from grasp_lightning.models.mlp import mlps
 
@@ -108,7 +108,8 @@ def head_units(view: DecoderView, index: int) -> Units | None:
     """
     for child, attention in view.layer(index).named_children():
         prefix = f"{view.layers_name}.{index}.{child}"
-        linears, kind = view.linears(index), type(attention).__name__
+        linears = {name: as_linear(m) for name, m in view.dense_modules(index).items()}
+        kind = type(attention).__name__
         inputs = _FUSED if hasattr(attention, _FUSED[0]) else _SEPARATE
         reader, writers = f"{prefix}.{_OUTPUT}", tuple(f"{prefix}.{name}" for name in inputs)
         if kind not in ATTENTIONS or not linears.keys() >= {reader, *writers}:

@@ -13,6 +13,7 @@ from grasp_lightning.models.linears import in_attention
 from grasp_lightning.plan import (
     FactorizeLinear,
     MergeLayers,
+    NarrowExperts,
     NarrowMlp,
     Operation,
     Plan,
@@ -34,6 +35,7 @@ from grasp_lightning.reporting.tables import indices_text
 _KINDS: dict[type[Operation], str] = {
     FactorizeLinear: "low-rank",
     NarrowMlp: "narrowed",
+    NarrowExperts: "narrowed",
     RemoveHeads: "with fewer heads",
     RemoveBlock: "removed",
     SparsifyLinear: "sparse",
@@ -78,7 +80,7 @@ def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor])
 def _layers(metrics: Metrics, plan: Plan) -> Details:
     kinds: dict[tuple[int, bool], list[str]] = {}
     for operation in plan.operations:
-        for module in operation.linears:
+        for module in operation.modules:
             index, kind = module_place(module)
             kinds.setdefault((index, in_attention(kind)), []).append(
                 _KINDS.get(type(operation), "changed")

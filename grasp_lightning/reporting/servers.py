@@ -5,6 +5,7 @@ from typing import NamedTuple, Self
 
 from transformers import PreTrainedModel
 
+from grasp_lightning.models.experts import narrowed_experts
 from grasp_lightning.models.formats.gguf.layout import layout_refusal
 from grasp_lightning.models.lowrank import (
     LowRankLinear,
@@ -19,6 +20,10 @@ from grasp_lightning.models.units import has_fewer_heads
 _WITH_HEADS = (
     "not possible: this model has different numbers of attention heads in its layers, or added "
     "biases, and vLLM computes neither"
+)
+_WITH_EXPERTS = (
+    "not possible: this model has narrowed experts in a format that vLLM does not read; "
+    "`method.target=plain` makes an ordinary folder of most mixtures"
 )
 _SLICED = "not possible: only its own code computes its sliced hidden states"
 _WITH_SEAMS = "not possible: this model has seams, linear maps that only its own code computes"
@@ -40,6 +45,7 @@ class Servers:
             ``sliced``; None if the folder is an ordinary one.
         only_here: Why only transformers runs it, for each other program; None if others do.
         has_heads: Whether compression has removed attention heads or added biases.
+        has_experts: Whether compression has narrowed experts.
         num_multiplied: Number of low-rank linears that a GGUF file holds as dense matrices.
         num_restored: Parameters that this adds.
         gguf_refusal: Why llama.cpp cannot run the model, as the rest of a sentence; None if it can.
@@ -48,6 +54,7 @@ class Servers:
     special: str | None = None
     only_here: str | None = None
     has_heads: bool = False
+    has_experts: bool = False
     num_multiplied: int = 0
     num_restored: int = 0
     gguf_refusal: str | None = None
@@ -66,6 +73,7 @@ class Servers:
             special=special if has_replaced(model) else None,
             only_here=only_here,
             has_heads=has_fewer_heads(model) or bool(biases_of(model)),
+            has_experts=bool(narrowed_experts(model)),
             num_multiplied=len(kept),
             num_restored=sum(map(_saving, kept)),
             gguf_refusal=layout_refusal(model),
@@ -83,9 +91,10 @@ class Servers:
             return [ServerRow("transformers", "as above"), *rows]
         # Not a name to install: the plugin is not on PyPI, where anybody could take it.
         plugin = ", with the plugin of grasp_lightning (`plugins/vllm`)" if self.special else ""
+        vllm = _WITH_EXPERTS if self.has_experts else f"`vllm serve .`{plugin}"
         return [
             ServerRow("transformers", "as above"),
-            ServerRow("vLLM", _WITH_HEADS if self.has_heads else f"`vllm serve .`{plugin}"),
+            ServerRow("vLLM", _WITH_HEADS if self.has_heads else vllm),
             ServerRow("llama.cpp, Ollama", self._gguf(num_removed)),
             ServerRow("torchao, 8 bits", _export("torchao --type int8")),
         ]

@@ -1,7 +1,7 @@
 """Sums over tokens of inputs and gradients of linears, such as Gram matrices.
 
 The readers of experts count as one linear ``(E, N, M)``: each expert's own inputs have a Gram
-matrix, ``(E, M, M)`` in all, and the gradients are those of the sum of all experts.
+matrix, ``(E, M, M)`` in all, and the gradients belong to the sum of all experts.
 
 Legend: T tokens of a window, N output and M input features of a linear, E experts.
 """
@@ -60,9 +60,7 @@ class MomentSums:
     def _find(self, module: str, kind: MomentKind) -> Tensor | None:
         return self.sums[self._key(module, kind)] if kind in self._kinds else None
 
-    def add(
-        self, module: str, x: Tensor | RoutedTokens, grad_output: Tensor | None = None
-    ) -> None:
+    def add(self, module: str, x: Tensor | RoutedTokens, grad_output: Tensor | None = None) -> None:
         """Add one window of a linear: input ``(T, M)``, any gradient of its output ``(T, N)``.
 
         Experts have routed tokens instead of an input.
@@ -82,8 +80,9 @@ class MomentSums:
     @torch.no_grad()
     def _add_routed(self, module: str, tokens: RoutedTokens) -> None:
         grams = self._find(module, "input_gram")
-        for expert, x in () if grams is None else tokens.inputs():
-            grams[expert].addmm_(x.float().mT, x.float())
+        if grams is not None:
+            for expert, x in tokens.inputs():
+                grams[expert].addmm_(x.float().mT, x.float())
 
     def _add_input(self, module: str, x: Tensor) -> None:
         gram, scale = self._find(module, "input_gram"), self._find(module, "input_scale")

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,9 @@ from grasp_lightning.models.mixtures import RoutedTokens, check_layout, routed_t
 from grasp_lightning.models.sharding import whole
 
 Inputs = Tensor | RoutedTokens
-WindowSink = Callable[[str, Inputs, Tensor], None]
-InputSink = Callable[[str, Inputs], None]
+# Any: Inputs; most sinks ask for linears alone, whose inputs are tensors.
+WindowSink = Callable[[str, Any, Tensor], None]
+InputSink = Callable[[str, Any], None]
 GradientSink = Callable[[str, Mapping[str, Tensor]], None]
 _Args = tuple[object, ...]
 _Kwargs = dict[str, object]
@@ -68,7 +70,6 @@ class _Hooks(ABC):
         output: Tensor,
     ) -> object:
         """Read one call of a module, and replace its output unless None is returned."""
-
 
     def _windows(
         self, name: str, module: nn.Module, args: _Args, kwargs: _Kwargs, output: Tensor

@@ -54,18 +54,21 @@ class StoredMoments(Mapping[str, Moments]):
         return Moments(**{k: unpack_triangle(v) if k in _GRAMS else v for k, v in found.items()})
 
     def check(self, module: str, shape: Sequence[int]) -> None:
-        """Raise a ``PlanError`` unless the stored shapes fit a weight; this reads no moments.
+        """Check that the stored shapes fit a weight; this reads no moments.
 
         Args:
             module: Full name of a linear or of experts.
             shape: ``(N, M)``, or ``(E, N, M)`` of experts.
+
+        Raises:
+            PlanError: If they do not.
         """
         *stack, num_outputs, num_inputs = shape
         file, names = self._places[module]
         for kind, name in names.items():
             size = num_outputs if kind == "gradient_gram" else num_inputs
-            expected = (triangle_size(size) if kind in _GRAMS else size,)
-            expected = expected if kind == "gradient_gram" else (*stack, *expected)
+            packed = triangle_size(size) if kind in _GRAMS else size
+            expected = (packed,) if kind == "gradient_gram" else (*stack, packed)
             if file.shapes[name] != expected:
                 raise PlanError(
                     file.damaged(f"{name} must have shape {expected}, got {file.shapes[name]}")

@@ -13,9 +13,9 @@ from grasp_lightning import processes
 from grasp_lightning.errors import NumericsError
 from grasp_lightning.linalg.factors import SVD, balanced_factors
 from grasp_lightning.methods.base import Track
-from grasp_lightning.models.mixtures import weights_of
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.integrity import nan_advice
+from grasp_lightning.models.mixtures import weights_of
 from grasp_lightning.models.next_token import forward_inputs, next_token_losses
 from grasp_lightning.models.sharding import is_sharded, whole
 from grasp_lightning.models.surgery import in_place_of_linears, replacements

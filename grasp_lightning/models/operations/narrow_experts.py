@@ -23,7 +23,12 @@ from grasp_lightning.plan import NarrowExperts
 
 def narrow_experts(experts: str, kept: Iterable[Sequence[int]]) -> NarrowExperts:
     """Return the operation that keeps these channels of each expert, equally many of all."""
-    masks = [sum(1 << channel for channel in channels) for channels in kept]
+    masks = []
+    for channels in kept:
+        bits = ["0"] * (max(channels) + 1)
+        for channel in channels:
+            bits[-1 - channel] = "1"
+        masks.append(int("".join(bits), 2))
     width = masks[0].bit_count()
     return NarrowExperts(experts=experts, width=width, channels=tuple(f"{m:x}" for m in masks))
 

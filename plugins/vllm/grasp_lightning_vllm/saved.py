@@ -32,8 +32,8 @@ def read_config(config: Mapping[str, object]) -> SavedLinears:
 
     Raises:
         ValueError: If a newer version has written it, weights are quantized, the model has seams
-            or sliced hidden states, layers have lost attention heads, compression has added biases,
-            or it is damaged.
+            or sliced hidden states, layers have lost attention heads, experts were narrowed,
+            compression has added biases, or it is damaged.
     """
     if weights := _mapping(config, "weights"):
         raise ValueError(
@@ -63,6 +63,11 @@ def _check_keys(config: Mapping[str, object]) -> None:
         raise ValueError(
             "this model has sliced hidden states (method.name=slicegpt), which vLLM does not "
             "compute; serve a model compressed with another method"
+        )
+    if _mapping(config, "experts"):
+        raise ValueError(
+            "this model has narrowed experts, which this plugin does not read; serve it with "
+            "transformers, or compress with method.target=plain"
         )
     if config.get("biases"):
         raise ValueError(

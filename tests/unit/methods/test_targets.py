@@ -22,7 +22,9 @@ OPTIONS = MethodConfig(name="grasp_plus", removed_ratio=0.2)
 def budgeted() -> Budgeted:
     """Two layers: an attention matrix of 1600 parameters, an MLP of 64 channels of 80 each."""
     mlps = {
-        name: Narrowable(reader=name, writers=("up",), num_channels=64, channel_size=80)
+        name: Narrowable(
+            reader=name, writers=("up",), layer=0, num_channels=64, channel_size=80, num_outputs=40
+        )
         for name in ("down0", "down1")
     }
     return Budgeted(shapes={"a0": (40, 40), "a1": (40, 40)}, mlps=mlps)

@@ -196,8 +196,10 @@ def narrowable(reader: str, num_channels: int) -> Narrowable:
     return Narrowable(
         reader=reader,
         writers=("up",),
+        layer=1,
         num_channels=num_channels,
         channel_size=80,
+        num_outputs=40,
     )
 
 
@@ -241,7 +243,7 @@ def test_losses_of_channels_are_half_the_curvature_of_their_removal() -> None:
     metric = Metric(weighting="kfac", gradient_damping=0.0, input_damping=0.0)
     measured = moments(12, 20)
     removal = metric.removal(weight(), measured)
-    kept = sorted(removal.order[3:].tolist())
+    kept = removal.order[3:].sort().values
     change = weight()
     change[:, kept] -= metric.narrowed(weight(), measured, kept)
     error = curvature_error(change, measured.gradient_gram, measured.input_gram)
@@ -253,7 +255,28 @@ def test_few_tokens_order_all_channels(num_tokens: int) -> None:
     metric, measured = Metric(weighting="kfac"), moments(12, 20, num_tokens)
     removal = metric.removal(weight(), measured)
     assert sorted(removal.order.tolist()) == list(range(20))
-    assert metric.narrowed(weight(), measured, [0, 7]).isfinite().all()
+    assert metric.narrowed(weight(), measured, torch.tensor([0, 7])).isfinite().all()
+
+
+def test_experts_lose_as_many_channels_each_at_the_sum_of_their_losses() -> None:
+    metric, experts = Metric(weighting="kfac", input_damping=1e-2), torch.randn(3, 12, 20)
+    grams = torch.stack([moments(12, 20).input_gram for _ in range(3)])
+    grams[2] = 0  # no token was routed to it
+    measured = replace(moments(12, 20), input_gram=grams)
+    removal = metric.removal(experts, measured)
+    prior = 1e-2 * float(grams.diagonal(dim1=1, dim2=2).mean()) * torch.eye(20)
+    alone = [
+        metric.removal(weight, replace(measured, input_gram=gram + prior))
+        for weight, gram in zip(experts, grams, strict=True)
+    ]
+    assert torch.equal(removal.order, torch.stack([one.order for one in alone]))
+    torch.testing.assert_close(removal.losses, sum(one.losses for one in alone))
+    assert float(alone[2].losses.min()) > 0
+    kept = removal.order[:, 8:].sort(-1).values
+    narrowed = metric.narrowed(experts, measured, kept)
+    assert narrowed.shape == (3, 12, 12)
+    # Without tokens nothing says how channels depend on each other: they are only selected.
+    torch.testing.assert_close(narrowed[2], experts[2][:, kept[2]])
 
 
 def test_without_narrowable_mlps_all_linears_are_factors() -> None:

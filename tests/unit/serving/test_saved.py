@@ -59,3 +59,8 @@ def test_sliced_hidden_states_are_refused_in_one_line() -> None:
 def test_a_damaged_config_is_refused(damaged: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_config(damaged)
+
+
+def test_narrowed_experts_are_refused() -> None:
+    with pytest.raises(ValueError, match="narrowed experts, which this plugin does not read"):
+        read_config({"ranks": {}, "experts": {"model.layers.0.mlp.experts": 8}})
