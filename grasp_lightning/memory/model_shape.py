@@ -6,11 +6,12 @@ from typing import Any
 
 from grasp_lightning.memory.shapes import Layer, ModelShape
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.experts import READER, narrowed_experts
 from grasp_lightning.models.linears import in_attention
 from grasp_lightning.models.lowrank import low_rank_linears, narrowed_linears, seams
 from grasp_lightning.models.operations import applier_of
 from grasp_lightning.models.size import LinearShape, count_parameters, count_tied_parameters
-from grasp_lightning.plan import AddSeam, MergeLayers, Operation, SetWeights
+from grasp_lightning.plan import AddSeam, MergeLayers, NarrowExperts, Operation, SetWeights
 
 _INNER_SIZES = 4  # times the hidden size, for layers without linears in their MLP
 # Layers of these types keep a state of fixed size, or nothing, instead of keys and values.
@@ -56,7 +57,9 @@ def shape_after(model: ModelShape, operations: Sequence[Operation], parameters: 
     for operation in operations:
         new |= applier_of(operation).new_shapes(operation, dense)
     layers = tuple(
-        _after(index, layer, new, operations, seam=model.hidden**2)
+        _with_experts(
+            _after(index, layer, new, operations, seam=model.hidden**2), operations, model
+        )
         for index, layer in enumerate(model.layers)
         if index not in dropped
     )
@@ -92,6 +95,23 @@ def _after(
     )
 
 
+def _with_experts(layer: Layer, operations: Sequence[Operation], hidden: int) -> Layer:
+    """Return a layer with narrower experts, whose weights count as rewritten."""
+    for op in operations:
+        reader = f"{op.experts}.{READER}" if isinstance(op, NarrowExperts) else ""
+        if isinstance(op, NarrowExperts) and reader in layer.sizes:
+            own = (n for name, n in layer.sizes.items() if name.startswith(f"{op.experts}."))
+            bias = layer.sizes.get(f"{reader}_bias", 0)
+            sizes = sum(own) - bias
+            width = layer.sizes[reader] // (len(op.channels) * hidden)
+            left = sizes * op.width // width
+            layer = layer._replace(
+                parameters=layer.parameters - sizes + left,
+                rewritten=layer.rewritten + left + bias,
+            )
+    return layer
+
+
 def _layer(view: DecoderView, index: int) -> Layer:
     module, prefix = view.layer(index), f"{view.layers_name}.{index}."
     linears = {
@@ -107,6 +127,7 @@ def _layer(view: DecoderView, index: int) -> Layer:
     attention = [name for name in linears if in_attention(name.removeprefix(prefix))]
     sizes = {prefix + name: p.numel() for name, p in module.named_parameters()}
     rewritten = sum(linear.weight.numel() for linear in seams(module).values())
+    rewritten += sum(count_parameters(module.get_submodule(n)) for n in narrowed_experts(module))
     for name, shape in linears.items():
         if shape.is_replaced:
             rewritten += sizes.get(f"{name}.bias", 0) + sizes.get(f"{name}.left.bias", 0)

@@ -22,7 +22,8 @@ class Layer(NamedTuple):
         has_keys: Whether the layer caches keys and values during generation.
         sizes: Full name of a parameter -> number of values; those of replaced linears may be old.
         rewritten: Number of parameters that compression added or changed besides the factors and
-            narrowed weights: biases of these linears, seams, and weights that were set or merged.
+            narrowed weights: biases of these linears, seams, experts, and weights that were set or
+            merged.
     """
 
     parameters: int

@@ -16,9 +16,9 @@ def own_parameters(
 ) -> dict[str, nn.Parameter]:
     """Return the parameters of decoder layers that a training mode trains, in model order.
 
-    ``replaced``: weights and biases of low-rank and narrowed linears, seams, and ``rewritten``
-    parameters. ``all``: every parameter of the decoder layers. Embeddings, the last norm and the
-    head are in neither.
+    ``replaced``: weights and biases of low-rank and narrowed linears, seams, narrowed experts, and
+    ``rewritten`` parameters. ``all``: every parameter of the decoder layers. Embeddings, the last
+    norm and the head are in neither.
 
     Args:
         view: The model.

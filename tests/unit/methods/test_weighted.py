@@ -260,17 +260,18 @@ def test_few_tokens_order_all_channels(num_tokens: int) -> None:
 
 def test_experts_lose_as_many_channels_each_at_the_sum_of_their_losses() -> None:
     metric, experts = Metric(weighting="kfac", input_damping=1e-2), torch.randn(3, 12, 20)
-    grams = torch.stack([moments(12, 20).input_gram for _ in range(3)])
-    grams[2] = 0  # no token was routed to it
+    gram = moments(12, 20).input_gram
+    assert gram is not None
+    grams = torch.stack([gram, 2 * gram, 0 * gram])  # no token was routed to the last one
     measured = replace(moments(12, 20), input_gram=grams)
     removal = metric.removal(experts, measured)
     prior = 1e-2 * float(grams.diagonal(dim1=1, dim2=2).mean()) * torch.eye(20)
     alone = [
-        metric.removal(weight, replace(measured, input_gram=gram + prior))
-        for weight, gram in zip(experts, grams, strict=True)
+        metric.removal(weight, replace(measured, input_gram=own + prior))
+        for weight, own in zip(experts, grams, strict=True)
     ]
     assert torch.equal(removal.order, torch.stack([one.order for one in alone]))
-    torch.testing.assert_close(removal.losses, sum(one.losses for one in alone))
+    torch.testing.assert_close(removal.losses, torch.stack([one.losses for one in alone]).sum(0))
     assert float(alone[2].losses.min()) > 0
     kept = removal.order[:, 8:].sort(-1).values
     narrowed = metric.narrowed(experts, measured, kept)

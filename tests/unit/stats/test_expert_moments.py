@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from grasp_lightning.errors import ModelError
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.mixtures import experts_in, in_model_order, weights_of
+from grasp_lightning.models.next_token import forward_inputs
 from grasp_lightning.stats.base import MomentKind, Needs
 from grasp_lightning.stats.moments import MomentSums, layer_groups
-from grasp_lightning.stats.observer import LinearObserver, shared_inputs
+from grasp_lightning.stats.observer import InputObserver, LinearObserver, shared_inputs
 from tests.conftest import tiny_model
 from tests.unit.evaluation.test_perplexity import random_batch
 from tests.unit.stats.test_observer import Batch, run
@@ -61,6 +62,17 @@ def test_moments_are_those_of_each_experts_own_tokens(family: str) -> None:
     number = int(batch["mask"].sum())
     torch.testing.assert_close(moments.input_gram, rows.mT @ rows / number)
     torch.testing.assert_close(moments.gradient_gram, gradient.mT @ gradient / number)
+
+
+def test_a_forward_pass_sums_the_same_inputs() -> None:
+    view = DecoderView(tiny_model("gpt_oss"))
+    (name,), batch = experts_in(view, 1), random_batch()
+    both, kinds = sums_of(view, (name,), [batch]), frozenset[MomentKind]({"input_gram"})
+    shapes = {name: tuple(weights_of(view, [name])[name].shape)}
+    sums = MomentSums(shapes, kinds, {name: name}, torch.device("cpu"))
+    with frozen(view.model), InputObserver(view, (name,), sums.add).attached(), torch.no_grad():
+        view.model.base_model(**forward_inputs(batch), use_cache=False)
+    torch.testing.assert_close(sums.sums, {k: v for k, v in both.sums.items() if "input" in k})
 
 
 def test_sums_do_not_depend_on_the_batch_size_and_go_through_their_state() -> None:
