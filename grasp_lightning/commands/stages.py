@@ -27,8 +27,9 @@ from grasp_lightning.methods.sparsegpt import SPARSEGPT
 from grasp_lightning.methods.truncation import CURVATURE
 from grasp_lightning.methods.unit_removal import SPREAD, removable_units
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.mixtures import weights_of
 from grasp_lightning.models.size import count_parameters
-from grasp_lightning.plan import Plan, Replacement
+from grasp_lightning.plan import NarrowExperts, Plan, Replacement
 from grasp_lightning.progress import Stage, Work
 from grasp_lightning.stats.layer_gradients import gradient_groups
 from grasp_lightning.stats.unit_gradients import unit_groups
@@ -130,6 +131,7 @@ def compress_work(
         decomposed = sum(m * m * (n + m) for n, m in _shapes(view, prediction)) // _UPDATES
     if method.weighting is not None or method.score is not None:
         decomposed = sum(n * m * min(n, m) for n, m in _shapes(view, prediction))
+        decomposed += _of_experts(view, prediction)
     cuts = sum(isinstance(op, Replacement) for op in prediction.operations)
     measured = min(held_out.input_ids.shape[1], MAX_TOKENS) * config.statistics.measured_windows
     tried = min(settings.seqlen, MAX_TOKENS) * config.statistics.priced_windows
@@ -187,6 +189,13 @@ def _curvature_work(
 
 def _shapes(view: DecoderView, prediction: Prediction) -> Collection[tuple[int, int]]:
     return weight_shapes(view, Plan(method="stages"), prediction.layers).values()
+
+
+def _of_experts(view: DecoderView, prediction: Prediction) -> int:
+    """Return the work of narrowing experts, in the unit of a decomposition."""
+    narrowed = [op.experts for op in prediction.operations if isinstance(op, NarrowExperts)]
+    weights = weights_of(view, narrowed) if narrowed else {}
+    return sum(e * n * m * min(n, m) for e, n, m in (w.shape for w in weights.values()))
 
 
 def _scores_units(config: CompressConfig) -> bool:

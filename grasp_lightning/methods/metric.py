@@ -1,6 +1,6 @@
 """The metric in which low-rank methods truncate weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -100,15 +100,15 @@ class Metric:
         weights of experts, ``(E, N, M)``, have an order each, ``(E, M)``; the losses are those of
         all experts together, if each loses as many inputs.
         """
-        left, damping = self._left_root(moments), self.input_damping
-        grams = self._with_prior(_measured(moments.input_gram))
+        left, gram = self._left_root(moments), _measured(moments.input_gram)
+        damping = self.input_damping
         if weight.ndim == _STACKED:
-            pairs = zip(weight, grams, strict=True)
-            found = [removal_order(one, gram, left, damping) for one, gram in pairs]
+            pairs = zip(weight, self._with_prior(gram), strict=True)
+            found = [removal_order(one, own, left, damping) for one, own in pairs]
             order = torch.stack([removal.order for removal in found])
             losses = torch.stack([removal.losses for removal in found]).sum(0)
         else:
-            order, losses = removal_order(weight, grams, left, damping)
+            order, losses = removal_order(weight, gram, left, damping)
         return Removal(order, losses / 2 if self.weighting == "kfac" else losses)
 
     def narrowed(self, weight: Tensor, moments: Moments, kept: Tensor) -> Tensor:
@@ -116,26 +116,25 @@ class Metric:
 
         The weights of experts, ``(E, N, M)``, keep inputs ``(E, k)``; theirs keep their dtype.
         """
-        damping = self.input_damping
-        grams = self._with_prior(_measured(moments.input_gram))
-        if weight.ndim == _STACKED:
-            parts = zip(weight, grams, kept.tolist(), strict=True)
-            return torch.stack(
-                [narrowed_weight(one, gram, k, damping).to(one.dtype) for one, gram, k in parts]
-            )
-        return narrowed_weight(weight, grams, kept.tolist(), damping)
+        gram, damping = _measured(moments.input_gram), self.input_damping
+        if weight.ndim < _STACKED:
+            return narrowed_weight(weight, gram, kept.tolist(), damping)
+        parts = zip(weight, self._with_prior(gram), kept.tolist(), strict=True)
+        return torch.stack(
+            [narrowed_weight(one, own, k, damping).to(one.dtype) for one, own, k in parts]
+        )
 
-    def _with_prior(self, gram: Tensor) -> Tensor:
-        """Add the damping of the average expert to the Gram matrices of all, ``(E, M, M)``.
+    def _with_prior(self, grams: Tensor) -> Iterator[Tensor]:
+        """Yield the Gram matrix of each expert with the damping of the average expert.
 
-        An expert with few tokens has a small one, which says little: without the prior, its
-        channels would seem free. That of a single linear stays as it is.
+        An expert with few tokens has a small one, which says little: without this prior, its
+        channels would seem free.
         """
-        if gram.ndim < _STACKED:
-            return gram
-        pooled = float(gram.diagonal(dim1=-2, dim2=-1).double().mean())
-        prior = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        return gram + self.input_damping * pooled * prior
+        pooled = float(grams.diagonal(dim1=-2, dim2=-1).double().mean())
+        for gram in grams:
+            own = gram.clone()
+            own.diagonal().add_(self.input_damping * pooled)
+            yield own
 
     def _roots(self, moments: Moments) -> tuple[Tensor | None, Tensor | None]:
         """Return the roots of the output metric and the input metric."""

@@ -80,7 +80,9 @@ def _problem(target: TargetChoice, view: DecoderView, mlps: Mapping[str, Narrowa
     if not mlps:
         return "has no MLP whose channels can be removed; use method.target=any"
     if target != "plain":
-        return None
+        has_experts = target == "gguf" and any(mlp.num_experts for mlp in mlps.values())
+        others = "use method.target=plain, no_factors or any"
+        return f"has experts, which format gguf does not write; {others}" if has_experts else None
     others = "use method.target=gguf, no_factors or any"
     missing = set(view.layer_indices) - {view.layer_of(reader) for reader in mlps}
     if missing:

@@ -17,7 +17,7 @@ from grasp_lightning.models.operations.narrow_experts import kept_channels, narr
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import NarrowExperts, Plan
-from tests.conftest import byte_tokenizer, tiny_model
+from tests.conftest import STACKED_FAMILIES, byte_tokenizer, save_tiny, tiny_model
 from tests.integration.forked import run_ranks
 from tests.integration.killing import Kill
 from tests.integration.test_methods import LENGTH, held_out_loss, losses, sentences, windows_of
@@ -83,6 +83,26 @@ def test_published_sizes_can_lose_half_of_their_parameters(
         assert total / 1e9 == pytest.approx(SIZES[name], abs=0.06)
         assert budget.startswith("all linears and experts of")
         assert any("GB" in line for line in rest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", STACKED_FAMILIES)
+def test_every_family_loses_a_share_and_opens_in_a_fresh_process(
+    family: str, tmp_path: Path
+) -> None:
+    sizes = {"intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2}
+    lists = {"layer_types": None} if family in ("gpt_oss", "qwen3_next") else {}
+    source = save_tiny(tmp_path / "tiny", family, **sizes, **lists)
+    parts = ("calibration", "evaluation")
+    words = [f"--{part}.{w}" for part in parts for w in ("source=pydoc", "seqlen=32")]
+    words += [f"--{part}.num_samples=3" for part in parts]
+    argv = [f"--model.path={source}", "--method.removed_ratio=0.3", *words]
+    assert main(["compress", *argv, f"--output_dir={tmp_path / 'run'}"]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["removed_ratio"] >= 0.2999
+    assert any(name.endswith("experts") for name in metrics["channels"])
+    for ratio in (0.2, 0.5):
+        assert main(["plan", f"--model.path={source}", f"--method.removed_ratio={ratio}"]) == 0
 
 
 def trained_mixture() -> PreTrainedModel:

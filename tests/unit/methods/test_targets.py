@@ -126,8 +126,8 @@ def test_keys_that_contradict_a_target_are_refused(change: dict[str, object], me
     ("family", "target", "message"),
     [
         ("bloom", "plain", "BloomForCausalLM has a config without a key for the width"),
-        ("mixtral", "plain", "has no MLP whose channels can be removed; use method.target=any"),
-        ("mixtral", "gguf", "has no MLP whose channels can be removed; use method.target=any"),
+        ("mixtral", "gguf", "has experts, which format gguf does not write; use method.target=p"),
+        ("deepseek_v3", "plain", "has MLPs of different widths, 16 to 48 channels; use method.t"),
     ],
 )
 def test_models_that_a_target_cannot_cut_are_refused_before_they_are_measured(
@@ -136,6 +136,13 @@ def test_models_that_a_target_cannot_cut_are_refused_before_they_are_measured(
     config = resolve_method(replace(OPTIONS, target=target))
     with pytest.raises(ConfigError, match=message):
         predict(DecoderView(meta_model(family)), config)
+
+
+@pytest.mark.parametrize("target", TARGETS[1:])
+def test_experts_of_eight_channels_cannot_get_narrower(target: TargetChoice) -> None:
+    config = resolve_method(replace(OPTIONS, target=target))
+    with pytest.raises(ConfigError, match=r"has no MLP whose channels can be removed; use method"):
+        predict(DecoderView(meta_model("mixtral", intermediate_size=8)), config)
 
 
 def test_a_budget_that_dense_attention_puts_out_of_reach_names_the_range() -> None:
