@@ -97,8 +97,8 @@ class Metric:
         """Return the greedy order in which inputs of a weight ``(N, M)`` are removed.
 
         Losses are predicted nats per token for ``kfac``, else squared errors of the outputs. The
-        weights of experts, ``(E, N, M)``, have an order each, ``(E, M)``, and the losses add up over
-        all experts, since each loses as many inputs.
+        weights of experts, ``(E, N, M)``, have an order each, ``(E, M)``. Their losses add up, since
+        each loses as many inputs.
         """
         left, gram = self._left_root(moments), _measured(moments.input_gram)
         damping = self.input_damping
