@@ -97,7 +97,7 @@ class Metric:
         """Return the greedy order in which inputs of a weight ``(N, M)`` are removed.
 
         Losses are predicted nats per token for ``kfac``, else squared errors of the outputs. The
-        weights of experts, ``(E, N, M)``, have an order each, ``(E, M)``. Their losses add up, since
+        weights of experts, ``(E, N, M)``, have an order each, ``(E, M)``. Their losses add up:
         each loses as many inputs.
         """
         left, gram = self._left_root(moments), _measured(moments.input_gram)
