@@ -58,7 +58,7 @@ def shape_after(model: ModelShape, operations: Sequence[Operation], parameters: 
         new |= applier_of(operation).new_shapes(operation, dense)
     layers = tuple(
         _with_experts(
-            _after(index, layer, new, operations, seam=model.hidden**2), operations, model
+            _after(index, layer, new, operations, seam=model.hidden**2), operations, model.hidden
         )
         for index, layer in enumerate(model.layers)
         if index not in dropped

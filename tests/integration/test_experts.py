@@ -91,8 +91,8 @@ def test_every_family_loses_a_share_and_opens_in_a_fresh_process(
     family: str, tmp_path: Path
 ) -> None:
     sizes = {"intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2}
-    lists = {"layer_types": None} if family in ("gpt_oss", "qwen3_next") else {}
-    source = save_tiny(tmp_path / "tiny", family, **sizes, **lists)
+    types: dict[str, Any] = {"gpt_oss": {"layer_types": None}}
+    source = save_tiny(tmp_path / "tiny", family, **{**sizes, **types.get(family, {})})
     parts = ("calibration", "evaluation")
     words = [f"--{part}.{w}" for part in parts for w in ("source=pydoc", "seqlen=32")]
     words += [f"--{part}.num_samples=3" for part in parts]
