@@ -18,6 +18,7 @@ from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.prediction import Layers, Outlook, outlook_of
 from grasp_lightning.methods.rank_rules import RankRule
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.streamed import dense_weights
 from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
 from grasp_lightning.stats.base import Moments, Needs, Removable, Statistics, Step
 
@@ -85,10 +86,9 @@ def truncated(measured: Measured, ranks: Mapping[str, int]) -> Decision:
     return Decision(operations=tuple(operations), tensors=tensors, scores=stored)
 
 
-def weights_of(view: DecoderView, modules: Iterable[str]) -> dict[str, Tensor]:
+def weights_of(view: DecoderView, modules: Iterable[str]) -> Mapping[str, Tensor]:
     """Return the weights of some dense linears, ``(N, M)``, by full name."""
-    linears = view.all_linears()
-    return {name: linears[name].weight.detach() for name in modules}
+    return dense_weights(view, modules)
 
 
 class _Rule(Protocol):

@@ -24,7 +24,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from grasp_lightning.config import ModelConfig
-from grasp_lightning.errors import ModelError
+from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.models.completeness import check_complete, check_config_builds, warn_of_rest
 from grasp_lightning.models.device import resolve_device
 from grasp_lightning.models.integrity import check_finite, model_hash
@@ -97,6 +97,8 @@ def load_model(config: ModelConfig) -> LoadedModel:
     A ``ConfigError`` reports keys without effect or an unavailable device, a ``ModelError`` a model
     that is missing, incomplete or damaged, and a ``NumericsError`` weights with NaN or infinity.
     """
+    if config.loading == "streamed":
+        raise ConfigError("model.loading is streamed, which only compress can do: set it to whole")
     device = resolve_device(config.device)
     source = pinned(resolve_source(config))
     _require_parts(source)
