@@ -56,7 +56,7 @@ def hash_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for part in plain_parts(tensor):
-            digest.update(_bytes_of(part))
+            digest.update(bytes_of(part))
     return digest.hexdigest()
 
 
@@ -75,7 +75,7 @@ def tensor_hash(tensor: Tensor) -> str:
     """Return dtype, shape and sha256 of a tensor, whatever its device."""
     digest = hashlib.sha256()
     for part in plain_parts(tensor):
-        digest.update(_bytes_of(part))
+        digest.update(bytes_of(part))
     return f"{tensor.dtype} {tuple(tensor.shape)} {digest.hexdigest()}"
 
 
@@ -87,7 +87,8 @@ def plain_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     return tuple(part for name in names for part in plain_parts(getattr(tensor, name)))
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a plain tensor, whatever its device, in row-major order."""
     # numpy has no bfloat16, so torch gives the bytes.
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
