@@ -71,11 +71,7 @@ class StreamedMeasure:
 
     @contextmanager
     def _sweep(self, view: DecoderView, num_layers: int) -> Iterator[LayerSweep]:
-        """Open a sweep that keeps the inputs of some layers.
-
-        Raises:
-            OutputError: If the disk has too little room for what does not fit into memory.
-        """
+        """Open a sweep that keeps the inputs of some layers, if the disk has room for them."""
         tokens = sum(batch["input_ids"].numel() for batch in self._batches.values())
         width = view.model.config.get_text_config().hidden_size
         # And what leaves the layer that runs, or its gradient.

@@ -1,8 +1,8 @@
-"""What a run with ``model.loading: streamed`` can do; everything else is refused before it starts."""
+"""What a run with ``model.loading: streamed`` can do; the rest is refused before it starts."""
 
 from typing import Final
 
-from grasp_lightning.config import CompressConfig
+from grasp_lightning.config import CompressConfig, MethodConfig
 from grasp_lightning.data.mixture import SELF
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.models.decoder import DecoderView
@@ -18,7 +18,7 @@ def check_streamed(config: CompressConfig) -> None:
     Raises:
         ConfigError: If anything does.
     """
-    reason = _method_problem(config) or _other_problem(config)
+    reason = method_problem(config.method) or _other_problem(config)
     if reason is not None:
         raise ConfigError(f"model.loading is streamed, but {reason}; or set model.loading=whole")
     check_streamable(config.model)
@@ -37,17 +37,17 @@ def check_chain(view: DecoderView) -> None:
         )
 
 
-def _method_problem(config: CompressConfig) -> str | None:
-    method, measured = config.method, config.statistics.measured_windows
+def method_problem(method: MethodConfig) -> str | None:
+    """Return why a method, resolved, needs the whole model; None if it can be streamed."""
     if method.name not in _METHODS:
-        return (
-            f"method {method.name} needs the whole model; expected one of {', '.join(_METHODS)}"
-        )
+        return f"method {method.name} needs the whole model; expected one of {', '.join(_METHODS)}"
     problems = {
-        "method.unit measures blocks in the whole model: leave it unset": method.unit
-        not in (None, "layers"),
-        "method.seam adds a matrix to layers: set method.seam=none": method.seam
-        not in (None, "none"),
+        "method.unit measures blocks in the whole model: leave it unset": (
+            method.unit not in (None, "layers")
+        ),
+        "method.seam adds a matrix to layers: set method.seam=none": (
+            method.seam not in (None, "none")
+        ),
         "method.schedule iterative sweeps once per block: set method.schedule=one_shot": (
             method.schedule == "iterative"
         ),
@@ -60,16 +60,15 @@ def _method_problem(config: CompressConfig) -> str | None:
         "method.target plain changes the config of the whole model: set another one": (
             method.target == "plain"
         ),
-        "cuts are measured in the whole model: set statistics.measured_windows=0": (
-            method.weighting == "kfac" and measured > 0
-        ),
     }
     return next((reason for reason, applies in problems.items() if applies), None)
 
 
 def _other_problem(config: CompressConfig) -> str | None:
     trainer, sources = config.trainer, config.calibration.source
+    measures_cuts = config.method.weighting == "kfac" and config.statistics.measured_windows > 0
     problems = {
+        "cuts are measured in the whole model: set statistics.measured_windows=0": measures_cuts,
         "one process works: set trainer.devices=1, trainer.num_nodes=1 and trainer.strategy=auto": (
             trainer.devices * trainer.num_nodes > 1 or trainer.strategy != "auto"
         ),

@@ -49,9 +49,6 @@ def evaluate_perplexity(view: DecoderView, batches: Iterable[Mapping[str, Tensor
 
     Args:
         batches: ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``.
-
-    Raises:
-        NumericsError: If a loss is NaN or infinite, or the perplexity is too large for float64.
     """
     with frozen(view.model):
         return perplexity_of(view, _predictions(view, batches))
@@ -70,11 +67,14 @@ def _predictions(
 def perplexity_of(
     view: DecoderView, predictions: Iterable[tuple[Mapping[str, Tensor], Tensor]]
 ) -> float:
-    """Return the perplexity of some predictions; arguments and errors: see ``evaluate_perplexity``.
+    """Return the perplexity of some predictions, as ``evaluate_perplexity``.
 
     Args:
         view: The model that made them, frozen.
         predictions: Batches on its device, and their logits, ``(B, T, V)``.
+
+    Raises:
+        NumericsError: If a loss is NaN or infinite, or the perplexity is too large for float64.
     """
     metric = Perplexity().to(view.model.device)  # where the process group can reduce it
     for batch, logits in predictions:

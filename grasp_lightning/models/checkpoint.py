@@ -165,7 +165,7 @@ def check_not_quantized(model: PreTrainedModel, error: type[GraspError]) -> None
 
 
 def prepare_folder(path: Path) -> None:
-    """Create a folder; delete weights in it that would be preferred to new ones or mix with them."""
+    """Create a folder, or delete weights in it that loaders would prefer or mix with new ones."""
     path.mkdir(parents=True, exist_ok=True)
     stale = [path / "model.safetensors", path / "model.safetensors.index.json"]
     for file in (*stale, *path.glob("model-*-of-*.safetensors"), path / f"{REMOTE_MODULE}.py"):

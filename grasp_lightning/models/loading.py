@@ -97,8 +97,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     A ``ConfigError`` reports keys without effect or an unavailable device, a ``ModelError`` a model
     that is missing, incomplete or damaged, and a ``NumericsError`` weights with NaN or infinity.
     """
-    if config.loading == "streamed":
-        raise ConfigError("model.loading is streamed, which only compress can do: set it to whole")
+    _check_whole(config)
     device = resolve_device(config.device)
     source = pinned(resolve_source(config))
     _require_parts(source)
@@ -124,6 +123,12 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if source.is_hub:  # licence and size are only known once its files are cached
         fetch_side_files(source.location, source.revision, source.local_folder())
     return LoadedModel(model=model, tokenizer=tokenizer, origin=origin or describe_origin(source))
+
+
+def _check_whole(config: ModelConfig) -> None:
+    """Refuse a model that is to be streamed: a ``ConfigError``."""
+    if config.loading == "streamed":
+        raise ConfigError("model.loading is streamed, which only compress can do: set it to whole")
 
 
 def load_without_weights(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -41,9 +41,7 @@ class StreamedWeights:
         device: Where layers run.
     """
 
-    def __init__(
-        self, view: DecoderView, files: Mapping[str, Path], device: torch.device
-    ) -> None:
+    def __init__(self, view: DecoderView, files: Mapping[str, Path], device: torch.device) -> None:
         self.device = device
         self._view = view
         self._files = files
@@ -139,7 +137,9 @@ class StreamedWeights:
             self._release(index)
 
     def _enter(self, index: int, layer: nn.Module, _: object) -> None:
-        if "forward" not in layer.__dict__:  # another function stands in for a layer that is skipped
+        if (
+            "forward" not in layer.__dict__
+        ):  # another function stands in for a layer that is skipped
             self._load(index)
 
     def _leave(self, index: int, *_: object) -> None:
@@ -238,9 +238,6 @@ def read_stored(files: Mapping[str, Path], names: Sequence[str]) -> dict[str, Te
     Args:
         files: The file of each stored tensor, by name.
         names: Names of the tensors to read.
-
-    Raises:
-        ModelError: If a file is damaged, or has changed.
     """
     found: dict[str, Tensor] = {}
     for path in sorted({files[name] for name in names}):

@@ -18,8 +18,8 @@ from grasp_lightning.models.integrity import check_finite_weight, hash_of_tensor
 from grasp_lightning.models.loading import LoadedModel, load_without_weights
 from grasp_lightning.models.lowrank import has_replaced
 from grasp_lightning.models.source import describe_origin, resolve_source
-from grasp_lightning.models.streamed import StreamedWeights, read_stored
 from grasp_lightning.models.stored_shapes import stored_shapes
+from grasp_lightning.models.streamed import StreamedWeights, read_stored
 from grasp_lightning.models.weight_files import ADVICE, fault, weight_files
 from grasp_lightning.reading.tensors import open_tensors
 
@@ -43,13 +43,8 @@ def check_streamable(config: ModelConfig) -> None:
 def load_streamed(config: ModelConfig) -> tuple[LoadedModel, str]:
     """Return a streamed model in eval mode with its tokenizer, and the hash of its weights.
 
-    All weights are read once, layer by layer, to check and hash them.
-
-    Raises:
-        ConfigError: If the source cannot be streamed, or the device is not available.
-        ModelError: If the model is missing, incomplete, damaged, or of a family that cannot be run
-            layer by layer.
-        NumericsError: If a weight has NaN or infinity.
+    All weights are read once, layer by layer, to check and hash them. It fails like
+    ``load_model``, and with a ``ModelError`` for a family that cannot be run layer by layer.
     """
     check_streamable(config)
     device, source = resolve_device(config.device), resolve_source(config)
@@ -106,7 +101,7 @@ def _match_dtype(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
     """
     if model.config.dtype is None:  # no key of the config says it: that of the first weight
         (first,) = read_stored(files, [next(iter(files))]).values()
-        model.to(first.dtype)
+        model.to(dtype=first.dtype)  # type: ignore[call-arg]  # transformers wraps it
         model.config.dtype = first.dtype
     in_float32 = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
     if in_float32 and model.dtype.itemsize < torch.float32.itemsize:
@@ -184,7 +179,7 @@ def _compute_buffers(name: str, model: PreTrainedModel, device: torch.device) ->
                 module._buffers[key] = empty.fill_(torch.nan if buffer.is_floating_point() else 0)
                 owners.append(module)
     for module in {id(owner): owner for owner in owners}.values():
-        model._init_weights(module)
+        model._init_weights(module)  # type: ignore[no-untyped-call]  # untyped in transformers
     for path, buffer in model.named_buffers():
         if buffer.device.type != "meta" and not buffer.isfinite().all():
             raise ModelError(

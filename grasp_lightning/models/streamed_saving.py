@@ -130,8 +130,8 @@ def _write_weights(
 
 def _stored_names(model: PreTrainedModel) -> tuple[dict[str, str], dict[str, str]]:
     """Return the name in the files of each tensor that is stored, and the files' metadata."""
-    state, metadata = model.state_dict(keep_vars=True), {}
-    keys = list(state)
+    state = model.state_dict(keep_vars=True)
+    keys, metadata = list(state), dict[str, str]()
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, GraspQuantizer):
         stored, metadata = quantizer.get_state_dict_and_metadata(model)
@@ -161,7 +161,11 @@ def _write_file(
     for name, tensor in header.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         shape = list(tensor.shape)
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+        entries[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     hashes: dict[str, str] = {}

@@ -98,9 +98,6 @@ class CalibrationModule(L.LightningModule):
         Args:
             batch: ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``, and ``index``, which is
                 empty for padding: it runs because other processes may need this one's weights.
-
-        Raises:
-            NumericsError: If the loss is NaN or infinite.
         """
         if self.cache is not None:
             self.cache.start_batch(batch["index"])

@@ -106,7 +106,15 @@ class Refitter:
                         continue
                     changes = by_layer.get(index, [])
                     keeps = store if index in fitted else None
-                    self._refit_layer(view, index, changes, refitted, streams, mode, keeps)
+                    self._refit_layer(
+                        view,
+                        index,
+                        changes,
+                        refitted=refitted,
+                        streams=streams,
+                        mode=mode,
+                        store=keeps,
+                    )
         return refitted
 
     def _refit_layer(
@@ -114,6 +122,7 @@ class Refitter:
         view: DecoderView,
         index: int,
         changes: Sequence[Operation],
+        *,
         refitted: dict[str, Tensor],
         streams: Streams,
         mode: RefitChoice,

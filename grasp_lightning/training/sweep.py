@@ -215,9 +215,6 @@ def sweep_perplexity(
         max_bytes: Memory for hidden states; the rest is stored in files.
         track: Shows progress over layers.
         description: Label of the progress.
-
-    Raises:
-        NumericsError: As ``evaluate_perplexity``.
     """
     starts = range(0, len(windows), batch_size)
     batches = {
