@@ -69,7 +69,7 @@ def _attached(
     files, view = _files(folder), DecoderView(model)
     _match_dtype(model, files)
     _check_stored(name, model, folder)
-    _check_apart(model, view)
+    check_apart(model, view)
     layers = {id(module) for index in view.layer_indices for module in view.layer(index).modules()}
     _compute_buffers(name, model, device)  # first: it also initialises weights
     _load_outside(model, layers, files, device)
@@ -126,7 +126,7 @@ def _check_stored(name: str, model: PreTrainedModel, folder: Path) -> None:
     check_complete(name, {"missing_keys": [], "mismatched_keys": wrong, "error_msgs": []})
 
 
-def _check_apart(model: PreTrainedModel, view: DecoderView) -> None:
+def check_apart(model: PreTrainedModel, view: DecoderView) -> None:
     """Refuse decoder layers that share weights: a ``ModelError``."""
     owners: dict[int, set[int | None]] = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):

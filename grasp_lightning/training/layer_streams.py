@@ -33,7 +33,7 @@ class HiddenStates:
     Args:
         folder: An existing folder for the files.
         limit: Maximum bytes in memory.
-        device: Where they are used: then memory is that of the CPU. None keeps them where they are.
+        device: Where they are used; they are kept on the CPU. None keeps them where they are.
     """
 
     def __init__(self, folder: Path, limit: float, device: torch.device | None = None) -> None:

@@ -28,7 +28,7 @@ _GRADIENT = "gradient"
 
 
 class Visitor(Protocol):
-    """What is told about each batch that runs through a layer."""
+    """Sees each batch that runs through a layer."""
 
     def before(self, batch: Mapping[str, Tensor]) -> None:
         """Take the batch that runs next."""
