@@ -143,7 +143,7 @@ def calibration_losses(fisher: FisherChoice, logits: Tensor, batch: Batch) -> Te
 
 
 def check_loss(view: DecoderView, batch: Batch, number: int, loss: Tensor) -> None:
-    """Raise a ``NumericsError`` if a loss is not finite, with the number of its batch and the place."""
+    """Raise a ``NumericsError`` if a batch, of a given number, has a loss that is not finite."""
     where = find_non_finite(view, forward_inputs(batch), loss)
     if where is not None:
         raise NumericsError(
