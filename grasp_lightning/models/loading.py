@@ -24,7 +24,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from grasp_lightning.config import ModelConfig
-from grasp_lightning.errors import ConfigError, ModelError
+from grasp_lightning.errors import ModelError
 from grasp_lightning.models.completeness import check_complete, check_config_builds, warn_of_rest
 from grasp_lightning.models.device import resolve_device
 from grasp_lightning.models.integrity import check_finite, model_hash
@@ -36,6 +36,7 @@ from grasp_lightning.models.side_files import fetch_side_files
 from grasp_lightning.models.source import (
     ModelOrigin,
     ModelSource,
+    check_whole,
     describe_origin,
     first_line,
     hub_error,
@@ -97,7 +98,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     A ``ConfigError`` reports keys without effect or an unavailable device, a ``ModelError`` a model
     that is missing, incomplete or damaged, and a ``NumericsError`` weights with NaN or infinity.
     """
-    _check_whole(config)
+    check_whole(config)
     device = resolve_device(config.device)
     source = pinned(resolve_source(config))
     _require_parts(source)
@@ -123,12 +124,6 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if source.is_hub:  # licence and size are only known once its files are cached
         fetch_side_files(source.location, source.revision, source.local_folder())
     return LoadedModel(model=model, tokenizer=tokenizer, origin=origin or describe_origin(source))
-
-
-def _check_whole(config: ModelConfig) -> None:
-    """Refuse a model that is to be streamed: a ``ConfigError``."""
-    if config.loading == "streamed":
-        raise ConfigError("model.loading is streamed, which only compress can do: set it to whole")
 
 
 def load_without_weights(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
