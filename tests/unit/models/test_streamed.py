@@ -82,7 +82,8 @@ def batch(number: int) -> Mapping[str, Tensor]:
 def test_layers_that_share_a_weight_are_refused() -> None:
     model = tiny_model()
     view = DecoderView(model)
-    view.layer(2).input_layernorm.weight = view.layer(1).input_layernorm.weight
+    shared = view.layer(1).get_parameter("input_layernorm.weight")
+    view.layer(2).get_submodule("input_layernorm").register_parameter("weight", shared)
 
     with pytest.raises(ModelError, match="LlamaForCausalLM share weights, so they cannot be"):
         check_apart(model, view)
