@@ -156,6 +156,10 @@ class Measurement(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Remove the hooks when a run ends early."""
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hooks, without statistics."""
         self._hooks.close()
 
 

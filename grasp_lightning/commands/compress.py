@@ -12,6 +12,7 @@ from torch import Tensor
 from grasp_lightning import processes
 from grasp_lightning.callbacks.measure import TrainerMeasure
 from grasp_lightning.callbacks.stop_request import StopRequest
+from grasp_lightning.callbacks.streamed import StreamedMeasure
 from grasp_lightning.commands.inputs import Inputs, prepare
 from grasp_lightning.commands.outputs import Outcome, write_outputs
 from grasp_lightning.commands.stages import (
@@ -22,6 +23,7 @@ from grasp_lightning.commands.stages import (
     compress_stages,
     compress_work,
 )
+from grasp_lightning.commands.streamed import check_streamed
 from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
 from grasp_lightning.config import CompressConfig, MethodConfig
 from grasp_lightning.config.parsing import to_dict
@@ -35,6 +37,7 @@ from grasp_lightning.models.plain import make_plain
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.models.size import count_inputs, measure_size
 from grasp_lightning.models.source import resolve_source
+from grasp_lightning.models.streamed import streamed_weights
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.pipeline import Finish, Measure, compress
 from grasp_lightning.plan import Plan
@@ -47,6 +50,7 @@ from grasp_lightning.storage.shared import Facts, check_shared_folder
 from grasp_lightning.storage.shared_statistics import SharedMeasure
 from grasp_lightning.training.finish import CUT_LOSSES, REFIT, FinishDecision
 from grasp_lightning.training.hidden_cache import pass_on_hidden_states_only
+from grasp_lightning.training.sweep import sweep_perplexity
 
 # Keys that change no statistic.
 _WITHOUT_EFFECT: Final = {
@@ -115,6 +119,12 @@ def resolved(
     config = replace(config, method=_resolved_method(config))
     if config.trainer.strategy == "fsdp":
         _check_splittable(config.method)
+    if config.model.loading == "streamed":
+        if given is not None:
+            raise ConfigError(
+                "model.loading is streamed, but the model is already in memory: give its path"
+            )
+        check_streamed(config)
     source = resolve_source(config.model) if given is None else given.origin
     return config, [] if source.folder is None else [source.folder]
 
@@ -162,7 +172,8 @@ def _execute(
     def write() -> Metrics:
         with phases(LOAD):
             loaded = _compressed(config, inputs, plan, progress.factors)
-            make_plain(loaded.model)  # now, for the card
+            if streamed_weights(loaded.model) is None:
+                make_plain(loaded.model)  # now, for the card
         outcome = Outcome(
             loaded=loaded,
             plan=plan,
@@ -210,6 +221,9 @@ def _measure(
     if inputs.stored is not None:
         return inputs.stored
     assert inputs.data is not None  # there are windows, or stored scores
+    if streamed_weights(inputs.loaded.model) is not None:
+        max_bytes = config.statistics.max_memory * 1e9
+        return StreamedMeasure(inputs.data, store=progress, max_bytes=max_bytes, track=track)
     measure = TrainerMeasure(
         inputs.data,
         config.trainer,
@@ -276,9 +290,18 @@ def _finish(
 
 
 def _perplexity(config: CompressConfig, inputs: Inputs, phases: Phases, which: str) -> float:
+    windows, batch_size = inputs.held_out, config.evaluation.batch_size
+    description = f"perplexity, {which}"
     with phases(EVALUATE):
-        return tracked_perplexity(
-            inputs.view, inputs.held_out, config.evaluation.batch_size, f"perplexity, {which}"
+        if streamed_weights(inputs.loaded.model) is None:
+            return tracked_perplexity(inputs.view, windows, batch_size, description)
+        return sweep_perplexity(
+            inputs.view,
+            windows,
+            batch_size,
+            max_bytes=config.statistics.max_memory * 1e9,
+            track=track,
+            description=description,
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from grasp_lightning import __version__, processes
 from grasp_lightning.callbacks.placement import check_trainer, is_split
 from grasp_lightning.commands.stages import LOAD
+from grasp_lightning.commands.streamed import check_chain
 from grasp_lightning.config import CompressConfig
 from grasp_lightning.config.values import check_values
 from grasp_lightning.data.datamodules import CalibrationData
@@ -29,6 +30,8 @@ from grasp_lightning.models.in_memory import ModelInMemory
 from grasp_lightning.models.integrity import config_values
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash, resolve_device
 from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard
+from grasp_lightning.models.streamed import streamed_weights
+from grasp_lightning.models.streamed_loading import load_streamed
 from grasp_lightning.models.verification import can_generate
 from grasp_lightning.progress import track
 from grasp_lightning.run_folder import RunFolder
@@ -91,6 +94,9 @@ def prepare(
         loaded, digest = _load(config, given)
         view = DecoderView(loaded.model)
         leave_uncalled(view)
+        is_streamed = streamed_weights(loaded.model) is not None
+        if is_streamed:
+            check_chain(view, config.method)
         method = build_method(config.method, view, track)
         check_independent(view, config.method, skips_parts=method.skips_parts)
         prediction = method.predict(view)
@@ -120,7 +126,8 @@ def prepare(
             if stored is not None:
                 stored.check_windows(data.fingerprint)
             hashes |= data.fingerprint
-        generates = is_sharded(loaded.model) or can_generate(loaded.model)
+        # Reading all layers for each token would take long.
+        generates = is_streamed or is_sharded(loaded.model) or can_generate(loaded.model)
     return Inputs(
         loaded=loaded,
         view=view,
@@ -195,6 +202,8 @@ def _load(config: CompressConfig, given: ModelInMemory | None) -> tuple[LoadedMo
                 "memory: give its path instead"
             )
         return given.copied(), given.digest
+    if config.model.loading == "streamed":
+        return load_streamed(config.model)
     if not is_split(config.trainer):
         loaded = load_model(config.model)
         check_not_quantized(loaded.model, ModelError)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from grasp_lightning.commands.streamed import check_streamed, method_problem
 from grasp_lightning.config import CompensateConfig, CompressConfig, PlanConfig
 from grasp_lightning.memory.activations import FLOAT64
 from grasp_lightning.memory.forecast import calibration_plan, compensation_plan
@@ -65,6 +66,8 @@ class Planned:
 def run_plan(config: PlanConfig, compensate: CompensateConfig | None = None) -> Planned:
     """Return what a configuration would remove and the memory it takes; reads no weights."""
     config = replace(config, method=resolve_method(config.method, config.seed))
+    if config.model.loading == "streamed":
+        check_streamed(config)
     return planned(config, compensate, DecoderView(load_meta_model(config.model, warns=True)))
 
 
@@ -91,6 +94,11 @@ def planned(
             compressed,
             prediction.layers,
             moments=_moment_bytes(view, config, prediction),
+            layer_moments=(
+                None
+                if method_problem(config.method)
+                else _moment_bytes(view, config, prediction, by_layer=True)
+            ),
             set_weights=_set_weights(view, prediction),
         ),
         compensation=compensation_plan(
@@ -125,8 +133,12 @@ def _target_losses(config: CompressConfig, view: DecoderView) -> dict[str, float
     return method.stored_target_losses(view, stored.plan, stored)
 
 
-def _moment_bytes(view: DecoderView, config: CompressConfig, prediction: Prediction) -> int:
+def _moment_bytes(
+    view: DecoderView, config: CompressConfig, prediction: Prediction, *, by_layer: bool = False
+) -> int:
     """Return an upper bound for the sums in the largest pass of a curvature measurement.
+
+    With ``by_layer``, each layer has a pass of its own.
 
     Linears with the same input share its Gram matrix, which shapes do not show.
     """
@@ -137,7 +149,7 @@ def _moment_bytes(view: DecoderView, config: CompressConfig, prediction: Predict
         kinds, limit = frozenset({method.moment_kind}), 0.0  # one layer at a time
     elif config.method.weighting is not None:
         kinds = Metric(weighting=config.method.weighting).moment_kinds
-        limit = config.statistics.max_memory * 1e9
+        limit = 0.0 if by_layer else config.statistics.max_memory * 1e9
     else:
         return 0
     measured = {*weight_shapes(view, Plan(method="plan"), prediction.layers)}

@@ -25,7 +25,7 @@ from grasp_lightning.data.mixture import mixture_parts
 from grasp_lightning.data.sources import check_corpus
 from grasp_lightning.errors import ConfigError, OutputError
 from grasp_lightning.methods import resolve_method
-from grasp_lightning.models.source import resolve_source
+from grasp_lightning.models.source import check_whole, resolve_source
 from grasp_lightning.run_folder import write_file
 from grasp_lightning.run_folder.lock import check_unlocked, safe_root
 from grasp_lightning.run_folder.rules import RunState, classify, config_hash
@@ -67,6 +67,7 @@ class GridFolder:
         found = {}
         for name, model in self.config.models.items():
             with renamed("model", f"models.{name}"):
+                check_whole(model)
                 is_gguf = resolve_source(model).gguf_file is not None
             copy = replace(model, path=str(self.converted(name)), gguf_file=None, revision=None)
             found[name] = copy if is_gguf else model

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from grasp_lightning.config.values import Count, PathName, Range, WindowLength
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Loading = Literal["whole", "streamed"]
 Precision = Literal["32-true", "bf16-mixed"]
 MatmulPrecision = Literal["highest", "high", "medium"]
 Strategy = Literal[
@@ -32,6 +33,8 @@ class ModelConfig:
         dtype: Floating point type of the weights; auto keeps the checkpoint's (GGUF: float32).
         device: Device of the model: auto, cpu, cuda, cuda:1, ...
         trust_remote_code: Run model code that comes with the checkpoint.
+        loading: whole: the device holds all weights; streamed: it holds one decoder layer at a
+            time, read from the disk; compress only.
     """
 
     path: PathName
@@ -40,6 +43,7 @@ class ModelConfig:
     dtype: Dtype = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    loading: Loading = "whole"
 
 
 @dataclass(frozen=True, kw_only=True)

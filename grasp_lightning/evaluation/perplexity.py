@@ -1,7 +1,7 @@
 """Perplexity on held-out windows, token-weighted."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -49,25 +49,43 @@ def evaluate_perplexity(view: DecoderView, batches: Iterable[Mapping[str, Tensor
 
     Args:
         batches: ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``.
+    """
+    with frozen(view.model):
+        return perplexity_of(view, _predictions(view, batches))
+
+
+@torch.no_grad()
+def _predictions(
+    view: DecoderView, batches: Iterable[Mapping[str, Tensor]]
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    for batch in batches:
+        moved = {key: value.to(view.model.device) for key, value in batch.items()}
+        yield moved, view.model(**forward_inputs(moved), use_cache=False).logits
+
+
+@torch.no_grad()
+def perplexity_of(
+    view: DecoderView, predictions: Iterable[tuple[Mapping[str, Tensor], Tensor]]
+) -> float:
+    """Return the perplexity of some predictions, as ``evaluate_perplexity``.
+
+    Args:
+        view: The model that made them, frozen.
+        predictions: Batches on its device, and their logits, ``(B, T, V)``.
 
     Raises:
         NumericsError: If a loss is NaN or infinite, or the perplexity is too large for float64.
     """
-    model = view.model
-    metric = Perplexity().to(model.device)  # where the process group can reduce it
-    with frozen(model), torch.no_grad():
-        for batch in batches:
-            moved = {key: value.to(model.device) for key, value in batch.items()}
-            inputs = forward_inputs(moved)
-            logits = model(**inputs, use_cache=False).logits
-            losses = next_token_losses(logits, moved["input_ids"], moved["targets"])
-            where = find_non_finite(view, inputs, losses)
-            if where is not None:
-                raise NumericsError(
-                    f"the loss on the evaluation text is NaN or infinite, first in {where}; "
-                    f"{nan_advice(model.dtype)}"
-                )
-            metric.update(losses)
+    metric = Perplexity().to(view.model.device)  # where the process group can reduce it
+    for batch, logits in predictions:
+        losses = next_token_losses(logits, batch["input_ids"], batch["targets"])
+        where = find_non_finite(view, forward_inputs(batch), losses)
+        if where is not None:
+            raise NumericsError(
+                f"the loss on the evaluation text is NaN or infinite, first in {where}; "
+                f"{nan_advice(view.model.dtype)}"
+            )
+        metric.update(losses)
     value = float(metric.compute())
     if not math.isfinite(value):
         raise NumericsError(f"the perplexity on the evaluation text is {value}, beyond float64")

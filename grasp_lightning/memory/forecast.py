@@ -28,6 +28,7 @@ from grasp_lightning.memory.compensation import (
 )
 from grasp_lightning.memory.local import hidden_state_bytes, local_memory
 from grasp_lightning.memory.shapes import Adapters, ModelShape, Pass, Scored
+from grasp_lightning.memory.streamed import streamed_memory
 from grasp_lightning.memory.text import (
     CachedPredictions,
     CalibrationPlan,
@@ -58,6 +59,7 @@ def calibration_plan(
     layers: tuple[int, ...],
     *,
     moments: int = 0,
+    layer_moments: int | None = None,
     set_weights: int = 0,
 ) -> CalibrationPlan:
     """Return the memory of a calibration, by strategy.
@@ -68,6 +70,7 @@ def calibration_plan(
         compressed: The model after it.
         layers: Layers that are replaced.
         moments: Bytes of the Gram matrices that one pass sums.
+        layer_moments: The same for a single layer; None if the method cannot be streamed.
         set_weights: Number of weights that are replaced by others of equal shape.
     """
     run = calibration_pass(config)
@@ -96,6 +99,9 @@ def calibration_plan(
             cache=cache,
             set_weights=set_weights * dense.element_size,
         )
+    streamed = None
+    if layer_moments is not None:
+        streamed = streamed_memory(config, dense, replaced, run, scored, moments=layer_moments)
     evaluated = Pass(batch_size=config.evaluation.batch_size, seqlen=config.evaluation.seqlen)
     parts = mixture_parts(config.calibration, "calibration")
     num_written = sum(part.num_samples for part in parts if part.source == SELF)
@@ -110,6 +116,7 @@ def calibration_plan(
         evaluation=dense.weights + evaluation_bytes(dense, evaluated),
         sampled_texts=written.batch_size,
         sampling=dense.weights + sampling_bytes(dense, written),
+        streamed=streamed,
     )
 
 

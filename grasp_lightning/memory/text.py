@@ -7,6 +7,7 @@ from typing import NamedTuple
 from grasp_lightning.config import Strategy, TrainMode
 from grasp_lightning.memory.calibration import CalibrationMemory
 from grasp_lightning.memory.compensation import CompensationMemory
+from grasp_lightning.memory.streamed import StreamedMemory
 
 _MEGA = 1_000_000
 _GIGA = 1_000_000_000
@@ -26,6 +27,7 @@ class CalibrationPlan:
         evaluation: Bytes of that measurement, the model included.
         sampled_texts: Number of calibration windows that the model generates together.
         sampling: Bytes of that generation, the model included.
+        streamed: Bytes with ``model.loading=streamed``; None if the method cannot be streamed.
     """
 
     batch_size: int
@@ -37,6 +39,7 @@ class CalibrationPlan:
     sampled_texts: int
     sampling: int
     trains_layer: bool = False
+    streamed: StreamedMemory | None = None
 
 
 class CompensationRow(NamedTuple):
@@ -125,6 +128,9 @@ def _calibration_lines(plan: CalibrationPlan, unit: int, name: str) -> list[str]
         reach = f"backward pass down to layer {plan.lowest}"
     header = ("weights", "statistics", "factors", "activations", "cache", "total")
     rows = {label: _cells((*row, row.total), unit) for label, row in plan.rows.items()}
+    if plan.streamed is not None:
+        device = plan.streamed.device
+        rows["streamed"] = _cells((*device, device.total), unit)
     evaluation, sampling = _cells([plan.evaluation, plan.sampling], unit)
     tokens = plan.evaluation_tokens
     lines = [
@@ -132,6 +138,13 @@ def _calibration_lines(plan: CalibrationPlan, unit: int, name: str) -> list[str]
         *_aligned(header, rows),
         f"perplexity, {tokens} tokens at a time: {evaluation} {name}, weights included",
     ]
+    if plan.streamed is not None:
+        host, disk = _cells([plan.streamed.host, plan.streamed.disk], unit)
+        lines.insert(
+            -1,
+            f"streamed (model.loading=streamed): also {host} {name} of host memory, and {disk} "
+            f"{name} of temporary files",
+        )
     if plan.sampled_texts:
         size = f"{plan.sampled_texts} x {plan.seqlen} tokens"
         lines.append(f"text that the model generates, {size}: {sampling} {name}, weights included")

@@ -11,6 +11,7 @@ from grasp_lightning.linalg.ranks import top_components
 from grasp_lightning.methods.base import Decision, Track, untracked
 from grasp_lightning.methods.dealing import own_weights
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.streamed import dense_weights, streamed_weights
 from grasp_lightning.plan import FactorizeLinear
 from grasp_lightning.stats.base import Needs, Scoring, Step
 
@@ -34,8 +35,9 @@ def attribution_step(
         ranks: Ranks to cut the weights to; None leaves them to the decision.
         track: Shows the progress of the factorisation.
     """
-    linears = model.all_linears()
-    bases = _factorized({name: linears[name].weight.detach() for name in modules}, track)
+    bases = _factorized(dense_weights(model, modules), track)
+    if streamed_weights(model.model) is not None:  # the device holds one layer at a time
+        bases = {name: SVD(*(part.cpu() for part in basis)) for name, basis in bases.items()}
     measured = () if scoring.score == "magnitude" else tuple(bases)
     needs = Needs(weight_gradients=measured, scoring=scoring)
     return Step(name=ATTRIBUTION, needs=needs, bases=bases, ranks=ranks)

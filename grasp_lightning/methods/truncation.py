@@ -18,7 +18,8 @@ from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.prediction import Layers, Outlook, outlook_of
 from grasp_lightning.methods.rank_rules import RankRule
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.mixtures import in_model_order, weights_of
+from grasp_lightning.models.mixtures import in_model_order
+from grasp_lightning.models.streamed import dense_weights
 from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
 from grasp_lightning.stats.base import Moments, Needs, Removable, Statistics, Step
 
@@ -43,7 +44,7 @@ class Measured:
         def on_device(name: str, weight: Tensor) -> T:
             return work(name, weight, self._moments_for(name, weight))
 
-        return dealt(weights_of(self.view, modules), on_device, self.track, description)
+        return dealt(dense_weights(self.view, modules), on_device, self.track, description)
 
     def basis(self, name: str, weight: Tensor) -> SVD:
         """Return the components of a whole weight ``(N, M)``, both vectors of each of one norm."""

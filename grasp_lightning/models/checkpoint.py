@@ -112,8 +112,7 @@ def _write(
     max_shard_size: int | str,
 ) -> None:
     needs_code = has_replaced(model) or is_quantized_here(model)
-    path.mkdir(parents=True, exist_ok=True)
-    _delete_earlier_save(path)
+    prepare_folder(path)
     # Keep the keys of the model in memory: transformers' reverse conversions to an older layout may
     # split or permute tensors, and do not know factors.
     save_original_format = not needs_code
@@ -122,7 +121,7 @@ def _write(
             path, max_shard_size=max_shard_size, save_original_format=save_original_format
         )
     if needs_code:
-        _write_remote_code(model, path)
+        write_remote_code(model, path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
@@ -165,14 +164,15 @@ def check_not_quantized(model: PreTrainedModel, error: type[GraspError]) -> None
         )
 
 
-def _delete_earlier_save(path: Path) -> None:
-    """Delete weights that from_pretrained would prefer to the new ones or mix with them."""
+def prepare_folder(path: Path) -> None:
+    """Create a folder, or delete weights in it that loaders would prefer or mix with new ones."""
+    path.mkdir(parents=True, exist_ok=True)
     stale = [path / "model.safetensors", path / "model.safetensors.index.json"]
     for file in (*stale, *path.glob("model-*-of-*.safetensors"), path / f"{REMOTE_MODULE}.py"):
         file.unlink(missing_ok=True)
 
 
-def _write_remote_code(model: PreTrainedModel, path: Path) -> None:
+def write_remote_code(model: PreTrainedModel, path: Path) -> None:
     """Write the code that opens a saved model without the package, and register it in its config.
 
     A checkpoint with code of its own keeps its model classes: reading its config registers ours.

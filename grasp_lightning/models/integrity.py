@@ -1,6 +1,7 @@
 """Checks that a model's weights are finite, and fingerprints of them."""
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
@@ -17,14 +18,19 @@ _NOT_COMPUTED: Final = ("_name_or_path", "transformers_version", "architectures"
 def check_finite(model: nn.Module) -> None:
     """Raise a ``NumericsError`` that names the first parameter with NaN or infinity."""
     for name, parameter in model.named_parameters():
-        finite = torch.cat([torch.isfinite(part).flatten() for part in plain_parts(parameter)])
-        if not finite.all():
-            bad, dtype = finite.numel() - int(finite.sum()), parameter.dtype
-            narrow = f", or {dtype} is too narrow for it; try model.dtype=float32"
-            raise NumericsError(
-                f"weight {name} contains NaN or infinity ({bad} of {finite.numel()} values): the "
-                f"checkpoint is damaged{'; download it again' if _is_wide(dtype) else narrow}"
-            )
+        check_finite_weight(name, parameter)
+
+
+def check_finite_weight(name: str, parameter: Tensor) -> None:
+    """Raise a ``NumericsError`` if a weight, which the message names, has NaN or infinity."""
+    finite = torch.cat([torch.isfinite(part).flatten() for part in plain_parts(parameter)])
+    if not finite.all():
+        bad, dtype = finite.numel() - int(finite.sum()), parameter.dtype
+        narrow = f", or {dtype} is too narrow for it; try model.dtype=float32"
+        raise NumericsError(
+            f"weight {name} contains NaN or infinity ({bad} of {finite.numel()} values): the "
+            f"checkpoint is damaged{'; download it again' if _is_wide(dtype) else narrow}"
+        )
 
 
 def nan_advice(dtype: torch.dtype, first: str = "check the checkpoint") -> str:
@@ -41,11 +47,16 @@ def model_hash(model: nn.Module) -> str:
 
     It covers name, dtype, shape and bytes of each tensor, sorted by name.
     """
+    return hash_of_tensors(sorted(model.state_dict().items()))
+
+
+def hash_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the ``model_hash`` of a state dict from its entries, sorted by name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for part in plain_parts(tensor):
-            digest.update(_bytes_of(part))
+            digest.update(bytes_of(part))
     return digest.hexdigest()
 
 
@@ -64,7 +75,7 @@ def tensor_hash(tensor: Tensor) -> str:
     """Return dtype, shape and sha256 of a tensor, whatever its device."""
     digest = hashlib.sha256()
     for part in plain_parts(tensor):
-        digest.update(_bytes_of(part))
+        digest.update(bytes_of(part))
     return f"{tensor.dtype} {tuple(tensor.shape)} {digest.hexdigest()}"
 
 
@@ -76,7 +87,8 @@ def plain_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     return tuple(part for name in names for part in plain_parts(getattr(tensor, name)))
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a plain tensor, whatever its device, in row-major order."""
     # numpy has no bfloat16, so torch gives the bytes.
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data

@@ -36,6 +36,7 @@ from grasp_lightning.models.side_files import fetch_side_files
 from grasp_lightning.models.source import (
     ModelOrigin,
     ModelSource,
+    check_whole,
     describe_origin,
     first_line,
     hub_error,
@@ -97,6 +98,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     A ``ConfigError`` reports keys without effect or an unavailable device, a ``ModelError`` a model
     that is missing, incomplete or damaged, and a ``NumericsError`` weights with NaN or infinity.
     """
+    check_whole(config)
     device = resolve_device(config.device)
     source = pinned(resolve_source(config))
     _require_parts(source)

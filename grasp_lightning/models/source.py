@@ -85,6 +85,12 @@ class ModelSource:
         return Path(cached).parent if isinstance(cached, str) else None
 
 
+def check_whole(config: ModelConfig) -> None:
+    """Refuse a model that is to be streamed: a ``ConfigError``."""
+    if config.loading == "streamed":
+        raise ConfigError("model.loading is streamed, which only compress can do: set it to whole")
+
+
 def resolve_source(config: ModelConfig) -> ModelSource:
     """Return the source that a configuration names; local files exist, but are not read yet."""
     if not config.path.strip():

@@ -15,6 +15,7 @@ from grasp_lightning.models.operations import applier_of
 from grasp_lightning.models.operations.base import Site, dense_module
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.models.size import LinearShape
+from grasp_lightning.models.streamed import streamed_weights
 from grasp_lightning.plan import Operation
 
 
@@ -27,9 +28,24 @@ def apply_operations(
     shape, or is not finite in the dtype of the weight that it replaces. Names and layer numbers are
     the original ones. Tensors may be of any float dtype and on any device.
     """
+    _check(view, operations, tensors)
+    weights = streamed_weights(view.model)
+    if weights is not None:
+        weights.note(view, operations, tensors)
+    _apply(view, operations, tensors)
+
+
+def _check(
+    view: DecoderView, operations: Sequence[Operation], tensors: Mapping[str, Tensor]
+) -> None:
     _checked(view, operations)
     for operation in operations:
         _check_tensors(view, operation, tensors)
+
+
+def _apply(
+    view: DecoderView, operations: Sequence[Operation], tensors: Mapping[str, Tensor]
+) -> None:
     for operation in operations:
         applier_of(operation).apply(view, operation, tensors)
     if is_sharded(view.model):
@@ -46,7 +62,8 @@ def replacements(
     ``apply_operations``.
     """
     replaced = {name: view.module(name) for operation in operations for name in operation.modules}
-    apply_operations(view, operations, tensors)
+    _check(view, operations, tensors)
+    _apply(view, operations, tensors)
     new = {name: view.module(name) for name in replaced}
     for name, module in replaced.items():
         view.set_module(name, module)

@@ -10,6 +10,8 @@ from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.side_files import copy_side_files
 from grasp_lightning.models.source import ModelOrigin
+from grasp_lightning.models.streamed import streamed_weights
+from grasp_lightning.models.streamed_saving import save_streamed, verify_streamed
 from grasp_lightning.models.verification import verify_saved
 from grasp_lightning.plan import Plan
 from grasp_lightning.reading.text import read_text, told
@@ -28,7 +30,7 @@ def write_model(
     generates: bool = True,
     phases: Phases | None = None,
 ) -> None:
-    """Write the folder ``model`` of a run, and verify it in a fresh process.
+    """Write the folder ``model`` of a run, and verify it: in a fresh process unless streamed.
 
     Args:
         loaded: Model, tokenizer and the side files of their origin.
@@ -36,11 +38,19 @@ def write_model(
         generates: Whether the model can generate with its cache.
         phases: Times the verification.
     """
+    model, weights = loaded.model, streamed_weights(loaded.model)
+    hashes: dict[str, str] = {}
     with run.new_folder("model") as folder:
-        save_model(loaded.model, folder, tokenizer=loaded.tokenizer)
+        if weights is None:
+            save_model(model, folder, tokenizer=loaded.tokenizer)
+        else:
+            hashes = save_streamed(model, weights, folder, tokenizer=loaded.tokenizer)
         write_beside(folder, loaded.origin, card)
         with nullcontext() if phases is None else phases(VERIFY):
-            verify_saved(loaded.model, folder, generates=generates)
+            if weights is None:
+                verify_saved(model, folder, generates=generates)
+            else:
+                verify_streamed(folder, hashes)
 
 
 def write_beside(

@@ -98,25 +98,13 @@ class CalibrationModule(L.LightningModule):
         Args:
             batch: ``input_ids``, ``mask`` and ``targets``, each ``(B, T)``, and ``index``, which is
                 empty for padding: it runs because other processes may need this one's weights.
-
-        Raises:
-            NumericsError: If the loss is NaN or infinite.
         """
         if self.cache is not None:
             self.cache.start_batch(batch["index"])
         logits = self.model(**forward_inputs(batch), use_cache=False).logits
-        predicted = batch["input_ids"], batch["targets"]
-        if self.fisher == "empirical":
-            losses = next_token_losses(logits, *predicted)
-        else:
-            losses = fisher_losses(logits, *predicted, seeds=batch["index"].tolist())
+        losses = calibration_losses(self.fisher, logits, batch)
         loss = losses.sum()
-        where = find_non_finite(self.view, forward_inputs(batch), loss)
-        if where is not None:
-            raise NumericsError(
-                f"the calibration loss is NaN or infinite in batch {batch_idx}, first in {where}; "
-                f"{nan_advice(self.model.dtype)}"
-            )
+        check_loss(self.view, batch, batch_idx, loss)
         if len(losses) > 0:  # padding has no target
             self.log("calibration_loss", losses.detach().mean(), batch_size=len(batch["index"]))
         if loss.requires_grad:
@@ -136,6 +124,32 @@ class CalibrationModule(L.LightningModule):
             return summed_losses_without(self.view, self.removables, batch)
         self.model.base_model(**forward_inputs(batch), use_cache=False)
         return None
+
+
+def calibration_losses(fisher: FisherChoice, logits: Tensor, batch: Batch) -> Tensor:
+    """Return the loss of every predicted token in nats, ``(n,)``, with the gradients of ``fisher``.
+
+    Sampled gradients are seeded by window.
+
+    Args:
+        fisher: As in ``CalibrationModule``.
+        logits: Scores of the next token, ``(B, T, V)``.
+        batch: As in ``CalibrationModule.training_step``.
+    """
+    predicted = batch["input_ids"], batch["targets"]
+    if fisher == "empirical":
+        return next_token_losses(logits, *predicted)
+    return fisher_losses(logits, *predicted, seeds=batch["index"].tolist())
+
+
+def check_loss(view: DecoderView, batch: Batch, number: int, loss: Tensor) -> None:
+    """Raise a ``NumericsError`` if a batch, of a given number, has a loss that is not finite."""
+    where = find_non_finite(view, forward_inputs(batch), loss)
+    if where is not None:
+        raise NumericsError(
+            f"the calibration loss is NaN or infinite in batch {number}, first in {where}; "
+            f"{nan_advice(view.model.dtype)}"
+        )
 
 
 class _TearDownOnException(L.Callback):

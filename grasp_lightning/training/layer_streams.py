@@ -4,7 +4,7 @@ Legend: B windows of T tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,13 @@ from grasp_lightning.models.calls import hidden_input, hidden_output
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.next_token import forward_inputs
 from grasp_lightning.models.source import first_line
-from grasp_lightning.training.hidden_cache import handing_through, noting_length, only_layers
+from grasp_lightning.models.streamed import holding, streamed_weights
+from grasp_lightning.training.hidden_cache import (
+    handing_through,
+    noting_length,
+    only_layers,
+    with_hidden,
+)
 
 DENSE, COMPRESSED = "dense", "compressed"
 
@@ -29,21 +35,25 @@ class HiddenStates:
     Args:
         folder: An existing folder for the files.
         limit: Maximum bytes in memory.
+        device: Where they are used; they are kept on the CPU. None keeps them where they are.
     """
 
-    def __init__(self, folder: Path, limit: float) -> None:
+    def __init__(self, folder: Path, limit: float, device: torch.device | None = None) -> None:
         self._folder = folder
         self._limit = limit
+        self._device = device
         self._kept: dict[tuple[str, int], Tensor] = {}
         self._bytes = 0
 
     def __getitem__(self, place: tuple[str, int]) -> Tensor:
         """Return the hidden states of a name and batch, ``(B, T, D)``."""
         kept = self._kept.get(place)
-        return torch.load(self._path(place)) if kept is None else kept
+        hidden: Tensor = torch.load(self._path(place)) if kept is None else kept
+        return hidden if self._device is None else hidden.to(self._device)
 
     def __setitem__(self, place: tuple[str, int], hidden: Tensor) -> None:
         """Store hidden states, replacing earlier ones of the same name and batch."""
+        hidden = hidden if self._device is None else hidden.cpu()
         earlier = self._kept.pop(place, None)
         self._bytes -= 0 if earlier is None else earlier.nbytes
         if self._bytes + hidden.nbytes <= self._limit:
@@ -58,6 +68,13 @@ class HiddenStates:
                     f"cannot write {path}: {first_line(error)}; set TMPDIR to a folder on a larger "
                     "disk"
                 ) from error
+
+    def forget(self, name: str) -> None:
+        """Delete the hidden states of a name."""
+        for place in [place for place in self._kept if place[0] == name]:
+            self._bytes -= self._kept.pop(place).nbytes
+        for path in self._folder.glob(f"{name}-*.pt"):
+            path.unlink()
 
     def _path(self, place: tuple[str, int]) -> Path:
         name, batch = place
@@ -135,6 +152,44 @@ class LayerRunner:
             yield
 
     @contextmanager
+    def differentiable(
+        self, index: int, *, has_head: bool
+    ) -> Iterator[Callable[[Mapping[str, Tensor], Tensor], tuple[Tensor, Tensor]]]:
+        """Run one layer alone as ``only``, with autograd history.
+
+        Args:
+            index: Original number of the layer.
+            has_head: Whether the head runs too, on what leaves the layer.
+
+        Yields:
+            A function that maps a batch and the hidden states that enter the layer to the leaf that
+            the layer read, and to the logits if the head runs, else to what leaves the layer.
+        """
+        read: list[Tensor] = []
+
+        def note(
+            _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+        ) -> tuple[tuple[object, ...], dict[str, object]]:
+            hidden = hidden_input(args, kwargs)
+            # An observer may have put in a leaf of its own.
+            leaf = hidden if hidden.requires_grad else hidden.detach().requires_grad_(True)
+            read[:] = [leaf]
+            return with_hidden(leaf, args, kwargs)
+
+        with (
+            nullcontext() if has_head else self._without_head(),
+            self._only(index, None) as run,
+            self._view.layer(index).register_forward_pre_hook(note, with_kwargs=True),
+        ):
+
+            def call(batch: Mapping[str, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
+                logits: list[Tensor] = []
+                leaving = run(hidden, lambda: logits.append(self._call(batch)))
+                return read.pop(), logits.pop() if has_head else leaving
+
+            yield call
+
+    @contextmanager
     def only(
         self, first: int, last: int | None = None
     ) -> Iterator[Callable[[Mapping[str, Tensor], Tensor], Tensor]]:
@@ -170,13 +225,16 @@ class LayerRunner:
 
     def _call(
         self, batch: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None
-    ) -> None:
+    ) -> Tensor:
         device = self._view.model.device
         inputs = {key: value.to(device) for key, value in forward_inputs(batch).items()}
         if values is None:
-            self._view.model(**inputs, use_cache=False)
+            output = self._view.model(**inputs, use_cache=False)
         else:
-            functional_call(self._view.model, dict(values), (), {**inputs, "use_cache": False})
+            options = {**inputs, "use_cache": False}
+            output = functional_call(self._view.model, dict(values), (), options)
+        logits: Tensor = output.logits
+        return logits
 
     @contextmanager
     def _without_head(self) -> Iterator[None]:
@@ -198,19 +256,35 @@ class Streams:
     def __init__(self, view: DecoderView, data: CalibrationData, hidden: HiddenStates) -> None:
         self.runner = LayerRunner(view)
         self.hidden = hidden
-        windows = data.windows
-        self.batches: dict[int, dict[str, Tensor]] = {
-            number: windows.batch(rows) if rows else windows.padding()
-            for number, rows in enumerate(data.batches)
-        }
+        self._view = view
+        self.batches = numbered_batches(data)
 
     def start(self, index: int) -> None:
         """Store what enters a layer below which nothing is compressed."""
-        for number, entering in self.runner.inputs_of(index, self.batches):
+        # Reading all layers below once per batch would take long.
+        is_streamed = streamed_weights(self._view.model) is not None
+        first = self._view.layer_indices[0] if is_streamed else index
+        for number, entering in self.runner.inputs_of(first, self.batches):
             self.hidden[DENSE, number] = self.hidden[COMPRESSED, number] = entering
+        for below in self._view.layer_indices:
+            if first <= below < index:
+                with holding(self._view.model, below, below + 1):
+                    self.advance_dense(below)
+        if first < index:
+            for number in self.batches:
+                self.hidden[COMPRESSED, number] = self.hidden[DENSE, number]
 
     def advance_dense(self, index: int) -> None:
         """Move the hidden states of the dense model alone through a layer."""
         with self.runner.only(index) as run:
             for number, batch in self.batches.items():
                 self.hidden[DENSE, number] = run(batch, self.hidden[DENSE, number])
+
+
+def numbered_batches(data: CalibrationData) -> dict[int, dict[str, Tensor]]:
+    """Return the batches of this process by number; one without windows is padding."""
+    windows = data.windows
+    return {
+        number: windows.batch(rows) if rows else windows.padding()
+        for number, rows in enumerate(data.batches)
+    }

@@ -1,6 +1,7 @@
 """Refit of cut linears on their inputs in the compressed model."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
@@ -11,6 +12,7 @@ from grasp_lightning.config import RefitChoice
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.methods.base import REFIT_PULL
 from grasp_lightning.models.decoder import DecoderView, frozen
+from grasp_lightning.models.streamed import holding, streamed_weights
 from grasp_lightning.plan import Operation, Replacement
 from grasp_lightning.training.layer_refit import LayerRefit
 from grasp_lightning.training.layer_streams import HiddenStates, Streams
@@ -90,35 +92,62 @@ class Refitter:
         first, last = min(by_layer.keys() | dropped), max(fitted)
         layers = {str(i): i for i in view.layer_indices if first <= i <= last}
         with TemporaryDirectory() as folder, frozen(view.model):
-            streams = Streams(view, self._data, HiddenStates(Path(folder), self._max_bytes))
+            is_streamed = streamed_weights(view.model) is not None
+            device = view.model.device if is_streamed else None
+            hidden = HiddenStates(Path(folder), self._max_bytes, device)
+            streams = Streams(view, self._data, hidden)
             streams.start(first)
+            following = dict(pairwise(layers.values()))
             for number in self._track(tuple(layers), "refit layers"):
                 index = layers[number]
-                if index in dropped:
-                    streams.advance_dense(index)
-                    continue
-                changes = by_layer.get(index, [])
-                keeps = store if index in fitted else None
-                stored = None if keeps is None else keeps.load(index)
-                for key, value in (stored or {}).items():
-                    refitted[key] = value.to(refitted[key])
-                is_fitted = stored is not None
-                layer = LayerRefit(
-                    view,
-                    index,
-                    changes,
-                    refitted,
-                    streams,
-                    mode=mode,
-                    pull=self._pull,
-                    is_fitted=is_fitted,
-                )
-                for group in layer.groups():
-                    layer.fit(group)
-                if keeps is not None and not is_fitted:
-                    keeps.save(index, layer.fitted)
-                layer.advance()
+                with holding(view.model, index, following.get(index)):
+                    if index in dropped:
+                        streams.advance_dense(index)
+                        continue
+                    changes = by_layer.get(index, [])
+                    keeps = store if index in fitted else None
+                    self._refit_layer(
+                        view,
+                        index,
+                        changes,
+                        refitted=refitted,
+                        streams=streams,
+                        mode=mode,
+                        store=keeps,
+                    )
         return refitted
+
+    def _refit_layer(
+        self,
+        view: DecoderView,
+        index: int,
+        changes: Sequence[Operation],
+        *,
+        refitted: dict[str, Tensor],
+        streams: Streams,
+        mode: RefitChoice,
+        store: LayerStore | None,
+    ) -> None:
+        """Refit the cuts of one layer, and move the hidden states through it."""
+        stored = None if store is None else store.load(index)
+        for key, value in (stored or {}).items():
+            refitted[key] = value.to(refitted[key])
+        is_fitted = stored is not None
+        layer = LayerRefit(
+            view,
+            index,
+            changes,
+            refitted,
+            streams,
+            mode=mode,
+            pull=self._pull,
+            is_fitted=is_fitted,
+        )
+        for group in layer.groups():
+            layer.fit(group)
+        if store is not None and not is_fitted:
+            store.save(index, layer.fitted)
+        layer.advance()
 
 
 def _by_layer(view: DecoderView, operations: Sequence[Operation]) -> dict[int, list[Operation]]:
