@@ -63,9 +63,9 @@ def evaluation_bytes(model: ModelShape, run: Pass) -> int:
 def sampling_bytes(model: ModelShape, run: Pass) -> int:
     """Return the bytes of keys and values while the model generates a batch of texts.
 
-    Sliding-window layers keep fewer than this; Falcon, which repeats keys for all query heads,
-    keeps more. States of state-space and linear-attention layers do not grow with T and are not
-    counted.
+    Sliding windows and latents take less than this; Falcon, which repeats keys for all query
+    heads, keeps more. States of state-space and linear-attention layers do not grow with T and are
+    not counted.
     """
     num_layers = sum(layer.has_keys for layer in model.layers)
     return 2 * num_layers * model.keys * run.num_tokens * model.element_size
