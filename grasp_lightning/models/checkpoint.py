@@ -36,6 +36,7 @@ _OWN_IMPORTS = re.compile(
 _AUTO_CLASSES = {
     "AutoModel": transformers.MODEL_MAPPING,
     "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForImageTextToText": transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     "AutoModelForSequenceClassification": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     "AutoModelForTokenClassification": transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 }
@@ -184,7 +185,7 @@ def write_remote_code(model: PreTrainedModel, path: Path) -> None:
     linears = _OWN_IMPORTS.sub("", inspect.getsource(lowrank))
     parts = (*map(inspect.getsource, (int4, experts, sliced)), linears)
     code = ["\n\n".join(parts), "\n\nimport transformers  # noqa: E402\n"]
-    for auto, found in classes.items():
+    for found, auto in {found: auto for auto, found in classes.items()}.items():
         name, origin = found.__name__, f"transformers.{found.__name__}"
         if _is_remote(found):
             module = found.__module__.rpartition(".")[2]

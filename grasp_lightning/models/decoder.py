@@ -17,7 +17,12 @@ from grasp_lightning.models.linears import (
     skipped_modules,
 )
 from grasp_lightning.models.lowrank import has_replaced, is_replaced
-from grasp_lightning.models.numbering import number_dependent_option, renumber_layer, shorten_config
+from grasp_lightning.models.numbering import (
+    number_dependent_option,
+    renumber_layer,
+    shorten_config,
+    shorten_decoder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +145,8 @@ class DecoderView:
             renumber_layer(self._layers[new], old, new)
         for config in configs:
             shorten_config(config, positions)
+        text, number = self.model.config.get_text_config(), len(self.layer_indices)
+        shorten_decoder(_decoder(self.model), text, number, kept)
         self.layer_indices = tuple(index for index in self.layer_indices if index not in gone)
 
     @property
@@ -219,7 +226,8 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
     decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]  # no annotation there
-    return decoder
+    # Of some families, it is the head.
+    return model.base_model if isinstance(decoder, nn.Linear) else decoder
 
 
 def _held_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

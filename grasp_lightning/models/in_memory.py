@@ -17,6 +17,7 @@ from transformers import (
 
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ConfigError, GraspError, ModelError
+from grasp_lightning.models.auto_classes import class_of_wrapper
 from grasp_lightning.models.checkpoint import check_not_quantized
 from grasp_lightning.models.completeness import check_config_builds
 from grasp_lightning.models.integrity import check_finite, config_values, model_hash
@@ -125,11 +126,12 @@ class ModelInMemory:
 
 
 def _check_class(model: PreTrainedModel) -> None:
-    """Refuse classes that ``AutoModelForCausalLM`` cannot load in a fresh process."""
+    """Refuse classes that the auto classes cannot load in a fresh process."""
     if _is_remote(model):
         return
     expected: object = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
-    if type(model) is not expected or not type(model).__module__.startswith("transformers."):
+    is_expected = type(model) in (expected, class_of_wrapper(model.config))
+    if not is_expected or not type(model).__module__.startswith("transformers."):
         name = getattr(expected, "__name__", "a class of transformers")
         raise ModelError(
             f"the model is a {type(model).__name__}; expected {name}, which AutoModelForCausalLM "

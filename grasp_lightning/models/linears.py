@@ -104,4 +104,6 @@ def _is_experts(name: str, module: nn.Module) -> bool:
     if name == _EXPERTS:
         return True
     own = module.parameters(recurse=False)
-    return not isinstance(module, _ConvNd) and any(p.dim() > _MATRIX_DIMENSIONS for p in own)
+    # Dimensions of size 1 do not count: RWKV mixes tokens by vectors in three dimensions.
+    sizes = ([size for size in p.shape if size > 1] for p in own)
+    return not isinstance(module, _ConvNd) and any(len(s) > _MATRIX_DIMENSIONS for s in sizes)

@@ -13,7 +13,6 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
@@ -25,6 +24,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ModelError
+from grasp_lightning.models.auto_classes import auto_class
 from grasp_lightning.models.completeness import check_complete, check_config_builds, warn_of_rest
 from grasp_lightning.models.device import resolve_device
 from grasp_lightning.models.integrity import check_finite, model_hash
@@ -150,7 +150,7 @@ def load_meta_model(config: ModelConfig, *, warns: bool = False) -> PreTrainedMo
     hf_config = _read_config(source, config)
     dtype = _dtype_of(config, source)
     with _as_model_error(source), torch.device("meta"):
-        build: Any = AutoModelForCausalLM.from_config  # Any: untyped in transformers
+        build = auto_class(hf_config).from_config
         options = {} if dtype == "auto" else {"dtype": dtype}
         model = build(hf_config, trust_remote_code=config.trust_remote_code, **options)
         stored = getattr(hf_config, "quantization_config", None)
@@ -243,8 +243,7 @@ def _read_weights(
         # With GPU kernels for GGUF installed, weights would otherwise stay packed.
         options["quantization_config"] = GgufConfig(dequantize=True)
     with _as_model_error(source), quiet_transformers():
-        read: Any = AutoModelForCausalLM.from_pretrained  # Any: its type ignores the report
-        model, report = read(
+        model, report = auto_class(hf_config).from_pretrained(
             **_arguments(source, config),
             config=hf_config,
             dtype=_dtype_of(config, source),

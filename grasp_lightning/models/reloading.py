@@ -17,9 +17,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 import grasp_lightning  # noqa: F401  (makes compressed models known to transformers)
+from grasp_lightning.models.auto_classes import auto_class
 from grasp_lightning.models.decoder import frozen
 from grasp_lightning.models.integrity import tensor_hashes
 
@@ -67,8 +68,8 @@ def difference(folder: Path, request: Mapping[str, Any], expected: Mapping[str, 
         request: ``tensors``: hash by name; ``trust_remote_code``; ``generates``.
         expected: ``behaviour`` of the model that was saved.
     """
-    load: Any = AutoModelForCausalLM.from_pretrained  # Any: its type ignores the report
     trusted = bool(request["trust_remote_code"])
+    load = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=trusted)).from_pretrained
     model, report = load(folder, dtype="auto", trust_remote_code=trusted, output_loading_info=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report[problem]:

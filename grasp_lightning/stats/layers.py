@@ -84,11 +84,11 @@ class LayerMetricCollector:
         self, position: int, _: nn.Module, args: _Args, kwargs: _Kwargs, output: object
     ) -> None:
         """Add one call of the layer at a position among those still in the model."""
-        self._inputs.append(hidden_input(args, kwargs).detach())
+        self._inputs.append(hidden_input(args, kwargs).detach().flatten(2))
         start = position - self._span + 1
         if start < 0:
             return
         if self._mask is None:
             raise RuntimeError("start_batch must be called before each forward pass")
-        leaving = hidden_output(output).detach()
+        leaving = hidden_output(output).detach().flatten(2)
         self.sums[start] += self._measure(self._inputs[0], leaving, self._mask).cpu()

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from grasp_lightning.config import MethodConfig
 from grasp_lightning.errors import ModelError
 from grasp_lightning.models.calls import hidden_input, leave_uncalled
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.dropping import drop_problem
 from grasp_lightning.training.hidden_cache import check_independent, pass_on_hidden_states_only
 from tests.conftest import FAMILIES, tiny_model
 
@@ -31,8 +34,9 @@ def gemma4(**options: int) -> PreTrainedModel:
         "head_dim": 8,
         "sliding_window": 8,
     }
-    kinds = ["sliding_attention", "full_attention"] * 2
-    return built("gemma4_text", **sizes, **options, layer_types=kinds)
+    sizes |= options
+    kinds = ["sliding_attention", "full_attention"] * (sizes["num_hidden_layers"] // 2)
+    return built("gemma4_text", **sizes, layer_types=kinds)
 
 
 def mamba() -> PreTrainedModel:
@@ -54,6 +58,23 @@ def test_linears_that_are_not_called_stay_dense(caplog: pytest.LogCaptureFixture
     ]
 
 
+def test_linears_that_no_gradient_reaches_stay_dense(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "index_n_heads": 4}
+    heads = dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8)
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "index_head_dim": 8, "index_topk": 8}
+    counts = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_routed_experts"), 4)
+    experts = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    view = DecoderView(built("deepseek_v32", **sizes, **heads, **ranks, **counts, **experts))
+
+    leave_uncalled(view)
+
+    names = {name.partition("self_attn.")[2] for name in view.linears(0)}
+    assert names >= {"q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"}
+    assert not any(name.startswith("indexer") for name in names)
+    (message,) = [r.getMessage() for r in caplog.records if "gradient" in r.getMessage()]
+    assert message.startswith("DeepseekV32ForCausalLM passes no gradient to self_attn.indexer.")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_call_all_their_linears_and_layers_may_run_alone(
     family: str, caplog: pytest.LogCaptureFixture
@@ -66,6 +87,23 @@ def test_families_call_all_their_linears_and_layers_may_run_alone(
     assert list(view.all_linears()) == before
     assert not caplog.records
     assert pass_on_hidden_states_only(view)
+
+
+def test_of_layers_that_share_keys_and_values_only_readers_can_be_dropped() -> None:
+    view = DecoderView(gemma4(num_hidden_layers=6, num_kv_shared_layers=4))
+    ids = torch.arange(12)[None]
+
+    assert "cannot be shortened" in str(drop_problem(view, [1]))  # layers 3 and 5 read from it
+    assert drop_problem(view, [3]) is None
+    view.drop([3])
+
+    model: Any = view.model  # Any: outputs of every family
+    assert model.config.num_kv_shared_layers == 3
+    rebuilt = type(model)(model.config).eval()
+    rebuilt.load_state_dict(model.state_dict())
+    new = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "use_cache": True}
+    assert torch.equal(model.generate(ids, **new), rebuilt.generate(ids, **new))
+    assert torch.equal(model(ids).logits, rebuilt(ids).logits)
 
 
 def test_layers_that_share_keys_and_values_cannot_run_one_by_one() -> None:
@@ -94,8 +132,8 @@ def test_values_of_single_layers_follow_a_drop() -> None:
     assert model(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2, 260)
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (4, 1, 2, 3)])
-def test_hidden_states_have_three_dimensions(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(2, 3), (1, 4, 1, 2, 3)])
+def test_hidden_states_have_three_or_four_dimensions(shape: tuple[int, ...]) -> None:
     hidden: Tensor = torch.zeros(shape)
     with pytest.raises(ModelError, match="expected \\(windows, tokens, features\\): this family"):
         hidden_input((hidden,), {})

@@ -1,3 +1,4 @@
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,10 @@ def test_what_is_left_out_of_a_model_with_vision_is_named_with_its_share(
 ) -> None:
     whole = build()
     whole.save_pretrained(tmp_path)
+    # An architecture that no auto class opens, so that only the language model can be loaded.
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = [f"Custom{type(whole).__name__}"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     byte_tokenizer().save_pretrained(tmp_path)
     caplog.clear()
 
@@ -77,14 +82,14 @@ def test_what_is_left_out_of_a_model_with_vision_is_named_with_its_share(
     share = 1 - sizes[0] / sizes[1]
     assert [record.getMessage() for record in caplog.records] == [
         (
-            f"{tmp_path.name} is a {type(whole).__name__}, loaded as {loaded_as}: the result is a "
-            f"text-only model without {left_out} ({share:.1%} of its parameters); all sizes and "
-            "shares refer to the loaded part"
+            f"{tmp_path.name} is a Custom{type(whole).__name__}, loaded as {loaded_as}: the "
+            f"result is a text-only model without {left_out} ({share:.1%} of its parameters); "
+            "all sizes and shares refer to the loaded part"
         )
     ]
     caplog.clear()
     load_meta_model(cpu(tmp_path), warns=True)
-    assert f"without the other parts of a {type(whole).__name__}" in caplog.text
+    assert f"without the other parts of a Custom{type(whole).__name__}" in caplog.text
 
 
 def test_an_adapter_is_to_be_merged_first(tiny_folder: Path, tmp_path: Path) -> None:
