@@ -116,8 +116,7 @@ def test_a_killed_training_with_8_bit_states_ends_with_the_same_bytes(
     argv.append(f"--output_dir={tmp_path / 'run'}")
     assert killed(KILLS["inside the second epoch"], signal.SIGKILL, argv) == -signal.SIGKILL
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    states = saved["optimizer_states"][0]["state"].values()
-    assert any(getattr(v, "dtype", None) == torch.uint8 for s in states for v in s.values())
+    assert "dtype=torch.uint8" in repr(saved["optimizer_states"])
     assert main(argv) == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
 
