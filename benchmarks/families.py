@@ -160,7 +160,7 @@ def report(results: Mapping[str, Mapping[str, str]], methods: Sequence[str]) -> 
         [
             f"All methods work with {share}.",
             table,
-            *(["\n".join(reasons)] if reasons else []),
+            *(["\n".join(["```text", *reasons, "```"])] if reasons else []),
             hardware(),
         ]
     )
