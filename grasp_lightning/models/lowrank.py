@@ -165,6 +165,8 @@ def fit_heads(attention: nn.Module) -> None:
     fused, output = (getattr(attention, name, None) for name in ("qkv_proj", "o_proj"))
     if fused is None or output is None or not hasattr(attention, "num_key_value_heads"):
         return
+    if not hasattr(fused, "out_features"):  # several linears, as in Zaya
+        return
     num_heads = output.in_features // holder.head_dim
     holder.num_key_value_heads = (fused.out_features // holder.head_dim - num_heads) // 2
     shared = getattr(holder.config, "shared", holder.config)
