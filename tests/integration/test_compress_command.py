@@ -650,7 +650,8 @@ def test_plan_shows_the_memory_of_llama_2_7b(
     assert "Memory per process, in GB" in "\n".join(lines)
     rows = memory_rows(lines)
     assert list(rows) == [
-        *("auto", "ddp, 4 processes", "fsdp, 4 processes", "auto, 1 process", "ddp", "fsdp"),
+        *("auto", "ddp, 4 processes", "fsdp, 4 processes", "streamed"),
+        *("auto, 1 process", "ddp", "fsdp"),
         *("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"),
         *("deepspeed_stage_2_offload", "deepspeed_stage_3_offload"),
         *("lora", "factors", "lora_on_factors", "replaced", "all"),
