@@ -66,7 +66,8 @@ def test_a_run_writes_what_the_design_names(settings: list[str], tmp_path: Path)
     assert main(["compensate", *settings, "--training.validate_every=2"]) == 0
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        *("config.yaml", "metrics.json", "report.html", "model", "logs", "manifest.json")
+        *("config.yaml", "plan.json", "metrics.json", "report.html"),
+        *("model", "logs", "manifest.json"),
     }
     metrics = metrics_of(folder)
     assert metrics["parameters"]["before"] == metrics["parameters"]["after"]
