@@ -1,6 +1,7 @@
 """How decoder layers are called: inputs, outputs, and where these are no longer finite."""
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -109,6 +110,9 @@ class _Probe:
         self._ids = torch.zeros((1, 2), dtype=torch.int64, device=view.model.device)
         with ExitStack() as stack:
             stack.enter_context(frozen(view.model))
+            # Of sharded linears with biases; no model here changes such a view in place.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
             for index in view.layer_indices:
                 handle = view.layer(index).register_forward_pre_hook(self._look, with_kwargs=True)
                 stack.callback(handle.remove)
