@@ -216,6 +216,6 @@ def test_a_sample_of_families_works_with_every_method(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert len(output.read_text().splitlines()) == len(SAMPLE)
 
-    wrong = run("families.py", "--output", output, "--families", "lama", cwd=tmp_path)
+    wrong = run("families.py", "--output", output, "--families", "llamas", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert "--families: no family lama; expected some of afmoe, " in wrong.stderr
+    assert "--families: no family llamas; expected some of afmoe, " in wrong.stderr
