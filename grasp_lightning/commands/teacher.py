@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp_lightning import processes
 from grasp_lightning.config import CompensateConfig, ModelConfig
-from grasp_lightning.config.compensate_settings import uses_self
+from grasp_lightning.config.compensate_settings import needs_dense, uses_self
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.evaluation.phases import Phases
@@ -176,7 +176,7 @@ def lesson_of(
         run: Keeps text and predictions once it is open.
     """
     is_distilled, is_local = config.objective == "distill", config.objective == "local"
-    if not (is_distilled or is_local or uses_self(config)):
+    if not needs_dense(config):
         return data_of(None), Lesson()
     dense = DenseModel(config, loaded.model, loaded.tokenizer)
     text = None

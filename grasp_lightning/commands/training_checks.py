@@ -12,7 +12,7 @@ from grasp_lightning.callbacks.placement import check_placement
 from grasp_lightning.commands.compensate import bytes_needed, check_dtype, check_steps
 from grasp_lightning.commands.teacher import DenseModel
 from grasp_lightning.config import CompensateConfig, Strategy
-from grasp_lightning.config.compensate_settings import uses_instructions, uses_self
+from grasp_lightning.config.compensate_settings import needs_dense, uses_instructions
 from grasp_lightning.data.datamodules import InstructionData
 from grasp_lightning.data.instruction_files import HUB_INSTRUCTIONS
 from grasp_lightning.data.section_windows import readable_training_windows
@@ -53,7 +53,7 @@ def check_training(
     check_strategy(config.trainer.strategy, device)
     named = config.model.dtype
     check_dtype(config, view.model.dtype if named == "auto" else getattr(torch, named))
-    if config.objective == "distill" or uses_self(config):
+    if needs_dense(config):
         DenseModel(config, view.model, tokenizer)
     if uses_instructions(config):
         return _check_instructions(config, view, tokenizer, reads_hub=reads_hub)

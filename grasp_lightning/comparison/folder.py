@@ -19,7 +19,7 @@ from grasp_lightning.config import (
     Recipe,
     StatisticsConfig,
 )
-from grasp_lightning.config.compensate_settings import check_settings, uses_self
+from grasp_lightning.config.compensate_settings import check_settings, needs_dense
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.data.mixture import mixture_parts
 from grasp_lightning.data.sources import check_corpus
@@ -128,8 +128,7 @@ class GridFolder:
     def _with_teacher(self, recipe: Recipe, cell: Cell) -> Recipe:
         """Fill in the dense model as the teacher of a recipe that needs one and names none."""
         distillation = recipe.distillation
-        needs_one = recipe.objective in {"distill", "local"} or uses_self(recipe)
-        if not needs_one or distillation.teacher is not None:
+        if not needs_dense(recipe) or distillation.teacher is not None:
             return recipe
         teacher = self.models[cell.model].path
         return replace(recipe, distillation=replace(distillation, teacher=teacher))

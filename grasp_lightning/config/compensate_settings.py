@@ -49,6 +49,11 @@ def uses_self(config: Recipe) -> bool:
     )
 
 
+def needs_dense(config: Recipe) -> bool:
+    """Return whether a training needs a dense model: as the teacher, or to write text."""
+    return config.objective in {"distill", "local"} or uses_self(config)
+
+
 def _refuse_ignored(config: CompensateConfig) -> None:
     reads_instructions = uses_instructions(config)
     unread: list[tuple[str, Any, str]] = []  # Any: a section
@@ -75,8 +80,7 @@ def _unread_distillation(config: CompensateConfig) -> list[tuple[str, Distillati
     """Return what must be unset in section ``distillation``, and why; a teacher may be missing."""
     given, defaults = config.distillation, DistillationConfig()
     is_distilled, is_local = config.objective == "distill", config.objective == "local"
-    needs_dense = uses_self(config) or is_distilled or is_local
-    if needs_dense and given.teacher is None:
+    if needs_dense(config) and given.teacher is None:
         which = f"objective: {config.objective}" if is_distilled or is_local else "text.source self"
         raise ConfigError(
             f"{which} needs distillation.teacher: the dense model, as a folder, hub name, .gguf "
@@ -86,7 +90,7 @@ def _unread_distillation(config: CompensateConfig) -> list[tuple[str, Distillati
         uncached = replace(given, top_k=defaults.top_k, cache_dir=None)
         reason = "distillation.cache is false"
         return [] if given.cache else [("distillation", uncached, reason)]
-    if needs_dense:  # which only writes text, or gives hidden states
+    if needs_dense(config):  # which only writes text, or gives hidden states
         defaults = replace(defaults, teacher=given.teacher, device=given.device)
     if is_local:
         if given.data == "text":  # which it reads anyway

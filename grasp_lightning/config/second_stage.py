@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from grasp_lightning.config.common import TrainerConfig
 from grasp_lightning.config.compensate import CompensateConfig
-from grasp_lightning.config.compensate_settings import check_settings, uses_self
+from grasp_lightning.config.compensate_settings import check_settings, needs_dense
 from grasp_lightning.config.compress import CompressConfig, PlanConfig
 from grasp_lightning.config.keywords import parse_keywords
 from grasp_lightning.config.parsing import parse
@@ -117,9 +117,8 @@ def following(
         trust_remote_code=dense.trust_remote_code or model.trust_remote_code,
     )
     distillation = settings.distillation
-    needs_dense = settings.objective == "distill" or uses_self(settings)
     is_named = can_teach and dense.revision is None and dense.gguf_file is None
-    if needs_dense and distillation.teacher is None and is_named:
+    if needs_dense(settings) and distillation.teacher is None and is_named:
         distillation = replace(distillation, teacher=dense.path)
     trainer = settings.trainer
     if not isinstance(config, PlanConfig):  # which runs neither

@@ -3,26 +3,48 @@
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
+
+# A small compression.
+CUT = (
+    "--method.name=grasp",
+    "--method.num_layers=1",
+    "--method.keep_ratio=0.5",
+    "--calibration.source=pydoc",
+    "--calibration.num_samples=4",
+    "--calibration.seqlen=32",
+    "--evaluation.source=pydoc",
+    "--evaluation.num_samples=2",
+    "--evaluation.seqlen=32",
+)
+
+
+def metrics_of(folder: Path) -> dict:
+    """Return the metrics of a run folder."""
+    content: dict = json.loads((folder / "metrics.json").read_text())
+    return content
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the saved weights of a run folder."""
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_equal_models(first: Path, second: Path) -> None:
+    """Check that two run folders have the same weights, bit for bit."""
+    left, right = weights(first), weights(second)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 def compressed_folder(folder: Path, family: str = "llama") -> Path:
     """Compress a tiny model, and return the folder of the result."""
     model = save_tiny(folder / "tiny", family, max_position_embeddings=256)
-    argv = [
-        f"--model.path={model}",
-        "--method.name=grasp",
-        "--method.num_layers=1",
-        "--method.keep_ratio=0.5",
-        "--calibration.source=pydoc",
-        "--calibration.num_samples=4",
-        "--calibration.seqlen=32",
-        "--evaluation.source=pydoc",
-        "--evaluation.num_samples=2",
-        "--evaluation.seqlen=32",
-        f"--output_dir={folder / 'run'}",
-    ]
+    argv = [f"--model.path={model}", *CUT, f"--output_dir={folder / 'run'}"]
     assert main(["compress", *argv]) == 0
     return folder / "run" / "model"
 

@@ -1,18 +1,21 @@
 """Distillation as a user runs it: mixtures, text of the dense model, and a cached teacher."""
 
-import json
 import signal
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
 from grasp_lightning.commands import teacher
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.models.loading import LoadedModel
-from tests.integration.compensation import compensate_argv, compressed_folder
+from tests.integration.compensation import (
+    assert_equal_models,
+    compensate_argv,
+    compressed_folder,
+    metrics_of,
+)
 from tests.integration.forked import killed, run_ranks
 from tests.integration.killing import Kill
 
@@ -58,20 +61,6 @@ def text_options(compressed: Path, folder: Path) -> list[str]:
         "--evaluation.seqlen=32",
         f"--distillation.teacher={compressed.parent.parent / 'tiny'}",
     ]
-
-
-def metrics_of(folder: Path) -> dict:
-    content: dict = json.loads((folder / "metrics.json").read_text())
-    return content
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def assert_equal_models(first: Path, second: Path) -> None:
-    left, right = weights(first), weights(second)
-    assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 def refuse_to_load(config: ModelConfig) -> LoadedModel:

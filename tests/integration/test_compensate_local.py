@@ -1,6 +1,5 @@
 """Layer-local training as a user runs it: every layer learns the dense model's hidden state."""
 
-import json
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
+from tests.integration.compensation import assert_equal_models, metrics_of, weights
 from tests.integration.forked import killed, run_ranks
 from tests.integration.killing import ROOT, Kill
 
@@ -99,21 +99,6 @@ def whole(resumable: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert main([*resumable, f"--output_dir={folder}"]) == 0
     return folder
-
-
-def metrics_of(folder: Path) -> dict:
-    content: dict = json.loads((folder / "metrics.json").read_text())
-    return content
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def assert_equal_models(first: Path, second: Path) -> None:
-    left, right = weights(first), weights(second)
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 def test_every_layer_comes_closer_to_the_dense_model(

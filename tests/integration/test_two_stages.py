@@ -1,20 +1,18 @@
 """``compress --compensate``: both stages in one folder, checked beforehand, resumed in either."""
 
-import json
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import grasp_lightning
 from grasp_lightning.cli import main
 from grasp_lightning.errors import ConfigError
 from tests.conftest import save_tiny
+from tests.integration.compensation import CUT, assert_equal_models, metrics_of
 from tests.integration.forked import killed, run_ranks
 from tests.integration.killing import Kill
 
@@ -41,18 +39,7 @@ KILLS = {
 
 
 def compression(model: Path) -> list[str]:
-    return [
-        f"--model.path={model}",
-        "--method.name=grasp",
-        "--method.num_layers=1",
-        "--method.keep_ratio=0.5",
-        "--calibration.source=pydoc",
-        "--calibration.num_samples=4",
-        "--calibration.seqlen=32",
-        "--evaluation.source=pydoc",
-        "--evaluation.num_samples=2",
-        "--evaluation.seqlen=32",
-    ]
+    return [f"--model.path={model}", *CUT]
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +61,10 @@ def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def metrics(folder: Path) -> dict:
-    content: dict = json.loads((folder / "metrics.json").read_text())
-    return content
-
-
-def assert_equal_models(first: Path, second: Path) -> None:
-    left, right = (load_file(folder / "model" / "model.safetensors") for folder in (first, second))
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[key], right[key]) for key in left)
-
-
 def test_the_report_has_a_column_for_each_state(
     whole: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained, compressed = metrics(whole), metrics(whole / "compressed")
+    trained, compressed = metrics_of(whole), metrics_of(whole / "compressed")
     first = trained["compression"]
     assert first["perplexity"] == compressed["perplexity"]
     assert first["bytes"] == compressed["bytes"]
@@ -130,6 +106,23 @@ def test_each_stage_is_what_its_own_command_makes(
     assert_equal_models(tmp_path / "again", whole)
 
 
+def test_the_dense_model_teaches_layer_by_layer_unless_another_is_named(
+    model: Path, tmp_path: Path
+) -> None:
+    file, run = tmp_path / "local.yaml", tmp_path / "run"
+    file.write_text(
+        "train: all\nobjective: local\nmodel: {path: not-read}\n"
+        "text: {source: pydoc, num_samples: 8, num_validation: 2, seqlen: 32}\n"
+        "training: {batch_size: 4, micro_batch_size: 4}\noptimizer: {warmup_steps: 1}\n"
+    )
+    argv = ["compress", *compression(model), f"--compensate={file}", f"--output_dir={run}"]
+    assert main(argv) == 0
+    found = metrics_of(run)
+    assert found["objective"] == "local"
+    assert found["layer_errors"]
+    assert found["validation_loss"]["before"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("place", KILLS)
 def test_a_killed_command_goes_on_in_the_stage_where_it_was(
@@ -144,7 +137,7 @@ def test_a_killed_command_goes_on_in_the_stage_where_it_was(
     assert main(argv) == 0
     assert_equal_models(tmp_path / "run", whole)
     assert before in (None, done.stat().st_mtime_ns)
-    assert metrics(tmp_path / "run")["history"] == metrics(whole)["history"]
+    assert metrics_of(tmp_path / "run")["history"] == metrics_of(whole)["history"]
 
 
 @pytest.mark.slow
@@ -153,7 +146,7 @@ def test_two_processes_do_both_stages(whole: Path, settings: list[str], tmp_path
     argv = [*settings, "--trainer.devices=2", *strategies, f"--output_dir={tmp_path / 'run'}"]
     done = run_ranks(argv, 2)
     assert done.codes == [0, 0], done.text
-    left, right = metrics(whole), metrics(tmp_path / "run")
+    left, right = metrics_of(whole), metrics_of(tmp_path / "run")
     assert right["history"]["loss"] == pytest.approx(left["history"]["loss"], rel=1e-4)
     for key in ("perplexity", "validation_loss"):
         assert right[key] == pytest.approx(left[key], rel=1e-4)
@@ -176,7 +169,7 @@ def test_other_settings_train_the_same_compressed_model_again(
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     assert main([*argv, "--compensate.training.epochs=2"]) == 0
     assert done.stat().st_mtime_ns == before
-    assert metrics(folder)["epochs"] == 2
+    assert metrics_of(folder)["epochs"] == 2
     assert main([*argv, "--overwrite"]) == 0
     assert done.stat().st_mtime_ns > before
     assert_equal_models(folder, whole)
