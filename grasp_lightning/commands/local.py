@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import lightning as L
 import torch
@@ -39,7 +39,7 @@ from grasp_lightning.errors import ConfigError, ModelError, NumericsError
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.integrity import model_hash, nan_advice
 from grasp_lightning.models.sliced import stream_settings
-from grasp_lightning.plan import Plan
+from grasp_lightning.plan import Operation, Plan, SliceStream
 from grasp_lightning.progress import track
 from grasp_lightning.reporting.metrics import Change
 from grasp_lightning.run_folder import RunFolder
@@ -58,6 +58,35 @@ _LEAST_SECONDS = 1e-3  # of a stage: one step
 _NOTE = "layer_error_{}"
 
 
+_SLICED: Final = (
+    "objective: local compares hidden states, but those of this model are rotated and sliced, "
+    "unlike those of distillation.teacher; use objective: distill"
+)
+
+
+def check_hidden_states(
+    view: DecoderView, dense: DenseModel, compression: Iterable[Operation] = ()
+) -> None:
+    """Refuse a model with other hidden states than the dense one; no weights are read.
+
+    Args:
+        view: The model that is trained.
+        dense: The dense model.
+        compression: What will be done to the model before.
+
+    Raises:
+        ModelError: If the hidden states cannot be compared.
+    """
+    own = view.model.config.get_text_config().hidden_size
+    if stream_settings(view.model) or any(isinstance(o, SliceStream) for o in compression):
+        raise ModelError(_SLICED)
+    if own != dense.hidden_size:
+        raise ModelError(
+            f"distillation.teacher has {dense.hidden_size} features in its hidden states, the "
+            f"model has {own}; use the dense model that was compressed"
+        )
+
+
 def check_local(
     config: CompensateConfig,
     view: DecoderView,
@@ -71,22 +100,12 @@ def check_local(
         ConfigError: If there are fewer windows than processes.
         ModelError: If the hidden states of the two models cannot be compared.
     """
-    family, own = type(view.model).__name__, view.model.config.get_text_config().hidden_size
-    if stream_settings(view.model):
-        raise ModelError(
-            "objective: local compares hidden states, but those of this model are rotated and "
-            "sliced, unlike those of distillation.teacher; use objective: distill"
-        )
-    if own != dense.hidden_size:
-        raise ModelError(
-            f"distillation.teacher has {dense.hidden_size} features in its hidden states, the "
-            f"model has {own}; use the dense model that was compressed"
-        )
+    check_hidden_states(view, dense)
     stages = local_stages(view.num_layers, dense.num_layers, plan, config.local.layers_at_once)
     if not pass_on_hidden_states_only(view):
         raise ModelError(
-            f"decoder layers of {family} pass on more than hidden states, such as keys and values, "
-            "so they cannot be trained one by one: use another objective"
+            f"decoder layers of {type(view.model).__name__} pass on more than hidden states, such "
+            "as keys and values, so they cannot be trained one by one: use another objective"
         )
     if len(data.samples.train) < processes.num_processes():
         raise ConfigError(

@@ -1,6 +1,7 @@
 """What can be checked of a compensation before its model exists, or without its weights."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning.callbacks.placement import check_placement
 from grasp_lightning.commands.compensate import bytes_needed, check_dtype, check_steps
+from grasp_lightning.commands.local import check_hidden_states
 from grasp_lightning.commands.teacher import DenseModel
 from grasp_lightning.config import CompensateConfig, Strategy
 from grasp_lightning.config.compensate_settings import needs_dense, uses_instructions
@@ -24,6 +26,7 @@ from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import resolve_device
+from grasp_lightning.plan import Operation
 from grasp_lightning.run_folder import check_free_space
 from grasp_lightning.storage.teacher_cache import has_shards
 from grasp_lightning.training.compensation import trainable_linears
@@ -36,6 +39,7 @@ def check_training(
     tokenizer: PreTrainedTokenizerBase,
     *,
     reads_hub: bool,
+    compression: Iterable[Operation] = (),
 ) -> list[str]:
     """Check device, dtype, teacher and texts of a compensation; wrong ones are a ``GraspError``.
 
@@ -44,6 +48,7 @@ def check_training(
         view: The model that is trained, or the dense one; its weights may be on the meta device.
         tokenizer: Its tokenizer.
         reads_hub: Whether to read texts on the hub, too.
+        compression: What will be done to the model before.
 
     Returns:
         The sources of text that were not read.
@@ -54,7 +59,9 @@ def check_training(
     named = config.model.dtype
     check_dtype(config, view.model.dtype if named == "auto" else getattr(torch, named))
     if needs_dense(config):
-        DenseModel(config, view.model, tokenizer)
+        dense = DenseModel(config, view.model, tokenizer)
+        if config.objective == "local":
+            check_hidden_states(view, dense, compression)
     if uses_instructions(config):
         return _check_instructions(config, view, tokenizer, reads_hub=reads_hub)
     return _check_windows(config, view, tokenizer, reads_hub=reads_hub)

@@ -123,7 +123,9 @@ def check_second_stage(
     """
     prediction = predict(view, first.method)
     trained = check_trained(second, view, prediction)
-    unread = check_training(second, view, tokenizer, reads_hub=reads_hub)
+    unread = check_training(
+        second, view, tokenizer, reads_hub=reads_hub, compression=prediction.operations
+    )
     needed = training_bytes(second, view, prediction.most, trained)
     return unread, needed + bytes_needed(prediction, view.model.dtype)
 

@@ -193,6 +193,14 @@ def test_other_settings_train_the_same_compressed_model_again(
             ["--method.name=drop", "--method.keep_ratio=null", "--compensate.train=factors"],
             "train: factors needs low-rank or narrowed linears, and the compression leaves none",
         ),
+        (
+            [
+                *("--method.name=slicegpt", "--method.num_layers=null"),
+                *("--compensate.objective=local", "--compensate.distillation.cache=false"),
+                "--compensate.distillation.top_k=64",
+            ],
+            "objective: local compares hidden states, but those of this model are rotated and",
+        ),
     ],
 )
 def test_a_wrong_training_is_refused_before_the_compression(
