@@ -74,7 +74,14 @@ def _result(
     )
     if not cell.is_dense:
         result = _with_compression(result, read(cell.base))
-    return _with_training(result, read(cell)) if cell.is_trained else result
+    for training in _trainings(cell):
+        result = _with_training(result, read(training))
+    return result
+
+
+def _trainings(cell: Cell) -> list[Cell]:
+    """Return the trained cells that lead to a cell, and the cell, in order."""
+    return [*_trainings(cell.start), cell] if cell.is_trained else []
 
 
 def _asked(name: str, run: TaskRun) -> Mapping[str, TaskResult]:
@@ -103,7 +110,7 @@ def _with_training(result: CellResult, metrics: _Metrics) -> CellResult:
         result,  # training changes no size, but it may change zeros
         zeros=None,
         validation_loss=metrics.validation_loss.after,
-        trained_tokens=metrics.trained_tokens,
+        trained_tokens=(result.trained_tokens or 0) + metrics.trained_tokens,
         tokens_per_second=metrics.tokens_per_second,
         trainable_parameters=metrics.parameters.trainable,
         seconds=(result.seconds or 0.0) + _seconds(metrics),

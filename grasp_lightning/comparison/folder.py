@@ -93,7 +93,7 @@ class GridFolder:
             return CompensateConfig(
                 output_dir=output_dir,
                 seed=cell.seed,
-                model=self.model(cell.base),
+                model=self.model(cell.start),
                 evaluation=self._held_out,
                 **_sections(self._with_teacher(recipe, cell)),
             )
@@ -138,7 +138,7 @@ class GridFolder:
         if cell.is_dense:
             return key_of(self.config.models[cell.model])
         key = config_hash(self._plain(cell))
-        return key_of(self.key(cell.base), key) if cell.is_trained else key
+        return key_of(self.key(cell.start), key) if cell.is_trained else key
 
     def _plain(self, cell: Cell) -> Mapping[str, Any]:  # Any: values of YAML
         """Return the configuration that the run folder of a cell is compared with."""
@@ -164,7 +164,7 @@ class GridFolder:
             return "changed"
         if cell.is_trained and found == "finished":
             made = Measurements.read(self.measurements(cell)).made
-            if made not in (None, self.key(cell)):  # its base is another model now
+            if made not in (None, self.key(cell)):  # it would start from another model now
                 return "changed"
         return found
 

@@ -22,13 +22,18 @@ _PART = re.compile(r"(\d+)/(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One model of a grid; the attributes match ``CellResult``."""
+    """One model of a grid; the attributes match ``CellResult``.
+
+    Attributes:
+        after: The trainings before ``compensation``, in order.
+    """
 
     model: str
     method: str = DENSE
     removed_ratio: float | None = None
     seed: int = 0
     compensation: str | None = None
+    after: tuple[str, ...] = ()
 
     @property
     def is_dense(self) -> bool:
@@ -42,8 +47,15 @@ class Cell:
 
     @property
     def base(self) -> "Cell":
-        """The same cell before training."""
-        return replace(self, compensation=None)
+        """The same cell before all training."""
+        return replace(self, compensation=None, after=())
+
+    @property
+    def start(self) -> "Cell":
+        """The cell whose model it is trained from."""
+        if not self.after:
+            return self.base
+        return replace(self, compensation=self.after[-1], after=self.after[:-1])
 
     @property
     def name(self) -> str:
@@ -108,7 +120,17 @@ def _of_model(config: CompareConfig, model: str, methods: Sequence[str]) -> Iter
         for seed in config.seeds:
             cell = Cell(model=model, method=name, removed_ratio=ratio, seed=seed)
             yield cell
-            yield from (replace(cell, compensation=training) for training in config.compensations)
+            trainings = [
+                replace(cell, compensation=name, after=_earlier(config, name))
+                for name in config.compensations
+            ]
+            yield from sorted(trainings, key=lambda trained: len(trained.after))
+
+
+def _earlier(config: CompareConfig, training: str) -> tuple[str, ...]:
+    """Return the trainings that come before one, in order."""
+    after = config.compensations[training].after
+    return () if after is None else (*_earlier(config, after), after)
 
 
 def method_of(config: CompareConfig, cell: Cell) -> MethodConfig:
@@ -159,10 +181,27 @@ def _check_names(config: CompareConfig) -> None:
         for name in getattr(config, key):
             if not name[:1].isalnum():
                 raise ConfigError(f"{key}: expected names that begin with a letter, got {name!r}")
+    _check_order(config)
     if DENSE in config.methods:
         raise ConfigError(
             f"methods.{DENSE}: this name is the model before compression; use another"
         )
+
+
+def _check_order(config: CompareConfig) -> None:
+    """Refuse a training that starts from one that does not exist, or from itself."""
+    recipes = config.compensations
+    for name, recipe in recipes.items():
+        before, after = [name], recipe.after
+        while after is not None:
+            if after not in recipes or after in before:
+                others = [other for other in recipes if other not in before]
+                raise ConfigError(
+                    f"compensations.{before[-1]}.after: expected the name of another entry that "
+                    f"does not start from this one ({', '.join(others) or 'there is none'}), got "
+                    f"{after!r}"
+                )
+            before, after = [*before, after], recipes[after].after
 
 
 def _check_numbers(config: CompareConfig) -> None:

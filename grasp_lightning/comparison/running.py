@@ -137,13 +137,14 @@ class GridRun:
         return Job(module=_WORKER, words=[work, str(file)], log=self.folder.log(cell))
 
     def _lane(self, base: Cell, cells: Sequence[Cell]) -> Lane:
-        """Make and measure a model, then the trained models that start from it."""
+        """Make and measure a model, then the models that are trained from it."""
         yield from self._guarded(base)
         for cell in cells:
             if cell == base:
                 continue
-            if base in self.failures and self.folder.state(base) != "finished":
-                self._fail(cell, f"{base.name} failed: {self.failures[base]}")
+            start = cell.start
+            if start in self.failures and self.folder.state(start) != "finished":
+                self._fail(cell, f"{start.name} failed: {self.failures[start]}")
             else:
                 yield from self._guarded(cell)
 

@@ -17,7 +17,13 @@ from grasp_lightning.config.common import (
     Strategy,
     TrainerConfig,
 )
-from grasp_lightning.config.compare import CompareConfig, PaperConfig, SpeedConfig, TasksConfig
+from grasp_lightning.config.compare import (
+    CompareConfig,
+    GridRecipe,
+    PaperConfig,
+    SpeedConfig,
+    TasksConfig,
+)
 from grasp_lightning.config.compensate import (
     BatchOrder,
     CompensateConfig,
@@ -129,6 +135,7 @@ __all__ = [
     "FisherChoice",
     "GradientOptions",
     "GraspOptions",
+    "GridRecipe",
     "Importance",
     "InstructionConfig",
     "LacoOptions",

@@ -79,6 +79,17 @@ class SpeedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GridRecipe(Recipe):
+    """A training of every compressed model.
+
+    Attributes:
+        after: Name of another entry, from whose model it starts; unset: the compressed model.
+    """
+
+    after: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PaperConfig:
     """A paper's own numbers, shown next to the measured ones.
 
@@ -128,7 +139,7 @@ class CompareConfig:
     skip_unknown: bool = False
     models: Mapping[str, ModelConfig]
     methods: Mapping[str, MethodConfig]
-    compensations: Mapping[str, Recipe] = field(default_factory=dict)
+    compensations: Mapping[str, GridRecipe] = field(default_factory=dict)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -308,7 +308,7 @@ def test_a_grid_that_is_killed_at_three_moments_goes_on(inputs: Path, tmp_path: 
         tmp_path / "killed.yaml",
         removed_ratios=[0.3],
         methods={"drop": METHODS["drop"]},
-        compensations={"short": short},
+        compensations={"short": short, "longer": {**short, "after": "short"}},
     )
     folder = tmp_path / "killed"
     base = folder / "cells" / "tiny-drop-0.3-seed0"
@@ -331,7 +331,7 @@ def test_a_grid_that_is_killed_at_three_moments_goes_on(inputs: Path, tmp_path: 
     code, output, errors = compare(config, inputs)
     assert code == 0, output + errors
     cells = cells_of(config)
-    assert len(cells) == 3
+    assert len(cells) == 4
     before, after = (cells[f"cells/{base.name}{end}"] for end in ("", "-short"))
     assert after["compensation"] == "short"
     assert after["removed"] == before["removed"]
@@ -348,6 +348,12 @@ def test_a_grid_that_is_killed_at_three_moments_goes_on(inputs: Path, tmp_path: 
     peaks = [content["peak_memory_bytes"] for content in (trained, metrics)]
     assert after["peak_memory_bytes"] == max(peaks)
     assert after["perplexity"]["Fox"] != before["perplexity"]["Fox"]
+    longer = cells[f"cells/{base.name}-longer"]
+    source = json.loads((folder / longer["folder"] / "manifest.json").read_text())
+    assert source["config"]["model"]["path"].endswith("-short/model")
+    assert longer["trained_tokens"] == 2 * after["trained_tokens"]
+    assert longer["seconds"] > after["seconds"]
+    assert longer["validation_loss"] < after["validation_loss"]
 
 
 def is_running(pid: int) -> bool:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,10 @@ from grasp_lightning.config import (
     CompareConfig,
     CompensateConfig,
     EvaluationConfig,
+    GridRecipe,
     MethodConfig,
     ModelConfig,
     PaperConfig,
-    Recipe,
 )
 from grasp_lightning.config.compare import with_variables
 from grasp_lightning.errors import ConfigError
@@ -30,7 +31,7 @@ def config(**changes: object) -> CompareConfig:
             "half": MethodConfig(name="low_rank", preset="svd_llm", keep_ratio=0.5),
             "grasp": MethodConfig(name="grasp", keep_ratio=0.1),
         },
-        "compensations": {"short": Recipe()},
+        "compensations": {"short": GridRecipe()},
         "texts": {"Python": EvaluationConfig(source="pydoc")},
     }
     return CompareConfig(**{**keys, **changes})  # type: ignore[arg-type]
@@ -101,7 +102,7 @@ def test_unknown_methods_are_skipped_if_asked() -> None:
 def test_a_distillation_without_a_teacher_learns_from_the_dense_model(tiny_folder: Path) -> None:
     grid = config(
         models={"a": ModelConfig(path=str(tiny_folder))},
-        compensations={"teach": Recipe(objective="distill")},
+        compensations={"teach": GridRecipe(objective="distill")},
     )
     cell = Cell(model="a", method="drop", removed_ratio=0.1, compensation="teach")
     settings = GridFolder(grid).settings(cell)
@@ -119,6 +120,29 @@ def test_the_key_of_a_trained_model_changes_with_its_base(tiny_folder: Path) -> 
     )
     assert first.settings(cell) == other.settings(cell)
     assert first.key(cell) != other.key(cell)
+
+
+def test_a_training_starts_from_the_model_of_an_earlier_one(tiny_folder: Path) -> None:
+    models = {"a": ModelConfig(path=str(tiny_folder))}
+    chain = {
+        "three": GridRecipe(after="two"),
+        "two": GridRecipe(after="one"),
+        "one": GridRecipe(),
+    }
+    grid = config(models=models, compensations=chain)
+    cells = grid_cells(grid)
+    cell = next(cell for cell in cells if cell.compensation == "three")
+    assert cell.after == ("one", "two")
+    assert cells.index(cell.start.start) < cells.index(cell.start) < cells.index(cell)
+    assert [cell.start.compensation, cell.start.start.compensation] == ["two", "one"]
+    assert {cell.start, cell.base} <= set(cells)
+    folder = GridFolder(grid)
+    assert folder.settings(cell).model.path == f"out/cells/{cell.start.name}/model"
+    changed = GridFolder(replace(grid, compensations={**chain, "one": GridRecipe(train="all")}))
+    assert changed.key(cell) != folder.key(cell)
+    for after in ("two", "three", "none"):
+        with pytest.raises(ConfigError, match=r"compensations\.\w+\.after: expected the name of"):
+            grid_cells(config(compensations={**chain, "two": GridRecipe(after=after)}))
 
 
 def test_variables_are_expanded_in_paths_only() -> None:
