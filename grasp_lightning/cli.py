@@ -156,7 +156,8 @@ def _export(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.export import run_export  # noqa: PLC0415
 
     begin()
-    print("\n".join(run_export(config).lines))
+    run = run_export(config)
+    print("\n".join(run.facts.lines(run.model_folder)))
 
 
 def _trim(prog: str, argv: Sequence[str]) -> None:
