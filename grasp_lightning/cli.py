@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _completion(words[1:])
     if name not in COMMANDS:
         came = f"unknown command {name!r}" if words else "no command"
-        return _fail(f"{came}; expected one of {', '.join(COMMANDS)}")
+        return _fail(f"{came}; expected one of {', '.join(COMMANDS)}, completion")
     _configure_logging()
     return _run(name, words[1:])
 
