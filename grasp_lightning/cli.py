@@ -156,7 +156,8 @@ def _export(prog: str, argv: Sequence[str]) -> None:
     from grasp_lightning.commands.export import run_export  # noqa: PLC0415
 
     begin()
-    print("\n".join(run_export(config).lines))
+    run = run_export(config)
+    print("\n".join(run.facts.lines(run.model_folder)))
 
 
 def _trim(prog: str, argv: Sequence[str]) -> None:
@@ -276,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _completion(words[1:])
     if name not in COMMANDS:
         came = f"unknown command {name!r}" if words else "no command"
-        return _fail(f"{came}; expected one of {', '.join(COMMANDS)}")
+        return _fail(f"{came}; expected one of {', '.join(COMMANDS)}, completion")
     _configure_logging()
     return _run(name, words[1:])
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -10,40 +10,28 @@ from rich.console import Console
 
 from grasp_lightning.config import ExportConfig, ModelConfig
 from grasp_lightning.config.parsing import to_dict
-from grasp_lightning.errors import ConfigError, GraspError, ModelError, OutputError
-from grasp_lightning.models.formats import FORMATS, ExportFacts, Format
+from grasp_lightning.errors import ConfigError, GraspError, ModelError
+from grasp_lightning.models.formats import FORMATS, ExportFacts
 from grasp_lightning.models.loading import load_meta_model, load_model
 from grasp_lightning.models.verification import can_generate
 from grasp_lightning.models.weight_files import weight_files
 from grasp_lightning.progress import track
-from grasp_lightning.reading.text import read_json
-from grasp_lightning.reading.typed import as_type, to_plain
-from grasp_lightning.reporting.card import base_model_of, export_card
+from grasp_lightning.reading.typed import to_plain
 from grasp_lightning.run_folder import RunFolder
-from grasp_lightning.storage.model_folder import read_card, write_beside
+from grasp_lightning.storage.copies import (
+    MODEL_NAME,
+    SIZE_FACTOR,
+    CopyRun,
+    finish_copy,
+    stored_facts,
+    write_beside_copy,
+)
 
 FACTS_NAME = "export.json"
 SOURCE_CARD_NAME = "COMPRESSED_MODEL_CARD.md"
 
-_MODEL_NAME = "model"
-_FINGERPRINT = "source_sha256"  # of config.json and the weight files of the compressed model
-_SAFETY = 1.1  # tokenizer and cards, in addition to the weights
 
-
-@dataclass(frozen=True, kw_only=True)
-class ExportRun:
-    """A finished export, with its folder as the user named it."""
-
-    folder: Path
-    facts: ExportFacts
-
-    @property
-    def lines(self) -> list[str]:
-        """Text for the user: what was written, and where."""
-        return self.facts.lines(self.folder / _MODEL_NAME)
-
-
-def run_export(config: ExportConfig) -> ExportRun:
+def run_export(config: ExportConfig) -> CopyRun[ExportFacts]:
     """Write a copy of a compressed model in another format; a finished export is only read.
 
     Raises:
@@ -55,14 +43,21 @@ def run_export(config: ExportConfig) -> ExportRun:
         config.output_dir, to_dict(config), overwrite=config.overwrite, protected=[source]
     ) as run:
         if run.state == "finished":
-            facts = _stored_facts(run, source, FORMATS[config.format])
+            facts = stored_facts(
+                run,
+                FACTS_NAME,
+                FORMATS[config.format].facts,
+                _fingerprint(source),
+                source=str(source),
+                verb="export",
+            )
         else:
             try:
                 facts = _execute(source, config, run)
             except GraspError:
                 run.discard()
                 raise
-    return ExportRun(folder=Path(config.output_dir), facts=facts)
+    return CopyRun(folder=Path(config.output_dir), facts=facts)
 
 
 def _refuse_other_keys(config: ExportConfig) -> None:
@@ -89,26 +84,10 @@ def _source_folder(model: str) -> Path:
         came = "is a file" if folder.is_file() else "the folder does not exist"
         raise ModelError(f"model: {model}: {came}; {expected}")
     if not (folder / "config.json").is_file():
-        inner = folder / _MODEL_NAME
+        inner = folder / MODEL_NAME
         hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
         raise ModelError(f"model: {model} has no config.json; {expected}{hint}")
     return folder
-
-
-def _stored_facts(run: RunFolder, source: Path, target: Format) -> ExportFacts:
-    file = run.path(FACTS_NAME)
-    try:
-        content = read_json(file)
-        fingerprint = content.pop(_FINGERPRINT, None)
-        facts = as_type(target.facts, content, FACTS_NAME)
-    except GraspError as error:
-        raise OutputError(f"{file} is missing or damaged; export again with --overwrite") from error
-    if fingerprint != _fingerprint(source):
-        raise OutputError(
-            f"{run.root} contains an export of an earlier version of {source}; use another "
-            "output_dir or --overwrite"
-        )
-    return facts
 
 
 def _execute(source: Path, config: ExportConfig, run: RunFolder) -> ExportFacts:
@@ -118,26 +97,21 @@ def _execute(source: Path, config: ExportConfig, run: RunFolder) -> ExportFacts:
     refusal = target.refusal(empty, config)
     if refusal is not None:
         raise ModelError(f"model: {source} {refusal}")
-    run.check_free_space(int(_SAFETY * target.num_bytes(empty, config)))
+    run.check_free_space(int(SIZE_FACTOR * target.num_bytes(empty, config)))
     loaded = load_model(settings)
     generates = can_generate(loaded.model)
-    with run.new_folder(_MODEL_NAME) as folder:
+    with run.new_folder(MODEL_NAME) as folder:
         facts = target.write(loaded, folder, config, partial(_track, target.doing))
-        source_card = read_card(source)
-        card = export_card(
+        write_beside_copy(
+            folder,
+            loaded.origin,
             config.format,
-            to_plain(facts),
+            {"facts": to_plain(facts)},
+            source_card=SOURCE_CARD_NAME,
             library=target.library,
-            base_model=base_model_of(source_card or "") or loaded.origin.name,
-            licence=loaded.origin.licence,
-            licence_files=[file.name for file in loaded.origin.licence_files],
-            source_card=SOURCE_CARD_NAME if source_card else None,
         )
-        texts = {SOURCE_CARD_NAME: source_card} if source_card else {}
-        write_beside(folder, loaded.origin, card, texts)
         target.verify(loaded, folder, generates=generates)
-    run.write_json(FACTS_NAME, {_FINGERPRINT: _fingerprint(source), **to_plain(facts)})
-    run.finish()
+    finish_copy(run, FACTS_NAME, facts, _fingerprint(source))
     return facts
 
 

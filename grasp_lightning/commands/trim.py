@@ -18,7 +18,7 @@ from grasp_lightning.data.corpora import (
     counted_texts,
 )
 from grasp_lightning.data.token_texts import count_tokens
-from grasp_lightning.errors import GraspError, ModelError, OutputError
+from grasp_lightning.errors import GraspError, ModelError
 from grasp_lightning.models.checkpoint import check_not_quantized, save_model
 from grasp_lightning.models.formats.gguf.pretokenizers import pre_tokenizer_of
 from grasp_lightning.models.gguf import read_header
@@ -38,33 +38,20 @@ from grasp_lightning.models.vocabulary.files import (
 from grasp_lightning.models.vocabulary.logits import compare_logits, kept_logits
 from grasp_lightning.models.vocabulary.pieces import pieces_of
 from grasp_lightning.models.vocabulary.rows import check_rows, special_ids, trim_rows
-from grasp_lightning.reading.text import read_json
-from grasp_lightning.reading.typed import as_type, to_plain
-from grasp_lightning.reporting.card import base_model_of, trim_card
 from grasp_lightning.reporting.metrics import Change
-from grasp_lightning.reporting.trimming import TextLength, TrimFacts
+from grasp_lightning.reporting.trimming import TextLength, TrimFacts, trim_content
 from grasp_lightning.run_folder import RunFolder
-from grasp_lightning.storage.model_folder import read_card, write_beside
+from grasp_lightning.storage.copies import (
+    MODEL_NAME,
+    SIZE_FACTOR,
+    CopyRun,
+    finish_copy,
+    stored_facts,
+    write_beside_copy,
+)
 
 FACTS_NAME = "trim.json"
 SOURCE_CARD_NAME = "SOURCE_MODEL_CARD.md"
-
-_MODEL_NAME = "model"
-_FINGERPRINT = "source_sha256"
-_SAFETY = 1.1  # tokenizer and cards, in addition to the weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrimRun:
-    """A finished trim, with its folder as the user named it."""
-
-    folder: Path
-    facts: TrimFacts
-
-    @property
-    def model_folder(self) -> Path:
-        """Folder of the trimmed model."""
-        return self.folder / _MODEL_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +83,7 @@ class _Inputs:
         return {text: ids[index] for index, text in self.tokens.items() if index in ids}
 
 
-def run_trim(config: TrimConfig) -> TrimRun:
+def run_trim(config: TrimConfig) -> CopyRun[TrimFacts]:
     """Write a model without the tokens that the corpora never use; a finished one is only read.
 
     Raises:
@@ -116,14 +103,21 @@ def run_trim(config: TrimConfig) -> TrimRun:
         config.output_dir, settings, overwrite=config.overwrite, protected=protected
     ) as run:
         if run.state == "finished" or inputs is None:
-            facts = _stored_facts(run, config)
+            facts = stored_facts(
+                run,
+                FACTS_NAME,
+                TrimFacts,
+                source_hash(config.model),
+                source=config.model.path,
+                verb="trim",
+            )
         else:
             try:
                 facts = _execute(config, inputs, run)
             except GraspError:
                 run.discard()
                 raise
-    return TrimRun(folder=Path(config.output_dir), facts=facts)
+    return CopyRun(folder=Path(config.output_dir), facts=facts)
 
 
 def _prepared(config: TrimConfig, corpora: Sequence[Corpus]) -> _Inputs:
@@ -179,8 +173,8 @@ def _execute(config: TrimConfig, inputs: _Inputs, run: RunFolder) -> TrimFacts:
     trim_rows(model, choice.rows)
     after = kept_logits(model, windows, choice.rows, kept)
     logits = compare_logits(before, after, model.dtype)
-    run.check_free_space(int(_SAFETY * count_bytes(model)))
-    with run.new_folder(_MODEL_NAME) as folder:
+    run.check_free_space(int(SIZE_FACTOR * count_bytes(model)))
+    with run.new_folder(MODEL_NAME) as folder:
         save_model(model, folder)
         write_tokenizer(old, folder, choice.new_ids, inputs.pre_tokenizer)
         new = read_tokenizer(
@@ -203,10 +197,16 @@ def _execute(config: TrimConfig, inputs: _Inputs, run: RunFolder) -> TrimFacts:
                 _length(text, new, len(choice.rows)) for text in inputs.texts if text.is_shown
             ),
         )
-        _write_beside(loaded, facts, folder)
+        origin = replace(loaded.origin, side_files=fitting_files(loaded.origin.side_files))
+        write_beside_copy(
+            folder,
+            origin,
+            "trimmed-vocabulary",
+            trim_content(facts),
+            source_card=SOURCE_CARD_NAME,
+        )
         verify_saved(model, folder, generates=inputs.generates)
-    run.write_json(FACTS_NAME, {_FINGERPRINT: source_hash(config.model), **to_plain(facts)})
-    run.finish()
+    finish_copy(run, FACTS_NAME, facts, source_hash(config.model))
     return facts
 
 
@@ -220,32 +220,3 @@ def _length(text: CountedText, tokenizer: PreTrainedTokenizerBase, size: int) ->
         tokens=Change(before=before, after=after),
         tokens_per_byte=Change(before=before / num_bytes, after=after / num_bytes),
     )
-
-
-def _write_beside(loaded: LoadedModel, facts: TrimFacts, folder: Path) -> None:
-    origin = replace(loaded.origin, side_files=fitting_files(loaded.origin.side_files))
-    source_card = read_card(origin.folder)
-    card = trim_card(
-        facts,
-        base_model=base_model_of(source_card or "") or origin.name,
-        licence=origin.licence,
-        licence_files=[file.name for file in origin.licence_files],
-        source_card=SOURCE_CARD_NAME if source_card else None,
-    )
-    write_beside(folder, origin, card, {SOURCE_CARD_NAME: source_card} if source_card else {})
-
-
-def _stored_facts(run: RunFolder, config: TrimConfig) -> TrimFacts:
-    file = run.path(FACTS_NAME)
-    try:
-        content = read_json(file)
-        fingerprint = content.pop(_FINGERPRINT, None)
-        facts = as_type(TrimFacts, content, FACTS_NAME)
-    except GraspError as error:
-        raise OutputError(f"{file} is missing or damaged; trim again with --overwrite") from error
-    if fingerprint != source_hash(config.model):
-        raise OutputError(
-            f"{run.root} contains a trimmed version of another model than {config.model.path} is "
-            "now; use another output_dir or --overwrite"
-        )
-    return facts

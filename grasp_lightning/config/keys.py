@@ -86,7 +86,7 @@ def _require_section(value: object, file: str, key: str) -> None:
 
 
 def allowed_keys(key: str, schema: Mapping[str, Any]) -> str:
-    """Return the key that an unknown one may mean, and the allowed keys."""
+    """Return the key that an unknown one may mean, or else the allowed keys."""
     first = key.partition(".")[0]
     if section_of(schema.get(first)) is not None:
         return f"set all entries at once, as in --{first}='{{NAME: {{KEY: VALUE}}}}'"
@@ -94,8 +94,7 @@ def allowed_keys(key: str, schema: Mapping[str, Any]) -> str:
     siblings = [k for k in schema if section and k.rpartition(".")[0] == section]
     names = siblings or sorted({k.partition(".")[0] for k in schema})
     near = difflib.get_close_matches(key, [*schema, *names], n=1, cutoff=0.8)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{hint}allowed: {', '.join(names)}"
+    return f"did you mean {near[0]}?" if near else f"allowed: {', '.join(names)}"
 
 
 def _refuse_nulls(parsed: Mapping[str, Any], schema: Mapping[str, Any], prefix: str = "") -> None:
@@ -163,6 +162,7 @@ def describe(kind: Any) -> str:  # noqa: ANN401  a type annotation
     if section_of(kind) is not None:
         return "names with a section of keys each"
     if origin is tuple:
-        is_text = str in (parts[0], *get_args(parts[0]))
-        return "a list of names" if is_text else "a list such as [20, 21]"
+        inner = (parts[0], *get_args(parts[0]))
+        example = "[0.1, 0.2]" if float in inner else "[20, 21]"
+        return "a list of names" if str in inner else f"a list such as {example}"
     return "null" if kind is NoneType else _TYPE_NAMES.get(kind, str(kind))

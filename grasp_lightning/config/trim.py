@@ -15,7 +15,8 @@ class TrimConfig:
         corpora: Texts whose tokens stay: wikitext2, ptb, c4, pydoc (their calibration splits), or
             .txt, .jsonl or .parquet files.
         field: Text column of .jsonl and .parquet files.
-        unnamed: Another text, on which the report says how much longer text becomes.
+        unnamed: Another text, on which the report says how much longer text becomes; of a corpus,
+            its held-out split.
         multiple_of: The number of tokens becomes a multiple of this; unused tokens fill it up.
         num_tokens: About how many tokens to keep, the most frequent; text then becomes longer.
             Unset: all that the corpora use.

@@ -16,7 +16,6 @@ from grasp_lightning.reporting.linears import module_place
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
 from grasp_lightning.reporting.servers import Servers
 from grasp_lightning.reporting.tables import comparison_notes, comparison_rows, indices_text
-from grasp_lightning.reporting.trimming import TrimFacts, trim_rows_of
 
 _KEEPING = AddSeam | SetWeights | SparsifyLinear  # these do more than delete layers
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -88,9 +87,9 @@ def model_card(
     return _card(_front_matter(kind, base_model, licence, licence_files), text)
 
 
-def export_card(
-    format_name: str,
-    facts: Values,
+def copy_card(
+    form: str,
+    content: Values,
     *,
     library: str,
     base_model: str,
@@ -98,57 +97,26 @@ def export_card(
     licence_files: Sequence[str],
     source_card: str | None,
 ) -> str:
-    """Return the README.md of an exported model.
+    """Return the README.md of a copy of a model: exported, or with a smaller vocabulary.
 
     Args:
-        format_name: Name of the format, and of its template.
-        facts: What the format wrote, the content of ``export.json``.
+        form: Form of the copy: the name of its template, and a tag for the hub.
+        content: Values that this template needs besides the others.
         library: Library that opens it, for the hub.
         base_model: Name of the base model.
         licence: Licence of the base model.
         licence_files: Names of the files with its text.
-        source_card: Name of the file with the compressed model's card, None if it had none.
+        source_card: Name of the file with the card of the source, None if it had none.
     """
     text = _render(
-        f"card_{format_name}.md.jinja",
+        f"card_{form}.md.jinja",
+        **content,
         base_model=base_model,
-        facts=facts,
         licence=licence,
         licence_files=sorted(licence_files),
         source_card=source_card,
     )
-    return _card(_front_matter(format_name, base_model, licence, licence_files, library), text)
-
-
-def trim_card(
-    facts: TrimFacts,
-    *,
-    base_model: str,
-    licence: str | None,
-    licence_files: Sequence[str],
-    source_card: str | None,
-) -> str:
-    """Return the README.md of a model with a trimmed vocabulary.
-
-    Args:
-        facts: What was removed.
-        base_model: Name of the base model.
-        licence: Its licence.
-        licence_files: Names of the files with its text.
-        source_card: Name of the file with the original's card, None if it had none.
-    """
-    text = _render(
-        "card_trim.md.jinja",
-        base_model=base_model,
-        rows=list(trim_rows_of(facts)),
-        texts=[text.name for text in facts.texts if text.is_named],
-        unnamed=next(text.name for text in facts.texts if not text.is_named),
-        same_pieces=facts.same_pieces,
-        licence=licence,
-        licence_files=sorted(licence_files),
-        source_card=source_card,
-    )
-    return _card(_front_matter("trimmed-vocabulary", base_model, licence, licence_files), text)
+    return _card(_front_matter(form, base_model, licence, licence_files, library), text)
 
 
 def compensated_card(

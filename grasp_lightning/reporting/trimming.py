@@ -94,6 +94,16 @@ def trim_rows_of(facts: TrimFacts) -> Iterator[Row]:
         yield Row(name, f"{shorter:.4f}", f"{longer:.4f}", factor_text(shorter, longer))
 
 
+def trim_content(facts: TrimFacts) -> dict[str, object]:
+    """Return the values that the card of the trimmed model needs."""
+    return {
+        "rows": list(trim_rows_of(facts)),
+        "texts": [text.name for text in facts.texts if text.is_named],
+        "unnamed": next(text.name for text in facts.texts if not text.is_named),
+        "same_pieces": facts.same_pieces,
+    }
+
+
 def trim_notes(facts: TrimFacts) -> tuple[str, ...]:
     """Return sentences on what stays, and on what is the same as before."""
     pieces = (

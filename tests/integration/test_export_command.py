@@ -258,7 +258,7 @@ def test_an_export_of_an_earlier_model_is_not_taken_for_this_one(
     shutil.rmtree(source)
     save_compressed("llama-dropped", source)
     assert export(source) == 2
-    assert "contains an export of an earlier version of" in capsys.readouterr().err
+    assert "contains the export of an earlier version of" in capsys.readouterr().err
     assert export(source, "--overwrite") == 0
     copy = AutoModelForCausalLM.from_pretrained(source.parent / "out" / "model")
     assert copy.config.num_hidden_layers == 3

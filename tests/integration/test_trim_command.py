@@ -147,7 +147,7 @@ def test_a_finished_trim_is_only_read(tmp_path: Path, capsys: pytest.CaptureFixt
     shutil.rmtree(source)
     save_model_of("byte_level", source, seed=1)
     assert trim(source) == 2
-    assert "contains a trimmed version of another model" in capsys.readouterr().err
+    assert "contains the trim of an earlier version of" in capsys.readouterr().err
     (tmp_path / "out" / "trim.json").unlink()
     assert trim(source) == 2
     assert "trim.json is missing or damaged; trim again with --overwrite" in capsys.readouterr().err

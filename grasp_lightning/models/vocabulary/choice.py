@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from grasp_lightning.errors import ConfigError, DataError
 from grasp_lightning.models.vocabulary.pieces import Pieces
@@ -23,7 +24,7 @@ class Choice:
     num_fillers: int
     keeps_all_used: bool
 
-    @property
+    @cached_property
     def new_ids(self) -> Mapping[int, int]:
         """New id by old id."""
         return {old: new for new, old in enumerate(self.rows)}
@@ -47,11 +48,12 @@ def choose_tokens(
         tokens: Text of every token by its id, with the added ones.
         counts: How often the text uses each id.
         protected: Ids that stay in any case, also of rows without a token.
-        multiple_of: The number of tokens becomes a multiple of this, if there are enough.
+        multiple_of: The number of tokens becomes a multiple of this.
         num_tokens: Keep about this many, the most frequent; None keeps all that are used.
 
     Raises:
-        ConfigError: If ``num_tokens`` is less than what must stay.
+        ConfigError: If ``num_tokens`` is less than what must stay, or there are too few tokens for
+            a multiple.
         DataError: If every token stays.
     """
     used = sorted((i for i, count in enumerate(counts) if count), key=lambda i: (-counts[i], i))
@@ -68,17 +70,17 @@ def choose_tokens(
     wanted = -(-(num_tokens or len(kept)) // multiple_of) * multiple_of
     unused = [token for token in sorted(tokens) if not counts[token]]
     num_before = len(kept)
-    for token in (*used, *unused):
-        if len(kept) == wanted:
-            break
-        new = _needs(pieces, tokens, token) - kept
-        if len(kept) + len(new) <= wanted:
-            kept |= new
+    _fill(kept, (_needs(pieces, tokens, token) for token in (*used, *unused)), wanted)
     num_used = sum(1 for token in kept if counts[token])
     if len(kept) >= len(counts):
         raise DataError(
             f"corpora: all {len(counts):,} tokens would stay, so there is nothing to remove; name "
             "less text, or set num_tokens"
+        )
+    if kept >= tokens.keys() and len(kept) % multiple_of:
+        raise ConfigError(
+            f"multiple_of is {multiple_of:,}, but all {len(kept):,} tokens would stay, which is no "
+            "multiple of it; set a lower one, name less text, or set num_tokens"
         )
     keeps_all_used = num_used == len(used)
     return Choice(
@@ -87,6 +89,16 @@ def choose_tokens(
         num_fillers=len(kept) - num_before if keeps_all_used and num_tokens is None else 0,
         keeps_all_used=keeps_all_used,
     )
+
+
+def _fill(kept: set[int], groups: Iterable[set[int]], size: int) -> None:
+    """Add groups of tokens as wholes, in their order, as far as there is room."""
+    for group in groups:
+        if len(kept) == size:
+            return
+        new = group - kept
+        if len(kept) + len(new) <= size:
+            kept |= new
 
 
 def _needs(pieces: Pieces, tokens: Mapping[int, str], token: int) -> set[int]:

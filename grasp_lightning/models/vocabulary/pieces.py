@@ -22,6 +22,7 @@ from grasp_lightning.errors import ModelError
 Json = dict[str, Any]  # Any: values of JSON
 _BYTE: Final = re.compile("<0x[0-9A-Fa-f]{2}>")
 _NUM_BYTES: Final = 256
+_SPACE: Final = "\u2581"  # decoders write a space for this character, but not for its bytes
 
 
 class Pieces(ABC):
@@ -43,11 +44,13 @@ class Pieces(ABC):
     def needed(self) -> frozenset[str]:
         """Pieces without which some text could not be written: characters, bytes, the unknown one.
 
-        Where bytes stand for characters that are no pieces, characters may be removed.
+        Where bytes stand for characters that are no pieces, all but that of a space may be removed.
         """
         bytes_ = {piece for piece in self.ids if _BYTE.fullmatch(piece)}
         has_bytes = bool(self._section.get("byte_fallback")) and len(bytes_) == _NUM_BYTES
-        characters = () if has_bytes else filter(self._is_character, self.ids)
+        characters = (
+            self.ids.keys() & {_SPACE} if has_bytes else filter(self._is_character, self.ids)
+        )
         return frozenset({*bytes_, *characters, *self._unknown()})
 
     def parts(self, piece: str) -> Collection[str]:
@@ -63,7 +66,7 @@ class Pieces(ABC):
 
     def _unknown(self) -> Iterable[str]:
         unknown = self._section.get("unk_token")
-        return () if unknown is None else (unknown,)
+        return () if unknown is None or unknown not in self.ids else (unknown,)
 
 
 class BpePieces(Pieces):
@@ -110,10 +113,14 @@ class BpePieces(Pieces):
 class UnigramPieces(Pieces):
     """Pieces by scores."""
 
+    def __init__(self, section: Json) -> None:
+        super().__init__(section)
+        self._ids = {piece: index for index, (piece, _) in enumerate(section["vocab"])}
+
     @property
     def ids(self) -> Mapping[str, int]:
         """Id of every piece."""
-        return {piece: index for index, (piece, _) in enumerate(self._section["vocab"])}
+        return self._ids
 
     def trimmed(self, ids: Mapping[str, int]) -> Json:
         """Return the section with the scores of the pieces."""

@@ -75,20 +75,22 @@ def trim_rows(model: PreTrainedModel, rows: Sequence[int]) -> None:
     if getattr(head, "bias", None) is not None:
         head.bias = _selected(head.bias, index)
     embedding.num_embeddings = head.out_features = size
-    for module in model.modules():
-        _renumber_module(module, old_size, size, new_ids)
+    modules: Iterator[Any] = model.modules()  # Any: with the attributes of any family
+    for module in modules:
+        is_sized = getattr(module, "vocab_size", None) == old_size
+        if is_sized:
+            module.vocab_size = size
+        if is_sized or module is embedding:
+            _renumber_padding(module, new_ids)
     model.config.get_text_config().vocab_size = size
     for config in _configs(model):
         _renumber_config(config, new_ids)
 
 
-def _renumber_module(module: Any, old_size: int, size: int, new_ids: Mapping[int, int]) -> None:  # noqa: ANN401  attributes of any family
-    is_sized = getattr(module, "vocab_size", None) == old_size
-    if is_sized:
-        module.vocab_size = size
-    is_embedding = isinstance(module, nn.Embedding) and module.num_embeddings == size
-    if (is_sized or is_embedding) and isinstance(getattr(module, "padding_idx", None), int):
-        module.padding_idx = new_ids.get(module.padding_idx, module.padding_idx)
+def _renumber_padding(module: Any, new_ids: Mapping[int, int]) -> None:  # noqa: ANN401  of any family
+    # A padding id of -1 is the last row for torch, which may be removed.
+    if isinstance(getattr(module, "padding_idx", None), int):
+        module.padding_idx = new_ids.get(module.padding_idx)
 
 
 def _renumber_config(config: Config, new_ids: Mapping[int, int]) -> None:

@@ -163,7 +163,7 @@ def test_print_config_shows_yaml_and_ends(capsys: pytest.CaptureFixture[str]) ->
         ("calibration: {source: [1]}", "calibration.source: expected text or a list of names"),
         (
             "calibration: {weights: [a]}",
-            "calibration.weights: expected a list such as [20, 21] or null, got 'a'",
+            "calibration.weights: expected a list such as [0.1, 0.2] or null, got 'a'",
         ),
         ("calibration: {rows: 260}", "calibration.rows: expected text or a list of names or null"),
         ("overwrite: maybe", "overwrite: expected true or false, got 'maybe'"),

@@ -11,19 +11,22 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from grasp_lightning.commands.export import ExportRun, run_export
+from grasp_lightning.commands.export import run_export
 from grasp_lightning.config import ExportConfig
 from grasp_lightning.errors import GraspError
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.formats import ExportFacts
 from grasp_lightning.models.formats.gguf import GgufFacts
 from grasp_lightning.models.formats.gguf.tensors import llama3_factors
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import FactorizeLinear, RemoveBlock
+from grasp_lightning.storage.copies import CopyRun
 from tests.conftest import byte_tokenizer, tiny_model
 from tests.serving.llamacpp import byte_base, sentencepiece_model
 from tests.unit.models.helpers import narrow_layers, random_factors
 
+Export = CopyRun[ExportFacts]
 Q_PROJ = "model.layers.2.self_attn.q_proj"
 
 
@@ -46,23 +49,23 @@ def cut_model(family: str = "llama", **overrides: object) -> PreTrainedModel:
     return view.model
 
 
-def export(source: Path, **keys: str | None) -> ExportRun:
+def export(source: Path, **keys: str | None) -> Export:
     defaults = {"gguf_base": str(byte_base(source.parent / "base.gguf"))}
     defaults |= {"model": str(source), "output_dir": str(source.parent / "out")}
     content: dict[str, Any] = {**defaults, "format": "gguf", **keys}  # Any: values of YAML
     return run_export(ExportConfig(**content))
 
 
-def read(run: ExportRun) -> gguf.GGUFReader:
+def read(run: Export) -> gguf.GGUFReader:
     assert isinstance(run.facts, GgufFacts)
     return gguf.GGUFReader(run.folder / "model" / run.facts.file)
 
 
-def tensors(run: ExportRun) -> dict[str, torch.Tensor]:
+def tensors(run: Export) -> dict[str, torch.Tensor]:
     return {t.name: torch.from_numpy(t.data.copy()) for t in read(run).tensors}
 
 
-def values(run: ExportRun) -> dict[str, Any]:  # Any: of any type that the format has
+def values(run: Export) -> dict[str, Any]:  # Any: of any type that the format has
     return {name: field.contents() for name, field in read(run).fields.items()}
 
 
@@ -107,15 +110,16 @@ def test_the_facts_and_lines_say_what_was_done(tmp_path: Path) -> None:
     size = (tmp_path / "out" / "model" / "model-q8_0.gguf").stat().st_size
     assert facts["bytes"]["file"] == size
     assert facts["bytes"]["dense"] > size
-    assert run.lines[0].startswith(f"gguf q8_0, architecture deci: {size / 1e6:.1f} MB (dense: ")
+    lines = run.facts.lines(run.model_folder)
+    assert lines[0].startswith(f"gguf q8_0, architecture deci: {size / 1e6:.1f} MB (dense: ")
     # One low-rank linear, four of each of two attentions, three of an MLP.
-    assert run.lines[1].startswith("factors of 12 linears multiplied: llama.cpp has no low-rank")
-    assert run.lines[2] == "84 zero channels pad the MLPs of 4 layers to multiples of 32"
+    assert lines[1].startswith("factors of 12 linears multiplied: llama.cpp has no low-rank")
+    assert lines[2] == "84 zero channels pad the MLPs of 4 layers to multiples of 32"
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     assert "84 zero channels pad the MLPs of 4 layers" in card
     assert "The factors of 12 linears are multiplied back" in card
     assert "llama-server -m model-q8_0.gguf" in card
-    assert export(source, gguf_type="q8_0").lines == run.lines  # from what is stored
+    assert export(source, gguf_type="q8_0").facts == run.facts  # from what is stored
 
 
 @pytest.mark.parametrize(

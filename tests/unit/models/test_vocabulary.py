@@ -1,13 +1,16 @@
 """Pieces of tokenizers, the choice of tokens, and rows of embeddings."""
 
+import json
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from grasp_lightning.errors import ConfigError, DataError, ModelError
-from grasp_lightning.models.vocabulary.choice import choose_tokens
+from grasp_lightning.models.vocabulary.choice import Choice, choose_tokens
+from grasp_lightning.models.vocabulary.files import trimmed_content
 from grasp_lightning.models.vocabulary.pieces import Pieces, pieces_of
 from grasp_lightning.models.vocabulary.rows import check_rows, special_ids, trim_rows
 from tests.conftest import tiny_model
@@ -35,6 +38,8 @@ def test_only_merges_whose_pieces_stay_are_kept() -> None:
 
 def test_characters_stay_unless_bytes_stand_for_them() -> None:
     assert bpe("a b").needed == {*"abcd"}
+    # An unknown token that is no piece stands for nothing.
+    assert bpe("a b", unk_token="<unk>").needed == {*"abcd"}
     by_byte = {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
     section: dict[str, object] = {
         "type": "BPE",
@@ -52,6 +57,34 @@ def test_unigram_keeps_its_worst_piece_and_the_unknown_one() -> None:
     trimmed = pieces.trimmed({"worst": 0, "x": 1, "<unk>": 2} | {"<unk>": 0, "worst": 1, "x": 2})
     assert trimmed["vocab"] == [["<unk>", 0.0], ["worst", -9.0], ["x", -3.0]]
     assert trimmed["unk_id"] == 0
+
+
+def test_spaces_come_back_where_bytes_stand_for_characters() -> None:
+    by_byte = [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+    words = [("\u2581", -5.0), ("\u2581the", -2.0), ("z", -4.0)]
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), *by_byte, *words], 0, True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    content = json.loads(tokenizer.to_str())
+    pieces = pieces_of(content)
+    counts = [0] * 260
+    counts[pieces.ids["\u2581the"]] = 1
+    tokens = {index: piece for piece, index in pieces.ids.items()}
+    choice = choose_tokens(pieces, tokens, counts, {0}, multiple_of=1)
+    small = Tokenizer.from_str(json.dumps(trimmed_content(content, choice.new_ids)))
+    assert small.token_to_id("z") is None
+    assert small.decode(small.encode("the z\u00e9bra").ids) == " the z\u00e9bra"
+
+
+def test_tables_of_ids_are_built_once() -> None:
+    unigram = {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]], "unk_id": None}
+    for pieces in (bpe("a b"), pieces_of({"model": unigram})):
+        assert pieces.ids is pieces.ids
+    choice = Choice(rows=(1, 0), num_used=2, num_fillers=0, keeps_all_used=True)
+    assert choice.new_ids is choice.new_ids
+    assert choice.new_ids == {1: 0, 0: 1}
 
 
 def chosen(pieces: Pieces, counts: list[int], **options: int) -> tuple[int, ...]:
@@ -75,6 +108,9 @@ def test_a_choice_that_cannot_be_made_is_refused() -> None:
         chosen(pieces, [1] * 8, num_tokens=3)
     with pytest.raises(DataError, match="all 6 tokens would stay"):
         chosen(pieces, [1] * 6)
+    # There are not 7 tokens: rows without one do not count.
+    with pytest.raises(ConfigError, match="multiple_of is 7, but all 6 tokens would stay"):
+        chosen(pieces, [1] + [0] * 8, multiple_of=7)
 
 
 def test_rows_without_a_token_come_last() -> None:
@@ -134,3 +170,12 @@ def test_lists_of_suppressed_tokens_are_renumbered() -> None:
     model.generation_config.suppress_tokens = [3, 5, 257]
     trim_rows(model, [2, 5, 256, 257, 258])
     assert model.generation_config.suppress_tokens == [1, 3]
+
+
+def test_padding_ids_follow_the_tokens_of_the_embedding_only() -> None:
+    model = tiny_model("llama", pad_token_id=-1)  # torch takes it as the last row
+    model.model.places = nn.Embedding(5, 4, padding_idx=2)
+    trim_rows(model, [2, 5, 256, 257, 258])
+    assert model.get_input_embeddings().padding_idx is None
+    assert model.model.places.padding_idx == 2
+    assert model(torch.tensor([[0, 4]])).logits.shape == (1, 2, 5)

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from grasp_lightning.reporting.card import base_model_of, export_card, model_card
+from grasp_lightning.reporting.card import base_model_of, copy_card, model_card
 from tests.unit.reporting.example import CONFIG, LOW_RANK_SERVERS, example_metrics, example_plan
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -20,9 +20,9 @@ def card(
         "parameters": {"dense": 134_515_008, "compressed": 109_013_760},
         "dtype": "bfloat16",
     }
-    return export_card(
+    return copy_card(
         "dense",
-        facts,
+        {"facts": facts},
         library="transformers",
         base_model=base_model,
         licence=licence,
