@@ -163,10 +163,10 @@ class TrainingRun:
             every_seconds=config.trainer.checkpoint_seconds,
             stop=self.stop,
         )
-        if measure is not None:
-            callbacks.append(measure)
         if self.time_limit is not None:
             callbacks.append(self.time_limit)
+        if measure is not None:  # after the time limit, whose clock it would keep running
+            callbacks.append(measure)
         callbacks.append(self.gathered if self._is_sharded else ExportMergedModel())
         return [*callbacks, StepProgressBar("training"), checkpoint]
 
