@@ -47,6 +47,28 @@ class BestWeights(L.Callback):
         self._loss, self.step = state_dict["loss"], state_dict["step"]
 
 
+class ValidateLastStep(L.Callback):
+    """Has the last step validated, wherever it is, so that its weights can be kept.
+
+    Args:
+        num_steps: Number of all steps.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Stop the training, since a Trainer validates before it stops."""
+        trainer.should_stop |= batch_idx + 1 >= self._num_steps
+
+
 class StopWithoutProgress(EarlyStopping):
     """Stops after ``patience`` validations without a lower loss, even right after a resume."""
 

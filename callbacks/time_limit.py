@@ -34,8 +34,9 @@ class TimeLimit(L.Callback):
     follows this number, and a checkpoint holds it, so a resumed training takes the same steps. If
     they take longer than planned, the training ends before a step that would not fit.
 
-    Only time in training counts, validations and checkpoints included. What an interrupted start
-    did after its last checkpoint does not count. Rank 0 decides for all processes.
+    Only time in training counts, validations and checkpoints included, even a validation before the
+    first step. What an interrupted start did after its last checkpoint does not count. Rank 0
+    decides for all processes.
 
     Args:
         seconds: The time.
@@ -65,6 +66,10 @@ class TimeLimit(L.Callback):
         """Seconds in training so far, over all starts."""
         return self._earlier + (0.0 if self._begun is None else time.monotonic() - self._begun)
 
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock: layer-local training needs the error before the first step."""
+        self._begun = time.monotonic()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the module its plan; end at once if the checkpoint was saved at the end."""
         self._give_plan(pl_module)
@@ -74,7 +79,7 @@ class TimeLimit(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Start the clock."""
+        """Start the clock, unless it runs."""
         self._step_begun = time.monotonic()
         if self._begun is None:
             self._begun = self._step_begun

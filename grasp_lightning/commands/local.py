@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from grasp_lightning import processes
+from grasp_lightning.callbacks.best_weights import ValidateLastStep
 from grasp_lightning.callbacks.expected_warnings import expected_warnings
 from grasp_lightning.callbacks.history import TrainingHistory
 from grasp_lightning.callbacks.layer_fit import TrainingStore, fit_layers
@@ -327,15 +328,18 @@ class LocalRun:
         saving = TrainingCheckpoint(
             store.save, every_seconds=settings.checkpoint_seconds, stop=self.stop
         )
-        limits: list[L.Callback] = [] if limit is None else [limit]
+        ends: list[L.Callback] = [] if limit is None else [limit]
+        keeps_best = self.config.training.keep == "best"
+        if keeps_best:
+            ends.append(ValidateLastStep(len(self.data.steps())))
         return new_trainer(
             self.config,
             device,
-            [self.history, *limits, StepProgressBar(layers), saving],
+            [self.history, *ends, StepProgressBar(layers), saving],
             loggers,
             is_training=True,
             # The weights before the first step count, too.
-            num_sanity_val_steps=-1 if self.config.training.keep == "best" else 0,
+            num_sanity_val_steps=-1 if keeps_best else 0,
             **placement(settings, device),
         )
 

@@ -12,7 +12,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from grasp_lightning import processes
-from grasp_lightning.callbacks.best_weights import BestWeights, StopWithoutProgress
+from grasp_lightning.callbacks.best_weights import (
+    BestWeights,
+    StopWithoutProgress,
+    ValidateLastStep,
+)
 from grasp_lightning.callbacks.expected_warnings import expected_warnings
 from grasp_lightning.callbacks.export import ExportMergedModel
 from grasp_lightning.callbacks.history import TrainingHistory
@@ -151,7 +155,7 @@ class TrainingRun:
         )
         callbacks: list[L.Callback] = [trainable, self.history]
         if training.keep == "best":
-            callbacks.append(self._best)
+            callbacks += [self._best, ValidateLastStep(len(self.data.steps()))]
         if training.patience is not None:
             callbacks.append(StopWithoutProgress(training.patience))
         checkpoint = TrainingCheckpoint(
@@ -159,10 +163,10 @@ class TrainingRun:
             every_seconds=config.trainer.checkpoint_seconds,
             stop=self.stop,
         )
-        if measure is not None:
-            callbacks.append(measure)
         if self.time_limit is not None:
             callbacks.append(self.time_limit)
+        if measure is not None:  # after the time limit, whose clock it would keep running
+            callbacks.append(measure)
         callbacks.append(self.gathered if self._is_sharded else ExportMergedModel())
         return [*callbacks, StepProgressBar("training"), checkpoint]
 

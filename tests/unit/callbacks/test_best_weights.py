@@ -16,6 +16,7 @@ from grasp_lightning.callbacks import (
     TrainingCheckpoint,
     TrainingHistory,
 )
+from grasp_lightning.callbacks.best_weights import ValidateLastStep
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.config import LoraSettings, OptimizerConfig, TrainMode
 from grasp_lightning.errors import Interrupted
@@ -169,6 +170,16 @@ def test_the_best_parameters_outlast_an_interruption(tmp_path: Path) -> None:
     assert rest.steps == history.steps
     expected = whole.trained_state()
     assert all(torch.equal(value, expected[n]) for n, value in module.trained_state().items())
+
+
+def test_the_last_step_is_validated_wherever_it_is(tmp_path: Path) -> None:
+    history, rest, files = TrainingHistory(), TrainingHistory(), Files(tmp_path)
+    last = ValidateLastStep(5)
+    fit(history, last, checkpoint_into(files), every=3, data=make_data(5))
+    assert [step for step, _ in history.validations] == [3, 5]
+    assert files.steps == [1, 2, 3, 4, 5]
+    fit(rest, last, every=3, data=make_data(5), checkpoint=files.path(5))
+    assert rest.validations == history.validations
 
 
 def test_the_trainers_own_trial_is_not_a_validation() -> None:

@@ -43,6 +43,17 @@ class Clock(L.Callback):
         self.now += self._seconds if trainer.global_step < 10 else self._later
 
 
+class SlowTrial(L.Callback):
+    """Takes 10 seconds of simulated time for the validation before the first step."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del trainer, pl_module
+        self._clock.now += 10
+
+
 class Saving(L.Callback):
     """Saves a checkpoint after a step; the last callback, as in a run."""
 
@@ -64,6 +75,7 @@ def trained(
     *more: L.Callback,
     epochs: int = 100,
     checkpoint: Path | None = None,
+    num_sanity_val_steps: int = 0,
 ) -> tuple[CompensationModule, TrainingHistory, TimeLimit]:
     """Train on samples of one length, one a step, and validate after every 20 steps."""
     monkeypatch.setattr("grasp_lightning.callbacks.time_limit.time.monotonic", clock)
@@ -77,6 +89,7 @@ def trained(
         limit,
         clock,
         *more,
+        num_sanity_val_steps=num_sanity_val_steps,
         val_check_interval=20,
         check_val_every_n_epoch=None,
     )
@@ -118,3 +131,12 @@ def test_fewer_steps_than_fit_are_all_done(monkeypatch: pytest.MonkeyPatch) -> N
     _, history, limit = trained(Clock(), monkeypatch, epochs=12)
     assert limit.planned_steps == len(history.steps) == 12
     assert history.steps[-1][1] == pytest.approx(0.01 / (12 - 1))
+
+
+def test_a_validation_before_the_first_step_takes_part_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    _, history, limit = trained(clock, monkeypatch, SlowTrial(clock), num_sanity_val_steps=-1)
+    assert limit.planned_steps == len(history.steps) == 25  # 10 fewer
+    assert clock.now == limit.seconds == 35

@@ -125,13 +125,14 @@ def compressed(family: str = "llama", seed: int = 0, **overrides: object) -> Pre
 
 def make_trainer(
     *callbacks: L.Callback,
+    num_sanity_val_steps: int = 0,
     **options: Any,  # noqa: ANN401  any argument of a Trainer
 ) -> L.Trainer:
     return L.Trainer(
         accelerator="cpu",
         max_epochs=1,
         callbacks=[*callbacks],
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=num_sanity_val_steps,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
