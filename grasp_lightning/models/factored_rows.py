@@ -215,7 +215,8 @@ def checked_rows(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if not isinstance(own, Mapping) or frozenset(own) not in _SELF_MADE:
             raise ValueError(f"rows of {name} have unknown settings: {own!r}")
         if TIED_TO in own:
-            if SCALE not in settings.get(own[TIED_TO], {}):
+            owner = own[TIED_TO]
+            if not isinstance(owner, str) or SCALE not in settings.get(owner, {}):
                 raise ValueError(f"{name} is tied to {own[TIED_TO]!r}, which has no factors")
             continue
         sizes, ranks = own[SIZES], own[RANKS]

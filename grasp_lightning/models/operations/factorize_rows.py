@@ -32,9 +32,9 @@ class RowFactorizer(Applier[FactorizeRows]):
 
     def check(self, operation: FactorizeRows, site: Site) -> None:
         """Check that the modules are a dense embedding or head, and the groups fit its rows."""
-        view, name = site.view, operation.modules[0]
+        view = site.view
         size, features = _matrix(view, operation).shape
-        digits, ranks = operation.groups, operation.group_ranks
+        name, digits, ranks = operation.modules[0], operation.groups, operation.group_ranks
         if len(digits) != size or not (digits.isascii() and digits.isdigit()):
             raise PlanError(
                 f"the plan factorizes {name}: groups must be one digit for each of {size} rows"
@@ -116,11 +116,18 @@ def _matrix(view: DecoderView, operation: FactorizeRows) -> Tensor:
                 f"model has {type(module).__name__}"
             )
         weights.append(module.weight)
-    if not weights or any(weight is not weights[0] for weight in weights):
+    named = view.model.named_modules(remove_duplicate=False)
+    owners = [name for name, module in named if weights and _holds(module, weights[0])]
+    if not owners or sorted(owners) != sorted(operation.modules):
         raise PlanError(
-            f"the plan factorizes {list(operation.modules)} together, which share no weight"
+            f"the plan factorizes {list(operation.modules)} together: expected all modules that "
+            f"share one weight, which are {owners or 'none'}"
         )
     return weights[0]
+
+
+def _holds(module: nn.Module, weight: Tensor) -> bool:
+    return any(parameter is weight for parameter in module.parameters(recurse=False))
 
 
 def _empty(operation: FactorizeRows, old: Any) -> RowGroups:  # noqa: ANN401  as in apply

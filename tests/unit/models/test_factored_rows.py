@@ -1,6 +1,7 @@
 """Embeddings and heads of factors: values, ties, saved folders, and what they refuse."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,6 +126,10 @@ def test_a_lookup_never_makes_the_whole_matrix() -> None:
 
 
 def test_only_a_known_matrix_is_factorized() -> None:
+    (half,) = cut("tied", 4).operations
+    half = replace(half, modules=half.modules[:1])
+    with pytest.raises(PlanError, match=r"that share one weight, which are .*'lm_head'"):
+        parameters_after(DecoderView(tiny_model(tie_word_embeddings=True)), [half])
     found = cut("untied", 4)
     for operation in found.operations:
         assert Plan.from_json(Plan(method="x", operations=(operation,)).to_json()).operations == (
