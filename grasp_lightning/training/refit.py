@@ -93,7 +93,7 @@ class Refitter:
             return refitted
         first, last = min(by_layer.keys() | dropped), max(fitted)
         ends = [op for op in operations if isinstance(op, FactorizeRows)]
-        factored = replacements(view, ends, tensors)
+        factored = replacements(view, ends, tensors) if ends else {}
         if factored:
             first = view.layer_indices[0]
         layers = {str(i): i for i in view.layer_indices if first <= i <= last}
