@@ -108,8 +108,9 @@ class MeasuredRows:
     def losses(self) -> dict[str, Tensor]:
         """Return the loss of each component of each group, ``(K,)``, descending, float64."""
         found: dict[str, Tensor] = {}
+        present = [group for group in self._numbers if bool((self._groups == group).any())]
         for names in self._matrices:
-            for group in self._numbers:
+            for group in present:
                 # The loss is quadratic around the dense rows: half its second derivative.
                 losses = row_losses(*self._group(names, group)) / 2
                 found[row_group(names[0], group)] = losses.cpu()

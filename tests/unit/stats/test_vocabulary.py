@@ -83,6 +83,16 @@ def test_sums_equal_those_of_single_tokens() -> None:
         torch.testing.assert_close(own.gradient_gram, expected, rtol=1e-3, atol=1e-5)
     assert {int(groups[token]) for token in (256, 257, 258)} == {0}
     assert row_shapes(view).keys() == {row_group(EMBEDDING, g) for g in range(1, 6)}
+    # More special tokens than the dense group would have: the next group is left without any.
+    view.special_tokens = frozenset(range(20))
+    rows = MeasuredRows(view, measured_vocabulary(view), Metric(weighting="kfac"), moments)
+    losses = rows.losses()
+    assert (
+        losses.keys() == row_shapes(view).keys() == {row_group(EMBEDDING, g) for g in range(2, 6)}
+    )
+    (operation,) = rows.decision(dict.fromkeys(losses, 1)).operations
+    assert isinstance(operation, FactorizeRows)
+    assert {operation.groups[token] for token in (*range(20), 256, 257, 258)} == {"0"}
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -90,6 +100,7 @@ def test_the_predicted_loss_of_a_group_is_the_measured_one(is_tied: bool) -> Non
     found = windows(num=48)
     view, step, moments = measured(tiny_model("llama", tie_word_embeddings=is_tied), found)
     assert step.needs.vocabulary is not None
+    assert moments.keys() >= {row_group(EMBEDDING, group) for group in range(6)}
     metric = Metric(weighting="kfac", fisher="sampled")
     rows = MeasuredRows(view, step.needs.vocabulary, metric, moments)
     losses = rows.losses()
