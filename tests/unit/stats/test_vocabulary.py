@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp_lightning.callbacks.measure import TrainerMeasure
-from grasp_lightning.config import CalibrationConfig, MethodConfig
+from grasp_lightning.config import CalibrationConfig, FisherChoice, MethodConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.evaluation.cut_losses import cut_losses
@@ -27,10 +27,10 @@ EMBEDDING = "model.embed_tokens"
 
 
 def measured(
-    model: PreTrainedModel, found: TokenWindows, *, fisher: str = "sampled"
+    model: PreTrainedModel, found: TokenWindows, *, fisher: FisherChoice = "sampled"
 ) -> tuple[DecoderView, Step, dict[str, Moments]]:
     view = DecoderView(model)
-    needs = Needs(vocabulary=measured_vocabulary(view), fisher=fisher)  # type: ignore[arg-type]
+    needs = Needs(vocabulary=measured_vocabulary(view), fisher=fisher)
     data = CalibrationData(CalibrationConfig(batch_size=2), byte_tokenizer(), windows=found)
     config = MethodConfig(name="grasp_plus", removed_ratio=0.2, embeddings="factors")
     method = build_method(resolve_method(config), view)
