@@ -85,9 +85,9 @@ def test_a_saved_model_is_the_same_in_a_fresh_process(kind: str, tmp_path: Path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(ids()).logits, found.model(ids()).logits)
     assert count_parameters(loaded) == count_parameters(found.model)
-    generate: Any = loaded.generate  # Any: its types depend on the options
+    program: Any = loaded  # Any: the types of generate depend on its options
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    texts = [generate(ids(), use_cache=cache, **options) for cache in (True, False)]
+    texts = [program.generate(ids(), use_cache=cache, **options) for cache in (True, False)]
     assert torch.equal(*texts)
     for model in (loaded, found.model):
         with pytest.raises(ValueError, match="no rows for other tokens: export it with format"):
