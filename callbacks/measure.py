@@ -32,6 +32,7 @@ from grasp_lightning.callbacks.span_training import train_span
 from grasp_lightning.callbacks.spread import InputSpreads
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.callbacks.unit_gradients import UnitTaylorScores, unit_scores
+from grasp_lightning.callbacks.vocabulary import VocabularyMoments
 from grasp_lightning.config import TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import PlanError
@@ -278,22 +279,32 @@ class TrainerMeasure:
         groups = layer_groups(view, step.needs, self._max_bytes, sources)
         removal_passes = 1 if step.needs.removal_measure == "loss" else self._priced_windows
         searched = num_sweeps(step.needs.sensitivity)
-        expect_passes(len(groups) + bool(step.needs.removables) * removal_passes + searched)
+        removals = bool(step.needs.removables) * removal_passes
+        ends = step.needs.vocabulary is not None
+        expect_passes(len(groups) + removals + searched + ends)
         found: list[Mapping[str, Moments]] = []
         for number, group in enumerate(groups, start=1):
             part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-            moments = None if self._store is None else self._store.load_moments(part)
-            if moments is not None:
-                skip_pass()
-            else:
-                needs = replace(step.needs, moments=group, removables=(), sensitivity=None)
-                narrowed = replace(step, needs=needs)
-                measurement = LinearMoments(narrowed, sources)
-                moments = self._pass(view, narrowed, measurement, part).moments
-                if self._store is not None:
-                    moments = self._store.keep_moments(moments, part)
-            found.append(moments)
+            needs = replace(step.needs, moments=group, removables=(), sensitivity=None)
+            narrowed = replace(step, needs=replace(needs, vocabulary=None))
+            found.append(self._kept(view, narrowed, LinearMoments(narrowed, sources), part))
+        if ends:
+            needs = Needs(vocabulary=step.needs.vocabulary, fisher=step.needs.fisher)
+            alone = replace(step, needs=needs)
+            measurement = VocabularyMoments(alone, self._data.windows)
+            found.append(self._kept(view, alone, measurement, "-vocabulary"))
         return found[0] if len(found) == 1 else MergedMoments(found)
+
+    def _kept(
+        self, view: DecoderView, step: Step, measurement: Measurement, part: str
+    ) -> Mapping[str, Moments]:
+        """Return the moments of one pass, measured or kept by an earlier start."""
+        moments = None if self._store is None else self._store.load_moments(part)
+        if moments is not None:
+            skip_pass()
+            return moments
+        moments = self._pass(view, step, measurement, part).moments
+        return moments if self._store is None else self._store.keep_moments(moments, part)
 
     def _pass(
         self, view: DecoderView, step: Step, measurement: Measurement, part: str = ""

@@ -273,6 +273,46 @@ def groups_of(pattern: SparsityPattern) -> tuple[int, int] | None:
     return int(count), int(size)
 
 
+@operation("factorize_rows")
+class FactorizeRows(Operation):
+    """Replace rows of an embedding or head by factors, group by group; a replay needs the factors.
+
+    Attributes:
+        modules: Full name of the embedding or head; for tied weights of both, the embedding first.
+        groups: One digit per token, the number of its group. Rows of group 0 stay dense.
+        group_ranks: Rank of each group from 1 on; 0 if its rows stay dense, too.
+    """
+
+    modules: tuple[str, ...]
+    groups: str
+    group_ranks: tuple[int, ...]
+
+    @property
+    def row_ranks(self) -> Mapping[str, int]:
+        """Rank of each factorised group, by ``row_group`` of its number."""
+        named = ((row_group(self.modules[0], g), k) for g, k in enumerate(self.group_ranks, 1))
+        return {name: rank for name, rank in named if rank}
+
+    @property
+    def cuts(self) -> "tuple[FactorizeRows, ...]":
+        """One operation per factorised group, which cuts this group alone."""
+        ranks = self.group_ranks
+        alone = [
+            tuple(k * (i == place) for i, k in enumerate(ranks)) for place in range(len(ranks))
+        ]
+        return tuple(replace(self, group_ranks=ranks) for ranks in alone if any(ranks))
+
+    @property
+    def solved(self) -> str:
+        """Name of its first factorised group."""
+        return next(iter(self.row_ranks))
+
+
+def row_group(module: str, group: int) -> str:
+    """Return the name of a group of rows of an embedding or head, for scores and reports."""
+    return f"{module}[{group}]"
+
+
 @operation("drop_layers")
 class DropLayers(Operation):
     """Delete whole decoder layers, given in ascending order."""
@@ -399,6 +439,12 @@ class Plan:
     def ranks(self) -> dict[str, int]:
         """Rank of every factorised linear, by module name."""
         return {module: rank for op in self.operations for module, rank in op.ranks.items()}
+
+    @property
+    def row_ranks(self) -> dict[str, int]:
+        """Rank of every factorised group of rows of embedding and head, by its name."""
+        found = (op.row_ranks for op in self.operations if isinstance(op, FactorizeRows))
+        return {name: rank for ranks in found for name, rank in ranks.items()}
 
     @property
     def channels(self) -> dict[str, int]:

@@ -22,6 +22,7 @@ from grasp_lightning.evaluation.machine import describe_machine
 from grasp_lightning.evaluation.own_process import measure_peak_memory
 from grasp_lightning.evaluation.throughput import ModelThroughput, Throughput, measure_throughput
 from grasp_lightning.evaluation.workload import Workload
+from grasp_lightning.models.calls import vocabulary_size
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.device import resolve_device
 from grasp_lightning.models.loading import load_meta_model, load_model
@@ -155,9 +156,7 @@ def _workload(config: BenchmarkConfig, variants: Sequence[_Variant]) -> Workload
         with named_by(variant.key):
             model = DecoderView(load_meta_model(variant.settings)).model
         _check_positions(config, variant.name, model)
-        embedding = model.get_input_embeddings().weight
-        assert isinstance(embedding, torch.Tensor)  # every family embeds its tokens
-        vocabularies.append(embedding.shape[0])
+        vocabularies.append(vocabulary_size(model))
     return Workload(
         prefill_lengths=config.prefill_lengths,
         decode_batch_sizes=config.decode_batch_sizes,

@@ -251,6 +251,11 @@ def _check_splittable(method: MethodConfig) -> None:
                 f"trainer.strategy is fsdp, but method {method.name} {work} in every process; use "
                 "ddp"
             )
+    if method.embeddings == "factors":
+        raise ConfigError(
+            "trainer.strategy is fsdp, but method.embeddings factors needs whole rows in every "
+            "process; use ddp, or set method.embeddings=none"
+        )
 
 
 def _reads_hidden_states_again(method: MethodConfig) -> bool:

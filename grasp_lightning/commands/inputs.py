@@ -33,6 +33,7 @@ from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh
 from grasp_lightning.models.streamed import streamed_weights
 from grasp_lightning.models.streamed_loading import load_streamed
 from grasp_lightning.models.verification import can_generate
+from grasp_lightning.models.vocabulary.ends import special_tokens
 from grasp_lightning.progress import track
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.progress import check_same_model
@@ -93,6 +94,7 @@ def prepare(
     with phases(LOAD, excluding=(SAMPLE,)):
         loaded, digest = _load(config, given)
         view = DecoderView(loaded.model)
+        view.special_tokens = special_tokens(loaded.tokenizer)
         leave_uncalled(view)
         is_streamed = streamed_weights(loaded.model) is not None
         if is_streamed:

@@ -180,7 +180,7 @@ def _curvature_work(
     """Return the work of one pass over all layers, or of one pass for each layer to prune."""
     tokens = config.calibration.num_samples * config.calibration.seqlen
     if config.method.pattern is None:
-        return Work(_CURVATURE * tokens)
+        return Work(_CURVATURE * tokens * (2 if config.method.embeddings == "factors" else 1))
     done = {view.layer_of(module) for op in plan.operations for module in op.linears}
     left = len(prediction.layers) - len(done)
     # After the first pass, two layers run in each: the one pruned last, and the measured one.

@@ -65,6 +65,9 @@ def method_problem(method: MethodConfig) -> str | None:
         "method.removable measures removals in the whole model: set it to none": (
             method.removable not in (None, "none")
         ),
+        "method.embeddings factors measures rows in the whole model: set it to none": (
+            method.embeddings == "factors"
+        ),
         "method.target plain changes the config of the whole model: set another one": (
             method.target == "plain"
         ),

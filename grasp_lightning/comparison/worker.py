@@ -18,8 +18,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning.comparison.grid import renamed
 from grasp_lightning.comparison.measurements import Keyed, Measurements, Speed
@@ -41,7 +40,7 @@ from grasp_lightning.evaluation.results import CorpusResult
 from grasp_lightning.evaluation.throughput import Timing, Turn, measure_throughput
 from grasp_lightning.evaluation.workload import Workload
 from grasp_lightning.launch import end_with_parent
-from grasp_lightning.models.calls import check_length, check_vocabulary
+from grasp_lightning.models.calls import check_length, check_vocabulary, vocabulary_size
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, load_without_weights
@@ -219,18 +218,12 @@ def _measure_speed(request: MeasureSpeed) -> None:
         new_tokens=speed.new_tokens,
         num_rounds=speed.rounds,
         seed=speed.seed,
-        vocabulary=min(map(_vocabulary, models.values())),
+        vocabulary=min(map(vocabulary_size, models.values())),
     )
     timings = measure_throughput(models, workload, _untracked)["model"]
     result: dict[str, Speed] = {timing.setting.kind: _speed_of(timing) for timing in timings}
     done = Measurements.read(file)
     replace(done, speed=Keyed(key=request.key, result=result)).write(file)
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    embedding = model.get_input_embeddings().weight
-    assert isinstance(embedding, Tensor)  # every family embeds its tokens
-    return embedding.shape[0]
 
 
 def _speed_of(timing: Timing) -> Speed:

@@ -36,6 +36,7 @@ Unit = Literal["layers", "attention", "mlp"]
 RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
 SeamChoice = Literal["none", "linear"]
 TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
+EmbeddingsChoice = Literal["none", "factors"]
 CriterionChoice = Literal["taylor_plus", "taylor", "perplexity"]
 Importance = Literal["taylor", "taylor_second", "taylor_mixed", "l2"]
 MergeChoice = Literal["paper", "released"]
@@ -218,7 +219,7 @@ class SearchOptions:
 class LowRankOptions(
     SearchOptions, BudgetOptions, MetricOptions, PresetOptions, KeepOptions, MethodOptions
 ):
-    """What low_rank and grasp_plus read.
+    """What low_rank reads, and grasp_plus, too.
 
     Attributes:
         ranks: uniform: one keep ratio for all matrices; per_type: the same on average, but among
@@ -236,6 +237,19 @@ class LowRankOptions(
     ranks: RankChoice | None = None
     refit: RefitChoice | None = None
     refit_pull: Annotated[float, Range(at_least=0, at_most=100)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraspPlusOptions(LowRankOptions):
+    """What grasp_plus reads.
+
+    Attributes:
+        embeddings: factors: tokens are grouped by how often they occur, and the rows of a group in
+            embedding and head become low-rank factors where the budget decides so; none: embedding
+            and head stay dense.
+    """
+
+    embeddings: EmbeddingsChoice | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,7 +407,7 @@ class MethodConfig(
     StreamlineOptions,
     LacoOptions,
     SliceOptions,
-    LowRankOptions,
+    GraspPlusOptions,
     GraspOptions,
 ):
     """What to remove and how to choose it: the keys of all methods."""
@@ -402,7 +416,7 @@ class MethodConfig(
 METHOD_OPTIONS: Final[Mapping[str, type[AmountOptions]]] = MappingProxyType(
     {
         "grasp": GraspOptions,
-        "grasp_plus": LowRankOptions,
+        "grasp_plus": GraspPlusOptions,
         "low_rank": LowRankOptions,
         "drop": DropOptions,
         "shortgpt": MethodOptions,

@@ -10,7 +10,7 @@ from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.next_token import distillation_losses, forward_inputs
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.models.surgery import in_place_of_linears, replacements
-from grasp_lightning.plan import Replacement
+from grasp_lightning.plan import FactorizeRows, Replacement
 
 MAX_TOKENS = 512
 """Tokens of each window, so that two sets of logits fit into memory."""
@@ -19,7 +19,7 @@ MAX_TOKENS = 512
 @torch.no_grad()
 def cut_losses(
     view: DecoderView,
-    cuts: Sequence[Replacement],
+    cuts: Sequence[Replacement | FactorizeRows],
     tensors: Mapping[str, Tensor],
     batch: Mapping[str, Tensor],
     track: Callable[[Sequence[str], str], Iterable[str]],
@@ -32,11 +32,13 @@ def cut_losses(
 
     Args:
         view: The dense model; each cut is applied and undone.
+        cuts: Cuts of linears, and of single groups of rows.
         tensors: Their tensors, see ``apply_operations``.
         batch: A ``TokenWindows.batch``.
 
     Returns:
-        Divergence by name of the solved linear, in the order of the cuts; equal in all processes.
+        Divergence by name of the solved linear or group of rows, in the order of the cuts; equal in
+        all processes.
     """
     given = {key: value.to(view.model.device) for key, value in batch.items()}
     by_name = {cut.solved: cut for cut in cuts}

@@ -73,6 +73,12 @@ def resolve_method(config: MethodConfig, seed: int = 0) -> MethodConfig:
         seed: The seed of the run, for a method that draws and has none of its own.
     """
     method = named_method(config.name)
+    if method is not GRASP_PLUS:
+        reason, remedy = (
+            "only method grasp_plus factorizes embeddings",
+            "set method.name=grasp_plus",
+        )
+        refuse_ignored(config, ("embeddings",), reason, remedy)
     read = keys_of(METHOD_OPTIONS.get(config.name, method.options))
     ignored = set(keys_of(MethodConfig)) - set(read)
     refuse_ignored(config, ignored, f"method {config.name} {method.ignores}", method.remedy)

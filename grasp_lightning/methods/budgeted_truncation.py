@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grasp_lightning.linalg.ranks import factor_parameters, ranks_for_budget
 from grasp_lightning.methods.base import Decision
+from grasp_lightning.methods.embedding_rows import MeasuredRows, measured_vocabulary
 from grasp_lightning.methods.global_ranks import Budgeted, GlobalRanks
 from grasp_lightning.methods.narrowing import channel_orders, narrowing
 from grasp_lightning.methods.prediction import Layers, Outlook, Prediction
@@ -37,11 +38,15 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
     """Spends one budget on the components and channels with the largest loss in a metric."""
 
     def _step(self, model: DecoderView, plan: Plan, layers: Layers) -> Step | None:
-        if plan.ranks or plan.channels or plan.removed_blocks or plan.dropped_layers:
+        cut = plan.ranks or plan.channels or plan.row_ranks
+        if cut or plan.removed_blocks or plan.dropped_layers:
             return None
         budgeted = self._rule.budgeted(model, layers)
         self._rule.budget(budgeted)  # refuses what is out of reach
-        return self._curvature_step(model, budgeted.modules, removables=budgeted.removables)
+        step = self._curvature_step(model, budgeted.modules, removables=budgeted.removables)
+        if not budgeted.rows:
+            return step
+        return replace(step, needs=replace(step.needs, vocabulary=measured_vocabulary(model)))
 
     def _decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
         layers = {model.layer_of(module) for module in step.needs.moments}
@@ -52,19 +57,23 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
         losses = component_losses(measured, budgeted.shapes)
         orders = channel_orders(measured, budgeted.mlps)
         losses |= {name: removal.losses.flip(0) for name, removal in orders.items()}
+        ends = step.needs.vocabulary
+        rows = ends and MeasuredRows(model, ends, self._metric, stats.moments)
+        losses |= rows.losses() if rows else {}
         allocation = self._rule.allocation(budgeted, losses, stats.removal_losses)
         ranks = {n: allocation.ranks[n] for n in budgeted.shapes if n in allocation.ranks}
         channels = {n: allocation.channels[n] for n in budgeted.mlps if n in allocation.channels}
         cut = truncated(measured, ranks)
         narrowed = narrowing(measured, budgeted.mlps, orders, channels)
+        factored = rows.decision(allocation.ranks) if rows else Decision(operations=())
         removed = removal_operations(budgeted.removables, allocation.removed)
         scores = {f"{name}.scores": value.float() for name, value in losses.items()}
         if self._metric.weighting == "kfac":
             found = self._rule.target_losses(budgeted, losses, stats.removal_losses, view=model)
             scores |= stored_target_losses(found)
         decision = Decision(
-            operations=(*cut.operations, *narrowed.operations, *removed),
-            tensors={**cut.tensors, **narrowed.tensors},
+            operations=(*cut.operations, *narrowed.operations, *factored.operations, *removed),
+            tensors={**cut.tensors, **narrowed.tensors, **factored.tensors},
             scores={**scores, **cut.scores, **stored_prices(stats.removal_losses)},
         )
         return self._refitted(decision)
@@ -86,7 +95,8 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
         if layers is None or self._metric.weighting != "kfac" or not metric <= plan.options.items():
             return {}
         budgeted = self._rule.budgeted(view, layers)
-        sizes = {name: min(shape) for name, shape in budgeted.shapes.items()}
+        matrices = (*budgeted.shapes.items(), *budgeted.rows.items())
+        sizes = {name: min(shape) for name, shape in matrices}
         sizes |= {name: mlp.num_channels for name, mlp in budgeted.mlps.items()}
         losses = {name: stored.component_scores(name, size) for name, size in sizes.items()}
         prices = {part.name: stored.price(part.name) for part in budgeted.removables}
@@ -100,6 +110,7 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
             ranks={},
             widths=found.widths if self._is_uniform else {},
             is_budget=True,
+            has_rows=self._rule.embeddings == "factors",
             is_removable=self._rule.removable != "none",
             target=self._rule.target,
         )

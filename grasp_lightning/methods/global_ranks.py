@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from grasp_lightning.config import MlpChoice, RemovableChoice, TargetChoice
+from grasp_lightning.config import EmbeddingsChoice, MlpChoice, RemovableChoice, TargetChoice
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.linalg.allocation import Allocation, allocate, smallest_size
 from grasp_lightning.linalg.choices import ChannelChoice, Choice, GroupChoice, MatrixChoice
 from grasp_lightning.linalg.shared_width import allocate_shared, smallest_shared_size
 from grasp_lightning.methods.blocks import weight_shapes
+from grasp_lightning.methods.embedding_rows import row_shapes
 from grasp_lightning.methods.narrowing import Narrowable, narrowable_mlps
 from grasp_lightning.methods.rank_rules import Shapes
 from grasp_lightning.methods.removal import removable_parts
@@ -31,11 +32,13 @@ class Budgeted:
         mlps: Every MLP that may lose channels, by the name of its reader, and all experts. Their
             linears are not in ``shapes``.
         removables: Layers, each followed by its blocks, that may be removed as a whole.
+        rows: ``(V_g, d)`` of each group of rows of embedding and head that may be factorized.
     """
 
     shapes: Shapes
     mlps: Mapping[str, Narrowable] = field(default_factory=dict)
     removables: tuple[Removable, ...] = ()
+    rows: Shapes = field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -44,8 +47,8 @@ class Budgeted:
 
     @property
     def linear_size(self) -> int:
-        """Number of parameters of all linears."""
-        return sum(map(self._size_of, self.modules))
+        """Number of parameters of all linears, and of all rows that may be factorized."""
+        return sum(map(self._size_of, (*self.modules, *self.rows)))
 
     @property
     def size(self) -> int:
@@ -73,7 +76,7 @@ class Budgeted:
     def _size_of(self, module: str) -> int:
         if module in self.mlps:
             return self.mlps[module].num_channels * self.mlps[module].channel_size
-        return math.prod(self.shapes[module])
+        return math.prod(self.rows.get(module) or self.shapes[module])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +96,7 @@ class GlobalRanks:
         mlp: Whether MLPs lose channels, or their matrices are factorized like all others.
         removable: What may be removed as a whole.
         target: What will serve the model.
+        embeddings: Whether rows of embedding and head may become factors.
     """
 
     removed_ratio: float | None = None
@@ -102,6 +106,7 @@ class GlobalRanks:
     mlp: MlpChoice = "factors"
     removable: RemovableChoice = "none"
     target: TargetChoice = "any"
+    embeddings: EmbeddingsChoice = "none"
 
     @property
     def options(self) -> Mapping[str, OptionValue]:
@@ -115,6 +120,8 @@ class GlobalRanks:
             options["removable"] = self.removable
         if self.target != "any":
             options["target"] = self.target
+        if self.embeddings != "none":
+            options["embeddings"] = self.embeddings
         return options
 
     @property
@@ -139,6 +146,7 @@ class GlobalRanks:
             shapes={name: shape for name, shape in shapes.items() if name not in inside},
             mlps=mlps,
             removables=removable_parts(view, layers, self.removable),
+            rows=row_shapes(view) if self.embeddings == "factors" else {},
         )
 
     def allocation(
@@ -151,8 +159,8 @@ class GlobalRanks:
 
         Args:
             budgeted: What shares the budget.
-            losses: Predicted loss of dropping each component of a matrix, ``(K,)`` by module, and
-                each channel of an MLP, ``(I,)`` by reader; descending.
+            losses: Predicted loss of dropping each component of a matrix or a group of rows,
+                ``(K,)`` by name, and each channel of an MLP, ``(I,)`` by reader; descending.
             prices: Measured loss of removing each layer and block, by its name.
         """
         choices = self._grouped(self._choices(budgeted, losses), budgeted, prices or {})
@@ -174,9 +182,11 @@ class GlobalRanks:
         found: dict[str, float] = {}
         for target in TARGETS if budgeted.mlps else ():
             rule, parts = replace(self, target=target), budgeted
+            if target != "any":
+                parts = replace(parts, rows={})
             if target == "plain":
                 whole = tuple(part for part in budgeted.removables if not part.is_block)
-                parts = replace(budgeted, removables=whole)
+                parts = replace(parts, removables=whole)
             try:
                 check_mlps(target, view, budgeted.mlps)
                 found[target] = rule.allocation(parts, losses, prices).loss
@@ -186,7 +196,7 @@ class GlobalRanks:
 
     def budget(self, budgeted: Budgeted) -> int:
         """Return how many parameters stay; a budget out of reach is a ``ConfigError``."""
-        losses = dict.fromkeys(budgeted.shapes, torch.zeros(1))
+        losses = dict.fromkeys((*budgeted.shapes, *budgeted.rows), torch.zeros(1))
         losses |= {name: torch.zeros(mlp.num_channels) for name, mlp in budgeted.mlps.items()}
         free = dict.fromkeys((part.name for part in budgeted.removables), 0.0)
         choices = self._choices(budgeted, losses)
@@ -223,7 +233,7 @@ class GlobalRanks:
         top = None if self.target == "any" else 0
         matrices = [
             MatrixChoice(name, shape, losses[name], max_rank=top, multiple_of=self.unit)
-            for name, shape in budgeted.shapes.items()
+            for name, shape in (*budgeted.shapes.items(), *budgeted.rows.items())
         ]
         mlps = [
             ChannelChoice(

@@ -8,7 +8,8 @@ losses that are comparable across all matrices of the model. MLPs lose hidden ch
 the same metric with the other channels refitted. One Lagrange multiplier decides what stays dense,
 and the rank or width of the rest. Finally, the linears that write to the residual stream are
 refitted to reduce the accumulated error. There is no separate choice of layers, and no score other
-than the singular value.
+than the singular value. With ``embeddings: factors``, the rows of embedding and head share the
+budget, too, see ``embedding_rows``.
 
 Sources: loss gradients on little text, GRASP (arXiv:2501.00339); the Gram matrix of inputs as a
 metric, SVD-LLM (arXiv:2403.07378); curvature as a product of two Gram matrices, K-FAC
@@ -20,6 +21,7 @@ from dataclasses import replace
 from typing import Final
 
 from grasp_lightning.config import MethodConfig
+from grasp_lightning.errors import ConfigError
 from grasp_lightning.methods.base import Registered
 from grasp_lightning.methods.grasp import PRESETS
 from grasp_lightning.methods.low_rank import PLAIN, check_amount, truncation, with_parts
@@ -34,7 +36,21 @@ def _resolved(config: MethodConfig) -> MethodConfig:
     config = check_amount(config)
     owner = "grasp" if config.preset in PRESETS else "low_rank"
     refuse_ignored(config, ("preset",), "method grasp_plus is one", f"set method.name={owner}")
-    return with_parts(config, _PARTS)
+    config = with_parts(config, _PARTS)
+    if config.embeddings == "factors":
+        _check_embeddings(config)
+    return replace(config, embeddings=config.embeddings or "none")
+
+
+def _check_embeddings(config: MethodConfig) -> None:
+    """Refuse parts that do not price rows of an embedding: a ``ConfigError``."""
+    for key, needed in (("weighting", "kfac"), ("ranks", "global"), ("target", "any")):
+        value = getattr(config, key)
+        if value not in (None, needed):
+            raise ConfigError(
+                f"method.embeddings factors needs method.{key}={needed}, got {value}: set one of "
+                "them, or method.embeddings=none"
+            )
 
 
 GRASP_PLUS: Final = Registered(

@@ -191,7 +191,8 @@ def truncation(config: MethodConfig, view: DecoderView, track: Track) -> Compres
     if config.ranks == "sensitivity":
         rule = SensitivityRanks(**budget, search_minutes=config.search_minutes)
         return SensitivityTruncation(rule=rule, **parts)
-    return BudgetedTruncation(rule=GlobalRanks(**budget, **given(config, BudgetOptions)), **parts)
+    budget |= {"embeddings": config.embeddings or "none", **given(config, BudgetOptions)}
+    return BudgetedTruncation(rule=GlobalRanks(**budget), **parts)
 
 
 def _resolved(config: MethodConfig) -> MethodConfig:

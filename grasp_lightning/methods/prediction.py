@@ -46,6 +46,7 @@ class Prediction:
             its name; empty if the data decides on them.
         removes_units: A budget is spent on key/value groups and MLP channels, not on ranks.
         is_removable: Layers or blocks may be removed as a whole.
+        has_rows: Rows of embedding and head share the budget, too.
         target: What will serve the model, for a budget.
         directions: Kept and original number of directions of the hidden states, if they are sliced.
         is_span: One layer replaces contiguous ones, of which ``num_layers`` are deleted.
@@ -66,6 +67,7 @@ class Prediction:
     heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     removes_units: bool = False
     is_removable: bool = False
+    has_rows: bool = False
     target: TargetChoice = "any"
     is_span: bool = False
     directions: tuple[int, int] | None = None
@@ -132,7 +134,9 @@ class Prediction:
         has_experts = any(isinstance(op, NarrowExperts) for op in self.operations)
         if self.target == "any":
             what = "all linears and experts" if has_experts else "all linears"
-            where = f"{what} of {self.num_layers} layers share one budget"
+            what = f"{what} of {self.num_layers} layers"
+            rows = ", and the rows of embedding and head," if self.has_rows else ""
+            where = f"{what}{rows} share one budget"
             return f"{where}: the data decides on ranks{more}, and on what stays dense"
         if self.target == "plain":
             one = "attention stays dense, and all MLPs get one width"

@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from grasp_lightning import processes
 from grasp_lightning.errors import ConfigError, ModelError
@@ -159,11 +161,16 @@ def check_length(view: DecoderView, length: int, key: str) -> None:
         raise ConfigError(f"{key} is {length}, but the model has {positions} positions")
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return the number of tokens that a model embeds."""
+    embedding: Any = model.get_input_embeddings()  # Any: of every family
+    rows = getattr(embedding, "num_embeddings", None)  # some rows may be factors
+    return int(embedding.weight.shape[0] if rows is None else rows)
+
+
 def check_vocabulary(view: DecoderView, input_ids: Tensor) -> None:
     """Raise a ``ModelError`` if a token id, of any non-empty shape, exceeds the embedding."""
-    weight = view.model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)  # every family embeds its tokens
-    size = weight.shape[0]
+    size = vocabulary_size(view.model)
     largest = int(input_ids.max())
     if largest >= size:
         raise ModelError(

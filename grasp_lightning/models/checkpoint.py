@@ -12,7 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp_lightning.errors import GraspError, ModelError, OutputError
-from grasp_lightning.models import experts, int4, lowrank, sliced
+from grasp_lightning.models import experts, factored_rows, int4, lowrank, sliced
+from grasp_lightning.models.factored_rows import guard_resizing
 from grasp_lightning.models.lowrank import (
     QUANT_METHOD,
     REMOTE_MODULE,
@@ -148,6 +149,7 @@ def attach_quantizer(model: PreTrainedModel) -> None:
     model without replaced linears loses its quantizer. It must not have a foreign one.
     """
     holder: Any = model  # Any: transformers does not declare the attributes it sets
+    guard_resizing(model)
     if has_replaced(model):
         model.config.quantization_config = config_of(model)
         holder.hf_quantizer = GraspQuantizer(model.config.quantization_config)
@@ -183,7 +185,7 @@ def write_remote_code(model: PreTrainedModel, path: Path) -> None:
         return  # a class of the caller's program, which a folder cannot contain
     classes = {_AUTO_CONFIG: config_class} | ({} if is_custom else _model_classes(config_class))
     linears = _OWN_IMPORTS.sub("", inspect.getsource(lowrank))
-    parts = (*map(inspect.getsource, (int4, experts, sliced)), linears)
+    parts = (*map(inspect.getsource, (int4, experts, sliced, factored_rows)), linears)
     code = ["\n\n".join(parts), "\n\nimport transformers  # noqa: E402\n"]
     for found, auto in {found: auto for auto, found in classes.items()}.items():
         name, origin = found.__name__, f"transformers.{found.__name__}"

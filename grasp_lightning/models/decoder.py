@@ -39,6 +39,7 @@ class DecoderView:
         layer_indices: Original numbers of the layers that remain, ascending.
         narrows_experts: Whether the warning about mixtures of experts leaves out those that can
             be narrowed.
+        special_tokens: Ids of the special tokens of the tokenizer; set by who knows it.
 
     Args:
         model: A decoder-only language model, with or without its head.
@@ -64,6 +65,7 @@ class DecoderView:
         self.num_layers = len(layers)
         self.layer_indices = tuple(range(self.num_layers))
         self.narrows_experts = False
+        self.special_tokens: frozenset[int] = frozenset()
         self._has_warned = False
         self._left_out: frozenset[str] = frozenset()
 

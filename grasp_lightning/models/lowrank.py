@@ -1,8 +1,8 @@
 """Low-rank and narrowed linears and seams, and how transformers loads and saves models with them.
 
-This file needs only torch and transformers: its text, ``int4.py``, ``experts.py`` and ``sliced.py``
-are copied into every saved model, which then opens without grasp_lightning (with
-``trust_remote_code=True``).
+This file needs only torch and transformers: its text, ``int4.py``, ``experts.py``, ``sliced.py``
+and ``factored_rows.py`` are copied into every saved model, which then opens without grasp_lightning
+(with ``trust_remote_code=True``).
 
 A saved model is an ordinary Hugging Face folder whose ``quantization_config`` names the low-rank
 linears with their ranks and the narrowed ones with their shapes. A narrowed weight, or the right
@@ -46,6 +46,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grasp_lightning.models.experts import is_narrowed_experts, narrowed_experts, shrink_experts
+from grasp_lightning.models.factored_rows import (
+    checked_rows,
+    guard_resizing,
+    is_factorized_rows,
+    replace_rows,
+    rows_settings,
+)
 from grasp_lightning.models.int4 import Int4Linear, as_int4_linear, is_int4, unpacked
 from grasp_lightning.models.sliced import (
     BIASES,
@@ -256,10 +263,10 @@ def seams(model: nn.Module) -> dict[str, SeamLinear]:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Return whether compression made a module: a linear, experts, a seam, a norm or a shortcut."""
+    """Return whether compression made a module: linear, rows, experts, seam, norm or shortcut."""
     is_sliced = is_sliced_norm(module) or is_shortcut(module)
     is_smaller = is_low_rank(module) or is_narrowed(module) or is_narrowed_experts(module)
-    return is_smaller or is_seam(module) or is_sliced
+    return is_smaller or is_seam(module) or is_sliced or is_factorized_rows(module)
 
 
 def has_replaced(model: nn.Module) -> bool:
@@ -280,6 +287,7 @@ class GraspConfig(QuantizationConfigMixin):
         stream: What slicing changed besides shapes of linears, see
                 ``sliced.stream_settings``.
         experts: Inner channels of the experts that have lost some.
+        rows: Groups of the rows of embedding and head, see ``factored_rows.rows_settings``.
         **unknown: Refused: a newer format may have additions that must not be ignored.
     """
 
@@ -294,6 +302,7 @@ class GraspConfig(QuantizationConfigMixin):
         biases: Sequence[str] = (),
         stream: Mapping[str, Any] | None = None,  # Any: values of JSON
         experts: Mapping[str, int] | None = None,
+        rows: Mapping[str, Any] | None = None,  # Any: values of JSON
         **unknown: object,
     ) -> None:
         if unknown:
@@ -305,6 +314,7 @@ class GraspConfig(QuantizationConfigMixin):
         _check_seams(seams or {})
         _check_experts(experts or {})
         self.experts = dict(experts or {})
+        self.rows = checked_rows(rows or {})
         self.biases = list(biases)
         self.seams = dict(seams or {})
         self.stream = checked_settings(stream or {})
@@ -316,7 +326,7 @@ class GraspConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:  # Any: values of JSON
         """Return the content of config.json, without what says nothing, except for ranks."""
         content: dict[str, Any] = super().to_dict()
-        for key in ("shapes", "weights", "seams", "biases", "stream", "experts"):
+        for key in ("shapes", "weights", "seams", "biases", "stream", "experts", "rows"):
             if not content[key]:
                 del content[key]
         return content
@@ -379,6 +389,7 @@ class GraspQuantizer(HfQuantizer):
         biases = settings.biases if self._weights is None else ()
         added = [f"{module}.bias" for module in biases]
         added += [f"{name}.weight" for name in settings.stream.get(SHORTCUTS, ())]
+        added += replace_rows(model, settings.rows, partial(_name_in_model, model, names))
         _check_stored([*self._seam_keys, *added], checkpoint_files or ())
         if self._weights is not None:
             self._weights.preprocess_model(
@@ -473,6 +484,7 @@ class GraspQuantizer(HfQuantizer):
         used = getattr(model, "_weight_conversions", None) or []
         holder: Any = model  # Any: transformers does not declare the attributes it sets
         holder._weight_conversions = [entry for entry in used if id(entry) not in ours]
+        guard_resizing(model)
         if self._weights is not None:
             self._weights.postprocess_model(model)
             finish_quantized(model)
@@ -565,6 +577,7 @@ def config_of(model: nn.Module) -> GraspConfig:
         biases=biases_of(model),
         stream=stream_settings(model),
         experts=narrowed_experts(model),
+        rows=rows_settings(model),
     )
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from grasp_lightning import processes
 from grasp_lightning.errors import NumericsError
-from grasp_lightning.models.calls import check_vocabulary, locate_non_finite
+from grasp_lightning.models.calls import check_vocabulary, locate_non_finite, vocabulary_size
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.integrity import nan_advice
 from grasp_lightning.models.sharding import is_sharded
@@ -55,9 +55,8 @@ def sample_text(
     """
     view = DecoderView(model)
     check_vocabulary(view, starts.min())
-    embedding = model.get_input_embeddings().weight
-    assert isinstance(embedding, Tensor)  # every family embeds its tokens
-    starts, vocabulary = (ids[ids < len(embedding)] for ids in (starts, vocabulary))
+    size = vocabulary_size(model)
+    starts, vocabulary = (ids[ids < size] for ids in (starts, vocabulary))
     generator = torch.Generator().manual_seed(seed)
     # One number per token, drawn up front, so that texts do not depend on the number of processes.
     draws = torch.rand(num_windows, length, dtype=torch.float64, generator=generator)

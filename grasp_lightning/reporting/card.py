@@ -9,7 +9,15 @@ from huggingface_hub import CardData, RepoCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from grasp_lightning.plan import AddBias, AddSeam, Plan, SetWeights, SliceStream, SparsifyLinear
+from grasp_lightning.plan import (
+    AddBias,
+    AddSeam,
+    FactorizeRows,
+    Plan,
+    SetWeights,
+    SliceStream,
+    SparsifyLinear,
+)
 from grasp_lightning.reporting import card_phrases as phrases
 from grasp_lightning.reporting.card_phrases import Values
 from grasp_lightning.reporting.linears import module_place
@@ -51,7 +59,8 @@ def model_card(
     base_model = phrases.public_name(origin_name)
     # Linears no longer have the shapes that the family builds.
     is_narrowed = plan.channels or plan.heads
-    kind = "low-rank" if plan.ranks or plan.removed_blocks else "narrowed" if is_narrowed else ""
+    is_low_rank = plan.ranks or plan.row_ranks or plan.removed_blocks
+    kind = "low-rank" if is_low_rank else "narrowed" if is_narrowed else ""
     kind = "sliced" if _slicing(plan) else kind
     text = _render(
         "card.md.jinja",
@@ -65,6 +74,7 @@ def model_card(
         num_attentions=len(plan.heads),
         num_biases=sum(isinstance(op, AddBias) for op in plan.operations),
         removed=_removed(plan),
+        factored=_factored(plan),
         merges=_merges(plan),
         correction=_correction(plan),
         directions=_slicing(plan),
@@ -85,6 +95,17 @@ def model_card(
     )
     kind = kind or ("sparse" if metrics.zero_ratio else "layer-pruning")
     return _card(_front_matter(kind, base_model, licence, licence_files), text)
+
+
+def _factored(plan: Plan) -> str:
+    """Return the modules whose rows became factors, and of how many tokens; empty if none did."""
+    found = []
+    for op in plan.operations:
+        if isinstance(op, FactorizeRows):
+            ranked = (op.groups.count(str(g)) for g, rank in enumerate(op.group_ranks, 1) if rank)
+            modules = " and ".join(map(phrases.code_span, op.modules))
+            found.append(f"{sum(ranked):,} of {len(op.groups):,} tokens in {modules}")
+    return "; of ".join(found)
 
 
 def copy_card(

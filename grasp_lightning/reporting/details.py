@@ -12,6 +12,7 @@ from grasp_lightning.methods.sensitivity import read_trials, trial_counts
 from grasp_lightning.models.linears import in_attention
 from grasp_lightning.plan import (
     FactorizeLinear,
+    FactorizeRows,
     MergeLayers,
     NarrowExperts,
     NarrowMlp,
@@ -48,6 +49,11 @@ _LOSS_NOTE = (
     "divergence from the dense predictions on held-out text, with this cut alone and before any "
     "refit. Linears that are not listed stay dense."
 )
+_ROWS_NOTE = (
+    "Predicted loss: half the curvature of the change, on the calibration text. Measured: mean "
+    "divergence from the dense predictions on held-out text, with this group alone. Groups that "
+    "are not listed stay dense."
+)
 _SCORE_NOTE = (
     "Score and squared norm: share of the linear's total in its kept components. Beyond the "
     "largest: kept components that plain truncation to the same rank would remove."
@@ -70,6 +76,7 @@ def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor])
         _ranks(plan, scores),
         _channels(metrics, plan, scores),
         _heads(plan),
+        _rows(plan, scores),
         _removals(plan, scores),
         _merges(plan, scores),
         _truncations(plan, scores),
@@ -161,6 +168,27 @@ def _heads(plan: Plan) -> Details:
         _columns("Attention", "Key/value groups", "of"),
         rows,
         "A group is one key head, one value head, and the query heads that read them.",
+    )
+
+
+def _rows(plan: Plan, scores: Mapping[str, Tensor]) -> Details:
+    losses = predicted_losses(plan, scores)
+    rows = []
+    for op in plan.operations:
+        for cut in op.cuts if isinstance(op, FactorizeRows) else ():
+            ((name, rank),) = cut.row_ranks.items()
+            group = cut.group_ranks.index(rank) + 1
+            number = str(cut.groups.count(str(group)))
+            cells = _loss_cells(name, losses, scores)
+            rows.append((" and ".join(op.modules), str(group), number, str(rank), *cells))
+    return Details(
+        f"Rows of embedding and head: {len(rows)} groups of tokens became factors",
+        (
+            ("Matrix", "row"),
+            *((name, "number") for name in ("Group", "Tokens", "Rank", *_LOSSES)),
+        ),
+        rows,
+        "Groups are numbered from the most frequent tokens to the rarest. " + _ROWS_NOTE,
     )
 
 

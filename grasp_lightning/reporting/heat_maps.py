@@ -72,13 +72,16 @@ def widths_plot(metrics: Metrics, plan: Plan) -> Plot | None:
 
 def losses_plot(plan: Plan, scores: Mapping[str, Tensor]) -> Plot | None:
     """Return the predicted loss of each cut, from ``<module>.scores`` ``(K,)``; None if unknown."""
-    losses = {module_place(module): v for module, v in predicted_losses(plan, scores).items()}
+    predicted = predicted_losses(plan, scores)
+    losses = {module_place(m): v for m, v in predicted.items() if m not in plan.row_ranks}
     if not losses:
         return None
-    total, (worst, most) = sum(losses.values()), max(losses.items(), key=lambda entry: entry[1])
+    total, (worst, most) = sum(predicted.values()), max(losses.items(), key=lambda entry: entry[1])
     more = "; a removed layer or block has its own row, with the measured cost of removing it alone"
     if not (plan.removed_blocks or plan.dropped_layers):
         more = ""
+    if plan.row_ranks:
+        more += "; rows of embedding and head are in a table below"
     return _heat_map(
         # Thousandths: the total is a few tenths, over hundreds of linears.
         {place: 1e3 * loss for place, loss in losses.items()},

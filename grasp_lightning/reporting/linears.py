@@ -72,7 +72,8 @@ def scored_linears(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[ScoredLine
 def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the predicted loss of each cut linear and each removed part, in nats per token.
 
-    Linears come in the order of the plan, then removed layers and blocks with their measured price.
+    Linears come in the order of the plan, then groups of rows of embedding and head, then removed
+    layers and blocks with their measured price.
     Empty if the method predicts no losses. ``scores`` has ``<module>.scores``, descending: the loss
     of dropping each component ``(K,)``, or each channel ``(I,)`` of the linear that reads them.
     """
@@ -80,7 +81,7 @@ def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, floa
         return {}
     cut = {
         module: float(scores[f"{module}.scores"][kept:].double().sum())
-        for module, kept in (plan.ranks | plan.channels).items()
+        for module, kept in (plan.ranks | plan.channels | plan.row_ranks).items()
         if f"{module}.scores" in scores
     }
     return cut | removed_parts(plan, scores)

@@ -6,6 +6,7 @@ from typing import NamedTuple, Self
 from transformers import PreTrainedModel
 
 from grasp_lightning.models.experts import narrowed_experts
+from grasp_lightning.models.factored_rows import factorized_rows
 from grasp_lightning.models.formats.gguf.layout import layout_refusal
 from grasp_lightning.models.lowrank import (
     LowRankLinear,
@@ -26,6 +27,10 @@ _WITH_EXPERTS = (
     "`method.target=plain` makes an ordinary folder of most mixtures"
 )
 _SLICED = "not possible: only its own code computes its sliced hidden states"
+_WITH_ROWS = (
+    "not possible: only its own code computes the factors of its embedding; an ordinary folder, "
+    "which is larger, comes from `export --format dense`"
+)
 _WITH_SEAMS = "not possible: this model has seams, linear maps that only its own code computes"
 
 
@@ -67,6 +72,8 @@ class Servers:
         kept = [linear for linear in linears if linear.rank]
         special = "low-rank" if linears else "seam" if seams(model) else "narrowed"
         only_here = _WITH_SEAMS if seams(model) else None
+        if factorized_rows(model):
+            special, only_here = "low-rank", only_here or _WITH_ROWS
         if is_sliced(model):
             special, only_here = "sliced", _SLICED
         return cls(

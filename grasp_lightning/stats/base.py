@@ -170,6 +170,23 @@ class Sensitivity:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """The two ends of a model, whose rows are measured by groups of tokens.
+
+    Attributes:
+        embedding: Full name of the embedding.
+        head: Full name of the head.
+        scale: What the embedding multiplies its rows by.
+        special: Ids of tokens whose rows stay dense, ascending.
+    """
+
+    embedding: str
+    head: str
+    scale: float
+    special: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
     """What a step needs measured; nothing by default.
 
@@ -195,6 +212,7 @@ class Needs:
         spreads: Linears of whose inputs mean and variance are taken.
         stream: Bases of the hidden states.
         sensitivity: Truncations of single linears, on a few windows; in a metric of ``moments``.
+        vocabulary: Embedding and head, whose rows are measured together with ``moments``.
     """
 
     layer_metric: LayerMetric | None = None
@@ -216,13 +234,14 @@ class Needs:
     spreads: tuple[str, ...] = ()
     stream: StreamBases | None = None
     sensitivity: Sensitivity | None = None
+    vocabulary: Vocabulary | None = None
 
     @property
     def is_empty(self) -> bool:
         """True if no pass over the data is needed."""
         asked = (self.layer_metric, *self.weight_gradients, *self.moment_kinds, *self.more_groups)
         parts = (*self.removables, *self.seams, *self.units, *self.spreads)
-        others = (self.merge, self.span_training, self.stream, self.sensitivity)
+        others = (self.merge, self.span_training, self.stream, self.sensitivity, self.vocabulary)
         return not any((*asked, *parts, *others)) and not self.layer_gradients
 
     @property
@@ -238,7 +257,8 @@ class Needs:
     @property
     def is_backward(self) -> bool:
         """True if the pass needs gradients."""
-        has_gradients = bool(self.weight_gradients or self.layer_gradients or self.units)
+        scored = (self.weight_gradients, self.layer_gradients, self.units, self.vocabulary)
+        has_gradients = any(map(bool, scored))
         return has_gradients or not self.moment_kinds <= FORWARD_MOMENTS
 
 
@@ -279,6 +299,8 @@ class Moments:
         input_square: Mean of ``x^2``, ``(M,)``: the diagonal of the Gram matrix.
         fisher_columns: Mean over tokens of (dL/dW)^2, squared per window and summed over the
             outputs, ``(M,)``.
+        gradient_square: Mean of ``g^2``, ``(N,)``; of a vocabulary alone, whose moments see
+            ``stats.vocabulary``.
     """
 
     input_gram: Tensor | None = None
@@ -286,6 +308,7 @@ class Moments:
     input_scale: Tensor | None = None
     input_square: Tensor | None = None
     fisher_columns: Tensor | None = None
+    gradient_square: Tensor | None = None
 
 
 class MergedMoments(Mapping[str, Moments]):
@@ -347,12 +370,15 @@ class Statistics:
     truncation_losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 
-def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:
+def check_seen(
+    num_windows: Mapping[str, int], consequence: str, remedy: str = "leave its layer out"
+) -> None:
     """Refuse a linear whose weight the model reads without calling it, so that hooks miss it.
 
     Args:
         num_windows: Number of windows in which each linear was seen.
         consequence: What cannot be done with it, for the message.
+        remedy: What to do instead, for the message.
 
     Raises:
         ModelError: If a linear was seen less often than others.
@@ -362,5 +388,5 @@ def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:
         if count != most:
             raise ModelError(
                 f"{name} was seen in {count} of {most} windows: the model does not call it once "
-                f"per pass, so {consequence}; leave its layer out"
+                f"per pass, so {consequence}; {remedy}"
             )

@@ -23,7 +23,7 @@ from grasp_lightning.reading.text import read_text
 from grasp_lightning.reading.yaml_text import read_yaml
 from grasp_lightning.run_folder import names
 from grasp_lightning.run_folder.manifest import Manifest
-from grasp_lightning.stats.base import Needs, Scoring, Sensitivity, Statistics, Step
+from grasp_lightning.stats.base import Needs, Scoring, Sensitivity, Statistics, Step, Vocabulary
 from grasp_lightning.storage.moments import stored_moments
 from grasp_lightning.storage.progress import moments_key, step_key
 from grasp_lightning.storage.tensor_files import TensorFile
@@ -163,6 +163,7 @@ class StoredScores:
         for module, weight in weights_of(view, step.needs.moments).items():
             self._check_moments(module, step.needs)
             self._moments.check(module, weight.shape)
+        self._check_vocabulary(step.needs.vocabulary)
         prices = self._prices(step.needs)
         tried = self._truncation_losses(step.needs.sensitivity)
         if step.needs.moment_kinds:
@@ -228,6 +229,15 @@ class StoredScores:
                 "requested than it has scored; score all layers with method.score_all_layers"
             )
         return self._file.check(self._scores, key, torch.float32, number)
+
+    def _check_vocabulary(self, vocabulary: Vocabulary | None) -> None:
+        """Refuse a run that has not measured the rows of embedding and head."""
+        if vocabulary is not None and vocabulary.embedding not in self._moments:
+            raise ConfigError(
+                f"from_scores: {self._folder} has not measured the rows of {vocabulary.embedding}; "
+                "name a run with method.embeddings=factors and statistics.store, or set "
+                "method.embeddings=none"
+            )
 
     def _check_moments(self, module: str, needs: Needs) -> None:
         missing = sorted(needs.moment_kinds - self._moments.kinds(module))

@@ -11,7 +11,7 @@ from grasp_lightning.evaluation.cut_losses import cut_losses, first_tokens
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods.base import Decision, Track
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.plan import Operation, Replacement
+from grasp_lightning.plan import FactorizeRows, Operation, Replacement
 from grasp_lightning.training.refit import LayerStore, Refitter
 
 CUT_LOSSES, REFIT = "cut_losses", "refit"
@@ -45,7 +45,10 @@ class FinishDecision:
         Raises:
             ValueError: If a refit is requested without windows.
         """
-        cuts = [op for op in decision.operations if isinstance(op, Replacement)]
+        cuts: list[Replacement | FactorizeRows] = []
+        for op in decision.operations:
+            cuts += op.cuts if isinstance(op, FactorizeRows) else ()
+            cuts += [op] if isinstance(op, Replacement) else ()
         if self.held_out is not None and cuts:
             with self.phases(CUT_LOSSES):
                 batch = first_tokens(self.held_out.batch(range(len(self.held_out))))

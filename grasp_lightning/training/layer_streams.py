@@ -19,6 +19,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.next_token import forward_inputs
 from grasp_lightning.models.source import first_line
 from grasp_lightning.models.streamed import holding, streamed_weights
+from grasp_lightning.models.surgery import in_place_of_linears
 from grasp_lightning.training.hidden_cache import (
     handing_through,
     noting_length,
@@ -259,8 +260,13 @@ class Streams:
         self._view = view
         self.batches = numbered_batches(data)
 
-    def start(self, index: int) -> None:
-        """Store what enters a layer below which nothing is compressed."""
+    def start(self, index: int, ends: Mapping[str, nn.Module] | None = None) -> None:
+        """Store what enters a layer below which nothing is compressed.
+
+        Args:
+            index: Original number of the layer; with a compressed embedding the first one.
+            ends: Compressed embedding and head, by the names of those they replace.
+        """
         # Reading all layers below once per batch would take long.
         is_streamed = streamed_weights(self._view.model) is not None
         first = self._view.layer_indices[0] if is_streamed else index
@@ -273,6 +279,10 @@ class Streams:
         if first < index:
             for number in self.batches:
                 self.hidden[COMPRESSED, number] = self.hidden[DENSE, number]
+        if ends:
+            with in_place_of_linears(self._view, ends):
+                for number, entering in self.runner.inputs_of(index, self.batches):
+                    self.hidden[COMPRESSED, number] = entering
 
     def advance_dense(self, index: int) -> None:
         """Move the hidden states of the dense model alone through a layer."""

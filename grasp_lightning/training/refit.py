@@ -13,7 +13,8 @@ from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.methods.base import REFIT_PULL
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.streamed import holding, streamed_weights
-from grasp_lightning.plan import Operation, Replacement
+from grasp_lightning.models.surgery import replacements
+from grasp_lightning.plan import FactorizeRows, Operation, Replacement
 from grasp_lightning.training.layer_refit import LayerRefit
 from grasp_lightning.training.layer_streams import HiddenStates, Streams
 
@@ -31,7 +32,8 @@ class LayerStore(Protocol):
 class Refitter:
     """Refits the left factors of low-rank linears and the readers of narrowed MLPs, in order.
 
-    Layers and blocks that are removed are missing in the compressed model from the start.
+    Layers and blocks that are removed are missing in the compressed model from the start, and rows
+    of the embedding are factorized.
 
     Each linear is fitted by least squares, with everything before it already compressed and
     refitted. ``prefix`` targets the linear's output in the dense model. ``residual`` fits only the
@@ -90,13 +92,17 @@ class Refitter:
         if not fitted:
             return refitted
         first, last = min(by_layer.keys() | dropped), max(fitted)
+        ends = [op for op in operations if isinstance(op, FactorizeRows)]
+        factored = replacements(view, ends, tensors) if ends else {}
+        if factored:
+            first = view.layer_indices[0]
         layers = {str(i): i for i in view.layer_indices if first <= i <= last}
         with TemporaryDirectory() as folder, frozen(view.model):
             is_streamed = streamed_weights(view.model) is not None
             device = view.model.device if is_streamed else None
             hidden = HiddenStates(Path(folder), self._max_bytes, device)
             streams = Streams(view, self._data, hidden)
-            streams.start(first)
+            streams.start(first, factored)
             following = dict(pairwise(layers.values()))
             for number in self._track(tuple(layers), "refit layers"):
                 index = layers[number]
@@ -153,7 +159,7 @@ class Refitter:
 def _by_layer(view: DecoderView, operations: Sequence[Operation]) -> dict[int, list[Operation]]:
     found: dict[int, list[Operation]] = {}
     for operation in operations:
-        if operation.modules:
+        if operation.modules and not isinstance(operation, FactorizeRows):
             index = view.layer_of(operation.modules[0])
             assert index is not None  # operations are on modules of decoder layers
             found.setdefault(index, []).append(operation)

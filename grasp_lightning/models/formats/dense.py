@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from grasp_lightning.errors import ModelError, NumericsError
 from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantizer, save_model
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.experts import experts_layout, narrowed_experts, set_experts
+from grasp_lightning.models.factored_rows import factorized_rows
 from grasp_lightning.models.formats.base import ExportFacts, Format, Track
 from grasp_lightning.models.linears import DenseModule
 from grasp_lightning.models.loading import LoadedModel
@@ -54,6 +56,7 @@ class DenseFacts(ExportFacts):
         ranks: Rank of each linear whose factors were multiplied, by full name.
         shapes: [out_features, in_features] of each narrowed linear padded with zeros, by full name.
         experts: Width of all narrowed experts padded with zeros, by full name.
+        rows: Full names of embedding and head whose factors were multiplied.
     """
 
     ranks: dict[str, int]
@@ -61,11 +64,13 @@ class DenseFacts(ExportFacts):
     dtype: str
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     experts: dict[str, int] = field(default_factory=dict)
+    rows: list[str] = field(default_factory=list)
 
     def lines(self, folder: Path) -> list[str]:
         """Return the path of the copy, and that it is not smaller."""
         done = [f"factors of {len(self.ranks)} linears multiplied"]
-        done = done if self.ranks or not (self.shapes or self.experts) else []
+        done = done if self.ranks or not (self.shapes or self.experts or self.rows) else []
+        done += [f"factors of {' and '.join(self.rows)} multiplied"] if self.rows else []
         done += [f"{len(self.shapes)} narrowed linears padded with zeros"] if self.shapes else []
         if self.experts:
             done.append(f"narrowed experts of {len(self.experts)} layers padded with zeros")
@@ -109,7 +114,7 @@ class DenseFormat(Format):
         del options
         model = loaded.model
         ranks, shapes, compressed = ranks_of(model), shapes_of(model), count_parameters(model)
-        experts = narrowed_experts(model)
+        experts, rows = narrowed_experts(model), [*factorized_rows(model)]
         densify(model, track)
         save_model(model, folder, tokenizer=loaded.tokenizer)
         return DenseFacts(
@@ -118,6 +123,7 @@ class DenseFormat(Format):
             dtype=str(model.dtype).removeprefix("torch."),
             shapes=shapes,
             experts=experts,
+            rows=rows,
         )
 
 
@@ -136,7 +142,7 @@ def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
         track: Shows progress: names of the linears -> the same names.
 
     Returns:
-        Sorted full names of the linears that became dense, then of the experts.
+        Sorted full names of the linears that became dense, then of experts, embedding and head.
 
     Raises:
         ModelError: If the model has no such linears, or has seams or added biases.
@@ -145,8 +151,8 @@ def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
     if refusal is not None:
         raise ModelError(f"{type(model).__name__} {refusal}")
     factors, narrowed = low_rank_linears(model), narrowed_linears(model)
-    experts = narrowed_experts(model)
-    if not (factors or narrowed or experts):
+    experts, rows = narrowed_experts(model), factorized_rows(model)
+    if not (factors or narrowed or experts or rows):
         raise ModelError(
             f"{type(model).__name__} has neither low-rank nor narrowed linears, so there is "
             "nothing to multiply or pad: expected a model whose linears were replaced by compress"
@@ -167,8 +173,38 @@ def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
         fit_heads(model.get_submodule(parent))
     for name in experts:
         _pad_experts(model.get_submodule(name), originals.get_submodule(name))
+    for name, end in _multiplied_rows(rows, originals).items():
+        model.set_submodule(name, end)
     attach_quantizer(model)
-    return (*weights, *experts)
+    return (*weights, *experts, *rows)
+
+
+def _multiplied_rows(
+    rows: Mapping[str, nn.Module], originals: PreTrainedModel
+) -> dict[str, nn.Module]:
+    """Return the dense embedding and head; tied ones share their matrix again."""
+    found: dict[str, nn.Module] = {}
+    matrices: dict[int, nn.Parameter] = {}
+    for name, module in rows.items():
+        holder: Any = getattr(module, "embedding", module)  # Any: of three classes
+        dense: Any = originals.get_submodule(name)  # Any: an embedding or a linear
+        if id(holder) not in matrices:
+            weight = holder.dense()
+            if not weight.is_meta and not torch.isfinite(weight).all():
+                raise NumericsError(
+                    f"the product of the factors of {name} is not finite in {weight.dtype}; "
+                    "compress with a wider model.dtype"
+                )
+            trainable = holder.weight.requires_grad
+            matrices[id(holder)] = nn.Parameter(weight, requires_grad=trainable)
+        dense.weight = matrices[id(holder)]
+        for key, buffer in dense.named_buffers(recurse=False):  # the scale of an embedding
+            own = torch.full_like(buffer, holder.scale, device=dense.weight.device)
+            setattr(dense, key, own)
+        if isinstance(dense, nn.Linear):
+            dense.register_parameter("bias", getattr(module, "bias", None))
+        found[name] = dense.train(module.training)
+    return found
 
 
 def _pad_experts(narrowed: nn.Module, original: nn.Module) -> None:

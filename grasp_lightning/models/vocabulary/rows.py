@@ -21,8 +21,26 @@ def check_rows(model: PreTrainedModel) -> int:
     """Return the number of rows of the embedding; refuse a model with others of that kind.
 
     Raises:
-        ModelError: If it has no head of as many rows, if other modules share their weights or embed
-            tokens, too, or if its generation config has ids that cannot be renumbered.
+        ModelError: See ``check_ends``; or its generation config has ids that cannot be renumbered.
+    """
+    embedding, _ = check_ends(model)
+    odd = next((key for key in _ODD if getattr(model.generation_config, key, None)), None)
+    if odd is not None:
+        raise ModelError(
+            f"the generation_config.json of the model has {odd}, whose token ids cannot be "
+            "renumbered; remove it"
+        )
+    return int(embedding.weight.shape[0])
+
+
+def check_ends(model: PreTrainedModel) -> tuple[Any, Any]:  # Any: as in _ends
+    """Return embedding and head; refuse a model in which other modules have rows per token.
+
+    On the meta device, embeddings that read token ids beside it are not found.
+
+    Raises:
+        ModelError: If it has no head of as many rows, or if other modules share their weights or
+            embed tokens, too.
     """
     embedding, head = _ends(model)
     ends = {id(embedding.weight), id(head.weight)}
@@ -32,19 +50,15 @@ def check_rows(model: PreTrainedModel) -> int:
         if module not in (embedding, head)
         and any(id(parameter) in ends for parameter in module.parameters(recurse=False))
     ]
-    others += _other_names(model, embedding, head) or _other_embeddings(model, embedding)
+    others += _other_names(model, embedding, head)
+    if not (others or embedding.weight.is_meta):
+        others += _other_embeddings(model, embedding)
     if others:
         raise ModelError(
             f"{type(model).__name__} also has one row per token in {', '.join(sorted(others))}; "
             "expected an embedding, and a head that may share its weight"
         )
-    odd = next((key for key in _ODD if getattr(model.generation_config, key, None)), None)
-    if odd is not None:
-        raise ModelError(
-            f"the generation_config.json of the model has {odd}, whose token ids cannot be "
-            "renumbered; remove it"
-        )
-    return int(embedding.weight.shape[0])
+    return embedding, head
 
 
 def special_ids(model: PreTrainedModel, num_rows: int) -> frozenset[int]:

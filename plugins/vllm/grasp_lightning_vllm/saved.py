@@ -33,7 +33,7 @@ def read_config(config: Mapping[str, object]) -> SavedLinears:
     Raises:
         ValueError: If a newer version has written it, weights are quantized, the model has seams
             or sliced hidden states, layers have lost attention heads, experts were narrowed,
-            compression has added biases, or it is damaged.
+            rows of embedding or head are factors, compression has added biases, or it is damaged.
     """
     if weights := _mapping(config, "weights"):
         raise ValueError(
@@ -73,6 +73,11 @@ def _check_keys(config: Mapping[str, object]) -> None:
         raise ValueError(
             "this model has biases that compression has added (method.name=flap), which this "
             "plugin does not read; serve it with transformers or llama.cpp"
+        )
+    if rows := _mapping(config, "rows"):
+        raise ValueError(
+            f"{min(rows)} of this model consists of factors (method.embeddings=factors), which "
+            "vLLM does not compute; serve it with transformers, or export it with format=dense"
         )
     if heads := [name for name in _mapping(config, "shapes") if name.endswith(_HEADS)]:
         raise ValueError(

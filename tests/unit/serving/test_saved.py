@@ -64,3 +64,8 @@ def test_a_damaged_config_is_refused(damaged: dict, message: str) -> None:
 def test_narrowed_experts_are_refused() -> None:
     with pytest.raises(ValueError, match="narrowed experts, which this plugin does not read"):
         read_config({"ranks": {}, "experts": {"model.layers.0.mlp.experts": 8}})
+
+
+def test_rows_of_factors_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"lm_head of this model consists of factors .*, which"):
+        read_config({"ranks": {}, "rows": {"lm_head": {"tied_to": "model.embed_tokens"}}})

@@ -1,0 +1,165 @@
+"""Rows of embedding and head under the budget of all linears: groups of tokens become factors.
+
+Tokens are grouped by how often they occur. A change ``D`` of the rows of one group costs
+``sum_v (f_v D_v A D_v^T + q_v D_v H D_v^T) / 2`` nats per token, where ``D_v`` is the row of token
+v. The first term belongs to the embedding: ``f_v`` is the frequency of v, and ``A`` the mean of
+``g g^T`` over gradients by embedded tokens of the group. The second belongs to the head: ``q_v`` is
+the mean squared gradient of the logit of v, the diagonal of its Fisher information, and ``H`` the
+mean of ``x x^T`` over hidden states, each weighted by the squared gradients of the group's logits.
+A matrix that is embedding and head has both terms.
+
+Two approximations: logits are priced one by one, as if a change common to all of them cost
+something; and for tied weights one weight per row multiplies the sum of both metrics, chosen so
+that each row keeps its trace. The weighted rows then have one singular value decomposition.
+
+Sources: groups of tokens by frequency, of decreasing size of representation, as embedding and as
+head, arXiv:1809.10853 and arXiv:1609.04309, where they are trained from scratch; curvature as a
+product of two metrics, K-FAC (arXiv:1503.05671).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grasp_lightning.linalg.row_groups import group_sizes, row_factors, row_losses
+from grasp_lightning.linalg.weightings import damped_root
+from grasp_lightning.methods.base import Decision
+from grasp_lightning.methods.metric import Metric
+from grasp_lightning.methods.rank_rules import Shapes
+from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.operations.factorize_rows import left_key, right_key
+from grasp_lightning.models.vocabulary.ends import Ends, vocabulary_ends
+from grasp_lightning.plan import FactorizeRows, row_group
+from grasp_lightning.stats.base import Moments, Vocabulary
+from grasp_lightning.stats.vocabulary import groups_of
+
+
+def measured_vocabulary(view: DecoderView) -> Vocabulary:
+    """Return what to measure at both ends of a model.
+
+    A model whose rows cannot be factorized is a ``ModelError``.
+    """
+    ends = vocabulary_ends(view.model)
+    return Vocabulary(
+        embedding=ends.embedding, head=ends.head, scale=ends.scale, special=_special(view, ends)
+    )
+
+
+def row_shapes(view: DecoderView) -> Shapes:
+    """Return ``(V_g, d)`` of each group of rows that may be factorized, by name.
+
+    The group that always stays dense is not among them. A model whose rows cannot be factorized
+    is a ``ModelError``; its weights may be on the meta device.
+    """
+    ends = vocabulary_ends(view.model)
+    num_tokens, features = ends.shape
+    sizes = group_sizes(num_tokens, len(_special(view, ends)))
+    return {
+        row_group(names[0], group): (size, features)
+        for names in ends.matrices
+        for group, size in enumerate(sizes[1:], start=1)
+        if size
+    }
+
+
+def _special(view: DecoderView, ends: Ends) -> tuple[int, ...]:
+    """Return the ids of tokens whose rows stay dense, ascending."""
+    known = (token for token in view.special_tokens if 0 <= token < ends.shape[0])
+    return tuple(sorted({*ends.special, *known}))
+
+
+class _Group(NamedTuple):
+    """Rows of a group, with their weights ``(n,)`` and the root of the metric of columns."""
+
+    rows: Tensor
+    weights: Tensor
+    root: Tensor
+
+
+class MeasuredRows:
+    """Embedding and head with their moments, and the metric for changes of them.
+
+    Args:
+        view: The dense model.
+        vocabulary: What was measured.
+        metric: Gives the shares that are added to the diagonals.
+        moments: See ``VocabularySums.mean``.
+    """
+
+    def __init__(
+        self,
+        view: DecoderView,
+        vocabulary: Vocabulary,
+        metric: Metric,
+        moments: Mapping[str, Moments],
+    ) -> None:
+        self._view = view
+        self._names = vocabulary
+        self._metric = metric
+        self._moments = moments
+        self._matrices = vocabulary_ends(view.model).matrices
+        frequencies = moments[vocabulary.embedding].input_square
+        assert frequencies is not None  # the step requested it
+        self._groups = groups_of(vocabulary, frequencies)
+
+    def losses(self) -> dict[str, Tensor]:
+        """Return the loss of each component of each group, ``(K,)``, descending, float64."""
+        found: dict[str, Tensor] = {}
+        present = [group for group in self._numbers if bool((self._groups == group).any())]
+        for names in self._matrices:
+            for group in present:
+                # The loss is quadratic around the dense rows: half its second derivative.
+                losses = row_losses(*self._group(names, group)) / 2
+                found[row_group(names[0], group)] = losses.cpu()
+        return found
+
+    def decision(self, ranks: Mapping[str, int]) -> Decision:
+        """Return the factors of ranks by name of a group; other groups stay dense."""
+        decision = Decision(operations=())
+        for names in self._matrices:
+            chosen = tuple(ranks.get(row_group(names[0], g), 0) for g in self._numbers)
+            if not any(chosen):
+                continue
+            operation = FactorizeRows(
+                modules=names, groups="".join(map(str, self._groups.tolist())), group_ranks=chosen
+            )
+            tensors = dict(decision.tensors)
+            for group, rank in zip(self._numbers, chosen, strict=True):
+                if rank:
+                    left, right = row_factors(*self._group(names, group), rank)
+                    tensors[left_key(operation, group)] = left.float().cpu()
+                    tensors[right_key(operation, group)] = right.float().cpu()
+            operations = (*decision.operations, operation)
+            decision = replace(decision, operations=operations, tensors=tensors)
+        return decision
+
+    @property
+    def _numbers(self) -> range:
+        return range(1, int(self._groups.max()) + 1)
+
+    def _group(self, names: tuple[str, ...], group: int) -> _Group:
+        ids = torch.nonzero(self._groups == group)[:, 0]
+        weight = self._view.module(names[0]).get_parameter("weight").detach()
+        tokens = self._moments[self._names.embedding]
+        own = self._moments[row_group(self._names.embedding, group)]
+        ends = {
+            self._names.embedding: (tokens.input_square, own.gradient_gram),
+            self._names.head: (tokens.gradient_square, own.input_gram),
+        }
+        gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+        weights = torch.zeros(len(ids), dtype=torch.float64)
+        for name in names:
+            of_rows, of_columns = ends[name]
+            assert of_rows is not None  # the step requested both
+            assert of_columns is not None
+            metric, chosen = of_columns.double().cpu(), of_rows.double().cpu()[ids]
+            gram += metric
+            weights += metric.trace() * chosen / chosen.sum().clamp(min=torch.finfo().tiny)
+        # Shares of the trace: the whole unit of the losses is in the metric of columns.
+        weights = damped_root(weights, self._metric.gradient_damping).square()
+        root = damped_root(gram, self._metric.input_damping)
+        device = weight.device
+        return _Group(weight[ids.to(device)], (weights / weights.sum()).to(device), root.to(device))
