@@ -122,7 +122,7 @@ def report(runs: Mapping[str, Path]) -> str:
         The text.
     """
     header = ["model", "removed", "sizes that differ", "by at most", "channels that differ"]
-    header += ["predicted losses differ by", "perplexity, dense", "compressed"]
+    header += ["predicted losses differ by at most", "perplexity, dense", "compressed"]
     rows = [_row(name, run, runs[_REFERENCE]) for name, run in runs.items()]
     return "\n".join([markdown_table(header, rows), "", hardware()])
 
