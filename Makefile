@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := setup
-.PHONY: setup quickstart test test-fast test-slurm test-serving lint docs
+.PHONY: setup quickstart test test-fast test-gpu test-slurm test-serving lint docs
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# What only a GPU can show; prints time and memory of an 8B-shaped model. Skipped without a GPU.
+test-gpu: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu --numprocesses=0 -rs --durations=0 tests
 
 # Tests on a real single-node SLURM, which root installs if it is missing; skipped otherwise.
 test-slurm: $(STAMP)

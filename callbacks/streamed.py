@@ -85,7 +85,8 @@ class StreamedMeasure:
         """Return the metric of every start layer, as ``LayerMetricCollector``."""
         measure = cosine_sum if needs.layer_metric == "similarity" else angular_distance_sum
         layers, span = view.layer_indices, needs.span
-        sums = torch.zeros(len(layers) - span + 1, dtype=torch.float64)
+        device = view.model.device
+        sums = torch.zeros(len(layers) - span + 1, dtype=torch.float64, device=device)
         with self._sweep(view, span) as sweep:
 
             def passed(index: int, number: int, leaving: Tensor) -> None:
@@ -93,11 +94,11 @@ class StreamedMeasure:
                 if start >= 0:
                     entering = sweep.entering(layers[start], number)
                     mask = self._batches[number]["mask"].to(leaving.device)
-                    sums[start] += measure(entering, leaving, mask).cpu()
+                    sums[start] += measure(entering, leaving, mask)
 
             sweep.up("comparing layers", num_kept=span, passed=passed)
         num_tokens = sum(int(batch["mask"].sum()) for batch in self._batches.values())
-        return (sums / num_tokens).float()
+        return (sums.cpu() / num_tokens).float()
 
     def _moments(self, view: DecoderView, step: Step) -> Mapping[str, Moments]:
         """Measure moments layer by layer; layers that an earlier start has measured are read."""

@@ -220,6 +220,13 @@ def save_tiny(path: Path, family: str = "llama", seed: int = 0, **overrides: obj
     return path
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests of GPUs where there is none."""
+    is_dry = os.environ.get("GRASP_GPU_DEVICE") == "cpu" and "tests/gpu/" in item.nodeid
+    if item.get_closest_marker("gpu") and not (torch.cuda.is_available() or is_dry):
+        pytest.skip("needs an NVIDIA GPU, and torch finds none")
+
+
 @pytest.fixture
 def make_model() -> Callable[..., PreTrainedModel]:
     return tiny_model

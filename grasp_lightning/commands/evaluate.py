@@ -22,9 +22,9 @@ from grasp_lightning.evaluation.harness import Harness, TaskSettings
 from grasp_lightning.evaluation.machine import Machine, describe_machine
 from grasp_lightning.evaluation.peak_memory import forget_peak, peak_bytes
 from grasp_lightning.evaluation.results import CorpusResult, ModelEvaluation
+from grasp_lightning.linalg.precision import matmul_precision
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.device import matmul_precision
 from grasp_lightning.models.loading import (
     LoadedModel,
     load_meta_model,

@@ -4,7 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from grasp_lightning.commands.streamed import check_streamed, method_problem
-from grasp_lightning.config import CompensateConfig, CompressConfig, PlanConfig
+from grasp_lightning.config import (
+    CompensateConfig,
+    CompressConfig,
+    MatmulPrecision,
+    PlanConfig,
+)
 from grasp_lightning.memory.activations import FLOAT64
 from grasp_lightning.memory.forecast import calibration_plan, compensation_plan
 from grasp_lightning.memory.model_shape import model_shape, shape_after
@@ -40,18 +45,29 @@ class Planned:
 
     Attributes:
         target_losses: Predicted loss by ``method.target``; None if the method has no targets.
+        matmul_precision: How the passes of the model round products.
     """
 
     prediction: Prediction
     target_losses: Mapping[str, float] | None
     calibration: CalibrationPlan
     compensation: CompensationPlan
+    matmul_precision: MatmulPrecision
 
     @property
     def lines(self) -> list[str]:
         """All of it as text; the first line begins with the removed share, if known."""
         memory = memory_lines(self.calibration, self.compensation)
-        return [*self.prediction.lines, *self._target_lines, "", *memory]
+        said = [*self.prediction.lines, *self._target_lines, *self._precision_lines]
+        return [*said, "", *memory]
+
+    @property
+    def _precision_lines(self) -> list[str]:
+        if self.matmul_precision == "highest":
+            return []
+        key = f"trainer.matmul_precision {self.matmul_precision}"
+        exact = "those of Gram matrices, scores and decompositions are not"
+        return [f"float32 products of the model are rounded ({key}), {exact}"]
 
     @property
     def _target_lines(self) -> list[str]:
@@ -108,6 +124,7 @@ def planned(
             source=config.compensate,
             trainers=[config.trainer],
         ),
+        matmul_precision=config.trainer.matmul_precision,
     )
 
 

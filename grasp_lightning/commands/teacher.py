@@ -224,6 +224,8 @@ def _cached(
         "temperature": settings.temperature,
         "dtype": f"{str(dense.dtype).removeprefix('torch.')} ({config.trainer.precision})",
     }
+    if config.trainer.matmul_precision != "highest":  # so that earlier caches stay valid
+        facts = {**facts, "matmul_precision": config.trainer.matmul_precision}
     folder = settings.cache_dir
     cache = TeacherCache(
         {"train": samples.train, "validation": samples.validation},

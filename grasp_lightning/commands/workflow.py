@@ -17,6 +17,7 @@ from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError, GraspError, Interrupted, ModelError, OutputError
 from grasp_lightning.evaluation.perplexity import evaluate_perplexity
+from grasp_lightning.linalg.precision import matmul_precision
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.progress import track
@@ -65,7 +66,7 @@ def run_in_folder(
     settings, output_dir = settings or to_dict(config), config.output_dir
     assert output_dir is not None  # see output_folder
     stop = StopRequest()
-    with stop.installed():
+    with stop.installed(), matmul_precision("highest"):
         anew = begins_anew(output_dir, settings, overwrite=config.overwrite)
         inputs = [prepare(None)] if anew else []
         with _open_together(output_dir, settings, overwrite=anew, protected=protected) as run:
@@ -74,7 +75,9 @@ def run_in_folder(
                 advice = "run it again with --overwrite"
                 return read(read_json(run.path("metrics.json"), OutputError, what, advice))
             with _attempt(run, memory_advice):
-                return execute(run, inputs[0] if inputs else prepare(run), stop)
+                inputs = inputs or [prepare(run)]
+                with matmul_precision(config.trainer.matmul_precision):
+                    return execute(run, inputs[0], stop)
 
 
 def begins_anew(output_dir: str, config: Settings, *, overwrite: bool) -> bool:

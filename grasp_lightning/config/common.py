@@ -134,6 +134,9 @@ class TrainerConfig:
         strategy: auto, ddp: each device holds the whole model; fsdp: devices shard the weights;
             deepspeed_stage_1, _2, _3, _2_offload, _3_offload: compensation only.
         precision: 32-true runs in the model's own dtype, bf16-mixed computes in bfloat16.
+        matmul_precision: How torch may round the inputs of float32 matrix products in the model:
+            highest not at all, high to TensorFloat32, medium to bfloat16; never those of sums over
+            tokens and of decompositions.
         checkpoint_seconds: Seconds between checkpoints, from which a killed run resumes.
     """
 
@@ -142,4 +145,5 @@ class TrainerConfig:
     num_nodes: Count = 1
     strategy: Strategy = "auto"
     precision: Precision = "32-true"
+    matmul_precision: MatmulPrecision = "highest"
     checkpoint_seconds: Annotated[float, Range(at_least=0, claim="cannot be negative")] = 30.0

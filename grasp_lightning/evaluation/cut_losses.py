@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grasp_lightning import processes
 from grasp_lightning.models.decoder import DecoderView, frozen
-from grasp_lightning.models.next_token import distillation_losses, forward_inputs
+from grasp_lightning.models.next_token import distillation_losses, forward_inputs, on_device
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.models.surgery import in_place_of_linears, replacements
 from grasp_lightning.plan import FactorizeRows, Replacement
@@ -40,7 +40,7 @@ def cut_losses(
         Divergence by name of the solved linear or group of rows, in the order of the cuts; equal in
         all processes.
     """
-    given = {key: value.to(view.model.device) for key, value in batch.items()}
+    given = on_device(batch, view.model.device)
     by_name = {cut.solved: cut for cut in cuts}
     names = list(by_name) if is_sharded(view.model) else processes.own_share(list(by_name))
     own: dict[str, float] = {}
@@ -59,7 +59,7 @@ def divergence(logits: Tensor, dense: Tensor, batch: Mapping[str, Tensor]) -> fl
     Args:
         logits: Of the other model, ``(B, T, V)``.
         dense: Of the dense model, ``(B, T, V)``.
-        batch: Their ``TokenWindows.batch``, on the same device.
+        batch: Their ``TokenWindows.batch``, with the tokens on the same device.
     """
     ids, targets = batch["input_ids"], batch["targets"]
     losses = distillation_losses(logits, dense, ids, targets, temperature=1.0, mix=1.0)

@@ -11,7 +11,7 @@ from grasp_lightning.errors import NumericsError
 from grasp_lightning.models.calls import find_non_finite
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.integrity import nan_advice
-from grasp_lightning.models.next_token import forward_inputs, next_token_losses
+from grasp_lightning.models.next_token import forward_inputs, next_token_losses, on_device
 
 
 class Perplexity(Metric):
@@ -59,7 +59,7 @@ def _predictions(
     view: DecoderView, batches: Iterable[Mapping[str, Tensor]]
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     for batch in batches:
-        moved = {key: value.to(view.model.device) for key, value in batch.items()}
+        moved = on_device(batch, view.model.device)
         yield moved, view.model(**forward_inputs(moved), use_cache=False).logits
 
 

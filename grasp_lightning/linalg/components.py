@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from grasp_lightning.linalg.factors import SVD
+from grasp_lightning.linalg.precision import full_precision
 
 ScoredTerms = Literal["full", "sigma"]
 GradientScore = Literal["taylor", "gradient"]
@@ -37,7 +38,7 @@ class TokenGradient(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the gradient as a matrix ``G``, ``(N, M)``, computed in a dtype."""
-        with torch.autocast(self.x.device.type, enabled=False):
+        with full_precision(self.x.device):
             return self.grad_output.detach().to(dtype).mT @ self.x.detach().to(dtype)
 
 
@@ -147,8 +148,7 @@ def _projections(svd: SVD, weight_grad: Tensor | TokenGradient, terms: ScoredTer
     if isinstance(weight_grad, TokenGradient) and not _is_cheaper(weight_grad, svd, terms):
         weight_grad = weight_grad.dense(dtype)
     svd = SVD(*(part.detach().to(dtype) for part in svd))
-    # Hooks may call from inside a mixed-precision step, where autocast would round the products.
-    with torch.autocast(svd.s.device.type, enabled=False):
+    with full_precision(svd.s.device):
         if isinstance(weight_grad, TokenGradient):
             x, grad_output = (part.detach().to(dtype) for part in weight_grad)
             a, b = x @ svd.vh.mT, grad_output @ svd.u

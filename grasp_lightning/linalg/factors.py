@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grasp_lightning.linalg.precision import full_precision
+
 _MATRIX_NDIM = 2
 
 
@@ -57,7 +59,8 @@ def factorize(weight: Tensor) -> SVD:
         raise ValueError(f"weight must have a float dtype, got {weight.dtype}; dequantise it first")
     _check_finite(weight)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    u, s, vh = torch.linalg.svd(weight.detach().to(dtype), full_matrices=False)
+    with full_precision(weight.device):
+        u, s, vh = torch.linalg.svd(weight.detach().to(dtype), full_matrices=False)
     # LAPACK returns column-major u and vh; collectives and safetensors want contiguous tensors.
     return SVD(u.contiguous(), s.contiguous(), vh.contiguous())
 

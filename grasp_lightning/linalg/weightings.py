@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from grasp_lightning.linalg.factors import SVD, factorize
+from grasp_lightning.linalg.precision import full_precision
 
 _MATRIX_NDIM = 2
 _ASYMMETRY = 1e-5  # relative to the largest entry: float32 sums depend on their order
@@ -125,7 +126,8 @@ def weighted_svd(
     if weight.ndim != _MATRIX_NDIM or not weight.is_floating_point():
         return factorize(weight)  # refuses it
     left, right = to_dtype(left, dtype), to_dtype(right, dtype)
-    svd = _unweight(factorize(_weighted(weight, left, right, dtype)), left, right)
+    with full_precision(weight.device):
+        svd = _unweight(factorize(_weighted(weight, left, right, dtype)), left, right)
     returned = torch.promote_types(weight.dtype, torch.float32)
     return SVD(*(tensor.to(returned) for tensor in svd))
 

@@ -1,24 +1,10 @@
 """The device of a model."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
-from grasp_lightning.config import MatmulPrecision
 from grasp_lightning.errors import ConfigError
-
-
-@contextmanager
-def matmul_precision(name: MatmulPrecision) -> Iterator[None]:
-    """Round the inputs of float32 matrix products as ``torch.set_float32_matmul_precision``."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -15,6 +15,15 @@ from torch.nn.functional import log_softmax
 _PART = 2**20
 
 
+def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return a batch with its tokens on a device.
+
+    Masks and numbers of windows stay on the CPU, which reads them: for those on a GPU, it would
+    wait until the GPU has done all its work.
+    """
+    return {**batch, "input_ids": batch["input_ids"].to(device)}
+
+
 def forward_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the model inputs of a batch with ``input_ids`` and ``mask``, both ``(B, T)``.
 
@@ -23,7 +32,7 @@ def forward_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     inputs = {"input_ids": batch["input_ids"]}
     if not batch["mask"].all():
-        inputs["attention_mask"] = batch["mask"].long()
+        inputs["attention_mask"] = batch["mask"].long().to(batch["input_ids"].device)
     return inputs
 
 
@@ -66,7 +75,7 @@ def fisher_losses(
         seeds: Seed of the signs of each window, ``B``; its signs depend on nothing else.
     """
     rows, labels = _predicted(input_ids, targets)
-    owners = (rows // input_ids.shape[1]).tolist()
+    owners = (_predicting_rows(targets) // input_ids.shape[1]).tolist()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def part_loss(part: Tensor, place: slice) -> tuple[Tensor, Tensor]:
@@ -237,10 +246,15 @@ def _mixed_losses(
 
 def _predicted(input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows of the flattened logits that predict a token, and these tokens, (n,) each."""
+    rows = _predicting_rows(targets).to(input_ids.device)
+    return rows, input_ids.flatten()[rows + 1]
+
+
+def _predicting_rows(targets: Tensor) -> Tensor:
+    """Return the rows of the flattened logits that predict a token, ``(n,)``."""
     predicted = torch.zeros_like(targets)
     predicted[:, :-1] = targets[:, 1:]
-    rows = predicted.flatten().nonzero().squeeze(1)
-    return rows, input_ids.flatten()[rows + 1]
+    return predicted.flatten().nonzero().squeeze(1)
 
 
 def _at(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,9 +331,9 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401  torch's own type
         # Scaled in place, so it serves one backward pass.
         grad, ctx.grad = ctx.grad, None
-        is_predicted = torch.zeros(len(grad), dtype=torch.bool, device=grad.device)
-        is_predicted[ctx.rows] = True
-        grad[~is_predicted] = 0  # not by multiplication: a logit there may be infinite
+        is_other = torch.ones(len(grad), dtype=torch.bool, device=grad.device)
+        is_other[ctx.rows] = False
+        grad.masked_fill_(is_other[:, None], 0)  # a logit there may be infinite, and times 0 is NaN
         scale = grad.new_zeros(len(grad))
         scale[ctx.rows] = grad_losses.to(grad.dtype)
         return grad.mul_(scale[:, None]), None, None

@@ -41,35 +41,35 @@ class LayerMetricCollector:
         num_starts = len(view.layer_indices) - span + 1
         if num_starts < 1:
             raise ValueError(f"span of {span} layers in a model of {len(view.layer_indices)}")
-        self.sums = torch.zeros(num_starts, dtype=torch.float64)
+        self.sums = torch.zeros(num_starts, dtype=torch.float64, device=view.model.device)
         self.num_tokens = 0
         self._mask: Tensor | None = None
         self._inputs: deque[Tensor] = deque(maxlen=span)
 
     def start_batch(self, mask: Tensor) -> None:
         """Set the mask of the next forward pass, True for real tokens, ``(B, T)``."""
-        self._mask = mask
+        self._mask = mask.to(self.sums.device)
         self._inputs.clear()
         self.num_tokens += int(mask.sum())
 
     def state(self) -> dict[str, Tensor]:
         """Return the sums so far."""
-        return {"sums": self.sums.clone(), "num_tokens": torch.tensor(self.num_tokens)}
+        return {"sums": self.sums.cpu().clone(), "num_tokens": torch.tensor(self.num_tokens)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore sums from ``state``."""
-        self.sums = state["sums"].clone()
+        self.sums = state["sums"].to(self.sums, copy=True)
         self.num_tokens = int(state["num_tokens"])
 
     def mean(self) -> Tensor:
-        """Return the mean metric per start layer, float32, ``(L - span + 1,)``.
+        """Return the mean metric per start layer, float32 on the CPU, ``(L - span + 1,)``.
 
         Raises:
             ValueError: If no real token was seen.
         """
         if self.num_tokens == 0:
             raise ValueError("no real token was seen, so there is nothing to average")
-        return (self.sums / self.num_tokens).float()
+        return (self.sums.cpu() / self.num_tokens).float()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -91,4 +91,4 @@ class LayerMetricCollector:
         if self._mask is None:
             raise RuntimeError("start_batch must be called before each forward pass")
         leaving = hidden_output(output).detach().flatten(2)
-        self.sums[start] += self._measure(self._inputs[0], leaving, self._mask).cpu()
+        self.sums[start] += self._measure(self._inputs[0], leaving, self._mask)

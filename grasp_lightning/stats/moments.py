@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grasp_lightning.errors import NumericsError
+from grasp_lightning.linalg.precision import full_precision
 from grasp_lightning.linalg.triangles import pack_triangle, unpack_triangle
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.mixtures import RoutedTokens, weights_of
@@ -66,9 +67,7 @@ class MomentSums:
         Experts have routed tokens instead of an input.
         """
         self._num_windows[module] += 1
-        # Hooks may call from inside a mixed-precision step, where autocast would round products.
-        device = self.sums[next(iter(self.sums))].device
-        with torch.autocast(device.type, enabled=False):
+        with full_precision(self.sums[next(iter(self.sums))].device):
             if isinstance(x, RoutedTokens):
                 self._add_routed(module, x)
                 x = x.hidden[:, :0]

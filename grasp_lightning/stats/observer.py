@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from grasp_lightning.linalg.precision import full_precision
 from grasp_lightning.models.calls import hidden_input
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule
@@ -191,8 +192,7 @@ class ParameterObserver(_BackwardHooks):
 
     def _of_linear(self, name: str, module: DenseModule, x: Tensor, grad: Tensor) -> None:
         x, grad = _wide(x).flatten(0, -2), _wide(grad.detach()).flatten(0, -2)
-        # Hooks may call from inside a mixed-precision step, where autocast would round products.
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             weight = x.mT @ grad if isinstance(module, Conv1D) else grad.mT @ x
         gradients = {"weight": weight}
         if module.bias is not None:
@@ -217,7 +217,7 @@ class ParameterObserver(_BackwardHooks):
         more = {key: _detached(value) for key, value in kwargs.items()}
         self._runs_again = True
         try:
-            with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            with torch.enable_grad(), full_precision(grad.device):
                 output = functional_call(module, own, inputs, more)
         finally:
             self._runs_again = False

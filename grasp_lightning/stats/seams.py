@@ -100,7 +100,8 @@ class SeamCollector:
         read = self._read.pop(number, entering).reshape(entering.shape)
         leaving, sums = hidden_output(output).detach(), self._sums[number]
         for before, after, x, is_real in zip(entering, leaving, read, self._mask, strict=True):
-            x_TC = x[is_real].double()
-            added_TC = after[is_real].double() - before[is_real].double()
+            rows = is_real.nonzero().squeeze(1).to(x.device)
+            x_TC = x[rows].double()
+            added_TC = after[rows].double() - before[rows].double()
             sums.gram.addmm_(x_TC.mT, x_TC)
             sums.cross.addmm_(added_TC.mT, x_TC)

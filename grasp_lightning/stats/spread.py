@@ -47,7 +47,7 @@ class SpreadCollector:
             raise RuntimeError("start_batch must be called before each forward pass")
         row, self._rows[module] = self._rows[module], self._rows[module] + 1
         self._num_windows[module] += 1
-        real = x[self._mask[row]].double()
+        real = x[self._mask[row].nonzero().squeeze(1).to(x.device)].double()
         self._sums[f"{module}.sum"] += real.sum(dim=0)
         self._sums[f"{module}.squares"] += real.square().sum(dim=0)
 

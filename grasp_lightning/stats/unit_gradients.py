@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grasp_lightning.config import Importance
 from grasp_lightning.errors import NumericsError
+from grasp_lightning.linalg.precision import full_precision
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import whole
 from grasp_lightning.models.units import Units
@@ -63,8 +64,7 @@ class UnitGradients:
         num_targets = float(self._num_targets[row])
         if num_targets == 0:  # padding
             return
-        # Hooks may call from inside a mixed-precision step, where autocast would round products.
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             gradients = {_WEIGHT: grad_output.float().mT @ x.float()}
         gradients[_BIAS] = grad_output.float().sum(dim=0)
         for key, gradient in gradients.items():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from grasp_lightning import processes
 from grasp_lightning.config import RefitChoice
+from grasp_lightning.linalg.precision import full_precision
 from grasp_lightning.linalg.regression import pulled_regression
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import in_attention
@@ -142,7 +143,7 @@ class LayerRefit:
                 for cut in () if self._is_fitted else group:  # in one order in all processes
                     target, weights = self._target(cut.solved, number, outputs)
                     weights = weights * batch["mask"].to(weights)
-                    _add(sums, cut.solved, inner[cut.solved], target, weights)
+                    add_products(sums, cut.solved, inner[cut.solved], target, weights)
                 if (
                     summed is not None
                 ):  # for advance: the last writer's input and the rest of the sum
@@ -303,7 +304,7 @@ def _fitted_part(module: nn.Module) -> nn.Module:
     return part
 
 
-def _add(
+def add_products(
     sums: dict[str, Tensor], name: str, inner: Tensor, target: Tensor, weights: Tensor
 ) -> None:
     """Add the products of one batch: inner activations ``(B, T, r)`` and targets ``(B, T, N)``.
@@ -312,6 +313,8 @@ def _add(
     """
     inner, target = inner.flatten(0, -2).float(), target.flatten(0, -2).float()
     weighted = inner * weights.reshape(-1, 1)
-    for part, product_ in (("cross", target.mT @ weighted), ("gram", inner.mT @ weighted)):
+    with full_precision(inner.device):
+        products = {"cross": target.mT @ weighted, "gram": inner.mT @ weighted}
+    for part, product_ in products.items():
         key = f"{name}:{part}"
         sums[key] = product_.double() + sums[key] if key in sums else product_.double()

@@ -9,7 +9,7 @@ from torch import Tensor
 from grasp_lightning import processes
 from grasp_lightning.evaluation.cut_losses import divergence
 from grasp_lightning.models.decoder import DecoderView, frozen
-from grasp_lightning.models.next_token import forward_inputs, next_token_losses
+from grasp_lightning.models.next_token import forward_inputs, next_token_losses, on_device
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.models.surgery import in_place_of_linears, replacements
 from grasp_lightning.plan import RemoveBlock
@@ -68,25 +68,25 @@ def summed_losses_without(
     """
     removals = _Removals(view, {part.layer for part in removables}, batch)
     removals.whole_logits()
-    sums = torch.zeros(len(removables), dtype=torch.float64)
-    for number, part in enumerate(removables):
+    sums: list[Tensor] = []
+    for part in removables:
         logits = removals.logits_without(part)
         ids, targets = removals.batch["input_ids"], removals.batch["targets"]
-        sums[number] = next_token_losses(logits, ids, targets).cpu().double().sum()
-    return sums
+        sums.append(next_token_losses(logits, ids, targets).double().sum())
+    return torch.stack(sums).cpu()
 
 
 class _Removals:
     """One batch and its cached layer inputs.
 
     Attributes:
-        batch: The batch, on the device of the model.
+        batch: The batch, with its tokens on the device of the model.
     """
 
     def __init__(
         self, view: DecoderView, layers: Iterable[int], batch: Mapping[str, Tensor]
     ) -> None:
-        self.batch = {key: value.to(view.model.device) for key, value in batch.items()}
+        self.batch = on_device(batch, view.model.device)
         self._view = view
         self._layers = sorted(layers)
         self._windows = list(range(len(batch["input_ids"])))

@@ -18,6 +18,7 @@ from grasp_lightning.config import FisherChoice
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.evaluation.perplexity import perplexity_of
 from grasp_lightning.models.decoder import DecoderView, frozen
+from grasp_lightning.models.next_token import on_device
 from grasp_lightning.models.streamed import holding
 from grasp_lightning.training.calibration import calibration_losses, check_loss
 from grasp_lightning.training.layer_streams import HiddenStates, LayerRunner
@@ -182,7 +183,7 @@ class LayerSweep:
             for number, batch in self._batches.items():
                 with torch.no_grad():
                     _, logits = run(batch, self.entering(last, number).clone())
-                yield {key: value.to(logits.device) for key, value in batch.items()}, logits
+                yield on_device(batch, logits.device), logits
 
     def _backward(
         self, result: Tensor, number: int, batch: Mapping[str, Tensor], fisher: FisherChoice | None
@@ -191,7 +192,7 @@ class LayerSweep:
         if fisher is None:
             result.backward(self._hidden[_GRADIENT, number])  # type: ignore[no-untyped-call]  # untyped in torch
             return
-        moved = {key: value.to(result.device) for key, value in batch.items()}
+        moved = on_device(batch, result.device)
         loss = calibration_losses(fisher, result, moved).sum()
         check_loss(self._view, moved, number, loss)
         loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch

@@ -16,7 +16,7 @@ from grasp_lightning.methods.base import Track
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.integrity import nan_advice
 from grasp_lightning.models.mixtures import weights_of
-from grasp_lightning.models.next_token import forward_inputs, next_token_losses
+from grasp_lightning.models.next_token import forward_inputs, next_token_losses, on_device
 from grasp_lightning.models.sharding import is_sharded, whole
 from grasp_lightning.models.surgery import in_place_of_linears, replacements
 from grasp_lightning.plan import FactorizeLinear
@@ -99,7 +99,7 @@ class _Trials:
     ) -> None:
         self._view = view
         self._basis = basis
-        self._batches = [{k: v.to(view.model.device) for k, v in b.items()} for b in batches]
+        self._batches = [on_device(batch, view.model.device) for batch in batches]
         self._store = store
         self._cache = HiddenCache(view)
         stored = None if store is None else store.load(0)
@@ -166,16 +166,16 @@ class _Trials:
             tensors = {f"{name}.left": left, f"{name}.right": right}
             operations = [FactorizeLinear(module=name, rank=rank, components=None)]
             start = self._cache.start_layer(self._view.layer_of(name) or 0, windows)
-        total, number = 0.0, 0
+        total, number = torch.zeros((), dtype=torch.float64, device=self._view.model.device), 0
         new = replacements(self._view, operations, tensors)
         with in_place_of_linears(self._view, new), self._cache.starting_from(start):
             for window, batch in enumerate(self._batches):
                 self._cache.start_batch(torch.tensor([window]))
                 logits = self._view.model(**forward_inputs(batch)).logits
                 losses = next_token_losses(logits, batch["input_ids"], batch["targets"])
-                total += float(losses.double().sum())
+                total += losses.double().sum()
                 number += len(losses)
-        return total / number
+        return float(total) / number
 
     def _check(self, name: str, rank: int, loss: float) -> None:
         if not math.isfinite(loss):

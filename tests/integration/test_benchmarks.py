@@ -1,5 +1,6 @@
 """The programs in ``benchmarks/`` on a tiny model: what they print, and that they resume."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -203,3 +204,17 @@ def test_a_sample_of_families_works_with_every_method(tmp_path: Path) -> None:
     wrong = run("families.py", "--output", output, "--families", "llamas", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "--families: no family llamas; expected some of afmoe, " in wrong.stderr
+
+
+def test_every_step_of_the_decompositions_runs_and_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    program = importlib.import_module("decompositions")
+    shapes, grams = program.Shapes().shrunk(64), tmp_path / "grams.pt"
+    records = [program.measure(step, shapes, grams) for step in program.STEPS]
+    assert all(record["seconds"] > 0 for record in records)
+    lines = program.report(records).splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 2 + len(records) + 1
+    for step in program.STEPS:
+        assert sum(program.operations(step, program.Shapes())) > 1e9

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from grasp_lightning.config.values import check_values
 from grasp_lightning.data.section_windows import calibration_windows
 from grasp_lightning.data.self_text import Sampler
 from grasp_lightning.data.windows import TokenWindows
+from grasp_lightning.models.next_token import on_device
 
 
 class CalibrationData(L.LightningDataModule):
@@ -102,6 +104,13 @@ class CalibrationData(L.LightningDataModule):
         return DataLoader(LazyBatches(builders), batch_size=None)
 
     predict_dataloader = train_dataloader
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Tensor]:
+        """Move the tokens; the rest is read on the CPU."""
+        del dataloader_idx
+        return on_device(batch, device)
 
 
 class LazyBatches(Dataset[dict[str, Tensor]]):

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp_lightning.config import ExportConfig
 from grasp_lightning.errors import ModelError, NumericsError
+from grasp_lightning.linalg.precision import matmul_precision
 from grasp_lightning.models.checkpoint import attach_quantizer, foreign_quantizer, save_model
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.experts import experts_layout, narrowed_experts, set_experts
@@ -311,7 +312,8 @@ def _product(name: str, factors: LowRankLinear, dense: DenseModule) -> DenseModu
     """Return the dense module with the product of the factors as its weight."""
     left, right = factors.left.weight.detach(), factors.right.weight.detach()
     wide = torch.promote_types(left.dtype, torch.float32)
-    weight = (left.to(wide) @ right.to(wide)).to(left.dtype)  # (N, M)
+    with matmul_precision("highest"):
+        weight = (left.to(wide) @ right.to(wide)).to(left.dtype)  # (N, M)
     # Finite factors can overflow in float16. Values on the meta device cannot be inspected.
     if not weight.is_meta and not torch.isfinite(weight).all():
         raise NumericsError(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from grasp_lightning.config import CompensateConfig, LoraSettings, TrainMode
 from grasp_lightning.errors import ConfigError, ModelError, NumericsError
+from grasp_lightning.linalg.precision import matmul_precision
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule
 from grasp_lightning.models.loading import LoadedModel, load_model
@@ -154,7 +155,8 @@ def merge_adapters(trained: Trained) -> None:
     if trained.adapters is None:
         return
     try:
-        trained.adapters.merge_and_unload(safe_merge=True)
+        with matmul_precision("highest"):
+            trained.adapters.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise NumericsError(
             f"training diverged to NaN or infinity: {error}; lower optimizer.learning_rate"
