@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import style
@@ -55,7 +55,8 @@ def svg_text(height: float, draw: Callable[[Figure], None]) -> str:
         draw(figure)
         text = io.StringIO()
         # savefig would draw twice: first only to lay out, which drawing does, too.
-        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
+        canvas: Any = FigureCanvasSVG(figure)  # Any: untyped there
+        canvas.print_svg(text, metadata={"Date": None, "Creator": None})
     return text.getvalue()
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from grasp_lightning.models import reloading
 from tests.integration.killing import Kill
 
-_SECONDS = 120
+_SECONDS = 300
 _PATIENCE = 20
 CONTEXT = multiprocessing.get_context("forkserver")
 # Forked from a process that has never run a backward pass, which would forbid it.
