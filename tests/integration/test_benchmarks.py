@@ -149,11 +149,12 @@ def test_the_startup_program_measures_two_checkouts(tmp_path: Path) -> None:
     for name in ("startup.py", "_common.py"):
         shutil.copy(BENCHMARKS / name, checkout / "benchmarks")
     other = shutil.copytree(checkout, tmp_path / "other")
-    program = [sys.executable, checkout / "benchmarks" / "startup.py"]
-    words = [*program, "--rounds=1", f"--against={other}"]
+    program = str(checkout / "benchmarks" / "startup.py")
+    words = [sys.executable, program, "--rounds=1", f"--against={other}"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "`" in line]
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    rows = [line.strip("| ").split(" | ") for line in table[2:]]
     assert [case for case, *_ in rows] == list(startup_cases())
     assert all(float(before) >= 0 <= float(now) for _, before, now in rows)
     assert "| CPU seconds | before | now |" in done.stdout
