@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import yaml
 from huggingface_hub import CardData, RepoCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from grasp_lightning.plan import (
     AddBias,
@@ -189,6 +190,11 @@ def base_model_of(card: str) -> str | None:
 
 def _render(template: str, **content: object) -> str:
     """Return Markdown; foreign text in a template must pass the filter ``code``."""
+    return _template(template).render(content)
+
+
+@cache
+def _template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("grasp_lightning", "reporting"),
         autoescape=False,  # Markdown: code_span quotes foreign text
@@ -198,7 +204,7 @@ def _render(template: str, **content: object) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["code"] = phrases.code_span
-    return environment.get_template(template).render(content)
+    return environment.get_template(name)
 
 
 def _card(data: CardData, text: str) -> str:

@@ -2,11 +2,12 @@
 
 import io
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -14,6 +15,7 @@ from grasp_lightning.reporting.linears import Array
 from grasp_lightning.reporting.metrics import History
 from grasp_lightning.reporting.tables import count_text
 
+_DPI = 220  # of what is drawn as pixels
 WIDTH = 9.2  # inches; 883 CSS pixels, so that text of 10 points is legible at 100 %
 # Okabe and Ito's palette, which stays apart for colour-blind readers.
 CHOSEN, OTHER, REST, LINE = "#D55E00", "#56B4E9", "#BBBBBB", "#0072B2"
@@ -49,10 +51,12 @@ class Plot(NamedTuple):
 def svg_text(height: float, draw: Callable[[Figure], None]) -> str:
     """Return a figure of ``height`` inches as SVG, with outlined text: it needs no fonts."""
     with style.context(["default", STYLE, _SVG_STYLE]):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=_DPI)
         draw(figure)
         text = io.StringIO()
-        figure.savefig(text, format="svg", dpi=220, metadata={"Date": None, "Creator": None})
+        # savefig would draw twice: first only to lay out, which drawing does, too.
+        canvas: Any = FigureCanvasSVG(figure)  # Any: untyped there
+        canvas.print_svg(text, metadata={"Date": None, "Creator": None})
     return text.getvalue()
 
 

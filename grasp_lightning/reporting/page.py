@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import yaml
@@ -79,6 +80,7 @@ def render_compensation_report(metrics: CompensationMetrics, config: Values) -> 
     return _render(metrics, config, plots, _training_headlines(metrics), _TRAINING_PHASES)
 
 
+@cache
 def page_template(name: str) -> Template:
     """Return a template of this package that escapes every value."""
     environment = Environment(

@@ -1,7 +1,7 @@
 """Runs the program in processes that are forked from one in which everything is imported.
 
-A fresh process would import for nine seconds, and another five in the process that verifies the
-saved model. Here a fork verifies it; other tests verify by a fresh process.
+A fresh process would import for nine seconds, and so would the one that verifies the saved model.
+Here a fork verifies it, which has seen no model either; other tests verify by a fresh process.
 """
 
 import multiprocessing
@@ -10,16 +10,16 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from multiprocessing.context import ForkContext, ForkServerContext
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from grasp_lightning.models import reloading
 from tests.integration.killing import Kill
 
-_SECONDS = 120
+_SECONDS = 300
 _PATIENCE = 20
 CONTEXT = multiprocessing.get_context("forkserver")
 # Forked from a process that has never run a backward pass, which would forbid it.
@@ -108,30 +108,45 @@ def _run_rank(  # noqa: PLR0917  what a process is given
     os.environ |= environment
     sys.path[:0] = map(str, path)
     verification: Any = import_module("grasp_lightning.models.verification")
-    verification._exit_code = _verified_elsewhere
+    verification._exit_code = _verifier()
     if kill is not None:
         kill.arm(signal_number)
     import_module("grasp_lightning.cli").run_program(words)
 
 
-def _verified_elsewhere(request: Path, seconds: float) -> int | None:
-    """Stand in for ``verification._exit_code``.
+def _verifier() -> Callable[[Path, float], int | None]:
+    """Return what stands in for ``verification._exit_code`` in a rank.
 
-    A rank may have threads of a process group, which no fork survives. It starts a fork server of
-    its own, which imports everything again.
+    Once a rank has the threads of a process group, no fork of it survives. So the process that
+    forks for each saved model is forked now, and ends with the rank.
     """
-    return _answered(CONTEXT, request, seconds)
+    ours, theirs = FORK.Pipe()
+    if os.fork() == 0:
+        ours.close()
+        _answer_all(theirs)
+        os._exit(0)
+    theirs.close()
+
+    def exit_code(request: Path, seconds: float) -> int | None:
+        ours.send((request, seconds))
+        code: int | None = ours.recv()
+        return code
+
+    return exit_code
+
+
+def _answer_all(pipe: Connection) -> None:
+    while True:
+        try:
+            request, seconds = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(verified_by_a_fork(request, seconds))
 
 
 def verified_by_a_fork(request: Path, seconds: float) -> int | None:
     """Stand in for ``verification._exit_code`` where there are no process groups."""
-    return _answered(FORK, request, seconds)
-
-
-def _answered(
-    context: ForkContext | ForkServerContext, request: Path, seconds: float
-) -> int | None:
-    process = context.Process(target=reloading._answer, args=(request,))
+    process = FORK.Process(target=reloading._answer, args=(request,))
     process.start()
     process.join(seconds)
     return process.exitcode

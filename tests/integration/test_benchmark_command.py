@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.surgery import apply_operations
 from tests.conftest import VOCABULARY, byte_tokenizer, save_tiny, tiny_model
+from tests.integration.forked import CONTEXT
 from tests.unit.models.helpers import factorize_layers
 
 QUICK = (
@@ -59,7 +61,15 @@ def save_compressed(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow  # every model is loaded in an interpreter of its own
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is measured in forks of a process in which everything is imported."""
+    forking = SimpleNamespace(get_context=lambda _: CONTEXT)
+    monkeypatch.setattr("grasp_lightning.evaluation.own_process.multiprocessing", forking)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_models_are_compared_and_the_result_is_written(tiny_folder: Path, tmp_path: Path) -> None:
     compressed = save_compressed(tmp_path / "run" / "model")
     other = save_tiny(tmp_path / "other", "gpt2", vocab_size=VOCABULARY + 40)
@@ -98,6 +108,7 @@ def names_alone(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_the_process_that_measures_memory_reports_what_loading_refuses(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

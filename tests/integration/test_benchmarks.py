@@ -2,7 +2,8 @@
 
 import importlib
 import json
-import os
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,27 +11,17 @@ from typing import get_args
 
 import pytest
 
+from grasp_lightning.cli import main
 from grasp_lightning.config import Strategy
 from grasp_lightning.training.strategies import is_sharded_strategy
 from tests.conftest import save_tiny
 from tests.integration.compensation import compressed_folder
+from tests.integration.forked_benchmarks import BENCHMARKS
+from tests.integration.forked_benchmarks import run_benchmark as run
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody knows why.\n" * 40
 
-pytestmark = pytest.mark.slow  # every measurement starts an interpreter
-
-
-def run(program: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, BENCHMARKS / program, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
+pytestmark = pytest.mark.slow  # every measurement starts a process
 
 
 def cost(model: Path, output: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -93,7 +84,7 @@ def test_the_scaling_program_measures_what_is_missing(tiny_folder: Path, tmp_pat
     counts += [(2, 32, 1, 1), (2, 64, 1, 1), (2, 16, 2, 1)]
     seconds = {"similarity": 1.0, "attribution": 2.0, "factorize": 0.5}
     known = [{**dict(zip(keys, case, strict=True)), **seconds} for case in counts]
-    left = known.pop(4)  # of two processes
+    left = known.pop(0)
     text = "".join(json.dumps(record) + "\n" for record in known)
     (tmp_path / "scaling.jsonl").write_text(text)
     done = run("scaling.py", *settings, cwd=tmp_path)
@@ -146,12 +137,53 @@ def test_the_memory_program_measures_what_is_missing(tiny_folder: Path, tmp_path
 
 
 def test_the_startup_program_measures_two_checkouts(tmp_path: Path) -> None:
-    done = run("startup.py", "--rounds", 1, "--against", BENCHMARKS.parent, cwd=tmp_path)
+    """Two small ones, whose processes start at once."""
+    checkout = tmp_path / "checkout"
+    for module in ("commands/plan.py", "commands/compress.py", "models/reloading.py"):
+        file = checkout / "grasp_lightning" / module
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (checkout / "cli.py").write_text(
+        "import sys\nsys.exit(2 if sys.argv[-1].startswith(('--metod.', '--method.')) else 0)\n"
+    )
+    (checkout / "benchmarks").mkdir()
+    for name in ("startup.py", "_common.py"):
+        shutil.copy(BENCHMARKS / name, checkout / "benchmarks")
+    other = shutil.copytree(checkout, tmp_path / "other")
+    program = str(checkout / "benchmarks" / "startup.py")
+    words = [sys.executable, program, "--rounds=1", f"--against={other}"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "`" in line]
-    seconds = {case: (float(before), float(now)) for case, before, now in rows}
-    assert seconds["`--help`"][1] < seconds["imports of `compress`"][1]
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    rows = [line.strip("| ").split(" | ") for line in table[2:]]
+    assert [case for case, *_ in rows] == list(startup_cases())
+    assert all(float(before) >= 0 <= float(now) for _, before, now in rows)
+    assert "| CPU seconds | before | now |" in done.stdout
     assert "Medians of 1 processes" in done.stdout
+
+    (other / "cli.py").write_text("import sys\nsys.exit('too old')\n")
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("other: expected exit code 0, got 1 ['too old']")
+
+
+def startup_cases() -> dict[str, tuple[tuple[str, ...], int]]:
+    """What the program runs, and the exit codes that it expects."""
+    cases: dict[str, tuple[tuple[str, ...], int]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        cases = runpy.run_path(str(BENCHMARKS / "startup.py"))["_CASES"]
+    return cases
+
+
+@pytest.mark.parametrize("case", startup_cases())
+def test_what_the_startup_program_runs_ends_as_it_expects(case: str) -> None:
+    (program, *words), expected = startup_cases()[case]
+    if program == "-c":
+        exec(words[0])  # it raises where a module is missing
+    else:
+        assert main(words) == expected
 
 
 def test_the_startup_program_refuses_what_is_no_checkout(tmp_path: Path) -> None:

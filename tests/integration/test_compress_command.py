@@ -5,7 +5,10 @@ import json
 import math
 import re
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,11 +28,10 @@ _ROW = '{"text": "One of the documents, and a few words more."}\n'
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody knows why. " * 60
 
 
-@pytest.fixture
-def settings(tiny_folder: Path, tmp_path: Path) -> list[str]:
+def words_of(model: Path, run: Path) -> list[str]:
     return [
-        f"--model.path={tiny_folder}",
-        f"--output_dir={tmp_path / 'run'}",
+        f"--model.path={model}",
+        f"--output_dir={run}",
         "--method.name=grasp",
         "--method.num_layers=2",
         "--method.keep_ratio=0.3",
@@ -42,14 +44,35 @@ def settings(tiny_folder: Path, tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.fixture
+def settings(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    return words_of(tiny_folder, tmp_path / "run")
+
+
+class Finished(NamedTuple):
+    """A finished run of the settings, which tests only read, and what it printed."""
+
+    settings: list[str]
+    folder: Path
+    output: str
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("finished")
+    settings = words_of(save_tiny(folder / "tiny-llama"), folder / "run")
+    with redirect_stdout(StringIO()) as output:
+        assert main(["compress", *settings]) == 0
+    return Finished(settings, folder / "run", output.getvalue())
+
+
 def read_metrics(folder: Path) -> dict:
     metrics: dict = json.loads((folder / "metrics.json").read_text())
     return metrics
 
 
-def test_a_run_writes_what_the_design_names(settings: list[str], tmp_path: Path) -> None:
-    assert main(["compress", *settings]) == 0
-    folder = tmp_path / "run"
+def test_a_run_writes_what_the_design_names(finished: Finished) -> None:
+    folder = finished.folder
     written = {path.name for path in folder.iterdir()}
     assert written == {
         *("config.yaml", "plan.json", "scores.safetensors", "factors.safetensors"),
@@ -78,18 +101,15 @@ def seams(folder: Path) -> int:
     return missing
 
 
-def test_terminal_report_and_card_show_the_same_numbers(
-    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["compress", *settings]) == 0
+def test_terminal_report_and_card_show_the_same_numbers(finished: Finished) -> None:
     terminal = [
         [cell.strip() for cell in line.strip("\u2502").split("\u2502")]
-        for line in capsys.readouterr().out.splitlines()
+        for line in finished.output.splitlines()
         if line.startswith("\u2502")
     ]
-    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    card = (finished.folder / "model" / "README.md").read_text()
     in_card = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", card, re.MULTILINE)
-    report = (tmp_path / "run" / "report.html").read_text()
+    report = (finished.folder / "report.html").read_text()
     in_report = re.findall(
         r"<tr>\s*<t[hd][^>]*>([^<]+)</t[hd]>" + 3 * r"\s*<td[^>]*>([^<]+)</td>" + r"\s*</tr>",
         report,
@@ -100,9 +120,8 @@ def test_terminal_report_and_card_show_the_same_numbers(
     assert "| vLLM | `vllm serve .`, with the plugin of grasp_lightning (`plugins/vllm`) |" in card
 
 
-def test_the_saved_model_is_the_measured_one(settings: list[str], tmp_path: Path) -> None:
-    assert main(["compress", *settings]) == 0
-    folder = tmp_path / "run"
+def test_the_saved_model_is_the_measured_one(finished: Finished) -> None:
+    folder = finished.folder
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert (
         sum(p.numel() for p in model.parameters())
@@ -117,13 +136,9 @@ def test_the_saved_model_is_the_measured_one(settings: list[str], tmp_path: Path
     assert torch.equal(model(ids).logits, replayed(ids).logits)
 
 
-@pytest.mark.slow
-def test_scores_are_stored_for_every_component_and_layer(
-    settings: list[str], tmp_path: Path
-) -> None:
-    assert main(["compress", *settings]) == 0
-    scores = load_file(tmp_path / "run" / "scores.safetensors")
-    plan = Plan.from_json((tmp_path / "run" / "plan.json").read_text())
+def test_scores_are_stored_for_every_component_and_layer(finished: Finished) -> None:
+    scores = load_file(finished.folder / "scores.safetensors")
+    plan = Plan.from_json((finished.folder / "plan.json").read_text())
     assert scores["layer_similarity"].shape == (4,)
     best = scores["layer_similarity"].topk(2).indices.sort().values.tolist()
     assert list(plan.selected_layers or ()) == best
@@ -136,32 +151,28 @@ def test_scores_are_stored_for_every_component_and_layer(
 
 
 @pytest.mark.slow
-def test_two_runs_give_the_same_plan_bytes(settings: list[str], tmp_path: Path) -> None:
-    assert main(["compress", *settings]) == 0
-    again = [*settings, f"--output_dir={tmp_path / 'again'}"]
+def test_two_runs_give_the_same_plan_bytes(finished: Finished, tmp_path: Path) -> None:
+    again = [*finished.settings, f"--output_dir={tmp_path / 'again'}"]
     assert main(["compress", *again]) == 0
-    first, second = (tmp_path / name / "plan.json" for name in ("run", "again"))
+    first, second = (folder / "plan.json" for folder in (finished.folder, tmp_path / "again"))
     assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.slow
-def test_the_batch_size_changes_no_decision(settings: list[str], tmp_path: Path) -> None:
-    assert main(["compress", *settings]) == 0
-    again = [*settings, f"--output_dir={tmp_path / 'again'}", "--calibration.batch_size=3"]
-    assert main(["compress", *again]) == 0
-    first, second = (tmp_path / name / "plan.json" for name in ("run", "again"))
+def test_the_batch_size_changes_no_decision(finished: Finished, tmp_path: Path) -> None:
+    more = [f"--output_dir={tmp_path / 'again'}", "--calibration.batch_size=3"]
+    assert main(["compress", *finished.settings, *more]) == 0
+    first, second = (folder / "plan.json" for folder in (finished.folder, tmp_path / "again"))
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_finished_run_is_only_read(
-    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["compress", *settings]) == 0
-    first = capsys.readouterr().out
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    assert main(["compress", *settings]) == 0
-    again = capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")}
+    assert main(["compress", *finished.settings]) == 0
+    again, first = capsys.readouterr().out, finished.output
+    assert before == {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")}
     assert again == first[first.index(again[:20]) :]
     assert "parameters" in again
 
@@ -250,21 +261,17 @@ def test_bfloat16_models_stay_bfloat16(settings: list[str], tmp_path: Path) -> N
     assert {factor.dtype for factor in factors.values()} == {torch.bfloat16}
 
 
-@pytest.mark.slow
-def test_the_calibration_loss_is_logged(settings: list[str], tmp_path: Path) -> None:
-    assert main(["compress", *settings]) == 0
-    with (tmp_path / "run" / "logs" / "pass_1" / "metrics.csv").open() as file:
+def test_the_calibration_loss_is_logged(finished: Finished) -> None:
+    with (finished.folder / "logs" / "pass_1" / "metrics.csv").open() as file:
         losses = [float(row["calibration_loss"]) for row in csv.DictReader(file)]
     assert len(losses) == 4
     assert all(math.isfinite(loss) for loss in losses)
 
 
-def test_the_model_folder_names_no_path_of_this_machine(
-    settings: list[str], tmp_path: Path
-) -> None:
-    assert main(["compress", *settings]) == 0
+def test_the_model_folder_names_no_path_of_this_machine(finished: Finished) -> None:
     for name in ("README.md", "config.json", "tokenizer_config.json"):
-        assert str(tmp_path) not in (tmp_path / "run" / "model" / name).read_text()
+        text = (finished.folder / "model" / name).read_text()
+        assert str(finished.folder.parent) not in text
 
 
 def broken_json(folder: Path) -> str:
@@ -537,12 +544,11 @@ def test_plan_reproduces_the_paper_s_table_6(
 
 
 def test_plan_predicts_what_compress_does(
-    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", *settings]) == 0
+    assert main(["plan", *finished.settings]) == 0
     predicted = capsys.readouterr().out.splitlines()[0]
-    assert main(["compress", *settings]) == 0
-    counted = read_metrics(tmp_path / "run")["parameters"]["compressed"]
+    counted = read_metrics(finished.folder)["parameters"]["compressed"]
     assert f"{counted:,} remain" in predicted
 
 
@@ -680,20 +686,19 @@ def test_plan_shows_the_memory_of_a_model_that_generates_text(
 
 
 def test_plan_shows_the_memory_of_a_compensation_file(
-    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "compensate.yaml"
     file.write_text(
         "train: factors\nobjective: text\ntext: {seqlen: 16}\ntraining: {micro_batch_size: 3}\n"
     )
-    assert main(["plan", *settings, f"--compensate={file}"]) == 0
+    assert main(["plan", *finished.settings, f"--compensate={file}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"compensation with {file}, 8 processes, 3 x 16 tokens at a time," in lines
     (alone, together) = [line.split() for line in lines if line.startswith(("  auto, 1", "  ddp "))]
     assert 2 * float(alone[4]) == pytest.approx(float(together[2]), abs=0.02)  # gradients
     (trained,) = [line for line in lines if line.startswith("train: factors, ")]
-    assert main(["compress", *settings]) == 0
-    factors = load_file(tmp_path / "run" / "factors.safetensors")
+    factors = load_file(finished.folder / "factors.safetensors")
     expected = sum(factor.numel() for factor in factors.values())
     assert trained == f"train: factors, {expected:,} parameters trained"
 
@@ -733,12 +738,11 @@ def test_a_wrong_compensation_file_is_one_line(
     assert message.format(file=file) in capsys.readouterr().err
 
 
-def test_the_resolved_configuration_is_written(settings: list[str], tmp_path: Path) -> None:
-    assert main(["compress", *settings]) == 0
-    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+def test_the_resolved_configuration_is_written(finished: Finished) -> None:
+    config = yaml.safe_load((finished.folder / "config.yaml").read_text())
     assert config["method"]["terms"] == "full"
     assert config["method"]["preset"] == "paper"
-    assert main(["compress", f"--config={tmp_path / 'run' / 'config.yaml'}"]) == 0
+    assert main(["compress", f"--config={finished.folder / 'config.yaml'}"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -820,11 +824,10 @@ def test_nan_in_text_that_the_model_writes_is_named_by_layer(
     assert not (tmp_path / "run").exists()
 
 
-def test_overwrite_deletes_nothing_for_a_mistake(settings: list[str], tmp_path: Path) -> None:
-    assert main(["compress", *settings]) == 0
-    before = sorted(path for path in (tmp_path / "run").rglob("*"))
-    assert main(["compress", *settings, "--overwrite", "--method.num_layers=99"]) == 2
-    assert before == sorted(path for path in (tmp_path / "run").rglob("*"))
+def test_overwrite_deletes_nothing_for_a_mistake(finished: Finished) -> None:
+    before = sorted(path for path in finished.folder.rglob("*"))
+    assert main(["compress", *finished.settings, "--overwrite", "--method.num_layers=99"]) == 2
+    assert before == sorted(path for path in finished.folder.rglob("*"))
 
 
 def test_a_crash_before_anything_is_measured_leaves_nothing(

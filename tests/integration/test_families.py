@@ -4,8 +4,9 @@ import json
 import logging
 from collections.abc import Callable
 from functools import cache
+from logging.handlers import BufferingHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -19,17 +20,16 @@ from tests.conftest import ALL_FAMILIES, MOE_FAMILIES, save_tiny
 from tests.integration.test_artefact import behaviour, result_is_good, run_child
 
 METHODS = ("grasp", "drop")
-# One with transposed weights and one with experts; `make test` runs all.
-FAST = ("gpt2-grasp", "mixtral-grasp")
 ALL = tuple(f"{family}-{method}" for family in ALL_FAMILIES for method in METHODS)
-SLOW = tuple(name for name in ALL if name not in FAST)
 NUM_LAYERS = 2
 
 Outcome = Callable[[str, str], dict[str, Any]]
 
+pytestmark = pytest.mark.slow  # every family is compressed, and opened in fresh processes
+
 
 def compressed(name: str, root: Path, scratch: Path) -> None:
-    """Compress one family, and store its model with its outputs before saving.
+    """Compress one family, and store its model with its outputs before saving, and its warnings.
 
     The source with plan and factors applied in memory gives the expected behaviour.
     """
@@ -44,7 +44,13 @@ def compressed(name: str, root: Path, scratch: Path) -> None:
         *("--calibration.source=pydoc", "--calibration.num_samples=2", "--calibration.seqlen=32"),
         *("--evaluation.source=pydoc", "--evaluation.num_samples=2", "--evaluation.seqlen=32"),
     ]
+    warnings = BufferingHandler(100)
+    logger = logging.getLogger("grasp_lightning")
+    logger.addHandler(warnings)
     assert main(["compress", *settings]) == 0
+    logger.removeHandler(warnings)
+    messages = [record.getMessage() for record in warnings.buffer]
+    (scratch / f"{name}.warnings").write_text("\n".join(messages), encoding="utf-8")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source)
     plan = Plan.from_json((run / "plan.json").read_text())
     factors = load_file(run / "factors.safetensors") if method == "grasp" else {}
@@ -53,42 +59,37 @@ def compressed(name: str, root: Path, scratch: Path) -> None:
     save_file(behaviour(model), root / f"{name}.safetensors")
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """Folder of the models and folder of the runs of one tier, made when first asked for."""
+class Runs(NamedTuple):
+    """Folder of the models and folder of the runs, by name."""
 
-    @cache
-    def of_tier(tier: str) -> tuple[Path, Path]:
-        root, scratch = tmp_path_factory.mktemp(tier), tmp_path_factory.mktemp("runs")
-        for name in FAST if tier == "fast" else SLOW:
-            compressed(name, root, scratch)
-        return root, scratch
-
-    return lambda name: of_tier("fast" if name in FAST else "slow")
+    models: Path
+    folder: Path
 
 
 @pytest.fixture(scope="module")
-def outcome(
-    runs: Callable[[str], tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
-) -> Outcome:
-    """What one process of a mode saw on opening a model; one process per mode and tier."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    found = Runs(tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("runs"))
+    for name in ALL:
+        compressed(name, found.models, found.folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcome(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """What one process of a mode saw on opening a model; one process per mode."""
 
     @cache
-    def results(mode: str, root: Path) -> dict[str, dict[str, Any]]:
-        return run_child(mode, root, tmp_path_factory.mktemp("child"))
+    def results(mode: str) -> dict[str, dict[str, Any]]:
+        return run_child(mode, runs.models, tmp_path_factory.mktemp("child"))
 
-    return lambda mode, name: results(mode, runs(name)[0])[name]
-
-
-def names(method: str | None = None) -> list[Any]:
-    return [
-        pytest.param(name, marks=pytest.mark.slow)  # a process each, that imports transformers
-        for name in ALL
-        if method is None or name.endswith(method)
-    ]
+    return lambda mode, name: results(mode)[name]
 
 
-@pytest.mark.parametrize("name", names())
+def names(method: str) -> list[str]:
+    return [name for name in ALL if name.endswith(method)]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_a_compressed_model_loads_equal_and_generates_with_and_without_cache(
     outcome: Outcome, name: str
 ) -> None:
@@ -107,21 +108,20 @@ def test_a_model_with_dropped_layers_needs_no_package(outcome: Outcome, name: st
     assert result_is_good(outcome("bare", name))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_remote_code_loads_equal_without_the_package(outcome: Outcome, name: str) -> None:
     assert result_is_good(outcome("trust", name))
 
 
-@pytest.mark.parametrize("name", names())
-def test_sizes_are_those_of_the_plan(runs: Callable[[str], tuple[Path, Path]], name: str) -> None:
-    folder, run = (path / name for path in runs(name))
+@pytest.mark.parametrize("name", ALL)
+def test_sizes_are_those_of_the_plan(runs: Runs, name: str) -> None:
+    folder, run = (path / name for path in runs)
     parameters = json.loads((run / "metrics.json").read_text())["parameters"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.num_parameters() == parameters["compressed"] < parameters["dense"]
     plan = Plan.from_json((run / "plan.json").read_text())
     assert len(plan.selected_layers or ()) == NUM_LAYERS
-    source = DecoderView(AutoModelForCausalLM.from_pretrained(runs(name)[1] / f"{name}-source"))
+    source = DecoderView(AutoModelForCausalLM.from_pretrained(runs.folder / f"{name}-source"))
     chosen = [*(plan.selected_layers or ())]
     if plan.ranks:
         assert [*plan.ranks] == [linear for index in chosen for linear in source.linears(index)]
@@ -129,13 +129,12 @@ def test_sizes_are_those_of_the_plan(runs: Callable[[str], tuple[Path, Path]], n
         assert [*plan.dropped_layers] == chosen
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_names_skipped_experts_once_where_they_are_skipped(
-    family: str, method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    family: str, method: str, runs: Runs
 ) -> None:
-    with caplog.at_level(logging.WARNING, "grasp_lightning"):
-        compressed(f"{family}-{method}", tmp_path, tmp_path / "scratch")
-    named = [message for message in caplog.messages if "is a mixture of experts: mlp." in message]
+    file = runs.folder / f"{family}-{method}.warnings"
+    messages = file.read_text(encoding="utf-8").splitlines()
+    named = [message for message in messages if "is a mixture of experts: mlp." in message]
     assert len(named) == (1 if method == "grasp" else 0)

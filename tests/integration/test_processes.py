@@ -313,9 +313,9 @@ def test_bad_input_is_one_line_of_one_process(
     options: list[str], message: str, settings: list[str], tmp_path: Path
 ) -> None:
     words = [*settings, "--trainer.devices=2", *options, f"--output_dir={tmp_path / 'run'}"]
-    done = run("compress", *words)
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    done = run_ranks(["compress", *words], 1)
+    assert done.codes == [2]
+    errors = [line for line in done.text.splitlines() if "error" in line]
     assert len(errors) == 1
     assert message in errors[0]
     assert not (tmp_path / "run").exists()
@@ -324,7 +324,6 @@ def test_bad_input_is_one_line_of_one_process(
 def test_processes_that_were_started_must_be_as_many_as_the_configuration_says(
     settings: list[str], tmp_path: Path
 ) -> None:
-    words = ["compress", *settings, f"--output_dir={tmp_path / 'run'}"]
-    done = run(ROOT / "cli.py", *words, program=TORCHRUN)
-    assert done.returncode != 0
-    assert "trainer.devices times trainer.num_nodes is 1, but there are 2 processes" in done.stderr
+    done = run_ranks(["compress", *settings, f"--output_dir={tmp_path / 'run'}"], 2)
+    assert done.codes == [2, 2]
+    assert "trainer.devices times trainer.num_nodes is 1, but there are 2 processes" in done.text
