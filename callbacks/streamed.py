@@ -20,7 +20,14 @@ from grasp_lightning.linalg.layers import angular_distance_sum, cosine_sum
 from grasp_lightning.methods.attribution import attribution_step
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.run_folder import check_free_space
-from grasp_lightning.stats.base import MergedMoments, Moments, Needs, Statistics, Step
+from grasp_lightning.stats.base import (
+    DecidedLinears,
+    MergedMoments,
+    Moments,
+    Needs,
+    Statistics,
+    Step,
+)
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
@@ -59,6 +66,9 @@ class StreamedMeasure:
 
     def __call__(self, view: DecoderView, step: Step) -> Statistics:
         """Measure a step on all windows; a step that needs nothing gets empty statistics."""
+        return replace(self._measured_step(view, step), decided=self._decided)
+
+    def _measured_step(self, view: DecoderView, step: Step) -> Statistics:
         needs = step.needs
         if needs.is_empty:
             return Statistics()
@@ -68,6 +78,10 @@ class StreamedMeasure:
         if needs.weight_gradients or needs.more_groups:
             return self._component_scores(view, step)
         return Statistics(moments=self._moments(view, step))
+
+    @property
+    def _decided(self) -> DecidedLinears | None:
+        return None if self._store is None else self._store.decided
 
     @contextmanager
     def _sweep(self, view: DecoderView, num_layers: int) -> Iterator[LayerSweep]:

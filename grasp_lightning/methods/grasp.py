@@ -126,7 +126,7 @@ class Grasp(LayerwiseMethod):
         if ranks is None:
             shapes = {n: (len(basis.u), basis.vh.shape[1]) for n, basis in step.bases.items()}
             ranks = self._rule.ranks(shapes)
-        decision = keep_best_components(step.bases, scores, ranks)
+        decision = keep_best_components(step.bases, scores, ranks, stats.decided)
         return replace(decision, scores={**decision.scores, **stats.more_scores})
 
     def _outlook(self, view: DecoderView, layers: Layers) -> Outlook:

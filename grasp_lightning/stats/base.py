@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -307,6 +307,16 @@ class MergedMoments(Mapping[str, Moments]):
         return len(self._owners)
 
 
+class DecidedLinears(Protocol):
+    """Keeps what a decision computes for single linears, for a later start and out of memory."""
+
+    def load(self, work: str, module: str) -> Mapping[str, Tensor] | None:
+        """Return the tensors of a linear, read on access; None if they are not computed yet."""
+
+    def save(self, work: str, module: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Keep the tensors of a linear, and return them, read on access."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Statistics:
     """Result of one pass over the calibration windows.
@@ -330,6 +340,7 @@ class Statistics:
             norm there.
         truncation_losses: Loss with a single linear truncated, by its name and rank, in nats per
             predicted token.
+        decided: Where the decision keeps what it computes for single linears; None: in memory.
     """
 
     layer_metric: Tensor | None = None
@@ -345,6 +356,7 @@ class Statistics:
     spreads: Mapping[str, Spread] = field(default_factory=dict)
     stream: Mapping[str, StreamBasis] = field(default_factory=dict)
     truncation_losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    decided: DecidedLinears | None = None
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:
