@@ -168,9 +168,13 @@ def modelled_bytes(folder: Path, run: Path, max_memory: float) -> dict[str, int]
     planned = run_plan(parse(PlanConfig, "plan", settings(folder, run, max_memory)))
     streamed = planned.calibration.streamed
     assert streamed is not None  # grasp_plus can be streamed
-    shape = model_shape(DecoderView(load_meta_model(ModelConfig(path=str(run / "model")))))
-    one, hidden = Pass(batch_size=1, seqlen=128), 2 * 8 * 128 * shape.hidden * shape.element_size
-    return {"compress": streamed.together, "evaluate": streamed_evaluation(shape, one, hidden)}
+    found = {"compress": streamed.together}
+    if (run / "model").exists():
+        shape = model_shape(DecoderView(load_meta_model(ModelConfig(path=str(run / "model")))))
+        hidden = 2 * 8 * 128 * shape.hidden * shape.element_size
+        one = Pass(batch_size=1, seqlen=128)
+        found["evaluate"] = streamed_evaluation(shape, one, hidden)
+    return found
 
 
 def report(records: Sequence[Mapping[str, Any]], size: Size) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,12 +21,12 @@ from grasp_lightning.methods.attribution import attribution_step
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.run_folder import check_free_space
 from grasp_lightning.stats.base import (
-    DecidedLinears,
     MergedMoments,
     Moments,
     Needs,
     Statistics,
     Step,
+    StreamedStatistics,
 )
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
@@ -66,7 +66,12 @@ class StreamedMeasure:
 
     def __call__(self, view: DecoderView, step: Step) -> Statistics:
         """Measure a step on all windows; a step that needs nothing gets empty statistics."""
-        return replace(self._measured_step(view, step), decided=self._decided)
+        found = self._measured_step(view, step)
+        decided = None if self._store is None else self._store.decided
+        if decided is None:
+            return found
+        values = {field.name: getattr(found, field.name) for field in fields(found)}
+        return StreamedStatistics(**values, decided=decided)
 
     def _measured_step(self, view: DecoderView, step: Step) -> Statistics:
         needs = step.needs
@@ -78,10 +83,6 @@ class StreamedMeasure:
         if needs.weight_gradients or needs.more_groups:
             return self._component_scores(view, step)
         return Statistics(moments=self._moments(view, step))
-
-    @property
-    def _decided(self) -> DecidedLinears | None:
-        return None if self._store is None else self._store.decided
 
     @contextmanager
     def _sweep(self, view: DecoderView, num_layers: int) -> Iterator[LayerSweep]:

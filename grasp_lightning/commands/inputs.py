@@ -93,10 +93,10 @@ def prepare(
     with phases(LOAD, excluding=(SAMPLE,)):
         loaded, digest = _load(config, given)
         view = DecoderView(loaded.model)
-        leave_uncalled(view)
         is_streamed = streamed_weights(loaded.model) is not None
         if is_streamed:
             check_chain(view, config.method)
+        leave_uncalled(view)
         method = build_method(config.method, view, track)
         check_independent(view, config.method, skips_parts=method.skips_parts)
         prediction = method.predict(view)

@@ -23,11 +23,11 @@ from grasp_lightning.models.size import LinearShape
 
 _REFIT_STATES = 6  # of one layer: both models before and after it, and the outputs of two linears
 _INVERSES = 4  # the inverse of a Gram matrix, its kept part, the update, and the result
-_SOLVED = 3  # the sums of a refit, the damped ones, and their root
+_SOLVED = 4  # the sums of a refit, the damped ones or their root, and copies by LAPACK
 _FACTOR_COPIES = 3  # on disk, in float32: as decided, as refitted, and as the step
-# A load hashes all layers and runs them twice to see that each runs alone.
-_READS_OF_LOAD, _READS_OF_SWEEP = 3, 2  # a sweep begins with a pass over the whole model
-_READS_OF_DECISION, _READS_OF_SAVING = 2, 1
+# A load hashes all layers, looks for uncalled linears, and sees twice that each layer runs alone.
+_READS_OF_LOAD, _READS_OF_SWEEP = 6, 2  # a sweep begins with a pass over the whole model
+_READS_OF_DECISION, _READS_OF_SAVING = 1, 1
 
 
 class StreamedMemory(NamedTuple):
@@ -147,7 +147,7 @@ def _refit(model: ModelShape, replaced: Iterable[LinearShape], in_memory: int) -
     """Return the bytes of a refit: a layer, dense and compressed, with the largest fit."""
     by_layer = factors_bytes(replaced) // len(model.layers)
     inner = max((x.rank or x.columns for x in replaced if x.is_replaced), default=0)
-    sums = FLOAT64 * (_SOLVED * inner**2 + 2 * inner * model.hidden)
+    sums = FLOAT64 * _SOLVED * inner * (inner + model.hidden)
     layer = by_layer + by_layer * model.element_size // FLOAT32 + model.largest_layer
     device = CalibrationMemory(
         weights=model.outside + layer, statistics=0, factors=0, activations=sums, cache=0

@@ -21,7 +21,7 @@ from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.plan import FactorizeLinear, Operation, Plan
 from grasp_lightning.reading.on_access import merged
-from grasp_lightning.stats.base import Statistics, Step
+from grasp_lightning.stats.base import Statistics, Step, decided_store
 
 
 class Stored(Protocol):
@@ -49,7 +49,8 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
         chosen = tuple(index for index in model.layer_indices if index in layers)
         # Without moments of a layer, the removable parts would differ from the priced ones.
         budgeted = replace(self._rule.budgeted(model, chosen), removables=step.needs.removables)
-        measured = Measured(model, self._metric, stats.moments, self._track, stats.decided)
+        store = decided_store(stats)
+        measured = Measured(model, self._metric, stats.moments, self._track, store)
         losses = component_losses(measured, budgeted.shapes)
         orders = channel_orders(measured, budgeted.mlps)
         losses |= {name: removal.losses.flip(0) for name, removal in orders.items()}

@@ -22,7 +22,15 @@ from grasp_lightning.models.mixtures import in_model_order
 from grasp_lightning.models.streamed import dense_weights
 from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
 from grasp_lightning.reading.on_access import by_full_name
-from grasp_lightning.stats.base import DecidedLinears, Moments, Needs, Removable, Statistics, Step
+from grasp_lightning.stats.base import (
+    DecidedLinears,
+    Moments,
+    Needs,
+    Removable,
+    Statistics,
+    Step,
+    decided_store,
+)
 
 CURVATURE = "curvature"
 Parts = Mapping[str, Tensor]
@@ -202,7 +210,8 @@ class Truncation(MetricMethod[RankRule]):
 
     def _decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
         assert step.ranks is not None  # _step has set them
-        measured = Measured(model, self._metric, stats.moments, self._track, stats.decided)
+        store = decided_store(stats)
+        measured = Measured(model, self._metric, stats.moments, self._track, store)
         return self._refitted(truncated(measured, self._ranks(step.ranks, measured)))
 
     def _ranks(self, ranks: Mapping[str, int], measured: Measured) -> Mapping[str, int]:

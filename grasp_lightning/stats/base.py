@@ -340,7 +340,6 @@ class Statistics:
             norm there.
         truncation_losses: Loss with a single linear truncated, by its name and rank, in nats per
             predicted token.
-        decided: Where the decision keeps what it computes for single linears; None: in memory.
     """
 
     layer_metric: Tensor | None = None
@@ -356,7 +355,22 @@ class Statistics:
     spreads: Mapping[str, Spread] = field(default_factory=dict)
     stream: Mapping[str, StreamBasis] = field(default_factory=dict)
     truncation_losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    decided: DecidedLinears | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamedStatistics(Statistics):
+    """Statistics of a streamed model, whose decisions are kept out of memory.
+
+    Attributes:
+        decided: Where a decision keeps what it computes for single linears.
+    """
+
+    decided: DecidedLinears
+
+
+def decided_store(statistics: Statistics) -> DecidedLinears | None:
+    """Return where a decision keeps what it computes for single linears; None: in memory."""
+    return statistics.decided if isinstance(statistics, StreamedStatistics) else None
 
 
 def check_seen(num_windows: Mapping[str, int], consequence: str) -> None:
