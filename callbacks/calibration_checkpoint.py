@@ -11,7 +11,7 @@ from grasp_lightning.callbacks.layer_fit import TrainingStore
 from grasp_lightning.callbacks.measurement import Measurement
 from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.models.sharding import is_sharded
-from grasp_lightning.stats.base import Moments
+from grasp_lightning.stats.base import DecidedLinears, Moments
 
 _MOST_SAVING = 0.05  # share of the time
 
@@ -53,6 +53,10 @@ class StepStore(Protocol):
 
     def keep_final_states(self, states: Tensor) -> None:
         """Keep the final hidden states of the dense model until the run ends."""
+
+    @property
+    def decided(self) -> DecidedLinears | None:
+        """The store for what a decision computes for single linears; None: it stays in memory."""
 
     @property
     def training(self) -> TrainingStore:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +20,14 @@ from grasp_lightning.linalg.layers import angular_distance_sum, cosine_sum
 from grasp_lightning.methods.attribution import attribution_step
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.run_folder import check_free_space
-from grasp_lightning.stats.base import MergedMoments, Moments, Needs, Statistics, Step
+from grasp_lightning.stats.base import (
+    MergedMoments,
+    Moments,
+    Needs,
+    Statistics,
+    Step,
+    StreamedStatistics,
+)
 from grasp_lightning.stats.moments import layer_groups
 from grasp_lightning.stats.observer import shared_inputs
 from grasp_lightning.training.calibration import CalibrationModule
@@ -59,6 +66,14 @@ class StreamedMeasure:
 
     def __call__(self, view: DecoderView, step: Step) -> Statistics:
         """Measure a step on all windows; a step that needs nothing gets empty statistics."""
+        found = self._measured_step(view, step)
+        decided = None if self._store is None else self._store.decided
+        if decided is None:
+            return found
+        values = {field.name: getattr(found, field.name) for field in fields(found)}
+        return StreamedStatistics(**values, decided=decided)
+
+    def _measured_step(self, view: DecoderView, step: Step) -> Statistics:
         needs = step.needs
         if needs.is_empty:
             return Statistics()

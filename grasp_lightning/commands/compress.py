@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Final
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from grasp_lightning.callbacks.stop_request import StopRequest
 from grasp_lightning.callbacks.streamed import StreamedMeasure
 from grasp_lightning.commands.inputs import Inputs, prepare
 from grasp_lightning.commands.outputs import Outcome, write_outputs
+from grasp_lightning.commands.plan import planned
 from grasp_lightning.commands.stages import (
     EVALUATE,
     FACTORIZE,
@@ -30,6 +31,7 @@ from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods import resolve_method
+from grasp_lightning.methods.base import Decision
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.in_memory import ModelInMemory
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash
@@ -43,7 +45,7 @@ from grasp_lightning.pipeline import Finish, Measure, compress
 from grasp_lightning.plan import Plan
 from grasp_lightning.progress import RunBar, expect_work, track
 from grasp_lightning.reporting.metrics import Metrics, Pair
-from grasp_lightning.run_folder import RunFolder
+from grasp_lightning.run_folder import RunFolder, check_free_space
 from grasp_lightning.stats.base import Statistics, Step
 from grasp_lightning.storage.progress import RunProgress
 from grasp_lightning.storage.shared import Facts, check_shared_folder
@@ -144,10 +146,13 @@ def _execute(
     config: CompressConfig, run: RunFolder, inputs: Inputs, phases: Phases, stop: StopRequest
 ) -> Metrics:
     inputs.text.keep_in(run)
-    processes.on_first(lambda: run.check_free_space(inputs.bytes_needed))
+    processes.on_first(lambda: _check_disk(config, run, inputs))
     view, method = inputs.view, inputs.method
+    weights = streamed_weights(inputs.loaded.model)
     progress = RunProgress(
-        run, Plan(method=method.name, options=method.options, inputs=inputs.hashes)
+        run,
+        Plan(method=method.name, options=method.options, inputs=inputs.hashes),
+        on_disk=weights is not None,
     )
     prediction = method.predict(view)
     expect_work(compress_work(config, view, prediction, inputs.held_out, progress.plan))
@@ -157,11 +162,17 @@ def _execute(
         dense_perplexity = _perplexity(config, inputs, phases, "dense")
         progress.note("dense_perplexity", dense_perplexity)
     apply_operations(view, progress.plan.operations, progress.factors)
+
+    def add_step(plan: Plan, decision: Decision) -> None:
+        progress.add_step(plan, decision)
+        if weights is not None:
+            weights.use(progress.factors)
+
     with TemporaryDirectory() as logs:
         measure = _timed(_measure(config, inputs, Path(logs), progress, stop), phases)
         with phases(FACTORIZE, excluding=(*PHASE_OF_STEP.values(), CUT_LOSSES, REFIT)):
             finish = _finish(config, inputs, phases, progress)
-            plan = compress(view, method, measure, progress.plan, progress.add_step, finish=finish)
+            plan = compress(view, method, measure, progress.plan, add_step, finish=finish)
         with run.new_folder("logs") as folder:
             shutil.copytree(logs, folder, dirs_exist_ok=True)
     sizes = Pair(dense=dense_size, compressed=measure_size(view))
@@ -194,6 +205,22 @@ def _execute(
         progress.forget_moments()
     run.finish()
     return metrics
+
+
+def _check_disk(config: CompressConfig, run: RunFolder, inputs: Inputs) -> None:
+    """Refuse a disk with too little room for what the run writes: an ``OutputError``."""
+    needed = inputs.bytes_needed
+    if streamed_weights(inputs.loaded.model) is not None:
+        streamed = planned(config, None, inputs.view).calibration.streamed
+        assert streamed is not None  # else the method was refused
+        written = sum(file.stat().st_size for file in run.root.rglob("*") if file.is_file())
+        needed = max(needed, streamed.run - written)
+        temporary = Path(gettempdir())
+        if temporary.stat().st_dev == run.root.stat().st_dev:
+            needed += streamed.disk
+        else:
+            check_free_space(temporary, streamed.disk, "TMPDIR")
+    run.check_free_space(needed)
 
 
 def _compressed(

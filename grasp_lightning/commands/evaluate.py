@@ -5,11 +5,14 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
+from grasp_lightning.commands.streamed import check_runs_alone
 from grasp_lightning.commands.workflow import tracked_perplexity
 from grasp_lightning.config import EvaluateConfig, EvaluationConfig, ModelConfig
 from grasp_lightning.config.values import check_values
@@ -33,6 +36,9 @@ from grasp_lightning.models.loading import (
     resolve_device,
 )
 from grasp_lightning.models.model_settings import all_settings, named_by
+from grasp_lightning.models.streamed import streamed_weights
+from grasp_lightning.models.streamed_loading import check_streamable, load_streamed
+from grasp_lightning.progress import track
 from grasp_lightning.storage.amend import amend_run
 from grasp_lightning.storage.results import (
     EvaluationFile,
@@ -41,6 +47,8 @@ from grasp_lightning.storage.results import (
     merge_sections,
     stored_section,
 )
+from grasp_lightning.training.hidden_cache import DEFAULT_LIMIT
+from grasp_lightning.training.sweep import sweep_logits, sweep_perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +97,8 @@ def _check(config: EvaluateConfig) -> list[ModelConfig]:
     models = all_settings(config, config.model, ["model"] * len(config.model))
     for model in models:
         with named_by("model"):
+            if model.loading == "streamed":
+                check_streamable(model)
             view = DecoderView(load_meta_model(model))
             if config.corpora:
                 check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
@@ -144,8 +154,8 @@ def _evaluate(
     file: EvaluationFile,
 ) -> ModelEvaluation:
     with named_by("model"):
-        loaded = load_model(model)
-    evaluation = file.get(model.path, model_hash(loaded.model))
+        loaded, digest = _load(model)
+    evaluation = file.get(model.path, digest)
     texts = {corpus: _windows(loaded, options) for corpus, options in corpora.items()}
     for corpus, windows in texts.items():
         stored = evaluation.corpora.get(corpus)
@@ -172,6 +182,16 @@ def _evaluate(
     return evaluation
 
 
+def _load(model: ModelConfig) -> tuple[LoadedModel, str]:
+    """Return a model and the hash of its weights."""
+    if model.loading == "whole":
+        loaded = load_model(model)
+        return loaded, model_hash(loaded.model)
+    loaded, digest = load_streamed(model, may_be_compressed=True)
+    check_runs_alone(DecoderView(loaded.model))
+    return loaded, digest
+
+
 def _measurements(
     evaluation: ModelEvaluation,
     config: EvaluateConfig,
@@ -190,7 +210,11 @@ def _measurements(
             yield evaluation
     for task in config.tasks:
         if harness is not None and task not in evaluation.tasks:
-            run = harness.run(loaded.model, loaded.tokenizer, task)
+            predict = partial(_streamed_logits, view, f"{name}: {task}")
+            is_streamed = streamed_weights(loaded.model) is not None
+            run = harness.run(
+                loaded.model, loaded.tokenizer, task, predict if is_streamed else None
+            )
             evaluation = replace(evaluation, tasks={**evaluation.tasks, task: run})
             yield evaluation
 
@@ -210,11 +234,32 @@ def _perplexity(
     view: DecoderView, windows: TokenWindows, batch_size: int, description: str
 ) -> CorpusResult:
     start = time.perf_counter()
+    if streamed_weights(view.model) is None:
+        perplexity = tracked_perplexity(view, windows, batch_size, description, _console())
+    else:
+        perplexity = sweep_perplexity(
+            view,
+            windows,
+            batch_size,
+            max_bytes=DEFAULT_LIMIT,
+            track=partial(track, console=_console()),
+            description=description,
+        )
     return CorpusResult(
-        # On standard error: standard output is for the result.
-        perplexity=tracked_perplexity(view, windows, batch_size, description, Console(stderr=True)),
+        perplexity=perplexity,
         num_tokens=windows.num_targets,
         num_windows=len(windows),
         windows_sha256=windows.sha256,
         seconds=time.perf_counter() - start,
     )
+
+
+def _streamed_logits(
+    view: DecoderView, description: str, inputs: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    shown = partial(track, console=_console())
+    return sweep_logits(view, inputs, max_bytes=DEFAULT_LIMIT, track=shown, description=description)
+
+
+def _console() -> Console:
+    return Console(stderr=True)  # standard output is for the result

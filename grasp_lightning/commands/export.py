@@ -13,6 +13,8 @@ from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.errors import ConfigError, GraspError, ModelError
 from grasp_lightning.models.formats import FORMATS, ExportFacts
 from grasp_lightning.models.loading import load_meta_model, load_model
+from grasp_lightning.models.model_settings import named_by
+from grasp_lightning.models.streamed_loading import load_streamed
 from grasp_lightning.models.verification import can_generate
 from grasp_lightning.models.weight_files import weight_files
 from grasp_lightning.progress import track
@@ -61,6 +63,11 @@ def run_export(config: ExportConfig) -> CopyRun[ExportFacts]:
 
 
 def _refuse_other_keys(config: ExportConfig) -> None:
+    if config.loading == "streamed" and config.format != "dense":
+        raise ConfigError(
+            f"loading: format {config.format} needs the whole model: set loading=whole, or "
+            "format=dense"
+        )
     types = FORMATS[config.format].types
     if config.type is not None and config.type not in types:
         owner = next(name for name, format_ in FORMATS.items() if config.type in format_.types)
@@ -92,14 +99,19 @@ def _source_folder(model: str) -> Path:
 
 def _execute(source: Path, config: ExportConfig, run: RunFolder) -> ExportFacts:
     # On the CPU: one product per linear is fast, and the dense model need not fit on a GPU.
-    settings, target = ModelConfig(path=str(source), device="cpu"), FORMATS[config.format]
+    settings = ModelConfig(path=str(source), device="cpu", loading=config.loading)
+    target, is_streamed = FORMATS[config.format], config.loading == "streamed"
     empty = load_meta_model(settings)
     refusal = target.refusal(empty, config)
     if refusal is not None:
         raise ModelError(f"model: {source} {refusal}")
     run.check_free_space(int(SIZE_FACTOR * target.num_bytes(empty, config)))
-    loaded = load_model(settings)
-    generates = can_generate(loaded.model)
+    if is_streamed:
+        with named_by("model"):
+            loaded, _ = load_streamed(settings, may_be_compressed=True)
+    else:
+        loaded = load_model(settings)
+    generates = not is_streamed and can_generate(loaded.model)
     with run.new_folder(MODEL_NAME) as folder:
         facts = target.write(loaded, folder, config, partial(_track, target.doing))
         write_beside_copy(

@@ -95,10 +95,10 @@ def prepare(
         loaded, digest = _load(config, given)
         view = DecoderView(loaded.model)
         view.special_tokens = special_tokens(loaded.tokenizer)
-        leave_uncalled(view)
         is_streamed = streamed_weights(loaded.model) is not None
         if is_streamed:
             check_chain(view, config.method)
+        leave_uncalled(view)
         method = build_method(config.method, view, track)
         check_independent(view, config.method, skips_parts=method.skips_parts)
         prediction = method.predict(view)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from grasp_lightning import __version__
@@ -30,6 +29,7 @@ from grasp_lightning.methods.targets import read_target_losses
 from grasp_lightning.models.loading import LoadedModel
 from grasp_lightning.models.size import ModelSize, count_parameters
 from grasp_lightning.plan import Plan
+from grasp_lightning.reading.on_access import OnAccess
 from grasp_lightning.reading.text import read_json
 from grasp_lightning.reporting.card import base_model_of, compensated_card, model_card
 from grasp_lightning.reporting.linears import layer_changes, predicted_losses
@@ -52,6 +52,7 @@ from grasp_lightning.reporting.servers import Servers
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.run_folder.names import COMPRESSED, METRICS, PLAN
 from grasp_lightning.storage.model_folder import VERIFY, read_card, write_model
+from grasp_lightning.storage.tensor_files import write_tensors
 
 M = TypeVar("M", bound=RunMetrics)
 S = TypeVar("S", Seconds, CompensationSeconds)
@@ -339,6 +340,9 @@ def _write_tensors(
 ) -> None:
     """Write tensors, if any: a method that only drops layers has none."""
     if tensors:
-        # Copies: two names may stand for one tensor, which safetensors refuses.
-        stored = {key: value.to(dtype).cpu().contiguous().clone() for key, value in tensors.items()}
-        run.write_with(name, partial(save_file, stored))
+        stored = OnAccess({key: partial(_cast, tensors, key, dtype) for key in tensors})
+        run.write_with(name, lambda path: write_tensors(path, stored))
+
+
+def _cast(tensors: Mapping[str, Tensor], key: str, dtype: torch.dtype) -> Tensor:
+    return tensors[key].to(dtype)

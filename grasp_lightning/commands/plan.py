@@ -116,6 +116,7 @@ def planned(
                 else _moment_bytes(view, config, prediction, by_layer=True)
             ),
             set_weights=_set_weights(view, prediction),
+            device_memory=config.device_memory if isinstance(config, PlanConfig) else None,
         ),
         compensation=compensation_plan(
             compensate,

@@ -29,19 +29,28 @@ def check_chain(view: DecoderView, method: MethodConfig) -> None:
     """Refuse a model whose decoder layers cannot be run, measured and narrowed one by one.
 
     Raises:
-        ModelError: If they pass on more than hidden states, such as keys and values, or if the
-            method would narrow their experts.
+        ModelError: If they pass on more than hidden states, or if the method would narrow their
+            experts.
     """
-    if not pass_on_hidden_states_only(view):
-        raise ModelError(
-            f"decoder layers of {type(view.model).__name__} pass on more than hidden states, such "
-            "as keys and values, so they cannot be streamed: set model.loading=whole"
-        )
+    check_runs_alone(view)
     experts = [name for index in view.layer_indices for name in experts_in(view, index)]
     if method.mlp == "channels" and experts:
         raise ModelError(
             f"method.mlp channels would narrow the experts of {experts[0]}, which are not "
             "streamed: set method.mlp=factors, which leaves them unchanged, or model.loading=whole"
+        )
+
+
+def check_runs_alone(view: DecoderView) -> None:
+    """Refuse a model whose decoder layers cannot be run one by one.
+
+    Raises:
+        ModelError: If they pass on more than hidden states, such as keys and values.
+    """
+    if not pass_on_hidden_states_only(view):
+        raise ModelError(
+            f"decoder layers of {type(view.model).__name__} pass on more than hidden states, such "
+            "as keys and values, so they cannot be streamed: set model.loading=whole"
         )
 
 

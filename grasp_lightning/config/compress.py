@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from grasp_lightning.config.common import (
     CalibrationConfig,
     EvaluationConfig,
+    Loading,
     ModelConfig,
     TrainerConfig,
 )
@@ -77,7 +78,13 @@ class CompressConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(CompressConfig):
-    """Predict what ``compress`` removes and how much memory it needs, from the config alone."""
+    """Predict what ``compress`` removes and how much memory it needs, from the config alone.
+
+    Attributes:
+        device_memory: Memory of one device in GB, to see how to load the model on it.
+    """
+
+    device_memory: Positive | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +100,14 @@ class ExportConfig:
         gguf_type: Type of the matrices in a GGUF file; unset: that of the model.
         gguf_base: GGUF file, or smollm2, whose tokenizer is copied; unset: it is made from that of
             the model.
+        loading: whole: memory holds all weights; streamed: one decoder layer at a time, for format
+            dense.
         output_dir: Run folder to write; the copy is in its subfolder ``model``.
         overwrite: Delete what an earlier run wrote there.
     """
 
     model: PathName
+    loading: Loading = "whole"
     format: Literal["dense", "gguf", "torchao", "bitsandbytes", "2_4"] = "dense"
     type: Literal["int8", "int4", "nf4"] | None = None
     gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None

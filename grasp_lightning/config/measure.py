@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from grasp_lightning.config.common import CorpusWindows, Dtype, MatmulPrecision
+from grasp_lightning.config.common import CorpusWindows, Dtype, Loading, MatmulPrecision
 from grasp_lightning.config.values import (
     Count,
     CountOrZero,
@@ -22,6 +22,8 @@ class EvaluateConfig:
         dtype: Floating point type of the weights; auto keeps each checkpoint's.
         device: Device of the model: auto, cpu, cuda, cuda:1, ...
         trust_remote_code: Run model code that comes with the checkpoints.
+        loading: whole: the device holds all weights; streamed: it holds one decoder layer at a
+            time, read from a local folder.
         matmul_precision: How torch may round the inputs of float32 matrix products: highest not at
             all, high to TensorFloat32, medium to bfloat16, which is faster on hardware that has it.
         corpora: Texts for perplexity: wikitext2, ptb, c4, pydoc, or .txt, .jsonl or .parquet files.
@@ -41,6 +43,7 @@ class EvaluateConfig:
     dtype: Dtype = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    loading: Loading = "whole"
     matmul_precision: MatmulPrecision = "highest"
     corpora: tuple[PathName, ...] = ()
     evaluation: CorpusWindows = field(default_factory=CorpusWindows)

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import UndefinedError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp_lightning.config.values import Count, CountOrZero, LibrarySeed, check_values
@@ -22,6 +24,9 @@ from grasp_lightning.evaluation.task_data import evaluated_split, first_line_wit
 from grasp_lightning.evaluation.task_results import TaskRun, task_result
 
 logger = logging.getLogger(__name__)
+
+Predict = Callable[[Sequence[Tensor]], Iterator[Tensor]]
+"""Maps batches of token ids, each ``(B, T)``, to their logits, ``(B, T, V)``, in order."""
 
 _RANDOM_SEED = 0  # lm-eval's default seed of Python's generator
 
@@ -54,6 +59,56 @@ def _lm_eval() -> Any:  # noqa: ANN401  lm-eval has no usable types
             "pip install 'grasp-lightning[eval]'"
         ) from error
     return lm_eval
+
+
+@cache
+def gathering_class() -> Any:  # noqa: ANN401  lm-eval has no usable types
+    """Return a model class of lm-eval that computes the logits of all its requests together."""
+
+    class Gathering(_lm_eval().models.huggingface.HFLM):  # type: ignore[misc]  # untyped there
+        """Collects the batches of all requests first; these are the same each time.
+
+        Args:
+            predict: As in ``Harness.run``.
+            task: Name of the task, for messages.
+            **options: Arguments of lm-eval's class.
+        """
+
+        def __init__(self, predict: Predict, task: str, **options: Any) -> None:  # noqa: ANN401
+            super().__init__(**options)
+            self._predict = predict
+            self._task = task
+            self._collected: list[Tensor] | None = None
+            self._logits: Iterator[Tensor] = iter(())
+
+        def _model_call(self, inps: Tensor, *_: object, **__: object) -> Tensor:
+            if self._collected is None:
+                return next(self._logits)
+            self._collected.append(inps.cpu())
+            return torch.zeros((), device=inps.device).expand(*inps.shape, self.vocab_size)
+
+        def _loglikelihood_tokens(
+            self,
+            requests: list[Any],  # Any: lm-eval has no usable types
+            disable_tqdm: bool = False,
+            override_bs: int | None = None,
+        ) -> list[tuple[float, bool]]:
+            collected: list[Tensor] = []
+            self._collected = collected
+            super()._loglikelihood_tokens(list(requests), True, override_bs)
+            self._collected, self._logits = None, self._predict(collected)
+            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
+                list(requests), disable_tqdm, override_bs
+            )
+            return found
+
+        def generate_until(self, *_: object, **__: object) -> list[str]:
+            raise ConfigError(
+                f"tasks: {self._task} lets the model write text, for which all layers would be "
+                "read for each token: leave it out, or set loading=whole"
+            )
+
+    return Gathering
 
 
 @cache
@@ -105,14 +160,31 @@ class Harness:
         }
         return {"lm_eval": version("lm_eval"), **hashes}
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> TaskRun:
-        """Run one of ``names`` on a model in eval mode."""
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        predict: Predict | None = None,
+    ) -> TaskRun:
+        """Run one of ``names`` on a model in eval mode.
+
+        Args:
+            model: The model.
+            tokenizer: Its tokenizer.
+            name: The task, tag or group.
+            predict: Returns the logits of all batches of token ids of a task, in order; None: the
+                model is called for each batch, and may write text.
+        """
         start, settings = time.perf_counter(), self._settings
+        options = {"pretrained": model, "tokenizer": tokenizer, "batch_size": settings.batch_size}
         with _quiet():
+            if predict is None:
+                adapter = self._library.models.huggingface.HFLM(**options)
+            else:
+                adapter = gathering_class()(predict, name, **options)
             results = self._library.simple_evaluate(
-                model=self._library.models.huggingface.HFLM(
-                    pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size
-                ),
+                model=adapter,
                 tasks=self._tasks(name),
                 task_manager=self._manager,
                 num_fewshot=settings.num_fewshot,

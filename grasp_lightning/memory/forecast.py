@@ -61,6 +61,7 @@ def calibration_plan(
     moments: int = 0,
     layer_moments: int | None = None,
     set_weights: int = 0,
+    device_memory: float | None = None,
 ) -> CalibrationPlan:
     """Return the memory of a calibration, by strategy.
 
@@ -72,6 +73,7 @@ def calibration_plan(
         moments: Bytes of the Gram matrices that one pass sums.
         layer_moments: The same for a single layer; None if the method cannot be streamed.
         set_weights: Number of weights that are replaced by others of equal shape.
+        device_memory: Memory of the device in GB, for which the way to load is chosen.
     """
     run = calibration_pass(config)
     scored = replace(scored_by(config, dense, layers), moments=moments)
@@ -101,7 +103,15 @@ def calibration_plan(
         )
     streamed = None
     if layer_moments is not None:
-        streamed = streamed_memory(config, dense, replaced, run, scored, moments=layer_moments)
+        streamed = streamed_memory(
+            config,
+            dense,
+            replaced,
+            run,
+            scored,
+            moments=layer_moments,
+            written=compressed.parameters,
+        )
     evaluated = Pass(batch_size=config.evaluation.batch_size, seqlen=config.evaluation.seqlen)
     parts = mixture_parts(config.calibration, "calibration")
     num_written = sum(part.num_samples for part in parts if part.source == SELF)
@@ -117,6 +127,8 @@ def calibration_plan(
         sampled_texts=written.batch_size,
         sampling=dense.weights + sampling_bytes(dense, written),
         streamed=streamed,
+        num_processes=config.trainer.devices * config.trainer.num_nodes,
+        device_bytes=None if device_memory is None else int(device_memory * 1e9),
     )
 
 

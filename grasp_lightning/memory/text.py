@@ -28,6 +28,8 @@ class CalibrationPlan:
         sampled_texts: Number of calibration windows that the model generates together.
         sampling: Bytes of that generation, the model included.
         streamed: Bytes with ``model.loading=streamed``; None if the method cannot be streamed.
+        num_processes: Number of processes of the configuration.
+        device_bytes: Memory of the device for which the way to load is chosen; None: not asked.
     """
 
     batch_size: int
@@ -40,6 +42,8 @@ class CalibrationPlan:
     sampling: int
     trains_layer: bool = False
     streamed: StreamedMemory | None = None
+    num_processes: int = 1
+    device_bytes: int | None = None
 
 
 class CompensationRow(NamedTuple):
@@ -139,16 +143,40 @@ def _calibration_lines(plan: CalibrationPlan, unit: int, name: str) -> list[str]
         f"perplexity, {tokens} tokens at a time: {evaluation} {name}, weights included",
     ]
     if plan.streamed is not None:
-        host, disk = _cells([plan.streamed.host, plan.streamed.disk], unit)
-        lines.insert(
-            -1,
-            f"streamed (model.loading=streamed): also {host} {name} of host memory, and {disk} "
-            f"{name} of temporary files",
-        )
+        lines[-1:-1] = _streamed_lines(plan.streamed, unit, name)
     if plan.sampled_texts:
         size = f"{plan.sampled_texts} x {plan.seqlen} tokens"
         lines.append(f"text that the model generates, {size}: {sampling} {name}, weights included")
+    if plan.device_bytes is not None:
+        lines += _choice_lines(plan, plan.device_bytes, unit, name)
     return lines
+
+
+def _streamed_lines(streamed: StreamedMemory, unit: int, name: str) -> list[str]:
+    sizes = (streamed.host, streamed.together, streamed.disk, streamed.run, streamed.read)
+    host, together, disk, run, read = _cells(sizes, unit)
+    return [
+        f"streamed (model.loading=streamed): also {host} {name} of host memory, {disk} {name} of",
+        f"  temporary files, and up to {run} {name} in output_dir; about {read} {name} are read;",
+        f"  on a CPU, whose memory is both: {together} {name} at most at a time",
+    ]
+
+
+def _choice_lines(plan: CalibrationPlan, available: int, unit: int, name: str) -> list[str]:
+    """Return which way to load a device with some memory takes, and the numbers behind it."""
+    needed = {"whole": plan.rows["auto"].total}
+    keys = {"whole": "model.loading=whole", "streamed": "model.loading=streamed"}
+    for label, row in plan.rows.items():
+        if label.startswith("fsdp") and plan.num_processes > 1:
+            needed["fsdp"], keys["fsdp"] = row.total, "trainer.strategy=fsdp"
+    if plan.streamed is not None:
+        needed["streamed"] = plan.streamed.device.total
+    (room,) = _cells([available], unit)
+    found = ", ".join(f"{way} needs {size / unit:.2f}" for way, size in needed.items())
+    fits = [way for way, size in needed.items() if size <= available]
+    least = min(needed, key=lambda way: needed[way])
+    take = f"take {fits[0]} ({keys[fits[0]]})" if fits else f"nothing fits, least needs {least}"
+    return [f"device of {room} {name}: {found}: {take}"]
 
 
 def _compensation_lines(plan: CompensationPlan, unit: int) -> list[str]:

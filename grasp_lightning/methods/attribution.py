@@ -1,11 +1,17 @@
 """Gradient scores of singular components, and factors of the best components."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grasp_lightning import processes
+from grasp_lightning.errors import OutputError
 from grasp_lightning.linalg.factors import SVD, balanced_factors, factorize
 from grasp_lightning.linalg.ranks import top_components
 from grasp_lightning.methods.base import Decision, Track, untracked
@@ -13,7 +19,8 @@ from grasp_lightning.methods.dealing import own_weights
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.streamed import dense_weights, streamed_weights
 from grasp_lightning.plan import FactorizeLinear
-from grasp_lightning.stats.base import Needs, Scoring, Step
+from grasp_lightning.reading.on_access import OnAccess, by_full_name
+from grasp_lightning.stats.base import DecidedLinears, Needs, Scoring, Step
 
 ATTRIBUTION = "attribution"
 
@@ -35,15 +42,40 @@ def attribution_step(
         ranks: Ranks to cut the weights to; None leaves them to the decision.
         track: Shows the progress of the factorisation.
     """
-    bases = _factorized(dense_weights(model, modules), track)
-    if streamed_weights(model.model) is not None:  # the device holds one layer at a time
-        bases = {name: SVD(*(part.cpu() for part in basis)) for name, basis in bases.items()}
+    is_streamed = streamed_weights(model.model) is not None
+    bases = (_on_disk if is_streamed else _factorized)(dense_weights(model, modules), track)
     measured = () if scoring.score == "magnitude" else tuple(bases)
     needs = Needs(weight_gradients=measured, scoring=scoring)
     return Step(name=ATTRIBUTION, needs=needs, bases=bases, ranks=ranks)
 
 
-def _factorized(weights: Mapping[str, Tensor], track: Track) -> dict[str, SVD]:
+def _on_disk(weights: Mapping[str, Tensor], track: Track) -> Mapping[str, SVD]:
+    """Factorize every weight; the results wait in temporary files, and are read on access.
+
+    Raises:
+        OutputError: If the disk is full.
+    """
+    folder = TemporaryDirectory()  # it is deleted with the last reader
+    readers: dict[str, Callable[[], SVD]] = {}
+    for name, weight in own_weights(weights, track, "factorize"):
+        path = Path(folder.name) / f"{len(readers):06d}.safetensors"
+        parts = {part: tensor.cpu() for part, tensor in factorize(weight)._asdict().items()}
+        try:
+            save_file(parts, path)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"cannot write {path}: {error}; set TMPDIR to a folder on a larger disk"
+            ) from error
+        readers[name] = partial(_read_basis, folder, path)
+    return OnAccess(readers)
+
+
+def _read_basis(folder: "TemporaryDirectory[str]", path: Path) -> SVD:
+    del folder  # it is kept until here
+    return SVD(**load_file(path))
+
+
+def _factorized(weights: Mapping[str, Tensor], track: Track) -> Mapping[str, SVD]:
     """Factorize every weight; the processes share the work."""
     number = processes.num_processes()
     own = {name: factorize(weight) for name, weight in own_weights(weights, track, "factorize")}
@@ -74,7 +106,10 @@ def stored_scores(bases: Mapping[str, SVD], scores: Mapping[str, Tensor]) -> dic
 
 
 def keep_best_components(
-    bases: Mapping[str, SVD], scores: Mapping[str, Tensor], ranks: Mapping[str, int]
+    bases: Mapping[str, SVD],
+    scores: Mapping[str, Tensor],
+    ranks: Mapping[str, int],
+    store: DecidedLinears | None = None,
 ) -> Decision:
     """Factorise each matrix and keep its best-scored components; store the scores of all matrices.
 
@@ -82,16 +117,19 @@ def keep_best_components(
         bases: Decomposition of every weight, by module.
         scores: Score of every component, ``(K,)`` per module; the largest are kept.
         ranks: Number of components to keep, by module; a missing module stays dense.
+        store: Keeps the factors; None: they stay in memory.
     """
     operations: list[FactorizeLinear] = []
-    tensors: dict[str, Tensor] = {}
-    for module, basis in bases.items():
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for module in bases:
         if module not in ranks:
             continue
         components = top_components(scores[module], ranks[module])
-        factors = balanced_factors(basis, components)
-        tensors[f"{module}.left"], tensors[f"{module}.right"] = factors.left, factors.right
+        factors = balanced_factors(bases[module], components)._asdict()
+        found[module] = factors if store is None else store.save("factorize", module, factors)
         operations.append(FactorizeLinear(module=module, rank=ranks[module], components=components))
     return Decision(
-        operations=tuple(operations), tensors=tensors, scores=stored_scores(bases, scores)
+        operations=tuple(operations),
+        tensors=by_full_name(found, {"left": "left", "right": "right"}),
+        scores=stored_scores(bases, scores),
     )

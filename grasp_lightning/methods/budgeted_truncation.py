@@ -21,7 +21,8 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.surgery import parameters_after
 from grasp_lightning.plan import FactorizeLinear, Operation, Plan
-from grasp_lightning.stats.base import Statistics, Step
+from grasp_lightning.reading.on_access import merged
+from grasp_lightning.stats.base import Statistics, Step, decided_store
 
 
 class Stored(Protocol):
@@ -53,7 +54,8 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
         chosen = tuple(index for index in model.layer_indices if index in layers)
         # Without moments of a layer, the removable parts would differ from the priced ones.
         budgeted = replace(self._rule.budgeted(model, chosen), removables=step.needs.removables)
-        measured = Measured(model, self._metric, stats.moments, self._track)
+        store = decided_store(stats)
+        measured = Measured(model, self._metric, stats.moments, self._track, store)
         losses = component_losses(measured, budgeted.shapes)
         orders = channel_orders(measured, budgeted.mlps)
         losses |= {name: removal.losses.flip(0) for name, removal in orders.items()}
@@ -73,7 +75,7 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
             scores |= stored_target_losses(found)
         decision = Decision(
             operations=(*cut.operations, *narrowed.operations, *factored.operations, *removed),
-            tensors={**cut.tensors, **narrowed.tensors, **factored.tensors},
+            tensors=merged(cut.tensors, narrowed.tensors, factored.tensors),
             scores={**scores, **cut.scores, **stored_prices(stats.removal_losses)},
         )
         return self._refitted(decision)

@@ -25,6 +25,10 @@ def dealt(
         track: Shows the progress.
         description: The label of the progress.
     """
+    if processes.num_processes() == 1:  # one by one: not all results need be in memory
+        for name, weight in own_weights(weights, track, description):
+            yield name, work(name, weight)
+        return
     own = {name: work(name, weight) for name, weight in own_weights(weights, track, description)}
     for position, name in enumerate(weights):
         yield name, processes.shared(own.pop(name, None), position % processes.num_processes())

@@ -35,7 +35,7 @@ from grasp_lightning.methods.prediction import Layers, Outlook, outlook_of
 from grasp_lightning.methods.rank_rules import RankRule, configured_rule
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import OptionValue, Plan
-from grasp_lightning.stats.base import Scoring, Statistics, Step
+from grasp_lightning.stats.base import Scoring, Statistics, Step, decided_store
 
 DEFAULT_KEEP_RATIO: Final = 0.1
 _REFERENCE: Final = "https://arxiv.org/abs/2501.00339"
@@ -126,7 +126,7 @@ class Grasp(LayerwiseMethod):
         if ranks is None:
             shapes = {n: (len(basis.u), basis.vh.shape[1]) for n, basis in step.bases.items()}
             ranks = self._rule.ranks(shapes)
-        decision = keep_best_components(step.bases, scores, ranks)
+        decision = keep_best_components(step.bases, scores, ranks, decided_store(stats))
         return replace(decision, scores={**decision.scores, **stats.more_scores})
 
     def _outlook(self, view: DecoderView, layers: Layers) -> Outlook:

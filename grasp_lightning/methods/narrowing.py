@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.linalg.channels import Removal
 from grasp_lightning.methods.base import Decision
-from grasp_lightning.methods.truncation import Measured
+from grasp_lightning.methods.truncation import Measured, Parts
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.experts import MULTIPLE, READER
 from grasp_lightning.models.mixtures import experts_in
@@ -16,6 +17,7 @@ from grasp_lightning.models.mlp import mlps
 from grasp_lightning.models.operations.narrow_experts import narrow_experts
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.plan import NarrowExperts, NarrowMlp
+from grasp_lightning.reading.on_access import OnAccess
 from grasp_lightning.stats.base import Moments
 
 
@@ -111,10 +113,12 @@ def narrowable_mlps(view: DecoderView, layers: Sequence[int]) -> dict[str, Narro
 def channel_orders(measured: Measured, readers: Iterable[str]) -> dict[str, Removal]:
     """Return the order and the losses of channel removal, by reader."""
 
-    def removal(_: str, weight: Tensor, moments: Moments) -> Removal:
-        return Removal(*(part.cpu() for part in measured.metric.removal(weight, moments)))
+    def removal(_: str, weight: Tensor, moments: Moments) -> Parts:
+        found = measured.metric.removal(weight, moments)
+        return {"order": found.order.cpu(), "losses": found.losses.cpu()}
 
-    return dict(measured.each(readers, removal, "order channels"))
+    orders = measured.each(readers, removal, "order channels")
+    return {name: Removal(parts["order"], parts["losses"]) for name, parts in orders.items()}
 
 
 def narrowing(
@@ -126,11 +130,16 @@ def narrowing(
     """Keep the last ``channels`` of each order, by reader, and refit the readers to them."""
     kept = {n: orders[n].order[..., -count:].sort(-1).values for n, count in channels.items()}
 
-    def refitted(name: str, weight: Tensor, moments: Moments) -> Tensor:
-        return measured.metric.narrowed(weight, moments, kept[name]).cpu()
+    def refitted(name: str, weight: Tensor, moments: Moments) -> Parts:
+        return {"weight": measured.metric.narrowed(weight, moments, kept[name]).cpu()}
 
     weights = measured.each(kept, refitted, "narrow")
     return Decision(
         operations=tuple(narrowable[name].operation(channels) for name, channels in kept.items()),
-        tensors={narrowable[name].solved_tensor: weight for name, weight in weights},
+        tensors=OnAccess(
+            {
+                narrowable[name].solved_tensor: partial(parts.__getitem__, "weight")
+                for name, parts in weights.items()
+            }
+        ),
     )

@@ -1,6 +1,6 @@
 """Truncation of weights in a measured metric."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -21,30 +21,63 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.mixtures import in_model_order
 from grasp_lightning.models.streamed import dense_weights
 from grasp_lightning.plan import FactorizeLinear, OptionValue, Plan
-from grasp_lightning.stats.base import Moments, Needs, Removable, Statistics, Step
+from grasp_lightning.reading.on_access import by_full_name
+from grasp_lightning.stats.base import (
+    DecidedLinears,
+    Moments,
+    Needs,
+    Removable,
+    Statistics,
+    Step,
+    decided_store,
+)
 
 CURVATURE = "curvature"
-T = TypeVar("T")
+Parts = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Dense weights with their moments, and the metric for changes of them."""
+    """Dense weights with their moments, and the metric for changes of them.
+
+    Attributes:
+        store: Keeps results; None: they stay in memory.
+    """
 
     view: DecoderView
     metric: Metric
     moments: Mapping[str, Moments]
     track: Track
+    store: DecidedLinears | None = None
 
     def each(
-        self, modules: Iterable[str], work: Callable[[str, Tensor, Moments], T], description: str
-    ) -> Iterator[tuple[str, T]]:
-        """Apply a function to some weights and their moments; the processes share the work."""
+        self,
+        modules: Iterable[str],
+        work: Callable[[str, Tensor, Moments], Parts],
+        description: str,
+    ) -> dict[str, Parts]:
+        """Apply a function to some weights and their moments; the processes share the work.
 
-        def on_device(name: str, weight: Tensor) -> T:
+        Args:
+            modules: Full names of the linears.
+            work: Returns tensors by name.
+            description: Label of the progress, and of what the store keeps.
+
+        Returns:
+            The tensors of each linear; where there is a store, they are read on access.
+        """
+
+        def on_device(name: str, weight: Tensor) -> Parts:
             return work(name, weight, self._moments_for(name, weight))
 
-        return dealt(dense_weights(self.view, modules), on_device, self.track, description)
+        names = tuple(modules)
+        load = (lambda _, __: None) if self.store is None else self.store.load
+        found = {name: parts for name in names if (parts := load(description, name)) is not None}
+        waiting = dense_weights(self.view, [name for name in names if name not in found])
+        for name, parts in dealt(waiting, on_device, self.track, description):
+            kept = None if self.store is None else self.store.save(description, name, parts)
+            found[name] = parts if kept is None else kept
+        return {name: found[name] for name in names}
 
     def basis(self, name: str, weight: Tensor) -> SVD:
         """Return the components of a whole weight ``(N, M)``, both vectors of each of one norm."""
@@ -60,31 +93,40 @@ class Measured:
 def component_losses(measured: Measured, modules: Iterable[str]) -> dict[str, Tensor]:
     """Return the loss of each component of some weights, ``(K,)``, descending, float64."""
 
-    def losses(_: str, weight: Tensor, moments: Moments) -> Tensor:
-        return measured.metric.losses(weight, moments).cpu()
+    def losses(_: str, weight: Tensor, moments: Moments) -> Parts:
+        return {"losses": measured.metric.losses(weight, moments).cpu()}
 
-    return dict(measured.each(modules, losses, "predict losses"))
+    found = measured.each(modules, losses, "predict losses")
+    return {name: parts["losses"] for name, parts in found.items()}
 
 
 def truncated(measured: Measured, ranks: Mapping[str, int]) -> Decision:
     """Return the optimal factors of some weights; the scores are losses of their components."""
     metric = measured.metric
 
-    def factors_of(name: str, weight: Tensor, moments: Moments) -> tuple[Tensor, ...]:
+    def factors_of(name: str, weight: Tensor, moments: Moments) -> Parts:
         basis = even_norms(metric.decompose(weight, moments))
         factors = balanced_factors(basis, range(ranks[name]))
         scores = metric.of_singular_values(basis.s)
-        return tuple(part.cpu() for part in (*factors, basis.s, scores))
+        return {
+            "left": factors.left.cpu(),
+            "right": factors.right.cpu(),
+            "singular_values": basis.s.float().cpu(),
+            "scores": scores.float().cpu(),
+        }
 
-    operations: list[FactorizeLinear] = []
-    tensors: dict[str, Tensor] = {}
-    stored: dict[str, Tensor] = {}
-    for name, found in measured.each(ranks, factors_of, "factorize"):
-        left, right, values, scores = found
-        tensors |= {f"{name}.left": left, f"{name}.right": right}
-        stored |= {f"{name}.singular_values": values.float(), f"{name}.scores": scores.float()}
-        operations.append(FactorizeLinear(module=name, rank=ranks[name], components=None))
-    return Decision(operations=tuple(operations), tensors=tensors, scores=stored)
+    found = measured.each(ranks, factors_of, "factorize")
+    return Decision(
+        operations=tuple(
+            FactorizeLinear(module=name, rank=ranks[name], components=None) for name in found
+        ),
+        tensors=by_full_name(found, {"left": "left", "right": "right"}),
+        scores={
+            f"{name}.{part}": parts[part]
+            for name, parts in found.items()
+            for part in ("singular_values", "scores")
+        },
+    )
 
 
 class _Rule(Protocol):
@@ -168,7 +210,8 @@ class Truncation(MetricMethod[RankRule]):
 
     def _decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
         assert step.ranks is not None  # _step has set them
-        measured = Measured(model, self._metric, stats.moments, self._track)
+        store = decided_store(stats)
+        measured = Measured(model, self._metric, stats.moments, self._track, store)
         return self._refitted(truncated(measured, self._ranks(step.ranks, measured)))
 
     def _ranks(self, ranks: Mapping[str, int], measured: Measured) -> Mapping[str, int]:

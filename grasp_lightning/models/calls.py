@@ -18,6 +18,7 @@ from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.linears import DenseModule
 from grasp_lightning.models.lowrank import dense_shape
 from grasp_lightning.models.sharding import is_sharded
+from grasp_lightning.models.streamed import streamed_weights
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,8 @@ class _Probe:
             for index in view.layer_indices:
                 handle = view.layer(index).register_forward_pre_hook(self._look, with_kwargs=True)
                 stack.callback(handle.remove)
+                if streamed_weights(view.model) is not None:
+                    stack.callback(view.layer(index).register_forward_hook(_backward).remove)
             for name in names:
                 module = view.module(name)
                 handle = module.register_forward_hook(partial(self._count, name))
@@ -147,6 +150,15 @@ class _Probe:
 
     def _note_gradient(self, name: str, _: Tensor) -> None:
         self.with_gradient.add(name)
+
+
+def _backward(_module: nn.Module, _args: object, output: Any) -> Any:  # noqa: ANN401  of every family
+    """Run backward through one layer at once: autograd would keep the weights of all of them."""
+    hidden = hidden_output(output)
+    if hidden.requires_grad:
+        hidden.float().sum().backward()  # type: ignore[no-untyped-call]  # untyped in torch
+    following = hidden.detach().requires_grad_(True).clone()
+    return following if isinstance(output, Tensor) else (following, *output[1:])
 
 
 def _with_gradient(_module: nn.Module, _args: object, output: Tensor) -> Tensor:

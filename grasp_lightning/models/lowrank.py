@@ -489,11 +489,11 @@ class GraspQuantizer(HfQuantizer):
             self._weights.postprocess_model(model)
             finish_quantized(model)
             model.config.quantization_config = self.quantization_config
-            _take_over_remote_code(model)
+            take_over_remote_code(model)
             return model
         # Names of the model that was saved; the loaded class may have another prefix.
         model.config.quantization_config = config_of(model)
-        _take_over_remote_code(model)
+        take_over_remote_code(model)
         # The factors are plain floating point, so .half() and .float() stay allowed.
         holder.is_quantized = False
         return model
@@ -746,7 +746,7 @@ def _options_of(linear: nn.Linear | Conv1D) -> dict[str, Any]:  # Any: keyword a
     return {"bias": linear.bias is not None, "device": "meta", "dtype": linear.weight.dtype}
 
 
-def _take_over_remote_code(model: PreTrainedModel) -> None:
+def take_over_remote_code(model: PreTrainedModel) -> None:
     """Remove our entries of ``auto_map``, and let ``save_pretrained`` write them and their file.
 
     It knows the files of custom model classes only, while the loaded model has its family's own

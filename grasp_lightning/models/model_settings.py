@@ -8,7 +8,7 @@ from grasp_lightning.config import BenchmarkConfig, EvaluateConfig, ModelConfig
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.models.source import resolve_source
 
-_MODEL_KEY = re.compile(r"\bmodel\.(path|revision|device|dtype|trust_remote_code)\b")
+_MODEL_KEY = re.compile(r"\bmodel\.(path|revision|device|dtype|trust_remote_code|loading)\b")
 
 
 def all_settings(
@@ -26,6 +26,7 @@ def all_settings(
                 dtype=keys.dtype,
                 device=keys.device,
                 trust_remote_code=keys.trust_remote_code,
+                loading=keys.loading if isinstance(keys, EvaluateConfig) else "whole",
             )
         )
     if keys.revision is not None and all(one.revision is None for one in settings):

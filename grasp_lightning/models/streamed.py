@@ -4,13 +4,13 @@ Everything outside the decoder layers is loaded as usual. The parameters of a la
 device, except during a call of the layer, or while it is held.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,17 @@ from grasp_lightning.models.mixtures import weights_of
 from grasp_lightning.models.operations.base import applier_of
 from grasp_lightning.models.weight_files import ADVICE, fault
 from grasp_lightning.plan import Operation
+from grasp_lightning.reading.on_access import OnAccess, merged
 from grasp_lightning.reading.tensors import open_tensors
 
 _ATTRIBUTE: Final = "_streamed_weights"  # of the model, which owns them
+
+
+class StoredAt(NamedTuple):
+    """Where a tensor is stored: a safetensors file, and the name in it."""
+
+    path: Path
+    key: str
 
 
 class StreamedWeights:
@@ -35,21 +43,24 @@ class StreamedWeights:
 
     Args:
         view: The dense model, with the parameters of its decoder layers on the meta device.
-        files: The file of each stored tensor, by name.
+        files: Where each tensor of the model is stored, by its name in the model.
         device: Where layers run.
 
     Attributes:
         device: Where layers run.
     """
 
-    def __init__(self, view: DecoderView, files: Mapping[str, Path], device: torch.device) -> None:
+    def __init__(
+        self, view: DecoderView, files: Mapping[str, StoredAt], device: torch.device
+    ) -> None:
         self.device = device
         self._view = view
         self._files = files
         self._layers = {index: view.layer(index) for index in view.layer_indices}
         self._prefixes = {i: f"{view.layers_name}.{i}." for i in self._layers}
         self._wanted = {index: _stored(layer) for index, layer in self._layers.items()}
-        self._operations: dict[int, list[tuple[Operation, Mapping[str, Tensor]]]] = {}
+        self._operations: dict[int, list[Operation]] = {}
+        self._tensors: Mapping[str, Tensor] = {}
         self._dense: dict[int, dict[str, nn.Module]] = {}
         self._loaded: set[int] = set()
         self._held: set[int] = set()
@@ -75,9 +86,10 @@ class StreamedWeights:
         Args:
             view: The model, still without them.
             operations: Each changes linears of one decoder layer, or no values at all.
-            tensors: Their tensors, kept on the CPU in the dtype of the model.
+            tensors: Their tensors, which are read in each load.
         """
         self._view = view
+        self.use(tensors)
         for operation in operations:
             if not operation.linears:
                 continue
@@ -86,12 +98,11 @@ class StreamedWeights:
             dense = self._dense.setdefault(index, {})
             for name in operation.linears:
                 dense.setdefault(name, view.module(name))
-            needed = {
-                key: tensor.detach().to(device="cpu", dtype=view.model.dtype)
-                for key, tensor in tensors.items()
-                if key.rpartition(".")[0] in operation.linears
-            }
-            self._operations.setdefault(index, []).append((operation, needed))
+            self._operations.setdefault(index, []).append(operation)
+
+    def use(self, tensors: Mapping[str, Tensor]) -> None:
+        """Read tensors of operations from another place from now on."""
+        self._tensors = merged(self._tensors, tensors)
 
     def dense_weight(self, module: str) -> Tensor:
         """Return the weight of a linear of the dense model, ``(N, M)``, on the device."""
@@ -101,19 +112,27 @@ class StreamedWeights:
         tensor = self._read(index, (key,))[key].to(self.device)
         return tensor.mT if isinstance(self._view.module(module), Conv1D) else tensor
 
-    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors of the model's state dict by name; a layer is held for all of its own.
+    def tensors(
+        self,
+        names: Iterable[str],
+        state: Callable[[int | None], Mapping[str, Tensor]] | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors by name; a layer is held for all of its own.
 
         Args:
             names: Present names; those of one layer follow each other.
+            state: Returns tensors by name while a layer of some present number is held; None: those
+                of the model's state dict.
         """
         groups = [(index, list(group)) for index, group in groupby(names, self._layer_of)]
         following = [index for index, _ in groups[1:]] + [None]
         for (index, group), after in zip(groups, following, strict=True):
             with nullcontext() if index is None else self.holding(index, after):
-                state = self._view.model.state_dict()
+                model = self._view.model
+                position = self._view.layer_of(group[0])
+                found = model.state_dict() if state is None else state(position)
                 for name in group:
-                    yield name, state[name]
+                    yield name, found[name]
 
     def _layer_of(self, name: str) -> int | None:
         """Return the original number of the layer of a present name; None outside the layers."""
@@ -156,8 +175,8 @@ class StreamedWeights:
             self._view.set_module(name, module)
         for key, tensor in tensors.items():
             _set(layer, key, tensor.to(self.device, non_blocking=True))
-        for operation, own in self._operations.get(index, ()):
-            applier_of(operation).apply(self._view, operation, own)
+        for operation in self._operations.get(index, ()):
+            applier_of(operation).apply(self._view, operation, self._tensors)
 
     def _release(self, index: int) -> None:
         if index not in self._loaded:
@@ -228,39 +247,23 @@ def dense_weights(view: DecoderView, modules: Iterable[str]) -> Mapping[str, Ten
     """
     weights = streamed_weights(view.model)
     if weights is not None:
-        return _OnAccess(weights, tuple(modules))
+        return OnAccess({name: partial(weights.dense_weight, name) for name in modules})
     return weights_of(view, modules)
 
 
-def read_stored(files: Mapping[str, Path], names: Sequence[str]) -> dict[str, Tensor]:
+def read_stored(files: Mapping[str, StoredAt], names: Sequence[str]) -> dict[str, Tensor]:
     """Return stored tensors by name, on the CPU and in memory of their own.
 
     Args:
-        files: The file of each stored tensor, by name.
+        files: Where each tensor is stored, by name.
         names: Names of the tensors to read.
     """
     found: dict[str, Tensor] = {}
-    for path in sorted({files[name] for name in names}):
+    for path in sorted({files[name].path for name in names}):
         with open_tensors(path, ModelError, fault(path), ADVICE) as content:
-            found |= {n: content.get_tensor(n).clone() for n in names if files[n] == path}
+            own = {name: files[name].key for name in names if files[name].path == path}
+            found |= {name: content.get_tensor(key).clone() for name, key in own.items()}
     return found
-
-
-class _OnAccess(Mapping[str, Tensor]):
-    """Dense weights that are read from disk on each access."""
-
-    def __init__(self, weights: StreamedWeights, modules: Sequence[str]) -> None:
-        self._weights = weights
-        self._modules = modules
-
-    def __getitem__(self, module: str) -> Tensor:
-        return self._weights.dense_weight(module)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def __len__(self) -> int:
-        return len(self._modules)
 
 
 def _stored(layer: nn.Module) -> dict[str, torch.dtype]:

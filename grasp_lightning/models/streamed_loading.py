@@ -10,16 +10,23 @@ from transformers import PreTrainedModel
 
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ConfigError, ModelError
-from grasp_lightning.models.checkpoint import check_not_quantized
+from grasp_lightning.models.checkpoint import attach_quantizer, check_not_quantized
 from grasp_lightning.models.completeness import check_complete
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.device import resolve_device
+from grasp_lightning.models.experts import narrowed_experts
+from grasp_lightning.models.factored_rows import factorized_rows
 from grasp_lightning.models.integrity import check_finite_weight, hash_of_tensors
 from grasp_lightning.models.loading import LoadedModel, load_without_weights
-from grasp_lightning.models.lowrank import has_replaced
+from grasp_lightning.models.lowrank import (
+    GraspQuantizer,
+    has_replaced,
+    is_quantized_here,
+    take_over_remote_code,
+)
 from grasp_lightning.models.source import describe_origin, resolve_source
 from grasp_lightning.models.stored_shapes import stored_shapes
-from grasp_lightning.models.streamed import StreamedWeights, read_stored
+from grasp_lightning.models.streamed import StoredAt, StreamedWeights, read_stored
 from grasp_lightning.models.weight_files import ADVICE, fault, weight_files
 from grasp_lightning.reading.tensors import open_tensors
 
@@ -40,17 +47,35 @@ def check_streamable(config: ModelConfig) -> None:
         raise ConfigError(f"model.loading is streamed, but {problem}; or {_INSTEAD}")
 
 
-def load_streamed(config: ModelConfig) -> tuple[LoadedModel, str]:
+def load_streamed(
+    config: ModelConfig, *, may_be_compressed: bool = False
+) -> tuple[LoadedModel, str]:
     """Return a streamed model in eval mode with its tokenizer, and the hash of its weights.
 
     All weights are read once, layer by layer, to check and hash them. It fails like
     ``load_model``, and with a ``ModelError`` for a family that cannot be run layer by layer.
+
+    Args:
+        config: The model.
+        may_be_compressed: Whether its linears may be replaced, as of a model that only runs.
+
+    Raises:
+        ModelError: As above.
     """
     check_streamable(config)
     device, source = resolve_device(config.device), resolve_source(config)
     model, tokenizer = load_without_weights(config)
     folder = source.local_folder()
     assert folder is not None  # checked above
+    if has_replaced(model) and not may_be_compressed:
+        raise ModelError(
+            f"{source.name} is compressed already, which cannot be streamed: {_INSTEAD}"
+        )
+    if factorized_rows(model) or narrowed_experts(model):
+        raise ModelError(
+            f"{source.name} has factors of its embedding or narrowed experts, which cannot be "
+            f"streamed: {_INSTEAD}"
+        )
     weights = _attached(source.name, model, folder, device)
     digest = hash_of_tensors(_checked(model, weights))
     model.config.name_or_path = model.name_or_path = source.name  # no path of this machine is saved
@@ -64,11 +89,15 @@ def _attached(
 ) -> StreamedWeights:
     """Load what is outside the decoder layers, and let these read their weights from a folder."""
     check_not_quantized(model, ModelError)
-    if has_replaced(model):
-        raise ModelError(f"{name} is compressed already, which cannot be streamed: {_INSTEAD}")
-    files, view = _files(folder), DecoderView(model)
-    _match_dtype(model, files)
-    _check_stored(name, model, folder)
+    if is_quantized_here(model):
+        raise ModelError(f"the weights of {name} are quantized, which is not streamed: {_INSTEAD}")
+    take_over_remote_code(model)
+    attach_quantizer(model)
+    names, _ = stored_names(model)
+    view, found = DecoderView(model), _files(folder)
+    _match_dtype(model, found)
+    _check_stored(name, model, folder, names)
+    files = {own: StoredAt(found[key], key) for own, key in names.items() if key in found}
     check_apart(model, view)
     layers = {id(module) for index in view.layer_indices for module in view.layer(index).modules()}
     _compute_buffers(name, model, device)  # first: it also initialises weights
@@ -100,7 +129,8 @@ def _match_dtype(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
         ModelError: If the family keeps some weights in float32.
     """
     if model.config.dtype is None:  # no key of the config says it: that of the first weight
-        (first,) = read_stored(files, [next(iter(files))]).values()
+        name, path = next(iter(files.items()))
+        (first,) = read_stored({name: StoredAt(path, name)}, [name]).values()
         model.to(dtype=first.dtype)  # type: ignore[call-arg]  # transformers wraps it
         model.config.dtype = first.dtype
     in_float32 = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
@@ -111,10 +141,13 @@ def _match_dtype(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
         )
 
 
-def _check_stored(name: str, model: PreTrainedModel, folder: Path) -> None:
+def _check_stored(
+    name: str, model: PreTrainedModel, folder: Path, names: Mapping[str, str]
+) -> None:
     """Refuse a checkpoint whose names and shapes are not those of the model: a ``ModelError``."""
     stored, tied = stored_shapes(folder), model.all_tied_weights_keys
-    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    wanted = {names.get(key, key): tuple(tensor.shape) for key, tensor in state.items()}
     missing = sorted(key for key in wanted.keys() - stored.keys() if key not in tied)
     if missing:
         raise ModelError(
@@ -141,7 +174,7 @@ def check_apart(model: PreTrainedModel, view: DecoderView) -> None:
 def _load_outside(
     model: PreTrainedModel,
     layers: AbstractSet[int],
-    files: Mapping[str, Path],
+    files: Mapping[str, StoredAt],
     device: torch.device,
 ) -> None:
     """Load parameters and buffers outside the decoder layers; tied ones stay tied."""
@@ -195,3 +228,20 @@ def _checked(model: PreTrainedModel, weights: StreamedWeights) -> Iterator[tuple
         if name in parameters:
             check_finite_weight(name, tensor)
         yield name, tensor
+
+
+def stored_names(model: PreTrainedModel) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the name in the files of each tensor that is stored, and the files' metadata."""
+    state = model.state_dict(keep_vars=True)
+    keys, metadata = list(state), dict[str, str]()
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, GraspQuantizer):
+        stored, metadata = quantizer.get_state_dict_and_metadata(model)
+        keys = list(stored)  # in the order of the state dict
+    names: dict[str, str] = {}
+    seen: set[int] = set()
+    for (name, tensor), key in zip(state.items(), keys, strict=True):
+        if id(tensor) not in seen:  # tied weights are stored once
+            seen.add(id(tensor))
+            names[name] = key
+    return names, metadata

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,15 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grasp_lightning.errors import ModelError, OutputError
 from grasp_lightning.models.checkpoint import prepare_folder, write_remote_code
 from grasp_lightning.models.integrity import bytes_of
-from grasp_lightning.models.lowrank import GraspQuantizer, check_fails_closed, has_replaced
+from grasp_lightning.models.lowrank import check_fails_closed, has_replaced
 from grasp_lightning.models.quiet import quiet_transformers
 from grasp_lightning.models.rebuilding import rebuild_problem
-from grasp_lightning.models.streamed import StreamedWeights
-from grasp_lightning.reading.tensors import open_tensors
+from grasp_lightning.models.streamed_loading import stored_names
+from grasp_lightning.reading.tensors import open_tensors, read_shapes
+
+Tensors = Callable[[Sequence[str]], Iterator[tuple[str, Tensor]]]
 
 _FILES: Final = "model{suffix}.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
-_NAMES: Final = {
+DTYPE_NAMES: Final = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -38,7 +40,7 @@ _NAMES: Final = {
 
 def save_streamed(
     model: PreTrainedModel,
-    weights: StreamedWeights,
+    tensors: Tensors,
     folder: Path,
     *,
     tokenizer: PreTrainedTokenizerBase,
@@ -48,7 +50,7 @@ def save_streamed(
 
     Args:
         model: The model.
-        weights: What reads its decoder layers.
+        tensors: Yields tensors of its state dict by name, in order.
         folder: Created if absent.
         tokenizer: Saved with the model.
         max_shard_size: Maximum size of a weight file, in bytes or as text such as ``5GB``.
@@ -73,7 +75,7 @@ def save_streamed(
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-    hashes = _write_weights(model, weights, folder, max_shard_size)
+    hashes = _write_weights(model, tensors, folder, max_shard_size)
     if has_replaced(model):
         write_remote_code(model, folder)
     tokenizer.save_pretrained(folder)
@@ -92,8 +94,9 @@ def verify_streamed(folder: Path, hashes: Mapping[str, str]) -> None:
     """
     found: dict[str, str] = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        with open_tensors(path, OutputError) as content:
-            for name in content.keys():  # noqa: SIM118  no mapping
+        for name in read_shapes(path, OutputError):
+            # Opened for each tensor: what is read stays mapped until the file is closed.
+            with open_tensors(path, OutputError) as content:
                 found[name] = _sha256(content.get_tensor(name))
     wrong = sorted(name for name, digest in hashes.items() if found.get(name) != digest)
     if wrong or found.keys() != hashes.keys():
@@ -104,9 +107,9 @@ def verify_streamed(folder: Path, hashes: Mapping[str, str]) -> None:
 
 
 def _write_weights(
-    model: PreTrainedModel, weights: StreamedWeights, folder: Path, max_shard_size: int | str
+    model: PreTrainedModel, tensors: Tensors, folder: Path, max_shard_size: int | str
 ) -> dict[str, str]:
-    names, metadata = _stored_names(model)
+    names, metadata = stored_names(model)
     shapes = model.state_dict()
     stored = {stored: shapes[name] for name, stored in names.items()}
     split = split_torch_state_dict_into_shards(
@@ -116,8 +119,8 @@ def _write_weights(
     hashes: dict[str, str] = {}
     for file, keys in split.filename_to_tensors.items():
         header = {key: stored[key] for key in keys}
-        tensors = (tensor for _, tensor in weights.tensors([own[key] for key in keys]))
-        hashes |= _write_file(folder / file, header, tensors, {**metadata, "format": "pt"})
+        found = (tensor for _, tensor in tensors([own[key] for key in keys]))
+        hashes |= _write_file(folder / file, header, found, {**metadata, "format": "pt"})
     if split.is_sharded:
         content = {
             "metadata": {"total_parameters": model.num_parameters(), **split.metadata},
@@ -126,23 +129,6 @@ def _write_weights(
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         (folder / _INDEX).write_text(text, encoding="utf-8")
     return hashes
-
-
-def _stored_names(model: PreTrainedModel) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the name in the files of each tensor that is stored, and the files' metadata."""
-    state = model.state_dict(keep_vars=True)
-    keys, metadata = list(state), dict[str, str]()
-    quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, GraspQuantizer):
-        stored, metadata = quantizer.get_state_dict_and_metadata(model)
-        keys = list(stored)  # in the order of the state dict
-    names: dict[str, str] = {}
-    seen: set[int] = set()
-    for (name, tensor), key in zip(state.items(), keys, strict=True):
-        if id(tensor) not in seen:  # tied weights are stored once
-            seen.add(id(tensor))
-            names[name] = key
-    return names, metadata
 
 
 def _write_file(
@@ -162,7 +148,7 @@ def _write_file(
         start, end = end, end + tensor.numel() * tensor.element_size()
         shape = list(tensor.shape)
         entries[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": shape,
             "data_offsets": [start, end],
         }

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -330,6 +330,16 @@ class MergedMoments(Mapping[str, Moments]):
         return len(self._owners)
 
 
+class DecidedLinears(Protocol):
+    """Keeps what a decision computes for single linears, for a later start and out of memory."""
+
+    def load(self, work: str, module: str) -> Mapping[str, Tensor] | None:
+        """Return the tensors of a linear, read on access; None if they are not computed yet."""
+
+    def save(self, work: str, module: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Keep the tensors of a linear, and return them, read on access."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Statistics:
     """Result of one pass over the calibration windows.
@@ -368,6 +378,22 @@ class Statistics:
     spreads: Mapping[str, Spread] = field(default_factory=dict)
     stream: Mapping[str, StreamBasis] = field(default_factory=dict)
     truncation_losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamedStatistics(Statistics):
+    """Statistics of a streamed model, whose decisions are kept out of memory.
+
+    Attributes:
+        decided: Where a decision keeps what it computes for single linears.
+    """
+
+    decided: DecidedLinears
+
+
+def decided_store(statistics: Statistics) -> DecidedLinears | None:
+    """Return where a decision keeps what it computes for single linears; None: in memory."""
+    return statistics.decided if isinstance(statistics, StreamedStatistics) else None
 
 
 def check_seen(

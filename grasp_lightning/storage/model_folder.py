@@ -44,7 +44,7 @@ def write_model(
         if weights is None:
             save_model(model, folder, tokenizer=loaded.tokenizer)
         else:
-            hashes = save_streamed(model, weights, folder, tokenizer=loaded.tokenizer)
+            hashes = save_streamed(model, weights.tensors, folder, tokenizer=loaded.tokenizer)
         write_beside(folder, loaded.origin, card)
         with nullcontext() if phases is None else phases(VERIFY):
             if weights is None:

@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -11,16 +13,25 @@ from grasp_lightning import processes
 from grasp_lightning.errors import OutputError, PlanError
 from grasp_lightning.methods.base import Decision
 from grasp_lightning.plan import Operation, Plan
+from grasp_lightning.reading.on_access import OnAccess, merged
 from grasp_lightning.reading.text import read_json, read_text, told
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.run_folder.names import CHECKPOINTS, SAMPLED_TEXT
 from grasp_lightning.stats.base import Moments
+from grasp_lightning.storage.linear_files import DECIDED, LinearFiles, read_on_access
 from grasp_lightning.storage.moments import MomentFiles, stored_moments
 from grasp_lightning.storage.passes import PassFile, PassFiles
 from grasp_lightning.storage.stages import has_stages
 from grasp_lightning.storage.teacher_cache import has_shards
-from grasp_lightning.storage.tensor_files import MEASURE_AGAIN, TensorFile, save_tensors
+from grasp_lightning.storage.tensor_files import (
+    MEASURE_AGAIN,
+    TensorFile,
+    save_tensors,
+    write_tensors,
+)
 from grasp_lightning.storage.training import TRAINING_CHECKPOINT, RunNotes, TrainingFile
+
+T = TypeVar("T")
 
 _PLAN = f"{CHECKPOINTS}/steps.json"
 _STEP = CHECKPOINTS + "/step-{number:06d}.safetensors"
@@ -36,7 +47,8 @@ def has_progress(run: RunFolder) -> bool:
     """Return whether a run has saved anything that a later start could resume from."""
     has_pass = bool(PassFile.found_in(run.path(CHECKPOINTS)) or stored_moments(run.root))
     folder = run.path(CHECKPOINTS)
-    has_scores = any((*folder.glob("scores-*"), *folder.glob("truncations-*")))
+    patterns = ("scores-*", "truncations-*", "decided-*")
+    has_scores = any(path for pattern in patterns for path in folder.glob(pattern))
     has_cache = has_shards(folder) or has_stages(folder)
     files = (_PLAN, TRAINING_CHECKPOINT, SAMPLED_TEXT)
     return has_pass or has_scores or has_cache or any(run.path(name).exists() for name in files)
@@ -107,6 +119,13 @@ class RefitLayers:
             lambda path: save_tensors(path, tensors, {_KEY: self._key}),
         )
 
+    def saved(self, number: int) -> Mapping[str, Tensor]:
+        """Return the tensors of a finished layer or group, read on access."""
+        path = self._run.path(self._name.format(number=number))
+        file = TensorFile(path, _KEY, advice=self._advice)
+        file.metadata()
+        return read_on_access(file, {name: name for name in file.shapes})
+
 
 class ScoredGroups(RefitLayers):
     """The groups of layers with scored components."""
@@ -131,6 +150,7 @@ class RunProgress(RunNotes):
 
     Args:
         plan: The plan before the first step, with the hashes of its inputs.
+        on_disk: Factors are read from files on access, and not kept in memory.
 
     Attributes:
         plan: Decisions so far.
@@ -138,13 +158,14 @@ class RunProgress(RunNotes):
         factors: Factors of all steps so far.
     """
 
-    def __init__(self, run: RunFolder, plan: Plan) -> None:
+    def __init__(self, run: RunFolder, plan: Plan, *, on_disk: bool = False) -> None:
         super().__init__(run)
+        self._on_disk = on_disk
         self._pass = PassFiles(run, CHECKPOINTS)
         self._moments = MomentFiles(run)
         self.plan = plan
         self.scores: dict[str, Tensor] = {}
-        self.factors: dict[str, Tensor] = {}
+        self.factors: Mapping[str, Tensor] = {}
         stored = _stored_plan(run)
         if stored is None:
             return
@@ -165,35 +186,58 @@ class RunProgress(RunNotes):
                     file.damaged(f"it ends with operation {told_end} of {len(stored.operations)}")
                 )
             end = int(told_end)
-            self._take(file.read(ignoring=".measured"))
+            if self._on_disk:
+                self._take_on_access(file)
+            else:
+                self._take(file.read(ignoring=".measured"))
         self.plan = replace(stored, operations=stored.operations[:end])
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
-        for key, value in tensors.items():
-            if key.startswith(_SCORE_PREFIX):
-                self.scores[key.removeprefix(_SCORE_PREFIX)] = value
-            else:
-                self.factors[key.removeprefix(_FACTOR_PREFIX)] = value
+        self.scores |= _without(_SCORE_PREFIX, tensors)
+        self.factors = {**self.factors, **_without(_FACTOR_PREFIX, tensors)}
+
+    def _take_on_access(self, file: TensorFile) -> None:
+        """Load the scores of a step whose metadata was checked; its factors stay in the file."""
+        scores = [key for key in file.shapes if key.startswith(_SCORE_PREFIX)]
+        self.scores |= _without(_SCORE_PREFIX, file.read(scores, ignoring=".measured"))
+        factors = _without(_FACTOR_PREFIX, {key: key for key in file.shapes})
+        self.factors = merged(self.factors, read_on_access(file, factors))
 
     def add_step(self, plan: Plan, decision: Decision) -> None:
         """Save a step that was applied, and its plan."""
-        tensors = {f"{_SCORE_PREFIX}{key}": value for key, value in decision.scores.items()}
-        tensors |= {f"{_FACTOR_PREFIX}{key}": value for key, value in decision.tensors.items()}
-        stored = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
+        scores = {f"{_SCORE_PREFIX}{key}": value for key, value in decision.scores.items()}
+        factors = {f"{_FACTOR_PREFIX}{key}": key for key in decision.tensors}
+        tensors = merged(
+            scores,
+            OnAccess({k: partial(decision.tensors.__getitem__, v) for k, v in factors.items()}),
+        )
+        if not self._on_disk:
+            tensors = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
         # Numbered by the operations before it: a repeated step replaces its old file.
-        self._run.write_with(
+        path = self._run.write_with(
             _STEP.format(number=len(self.plan.operations)),
-            lambda path: save_tensors(path, stored, {_END: str(len(plan.operations))}),
+            lambda path: write_tensors(path, tensors, {_END: str(len(plan.operations))}),
         )
         self._run.write_text(_PLAN, plan.to_json())
         self._run.remove_all(f"{CHECKPOINTS}/refit-*")
+        self._run.remove_all(DECIDED)
         self._run.remove_all(TRAINING_CHECKPOINT)
-        self._take(stored)
+        if self._on_disk:
+            file = TensorFile(path, _END, advice=_DECIDE_AGAIN)
+            file.metadata()
+            self._take_on_access(file)
+        else:
+            self._take(tensors)
         self.plan = plan
 
     def pass_store(self, part: str) -> PassProgress:
         """Return the store for the state of one pass (``part``) of the current step."""
         return PassProgress(self._pass, step_key(self.plan) + part)
+
+    @property
+    def decided(self) -> LinearFiles | None:
+        """Store for what the decision of the current step computes; None: it stays in memory."""
+        return LinearFiles(self._run, step_key(self.plan)) if self._on_disk else None
 
     def refit_layers(self, operations: Sequence[Operation]) -> RefitLayers:
         """Return the store for the layers of a refit after these decisions of the current step."""
@@ -253,6 +297,12 @@ class RunProgress(RunNotes):
     def forget_moments(self) -> None:
         """Delete the moments of all steps."""
         self._moments.remove()
+
+
+def _without(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
+    """Return the values whose names have a prefix, by their names without it."""
+    named = {key: value for key, value in values.items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): value for key, value in named.items()}
 
 
 def step_key(plan: Plan) -> str:

@@ -11,12 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grasp_lightning.errors import PlanError
+from grasp_lightning.models.integrity import bytes_of
+from grasp_lightning.models.streamed_saving import DTYPE_NAMES
 from grasp_lightning.reading.tensors import open_tensors, read_tensors
 from grasp_lightning.reading.text import told
 
 MEASURE_AGAIN: Final = "delete it to measure that part again"
 
 _LAYOUT = "layout"
+_ENTRY_BYTES = 192  # at most, of an entry of the header without its name
 
 
 class TensorFile:
@@ -127,6 +130,43 @@ def save_tensors(
     save_file(stored, path, metadata=said if may_grow else {**said, _LAYOUT: _layout({})})
     if not may_grow:
         _complete_header(path)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a file like ``save_tensors``, with one tensor in memory at a time.
+
+    The header comes first in the file, but shapes are known only once all tensors were read: so
+    space is kept for it.
+
+    Args:
+        tensors: Tensors by name, possibly read on access.
+    """
+    names, said = sorted(tensors), dict(metadata or {})
+    room = sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
+    room += len(json.dumps(said)) + _ENTRY_BYTES
+    room += -room % 8
+    header: dict[str, Any] = {}  # Any: JSON
+    with path.open("wb") as file:
+        file.seek(8 + room)
+        end = 0
+        for name in names:
+            value = tensors[name].detach().cpu().contiguous()
+            start, end = end, end + value.nbytes
+            kind = DTYPE_NAMES[value.dtype]
+            header[name] = {
+                "dtype": kind,
+                "shape": list(value.shape),
+                "data_offsets": [start, end],
+            }
+            file.write(bytes_of(value))
+        said[_LAYOUT] = _layout({k: (v["dtype"], v["shape"]) for k, v in header.items()})
+        header = {"__metadata__": dict(sorted(said.items())), **header}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= room
+        file.seek(0)
+        file.write(room.to_bytes(8, "little") + text.ljust(room))
 
 
 def _complete_header(path: Path) -> None:

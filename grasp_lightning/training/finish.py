@@ -12,7 +12,7 @@ from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.methods.base import Decision, Track
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import FactorizeRows, Operation, Replacement
-from grasp_lightning.training.refit import LayerStore, Refitter
+from grasp_lightning.training.refit import RefitStore, Refitter
 
 CUT_LOSSES, REFIT = "cut_losses", "refit"
 
@@ -33,7 +33,7 @@ class FinishDecision:
     max_bytes: float
     phases: Phases
     track: Track
-    store: Callable[[Sequence[Operation]], LayerStore] | None = None
+    store: Callable[[Sequence[Operation]], RefitStore] | None = None
 
     def __call__(self, view: DecoderView, decision: Decision) -> Decision:
         """Return the decision with refitted tensors and a score ``<module>.measured`` per cut.

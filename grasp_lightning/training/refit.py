@@ -15,6 +15,7 @@ from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.streamed import holding, streamed_weights
 from grasp_lightning.models.surgery import replacements
 from grasp_lightning.plan import FactorizeRows, Operation, Replacement
+from grasp_lightning.reading.on_access import merged
 from grasp_lightning.training.layer_refit import LayerRefit
 from grasp_lightning.training.layer_streams import HiddenStates, Streams
 
@@ -27,6 +28,13 @@ class LayerStore(Protocol):
 
     def save(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
         """Store a layer's refitted tensors."""
+
+
+class RefitStore(LayerStore, Protocol):
+    """Also reads one of them again."""
+
+    def saved(self, layer: int) -> Mapping[str, Tensor]:
+        """Return a stored layer's refitted tensors, read on access."""
 
 
 class Refitter:
@@ -75,9 +83,9 @@ class Refitter:
         mode: RefitChoice,
         operations: Sequence[Operation],
         tensors: Mapping[str, Tensor],
-        store: LayerStore | None = None,
-    ) -> dict[str, Tensor]:
-        """Return refitted tensors of the same names and shapes.
+        store: RefitStore | None = None,
+    ) -> Mapping[str, Tensor]:
+        """Return refitted tensors of the same names and shapes; a store keeps a streamed model's.
 
         Args:
             view: The dense model; it is changed during the refit and dense again afterwards.
@@ -86,11 +94,11 @@ class Refitter:
             tensors: Their tensors before the refit.
             store: Holds the finished layers of earlier starts, and keeps those of this one.
         """
-        refitted, by_layer = dict(tensors), _by_layer(view, operations)
+        refitted, by_layer = [tensors], _by_layer(view, operations)
         dropped = {index for operation in operations for index in operation.dropped}
         fitted = [i for i in by_layer if any(isinstance(op, Replacement) for op in by_layer[i])]
         if not fitted:
-            return refitted
+            return tensors
         first, last = min(by_layer.keys() | dropped), max(fitted)
         ends = [op for op in operations if isinstance(op, FactorizeRows)]
         factored = replacements(view, ends, tensors) if ends else {}
@@ -112,16 +120,18 @@ class Refitter:
                         continue
                     changes = by_layer.get(index, [])
                     keeps = store if index in fitted else None
-                    self._refit_layer(
+                    own = self._refit_layer(
                         view,
                         index,
                         changes,
-                        refitted=refitted,
+                        tensors=tensors,
                         streams=streams,
                         mode=mode,
                         store=keeps,
                     )
-        return refitted
+                    on_disk = is_streamed and keeps is not None
+                    refitted.append(keeps.saved(index) if keeps is not None and on_disk else own)
+        return merged(*refitted)
 
     def _refit_layer(
         self,
@@ -129,21 +139,23 @@ class Refitter:
         index: int,
         changes: Sequence[Operation],
         *,
-        refitted: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
         streams: Streams,
         mode: RefitChoice,
         store: LayerStore | None,
-    ) -> None:
-        """Refit the cuts of one layer, and move the hidden states through it."""
+    ) -> dict[str, Tensor]:
+        """Refit the cuts of one layer, and move the hidden states through it; return the cuts."""
+        linears = {name for change in changes for name in change.linears}
+        own = {key: tensors[key] for key in tensors if key.rpartition(".")[0] in linears}
         stored = None if store is None else store.load(index)
         for key, value in (stored or {}).items():
-            refitted[key] = value.to(refitted[key])
+            own[key] = value.to(own[key])
         is_fitted = stored is not None
         layer = LayerRefit(
             view,
             index,
             changes,
-            refitted,
+            own,
             streams,
             mode=mode,
             pull=self._pull,
@@ -154,6 +166,7 @@ class Refitter:
         if store is not None and not is_fitted:
             store.save(index, layer.fitted)
         layer.advance()
+        return layer.fitted
 
 
 def _by_layer(view: DecoderView, operations: Sequence[Operation]) -> dict[int, list[Operation]]:

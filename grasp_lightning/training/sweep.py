@@ -222,7 +222,44 @@ def sweep_perplexity(
         number: windows.batch(range(start, min(start + batch_size, len(windows))))
         for number, start in enumerate(starts)
     }
+    with _predicted(view, batches, max_bytes, track, description) as predictions:
+        return perplexity_of(view, predictions)
+
+
+def sweep_logits(
+    view: DecoderView,
+    inputs: Sequence[Tensor],
+    *,
+    max_bytes: float,
+    track: Track,
+    description: str,
+) -> Iterator[Tensor]:
+    """Yield the logits of batches of token ids, which pass the model layer by layer.
+
+    Args:
+        view: The model, usually a streamed one.
+        inputs: Batches of token ids, each ``(B, T)``, without padding that must be masked.
+        max_bytes: Memory for hidden states; the rest is stored in files.
+        track: Shows progress over layers.
+        description: Label of the progress.
+
+    Yields:
+        ``(B, T, V)`` for each batch.
+    """
+    batches = {
+        number: {"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
+        for number, ids in enumerate(inputs)
+    }
+    with _predicted(view, batches, max_bytes, track, description) as predictions:
+        for _, logits in predictions:
+            yield logits
+
+
+@contextmanager
+def _predicted(
+    view: DecoderView, batches: Batches, max_bytes: float, track: Track, description: str
+) -> Iterator[Iterator[tuple[dict[str, Tensor], Tensor]]]:
+    """Provide batches and their logits during a ``with`` block."""
     with TemporaryDirectory() as folder, frozen(view.model):
         hidden = HiddenStates(Path(folder), max_bytes, view.model.device)
-        sweep = LayerSweep(view, batches, hidden, track)
-        return perplexity_of(view, sweep.predictions(description))
+        yield LayerSweep(view, batches, hidden, track).predictions(description)

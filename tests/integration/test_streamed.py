@@ -1,18 +1,34 @@
 """``model.loading: streamed`` gives the plan, scores and weights of a whole model."""
 
+import gc
 import json
+import re
+import shutil
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from grasp_lightning.cli import main
+from grasp_lightning.config import ModelConfig
+from grasp_lightning.models.formats.dense import densify
+from grasp_lightning.models.loading import load_model
 from grasp_lightning.models.streamed_saving import verify_streamed
+from grasp_lightning.storage import model_folder
+from grasp_lightning.storage.progress import RunProgress
+from grasp_lightning.training.layer_refit import LayerRefit
+from grasp_lightning.training.sweep import LayerSweep
 from tests.conftest import save_tiny
 from tests.integration.forked import killed
 from tests.integration.killing import Kill
+from tests.unit.evaluation.test_harness import questions
 
 SETTINGS = [
     "--calibration.source=pydoc",
@@ -34,6 +50,7 @@ METHODS = {
 # Kills before the third layer's Gram matrices are stored, and while the model is saved.
 KILLS = {
     "third layer": Kill("grasp_lightning.storage.moments", "MomentFiles", "save", 3),
+    "decision": Kill("grasp_lightning.storage.linear_files", "LinearFiles", "save", 9),
     "refit": Kill("grasp_lightning.training.layer_refit", "LayerRefit", "advance", 2),
     "saving": Kill("grasp_lightning.models.streamed_saving", "", "_write_file", 1),
 }
@@ -90,6 +107,114 @@ def test_a_killed_streamed_run_resumes(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
+def test_memory_holds_a_few_layers_at_any_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny(tmp_path / "tiny", num_hidden_layers=10)
+    seen: dict[str, int] = {}
+    watched = (
+        (LayerRefit, "advance"),
+        (RunProgress, "add_step"),
+        (model_folder, "verify_streamed"),
+    )
+    for owner, name in watched:
+        monkeypatch.setattr(owner, name, watching(owner, name, seen))
+
+    argv = compress(folder, tmp_path / "run", "grasp_plus", "--model.loading=streamed")
+    assert main([*argv, "--statistics.max_memory=1e-6"]) == 0
+
+    (weights,) = folder.glob("*.safetensors")
+    shapes = load_file(weights)
+    layer = sum(v.nbytes for key, v in shapes.items() if ".layers.0." in key)
+    outside = sum(v.nbytes for key, v in shapes.items() if ".layers." not in key)
+    assert seen.keys() == {name for _, name in watched}
+    # Two layers, one of them with its factors, and what its refit sums up.
+    assert max(seen.values()) < outside + 6 * layer < sum(v.nbytes for v in shapes.values())
+
+
+def watching(owner: object, name: str, seen: dict[str, int]) -> Callable[..., object]:
+    """Return a function of a class or module that first notes the bytes of all tensors."""
+    original = getattr(owner, name)
+
+    def watched(*args: object, **kwargs: object) -> object:
+        seen[name] = max(seen.get(name, 0), live_bytes())
+        return original(*args, **kwargs)
+
+    return watched
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors that exist in this process, each storage once."""
+    gc.collect()
+    found = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
+    return sum(storages.values())
+
+
+@pytest.mark.slow
+def test_a_compressed_model_is_evaluated_and_exported_layer_by_layer(tmp_path: Path) -> None:
+    folder, run, task_data = save_tiny(tmp_path / "tiny"), tmp_path / "run", tmp_path / "data"
+    (task_data / "openbookqa").mkdir(parents=True)
+    rows = "".join(json.dumps(row) + "\n" for row in questions())
+    (task_data / "openbookqa" / "test.jsonl").write_text(rows)
+    assert main(compress(folder, run, "grasp_plus", "--model.loading=streamed")) == 0
+    found: list[dict[str, Any]] = []
+    for loading in ("whole", "streamed"):
+        argv = [f"--model={folder}", f"--model={run / 'model'}", f"--loading={loading}"]
+        argv += ["--corpora=pydoc", "--evaluation.num_samples=3", "--evaluation.seqlen=32"]
+        argv += ["--tasks=openbookqa", f"--task_data={task_data}", "--batch_size=3"]
+        output = tmp_path / f"{loading}.json"
+        assert main(["evaluate", *argv, f"--output={output}"]) == 0
+        found.append(json.loads(output.read_text()))
+    export = ["export", f"--model={run / 'model'}", "--loading=streamed"]
+    assert main([*export, f"--output_dir={tmp_path / 'dense'}"]) == 0
+
+    for whole, streamed in zip(*(content["models"] for content in found), strict=True):
+        assert streamed["cost"] == whole["cost"]
+        assert streamed["sha256"] == whole["sha256"]
+        (first,), (second,) = whole["corpora"].values(), streamed["corpora"].values()
+        assert second["perplexity"] == pytest.approx(first["perplexity"], rel=1e-6)
+        tasks = [x["tasks"]["openbookqa"]["results"]["openbookqa"] for x in (whole, streamed)]
+        assert tasks[0]["samples"] == tasks[1]["samples"]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "dense" / "model")
+    assert not hasattr(exported.config, "auto_map")
+    dense = load_model(ModelConfig(path=str(run / "model"), device="cpu")).model
+    densify(dense)
+    left, right = exported.state_dict(), dense.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_run_resumes(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny", vocab_size=4000)
+    more = ["--method.removed_ratio=0.05", "--model.loading=streamed"]
+    argv = compress(folder, tmp_path / "run", "grasp_plus", *more)
+    # The embedding does not fit into a file, statistics and factors do.
+    code, text = in_process(argv, max_file_bytes=500_000)
+    assert code == 2
+    assert "cannot write" in text
+    assert "File too large" in text
+    assert len(text.strip().splitlines()[-1]) < 400
+    assert (tmp_path / "run" / "checkpoints").exists()
+
+    before = sorted((tmp_path / "run").glob("statistics*"))
+    times = [file.stat().st_mtime_ns for file in before]
+    assert main(argv) == 0
+    assert times == [file.stat().st_mtime_ns for file in before]
+
+
+def in_process(argv: list[str], *, max_file_bytes: int) -> tuple[int, str]:
+    """Run a command in a fresh process whose files are limited; return its code and errors."""
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({max_file_bytes},) * 2); "
+    program = limit + f"from grasp_lightning.cli import main; raise SystemExit(main({argv!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=600
+    )
+    return done.returncode, done.stderr
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -135,6 +260,44 @@ def test_the_plan_shows_memory_of_device_host_and_disk(
 
     assert main([*argv, "--method.schedule=iterative"]) == 0
     assert "streamed" not in capsys.readouterr().out
+
+
+def test_too_little_disk_is_found_before_the_first_sweep(
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(LayerSweep, "up", None)  # calling it would fail
+    argv = compress(tiny_folder, tmp_path / "run", "grasp_plus", "--model.loading=streamed")
+
+    assert main(argv) == 2
+
+    assert re.search(r"needs [\d.]+ MB, but 0.1 MB are free", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("device_memory", "choice"),
+    [
+        (1.0, "take whole (model.loading=whole)"),
+        (0.0009, "take streamed (model.loading=streamed)"),
+        (0.0001, "nothing fits, least needs"),
+    ],
+)
+def test_the_plan_says_how_to_load_a_model_on_a_device(
+    device_memory: float, choice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny(tmp_path / "tiny", num_hidden_layers=24)
+    argv = ["plan", f"--model.path={folder}", "--method.name=drop", "--method.num_layers=2"]
+
+    assert main([*argv, f"--device_memory={device_memory}"]) == 0
+
+    text = capsys.readouterr().out
+    assert "whole needs " in text
+    assert choice in text
 
 
 def test_a_damaged_weight_file_is_found_after_saving(tiny_folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Ordinary dense weights: factors are multiplied, narrowed linears padded with zeros."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ from grasp_lightning.models.lowrank import (
 from grasp_lightning.models.rebuilding import dense_empty
 from grasp_lightning.models.seams import seam_refusal
 from grasp_lightning.models.size import count_parameters
+from grasp_lightning.models.streamed import StreamedWeights, streamed_weights
+from grasp_lightning.models.streamed_saving import save_streamed, verify_streamed
 from grasp_lightning.models.units import head_units
 
 # Kept and original rows of each part of a linear.
@@ -115,17 +118,78 @@ class DenseFormat(Format):
         del options
         model = loaded.model
         ranks, shapes, compressed = ranks_of(model), shapes_of(model), count_parameters(model)
-        experts, rows = narrowed_experts(model), [*factorized_rows(model)]
-        densify(model, track)
-        save_model(model, folder, tokenizer=loaded.tokenizer)
+        experts, weights = narrowed_experts(model), streamed_weights(model)
+        rows = [*factorized_rows(model)]
+        if weights is None:
+            densify(model, track)
+            save_model(model, folder, tokenizer=loaded.tokenizer)
+            number = count_parameters(model)
+        else:
+            number = _write_streamed(loaded, weights, folder)
         return DenseFacts(
             ranks=ranks,
-            parameters=NumParameters(dense=count_parameters(model), compressed=compressed),
+            parameters=NumParameters(dense=number, compressed=compressed),
             dtype=str(model.dtype).removeprefix("torch."),
             shapes=shapes,
             experts=experts,
             rows=rows,
         )
+
+    def verify(self, loaded: LoadedModel, folder: Path, *, generates: bool) -> None:
+        """Check what was written; what is streamed was compared when it was written."""
+        if streamed_weights(loaded.model) is None:
+            super().verify(loaded, folder, generates=generates)
+
+
+def _write_streamed(loaded: LoadedModel, weights: StreamedWeights, folder: Path) -> int:
+    """Write the dense model one decoder layer at a time; return its number of parameters."""
+    model = loaded.model
+    view, rebuilt = DecoderView(model), _Rebuilt(model)
+    empty = rebuilt.originals
+
+    def state(index: int | None) -> dict[str, Tensor]:
+        found = model.state_dict()
+        for name in rebuilt.names:
+            if index is not None and view.layer_of(name) == index:
+                own = rebuilt.module(name).state_dict()
+                found |= {f"{name}.{part}": tensor for part, tensor in own.items()}
+        return found
+
+    empty.name_or_path = empty.config.name_or_path = model.name_or_path
+    if model.can_generate():
+        empty.generation_config = model.generation_config
+    hashes = save_streamed(
+        empty, lambda names: weights.tensors(names, state), folder, tokenizer=loaded.tokenizer
+    )
+    verify_streamed(folder, hashes)
+    return count_parameters(empty)
+
+
+class _Rebuilt:
+    """The dense modules of the replaced linears of a model.
+
+    Attributes:
+        originals: The dense model, with all parameters on the meta device.
+        names: Full names of the replaced linears, sorted.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.originals = dense_empty(model)
+        self._factors, self._narrowed = low_rank_linears(model), narrowed_linears(model)
+        self.names = sorted((*self._factors, *self._narrowed))
+        self._dense = {name: _dense_original(self.originals, name) for name in self.names}
+        heads = _heads(self.originals, self._narrowed)
+        self._parts = {
+            name: heads.get(name) or _parts(name, self._narrowed, self._dense)
+            for name in self._narrowed
+        }
+
+    def module(self, name: str) -> DenseModule:
+        """Return a dense module with the product of factors, or padded with zeros."""
+        dense = copy.deepcopy(self._dense[name])
+        if name in self._factors:
+            return _product(name, self._factors[name], dense)
+        return _padded(self._narrowed[name], dense, self._parts[name])
 
 
 def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
@@ -151,30 +215,21 @@ def densify(model: PreTrainedModel, track: Track = tuple) -> tuple[str, ...]:
     refusal = _refusal(model)
     if refusal is not None:
         raise ModelError(f"{type(model).__name__} {refusal}")
-    factors, narrowed = low_rank_linears(model), narrowed_linears(model)
     experts, rows = narrowed_experts(model), factorized_rows(model)
-    if not (factors or narrowed or experts or rows):
+    if not (low_rank_linears(model) or narrowed_linears(model) or experts or rows):
         raise ModelError(
             f"{type(model).__name__} has neither low-rank nor narrowed linears, so there is "
             "nothing to multiply or pad: expected a model whose linears were replaced by compress"
         )
-    originals = dense_empty(model)
-    dense = {name: _dense_original(originals, name) for name in (*factors, *narrowed)}
-    heads = _heads(originals, narrowed)
-    parts = {name: heads.get(name) or _parts(name, narrowed, dense) for name in narrowed}
-    weights = {
-        name: _product(name, factors[name], dense[name])
-        if name in factors
-        else _padded(narrowed[name], dense[name], parts[name])
-        for name in track(sorted(dense))
-    }
+    rebuilt = _Rebuilt(model)
+    weights = {name: rebuilt.module(name) for name in track(rebuilt.names)}
     for name, module in weights.items():
         model.set_submodule(name, module)
     for parent in {name.rpartition(".")[0] for name in weights}:
         fit_heads(model.get_submodule(parent))
     for name in experts:
-        _pad_experts(model.get_submodule(name), originals.get_submodule(name))
-    for name, end in _multiplied_rows(rows, originals).items():
+        _pad_experts(model.get_submodule(name), rebuilt.originals.get_submodule(name))
+    for name, end in _multiplied_rows(rows, rebuilt.originals).items():
         model.set_submodule(name, end)
     attach_quantizer(model)
     return (*weights, *experts, *rows)

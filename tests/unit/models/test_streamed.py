@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import GraspError, ModelError
+from grasp_lightning.models.calls import leave_uncalled
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import load_model, model_hash
 from grasp_lightning.models.streamed import StreamedWeights, dense_weights, streamed_weights
@@ -77,6 +79,33 @@ def batch(number: int) -> Mapping[str, Tensor]:
     ids = torch.arange(12).reshape(1, 12) + number
     real = torch.ones_like(ids, dtype=torch.bool)
     return {"input_ids": ids, "mask": real, "targets": real, "index": torch.tensor([number])}
+
+
+def test_the_search_for_uncalled_linears_keeps_one_layer_at_a_time(tiny_folder: Path) -> None:
+    view = DecoderView(load_streamed(settings(tiny_folder))[0].model)
+    names = list(view.all_linears())
+    alive: WeakSet[Saved] = WeakSet()
+    most: list[int] = []
+
+    def save(tensor: Tensor) -> Saved:
+        saved = Saved(tensor)
+        alive.add(saved)
+        most.append(sum(each.tensor.nbytes for each in alive))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved.tensor):
+        leave_uncalled(view)
+
+    layer = sum(tensor.nbytes for tensor in view.layer(1).state_dict().values())
+    assert max(most) < 2 * layer
+    assert list(view.all_linears()) == names
+
+
+class Saved:
+    """A tensor that autograd keeps."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def test_layers_that_share_a_weight_are_refused() -> None:

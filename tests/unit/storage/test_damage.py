@@ -17,6 +17,7 @@ from grasp_lightning.methods.base import Decision
 from grasp_lightning.plan import FactorizeLinear, Plan
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.stats.base import Moments
+from grasp_lightning.storage.linear_files import LinearFiles
 from grasp_lightning.storage.moments import MomentFiles
 from grasp_lightning.storage.passes import PassFiles
 from grasp_lightning.storage.progress import RefitLayers, RunProgress
@@ -73,6 +74,10 @@ TENSORS: dict[str, tuple[Callable[[RunFolder], Any], Callable[[RunFolder], Any]]
     "checkpoints/refit-000002.safetensors": (
         lambda run: RefitLayers(run, "key").save(2, {"a.left": torch.ones(4, 1)}),
         lambda run: RefitLayers(run, "key").load(2),
+    ),
+    "checkpoints/decided-5f372af1c901bdcbcbfe62f3de7b26bd.safetensors": (
+        lambda run: LinearFiles(run, "key").save("factorize", "a", {"left": torch.ones(4, 1)}),
+        lambda run: (LinearFiles(run, "key").load("factorize", "a") or {})["left"],
     ),
     "statistics.safetensors": (save_moments, load_moments),
     "sampled_text.safetensors": (draw, draw),

@@ -201,7 +201,7 @@ def test_the_stream_gets_closer_to_the_dense_one(mode: RefitChoice, family: str)
     refitted = refitter(found)(view, mode, decided.operations, decided.tensors)
     given = (dense, found, decided.operations)
     before = hidden_error(tiny_model(family), *given, dict(decided.tensors))
-    assert hidden_error(tiny_model(family), *given, refitted) < before
+    assert hidden_error(tiny_model(family), *given, dict(refitted)) < before
 
 
 @pytest.mark.slow
@@ -249,7 +249,7 @@ def test_the_rest_compensates_for_removed_parts(mode: RefitChoice) -> None:
     refitted = refitter(found)(view, mode, operations, decided.tensors)
     given = (dense, found, operations)
     before = hidden_error(tiny_model(), *given, dict(decided.tensors))
-    assert hidden_error(tiny_model(), *given, refitted) < before
+    assert hidden_error(tiny_model(), *given, dict(refitted)) < before
 
 
 @pytest.mark.slow
