@@ -58,4 +58,6 @@ def test_experts_that_cost_nothing_are_removed_first(family: str) -> None:
     exact = only.allocation(parts, losses(parts, idle=(1, 4)))
     assert (exact.loss, exact.channels, exact.ranks) == (0, {}, {})
     assert exact.size == only.budget(parts)
-    assert rule.allocation(parts, losses(parts)).experts == {}
+    # Where each expert has channels that cost little, narrower experts cost less than fewer.
+    uneven = {n: loss * torch.linspace(2, 0, loss.shape[-1]) for n, loss in losses(parts).items()}
+    assert replace(rule, removed_ratio=0.1).allocation(parts, uneven).experts == {}
