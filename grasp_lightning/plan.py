@@ -156,8 +156,8 @@ class NarrowExperts(Operation):
     Attributes:
         experts: Full name of the module in the original model.
         width: Number of channels that each expert keeps.
-        channels: For each expert, the kept channels as a hexadecimal number: bit j is set if
-            channel j is kept. A list of numbers would take several times the space.
+        channels: For each expert that is left by then, the kept channels as a hexadecimal number:
+            bit j is set if channel j is kept. A list of numbers would take several times the space.
     """
 
     experts: str
@@ -168,6 +168,31 @@ class NarrowExperts(Operation):
     def modules(self) -> tuple[str, ...]:
         """Full name of the module."""
         return (self.experts,)
+
+
+@operation("remove_experts")
+class RemoveExperts(Operation):
+    """Remove experts of one mixture, with what its router holds for them.
+
+    transformers has one number of experts for all layers, so a plan that removes any leaves equally
+    many in each mixture.
+
+    Attributes:
+        mixture: Full name of the module that holds router and experts, in the original model.
+        experts: Full name of the module with the weights of the experts.
+        kept: Numbers of the kept experts, ascending.
+        num_experts: Number of experts in the original model.
+    """
+
+    mixture: str
+    experts: str
+    kept: tuple[int, ...]
+    num_experts: int
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Full name of the mixture."""
+        return (self.mixture,)
 
 
 @operation("remove_heads")
@@ -456,6 +481,12 @@ class Plan:
             elif isinstance(op, NarrowExperts):
                 found[op.experts] = op.width
         return found
+
+    @property
+    def experts(self) -> dict[str, tuple[int, int]]:
+        """Kept and original number of experts of every mixture that loses some, by its name."""
+        removals = [op for op in self.operations if isinstance(op, RemoveExperts)]
+        return {op.mixture: (len(op.kept), op.num_experts) for op in removals}
 
     @property
     def zeros(self) -> int:

@@ -130,6 +130,10 @@ class Outcome(RunOutcome[Metrics]):
                 reader: Pair(dense=self.num_inputs[reader], compressed=kept)
                 for reader, kept in self.plan.channels.items()
             },
+            experts={
+                name: Pair(dense=total, compressed=kept)
+                for name, (kept, total) in self.plan.experts.items()
+            },
             heads={
                 name: Pair(dense=total, compressed=kept)
                 for name, (kept, total) in self.plan.heads.items()

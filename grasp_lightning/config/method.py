@@ -187,7 +187,8 @@ class BudgetOptions(RoundingOptions):
 
     Attributes:
         mlp: Under a global budget, factors: factorize the matrices of MLPs like all others;
-            channels: remove the hidden channels of MLPs and experts that affect the loss least.
+            channels: remove the hidden channels of MLPs and experts that affect the loss least, and
+            whole experts.
         removable: Under a global budget, parts that may be removed whole where that costs less loss
             than compressing them: none, layers, or layers_and_blocks (also attention and MLP
             blocks). Needs weighting kfac, whose losses have the unit of a measured removal.

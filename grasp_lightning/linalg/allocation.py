@@ -20,6 +20,7 @@ allocation for an arbitrary set of quantizers", IEEE Trans. ASSP 36 (1988).
 import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from grasp_lightning.linalg.choices import (
@@ -48,6 +49,7 @@ class Allocation(NamedTuple):
         size: Total size of the kept parts.
         multiplier: ``lambda``, the loss per unit of size at the budget.
         loss_bound: Lower bound on the loss of every allocation within the budget.
+        experts: Numbers of the experts that stay, by the name of those that lose some.
     """
 
     ranks: dict[str, int]
@@ -58,6 +60,7 @@ class Allocation(NamedTuple):
     loss: float
     multiplier: float
     loss_bound: float
+    experts: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
 
 def allocate(choices: Sequence[Choice], budget: float) -> Allocation:

@@ -14,11 +14,13 @@ from grasp_lightning.linalg.choices import ChannelChoice, Choice, GroupChoice, M
 from grasp_lightning.linalg.shared_width import allocate_shared, smallest_shared_size
 from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.embedding_rows import row_shapes
+from grasp_lightning.methods.expert_removal import ExpertsLeft, choices_of_experts
 from grasp_lightning.methods.narrowing import Narrowable, narrowable_mlps
 from grasp_lightning.methods.rank_rules import Shapes
 from grasp_lightning.methods.removal import removable_parts
-from grasp_lightning.methods.targets import MULTIPLES, TARGETS, check_mlps
+from grasp_lightning.methods.targets import MULTIPLES, TARGETS, mlps_for
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.expert_numbers import NumberedExperts, numbered_experts
 from grasp_lightning.plan import OptionValue, Plan
 from grasp_lightning.stats.base import Removable
 
@@ -33,12 +35,14 @@ class Budgeted:
             linears are not in ``shapes``.
         removables: Layers, each followed by its blocks, that may be removed as a whole.
         rows: ``(V_g, d)`` of each group of rows of embedding and head that may be factorized.
+        mixtures: The mixtures of which experts may be removed; None if there are none.
     """
 
     shapes: Shapes
     mlps: Mapping[str, Narrowable] = field(default_factory=dict)
     removables: tuple[Removable, ...] = ()
     rows: Shapes = field(default_factory=dict)
+    mixtures: NumberedExperts | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -69,6 +73,16 @@ class Budgeted:
         in_layer = {name for name in experts if self.mlps[name].layer == removable.layer}
         found = {*removable.linears} | (set() if removable.is_block else in_layer)
         return found & {*self.modules}
+
+    @property
+    def keeps_widths(self) -> bool:
+        """Whether only experts as a whole can be removed, and no channels."""
+        return bool(self.mlps) and all(mlp.has_width for mlp in self.mlps.values())
+
+    def freed(self, left: ExpertsLeft) -> float:
+        """Return what routers and biases of mixtures lose that are in no removable layer."""
+        in_layers = {name for part in self.removables for name in self.inside(part)}
+        return math.fsum(size for name, size in left.sizes.items() if name not in in_layers)
 
     def _inside(self, removable: Removable) -> int:
         return sum(map(self._size_of, self.inside(removable)))
@@ -139,14 +153,16 @@ class GlobalRanks:
             layers: Numbers of the layers that may be compressed, ascending.
         """
         mlps = narrowable_mlps(view, layers) if self.mlp == "channels" else {}
+        mixtures = _mixtures(view, mlps)
+        mlps = mlps_for(self.target, view, mlps, loses_experts=mixtures is not None)
         shapes = weight_shapes(view, Plan(method="budget"), layers)
-        check_mlps(self.target, view, mlps)
         inside = {name for mlp in mlps.values() for name in (mlp.reader, *mlp.writers)}
         return Budgeted(
             shapes={name: shape for name, shape in shapes.items() if name not in inside},
             mlps=mlps,
             removables=removable_parts(view, layers, self.removable),
             rows=row_shapes(view) if self.embeddings == "factors" else {},
+            mixtures=mixtures,
         )
 
     def allocation(
@@ -160,12 +176,33 @@ class GlobalRanks:
         Args:
             budgeted: What shares the budget.
             losses: Predicted loss of dropping each component of a matrix or a group of rows,
-                ``(K,)`` by name, and each channel of an MLP, ``(I,)`` by reader; descending.
+                ``(K,)`` by name, and each channel of an MLP, ``(I,)`` by reader, or of experts,
+                ``(E, I)``; descending.
             prices: Measured loss of removing each layer and block, by its name.
         """
-        choices = self._grouped(self._choices(budgeted, losses), budgeted, prices or {})
-        find = allocate_shared if self.target == "plain" else allocate
-        return find(choices, self._budget(budgeted, self._least(choices)))
+        budget = self.budget(budgeted)
+        tried = (
+            self._with_experts(budgeted, losses, prices or {}, left, budget)
+            for left in choices_of_experts(budgeted.mixtures, budgeted.mlps, losses)
+        )
+        return min(filter(None, tried), key=lambda allocation: allocation.loss)
+
+    def _with_experts(
+        self,
+        budgeted: Budgeted,
+        losses: Mapping[str, Tensor],
+        prices: Mapping[str, float],
+        left: ExpertsLeft,
+        budget: int,
+    ) -> Allocation | None:
+        """Return the best allocation if these experts are left; None if they are too many."""
+        choices = self._grouped(self._choices(budgeted, losses, left), budgeted, prices, left)
+        freed, find = budgeted.freed(left), allocate_shared if self.target == "plain" else allocate
+        if self._least(choices) > budget + freed:
+            return None
+        found = find(choices, budget + freed)
+        lost = math.fsum(left.losses.values())
+        return found._replace(size=found.size - freed, loss=found.loss + lost, experts=left.kept)
 
     def target_losses(
         self,
@@ -180,7 +217,8 @@ class GlobalRanks:
         Arguments: see ``allocation``, and the dense model. Empty if MLPs lose no channels.
         """
         found: dict[str, float] = {}
-        for target in TARGETS if budgeted.mlps else ():
+        targets: tuple[TargetChoice, ...] = ("plain",) if budgeted.keeps_widths else TARGETS
+        for target in targets if budgeted.mlps else ():
             rule, parts = replace(self, target=target), budgeted
             if target != "any":
                 parts = replace(parts, rows={})
@@ -188,7 +226,9 @@ class GlobalRanks:
                 whole = tuple(part for part in budgeted.removables if not part.is_block)
                 parts = replace(parts, removables=whole)
             try:
-                check_mlps(target, view, budgeted.mlps)
+                loses_experts = parts.mixtures is not None
+                mlps = mlps_for(target, view, budgeted.mlps, loses_experts=loses_experts)
+                parts = replace(parts, mlps=mlps)
                 found[target] = rule.allocation(parts, losses, prices).loss
             except ConfigError:  # out of reach for this target
                 continue
@@ -197,10 +237,11 @@ class GlobalRanks:
     def budget(self, budgeted: Budgeted) -> int:
         """Return how many parameters stay; a budget out of reach is a ``ConfigError``."""
         losses = dict.fromkeys((*budgeted.shapes, *budgeted.rows), torch.zeros(1))
-        losses |= {name: torch.zeros(mlp.num_channels) for name, mlp in budgeted.mlps.items()}
+        losses |= {n: torch.zeros(mlp.loss_shape) for n, mlp in budgeted.mlps.items()}
         free = dict.fromkeys((part.name for part in budgeted.removables), 0.0)
-        choices = self._choices(budgeted, losses)
-        return self._budget(budgeted, self._least(self._grouped(choices, budgeted, free)))
+        *_, fewest = choices_of_experts(budgeted.mixtures, budgeted.mlps, losses)
+        choices = self._grouped(self._choices(budgeted, losses, fewest), budgeted, free, fewest)
+        return self._budget(budgeted, self._least(choices) - budgeted.freed(fewest))
 
     def _least(self, choices: Sequence[Choice]) -> float:
         return (smallest_shared_size if self.target == "plain" else smallest_size)(choices)
@@ -210,8 +251,12 @@ class GlobalRanks:
         choices: Iterable[MatrixChoice | ChannelChoice],
         budgeted: Budgeted,
         prices: Mapping[str, float],
+        experts: ExpertsLeft,
     ) -> list[Choice]:
-        """Return the choices, with those of each removable layer or block in a group."""
+        """Return the choices, with those of each removable layer or block in a group.
+
+        With a layer, its removed experts cost nothing more.
+        """
         left: dict[str, Choice] = {choice.name: choice for choice in choices}
         # Blocks first, so that the group of a layer holds theirs.
         for part in sorted(budgeted.removables, key=lambda part: not part.is_block):
@@ -221,14 +266,14 @@ class GlobalRanks:
             left[part.name] = GroupChoice(
                 name=part.name,
                 children=[left.pop(name) for name in sorted(left.keys() & inside)],
-                removal_loss=prices[part.name],
-                own_size=budgeted.own_size(part),
+                removal_loss=prices[part.name] - _sum(experts.losses, budgeted.inside(part)),
+                own_size=budgeted.own_size(part) - _sum(experts.sizes, budgeted.inside(part)),
                 removed_size=budgeted.left_size(part),
             )
         return list(left.values())
 
     def _choices(
-        self, budgeted: Budgeted, losses: Mapping[str, Tensor]
+        self, budgeted: Budgeted, losses: Mapping[str, Tensor], experts: ExpertsLeft
     ) -> list[MatrixChoice | ChannelChoice]:
         top = None if self.target == "any" else 0
         matrices = [
@@ -238,8 +283,9 @@ class GlobalRanks:
         mlps = [
             ChannelChoice(
                 name,
-                mlp.channel_size,
-                losses[name],
+                mlp.size_of(len(experts.kept[name])) if name in experts.kept else mlp.channel_size,
+                _of_all(losses[name], experts.kept.get(name)),
+                min_channels=mlp.num_channels if mlp.has_width else 1,
                 multiple_of=math.lcm(self.unit, mlp.multiple_of),
             )
             for name, mlp in budgeted.mlps.items()
@@ -270,3 +316,22 @@ class GlobalRanks:
                 f"method.{key} removes less than one parameter: nothing would be removed"
             )
         return kept
+
+
+def _mixtures(view: DecoderView, mlps: Mapping[str, Narrowable]) -> NumberedExperts | None:
+    """Return the mixtures that may lose experts: all of the model, or none."""
+    if not any(mlp.num_experts for mlp in mlps.values()):
+        return None
+    found = numbered_experts(view)
+    return found if found is not None and found.mixtures.keys() <= mlps.keys() else None
+
+
+def _of_all(losses: Tensor, experts: Sequence[int] | None) -> Tensor:
+    """Return the losses of channels, those of some experts added up."""
+    if losses.ndim == 1:
+        return losses
+    return (losses if experts is None else losses[list(experts)]).sum(0)
+
+
+def _sum(values: Mapping[str, float], names: Iterable[str]) -> float:
+    return math.fsum(values[name] for name in sorted(names) if name in values)

@@ -1,6 +1,6 @@
 """The metric in which low-rank methods truncate weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,42 +97,48 @@ class Metric:
         """Return the greedy order in which inputs of a weight ``(N, M)`` are removed.
 
         Losses are predicted nats per token for ``kfac``, else squared errors of the outputs. The
-        weights of experts, ``(E, N, M)``, have an order each, ``(E, M)``. Their losses add up:
-        each loses as many inputs.
+        weights of experts, ``(E, N, M)``, have an order and losses each, ``(E, M)``.
         """
         left, gram = self._left_root(moments), _measured(moments.input_gram)
         damping = self.input_damping
         if weight.ndim == _STACKED:
-            pairs = zip(weight, self._with_prior(gram), strict=True)
+            grams = self._with_prior(gram, range(len(weight)))
+            pairs = zip(weight, grams, strict=True)
             found = [removal_order(one, own, left, damping) for one, own in pairs]
             order = torch.stack([removal.order for removal in found])
-            losses = torch.stack([removal.losses for removal in found]).sum(0)
+            losses = torch.stack([removal.losses for removal in found])
         else:
             order, losses = removal_order(weight, gram, left, damping)
         return Removal(order, losses / 2 if self.weighting == "kfac" else losses)
 
-    def narrowed(self, weight: Tensor, moments: Moments, kept: Tensor) -> Tensor:
+    def narrowed(
+        self, weight: Tensor, moments: Moments, kept: Tensor, experts: Sequence[int] = ()
+    ) -> Tensor:
         """Refit a weight ``(N, M)`` to the kept inputs, ascending, ``(k,)``: ``(N, k)``.
 
-        The weights of experts, ``(E, N, M)``, keep inputs ``(E, k)``; theirs keep their dtype.
+        Of the weights of experts, ``(E, N, M)``, some keep inputs, a row of ``(..., k)`` each.
+        Theirs keep their dtype.
         """
         gram, damping = _measured(moments.input_gram), self.input_damping
         if weight.ndim < _STACKED:
             return narrowed_weight(weight, gram, kept.tolist(), damping)
-        parts = zip(weight, self._with_prior(gram), kept.tolist(), strict=True)
+        parts = zip(experts, self._with_prior(gram, experts), kept.tolist(), strict=True)
         return torch.stack(
-            [narrowed_weight(one, own, k, damping).to(one.dtype) for one, own, k in parts]
+            [
+                narrowed_weight(weight[expert], own, channels, damping).to(weight.dtype)
+                for expert, own, channels in parts
+            ]
         )
 
-    def _with_prior(self, grams: Tensor) -> Iterator[Tensor]:
-        """Yield the Gram matrix of each expert with the damping of the average expert.
+    def _with_prior(self, grams: Tensor, experts: Iterable[int]) -> Iterator[Tensor]:
+        """Yield the Gram matrix of some experts, each with the damping of the average expert.
 
         An expert with few tokens has a small one, which says little: without this prior, its
         channels would seem free.
         """
         pooled = float(grams.diagonal(dim1=-2, dim2=-1).double().mean())
-        for gram in grams:
-            own = gram.clone()
+        for expert in experts:
+            own = grams[expert].clone()
             own.diagonal().add_(self.input_damping * pooled)
             yield own
 

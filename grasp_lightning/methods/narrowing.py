@@ -34,6 +34,7 @@ class Narrowable:
             every expert.
         num_outputs: Outputs of the linear, or of all experts together.
         num_experts: 0 for an MLP.
+        has_width: Whether the experts must keep all channels.
     """
 
     reader: str
@@ -43,11 +44,21 @@ class Narrowable:
     channel_size: int
     num_outputs: int
     num_experts: int = 0
+    has_width: bool = False
 
     @property
     def multiple_of(self) -> int:
         """Number whose multiples are allowed numbers of channels."""
         return MULTIPLE if self.num_experts else 1
+
+    @property
+    def loss_shape(self) -> tuple[int, ...]:
+        """Shape of the losses of its channels: ``(I,)``, or ``(E, I)`` of experts."""
+        return (self.num_experts, self.num_channels) if self.num_experts else (self.num_channels,)
+
+    def size_of(self, num_experts: int) -> int:
+        """Return the parameters of one channel in some experts."""
+        return self.channel_size // self.num_experts * num_experts
 
     @property
     def solved_tensor(self) -> str:
@@ -57,10 +68,11 @@ class Narrowable:
     def operation(self, kept: Tensor) -> NarrowMlp | NarrowExperts:
         """Return the operation that keeps some channels, ascending, ``(k,)``.
 
-        Of experts, each may keep its own, ``(E, k)``.
+        Of experts, each may keep its own, ``(..., k)`` for those that are left.
         """
         if self.num_experts:
-            return narrow_experts(self.reader, kept.expand(self.num_experts, -1).tolist())
+            rows = kept.expand(self.num_experts, -1) if kept.ndim == 1 else kept
+            return narrow_experts(self.reader, rows.tolist())
         return NarrowMlp(reader=self.reader, writers=self.writers, channels=tuple(kept.tolist()))
 
 
@@ -111,7 +123,7 @@ def narrowable_mlps(view: DecoderView, layers: Sequence[int]) -> dict[str, Narro
 
 
 def channel_orders(measured: Measured, readers: Iterable[str]) -> dict[str, Removal]:
-    """Return the order and the losses of channel removal, by reader."""
+    """Return the order and the losses of channel removal, by reader; of experts, one of each."""
 
     def removal(_: str, weight: Tensor, moments: Moments) -> Parts:
         found = measured.metric.removal(weight, moments)
@@ -126,12 +138,21 @@ def narrowing(
     narrowable: Mapping[str, Narrowable],
     orders: Mapping[str, Removal],
     channels: Mapping[str, int],
+    experts: Mapping[str, Sequence[int]],
 ) -> Decision:
-    """Keep the last ``channels`` of each order, by reader, and refit the readers to them."""
-    kept = {n: orders[n].order[..., -count:].sort(-1).values for n, count in channels.items()}
+    """Keep the last ``channels`` of each order, by reader, and refit the readers to them.
+
+    ``experts`` are those that stay of each mixture that loses some.
+    """
+    left = {name: experts.get(name, range(narrowable[name].num_experts)) for name in channels}
+    kept: dict[str, Tensor] = {}
+    for name, count in channels.items():
+        order = orders[name].order
+        order = order[list(left[name])] if narrowable[name].num_experts else order
+        kept[name] = order[..., -count:].sort(-1).values
 
     def refitted(name: str, weight: Tensor, moments: Moments) -> Parts:
-        return {"weight": measured.metric.narrowed(weight, moments, kept[name]).cpu()}
+        return {"weight": measured.metric.narrowed(weight, moments, kept[name], left[name]).cpu()}
 
     weights = measured.each(kept, refitted, "narrow")
     return Decision(

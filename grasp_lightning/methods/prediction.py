@@ -42,6 +42,8 @@ class Prediction:
         is_per_type: The data decides how ranks differ between linears of one type.
         widths: Kept and original number of channels of every narrowed MLP, by its name; empty if
             the data decides on them.
+        experts: Kept and original number of experts of every mixture that loses some, by its name;
+            empty if the data decides on them.
         heads: Kept and original number of key/value groups of every attention that loses some, by
             its name; empty if the data decides on them.
         removes_units: A budget is spent on key/value groups and MLP channels, not on ranks.
@@ -64,6 +66,7 @@ class Prediction:
     is_budget: bool = False
     is_per_type: bool = False
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    experts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     removes_units: bool = False
     is_removable: bool = False
@@ -139,10 +142,14 @@ class Prediction:
             where = f"{what}{rows} share one budget"
             return f"{where}: the data decides on ranks{more}, and on what stays dense"
         if self.target == "plain":
+            for kept, size in self.experts.values():
+                what = f"all mixtures keep {kept} of {size} experts"
+                return f"attention and MLPs stay dense, and {what}, in an ordinary model folder"
             one = "attention stays dense, and all MLPs get one width"
             for kept, size in self.widths.values():
                 return f"{one}: {kept} of {size} channels, in an ordinary model folder"
-            return f"{one}: the data decides on it, and on the layers that are removed"
+            removed = "the layers" if self.is_removable else "the experts"
+            return f"{one}: the data decides on it, and on {removed} that are removed"
         where = f"attention stays dense, and the MLPs of {self.num_layers} layers share one budget"
         return f"{where}: the data decides on their widths{more}"
 
@@ -204,6 +211,7 @@ def predict_layers(
         layers=layers,
         operations=likely.operations,
         widths=narrowed_widths(view, likely.operations),
+        experts=Plan(method="prediction", operations=likely.operations).experts,
         zeros=sum(op.zeros for op in likely.operations if isinstance(op, SparsifyLinear)),
     )
 

@@ -1,6 +1,7 @@
 """What each server can run: which parts may be cut for it, and how."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, get_args
 
@@ -60,20 +61,29 @@ def check_target(config: MethodConfig, metric: Metric) -> None:
         )
 
 
-def check_mlps(target: TargetChoice, view: DecoderView, mlps: Mapping[str, Narrowable]) -> None:
-    """Refuse a model whose MLPs cannot be cut for a target.
+def mlps_for(
+    target: TargetChoice, view: DecoderView, mlps: Mapping[str, Narrowable], *, loses_experts: bool
+) -> dict[str, Narrowable]:
+    """Return the MLPs and experts that can be cut for a target.
+
+    If an ordinary folder cannot have another width, but mixtures can lose experts, those keep their
+    width.
 
     Args:
         target: The target.
         view: The dense model; its weights may be on the meta device.
         mlps: Its MLPs with removable channels.
+        loses_experts: Whether experts can be removed from all of its mixtures.
 
     Raises:
         ConfigError: If the model cannot be cut.
     """
     problem = None if target == "any" else _problem(target, view, mlps)
-    if problem is not None:
-        raise ConfigError(f"method.target {target}: {type(view.model).__name__} {problem}")
+    if problem is None:
+        return dict(mlps)
+    if target == "plain" and loses_experts:
+        return {n: replace(mlp, has_width=True) for n, mlp in mlps.items() if mlp.num_experts}
+    raise ConfigError(f"method.target {target}: {type(view.model).__name__} {problem}")
 
 
 def _problem(target: TargetChoice, view: DecoderView, mlps: Mapping[str, Narrowable]) -> str | None:

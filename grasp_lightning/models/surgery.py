@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from grasp_lightning.errors import PlanError
 from grasp_lightning.models.checkpoint import attach_quantizer, check_not_quantized
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.expert_numbers import settle_number
 from grasp_lightning.models.lowrank import dense_shape
 from grasp_lightning.models.operations import applier_of
 from grasp_lightning.models.operations.base import Site, dense_module
+from grasp_lightning.models.operations.remove_experts import experts_left
 from grasp_lightning.models.sharding import is_sharded
 from grasp_lightning.models.size import LinearShape
 from grasp_lightning.models.streamed import streamed_weights
@@ -32,7 +34,10 @@ def apply_operations(
     weights = streamed_weights(view.model)
     if weights is not None:
         weights.note(view, operations, tensors)
+    num_experts = experts_left(view, operations)
     _apply(view, operations, tensors)
+    if num_experts is not None:
+        settle_number(view, num_experts)
 
 
 def _check(
@@ -120,7 +125,7 @@ def _checked(
     own: set[str] = set()  # names of tensors that belong to no linear
     left = set(view.layer_indices)
     others: set[str] = set()  # replaced modules that are no linears
-    for operation in operations:
+    for number, operation in enumerate(operations):
         applier = applier_of(operation)
         for module in set(operation.modules) - set(operation.linears):
             if module in others:
@@ -132,7 +137,8 @@ def _checked(
                 raise PlanError(
                     f"the plan {applier.verb} {module} after dropping its decoder layer"
                 )
-        site = Site(view, _dense_shapes(view, operation), left, new)
+        dense = _dense_shapes(view, operation)
+        site = Site(view, dense, left, new, tuple(operations[:number]))
         applier.check(operation, site)
         for key in applier.tensor_shapes(operation, site.dense).keys() & own:
             module = key.rpartition(".")[0]

@@ -73,6 +73,7 @@ def model_card(
         num_linears=len(plan.ranks),
         num_mlps=len(plan.channels),
         num_attentions=len(plan.heads),
+        experts=_experts(plan),
         num_biases=sum(isinstance(op, AddBias) for op in plan.operations),
         removed=_removed(plan),
         factored=_factored(plan),
@@ -305,6 +306,12 @@ def _trained_span(plan: Plan) -> tuple[int, int] | None:
     if not plan.options.get("epochs") or not layers:
         return None
     return layers[0], layers[-1]
+
+
+def _experts(plan: Plan) -> str:
+    """Return how many experts all mixtures keep; empty if none lose any."""
+    numbers = {*plan.experts.values()}
+    return "".join(f"all mixtures keep {kept} of {total} experts" for kept, total in numbers)
 
 
 def _slicing(plan: Plan) -> int:

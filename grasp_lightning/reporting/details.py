@@ -19,6 +19,7 @@ from grasp_lightning.plan import (
     Operation,
     Plan,
     RemoveBlock,
+    RemoveExperts,
     RemoveHeads,
     SliceStream,
     SparsifyLinear,
@@ -37,6 +38,7 @@ _KINDS: dict[type[Operation], str] = {
     FactorizeLinear: "low-rank",
     NarrowMlp: "narrowed",
     NarrowExperts: "narrowed",
+    RemoveExperts: "with fewer experts",
     RemoveHeads: "with fewer heads",
     RemoveBlock: "removed",
     SparsifyLinear: "sparse",
@@ -70,11 +72,12 @@ class Details(NamedTuple):
 
 
 def decision_details(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> list[Details]:
-    """Return the non-empty tables of layers, ranks, channels, heads, removals and merges."""
+    """Return the non-empty tables of layers, ranks, channels, experts, heads, removals, merges."""
     tables = (
         _layers(metrics, plan),
         _ranks(plan, scores),
         _channels(metrics, plan, scores),
+        _experts(plan),
         _heads(plan),
         _rows(plan, scores),
         _removals(plan, scores),
@@ -158,6 +161,16 @@ def _channels(metrics: Metrics, plan: Plan, scores: Mapping[str, Tensor]) -> Det
         rows,
         "The linears that write the channels and the linear that reads them keep the same share "
         "of their weights.",
+    )
+
+
+def _experts(plan: Plan) -> Details:
+    rows = [(*_place(name), str(kept), str(total)) for name, (kept, total) in plan.experts.items()]
+    return Details(
+        f"Experts of all {len(rows)} mixtures that lose some",
+        _columns("Mixture", "Experts", "of"),
+        rows,
+        "Each mixture loses the experts that affect its loss least, and all lose equally many.",
     )
 
 

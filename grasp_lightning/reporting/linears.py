@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from grasp_lightning.models.linears import in_attention
-from grasp_lightning.plan import FactorizeLinear, Plan
+from grasp_lightning.plan import FactorizeLinear, Plan, RemoveExperts
 from grasp_lightning.reporting.metrics import LayerChange, LinearCount
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -75,15 +75,23 @@ def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, floa
     Linears come in the order of the plan, then groups of rows of embedding and head, then removed
     layers and blocks with their measured price.
     Empty if the method predicts no losses. ``scores`` has ``<module>.scores``, descending: the loss
-    of dropping each component ``(K,)``, or each channel ``(I,)`` of the linear that reads them.
+    of dropping each component ``(K,)``, or each channel ``(I,)`` of the linear that reads them. Of
+    experts, it is that of each of their channels ``(E, I)``.
     """
     if plan.options.get("weighting") != "kfac":
         return {}
     cut = {
-        module: float(scores[f"{module}.scores"][kept:].double().sum())
+        module: float(scores[f"{module}.scores"][..., kept:].double().sum())
         for module, kept in (plan.ranks | plan.channels | plan.row_ranks).items()
         if f"{module}.scores" in scores
     }
+    for op in plan.operations:
+        values = scores.get(f"{op.experts}.scores") if isinstance(op, RemoveExperts) else None
+        if values is not None and isinstance(op, RemoveExperts):
+            width = plan.channels.get(op.experts, values.shape[-1])
+            removed = sorted({*range(len(values))} - {*op.kept})
+            whole = float(values[removed, :width].double().sum())
+            cut[op.experts] = cut.get(op.experts, 0.0) + whole
     return cut | removed_parts(plan, scores)
 
 
@@ -105,6 +113,7 @@ def layer_changes(plan: Plan, linears: Collection[str]) -> dict[str, LayerChange
     ``linears`` are the full names of all linears in the decoder layers of the original model.
     """
     changed = {module for op in plan.operations for module in op.modules}
+    changed |= {op.experts for op in plan.operations if isinstance(op, RemoveExperts)}
     changed |= {module for module in linears if module_place(module)[0] in plan.merged_layers}
     counts: dict[int, dict[bool, list[bool]]] = {}
     for name in linears:

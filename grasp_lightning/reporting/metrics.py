@@ -157,6 +157,7 @@ class Metrics(RunMetrics):
         bytes: Size of the whole model at ``dtype``.
         channels: Hidden channels of every narrowed MLP, by the full name of the linear that reads
             them.
+        experts: Experts of every mixture that lost some, by its full name.
         heads: Key/value groups of every attention that lost some, by its full name.
         source_bytes: Size of the source's weight files on disk.
         perplexity: On held-out text; None if not measured.
@@ -175,6 +176,7 @@ class Metrics(RunMetrics):
     bytes: Pair[int]
     decoder_linears: DecoderLinears
     channels: Mapping[str, Pair[int]] = field(default_factory=dict)
+    experts: Mapping[str, Pair[int]] = field(default_factory=dict)
     heads: Mapping[str, Pair[int]] = field(default_factory=dict)
     source_bytes: int | None = None
     perplexity: Pair[float | None] = _NO_PAIR

@@ -107,6 +107,11 @@ class Servers:
         ]
 
     def _gguf(self, num_removed: int | None) -> str:
+        if self.gguf_refusal is not None and self.special is None:
+            return (
+                f"this model {self.gguf_refusal}; the folder is an ordinary one, so "
+                "`convert_hf_to_gguf.py .` of llama.cpp works if llama.cpp has this family"
+            )
         if self.gguf_refusal is not None:
             return f"not possible: this model {self.gguf_refusal}"
         if not self.num_multiplied:

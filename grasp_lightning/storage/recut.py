@@ -220,15 +220,15 @@ class StoredScores:
             )
         return self._file.check(self._scores, key, torch.float32, expected)
 
-    def component_scores(self, module: str, number: int) -> Tensor:
-        """Return the scores of a linear, ``(number,)``; missing ones are a ``ConfigError``."""
+    def component_scores(self, module: str, *shape: int) -> Tensor:
+        """Return the scores of a linear or of experts; missing ones are a ``ConfigError``."""
         key = f"{module}.scores"
         if key not in self._scores:
             raise ConfigError(
                 f"from_scores: {self._folder} has no scores of {module}: more or other layers are "
                 "requested than it has scored; score all layers with method.score_all_layers"
             )
-        return self._file.check(self._scores, key, torch.float32, number)
+        return self._file.check(self._scores, key, torch.float32, *shape)
 
     def _check_vocabulary(self, vocabulary: Vocabulary | None) -> None:
         """Refuse a run that has not measured the rows of embedding and head."""

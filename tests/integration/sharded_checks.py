@@ -18,16 +18,25 @@ from grasp_lightning.commands.workflow import tracked_perplexity
 from grasp_lightning.config import CalibrationConfig, Strategy, TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows
-from grasp_lightning.errors import ModelError, NumericsError
+from grasp_lightning.errors import ConfigError, ModelError, NumericsError, PlanError
 from grasp_lightning.methods.attribution import attribution_step
+from grasp_lightning.methods.narrowing import narrowable_mlps
 from grasp_lightning.methods.seams import seam_operations
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.expert_numbers import numbered_experts
 from grasp_lightning.models.lowrank import narrowed_linears, seams
+from grasp_lightning.models.operations.narrow_experts import narrow_experts
 from grasp_lightning.models.sampling import BATCH, sample_text
 from grasp_lightning.models.sharding import check_runs, is_sharded, process_mesh, shard, whole
 from grasp_lightning.models.size import measure_size
 from grasp_lightning.models.surgery import apply_operations
-from grasp_lightning.plan import DropLayers, FactorizeLinear, SetWeights
+from grasp_lightning.plan import (
+    DropLayers,
+    FactorizeLinear,
+    Operation,
+    RemoveExperts,
+    SetWeights,
+)
 from grasp_lightning.stats.base import Needs, Scoring, Step
 from tests.conftest import ALL_FAMILIES, FAMILIES, MOE_FAMILIES, byte_tokenizer, tiny_model
 from tests.unit.models.helpers import narrow_layers, random_factors
@@ -101,6 +110,30 @@ def check_mlps_are_narrowed_as_those_of_a_whole_model_are() -> None:
             assert torch.equal(whole(shared[name].weight.detach()), linear.weight)
         assert not [n for n in shared if n in views[1].dense_modules(1)]
         assert measure_size(views[0]) == measure_size(views[1]), family
+
+
+def check_a_mixture_keeps_its_experts_and_their_channels() -> None:
+    view = pair("mixtral")[1]
+    with pytest.raises(ConfigError, match=r"fsdp does not support: use auto or ddp, or set method"):
+        narrowable_mlps(view, view.layer_indices)
+    for operations in _removals_of_experts(view):
+        before = logits(view)
+        with pytest.raises(PlanError, match=r"fsdp does not support: use auto or ddp, or set"):
+            apply_operations(view, operations, {})
+        assert torch.equal(logits(view), before)
+
+
+def _removals_of_experts(view: DecoderView) -> tuple[list[Operation], list[Operation]]:
+    found = numbered_experts(view)
+    assert found is not None
+    mixtures = found.mixtures.values()
+    return (
+        [
+            RemoveExperts(mixture=x.name, experts=x.experts, kept=(0, 2, 3), num_experts=4)
+            for x in mixtures
+        ],
+        [narrow_experts(x.experts, [range(8)] * 4) for x in mixtures],
+    )
 
 
 def check_weights_are_set_as_those_of_a_whole_model_are() -> None:
@@ -291,6 +324,7 @@ def check_a_signal_of_one_process_counts_for_all() -> None:
 CHECKS: Sequence[Callable[[], None]] = [
     check_every_family_is_scored_and_changed_as_a_whole_model_is,
     check_mlps_are_narrowed_as_those_of_a_whole_model_are,
+    check_a_mixture_keeps_its_experts_and_their_channels,
     check_weights_are_set_as_those_of_a_whole_model_are,
     check_seams_are_added_as_to_a_whole_model,
     check_layers_are_compared_as_those_of_a_whole_model,

@@ -28,12 +28,14 @@ class Site(NamedTuple):
         dense: The linears of the operation.
         left: The layers left before it.
         replaced: Shapes of the linears replaced before it, by full name.
+        earlier: The operations before it.
     """
 
     view: DecoderView
     dense: Shapes
     left: AbstractSet[int]
     replaced: Shapes = MappingProxyType({})
+    earlier: tuple[Operation, ...] = ()
 
 
 class Applier(ABC, Generic[Op]):

@@ -18,7 +18,7 @@ from grasp_lightning.models.experts import (
 from grasp_lightning.models.mixtures import experts_in
 from grasp_lightning.models.operations.base import Applier, Site, register
 from grasp_lightning.models.sharding import is_sharded
-from grasp_lightning.plan import NarrowExperts
+from grasp_lightning.plan import NarrowExperts, RemoveExperts
 
 
 def narrow_experts(experts: str, kept: Iterable[Sequence[int]]) -> NarrowExperts:
@@ -63,7 +63,7 @@ class ExpertsNarrower(Applier[NarrowExperts]):
                 f"the plan keeps {operation.width} channels of {name}: it must keep fewer than "
                 f"{layout.width}, and a multiple of {MULTIPLE}"
             )
-        _check_masks(operation, layout)
+        _check_masks(operation, layout, _number_left(operation, site, layout))
         if is_sharded(view.module(name)):
             raise PlanError(
                 f"the plan narrows {name}, which trainer.strategy fsdp does not support: use auto "
@@ -74,13 +74,14 @@ class ExpertsNarrower(Applier[NarrowExperts]):
         """Return an empty weight."""
         layout = _layout(view, operation)
         stored = view.module(operation.experts).get_parameter(READER)
-        shape = (layout.number, layout.hidden, operation.width)
+        shape = (len(operation.channels), layout.hidden, operation.width)
         return {f"{operation.experts}.{READER}": stored.new_empty(shape, device="meta")}
 
     def num_added(self, operation: NarrowExperts, view: DecoderView) -> int:
         """Return minus the number of removed parameters."""
         layout = _layout(view, operation)
-        return (operation.width - layout.width) * layout.channel_size
+        size = layout.channel_size // layout.number * len(operation.channels)
+        return (operation.width - layout.width) * size
 
     def apply(
         self, view: DecoderView, operation: NarrowExperts, tensors: Mapping[str, Tensor]
@@ -109,18 +110,25 @@ def _layout(view: DecoderView, operation: NarrowExperts) -> ExpertsLayout:
     return found[name]
 
 
-def _check_masks(operation: NarrowExperts, layout: ExpertsLayout) -> None:
+def _number_left(operation: NarrowExperts, site: Site, layout: ExpertsLayout) -> int:
+    """Return how many experts are left before the operation."""
+    removals = (op for op in site.earlier if isinstance(op, RemoveExperts))
+    kept = (len(op.kept) for op in removals if op.experts == operation.experts)
+    return next(kept, layout.number)
+
+
+def _check_masks(operation: NarrowExperts, layout: ExpertsLayout, number: int) -> None:
     name = operation.experts
-    if len(operation.channels) != layout.number:
+    if len(operation.channels) != number:
         raise PlanError(
             f"the plan keeps channels of {len(operation.channels)} experts of {name}, which has "
-            f"{layout.number}"
+            f"{number}"
         )
-    for number, text in enumerate(operation.channels):
+    for expert, text in enumerate(operation.channels):
         mask = _mask(text)
         if mask is None or mask >> layout.width or mask.bit_count() != operation.width:
             raise PlanError(
-                f"the plan narrows {name}: channels of expert {number} must be a hexadecimal "
+                f"the plan narrows {name}: channels of expert {expert} must be a hexadecimal "
                 f"number with {operation.width} of {layout.width} bits set, got {text[:40]!r}"
             )
 

@@ -145,6 +145,22 @@ def test_experts_of_eight_channels_cannot_get_narrower(target: TargetChoice) -> 
         predict(DecoderView(meta_model("mixtral", intermediate_size=8)), config)
 
 
+def test_mixtures_without_a_key_for_their_width_lose_experts_for_an_ordinary_folder() -> None:
+    view = DecoderView(meta_model("deepseek_v3", n_routed_experts=8))
+    found = predict(view, resolve_method(replace(OPTIONS, target="plain", removed_ratio=0.1)))
+    assert {*found.experts.values()} == {(6, 8)}
+    assert len(found.experts) == view.num_layers - 1
+    assert found.widths == {}
+    # Three matrices, and a row of the router.
+    assert found.dense - found.most == 3 * 2 * (3 * 16 * 32 + 32) >= 0.1 * found.dense
+    assert "all mixtures keep 6 of 8 experts, in an ordinary model folder" in found.lines[1]
+    with pytest.raises(ConfigError, match=r"range of these linears with attention dense"):
+        predict(view, resolve_method(replace(OPTIONS, target="plain", removed_ratio=0.3)))
+    wide = DecoderView(meta_model("mixtral", intermediate_size=64))
+    lines = predict(wide, resolve_method(replace(OPTIONS, target="plain"))).lines
+    assert "the data decides on it, and on the experts that are removed" in lines[1]
+
+
 def test_a_budget_that_dense_attention_puts_out_of_reach_names_the_range() -> None:
     config = replace(OPTIONS, removed_ratio=0.6, multiple_of=1)
     view = DecoderView(meta_model("llama"))

@@ -258,7 +258,7 @@ def test_few_tokens_order_all_channels(num_tokens: int) -> None:
     assert metric.narrowed(weight(), measured, torch.tensor([0, 7])).isfinite().all()
 
 
-def test_experts_lose_as_many_channels_each_at_the_sum_of_their_losses() -> None:
+def test_each_expert_has_the_order_and_losses_of_its_own_tokens() -> None:
     metric, experts = Metric(weighting="kfac", input_damping=1e-2), torch.randn(3, 12, 20)
     gram = moments(12, 20).input_gram
     assert gram is not None
@@ -271,11 +271,12 @@ def test_experts_lose_as_many_channels_each_at_the_sum_of_their_losses() -> None
         for weight, own in zip(experts, grams, strict=True)
     ]
     assert torch.equal(removal.order, torch.stack([one.order for one in alone]))
-    torch.testing.assert_close(removal.losses, torch.stack([one.losses for one in alone]).sum(0))
+    torch.testing.assert_close(removal.losses, torch.stack([one.losses for one in alone]))
     assert float(alone[2].losses.min()) > 0
     kept = removal.order[:, 8:].sort(-1).values
-    narrowed = metric.narrowed(experts, measured, kept)
+    narrowed = metric.narrowed(experts, measured, kept, range(3))
     assert narrowed.shape == (3, 12, 12)
+    assert torch.equal(metric.narrowed(experts, measured, kept[1:], (1, 2)), narrowed[1:])
     # Without tokens nothing says how channels depend on each other: they are only selected.
     torch.testing.assert_close(narrowed[2], experts[2][:, kept[2]])
 

@@ -86,8 +86,11 @@ def test_a_removed_block_costs_nothing_in_llama_cpp() -> None:
 
 
 def test_a_family_that_llama_cpp_cannot_run_is_named() -> None:
-    text = how(servers(family="opt"), "llama.cpp, Ollama")
+    name = "model.decoder.layers.0.fc1"
+    text = how(servers((name, NARROWED), family="opt"), "llama.cpp, Ollama")
     assert text.startswith("not possible: this model has class OPTForCausalLM, which format gguf")
+    ordinary = how(servers(family="opt"), "llama.cpp, Ollama")
+    assert "the folder is an ordinary one, so `convert_hf_to_gguf.py .` of llama.cpp" in ordinary
 
 
 def test_the_card_has_the_table_for_its_own_model() -> None:
