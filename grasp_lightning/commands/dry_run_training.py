@@ -2,13 +2,7 @@
 
 from pathlib import Path
 
-from grasp_lightning.commands.compensate import (
-    check_cache_folder,
-    plan_beside,
-    protected_folders,
-    rewritten_by_plan,
-    trained_bound,
-)
+from grasp_lightning.commands.compensate import check_cache_folder, protected_folders
 from grasp_lightning.commands.compress import resolved
 from grasp_lightning.commands.dry_run import (
     check_compression,
@@ -20,6 +14,11 @@ from grasp_lightning.commands.dry_run import (
 )
 from grasp_lightning.commands.teacher import teacher_settings
 from grasp_lightning.commands.training_checks import check_training, training_bytes
+from grasp_lightning.commands.training_inputs import (
+    plan_beside,
+    rewritten_by_plan,
+    trained_bound,
+)
 from grasp_lightning.commands.two_stages import check_second_stage, look_up, stages
 from grasp_lightning.commands.workflow import output_folder
 from grasp_lightning.config import CompensateConfig, CompressConfig
@@ -89,15 +88,16 @@ def dry_run_compensate(config: CompensateConfig) -> list[str]:
     model, tokenizer = load_without_weights(config.model)
     check_not_quantized(model, ModelError)
     view = DecoderView(model)
-    trained = trained_bound(config, view, rewritten_by_plan(config, view, plan_beside(config)))
-    unread = check_training(config, view, tokenizer, reads_hub=False)
+    plan = plan_beside(config)
+    trained = trained_bound(config, view, rewritten_by_plan(config, view, plan))
+    unread = check_training(config, view, tokenizer, reads_hub=False, plan=plan)
     unread += check_held_out(config.evaluation, view, tokenizer)
     needed = training_bytes(config, view, count_parameters(model), trained)
     check_free_space(root, needed)
     shape = model_shape(view)
-    plan = compensation_plan(config, _teacher_shape(config) or shape, shape)
+    forecast = compensation_plan(config, _teacher_shape(config) or shape, shape)
     folder = folder_lines(root, state, needed, overwrite=config.overwrite)
-    return [*memory_lines(None, plan), "", *folder, unchecked_line(unread)]
+    return [*memory_lines(None, forecast), "", *folder, unchecked_line(unread)]
 
 
 def _teacher_shape(config: CompensateConfig) -> ModelShape | None:

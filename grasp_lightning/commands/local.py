@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -36,11 +36,9 @@ from grasp_lightning.config import CompensateConfig
 from grasp_lightning.config.values import seconds_of
 from grasp_lightning.data.batching import collate
 from grasp_lightning.data.datamodules import TrainingData
-from grasp_lightning.errors import ConfigError, ModelError, NumericsError
+from grasp_lightning.errors import NumericsError
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.integrity import model_hash, nan_advice
-from grasp_lightning.models.sliced import stream_settings
-from grasp_lightning.plan import Operation, Plan, SliceStream
 from grasp_lightning.progress import track
 from grasp_lightning.reporting.metrics import Change
 from grasp_lightning.run_folder import RunFolder
@@ -48,72 +46,14 @@ from grasp_lightning.run_folder.folder import check_free_space
 from grasp_lightning.storage.stages import StageFiles, StageResult
 from grasp_lightning.storage.training import RunNotes
 from grasp_lightning.training.compensation import make_trainable
-from grasp_lightning.training.hidden_cache import pass_on_hidden_states_only
 from grasp_lightning.training.layer_streams import HiddenStates
 from grasp_lightning.training.local import LocalModule, stage_errors
-from grasp_lightning.training.local_stages import LocalStage, local_stages
+from grasp_lightning.training.local_stages import LocalStage
 from grasp_lightning.training.local_streams import LocalData, PairedStreams
 
 _GIGA = 10**9
 _LEAST_SECONDS = 1e-3  # of a stage: one step
 _NOTE = "layer_error_{}"
-
-
-_SLICED: Final = (
-    "objective: local compares hidden states, but those of this model are rotated and sliced, "
-    "unlike those of distillation.teacher; use objective: distill"
-)
-
-
-def check_hidden_states(
-    view: DecoderView, dense: DenseModel, compression: Iterable[Operation] = ()
-) -> None:
-    """Refuse a model with other hidden states than the dense one; no weights are read.
-
-    Args:
-        view: The model that is trained.
-        dense: The dense model.
-        compression: What will be done to the model before.
-
-    Raises:
-        ModelError: If the hidden states cannot be compared.
-    """
-    own = view.model.config.get_text_config().hidden_size
-    if stream_settings(view.model) or any(isinstance(o, SliceStream) for o in compression):
-        raise ModelError(_SLICED)
-    if own != dense.hidden_size:
-        raise ModelError(
-            f"distillation.teacher has {dense.hidden_size} features in its hidden states, the "
-            f"model has {own}; use the dense model that was compressed"
-        )
-
-
-def check_local(
-    config: CompensateConfig,
-    view: DecoderView,
-    dense: DenseModel,
-    plan: Plan | None,
-    data: TrainingData,
-) -> list[LocalStage]:
-    """Return the stages of a layer-local training.
-
-    Raises:
-        ConfigError: If there are fewer windows than processes.
-        ModelError: If the hidden states of the two models cannot be compared.
-    """
-    check_hidden_states(view, dense)
-    stages = local_stages(view.num_layers, dense.num_layers, plan, config.local.layers_at_once)
-    if not pass_on_hidden_states_only(view):
-        raise ModelError(
-            f"decoder layers of {type(view.model).__name__} pass on more than hidden states, such "
-            "as keys and values, so they cannot be trained one by one: use another objective"
-        )
-    if len(data.samples.train) < processes.num_processes():
-        raise ConfigError(
-            f"text.num_samples is {len(data.samples.train)}, but there are "
-            f"{processes.num_processes()} processes, and each needs a window: raise it"
-        )
-    return stages
 
 
 class _Started(NamedTuple):
@@ -186,7 +126,7 @@ class LocalRun:
 
         Stages that have nothing to train, or no error, only move the hidden states.
         """
-        waiting = sum(bool(self._own(stage)) for stage in self.stages)
+        waiting = sum(bool(self._trained_of(stage)) for stage in self.stages)
         is_exact = True
         with expected_warnings(), self._started() as started:
             begun = time.monotonic()
@@ -197,9 +137,9 @@ class LocalRun:
                 mean_square = started.streams.advance_dense(stage)
                 moved = time.monotonic() - moved
                 is_exact = is_exact and started.streams.agree(stage)
-                has_own = bool(self._own(stage))
-                if is_exact or not has_own:
-                    waiting -= has_own
+                is_trainable = bool(self._trained_of(stage))
+                if is_exact or not is_trainable:
+                    waiting -= is_trainable
                     continue
                 self._num_stages += 1
                 result = self._files.load(number)
@@ -236,7 +176,7 @@ class LocalRun:
     def _dense_view(self) -> DecoderView:
         return DecoderView(self.dense.load())
 
-    def _own(self, stage: LocalStage) -> dict[str, nn.Parameter]:
+    def _trained_of(self, stage: LocalStage) -> dict[str, nn.Parameter]:
         """Return the trained parameters of a stage by full name."""
         layers = range(stage.first, stage.last + 1)
         starts = tuple(f"{self.view.layers_name}.{layer}." for layer in layers)
@@ -287,13 +227,13 @@ class LocalRun:
     ) -> StageResult:
         """Train a stage from its checkpoint, if there is one, and store the result."""
         stage, history, data = self.stages[number], self.history, started.data
-        config, own = self.config, self._own(stage)
+        config, parameters = self.config, self._trained_of(stage)
         steps, validations = len(history.steps), len(history.validations)
         store = self._files.running(number)
-        data.restart(f"{stage} {list(own)}")
+        data.restart(f"{stage} {list(parameters)}")
         with started.streams.with_weights(stage) as run:
             module = LocalModule(
-                {name: parameter.detach() for name, parameter in own.items()},
+                {name: parameter.detach() for name, parameter in parameters.items()},
                 data,
                 run,
                 config.optimizer,

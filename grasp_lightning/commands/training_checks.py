@@ -10,9 +10,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from grasp_lightning.callbacks.placement import check_placement
-from grasp_lightning.commands.compensate import bytes_needed, check_dtype, check_steps
-from grasp_lightning.commands.local import check_hidden_states
 from grasp_lightning.commands.teacher import DenseModel
+from grasp_lightning.commands.training_inputs import (
+    check_dtype,
+    check_hidden_states,
+    check_steps,
+    run_bytes,
+)
 from grasp_lightning.config import CompensateConfig, Strategy
 from grasp_lightning.config.compensate_settings import needs_dense, uses_instructions
 from grasp_lightning.data.datamodules import InstructionData
@@ -26,10 +30,11 @@ from grasp_lightning.methods.prediction import Prediction
 from grasp_lightning.models.calls import check_length, check_vocabulary
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import resolve_device
-from grasp_lightning.plan import Operation
+from grasp_lightning.plan import Operation, Plan
 from grasp_lightning.run_folder import check_free_space
 from grasp_lightning.storage.teacher_cache import has_shards
 from grasp_lightning.training.compensation import trainable_linears
+from grasp_lightning.training.local_stages import local_stages
 from grasp_lightning.training.strategies import check_strategy
 
 
@@ -39,6 +44,7 @@ def check_training(
     tokenizer: PreTrainedTokenizerBase,
     *,
     reads_hub: bool,
+    plan: Plan | None = None,
     compression: Iterable[Operation] = (),
 ) -> list[str]:
     """Check device, dtype, teacher and texts of a compensation; wrong ones are a ``GraspError``.
@@ -48,6 +54,7 @@ def check_training(
         view: The model that is trained, or the dense one; its weights may be on the meta device.
         tokenizer: Its tokenizer.
         reads_hub: Whether to read texts on the hub, too.
+        plan: The plan that made the model; None if it is unknown or still to be made.
         compression: What will be done to the model before.
 
     Returns:
@@ -62,6 +69,7 @@ def check_training(
         dense = DenseModel(config, view.model, tokenizer)
         if config.objective == "local":
             check_hidden_states(view, dense, compression)
+            local_stages(view.num_layers, dense.num_layers, plan, config.local.layers_at_once)
     if uses_instructions(config):
         return _check_instructions(config, view, tokenizer, reads_hub=reads_hub)
     return _check_windows(config, view, tokenizer, reads_hub=reads_hub)
@@ -107,7 +115,7 @@ def training_bytes(
         parameters: Number of all parameters.
         trained: Number of trained ones.
     """
-    needed = bytes_needed(parameters, view.model.dtype, trained)
+    needed = run_bytes(config, view, parameters, trained)
     cached = cached_predictions(config, int(view.model.config.get_text_config().vocab_size))
     size = 0 if cached is None else cached.num_bytes or 0
     if config.distillation.cache_dir is None:

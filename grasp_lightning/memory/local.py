@@ -30,7 +30,8 @@ def local_memory(
 ) -> CompensationMemory:
     """Return what one process needs on its device, by kind.
 
-    - weights: both models, if they share the device, and a float32 copy of the trained weights.
+    - weights: both models, if they share the device, and float32 copies of the trained weights, as
+      they are and, with ``keep: best``, as they were best.
     - gradients: ``4 t``; several processes sum them in a copy.
     - activations: those of the largest stage, of the error, and the hidden states in memory.
     """
@@ -49,9 +50,10 @@ def local_memory(
     activations += _ERRORS * FLOAT32 * run.num_tokens * compressed.hidden
     most = int(config.local.max_memory * _GIGA)
     kept = min(hidden_state_bytes(config, dense, compressed, num_processes), most)
+    copies = 2 if config.training.keep == "best" else 1
     teacher = dense.weights if config.distillation.device == "auto" else 0
     return CompensationMemory(
-        weights=compressed.weights + FLOAT32 * trained + teacher,
+        weights=compressed.weights + copies * FLOAT32 * trained + teacher,
         gradients=FLOAT32 * trained * (2 if num_processes > 1 else 1),
         optimizer=optimizer_bytes(trained, is_8bit=config.optimizer.name == "adamw_8bit"),
         activations=activations + kept,

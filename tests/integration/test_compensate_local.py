@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from grasp_lightning.cli import main
-from tests.conftest import save_tiny
+from grasp_lightning.commands.training_inputs import run_bytes
+from grasp_lightning.config import CompensateConfig, ModelConfig
+from grasp_lightning.models.decoder import DecoderView
+from tests.conftest import save_tiny, tiny_model
 from tests.integration.compensation import assert_equal_models, metrics_of, weights
 from tests.integration.forked import killed, run_ranks
 from tests.integration.killing import ROOT, Kill
@@ -251,10 +255,21 @@ def test_what_does_not_fit_is_one_line(
         save_tiny(tmp_path / "WIDE", hidden_size=64)
     words = [word.replace("=DEEP", f"={tmp_path}/DEEP") for word in options_]
     words = [word.replace("=WIDE", f"={tmp_path}/WIDE") for word in words]
-    assert main([*settings, *words, f"--output_dir={tmp_path / 'run'}"]) == 2
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert message in error
-    assert not (tmp_path / "run").exists()
+    for how in ([], ["--dry_run"]):
+        assert main([*settings, *words, *how, f"--output_dir={tmp_path / 'run'}"]) == 2
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert message in error
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_disk_needs_room_for_the_optimizer_of_one_layer_at_a_time() -> None:
+    view = DecoderView(tiny_model())  # 4 layers in float32
+    config = CompensateConfig(model=ModelConfig(path="m"), train="all")
+    found = [
+        run_bytes(replace(config, objective=objective), view, 1000, 800)
+        for objective in ("distill", "local")
+    ]
+    assert found == [int(1.1 * (4 * 1000 + 32 * 800)), int(1.1 * (4 * 1000 + 4 * 800 + 32 * 200))]
 
 
 def test_plan_shows_its_memory(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:

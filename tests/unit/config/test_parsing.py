@@ -1,8 +1,11 @@
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
+from grasp_lightning.commands.training_inputs import check_steps
 from grasp_lightning.config import (
     CompareConfig,
     CompensateConfig,
@@ -13,11 +16,13 @@ from grasp_lightning.config import (
     PlanConfig,
     TrainerConfig,
 )
+from grasp_lightning.config.compensate_settings import check_settings, uses_instructions
 from grasp_lightning.config.parsing import parse, to_dict, with_run_config
 from grasp_lightning.config.second_stage import second_stage
 from grasp_lightning.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
+CONFIGS_FOLDER = Path(__file__).parents[3] / "configs"
+CONFIGS = sorted(CONFIGS_FOLDER.rglob("*.yaml"))
 CONFIGS = [file for file in CONFIGS if file.name != "paper_numbers.yaml"]  # numbers, no keys
 
 
@@ -57,6 +62,25 @@ def test_every_shipped_config_parses(file: Path) -> None:
             assert second.distillation.teacher == (config.distillation.teacher or "dense")
     else:
         assert parsed(f"--config={file}").output_dir
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in CONFIGS if f.parent.name == "compensate"], ids=lambda file: file.name
+)
+def test_trainings_in_the_comments_of_a_config_can_start(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CONFIGS_FOLDER.parent)
+    lines = file.read_text().splitlines()
+    comments = "\n".join(line.removeprefix("#") for line in lines if line.startswith("#"))
+    commands = re.findall(r"python cli\.py compensate (.*)", comments.replace("\\\n", ""))
+    assert commands
+    for command in commands:
+        config = parse(CompensateConfig, "cli.py compensate", shlex.split(command))
+        check_settings(config)
+        samples = config.data.num_train if uses_instructions(config) else config.text.num_samples
+        steps = -(-(samples or 50_000) // config.training.batch_size) * config.training.epochs
+        check_steps(config, min(steps, config.training.max_steps or steps))
 
 
 @pytest.mark.parametrize(

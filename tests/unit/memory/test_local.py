@@ -44,6 +44,9 @@ def test_only_the_largest_stage_is_trained() -> None:
     alone = local_memory(CONFIG, dense, model, run, ALL, num_processes=1)
     assert alone.weights == dense.weights + model.weights + 4 * trained
     assert (alone.gradients, alone.optimizer) == (4 * trained, 8 * trained)
+    best = replace(CONFIG, training=replace(CONFIG.training, keep="best"))
+    copied = local_memory(best, dense, model, run, ALL, num_processes=1)
+    assert copied.weights == alone.weights + 4 * trained
     assert local_memory(CONFIG, dense, model, run, ALL, num_processes=2).gradients == 8 * trained
     elsewhere = replace(CONFIG, distillation=DistillationConfig(teacher="d", device="cpu"))
     there = local_memory(elsewhere, dense, model, run, ALL, num_processes=1)
