@@ -145,8 +145,8 @@ class Refitter:
         store: LayerStore | None,
     ) -> dict[str, Tensor]:
         """Refit the cuts of one layer, and move the hidden states through it; return the cuts."""
-        linears = {name for change in changes for name in change.linears}
-        own = {key: tensors[key] for key in tensors if key.rpartition(".")[0] in linears}
+        changed = {name for change in changes for name in change.modules}
+        own = {key: tensors[key] for key in tensors if key.rpartition(".")[0] in changed}
         stored = None if store is None else store.load(index)
         for key, value in (stored or {}).items():
             own[key] = value.to(own[key])

@@ -349,8 +349,8 @@ def test_a_grid_that_is_killed_at_three_moments_goes_on(inputs: Path, tmp_path: 
     assert after["peak_memory_bytes"] == max(peaks)
     assert after["perplexity"]["Fox"] != before["perplexity"]["Fox"]
     longer = cells[f"cells/{base.name}-longer"]
-    source = json.loads((folder / longer["folder"] / "manifest.json").read_text())
-    assert source["config"]["model"]["path"].endswith("-short/model")
+    settings = yaml.safe_load((folder / longer["folder"] / "config.yaml").read_text())
+    assert settings["model"]["path"] == str(folder / after["folder"] / "model")
     assert longer["trained_tokens"] == 2 * after["trained_tokens"]
     assert longer["seconds"] > after["seconds"]
     assert longer["validation_loss"] < after["validation_loss"]
