@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +113,14 @@ def test_memory_holds_a_few_layers_at_any_time(
 ) -> None:
     folder = save_tiny(tmp_path / "tiny", num_hidden_layers=10)
     seen: dict[str, int] = {}
+    earlier = live_storages()  # of other tests; they stay alive during this one
     watched = (
         (LayerRefit, "advance"),
         (RunProgress, "add_step"),
         (model_folder, "verify_streamed"),
     )
     for owner, name in watched:
-        monkeypatch.setattr(owner, name, watching(owner, name, seen))
+        monkeypatch.setattr(owner, name, watching(owner, name, seen, earlier))
 
     argv = compress(folder, tmp_path / "run", "grasp_plus", "--model.loading=streamed")
     assert main([*argv, "--statistics.max_memory=1e-6"]) == 0
@@ -133,23 +134,26 @@ def test_memory_holds_a_few_layers_at_any_time(
     assert max(seen.values()) < outside + 6 * layer < sum(v.nbytes for v in shapes.values())
 
 
-def watching(owner: object, name: str, seen: dict[str, int]) -> Callable[..., object]:
-    """Return a function of a class or module that first notes the bytes of all tensors."""
+def watching(
+    owner: object, name: str, seen: dict[str, int], earlier: Mapping[int, torch.UntypedStorage]
+) -> Callable[..., object]:
+    """Return a function of a class or module that first notes the bytes of all new tensors."""
     original = getattr(owner, name)
 
     def watched(*args: object, **kwargs: object) -> object:
-        seen[name] = max(seen.get(name, 0), live_bytes())
+        found = live_storages()
+        live = sum(found[key].nbytes() for key in found.keys() - earlier.keys())
+        seen[name] = max(seen.get(name, 0), live)
         return original(*args, **kwargs)
 
     return watched
 
 
-def live_bytes() -> int:
-    """Return the bytes of all tensors that exist in this process, each storage once."""
+def live_storages() -> dict[int, torch.UntypedStorage]:
+    """Return the memory of all tensors that exist in this process, by address."""
     gc.collect()
     found = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
-    return sum(storages.values())
+    return {x.untyped_storage().data_ptr(): x.untyped_storage() for x in found}
 
 
 @pytest.mark.slow
