@@ -1,7 +1,7 @@
 """Measures the linear algebra of one decoder layer of Llama-3-8B, and extrapolates to all layers.
 
-The weights are random, and the Gram matrices are those of random tokens: time and memory depend on
-the shapes only. Every step runs in its own process, and is appended to the output at once; steps in
+The weights and the tokens behind the Gram matrices are random: time and memory depend on the
+shapes only. Every step runs in its own process, and is appended to the output at once; steps in
 the output are not repeated.
 """
 

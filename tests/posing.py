@@ -244,7 +244,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     # Threads that read ahead have no mode.
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-    # Inside of what goes through a mode, the mode is not active; hooks run inside this.
+    # A mode is not active inside the operations that it handles, and hooks run there.
     monkeypatch.setattr(torch.autograd, "has_torch_function", lambda _: False)
     monkeypatch.setitem(AcceleratorRegistry["cuda"], "accelerator", _PosedAccelerator)
 

@@ -20,7 +20,7 @@ _BACKENDS = (
 def matmul_precision(name: str) -> Iterator[None]:
     """Round the inputs of float32 matrix products as ``torch.set_float32_matmul_precision``.
 
-    The setting is that of the process, all its threads included. Afterwards it is as before.
+    The setting applies to the whole process, with all its threads. Afterwards it is as before.
 
     Args:
         name: ``highest``, ``high`` or ``medium``.

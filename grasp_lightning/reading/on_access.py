@@ -44,7 +44,7 @@ def by_full_name(found: Mapping[str, Mapping[str, T]], parts: Mapping[str, str])
 
     Args:
         found: The values of each module by part.
-        parts: The parts that are wanted, and the name that each gets.
+        parts: The parts to return, and the name that each gets.
     """
     return OnAccess(
         {

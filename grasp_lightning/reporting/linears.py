@@ -75,8 +75,8 @@ def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, floa
     Linears come in the order of the plan, then groups of rows of embedding and head, then removed
     layers and blocks with their measured price.
     Empty if the method predicts no losses. ``scores`` has ``<module>.scores``, descending: the loss
-    of dropping each component ``(K,)``, or each channel ``(I,)`` of the linear that reads them. Of
-    experts, it is that of each of their channels ``(E, I)``.
+    of dropping each component ``(K,)``, or each channel ``(I,)`` of the linear that reads them. The
+    shape is ``(E, I)`` for experts: each has its own channels.
     """
     if plan.options.get("weighting") != "kfac":
         return {}

@@ -1,4 +1,4 @@
-"""Mixtures that lose experts: what goes with them, and which plans are refused."""
+"""Mixtures that lose experts, with the rows of their routers, and the plans that are refused."""
 
 from dataclasses import replace
 from pathlib import Path

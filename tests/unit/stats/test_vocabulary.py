@@ -57,7 +57,7 @@ def naive_ends(model: PreTrainedModel, found: TokenWindows) -> tuple[Tensor, Ten
 
 def test_sums_equal_those_of_single_tokens() -> None:
     found = windows(num=4, length=10)
-    # Its embedding scales its rows, so the gradient of a row is that of the output, scaled.
+    # Its embedding scales its rows, so the gradient of a row is the scaled gradient of the output.
     model = tiny_model("gemma3_text", final_logit_softcapping=None)
     view, step, moments = measured(model, found, fisher="empirical")
     ids, number = found.input_ids.flatten(), found.num_tokens
