@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_lightning.errors import NumericsError
+from grasp_lightning.linalg.precision import full_precision
 from grasp_lightning.linalg.row_groups import frequency_groups, smoothed_frequencies
 from grasp_lightning.linalg.triangles import pack_triangle, unpack_triangle
 from grasp_lightning.models.decoder import DecoderView
@@ -55,20 +56,22 @@ class VocabularySums:
         self._num_windows[self._names.embedding] += 1
         # Of a row: the output is the scaled row.
         gradient, groups = gradient.float() * self._names.scale, self._groups[ids]
-        for group in torch.unique(groups).tolist():
-            own = gradient[groups == group]
-            self.sums["gradients"][group].addmm_(own.mT, own)
+        with full_precision(gradient.device):
+            for group in torch.unique(groups).tolist():
+                own = gradient[groups == group]
+                self.sums["gradients"][group].addmm_(own.mT, own)
 
     @torch.no_grad()
     def add_head(self, states: Tensor, gradient: Tensor) -> None:
         """Add one window of the head: inputs ``(T, d)``, gradient of the logits ``(T, V)``."""
         self._num_windows[self._names.head] += 1
         parts = (torch.split(tensor, _CHUNK) for tensor in (states.float(), gradient))
-        for x, part in zip(*parts, strict=True):
-            squares = part.float().square()
-            self.sums["squares"] += squares.sum(dim=0)
-            for group, weights in enumerate((squares @ self._members).unbind(dim=1)):
-                self.sums["states"][group].addmm_((x * weights[:, None]).mT, x)
+        with full_precision(states.device):
+            for x, part in zip(*parts, strict=True):
+                squares = part.float().square()
+                self.sums["squares"] += squares.sum(dim=0)
+                for group, weights in enumerate((squares @ self._members).unbind(dim=1)):
+                    self.sums["states"][group].addmm_((x * weights[:, None]).mT, x)
 
     def state(self) -> dict[str, Tensor]:
         """Return the sums so far on the CPU, Gram matrices as packed triangles."""
@@ -158,12 +161,9 @@ class VocabularyObserver:
             output.register_hook(hook)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _add_embedding(self, ids: Tensor, gradient: Tensor) -> None:
-        # Hooks may call from inside a mixed-precision step, where autocast would round products.
-        with torch.autocast(gradient.device.type, enabled=False):
-            for own, part in zip(ids, gradient, strict=True):
-                self._sums.add_embedding(own, part)
+        for own, part in zip(ids, gradient, strict=True):
+            self._sums.add_embedding(own, part)
 
     def _add_head(self, states: Tensor, gradient: Tensor) -> None:
-        with torch.autocast(gradient.device.type, enabled=False):
-            for x, part in zip(states, gradient, strict=True):
-                self._sums.add_head(x, part)
+        for x, part in zip(states, gradient, strict=True):
+            self._sums.add_head(x, part)

@@ -13,8 +13,9 @@ from grasp_lightning.linalg.components import TokenGradient, sigma_gradients, wi
 from grasp_lightning.linalg.factors import factorize
 from grasp_lightning.linalg.precision import matmul_precision
 from grasp_lightning.linalg.weightings import damped_root, weighted_svd
-from grasp_lightning.stats.base import MomentKind
+from grasp_lightning.stats.base import MomentKind, Vocabulary
 from grasp_lightning.stats.moments import MomentSums
+from grasp_lightning.stats.vocabulary import VocabularySums
 from grasp_lightning.training.layer_refit import add_products
 from tests.rounding import RoundedProducts
 
@@ -48,8 +49,16 @@ def _sums() -> dict[str, Callable[[], Tensor | Mapping[str, Tensor] | tuple[Tens
         add_products(found, "up", x, grad, torch.ones(40))
         return found
 
+    def rows() -> dict[str, Tensor]:
+        ends = Vocabulary(embedding="embed", head="head", scale=1.0, special=())
+        sums = VocabularySums(ends, torch.ones(64), 12, torch.device("cpu"))
+        sums.add_embedding(torch.arange(40), x)
+        sums.add_head(x, grad.repeat(1, 8))
+        return sums.sums
+
     return {
         "moments": moments,
+        "rows": rows,
         "refit": products,
         "sigma": lambda: sigma_gradients(svd, TokenGradient(x, grad)),
         "dense gradient": lambda: TokenGradient(x, grad).dense(torch.float32),

@@ -245,7 +245,8 @@ def _multiplied_rows(
         holder: Any = getattr(module, "embedding", module)  # Any: of three classes
         dense: Any = originals.get_submodule(name)  # Any: an embedding or a linear
         if id(holder) not in matrices:
-            weight = holder.dense()
+            with matmul_precision("highest"):
+                weight = holder.dense()
             if not weight.is_meta and not torch.isfinite(weight).all():
                 raise NumericsError(
                     f"the product of the factors of {name} is not finite in {weight.dtype}; "
