@@ -13,8 +13,8 @@ from grasp_lightning.callbacks.placement import check_placement
 from grasp_lightning.commands.teacher import DenseModel
 from grasp_lightning.commands.training_inputs import (
     check_dtype,
-    check_hidden_states,
     check_steps,
+    matched_stages,
     run_bytes,
 )
 from grasp_lightning.config import CompensateConfig, Strategy
@@ -34,7 +34,6 @@ from grasp_lightning.plan import Operation, Plan
 from grasp_lightning.run_folder import check_free_space
 from grasp_lightning.storage.teacher_cache import has_shards
 from grasp_lightning.training.compensation import trainable_linears
-from grasp_lightning.training.local_stages import local_stages
 from grasp_lightning.training.strategies import check_strategy
 
 
@@ -68,8 +67,7 @@ def check_training(
     if needs_dense(config):
         dense = DenseModel(config, view.model, tokenizer)
         if config.objective == "local":
-            check_hidden_states(view, dense, compression)
-            local_stages(view.num_layers, dense.num_layers, plan, config.local.layers_at_once)
+            matched_stages(config, view, dense, plan, compression)
     if uses_instructions(config):
         return _check_instructions(config, view, tokenizer, reads_hub=reads_hub)
     return _check_windows(config, view, tokenizer, reads_hub=reads_hub)

@@ -199,14 +199,20 @@ def check_steps(config: CompensateConfig, num_steps: int) -> None:
         )
 
 
-def check_hidden_states(
-    view: DecoderView, dense: DenseModel, compression: Iterable[Operation] = ()
-) -> None:
-    """Refuse a model with other hidden states than the dense one; no weights are read.
+def matched_stages(
+    config: CompensateConfig,
+    view: DecoderView,
+    dense: DenseModel,
+    plan: Plan | None,
+    compression: Iterable[Operation] = (),
+) -> list[LocalStage]:
+    """Return the stages of a layer-local training; no weights are read.
 
     Args:
+        config: The configuration.
         view: The model that is trained.
         dense: The dense model.
+        plan: The plan that made the model; None if it is unknown or still to be made.
         compression: What will be done to the model before.
 
     Raises:
@@ -220,6 +226,7 @@ def check_hidden_states(
             f"distillation.teacher has {dense.hidden_size} features in its hidden states, the "
             f"model has {own}; use the dense model that was compressed"
         )
+    return local_stages(view.num_layers, dense.num_layers, plan, config.local.layers_at_once)
 
 
 def _training_data(
@@ -245,8 +252,7 @@ def _checked_stages(
         ConfigError: If there are fewer windows than processes.
         ModelError: If the hidden states of the two models cannot be compared.
     """
-    check_hidden_states(view, dense)
-    stages = local_stages(view.num_layers, dense.num_layers, plan, config.local.layers_at_once)
+    stages = matched_stages(config, view, dense, plan)
     if not pass_on_hidden_states_only(view):
         raise ModelError(
             f"decoder layers of {type(view.model).__name__} pass on more than hidden states, such "

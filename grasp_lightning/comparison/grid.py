@@ -128,9 +128,21 @@ def _of_model(config: CompareConfig, model: str, methods: Sequence[str]) -> Iter
 
 
 def _earlier(config: CompareConfig, training: str) -> tuple[str, ...]:
-    """Return the trainings that come before one, in order."""
-    after = config.compensations[training].after
-    return () if after is None else (*_earlier(config, after), after)
+    """Return the trainings that come before one, in order.
+
+    Raises:
+        ConfigError: If one of them does not exist, or starts from itself.
+    """
+    recipes, names = config.compensations, [training]
+    while (after := recipes[names[-1]].after) is not None:
+        if after not in recipes or after in names:
+            others = [other for other in recipes if other not in names]
+            raise ConfigError(
+                f"compensations.{names[-1]}.after: expected the name of another entry that does "
+                f"not start from this one ({', '.join(others) or 'there is none'}), got {after!r}"
+            )
+        names.append(after)
+    return tuple(reversed(names[1:]))
 
 
 def method_of(config: CompareConfig, cell: Cell) -> MethodConfig:
@@ -181,27 +193,12 @@ def _check_names(config: CompareConfig) -> None:
         for name in getattr(config, key):
             if not name[:1].isalnum():
                 raise ConfigError(f"{key}: expected names that begin with a letter, got {name!r}")
-    _check_order(config)
+    for name in config.compensations:
+        _earlier(config, name)  # refuses what has no order
     if DENSE in config.methods:
         raise ConfigError(
             f"methods.{DENSE}: this name is the model before compression; use another"
         )
-
-
-def _check_order(config: CompareConfig) -> None:
-    """Refuse a training that starts from one that does not exist, or from itself."""
-    recipes = config.compensations
-    for name, recipe in recipes.items():
-        before, after = [name], recipe.after
-        while after is not None:
-            if after not in recipes or after in before:
-                others = [other for other in recipes if other not in before]
-                raise ConfigError(
-                    f"compensations.{before[-1]}.after: expected the name of another entry that "
-                    f"does not start from this one ({', '.join(others) or 'there is none'}), got "
-                    f"{after!r}"
-                )
-            before, after = [*before, after], recipes[after].after
 
 
 def _check_numbers(config: CompareConfig) -> None:

@@ -130,6 +130,6 @@ def keep_best_components(
         operations.append(FactorizeLinear(module=module, rank=ranks[module], components=components))
     return Decision(
         operations=tuple(operations),
-        tensors=by_full_name(found, {"left": "left", "right": "right"}),
+        tensors=by_full_name(found, "left", "right"),
         scores=stored_scores(bases, scores),
     )

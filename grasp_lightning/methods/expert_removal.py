@@ -47,12 +47,12 @@ def choices_of_experts(
     yield ExpertsLeft()
     if found is None:
         return
+    prices = {name: losses[name].double().sum(-1) for name in found.mixtures}
     for left in _numbers(found):
         kept, own, sizes = {}, {}, {}
         for name, mixture in found.mixtures.items():
-            prices = losses[name].double().sum(-1)
-            kept[name] = _dearest(prices, left, found.num_groups)
-            own[name] = float(prices.sum() - prices[list(kept[name])].sum())
+            kept[name] = _dearest(prices[name], left, found.num_groups)
+            own[name] = float(prices[name].sum() - prices[name][list(kept[name])].sum())
             inside = mlps[name].num_channels * mlps[name].channel_size // mlps[name].num_experts
             sizes[name] = float((found.number - left) * (mixture.expert_size - inside))
         yield ExpertsLeft(kept=kept, losses=own, sizes=sizes)

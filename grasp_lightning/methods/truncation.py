@@ -120,7 +120,7 @@ def truncated(measured: Measured, ranks: Mapping[str, int]) -> Decision:
         operations=tuple(
             FactorizeLinear(module=name, rank=ranks[name], components=None) for name in found
         ),
-        tensors=by_full_name(found, {"left": "left", "right": "right"}),
+        tensors=by_full_name(found, "left", "right"),
         scores={
             f"{name}.{part}": parts[part]
             for name, parts in found.items()

@@ -73,9 +73,9 @@ class NumberedExperts(NamedTuple):
 _found: WeakKeyDictionary[DecoderView, dict[tuple[int, ...], NumberedExperts | None]] = (
     WeakKeyDictionary()
 )
-_settings: WeakKeyDictionary[DecoderView, dict[tuple[int, ...], dict[str, Settings]]] = (
-    WeakKeyDictionary()
-)
+_settings: WeakKeyDictionary[
+    DecoderView, dict[tuple[tuple[int, ...], int], dict[str, Settings]]
+] = WeakKeyDictionary()
 
 
 def numbered_experts(view: DecoderView) -> NumberedExperts | None:
@@ -234,7 +234,7 @@ def _changed_dims(
 def _changed_settings(view: DecoderView, left: int) -> dict[str, Settings]:
     """Return the attributes of modules that another number of experts changes, by module."""
     cache, found = _settings.setdefault(view, {}), numbered_experts(view)
-    key = (*view.layer_indices, -1, left)
+    key = view.layer_indices, left
     if key not in cache and found is not None:
         dense = dict(dense_empty(view.model).named_modules())
         plain = dense_empty(view.model, {found.key: left})

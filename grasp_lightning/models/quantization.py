@@ -27,7 +27,7 @@ from grasp_lightning.models.lowrank import (
     low_rank_linears,
     narrowed_linears,
 )
-from grasp_lightning.models.seams import rows_refusal, seam_refusal
+from grasp_lightning.models.seams import computation_refusal
 from grasp_lightning.registration import without_warnings
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def quantize_model(
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     check_not_quantized(model, ModelError)
-    refusal = seam_refusal(model, QUANTIZED_FORMAT) or rows_refusal(model, QUANTIZED_FORMAT)
+    refusal = computation_refusal(model, QUANTIZED_FORMAT)
     if refusal is not None:
         raise ModelError(f"{type(model).__name__} {refusal}")
     problem = quantization_problem(kind, model.device.type)

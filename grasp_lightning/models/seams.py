@@ -30,6 +30,11 @@ def seam_refusal(model: nn.Module, who: str) -> str | None:
     )
 
 
+def computation_refusal(model: nn.Module, who: str) -> str | None:
+    """Return the ``seam_refusal`` or else the ``rows_refusal`` of a model, if any."""
+    return seam_refusal(model, who) or rows_refusal(model, who)
+
+
 def rows_refusal(model: nn.Module, who: str) -> str | None:
     """Return why a program or format cannot hold a model, as the rest of a sentence.
 

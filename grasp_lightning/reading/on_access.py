@@ -39,17 +39,12 @@ def merged(*parts: Mapping[str, T]) -> Mapping[str, T]:
     return OnAccess({name: partial(part.__getitem__, name) for part in parts for name in part})
 
 
-def by_full_name(found: Mapping[str, Mapping[str, T]], parts: Mapping[str, str]) -> Mapping[str, T]:
-    """Return values of several modules by ``<module>.<name>``, read on access.
-
-    Args:
-        found: The values of each module by part.
-        parts: The parts to return, and the name that each gets.
-    """
+def by_full_name(found: Mapping[str, Mapping[str, T]], *parts: str) -> Mapping[str, T]:
+    """Return some parts of several modules by ``<module>.<part>``, read on access."""
     return OnAccess(
         {
-            f"{module}.{name}": partial(own.__getitem__, part)
+            f"{module}.{part}": partial(own.__getitem__, part)
             for module, own in found.items()
-            for part, name in parts.items()
+            for part in parts
         }
     )

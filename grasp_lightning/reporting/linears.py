@@ -85,9 +85,9 @@ def predicted_losses(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, floa
         for module, kept in (plan.ranks | plan.channels | plan.row_ranks).items()
         if f"{module}.scores" in scores
     }
-    for op in plan.operations:
-        values = scores.get(f"{op.experts}.scores") if isinstance(op, RemoveExperts) else None
-        if values is not None and isinstance(op, RemoveExperts):
+    for op in (op for op in plan.operations if isinstance(op, RemoveExperts)):
+        values = scores.get(f"{op.experts}.scores")
+        if values is not None:
             width = plan.channels.get(op.experts, values.shape[-1])
             removed = sorted({*range(len(values))} - {*op.kept})
             whole = float(values[removed, :width].double().sum())

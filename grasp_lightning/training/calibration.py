@@ -13,11 +13,7 @@ from grasp_lightning.methods.layer_choice import SELECT, LayerChoice
 from grasp_lightning.models.calls import find_non_finite
 from grasp_lightning.models.decoder import DecoderView, frozen
 from grasp_lightning.models.integrity import nan_advice
-from grasp_lightning.models.next_token import (
-    fisher_losses,
-    forward_inputs,
-    next_token_losses,
-)
+from grasp_lightning.models.next_token import fisher_losses, forward_inputs, next_token_losses
 from grasp_lightning.plan import Plan
 from grasp_lightning.stats.base import Removable, Statistics, Step
 from grasp_lightning.training.hidden_cache import HiddenCache

@@ -18,7 +18,7 @@ from grasp_lightning.models.quantization import (
     quantization_problem,
     quantize_model,
 )
-from grasp_lightning.models.seams import rows_refusal, seam_refusal
+from grasp_lightning.models.seams import computation_refusal
 from grasp_lightning.models.size import count_bytes
 
 
@@ -76,7 +76,7 @@ class QuantizedFormat(Format):
         foreign = foreign_quantizer(model)
         if foreign is not None:
             return f"is quantized with {foreign} already: export the unquantized model"
-        refusal = seam_refusal(model, QUANTIZED_FORMAT) or rows_refusal(model, QUANTIZED_FORMAT)
+        refusal = computation_refusal(model, QUANTIZED_FORMAT)
         if refusal is not None:
             return refusal
         problem = quantization_problem(self._type(options), "cpu")

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from transformers import PreTrainedModel
 
 from grasp_lightning.models.lowrank import biases_of, is_low_rank
-from grasp_lightning.models.seams import rows_refusal, seam_refusal
+from grasp_lightning.models.seams import computation_refusal
 from grasp_lightning.models.units import head_size
 
 MULTIPLE: Final = 32
@@ -114,7 +114,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
 def layout_refusal(model: PreTrainedModel) -> str | None:
     """Return why llama.cpp cannot compute a model, as the rest of a sentence; None if it can."""
     family, config = type(model).__name__, model.config
-    refusal = seam_refusal(model, "llama.cpp") or rows_refusal(model, "llama.cpp")
+    refusal = computation_refusal(model, "llama.cpp")
     if refusal is not None:
         return refusal
     if family not in FAMILIES:
