@@ -5,7 +5,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -13,20 +13,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import UndefinedError
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp_lightning.config.values import Count, CountOrZero, LibrarySeed, check_values
 from grasp_lightning.errors import ConfigError, DataError
+from grasp_lightning.evaluation.adapters import (
+    Predict,
+    gathering_class,
+    lm_eval_library,
+    sharing_class,
+)
+from grasp_lightning.evaluation.shared_prefixes import can_share
 from grasp_lightning.evaluation.task_data import evaluated_split, first_line_without, local_config
 from grasp_lightning.evaluation.task_results import TaskRun, task_result
 
 logger = logging.getLogger(__name__)
-
-Predict = Callable[[Sequence[Tensor]], Iterator[Tensor]]
-"""Maps batches of token ids, each ``(B, T)``, to their logits, ``(B, T, V)``, in order."""
 
 _RANDOM_SEED = 0  # lm-eval's default seed of Python's generator
 
@@ -48,74 +50,11 @@ class TaskSettings:
     seed: LibrarySeed = 1234
 
 
-def _lm_eval() -> Any:  # noqa: ANN401  lm-eval has no usable types
-    """Import lm-eval, an optional dependency that is slow to import."""
-    try:
-        import lm_eval.models.huggingface  # noqa: F401, PLC0415
-        import lm_eval.tasks  # noqa: PLC0415
-    except ImportError as error:
-        raise ConfigError(
-            f"tasks need lm-eval, which cannot be imported ({error}); install it with "
-            "pip install 'grasp-lightning[eval]'"
-        ) from error
-    return lm_eval
-
-
-@cache
-def gathering_class() -> Any:  # noqa: ANN401  lm-eval has no usable types
-    """Return a model class of lm-eval that computes the logits of all its requests together."""
-
-    class Gathering(_lm_eval().models.huggingface.HFLM):  # type: ignore[misc]  # untyped there
-        """Collects the batches of all requests first; these are the same each time.
-
-        Args:
-            predict: As in ``Harness.run``.
-            task: Name of the task, for messages.
-            **options: Arguments of lm-eval's class.
-        """
-
-        def __init__(self, predict: Predict, task: str, **options: Any) -> None:  # noqa: ANN401
-            super().__init__(**options)
-            self._predict = predict
-            self._task = task
-            self._collected: list[Tensor] | None = None
-            self._logits: Iterator[Tensor] = iter(())
-
-        def _model_call(self, inps: Tensor, *_: object, **__: object) -> Tensor:
-            if self._collected is None:
-                return next(self._logits)
-            self._collected.append(inps.cpu())
-            return torch.zeros((), device=inps.device).expand(*inps.shape, self.vocab_size)
-
-        def _loglikelihood_tokens(
-            self,
-            requests: list[Any],  # Any: lm-eval has no usable types
-            disable_tqdm: bool = False,
-            override_bs: int | None = None,
-        ) -> list[tuple[float, bool]]:
-            collected: list[Tensor] = []
-            self._collected = collected
-            super()._loglikelihood_tokens(list(requests), True, override_bs)
-            self._collected, self._logits = None, self._predict(collected)
-            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-                list(requests), disable_tqdm, override_bs
-            )
-            return found
-
-        def generate_until(self, *_: object, **__: object) -> list[str]:
-            raise ConfigError(
-                f"tasks: {self._task} lets the model write text, for which all layers would be "
-                "read for each token: leave it out, or set loading=whole"
-            )
-
-    return Gathering
-
-
 @cache
 def _task_manager() -> Any:  # noqa: ANN401  lm-eval has no usable types
     """Return this process's index of all tasks; building it takes seconds."""
     with _quiet():
-        return _lm_eval().tasks.TaskManager()
+        return lm_eval_library().tasks.TaskManager()
 
 
 class Harness:
@@ -136,7 +75,7 @@ class Harness:
 
     def __init__(self, names: Sequence[str], task_data: str | None, settings: TaskSettings) -> None:
         check_values(settings)
-        self._library = _lm_eval()
+        self._library = lm_eval_library()
         self._settings = settings
         self._folder = None if task_data is None else Path(task_data).expanduser().absolute()
         if self._folder is not None and not self._folder.is_dir():
@@ -179,10 +118,12 @@ class Harness:
         start, settings = time.perf_counter(), self._settings
         options = {"pretrained": model, "tokenizer": tokenizer, "batch_size": settings.batch_size}
         with _quiet():
-            if predict is None:
-                adapter = self._library.models.huggingface.HFLM(**options)
-            else:
+            if predict is not None:
                 adapter = gathering_class()(predict, name, **options)
+            elif can_share(model):
+                adapter = sharing_class()(**options)
+            else:
+                adapter = self._library.models.huggingface.HFLM(**options)
             results = self._library.simple_evaluate(
                 model=adapter,
                 tasks=self._tasks(name),

@@ -161,7 +161,7 @@ def decode_greedily(
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         raise ModelError(f"{type(model).__name__} keeps no cache of keys and values to decode with")
-    options = _options(model)
+    options = cache_options(model)
     tokens = [_likeliest(output)]
     watch.start()
     for _ in range(new_tokens):
@@ -174,7 +174,7 @@ def decode_greedily(
 
 def _prefill(model: PreTrainedModel, prompt: Tensor, watch: Stopwatch) -> Any:  # noqa: ANN401  each family has an output class of its own
     """Run the prompt, and mark the ends of the forward pass and of the choice of a token."""
-    options = _options(model)
+    options = cache_options(model)
     watch.start()
     output = model(input_ids=prompt, **options)
     watch.mark()
@@ -188,10 +188,13 @@ def _likeliest(output: Any) -> Tensor:  # noqa: ANN401  each family has an outpu
     return logits[:, -1:].argmax(dim=-1)  # (B, 1)
 
 
-def _options(model: PreTrainedModel) -> dict[str, int | bool]:
-    """Return the keyword arguments that ``generate`` also passes to the model."""
+def cache_options(model: PreTrainedModel, positions: int = 1) -> dict[str, int | bool]:
+    """Return keyword arguments for a forward pass that keeps a cache, as ``generate`` passes them.
+
+    A model that can computes the logits of the last ``positions`` only.
+    """
     takes_limit = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"use_cache": True, **({"logits_to_keep": 1} if takes_limit else {})}
+    return {"use_cache": True, **({"logits_to_keep": positions} if takes_limit else {})}
 
 
 @contextmanager
