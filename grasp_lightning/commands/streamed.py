@@ -1,16 +1,13 @@
 """What a run with ``model.loading: streamed`` can do; the rest is refused before it starts."""
 
-from typing import Final
-
 from grasp_lightning.config import CompressConfig, MethodConfig
 from grasp_lightning.data.mixture import SELF
 from grasp_lightning.errors import ConfigError, ModelError
+from grasp_lightning.methods import METHODS, named_method
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.mixtures import experts_in
 from grasp_lightning.models.streamed_loading import check_streamable
 from grasp_lightning.training.hidden_cache import pass_on_hidden_states_only
-
-_METHODS: Final = ("grasp", "grasp_plus", "low_rank", "drop", "shortgpt", "random")
 
 
 def check_streamed(config: CompressConfig) -> None:
@@ -56,32 +53,11 @@ def check_runs_alone(view: DecoderView) -> None:
 
 def method_problem(method: MethodConfig) -> str | None:
     """Return why a method, resolved, needs the whole model; None if it can be streamed."""
-    if method.name not in _METHODS:
-        return f"method {method.name} needs the whole model; expected one of {', '.join(_METHODS)}"
-    problems = {
-        "method.unit measures blocks in the whole model: leave it unset": (
-            method.unit not in (None, "layers")
-        ),
-        "method.seam adds a matrix to layers: set method.seam=none": (
-            method.seam not in (None, "none")
-        ),
-        "method.schedule iterative sweeps once per block: set method.schedule=one_shot": (
-            method.schedule == "iterative"
-        ),
-        "method.ranks sensitivity tries truncations in the whole model: set another one": (
-            method.ranks == "sensitivity"
-        ),
-        "method.removable measures removals in the whole model: set it to none": (
-            method.removable not in (None, "none")
-        ),
-        "method.embeddings factors measures rows in the whole model: set it to none": (
-            method.embeddings == "factors"
-        ),
-        "method.target plain changes the config of the whole model: set another one": (
-            method.target == "plain"
-        ),
-    }
-    return next((reason for reason, applies in problems.items() if applies), None)
+    obstacle = named_method(method.name).obstacle
+    if obstacle is not None:
+        return obstacle(method)
+    names = [name for name, registered in METHODS.items() if registered.obstacle is not None]
+    return f"method {method.name} needs the whole model; expected one of {', '.join(names)}"
 
 
 def _other_problem(config: CompressConfig) -> str | None:

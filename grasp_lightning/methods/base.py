@@ -79,6 +79,12 @@ class CompressionMethod(ABC):
         """Return sizes before and after, from shapes alone; weights may be on the meta device."""
 
 
+def no_obstacle(config: MethodConfig) -> str | None:
+    """Return None: one decoder layer at a time is enough, with any options."""
+    del config
+    return None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Registered:
     """A method that configurations name.
@@ -91,6 +97,9 @@ class Registered:
         resolve: Completes what the user set; in the result None means "no effect here". Values out
             of range or in contradiction are a ``ConfigError``.
         build: Makes the method from complete options, the dense model and the progress display.
+        obstacle: Returns what in complete options needs the whole model on the device, and what to
+            do, in one line; None if one decoder layer at a time is enough. Without this function,
+            the method always needs the whole model, and ``model.loading: streamed`` is refused.
     """
 
     name: str
@@ -99,3 +108,4 @@ class Registered:
     remedy: str | None = None
     resolve: Callable[[MethodConfig], MethodConfig]
     build: Callable[[MethodConfig, DecoderView, Track], CompressionMethod]
+    obstacle: Callable[[MethodConfig], str | None] | None = None

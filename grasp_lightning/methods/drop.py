@@ -158,9 +158,18 @@ def _built(config: MethodConfig, view: DecoderView, track: Track) -> Compression
     return DropMethod(layers)
 
 
+def _obstacle(config: MethodConfig) -> str | None:
+    if config.unit not in (None, "layers"):
+        return "method.unit measures blocks in the whole model: leave it unset"
+    if config.seam not in (None, "none"):
+        return "method.seam adds a matrix to layers: set method.seam=none"
+    return None
+
+
 DROP_METHOD: Final = Registered(
     name="drop",
     ignores="deletes layers and scores no components",
     resolve=_resolved,
     build=_built,
+    obstacle=_obstacle,
 )

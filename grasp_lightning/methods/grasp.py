@@ -194,9 +194,16 @@ def _built(config: MethodConfig, view: DecoderView, track: Track) -> Compression
     )
 
 
+def _obstacle(config: MethodConfig) -> str | None:
+    if config.schedule == "iterative":
+        return "method.schedule iterative sweeps once per block: set method.schedule=one_shot"
+    return None
+
+
 GRASP: Final = Registered(
     name="grasp",
     ignores="scores components of the plain SVD; see grasp_plus and low_rank",
     resolve=_resolved,
     build=_built,
+    obstacle=_obstacle,
 )

@@ -24,7 +24,7 @@ from grasp_lightning.config import MethodConfig
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.methods.base import Registered
 from grasp_lightning.methods.grasp import PRESETS
-from grasp_lightning.methods.low_rank import PLAIN, check_amount, truncation, with_parts
+from grasp_lightning.methods.low_rank import PLAIN, check_amount, obstacle, truncation, with_parts
 from grasp_lightning.methods.options import refuse_ignored
 
 _PARTS: Final = replace(
@@ -59,4 +59,5 @@ GRASP_PLUS: Final = Registered(
     remedy="set method.name=grasp",
     resolve=_resolved,
     build=truncation,
+    obstacle=obstacle,
 )

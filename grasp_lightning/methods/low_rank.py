@@ -195,6 +195,25 @@ def truncation(config: MethodConfig, view: DecoderView, track: Track) -> Compres
     return BudgetedTruncation(rule=GlobalRanks(**budget), **parts)
 
 
+def obstacle(config: MethodConfig) -> str | None:
+    """Return what of complete options needs the whole model, or None; see ``Registered``."""
+    reasons = {
+        "method.ranks sensitivity tries truncations in the whole model: set another one": (
+            config.ranks == "sensitivity"
+        ),
+        "method.removable measures removals in the whole model: set it to none": (
+            config.removable not in (None, "none")
+        ),
+        "method.embeddings factors measures rows in the whole model: set it to none": (
+            config.embeddings == "factors"
+        ),
+        "method.target plain changes the config of the whole model: set another one": (
+            config.target == "plain"
+        ),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
 def _resolved(config: MethodConfig) -> MethodConfig:
     return with_parts(check_amount(config), chosen_preset(config, _PRESETS, PLAIN))
 
@@ -205,4 +224,5 @@ LOW_RANK: Final = Registered(
     remedy="set method.name=grasp",
     resolve=_resolved,
     build=truncation,
+    obstacle=obstacle,
 )

@@ -8,7 +8,7 @@ import torch
 
 from grasp_lightning.config import MethodConfig, RandomOptions
 from grasp_lightning.errors import ModelError
-from grasp_lightning.methods.base import Decision, Registered, Track
+from grasp_lightning.methods.base import Decision, Registered, Track, no_obstacle
 from grasp_lightning.methods.budget import resolve_num_layers
 from grasp_lightning.methods.drop import DropMethod
 from grasp_lightning.methods.layer_choice import SELECT, LayerChoice, first_droppable
@@ -69,4 +69,5 @@ RANDOM: Final = Registered(
     options=RandomOptions,
     resolve=resolve_number,
     build=_built,
+    obstacle=no_obstacle,
 )

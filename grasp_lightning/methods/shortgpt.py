@@ -5,7 +5,7 @@ from typing import Final
 
 from grasp_lightning.config import MethodConfig
 from grasp_lightning.errors import ConfigError
-from grasp_lightning.methods.base import Registered, Track
+from grasp_lightning.methods.base import Registered, Track, no_obstacle
 from grasp_lightning.methods.budget import resolve_num_layers
 from grasp_lightning.methods.drop import DropMethod
 from grasp_lightning.methods.layer_choice import LayerChoice
@@ -53,4 +53,5 @@ SHORTGPT: Final = Registered(
     ignores="deletes layers and scores no components",
     resolve=_resolved,
     build=_built,
+    obstacle=no_obstacle,
 )
