@@ -234,10 +234,10 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
             "compress a model: calibrate, decide, replace, save, report", _compress, _AGAIN
         ),
         "compensate": Command(
-            "train a compressed model briefly, then save and report", _compensate, _AGAIN
+            "train a compressed model to recover quality, save, report", _compensate, _AGAIN
         ),
         "plan": Command(
-            "predict what would be removed and the memory per process; reads no weights", _plan
+            "predict what would be removed, and the memory per process; reads no weights", _plan
         ),
         "evaluate": Command(
             "compare models: perplexity, task accuracy and cost",
@@ -246,14 +246,14 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         ),
         "benchmark": Command("compare models: prefill and decode throughput", _benchmark),
         "compare": Command(
-            "compress models with several methods at several sizes; one table of all",
+            "compress models with several methods to several sizes; compare them in one table",
             _compare,
-            "run the same command again: it continues where it was",
+            "run the same command again: it continues where it stopped",
         ),
         "export": Command(
-            "write a compressed model in a format that other runtimes can read", _export
+            "write a compressed model in a format that other programs can read", _export
         ),
-        "trim": Command("remove tokens that some texts never use, with their weights", _trim),
+        "trim": Command("remove tokens that your texts never use, with their weights", _trim),
     }
 )
 

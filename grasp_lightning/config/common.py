@@ -34,7 +34,7 @@ class ModelConfig:
         device: Device of the model: auto, cpu, cuda, cuda:1, ...
         trust_remote_code: Run model code that comes with the checkpoint.
         loading: whole: the device holds all weights; streamed: it holds one decoder layer at a
-            time, read from the disk; compress only.
+            time, read from the disk (compress only).
     """
 
     path: PathName
@@ -53,8 +53,8 @@ class CalibrationConfig:
     Attributes:
         source: pydoc (embedded), wikitext2, c4, ptb (hub), file (see ``path``); with answers:
             alpaca (hub), instructions (see ``path``); self: text that the model generates. A list
-            mixes sources; the default is a list, since calibrating on one kind of text makes the
-            model worse on others.
+            mixes sources. The default is a mixture, because calibrating on one kind of text makes
+            the model worse on others.
         path: A .txt, .jsonl or .parquet file for ``source: file``, a .jsonl, .json or .parquet file
             for ``source: instructions``; a list has one for each of these, in order.
         weights: Relative number of windows from each source of a list; unset: equal.
@@ -64,7 +64,7 @@ class CalibrationConfig:
         field: Text column of .jsonl and .parquet files, for ``source: file``.
         num_samples: Number of windows, over all sources.
         seqlen: Tokens per window.
-        batch_size: Windows per forward pass; affects speed and memory, never scores.
+        batch_size: Windows per forward pass; changes speed and memory, never scores.
         add_bos: Start every window with the beginning-of-sequence token.
     """
 
@@ -133,10 +133,10 @@ class TrainerConfig:
         num_nodes: Number of nodes.
         strategy: auto, ddp: each device holds the whole model; fsdp: devices shard the weights;
             deepspeed_stage_1, _2, _3, _2_offload, _3_offload: compensation only.
-        precision: 32-true runs in the model's own dtype, bf16-mixed computes in bfloat16.
+        precision: 32-true computes in the model's own dtype, bf16-mixed in bfloat16.
         matmul_precision: How torch may round the inputs of float32 matrix products in the model:
-            highest not at all, high to TensorFloat32, medium to bfloat16; never those of sums over
-            tokens and of decompositions.
+            highest not at all, high to TensorFloat32, medium to bfloat16. Sums over tokens and
+            decompositions are never rounded.
         checkpoint_seconds: Seconds between checkpoints, from which a killed run resumes.
     """
 

@@ -83,7 +83,8 @@ class GridRecipe(Recipe):
     """A training of every compressed model.
 
     Attributes:
-        after: Name of another entry, from whose model it starts; unset: the compressed model.
+        after: Name of another entry, from whose model this training starts; unset: it starts from
+            the compressed model.
     """
 
     after: str | None = None
@@ -104,23 +105,23 @@ class PaperConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Compress models with several methods at several sizes, and compare them in one table.
+    """Compress models with several methods to several sizes, and compare them in one table.
 
     Attributes:
         output_dir: Folder to write; each cell of the grid is a run folder in ``cells``.
         overwrite: Run cells again whose configuration has changed.
         jobs: Number of cells to run at once, each with its share of the CPU threads.
-        cells: Part of the grid to run, such as 3/16 for the third of 16; unset: all of it, and
-            then the table.
-        seeds: Seeds of the choice of calibration windows.
+        cells: Part of the grid to run, such as 3/16 for the third of 16; unset: all of it, and the
+            table is written.
+        seeds: Seeds for choosing the calibration windows.
         removed_ratios: Shares of all parameters to remove.
         skip_unknown: Skip methods that do not exist, instead of refusing them.
         models: Models by name.
-        methods: Methods by name, without ``removed_ratio``; one that sets its own size has one cell
-            per seed.
+        methods: Methods by name, without ``removed_ratio``; a method that sets its own size has one
+            cell per seed.
         compensations: Trainings after compression by name; each runs on the model of every cell.
         calibration: Calibration text of all cells.
-        statistics: Measurements of all cells and their limits.
+        statistics: Measurements of all cells, their limits, and where they are kept.
         trainer: Lightning settings of all compressions.
         texts: Held-out texts for perplexity by name.
         tasks: Tasks of lm-eval.

@@ -118,8 +118,8 @@ class DistillationConfig:
         device: Device of the teacher: auto (the model's), or another, such as cpu.
         cache: Run the teacher once, and keep its likeliest next tokens on disk.
         top_k: Number of these tokens per predicted token; all others count as one class.
-        cache_dir: Folder that keeps them for other runs with the same teacher and text; unset: the
-            run folder, until the run is finished.
+        cache_dir: Folder that keeps these tokens for other runs with the same teacher and text;
+            unset: the run folder, until the run is finished.
     """
 
     teacher: PathName | None = None
@@ -134,12 +134,12 @@ class DistillationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalConfig:
-    """Layer-local training: every layer learns the hidden state of the dense model.
+    """Layer-by-layer training: every layer learns the hidden state of the dense model.
 
     Attributes:
         layers_at_once: Number of layers that are trained together.
-        scale: What a squared error is divided by: layer (the mean square of the dense hidden states
-            of all tokens), or token (that of the same token).
+        scale: What a squared error is divided by: the mean square of the dense hidden states of all
+            tokens (layer), or of the same token (token).
         max_memory: Limit in GB for the hidden states of all windows; the rest is stored on disk.
     """
 
@@ -158,7 +158,7 @@ class OptimizerConfig:
         weight_decay: Decoupled weight decay of all trained parameters.
         beta1: Decay of the mean of gradients.
         beta2: Decay of the mean of squared gradients.
-        epsilon: Added to the root of that mean.
+        epsilon: Added to the square root of that mean.
         schedule: Learning rate after the warm-up: constant, linear or cosine to 0.
         warmup_steps: Optimizer steps in which the learning rate rises from 0.
         gradient_clip: Maximum norm of the whole gradient; unset: no clipping.
@@ -182,10 +182,10 @@ class TrainingConfig:
     Attributes:
         epochs: Passes over the samples.
         max_steps: Maximum optimizer steps; unset: ``epochs`` decides.
-        max_time: Maximum time in training, such as 90s, 30m or 2h: as many steps as fit are
-            planned, warm-up and decay included, but no more than the other limits allow.
+        max_time: Maximum time of the training, such as 90s, 30m or 2h. Steps, warm-up and decay are
+            planned for this time; other limits still hold.
         batch_size: Rows per optimizer step.
-        micro_batch_size: Rows per forward pass; affects memory and speed, not the result.
+        micro_batch_size: Rows per forward pass; changes memory and speed, not the result.
         validate_every: Optimizer steps between validations; unset: only before and after.
         patience: Stop after this many validations without a lower loss; unset: never.
         keep: Weights to keep: last, or best (lowest validation loss).
@@ -205,7 +205,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggersConfig:
-    """Where losses are logged, besides the CSV file in ``logs``.
+    """Where losses are logged, in addition to the CSV file in ``logs``.
 
     Attributes:
         tensorboard: Write TensorBoard files into ``logs``; needs the extra ``tensorboard``.
@@ -223,7 +223,7 @@ class TrainedFolder:
     Attributes:
         output_dir: Run folder to write.
         overwrite: Delete what an earlier run wrote there.
-        seed: Seed of validation split, order, adapters and dropout.
+        seed: Seed of the validation split, order, adapters and dropout.
     """
 
     output_dir: PathName | None = None
@@ -233,21 +233,21 @@ class TrainedFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train a compressed model, whichever it is.
+    """How to train a compressed model.
 
     Attributes:
         preset: Named set of defaults: paper, the settings of arXiv:2501.00339, Table 6.
         train: What to train: lora (adapters on all linears), factors (low-rank factors and narrowed
             linears, without biases), lora_on_factors (adapters on these only), replaced (these
-            linears with biases, seams, and weights that compression set or merged), or all (every
-            weight of the decoder layers).
-        objective: What to train on: instruction, text, distill (a teacher's distribution), or local
-            (a teacher's hidden states, layer by layer).
+            linears with biases, seams, and weights that compression changed in place), or all
+            (every weight of the decoder layers).
+        objective: What to learn: instruction, text, distill (a teacher's output distribution), or
+            local (a teacher's hidden states, layer by layer).
         lora: LoRA adapters.
         data: Instructions to train on.
         text: Plain text to train on.
         distillation: Distillation from a teacher.
-        local: Layer-local training.
+        local: Layer-by-layer training.
         optimizer: AdamW and its learning rate.
         training: Steps, batches, and weights to keep.
         trainer: Lightning settings.
@@ -270,10 +270,10 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class CompensateConfig(Recipe, TrainedFolder):
-    """Train a compressed model, merge what was trained, save the result and report.
+    """Train a compressed model, merge adapters, save the result and a report.
 
     Attributes:
-        dry_run: Check everything that is quick, print the memory, and write nothing.
+        dry_run: Check everything that is quick to check, print the memory, and write nothing.
         push_to_hub: Hub repository to upload the finished model to.
         model: The compressed model.
         evaluation: Held-out text for perplexity, before and after.

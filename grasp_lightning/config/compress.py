@@ -16,21 +16,20 @@ from grasp_lightning.config.values import Count, PathName, Positive, Range, Seed
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsConfig:
-    """What grasp_plus, low_rank, laco and drop measure.
+    """Measurements, their limits, and where they are kept.
 
     Attributes:
-        max_memory: Memory limit in GB, for Gram matrices and later for the hidden states of a
-            refit; above it, layers are measured in several passes, and hidden states are stored on
-            disk.
+        max_memory: Limit in GB for Gram matrices, and later for the hidden states of a refit. Above
+            it, layers are measured in several passes, and hidden states are stored on disk.
         store: Keep Gram matrices in the run folder, so that ``from_scores`` can compress to another
             ratio.
-        measured_windows: Held-out windows on which each cut is measured alone, to compare with its
-            predicted loss; 0: none.
-        priced_windows: Calibration windows on which the removal of each layer and block is
-            measured, for ``method.removable``, and for ``drop`` with blocks; on which laco tries
-            merges; and on which ``method.ranks: sensitivity`` measures truncations.
-        shared: Folder of measurements and generated text that runs share: each is made by one run,
-            and the others read it. Unset: none.
+        measured_windows: Held-out windows on which each cut is measured alone, for a comparison
+            with its predicted loss; 0: none.
+        priced_windows: Calibration windows on which single removals of layers and blocks are
+            measured, for ``method.removable`` and for ``drop`` with blocks. On these windows, laco
+            also tries merges, and ``method.ranks: sensitivity`` measures truncations.
+        shared: Folder of measurements and generated text that runs share: one run makes each of
+            them, and the other runs read it. Unset: none.
     """
 
     max_memory: Positive = 8.0
@@ -42,24 +41,25 @@ class StatisticsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig:
-    """Calibrate a model, decide what to remove, replace it, save the result and report.
+    """Calibrate a model, decide what to remove, remove it, save the result and a report.
 
     Attributes:
         output_dir: Run folder to write; ``plan`` needs none.
         overwrite: Delete what an earlier run wrote there.
-        dry_run: Check everything that is quick, print what ``plan`` prints, and write nothing.
-        seed: Seed of the choice of calibration windows, and of layers that random draws.
-        from_scores: Finished run whose stored scores are used instead of a pass over the data;
+        dry_run: Check everything that is quick to check, print what ``plan`` prints, and write
+            nothing.
+        seed: Seed for choosing the calibration windows, and the layers for the method random.
+        from_scores: Finished run whose stored scores are used instead of a pass over the text;
             unset keys are taken from its configuration.
-        compensate: YAML file of a ``compensate`` that follows in the same run folder; its keys are
-            also options, as in ``--compensate.training.max_time=10m``. ``plan`` predicts its
-            memory. Unset: none follows.
+        compensate: YAML file of ``compensate`` for a training that follows in the same run folder.
+            Its keys are also options, as in ``--compensate.training.max_time=10m``. ``plan``
+            predicts its memory. Unset: no training follows.
         model: Model to compress.
         method: Compression method.
         calibration: Calibration text.
         evaluation: Held-out text for perplexity.
         trainer: Lightning settings.
-        statistics: Measurements and their limits.
+        statistics: Measurements, their limits, and where they are kept.
     """
 
     output_dir: PathName | None = None
@@ -81,7 +81,7 @@ class PlanConfig(CompressConfig):
     """Predict what ``compress`` removes and how much memory it needs, from the config alone.
 
     Attributes:
-        device_memory: Memory of one device in GB, to see how to load the model on it.
+        device_memory: Memory of one device in GB; ``plan`` then says how to load the model on it.
     """
 
     device_memory: Positive | None = None
@@ -93,13 +93,13 @@ class ExportConfig:
 
     Attributes:
         model: Folder of a compressed model, such as ``runs/x/model``.
-        format: Format of the copy; dense multiplies the factors back into ordinary weights, gguf
-            writes a file for llama.cpp, torchao and bitsandbytes quantize the weights, 2_4 stores
-            2:4 weights without their zeros, for NVIDIA GPUs.
+        format: Format of the copy. dense: multiply the factors back into ordinary weights; gguf:
+            write a file for llama.cpp; torchao, bitsandbytes: quantize the weights; 2_4: store 2:4
+            weights without their zeros, for NVIDIA GPUs.
         type: Type of the quantized weights: int8 (default) or int4 of torchao, nf4 of bitsandbytes.
-        gguf_type: Type of the matrices in a GGUF file; unset: that of the model.
-        gguf_base: GGUF file, or smollm2, whose tokenizer is copied; unset: it is made from that of
-            the model.
+        gguf_type: Type of the matrices in a GGUF file; unset: the type of the model.
+        gguf_base: GGUF file, or smollm2, whose tokenizer is copied; unset: the tokenizer of the
+            model is converted.
         loading: whole: memory holds all weights; streamed: one decoder layer at a time, for format
             dense.
         output_dir: Run folder to write; the copy is in its subfolder ``model``.

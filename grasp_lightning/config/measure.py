@@ -25,7 +25,8 @@ class EvaluateConfig:
         loading: whole: the device holds all weights; streamed: it holds one decoder layer at a
             time, read from a local folder.
         matmul_precision: How torch may round the inputs of float32 matrix products: highest not at
-            all, high to TensorFloat32, medium to bfloat16, which is faster on hardware that has it.
+            all, high to TensorFloat32, medium to bfloat16; rounding is faster on hardware that
+            supports it.
         corpora: Texts for perplexity: wikitext2, ptb, c4, pydoc, or .txt, .jsonl or .parquet files.
         evaluation: How to cut these texts into windows.
         tasks: Names of lm-eval tasks, tags or groups; needs the extra ``eval``.
@@ -63,7 +64,7 @@ class BenchmarkConfig:
 
     Attributes:
         model: Model that the others are compared with: folder, hub name, .gguf file or ``smollm2``.
-        against: The others.
+        against: The other models.
         revision: Branch, tag or commit of the hub models.
         dtype: Floating point type of the weights; auto keeps each checkpoint's.
         device: Device of the models: auto, cpu, cuda, cuda:1, ...

@@ -50,20 +50,21 @@ class AmountOptions:
     """Which method, and how much it removes: what every method reads.
 
     Attributes:
-        name: grasp_plus: ranks and MLP channels by loss curvature, under one budget; grasp: the
-            method of the paper; low_rank: a preset, or parts of your choice; drop: deletes layers;
-            replaceme: deletes a span of layers and folds a linear map into the MLP before it;
-            llm_streamline: replaces contiguous layers by one that is trained; laco: merges layers;
-            shortgpt: the layers of lowest block influence; sleb: the layers that a greedy search by
-            the loss finds; shortened_llama: the layers of lowest importance by gradients or loss;
-            llm_pruner: attention heads and MLP channels of lowest importance by gradients, the same
-            share of each layer; flap: those whose inputs vary least, with biases that make up for
-            them; slicegpt: makes the hidden states smaller; random: layers drawn at random; wanda
-            and sparsegpt: set weights to zero, which saves no memory; or a method of another
-            installed package.
+        name: grasp_plus: ranks and MLP channels by the curvature of the loss, under one budget;
+            grasp: the method of the GRASP paper; low_rank: factorizes all linears, by a preset or
+            by parts of your choice; drop: deletes layers; replaceme: deletes contiguous layers and
+            folds a linear map into the MLP before them; llm_streamline: replaces contiguous layers
+            with one trained layer; laco: merges layers; shortgpt: deletes the layers of lowest
+            block influence; sleb: deletes the layers that a greedy search by the loss finds;
+            shortened_llama: deletes the layers of lowest importance by gradients or loss;
+            llm_pruner: removes attention heads and MLP channels of lowest importance by gradients,
+            the same share of each layer; flap: removes those whose inputs vary least, and adds
+            biases to compensate; slicegpt: makes the hidden states smaller; random: deletes layers
+            drawn at random; wanda and sparsegpt: set weights to zero, which saves no memory; or a
+            method of another installed package.
         num_layers: Number of decoder layers to replace or delete.
-        removed_ratio: Share of all parameters to remove, for wanda and sparsegpt to set to zero;
-            replaces ``num_layers`` or ``keep_ratio``.
+        removed_ratio: Share of all parameters to remove, or, for wanda and sparsegpt, to set to
+            zero; replaces ``num_layers`` or ``keep_ratio``.
     """
 
     name: str = "grasp_plus"
@@ -90,8 +91,8 @@ class KeepOptions:
 
     Attributes:
         keep_ratio: Share of each matrix's parameters that its factors keep, in [0, 1), where 0
-            deletes the layers; under one budget, share of the parameters of all linears together;
-            slicegpt: share of the directions of the hidden states.
+            deletes the layers. Under one budget: share of the parameters of all linears together.
+            For slicegpt: share of the directions of the hidden states.
     """
 
     keep_ratio: float | None = None
@@ -189,13 +190,13 @@ class BudgetOptions(RoundingOptions):
         mlp: Under a global budget, factors: factorize the matrices of MLPs like all others;
             channels: remove the hidden channels of MLPs and experts that affect the loss least, and
             whole experts.
-        removable: Under a global budget, parts that may be removed whole where that costs less loss
-            than compressing them: none, layers, or layers_and_blocks (also attention and MLP
-            blocks). Needs weighting kfac, whose losses have the unit of a measured removal.
+        removable: Under a global budget, parts that may be removed as a whole if that costs less
+            loss than compressing them: none, layers, or layers_and_blocks (also attention and MLP
+            blocks). Needs weighting kfac, whose losses have the same unit as a measured removal.
         target: What will run the model. any: programs that can run factors, such as transformers;
-            no_factors and gguf (llama.cpp): attention stays dense, and MLPs get narrower, each by
-            its own number of channels; plain: all MLPs get the same width, so that the folder is an
-            ordinary one that opens anywhere.
+            no_factors and gguf (llama.cpp): attention stays dense, and each MLP gets its own width;
+            plain: all MLPs get the same width, so that the folder is an ordinary one that opens
+            anywhere.
     """
 
     mlp: MlpChoice | None = None
@@ -209,8 +210,8 @@ class SearchOptions:
 
     Attributes:
         search_minutes: Minutes after which ``ranks: sensitivity`` measures no more; each linear is
-            measured at least once. Unset: no limit. The measured losses, and so the ranks, then
-            depend on the speed of the machine.
+            measured at least once. Unset: no limit. With a limit, the measured losses, and so the
+            ranks, depend on the speed of the machine.
     """
 
     search_minutes: Positive | None = None
@@ -229,10 +230,10 @@ class LowRankOptions(
             predicted loss most; sensitivity: one budget for all, by the measured loss with a single
             matrix truncated, for each matrix and each keep ratio of 0.1, 0.2, ... 0.9.
         refit: Refit the compressed linears layer by layer, on their inputs in the compressed model.
-            prefix fits each to its output in the dense model; residual refits the linears that
-            write to the residual stream, to reduce the accumulated error.
+            prefix fits each linear to its output in the dense model; residual refits the linears
+            that write to the residual stream, to reduce the accumulated error.
         refit_pull: How strongly a refit is pulled towards the truncated weights. 0: least squares;
-            1: half the step to it.
+            1: half of the way to it.
     """
 
     ranks: RankChoice | None = None
@@ -246,8 +247,8 @@ class GraspPlusOptions(LowRankOptions):
 
     Attributes:
         embeddings: factors: tokens are grouped by how often they occur, and the rows of a group in
-            embedding and head become low-rank factors where the budget decides so; none: embedding
-            and head stay dense.
+            embedding and head become low-rank factors if the budget decides so; none: embedding and
+            head stay dense.
     """
 
     embeddings: EmbeddingsChoice | None = None
@@ -259,11 +260,11 @@ class LacoOptions(AmountOptions):
 
     Attributes:
         merge: paper: each merged layer is its weights plus the sum of the differences of those
-            merged into it; released: what the public code computes, the linears of the last of them
-            with the norms of the first.
+            merged into it; released: what the public code computes, the linears of the last merged
+            layer with the norms of the first.
         merge_layers: Number of contiguous layers that become one, at least 2; the last merge may
             take fewer.
-        interval: How many layers lower the search continues after an accepted merge.
+        interval: After an accepted merge, the search continues this many layers lower.
         threshold: Lowest cosine between the final hidden states of the merged and the dense model;
             each further sweep over the layers lowers it by 0.05, until enough layers are merged.
     """
@@ -276,11 +277,11 @@ class LacoOptions(AmountOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RidgeOptions:
-    """How a linear map that makes up for deleted layers is fitted.
+    """How a linear map that replaces deleted layers is fitted.
 
     Attributes:
-        ridge: Ridge of the least squares fit of a linear map, as a share of the mean diagonal of
-            the Gram matrix of what it reads, at most 100.
+        ridge: Ridge of the least-squares fit of a linear map, as a share of the mean diagonal of
+            the Gram matrix of its inputs, at most 100.
     """
 
     ridge: float | None = None
@@ -297,8 +298,8 @@ class DropOptions(RidgeOptions, MethodOptions):
 
     Attributes:
         unit: What is deleted: whole layers, or only their attention or MLP blocks.
-        seam: linear: one matrix for each run of deleted layers, added to the model, maps the hidden
-            states that enter the run to those that left it; none: delete only.
+        seam: linear: for each run of deleted layers, a matrix is added to the model that maps the
+            hidden states that enter the run to those that leave it; none: only delete.
     """
 
     unit: Unit | None = None
@@ -310,7 +311,7 @@ class RandomOptions(AmountOptions):
     """What random reads.
 
     Attributes:
-        layer_seed: Seed of the drawn layers; unset: the seed of the run.
+        layer_seed: Seed for drawing the layers; unset: the seed of the run.
     """
 
     layer_seed: Seed | None = None
@@ -347,9 +348,9 @@ class LlmPrunerOptions(ProtectOptions, AmountOptions):
     """What llm_pruner reads.
 
     Attributes:
-        importance: How heads and channels are scored: taylor: by gradient times weight, the
-            modulus summed over all their weights; taylor_second: by the squared gradients of
-            single windows; taylor_mixed: by both; l2: by the squared weights, without text.
+        importance: How heads and channels are scored: taylor: by gradient times weight, in absolute
+            value, summed over all their weights; taylor_second: by the squared gradients of single
+            windows; taylor_mixed: by both; l2: by the squared weights, without text.
     """
 
     importance: Importance | None = None
@@ -360,10 +361,10 @@ class StreamlineOptions(MethodOptions):
     """What llm_streamline reads.
 
     Attributes:
-        replacement: What replaces the span of layers: its first layer, or only the MLP block of
-            that layer; trained to give the output of the span.
+        replacement: What replaces the contiguous layers: the first of them (layer), or only its MLP
+            block (mlp); it is trained to compute the output of all of them.
         epochs: Passes of the training over the calibration windows; 0: none.
-        learning_rate: Learning rate of the first step; it falls to 2.5 % of it.
+        learning_rate: Learning rate of the first step; it falls to 2.5 % of this value.
         step_windows: Calibration windows per optimizer step.
     """
 
@@ -390,8 +391,8 @@ class SliceOptions(RoundingOptions, KeepOptions, AmountOptions):
     """What slicegpt reads.
 
     Attributes:
-        directions_of: What the kept directions hold most of. input: the hidden states as they enter
-            a block; normed: after its norm, so that all tokens count equally.
+        directions_of: Which hidden states choose the directions that are kept. input: those that
+            enter a block; normed: those after its norm, so that all tokens count equally.
     """
 
     directions_of: DirectionsOf | None = None

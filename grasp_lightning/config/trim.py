@@ -8,17 +8,17 @@ from grasp_lightning.config.values import Count, PathName
 
 @dataclass(frozen=True, kw_only=True)
 class TrimConfig:
-    """Remove tokens that some texts never use, with their rows in embedding and head.
+    """Remove tokens that your texts never use, with their rows in embedding and head.
 
     Attributes:
         model: Model to trim, compressed or not.
         corpora: Texts whose tokens stay: wikitext2, ptb, c4, pydoc (their calibration splits), or
             .txt, .jsonl or .parquet files.
         field: Text column of .jsonl and .parquet files.
-        unnamed: Another text, on which the report says how much longer text becomes; of a corpus,
-            its held-out split.
-        multiple_of: The number of tokens becomes a multiple of this; unused tokens fill it up.
-        num_tokens: About how many tokens to keep, the most frequent; text then becomes longer.
+        unnamed: Another text, for which the report shows how much longer it becomes; for a named
+            corpus, its held-out split.
+        multiple_of: The number of tokens is rounded up to a multiple of this, with unused tokens.
+        num_tokens: About how many tokens to keep, the most frequent ones; text then becomes longer.
             Unset: all that the corpora use.
         output_dir: Run folder to write; the model is in its subfolder ``model``.
         overwrite: Delete what an earlier run wrote there.

@@ -112,8 +112,8 @@ def gathering_class() -> Any:  # noqa: ANN401  lm-eval has no usable types
 
         def generate_until(self, *_: object, **__: object) -> list[str]:
             raise ConfigError(
-                f"tasks: {self._task} lets the model write text, for which all layers would be "
-                "read for each token: leave it out, or set loading=whole"
+                f"tasks: {self._task} lets the model generate text, and each token would have to "
+                "read all layers: leave the task out, or set loading=whole"
             )
 
     return Gathering

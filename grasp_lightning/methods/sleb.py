@@ -81,9 +81,9 @@ class Sleb(CompressionMethod):
         candidates = _candidates(view)
         if self._num_layers > len(candidates):
             raise ConfigError(
-                f"method sleb is to delete {self._num_layers} layers, but it can delete "
-                f"{len(candidates)} of {view.num_layers}: the first and the last one stay, and "
-                "those that the model needs; lower method.num_layers or method.removed_ratio"
+                f"method sleb should delete {self._num_layers} layers, but it can delete "
+                f"{len(candidates)} of {view.num_layers}: the first, the last, and layers that the "
+                "model needs must stay; lower method.num_layers or method.removed_ratio"
             )
         return predict_layers(
             view,

@@ -79,8 +79,8 @@ def choose_tokens(
         )
     if kept >= tokens.keys() and len(kept) % multiple_of:
         raise ConfigError(
-            f"multiple_of is {multiple_of:,}, but all {len(kept):,} tokens would stay, which is no "
-            "multiple of it; set a lower one, name less text, or set num_tokens"
+            f"multiple_of is {multiple_of:,}, but all {len(kept):,} tokens would stay, which is "
+            "not a multiple of it; set a lower one, name less text, or set num_tokens"
         )
     keeps_all_used = num_used == len(used)
     return Choice(

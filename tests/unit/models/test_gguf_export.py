@@ -269,7 +269,7 @@ def test_weights_that_overflow_are_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_pre_tokenizer_is_refused_with_what_to_do(tmp_path: Path) -> None:
     assert refusal(save(tiny_model(), tmp_path / "m"), gguf_base=None) == (
-        "the pre-tokenizer of this model is none that llama.cpp has a name for; "
+        "llama.cpp has no name for the pre-tokenizer of this model; "
         "pass --gguf_base, a GGUF file of the base model, whose tokenizer is copied"
     )
 

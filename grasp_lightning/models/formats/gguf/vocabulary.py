@@ -83,7 +83,7 @@ def folder_keys(folder: Path, tokenizer: PreTrainedTokenizerBase, num_tokens: in
         name = pre_tokenizer_of(tokenizer)
         if name is None:
             raise ModelError(
-                f"the pre-tokenizer of this model is none that llama.cpp has a name for; {_ADVICE}"
+                f"llama.cpp has no name for the pre-tokenizer of this model; {_ADVICE}"
             )
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(name)
