@@ -36,8 +36,9 @@ from grasp_lightning.callbacks.vocabulary import VocabularyMoments
 from grasp_lightning.config import TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import PlanError
-from grasp_lightning.evaluation.cut_losses import first_tokens
+from grasp_lightning.evaluation.cut_losses import cut_losses, first_tokens
 from grasp_lightning.methods.attribution import ATTRIBUTION, attribution_step
+from grasp_lightning.methods.embedding_rows import MeasuredRows
 from grasp_lightning.methods.layer_choice import GRADIENTS, SELECT
 from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.removal import REMOVALS
@@ -47,7 +48,7 @@ from grasp_lightning.methods.truncation import CURVATURE, Measured
 from grasp_lightning.methods.unit_removal import SPREAD
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
-from grasp_lightning.plan import MergeLayers
+from grasp_lightning.plan import FactorizeRows, MergeLayers
 from grasp_lightning.progress import expect_passes, skip_pass, track
 from grasp_lightning.stats.base import (
     MergedMoments,
@@ -59,6 +60,7 @@ from grasp_lightning.stats.base import (
     Step,
     StreamBases,
     StreamBasis,
+    Vocabulary,
 )
 from grasp_lightning.stats.layer_gradients import gradient_groups
 from grasp_lightning.stats.moments import layer_groups
@@ -72,6 +74,7 @@ from grasp_lightning.training.strategies import CalibrationFSDP
 from grasp_lightning.training.stream_bases import stream_bases
 from grasp_lightning.training.truncation_losses import num_sweeps, truncation_losses
 
+_TRIED_SHARE = 8  # one in so many windows
 _DESCRIPTIONS = {
     SELECT: "comparing layers",
     ATTRIBUTION: "scoring components",
@@ -141,8 +144,10 @@ class TrainerMeasure:
             return self._pass(view, step, measurement)
         if needs.sensitivity is not None:
             return self._sensitivity(view, step, needs.sensitivity)
+        moments = self._moments(view, step) if needs.moment_kinds else {}
         return Statistics(
-            moments=self._moments(view, step) if needs.moment_kinds else {},
+            moments=moments,
+            row_losses=self._row_losses(view, needs.vocabulary, moments),
             removal_losses=self._removal_losses(view, needs),
             layer_scores=self._layer_scores(view, step) if needs.layer_gradients else {},
             unit_scores=self._unit_scores(view, step) if needs.units else {},
@@ -210,11 +215,31 @@ class TrainerMeasure:
             expect_passes(len(batches))
         return removal_losses(view, needs.removables, batches, self._track)
 
+    def _row_losses(
+        self, view: DecoderView, ends: Vocabulary | None, moments: Mapping[str, Moments]
+    ) -> Mapping[str, float]:
+        """Measure factors of each group of rows alone, on windows whose tokens were not counted."""
+        if ends is None:
+            return {}
+        trial = MeasuredRows(view, ends, moments).trial()
+        cuts = [c for op in trial.operations if isinstance(op, FactorizeRows) for c in op.cuts]
+        batches = self._first_batches(self._num_tried)
+        found = [cut_losses(view, cuts, trial.tensors, batch, self._track) for batch in batches]
+        # Rounding can make the divergence negative if nothing changes.
+        means = {cut.solved: sum(losses[cut.solved] for losses in found) for cut in cuts}
+        return {name: max(total / len(found), 0.0) for name, total in means.items()}
+
+    @property
+    def _num_tried(self) -> int:
+        """Number of windows on which rows are tried."""
+        return max(len(self._data.windows) // _TRIED_SHARE, 1)
+
     def _priced_batches(self) -> list[dict[str, Tensor]]:
+        return self._first_batches(min(self._priced_windows, len(self._data.windows)))
+
+    def _first_batches(self, number: int) -> list[dict[str, Tensor]]:
         """Return the first windows, which interleave the sources of a mixture, one by one."""
-        windows = self._data.windows
-        count = min(self._priced_windows, len(windows))
-        return [first_tokens(windows.batch([number])) for number in range(count)]
+        return [first_tokens(self._data.windows.batch([place])) for place in range(number)]
 
     def _merge_trials(self, view: DecoderView) -> MergeTrials:
         """Return trials against the dense model, whose states an earlier start may have stored.
@@ -281,7 +306,7 @@ class TrainerMeasure:
         searched = num_sweeps(step.needs.sensitivity)
         removals = bool(step.needs.removables) * removal_passes
         ends = step.needs.vocabulary is not None
-        expect_passes(len(groups) + removals + searched + ends)
+        expect_passes(len(groups) + removals + searched + ends * (1 + self._num_tried))
         found: list[Mapping[str, Moments]] = []
         for number, group in enumerate(groups, start=1):
             part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
@@ -291,7 +316,7 @@ class TrainerMeasure:
         if ends:
             needs = Needs(vocabulary=step.needs.vocabulary, fisher=step.needs.fisher)
             alone = replace(step, needs=needs)
-            measurement = VocabularyMoments(alone, self._data.windows)
+            measurement = VocabularyMoments(alone, self._data.windows, self._num_tried)
             found.append(self._kept(view, alone, measurement, "-vocabulary"))
         return found[0] if len(found) == 1 else MergedMoments(found)
 

@@ -16,19 +16,26 @@ class VocabularyMoments(MomentMeasurement[VocabularySums]):
 
     Args:
         step: A step that needs ``vocabulary``.
-        windows: All calibration windows, whose tokens are counted.
+        windows: All calibration windows.
+        num_tried: Number of windows at the start on which factors are tried. They do not decide on
+            the groups if there are others.
     """
 
-    def __init__(self, step: Step, windows: TokenWindows) -> None:
+    def __init__(self, step: Step, windows: TokenWindows, num_tried: int) -> None:
         super().__init__(step)
-        self._tokens = windows.input_ids[windows.mask]
+        self._windows = windows
+        self._counted = slice(num_tried % len(windows), None)
 
     def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
         """Return the hooks on embedding and head."""
         view, names = module.view, step.needs.vocabulary
         assert names is not None  # the caller only asks in that case
         size, features = view.module(names.embedding).get_parameter("weight").shape
-        counts = torch.bincount(self._tokens, minlength=size)
-        self._sums = VocabularySums(names, counts, features, view.model.device)
+        ids, mask = self._windows.input_ids, self._windows.mask
+        counts, grouping = (
+            torch.bincount(ids[part][mask[part]], minlength=size)
+            for part in (slice(None), self._counted)
+        )
+        self._sums = VocabularySums(names, counts, grouping, features, view.model.device)
         self._num_tokens = 0
         return VocabularyObserver(view, names, self._sums).attached()

@@ -13,6 +13,7 @@ from torch import Tensor
 from grasp_lightning.linalg.weightings import check_root
 
 _NUM_DOUBLINGS: Final = 5
+NUM_GROUPS: Final = 1 + _NUM_DOUBLINGS
 _ZIPF_SHIFT: Final = 2.7  # Mandelbrot's, of words of English
 _CHUNK: Final = 8192  # rows in float64 at a time
 

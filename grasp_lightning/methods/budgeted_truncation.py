@@ -48,7 +48,8 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
         step = self._curvature_step(model, budgeted.modules, removables=budgeted.removables)
         if not budgeted.rows:
             return step
-        return replace(step, needs=replace(step.needs, vocabulary=measured_vocabulary(model)))
+        ends = measured_vocabulary(model, self._metric)
+        return replace(step, needs=replace(step.needs, vocabulary=ends))
 
     def _decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
         layers = {model.layer_of(module) for module in step.needs.moments}
@@ -61,8 +62,8 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
         orders = channel_orders(measured, budgeted.mlps)
         losses |= {name: removal.losses.flip(-1) for name, removal in orders.items()}
         ends = step.needs.vocabulary
-        rows = ends and MeasuredRows(model, ends, self._metric, stats.moments)
-        losses |= rows.losses() if rows else {}
+        rows = ends and MeasuredRows(model, ends, stats.moments)
+        losses |= rows.losses(stats.row_losses) if rows else {}
         allocation = self._rule.allocation(budgeted, losses, stats.removal_losses)
         experts = allocation.experts
         ranks = {n: allocation.ranks[n] for n in budgeted.shapes if n in allocation.ranks}
@@ -80,7 +81,12 @@ class BudgetedTruncation(MetricMethod[GlobalRanks]):
         decision = Decision(
             operations=(*cut.operations, *factored.operations, *smaller),
             tensors=merged(cut.tensors, narrowed.tensors, factored.tensors),
-            scores={**scores, **cut.scores, **stored_prices(stats.removal_losses)},
+            scores={
+                **scores,
+                **cut.scores,
+                **stored_prices(stats.removal_losses),
+                **stored_prices(stats.row_losses),
+            },
         )
         return self._refitted(decision)
 

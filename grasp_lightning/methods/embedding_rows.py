@@ -1,16 +1,17 @@
 """Rows of embedding and head under the budget of all linears: groups of tokens become factors.
 
 Tokens are grouped by how often they occur. A change ``D`` of the rows of one group costs
-``sum_v (f_v D_v A D_v^T + q_v D_v H D_v^T) / 2`` nats per token, where ``D_v`` is the row of token
-v. The first term belongs to the embedding: ``f_v`` is the frequency of v, and ``A`` the mean of
-``g g^T`` over gradients by embedded tokens of the group. The second belongs to the head: ``q_v`` is
-the mean squared gradient of the logit of v, the diagonal of its Fisher information, and ``H`` the
-mean of ``x x^T`` over hidden states, each weighted by the squared gradients of the group's logits.
-A matrix that is embedding and head has both terms.
+``sum_v q_v D_v (A + H) D_v^T / 2`` nats per token, where ``D_v`` is the row of token v and ``q_v``
+the variance of its prediction, the diagonal of the Fisher information of the logits. It stands for
+the frequency of v, too. ``A`` belongs to the embedding: the mean of ``g g^T`` over gradients by
+embedded tokens of the group. ``H`` belongs to the head: the mean of ``x x^T`` over hidden states,
+each weighted by the squared gradients of the group's logits. A matrix that is embedding and head
+has both. The weighted rows then have one singular value decomposition.
 
-Two approximations: logits are priced one by one, as if a change common to all of them cost
-something; and for tied weights one weight per row multiplies the sum of both metrics, chosen so
-that each row keeps its trace. The weighted rows then have one singular value decomposition.
+These losses order the components of a group well, but are several times too low in trained models:
+the hidden states before a token point towards its own row, and no metric common to all rows has
+that. So each group is tried: factors of half the rank are measured on windows whose tokens were not
+counted, and all losses of the group are scaled to the measured one.
 
 Sources: groups of tokens by frequency, of decreasing size of representation, as embedding and as
 head, arXiv:1809.10853 and arXiv:1609.04309, where they are trained from scratch; curvature as a
@@ -18,12 +19,13 @@ product of two metrics, K-FAC (arXiv:1503.05671).
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from grasp_lightning.config import MetricOptions
 from grasp_lightning.linalg.row_groups import group_sizes, row_factors, row_losses
 from grasp_lightning.linalg.weightings import damped_root
 from grasp_lightning.methods.base import Decision
@@ -37,14 +39,18 @@ from grasp_lightning.stats.base import Moments, Vocabulary
 from grasp_lightning.stats.vocabulary import groups_of
 
 
-def measured_vocabulary(view: DecoderView) -> Vocabulary:
+def measured_vocabulary(view: DecoderView, metric: Metric) -> Vocabulary:
     """Return what to measure at both ends of a model.
 
     A model whose rows cannot be factorized is a ``ModelError``.
     """
     ends = vocabulary_ends(view.model)
     return Vocabulary(
-        embedding=ends.embedding, head=ends.head, scale=ends.scale, special=_special(view, ends)
+        embedding=ends.embedding,
+        head=ends.head,
+        scale=ends.scale,
+        special=_special(view, ends),
+        metric=MetricOptions(**asdict(metric)),
     )
 
 
@@ -85,7 +91,6 @@ class MeasuredRows:
     Args:
         view: The dense model.
         vocabulary: What was measured.
-        metric: Gives the shares that are added to the diagonals.
         moments: See ``VocabularySums.mean``.
     """
 
@@ -93,28 +98,38 @@ class MeasuredRows:
         self,
         view: DecoderView,
         vocabulary: Vocabulary,
-        metric: Metric,
         moments: Mapping[str, Moments],
     ) -> None:
         self._view = view
         self._names = vocabulary
-        self._metric = metric
+        self._metric = Metric(**asdict(vocabulary.metric))
         self._moments = moments
         self._matrices = vocabulary_ends(view.model).matrices
         frequencies = moments[vocabulary.embedding].input_square
         assert frequencies is not None  # the step requested it
         self._groups = groups_of(vocabulary, frequencies)
 
-    def losses(self) -> dict[str, Tensor]:
-        """Return the loss of each component of each group, ``(K,)``, descending, float64."""
+    def losses(self, tried: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return the loss of each component of each group, ``(K,)``, descending, float64.
+
+        Args:
+            tried: The measured loss of each cut of ``trial``, by name of its group.
+        """
         found: dict[str, Tensor] = {}
-        present = [group for group in self._numbers if bool((self._groups == group).any())]
-        for names in self._matrices:
-            for group in present:
-                # The loss is quadratic around the dense rows: half its second derivative.
-                losses = row_losses(*self._group(names, group)) / 2
-                found[row_group(names[0], group)] = losses.cpu()
+        for name, (names, group) in self._present.items():
+            # The loss is quadratic around the dense rows: half its second derivative.
+            losses = row_losses(*self._group(names, group)).cpu() / 2
+            predicted = float(losses[_tried_rank(losses) :].sum())
+            scale = tried[name] / predicted if name in tried and predicted > 0 else 1.0
+            found[name] = losses * scale
         return found
+
+    def trial(self) -> Decision:
+        """Return factors of half the rank for all groups, to be measured one by one."""
+        ranks = {}
+        for name, (names, group) in self._present.items():
+            ranks[name] = _tried_rank(row_losses(*self._group(names, group)))
+        return self.decision(ranks)
 
     def decision(self, ranks: Mapping[str, int]) -> Decision:
         """Return the factors of ranks by name of a group; other groups stay dense."""
@@ -140,26 +155,32 @@ class MeasuredRows:
     def _numbers(self) -> range:
         return range(1, int(self._groups.max()) + 1)
 
+    @property
+    def _present(self) -> dict[str, tuple[tuple[str, ...], int]]:
+        """Names of the matrix, and number, of each group that has tokens, by its name."""
+        numbers = [group for group in self._numbers if bool((self._groups == group).any())]
+        places = ((names, group) for names in self._matrices for group in numbers)
+        return {row_group(names[0], group): (names, group) for names, group in places}
+
     def _group(self, names: tuple[str, ...], group: int) -> _Group:
         ids = torch.nonzero(self._groups == group)[:, 0]
         weight = self._view.module(names[0]).get_parameter("weight").detach()
-        tokens = self._moments[self._names.embedding]
         own = self._moments[row_group(self._names.embedding, group)]
-        ends = {
-            self._names.embedding: (tokens.input_square, own.gradient_gram),
-            self._names.head: (tokens.gradient_square, own.input_gram),
-        }
+        ends = {self._names.embedding: own.gradient_gram, self._names.head: own.input_gram}
         gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
-        weights = torch.zeros(len(ids), dtype=torch.float64)
         for name in names:
-            of_rows, of_columns = ends[name]
-            assert of_rows is not None  # the step requested both
-            assert of_columns is not None
-            metric, chosen = of_columns.double().cpu(), of_rows.double().cpu()[ids]
-            gram += metric
-            weights += metric.trace() * chosen / chosen.sum().clamp(min=torch.finfo().tiny)
-        # Shares of the trace: the whole unit of the losses is in the metric of columns.
+            of_columns = ends[name]
+            assert of_columns is not None  # the step requested it
+            gram += of_columns.double().cpu()
+        of_rows = self._moments[self._names.embedding].gradient_square
+        assert of_rows is not None  # the step requested it
+        # Shares: the whole unit of the losses is in the metric of columns.
+        weights = of_rows.double().cpu()[ids]
         weights = damped_root(weights, self._metric.gradient_damping).square()
         root = damped_root(gram, self._metric.input_damping)
         device = weight.device
         return _Group(weight[ids.to(device)], (weights / weights.sum()).to(device), root.to(device))
+
+
+def _tried_rank(losses: Tensor) -> int:
+    return max(len(losses) // 2, 1)

@@ -44,7 +44,12 @@ def _resolved(config: MethodConfig) -> MethodConfig:
 
 def _check_embeddings(config: MethodConfig) -> None:
     """Refuse parts that do not price rows of an embedding: a ``ConfigError``."""
-    for key, needed in (("weighting", "kfac"), ("ranks", "global"), ("target", "any")):
+    for key, needed in (
+        ("weighting", "kfac"),
+        ("fisher", "sampled"),
+        ("ranks", "global"),
+        ("target", "any"),
+    ):
         value = getattr(config, key)
         if value not in (None, needed):
             raise ConfigError(

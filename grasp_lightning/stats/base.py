@@ -178,12 +178,14 @@ class Vocabulary:
         head: Full name of the head.
         scale: What the embedding multiplies its rows by.
         special: Ids of tokens whose rows stay dense, ascending.
+        metric: The metric of the factors that are tried, all keys set.
     """
 
     embedding: str
     head: str
     scale: float
     special: tuple[int, ...]
+    metric: MetricOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -361,6 +363,8 @@ class Statistics:
         spreads: Of the inputs of each of ``Needs.spreads``.
         stream: The basis at every place where the model reads its hidden states, by the name of the
             norm there.
+        row_losses: By name of a group of rows, in nats per predicted token: the divergence that its
+            factors of half the rank cause, on windows whose tokens were not counted.
         truncation_losses: Loss with a single linear truncated, by its name and rank, in nats per
             predicted token.
     """
@@ -377,6 +381,7 @@ class Statistics:
     unit_scores: Mapping[str, Tensor] = field(default_factory=dict)
     spreads: Mapping[str, Spread] = field(default_factory=dict)
     stream: Mapping[str, StreamBasis] = field(default_factory=dict)
+    row_losses: Mapping[str, float] = field(default_factory=dict)
     truncation_losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 

@@ -28,17 +28,23 @@ class VocabularySums:
     Args:
         vocabulary: The two ends.
         counts: How often the text holds each token, ``(V,)``.
+        grouping: The same in the text that decides on the groups.
         features: d.
         device: Device of the sums.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, counts: Tensor, features: int, device: torch.device
+        self,
+        vocabulary: Vocabulary,
+        counts: Tensor,
+        grouping: Tensor,
+        features: int,
+        device: torch.device,
     ) -> None:
         self._names = vocabulary
         self._counts = counts.double().cpu()
         # As they are stored: a decision finds the same groups in them.
-        self.frequencies = smoothed_frequencies(self._counts).float()
+        self.frequencies = smoothed_frequencies(grouping.cpu()).float()
         self._groups = groups_of(vocabulary, self.frequencies).to(device)
         number = int(self._groups.max()) + 1
         self._members = nn.functional.one_hot(self._groups, number).float()  # (V, G)
@@ -90,13 +96,16 @@ class VocabularySums:
     def mean(self, num_tokens: int) -> dict[str, Moments]:
         """Return the moments of all tokens and of each group, per real token of the text.
 
-        - ``<embedding>``: ``input_square``, the smoothed frequency of each token, and
-          ``gradient_square``, the mean square of the gradient of its logit, both ``(V,)``.
+        - ``<embedding>``: ``input_square``, the smoothed frequency of each token, which decides on
+          its group, and ``gradient_square``, the mean square of the gradient of its logit, both
+          ``(V,)``.
         - ``row_group(<embedding>, g)``: ``gradient_gram``, the mean of ``e e^T`` over tokens of the
-          group, times its smoothed frequency, for gradients e by the embedded rows; and
+          group, times its share of all tokens, for gradients e by the embedded rows; and
           ``input_gram``, the mean of ``x x^T`` times the squared gradients of the group's logits.
           Both are ``(d, d)``. Gradients of a group that the text hardly holds are mixed with those
-          of all tokens, as if d more of these were in the group.
+          of all tokens, as if d more of these were in the group. The share is that of the squared
+          gradients of logits, the variance of the model's predictions: counts say too little of
+          rare tokens.
 
         Raises:
             NumericsError: If a sum is NaN or infinite.
@@ -113,7 +122,8 @@ class VocabularySums:
             )
         }
         members, gradients = self._members.double().cpu(), self.sums["gradients"]
-        shares, counts = self.frequencies.double() @ members, self._counts @ members
+        squares = self.sums["squares"].double().cpu()
+        shares, counts = squares @ members / squares.sum(), self._counts @ members
         prior = gradients.shape[-1]
         pooled = gradients.sum(dim=0) / num_tokens
         for group, (share, count) in enumerate(zip(shares.tolist(), counts.tolist(), strict=True)):

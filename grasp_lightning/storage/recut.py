@@ -13,12 +13,13 @@ from torch import Tensor
 from grasp_lightning.config import MetricOptions
 from grasp_lightning.errors import ConfigError, OutputError, PlanError
 from grasp_lightning.linalg.factors import SVD
+from grasp_lightning.linalg.row_groups import NUM_GROUPS
 from grasp_lightning.methods.layer_choice import score_key
 from grasp_lightning.methods.removal import read_price
 from grasp_lightning.methods.sensitivity import SENSITIVITY, read_trials
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.mixtures import weights_of
-from grasp_lightning.plan import OptionValue, Plan, SelectLayers
+from grasp_lightning.plan import OptionValue, Plan, SelectLayers, row_group
 from grasp_lightning.reading.text import read_text
 from grasp_lightning.reading.yaml_text import read_yaml
 from grasp_lightning.run_folder import names
@@ -167,7 +168,12 @@ class StoredScores:
         prices = self._prices(step.needs)
         tried = self._truncation_losses(step.needs.sensitivity)
         if step.needs.moment_kinds:
-            return Statistics(moments=self._moments, removal_losses=prices, truncation_losses=tried)
+            return Statistics(
+                moments=self._moments,
+                removal_losses=prices,
+                row_losses=self._row_losses(step.needs.vocabulary),
+                truncation_losses=tried,
+            )
         linears = view.all_linears()
         scores = {
             module: self.component_scores(
@@ -238,6 +244,13 @@ class StoredScores:
                 "name a run with method.embeddings=factors and statistics.store, or set "
                 "method.embeddings=none"
             )
+
+    def _row_losses(self, vocabulary: Vocabulary | None) -> dict[str, float]:
+        """Return the stored losses of tried groups of rows."""
+        ends = () if vocabulary is None else (vocabulary.embedding, vocabulary.head)
+        names = (row_group(end, group) for end in ends for group in range(1, NUM_GROUPS))
+        found = {name: read_price(name, self._scores) for name in names}
+        return {name: loss for name, loss in found.items() if loss is not None}
 
     def _check_moments(self, module: str, needs: Needs) -> None:
         missing = sorted(needs.moment_kinds - self._moments.kinds(module))

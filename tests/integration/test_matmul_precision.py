@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grasp_lightning.cli import main
+from grasp_lightning.config import MetricOptions
 from grasp_lightning.linalg.components import TokenGradient, sigma_gradients, window_scores
 from grasp_lightning.linalg.factors import factorize
 from grasp_lightning.linalg.precision import matmul_precision
@@ -50,8 +51,10 @@ def _sums() -> dict[str, Callable[[], Tensor | Mapping[str, Tensor] | tuple[Tens
         return found
 
     def rows() -> dict[str, Tensor]:
-        ends = Vocabulary(embedding="embed", head="head", scale=1.0, special=())
-        sums = VocabularySums(ends, torch.ones(64), 12, torch.device("cpu"))
+        ends = Vocabulary(
+            embedding="embed", head="head", scale=1.0, special=(), metric=MetricOptions()
+        )
+        sums = VocabularySums(ends, torch.ones(64), torch.ones(64), 12, torch.device("cpu"))
         sums.add_embedding(torch.arange(40), x)
         sums.add_head(x, grad.repeat(1, 8))
         return sums.sums
