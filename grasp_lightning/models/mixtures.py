@@ -183,7 +183,7 @@ def gradients_of_sum(name: str, routed: Sequence[RoutedTokens], gradient: Tensor
         return parts
     first, *others = parts.chunk(layout.number, dim=1)
     is_sum = all(torch.equal(first, other) for other in others)
-    if not is_sum and gradient.isfinite().all():  # others are told elsewhere
+    if not is_sum and gradient.isfinite().all():  # else: reported elsewhere
         raise ModelError(_unknown(routed[0].experts, name))
     return first
 
