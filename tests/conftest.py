@@ -95,7 +95,7 @@ ALL_FAMILIES = tuple(TINY_CONFIGS)
 MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 STACKED_FAMILIES = (
     *MOE_FAMILIES,
-    *("olmoe", "gpt_oss", "deepseek_v3", "glm4_moe", "granitemoe", "qwen3_next"),
+    *("olmoe", "gpt_oss", "deepseek_v3", "glm4_moe", "granitemoe", "qwen3_next", "llama4_text"),
 )
 _STATE_SPACE = {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8}
 _LINEAR_ATTENTION = {
@@ -164,6 +164,16 @@ TINY_CONFIGS |= {
         **_GROUPED,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
+    },
+    "llama4_text": {
+        "model_type": "llama4_text",
+        **_GROUPED,
+        "head_dim": 16,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 16,
     },
     "qwen3_next": {
         "model_type": "qwen3_next",

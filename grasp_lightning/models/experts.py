@@ -7,6 +7,7 @@ or up alone). Expert e computes ``D_e act(U_e x + b_e) + c_e``: the writer ``U_e
 the reader ``D_e`` is ``(H, I)``.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ READER = "down_proj"
 MULTIPLE = 8  # products of experts need rows of a multiple of 16 bytes, also in bfloat16
 _BIAS = "_bias"
 _WIDTH = "narrowed_width"  # attribute of experts that have lost channels
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 class ExpertsLayout(NamedTuple):
@@ -31,6 +33,8 @@ class ExpertsLayout(NamedTuple):
         is_transposed: Both weights are stored with their last two dimensions swapped.
         is_interleaved: Rows of gate and up alternate, instead of one part after the other.
         has_bias: Writer and reader have biases ``(E, p I)`` and ``(E, H)``.
+        is_scaled: Router weights multiply what experts read, as in Llama 4. The module then gets
+            all tokens once for each expert, those without a route times zero, and returns as many.
     """
 
     writer: str
@@ -41,6 +45,7 @@ class ExpertsLayout(NamedTuple):
     is_transposed: bool
     is_interleaved: bool
     has_bias: bool
+    is_scaled: bool = False
 
     @property
     def channel_size(self) -> int:
@@ -76,12 +81,12 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
 
     The attributes that transformers sets for its own products of experts say how weights are
     stored, and the shapes of all parameters must fit. A norm or scale inside the experts does not.
+    Experts without these attributes that take nothing but hidden states get scaled ones.
     """
     gated: Any = module  # Any: attributes of experts alone
-    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
     own = dict(module.named_parameters(recurse=False))
-    if not all(isinstance(getattr(module, flag, None), bool) for flag in flags):
-        return None
+    if not all(isinstance(getattr(module, flag, None), bool) for flag in _FLAGS):
+        return _scaled_layout(module, own)
     if READER not in own or own[READER].dim() != 3 or _has_more(module):  # noqa: PLR2004
         return None
     number, *sides = own[READER].shape
@@ -98,6 +103,28 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
     )
     found = {name: tuple(parameter.shape) for name, parameter in own.items()}
     return layout if found == layout.shapes(width) else None
+
+
+def _scaled_layout(module: nn.Module, own: Mapping[str, Tensor]) -> ExpertsLayout | None:
+    """Return the layout of gated experts whose tokens are scaled; None for other modules."""
+    if READER not in own or own[READER].dim() != 3 or _has_more(module):  # noqa: PLR2004
+        return None
+    number, width, hidden = own[READER].shape
+    layout = ExpertsLayout(
+        writer="gate_up_proj",
+        number=number,
+        hidden=hidden,
+        width=width,
+        num_parts=2,
+        is_transposed=True,
+        is_interleaved=False,
+        has_bias=False,
+        is_scaled=True,
+    )
+    shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+    takes = inspect.signature(type(module).forward).parameters  # with self
+    is_known = callable(getattr(module, "act_fn", None)) and len(takes) == 2  # noqa: PLR2004
+    return layout if is_known and shapes == layout.shapes(width) else None
 
 
 def _has_more(module: nn.Module) -> bool:
@@ -118,7 +145,11 @@ def inner_channels(module: nn.Module, layout: ExpertsLayout, expert: int, x: Ten
     weight = module.get_parameter(layout.writer)[expert]
     bias = module.get_parameter(layout.writer + _BIAS)[expert] if layout.has_bias else None
     written = nn.functional.linear(x, weight.mT if layout.is_transposed else weight, bias)
-    found: Tensor = gated._apply_gate(written) if gated.has_gate else gated.act_fn(written)
+    if layout.is_scaled:
+        gate, up = written.chunk(2, dim=-1)
+        found: Tensor = up * gated.act_fn(gate)
+    else:
+        found = gated._apply_gate(written) if gated.has_gate else gated.act_fn(written)
     return found
 
 

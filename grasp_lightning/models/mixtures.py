@@ -4,7 +4,7 @@ Legend: E experts; H hidden size; I inner channels of an expert; T tokens of a w
 token; N outputs and M inputs of a linear.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,9 +75,9 @@ class RoutedTokens:
     Attributes:
         experts: The module.
         layout: Its layout.
-        hidden: ``(T, H)``.
-        index: Experts of each token, ``(T, K)``.
-        weights: Router weight of each of them, ``(T, K)``.
+        hidden: ``(T, H)``; if scaled, all tokens of the first expert come first, ``(E T, H)``.
+        index: Experts of each of these, ``(.., K)``; -1 for none.
+        weights: Router weight of each of them, ``(.., K)``; 1 if it scaled the tokens.
     """
 
     experts: nn.Module
@@ -100,7 +100,7 @@ class RoutedTokens:
                 yield expert, channels.to(wide) * self.weights[tokens, places, None].to(wide)
 
     def output(self) -> Tensor:
-        """Return the output of the module, computed expert by expert, ``(T, H)``."""
+        """Return the output of the module for ``hidden``, computed expert by expert."""
         wide = torch.promote_types(self.hidden.dtype, torch.float32)
         found = torch.zeros(self.hidden.shape, dtype=wide, device=self.hidden.device)
         readers = stacked_reader(self.experts, self.layout)
@@ -122,7 +122,8 @@ def routed_tokens(
     Args:
         experts: The called module.
         name: Its full name.
-        values: The arguments of the call: hidden states, experts and weights of all tokens.
+        values: The arguments of the call: hidden states, experts and weights of all tokens; if
+            scaled, only hidden states, once for each expert.
         batch_size: Number of windows, whose tokens come one window after the other.
 
     Raises:
@@ -130,15 +131,61 @@ def routed_tokens(
     """
     given = [value.detach() for value in values if isinstance(value, Tensor)]
     layout = _layout(experts, name)
+    if layout.is_scaled and len(given) == 1:
+        given = _scaled(layout, given[0])
     dimensions = [value.dim() for value in given]
     is_known = dimensions == 3 * [_ROUTED_DIMENSIONS] and given[1].shape == given[2].shape
     if not is_known or given[1].is_floating_point() or len(given[0]) != len(given[1]):
         raise ModelError(_unknown(experts, name))
-    parts = [value.reshape(batch_size, -1, value.shape[-1]) for value in given]
+    parts = [by_window(layout, value, batch_size) for value in given]
     return [
         RoutedTokens(experts=experts, layout=layout, hidden=hidden, index=index, weights=weights)
         for hidden, index, weights in zip(*parts, strict=True)
     ]
+
+
+def _scaled(layout: ExpertsLayout, hidden: Tensor) -> list[Tensor]:
+    """Return scaled tokens with their experts and weights; a token times zero has no expert."""
+    hidden = hidden.reshape(layout.number, -1, layout.hidden)
+    experts = torch.arange(layout.number, device=hidden.device)[:, None, None]
+    index = torch.where((hidden != 0).any(-1, keepdim=True), experts, -1)
+    flat = [value.flatten(0, 1) for value in (hidden, index)]
+    return [*flat, torch.ones_like(flat[1], dtype=hidden.dtype)]
+
+
+def by_window(layout: ExpertsLayout, values: Tensor, batch_size: int) -> Tensor:
+    """Return what experts get or return for their tokens, a row for each window.
+
+    Args:
+        layout: Layout of the experts.
+        values: One entry per token; if scaled, per expert and token.
+        batch_size: Number of windows, whose tokens come one window after the other.
+    """
+    if not layout.is_scaled:
+        return values.reshape(batch_size, -1, values.shape[-1])
+    parts = values.reshape(layout.number, batch_size, -1, values.shape[-1])
+    return parts.transpose(0, 1).flatten(1, 2)
+
+
+def gradients_of_sum(name: str, routed: Sequence[RoutedTokens], gradient: Tensor) -> Tensor:
+    """Return the gradient of the sum of all experts, ``(windows, T, H)``.
+
+    Args:
+        name: Full name of the experts.
+        routed: What their call got, window by window.
+        gradient: That of their output.
+
+    Raises:
+        ModelError: If scaled experts are not added up: their gradients would be equal.
+    """
+    layout, parts = routed[0].layout, by_window(routed[0].layout, gradient, len(routed))
+    if not layout.is_scaled:
+        return parts
+    first, *others = parts.chunk(layout.number, dim=1)
+    is_sum = all(torch.equal(first, other) for other in others)
+    if not is_sum and gradient.isfinite().all():  # else: reported elsewhere
+        raise ModelError(_unknown(routed[0].experts, name))
+    return first
 
 
 @torch.no_grad()
@@ -148,7 +195,7 @@ def check_layout(name: str, routed: RoutedTokens, output: Tensor) -> None:
     Args:
         name: Full name of the experts.
         routed: The tokens of one window.
-        output: What the module returned for them, ``(T, H)``.
+        output: What the module returned for them, as ``by_window`` gives it.
 
     Raises:
         ModelError: If the sum of the experts, computed one by one, is another.

@@ -21,7 +21,13 @@ from grasp_lightning.linalg.precision import full_precision
 from grasp_lightning.models.calls import hidden_input
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.linears import DenseModule
-from grasp_lightning.models.mixtures import RoutedTokens, check_layout, routed_tokens
+from grasp_lightning.models.mixtures import (
+    RoutedTokens,
+    by_window,
+    check_layout,
+    gradients_of_sum,
+    routed_tokens,
+)
 from grasp_lightning.models.sharding import whole
 
 Inputs = Tensor | RoutedTokens
@@ -83,7 +89,8 @@ class _Hooks(ABC):
             return list(x.detach().reshape(self._batch_size, -1, x.shape[-1]))
         routed = routed_tokens(module, name, (*args, *kwargs.values()), self._batch_size)
         if name not in self._known:
-            check_layout(name, routed[0], output.detach()[: len(routed[0].hidden)])
+            outputs = by_window(routed[0].layout, output.detach(), len(routed))
+            check_layout(name, routed[0], outputs[0])
             self._known.add(name)
         return list(routed)
 
@@ -134,7 +141,10 @@ class LinearObserver(_BackwardHooks):
             output.register_hook(hook)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _split(self, name: str, windows: list[Inputs], grad: Tensor) -> None:
-        grad = grad.detach().reshape(len(windows), -1, grad.shape[-1])
+        grad, routed = grad.detach(), [x for x in windows if isinstance(x, RoutedTokens)]
+        if routed:
+            grad = gradients_of_sum(name, routed, grad)
+        grad = grad.reshape(len(windows), -1, grad.shape[-1])
         for x, grad_TN in zip(windows, grad, strict=True):
             self._sink(name, x, grad_TN)
 

@@ -92,6 +92,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
     },
 }
+# Families with shared experts, which stay unchanged.
+SHARED = ("qwen2_moe", "deepseek_v3", "glm4_moe", "qwen3_next", "llama4_text")
 SIZES = {  # billions
     "gpt-oss-20b": 20.9,
     "Qwen3-30B-A3B": 30.5,
@@ -133,6 +135,11 @@ def test_every_family_loses_a_share_and_opens_in_a_fresh_process(
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["removed_ratio"] >= 0.2999
     assert any(name.endswith("experts") for name in metrics["channels"])
+    dense = opened(source).state_dict()
+    shared = [name for name in dense if ".shared_expert" in name]
+    assert bool(shared) == (family in SHARED)
+    saved = opened(tmp_path / "run" / "model").state_dict()
+    assert all(torch.equal(saved[name], dense[name]) for name in shared)
     for ratio in (0.2, 0.3, 0.5):
         assert main(["plan", f"--model.path={source}", f"--method.removed_ratio={ratio}"]) == 0
 

@@ -16,7 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.serving.conftest import VLLM, Generate, running
 from tests.serving.reference import PROMPTS, Greedy, differences, greedy
-from tests.serving.tiny_models import FAMILIES, save_compressed, save_ordinary
+from tests.serving.tiny_models import (
+    FAMILIES,
+    MIXTURES,
+    save_compressed,
+    save_ordinary,
+    save_ordinary_mixture,
+)
 
 pytestmark = pytest.mark.serving
 NUM_TOKENS, NUM_TINY_TOKENS = 64, 16
@@ -64,6 +70,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list
     folder = tmp_path_factory.mktemp("tiny") / "model"
     model = save_ordinary(folder)
     found["ordinary"] = folder, [greedy(model, ids, NUM_TINY_TOKENS) for ids in TINY_PROMPTS]
+    for name in MIXTURES:
+        folder = tmp_path_factory.mktemp("tiny") / "model"
+        model = save_ordinary_mixture(folder, name)
+        reference = [greedy(model, ids, NUM_TINY_TOKENS) for ids in TINY_PROMPTS]
+        found[f"{name} with fewer experts"] = folder, reference
     return found
 
 

@@ -8,9 +8,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from grasp_lightning.methods.expert_removal import removals_of_experts
 from grasp_lightning.models.checkpoint import save_model
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.expert_numbers import numbered_experts
+from grasp_lightning.models.experts import stacked_reader
 from grasp_lightning.models.lowrank import LowRankLinear, NarrowedLinear
+from grasp_lightning.models.mixtures import experts_in
+from grasp_lightning.models.operations.narrow_experts import narrow_experts
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.plan import DropLayers
 from tests.conftest import byte_tokenizer, tiny_model
@@ -35,6 +40,14 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "phi3": ("phi3", {**TINY_SIZES, "hidden_size": 128}),  # without head_dim
     "qwen3_moe": ("qwen3_moe", {**TINY_SIZES, "moe_intermediate_size": 32}),  # dense experts
 }
+# Mixtures whose folders stay ordinary ones. The config of the last has no key for the width.
+MIXTURES: dict[str, dict[str, object]] = {
+    "mixtral": {"num_local_experts": 8, "intermediate_size": 64},
+    "qwen3_moe": {"num_experts": 8},
+    "gpt_oss": {"num_local_experts": 8, "intermediate_size": 64, "layer_types": None},
+    "glm4_moe": {"n_routed_experts": 8},
+}
+NARROWED_MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 NARROWED = 37  # odd, so that two processes hold shares of two sizes
 
 # For each layer: ranks by the last part of a linear's name.
@@ -70,6 +83,30 @@ def save_ordinary(path: Path) -> PreTrainedModel:
         if "mlp" in module:
             model.set_submodule(module, _narrowed(linear, module.rpartition(".")[2], kept=64))
     apply_operations(DecoderView(model), [DropLayers(layers=(1,))], {})
+    save_model(model, path, tokenizer=byte_tokenizer())
+    assert "quantization_config" not in json.loads((path / "config.json").read_text())
+    return model
+
+
+def save_ordinary_mixture(path: Path, family: str) -> PreTrainedModel:
+    """Save a tiny mixture with six of eight experts, narrower if its config has a key for that."""
+    options = {**TINY_SIZES, "num_hidden_layers": 2, "moe_intermediate_size": 64}
+    model = tiny_model(family, 0, **{**options, **MIXTURES[family]})
+    view = DecoderView(model)
+    found = numbered_experts(view)
+    assert found is not None
+    kept = dict.fromkeys(found.mixtures, (0, 2, 3, 4, 6, 7))
+    apply_operations(view, removals_of_experts(found, kept), {})
+    if family in NARROWED_MIXTURES:
+        channels = range(3, 35)
+        readers = {
+            name: stacked_reader(view.module(name), layout)[..., list(channels)].clone()
+            for index in view.layer_indices
+            for name, layout in experts_in(view, index).items()
+        }
+        operations = [narrow_experts(name, [channels] * len(kept[name])) for name in readers]
+        tensors = {f"{name}.down_proj": reader for name, reader in readers.items()}
+        apply_operations(view, operations, tensors)
     save_model(model, path, tokenizer=byte_tokenizer())
     assert "quantization_config" not in json.loads((path / "config.json").read_text())
     return model

@@ -80,17 +80,23 @@ def test_one_expert_computed_by_hand_equals_the_module(family: str) -> None:
     hidden = torch.randn(5, layout.hidden)
     for expert in range(layout.number):
         index, weights = torch.full((5, 1), expert), torch.rand(5, 1)
+        given: tuple[Tensor, ...] = hidden, index, weights
+        if layout.is_scaled:
+            hidden, weights = weights * hidden, torch.ones(5, 1)
+            others = torch.arange(layout.number)[:, None, None] != expert
+            given = (hidden.expand(layout.number, -1, -1).masked_fill(others, 0).flatten(0, 1),)
         with torch.no_grad():
-            out = module(hidden, index, weights)
+            returned = module(*given)
+            out = returned.reshape(-1, *hidden.shape).sum(0)
             channels = inner_channels(module, layout, expert, hidden)
             by_hand = channels @ stacked_reader(module, layout)[expert].mT
             if layout.has_bias:
                 by_hand += module.get_parameter("down_proj_bias")[expert]
         torch.testing.assert_close(out, weights * by_hand)
-        (routed,) = routed_tokens(module, name, (hidden, index, weights), 1)
-        check_layout(name, routed, out)
+        (routed,) = routed_tokens(module, name, given, 1)
+        check_layout(name, routed, returned)
         with pytest.raises(ModelError, match=r"usual sum of experts.*set method\.mlp=factors"):
-            check_layout(name, routed, 2 * out)
+            check_layout(name, routed, 2 * returned)
 
 
 @pytest.mark.parametrize("family", STACKED_FAMILIES)

@@ -18,7 +18,7 @@ from tests.unit.evaluation.test_perplexity import random_batch
 from tests.unit.stats.test_observer import Batch, run
 
 KINDS: frozenset[MomentKind] = frozenset({"input_gram", "gradient_gram"})
-FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
+FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3", "llama4_text")
 
 
 def sums_of(view: DecoderView, names: tuple[str, ...], batches: list[Batch]) -> MomentSums:
@@ -41,8 +41,15 @@ def what_readers_read(view: DecoderView, name: str, batch: Batch) -> tuple[Tenso
 
     with module.register_forward_hook(keep):
         run(view, batch)
-    ((hidden, index, weights, output),) = seen
+    *given, output = seen[0]
     gated: Any = module
+    if layout.is_scaled:
+        scaled = given[0].reshape(layout.number, -1, layout.hidden)
+        gate, up = (scaled @ gated.gate_up_proj).chunk(2, dim=-1)
+        each = output.grad.reshape(scaled.shape)
+        assert torch.equal(each, each[:1].expand_as(each))
+        return (up * gated.act_fn(gate)).detach(), each[0]
+    hidden, index, weights = given
     rows = torch.zeros(layout.number, len(hidden), layout.width)
     for token, (x, chosen, shares) in enumerate(zip(hidden, index, weights, strict=True)):
         for expert, share in zip(chosen.tolist(), shares, strict=True):
@@ -75,8 +82,9 @@ def test_a_forward_pass_sums_the_same_inputs() -> None:
     torch.testing.assert_close(sums.sums, {k: v for k, v in both.sums.items() if "input" in k})
 
 
-def test_sums_do_not_depend_on_the_batch_size_and_go_through_their_state() -> None:
-    view = DecoderView(tiny_model("qwen3_moe"))
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text"])
+def test_sums_do_not_depend_on_the_batch_size_and_go_through_their_state(family: str) -> None:
+    view = DecoderView(tiny_model(family))
     names = in_model_order(view, [*view.all_linears(), *experts_in(view, 1), *experts_in(view, 3)])
     batch = random_batch()
     single = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(3)]
@@ -109,3 +117,22 @@ def test_experts_that_compute_something_else_are_named() -> None:
     experts.forward = lambda *args: 1.5 * forward(*args)
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.experts .* usual sum of experts"):
         sums_of(view, (name,), [random_batch()])
+
+
+def test_scaled_experts_that_are_not_added_up_are_named() -> None:
+    view = DecoderView(tiny_model("llama4_text"))
+    (name,) = experts_in(view, 0)
+    experts = view.module(name)
+    number = experts_in(view, 0)[name].number
+    shares = torch.arange(1.0, number + 1)[:, None, None]
+
+    def weighted(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        return (shares * output.reshape(number, -1, output.shape[-1])).flatten(0, 1)
+
+    with (
+        frozen(view.model),
+        LinearObserver(view, (name,), lambda *_: None).attached(),
+        experts.register_forward_hook(weighted),
+        pytest.raises(ModelError, match=r"feed_forward\.experts .* usual sum of experts"),
+    ):
+        run(view, random_batch())
