@@ -18,7 +18,8 @@ class UnitTaylorScores(GradientScores[UnitGradients]):
 
     def gradients(self, module: CalibrationModule, step: Step) -> UnitGradients:
         """Return empty sums for the linears of the units."""
-        return UnitGradients(module.view, step.needs.units, step.needs.importance)
+        needs = step.needs
+        return UnitGradients(module.view, needs.units, needs.importance, needs.grouping)
 
     def start_batch(self, batch: Batch) -> None:
         """Announce the predicted tokens, and count them."""

@@ -39,6 +39,7 @@ TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
 EmbeddingsChoice = Literal["none", "factors"]
 CriterionChoice = Literal["taylor_plus", "taylor", "perplexity"]
 Importance = Literal["taylor", "taylor_second", "taylor_mixed", "l2"]
+Grouping = Literal["heads", "released"]
 MergeChoice = Literal["paper", "released"]
 ReplacementChoice = Literal["layer", "mlp"]
 PatternChoice = Literal["unstructured", "2:4", "4:8"]
@@ -351,9 +352,12 @@ class LlmPrunerOptions(ProtectOptions, AmountOptions):
         importance: How heads and channels are scored: taylor: by gradient times weight, in absolute
             value, summed over all their weights; taylor_second: by the squared gradients of single
             windows; taylor_mixed: by both; l2: by the squared weights, without text.
+        grouping: Which key/value group the score of a query head counts for, out of G. heads: the
+            group that it reads; released: what the public code does, group i modulo G for head i.
     """
 
     importance: Importance | None = None
+    grouping: Grouping | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

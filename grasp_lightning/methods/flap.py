@@ -58,7 +58,8 @@ class Flap(CompressionMethod):
     formula does not do. Differences: the public code changes the running mean in place before it
     compares with the old one, so its sum of squares is not that of Welford's algorithm, and its
     first window counts as 0; here variances come from float64 sums over all tokens. It prices a
-    head at 512/3 channels, and no bias; here units and biases cost their parameters. A unit is a
+    head at 512/3 channels, and no bias; here units and biases cost their parameters. Its ratio is a
+    share of the linears, here it is one of all parameters. A unit is a
     key/value group with the query heads that read it.
 
     Args:

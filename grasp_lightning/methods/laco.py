@@ -140,9 +140,13 @@ class LacoMethod(CompressionMethod):
       merge may be smaller. If a sweep over all layers merges too few, another sweep begins at the
       top with a threshold that is lower by 0.05.
     - The similarity is a mean over tokens of a few calibration windows, after the final norm, where
-      Hugging Face models have their last hidden state. The public code compares whole sentences as
-      single vectors.
+      Hugging Face models have their last hidden state.
     - The search covers all layers; the paper's lowest and highest layer are not options.
+
+    The public code differs from both: it compares whole sentences as single vectors, and merges no
+    norms (``merge: released``). Its first trial is at its highest layer minus C. After a merge it
+    absorbs ``min(C - 1, layers above)`` layers, where here the position is clamped. It stops at
+    layer 0, whatever the size.
 
     The plan notes each trial, with the sweep that it would pass. So no merge is tried twice on the
     same model, and the plan alone says how the search continues.

@@ -6,7 +6,7 @@ from typing import Final
 
 from torch import Tensor
 
-from grasp_lightning.config import Importance, LlmPrunerOptions, MethodConfig
+from grasp_lightning.config import Grouping, Importance, LlmPrunerOptions, MethodConfig
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.methods.base import CompressionMethod, Decision, Registered, Track
 from grasp_lightning.methods.layer_choice import GRADIENTS
@@ -29,7 +29,9 @@ from grasp_lightning.stats.unit_gradients import unit_importance
 
 NAME: Final = "llm_pruner"
 # The script of the publication cuts layers 4 to 29 of 32.
-_DEFAULTS: Final = LlmPrunerOptions(importance="taylor", protect_first=4, protect_last=2)
+_DEFAULTS: Final = LlmPrunerOptions(
+    importance="taylor", grouping="heads", protect_first=4, protect_last=2
+)
 
 
 class LlmPruner(CompressionMethod):
@@ -49,14 +51,18 @@ class LlmPruner(CompressionMethod):
     numbers that remove the requested share, those are taken whose shares of groups and channels
     differ least.
 
-    Source: Ma et al., "LLM-Pruner", arXiv:2305.11627, element-wise importance, groups summed.
-    Differences: with grouped queries the public code adds the scores of query head i to key/value
-    group i mod G instead of to the group that it reads. Its mixed importance of attention raises an
-    error. Its text is 10 windows of 64 tokens of BookCorpus; here it is the calibration text.
+    Source: Ma et al., "LLM-Pruner", arXiv:2305.11627, element-wise importance, groups summed. With
+    grouped queries, the public code adds the score of query head i to key/value group i modulo G,
+    although the head reads another group: ``grouping: released``. ``heads`` adds it to the group
+    that the head reads. Both remove the same heads with a group. Other differences: the mixed
+    importance of attention raises an error in the public code. Its text is 10 windows of 64 tokens
+    of BookCorpus; here it is the calibration text.
 
     Args:
         cut: How many units are removed, by the reader of their block.
         layers: Numbers of the layers that get smaller.
+        importance: How a weight is scored.
+        grouping: Which group the score of a query head counts for.
         options: The options of the plan.
     """
 
@@ -68,16 +74,18 @@ class LlmPruner(CompressionMethod):
         cut: Mapping[str, int],
         layers: tuple[int, ...],
         importance: Importance,
+        grouping: Grouping,
         options: Mapping[str, OptionValue],
     ) -> None:
         self._cut = cut
         self._layers = layers
         self._importance = importance
+        self._grouping = grouping
         self._options = options
 
     @property
     def options(self) -> Mapping[str, OptionValue]:
-        """The share, the importance and the protected layers."""
+        """The share, importance, grouping and protected layers."""
         return self._options
 
     def next_step(self, model: DecoderView, plan: Plan) -> Step | None:
@@ -87,7 +95,8 @@ class LlmPruner(CompressionMethod):
         if self._importance == "l2":
             return Step(name=GRADIENTS)
         units = removable_units(model, self._layers, NAME)
-        return Step(name=GRADIENTS, needs=Needs(units=units, importance=self._importance))
+        needs = Needs(units=units, importance=self._importance, grouping=self._grouping)
+        return Step(name=GRADIENTS, needs=needs)
 
     def decide(self, step: Step, model: DecoderView, stats: Statistics) -> Decision:
         """Remove the units with the lowest scores of each block."""
@@ -95,7 +104,7 @@ class LlmPruner(CompressionMethod):
         blocks = removable_units(model, self._layers, NAME)
         scores: Mapping[str, Tensor] = stats.unit_scores
         if self._importance == "l2":
-            scores = {x.reader: unit_importance(model, x, "l2", {}) for x in blocks}
+            scores = {x.reader: unit_importance(model, x, "l2", {}, self._grouping) for x in blocks}
         operations: list[Operation] = []
         tensors: dict[str, Tensor] = {}
         for units in blocks:
@@ -166,9 +175,10 @@ def _resolved(config: MethodConfig) -> MethodConfig:
 
 def _built(config: MethodConfig, view: DecoderView, track: Track) -> LlmPruner:
     del track
-    importance, ratio = config.importance, config.removed_ratio
+    importance, grouping, ratio = config.importance, config.grouping, config.removed_ratio
     first, last = config.protect_first or 0, config.protect_last or 0
     assert importance is not None  # complete options
+    assert grouping is not None
     assert ratio is not None
     layers = view.layer_indices[first : max(len(view.layer_indices) - last, 0)]
     if not layers:
@@ -181,11 +191,12 @@ def _built(config: MethodConfig, view: DecoderView, track: Track) -> LlmPruner:
     options = {
         "removed_ratio": ratio,
         "importance": importance,
+        "grouping": grouping,
         "protect_first": first,
         "protect_last": last,
     }
     cut = numbers_to_remove(blocks, ratio, count_parameters(view.model))
-    return LlmPruner(cut, layers, importance, options)
+    return LlmPruner(cut, layers, importance, grouping, options)
 
 
 LLM_PRUNER: Final = Registered(

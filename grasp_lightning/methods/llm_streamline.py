@@ -43,10 +43,12 @@ class StreamlineMethod(LayerwiseMethod):
     and a cosine from ``learning_rate`` to 2.5 % of it.
 
     Deviations: similarity is a mean over all tokens, read at the layers, while the public code
-    averages 1/2 + cos/2 over texts and takes the last state after the final norm. The weights with
-    the lowest error on one window of ten are kept; the public code keeps the last ones. Gradients
-    are clipped to norm 1. The publication trains one epoch on 100,000 windows of 2048 tokens; here
-    a few hundred windows are usual, so there are 10 epochs in steps of 8 windows.
+    averages 1/2 + cos/2 over 50 random texts and takes the last state after the final norm. The
+    weights with the lowest error on one window of ten are kept; the public code keeps the last
+    ones. Gradients are clipped to norm 1; the public code clips at 5. The publication trains one
+    epoch on 100,000 windows of 2048 tokens; here a few hundred windows are usual, so there are 10
+    epochs in steps of 8 windows. The public code takes 8 x 16 windows per step and drops the rest:
+    on 64 windows it never steps, and fails as it loads weights that it has not kept.
 
     ``mlp`` is not the network of the publication, d to 4d to d with ReLU, which no ordinary
     architecture can hold as a layer. It is the first layer without its attention: the MLP, norms

@@ -41,7 +41,8 @@ class ReplaceMe(DropMethod):
       the same.
     - The default ridge of 1e-8 of the mean diagonal of ``M^T M``, where the public code has none,
       bounds T if there are fewer tokens than features. With enough text it changes nothing visible.
-    - Padding does not count; the public code includes it.
+    - Padding does not count. The public code pads and truncates its texts again, includes the
+      padding, and drops a last partial batch. The fit depends strongly on these tokens.
     - The span is the one with the smallest mean angle over all tokens, as in ``layer_metric:
       angular``, and L is read before the final norm. The public code compares the last token of
       each text, and reads the state after the last layer behind the final norm.

@@ -35,7 +35,7 @@ class ImportanceChoice(LayerChoice):
     Source: Kim et al., "Shortened LLaMA", arXiv:2402.02834. ``taylor``: the score of a layer is
     the sum of ``|w dL/dw|`` over all its parameters, with the gradient of the loss over all
     calibration windows. ``perplexity``: the loss of the model without the layer. All layers are
-    scored once, on the dense model.
+    scored once, on the dense model. The public code uses 10 texts of 128 tokens of BookCorpus.
 
     Attributes:
         criterion: The importance; ``taylor_plus`` is ``taylor`` with other defaults.

@@ -22,7 +22,8 @@ class ShortGpt(DropMethod):
     layers.
 
     Source: Men et al., "ShortGPT", arXiv:2403.03853, definition of Block Influence. The public code
-    sums over tokens instead of averaging, which leaves the order.
+    sums over tokens instead of averaging, which leaves the order. It reads the state after the last
+    layer behind the final norm, which changes the influence of this layer only.
 
     Args:
         num_layers: Number of layers to delete.

@@ -43,6 +43,8 @@ class SliceGpt(CompressionMethod):
       embeddings of models with RMS norms.
     - Norms keep their eps; in (c) it is always 1e-5. They divide by D, as in (c).
     - ``directions_of: input`` takes X before the norm, as (c) does; ``normed`` after it, as (t).
+    - (c) adds a damping of 0.01 to ``X^T X`` and rotates the last states at random, which changes
+      nothing.
     - The head is sliced too. In (c) the last states and the head keep D directions; for models with
       a large vocabulary this leaves far fewer directions at the same size.
     - The bases are turned inside their subspaces so that each residual connection is as near to the

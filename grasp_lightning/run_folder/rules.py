@@ -24,7 +24,7 @@ _NOT_COMPARED = {"output_dir", "overwrite", "dry_run", "push_to_hub", "statistic
 _NOT_COMPARED |= {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}
 # Keys that earlier versions did not have: unset, they count as absent.
 _COMPARED_IF_SET = {"calibration.weights", "calibration.rows", "evaluation.rows", "method.fisher"}
-_COMPARED_IF_SET |= {"compensate"}
+_COMPARED_IF_SET |= {"compensate", "method.grouping"}
 
 
 def classify(

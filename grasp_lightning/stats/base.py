@@ -9,6 +9,7 @@ from torch import Tensor
 from grasp_lightning.config import (
     DirectionsOf,
     FisherChoice,
+    Grouping,
     Importance,
     LayerMetric,
     MetricOptions,
@@ -211,6 +212,7 @@ class Needs:
         seams: Runs of layers that linear maps replace.
         units: Blocks whose units are scored by the gradients of their weights.
         importance: How they are scored.
+        grouping: Which key/value groups the scores of query heads count for.
         spreads: Linears of whose inputs mean and variance are taken.
         stream: Bases of the hidden states.
         sensitivity: Truncations of single linears, on a few windows; in a metric of ``moments``.
@@ -233,6 +235,7 @@ class Needs:
     seams: tuple[Seam, ...] = ()
     units: tuple[Units, ...] = ()
     importance: Importance = "taylor"
+    grouping: Grouping = "heads"
     spreads: tuple[str, ...] = ()
     stream: StreamBases | None = None
     sensitivity: Sensitivity | None = None

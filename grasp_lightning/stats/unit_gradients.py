@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from grasp_lightning.config import Importance
+from grasp_lightning.config import Grouping, Importance
 from grasp_lightning.errors import NumericsError
 from grasp_lightning.linalg.precision import full_precision
 from grasp_lightning.models.decoder import DecoderView
@@ -31,12 +31,20 @@ class UnitGradients:
     Args:
         units: The units of some blocks.
         importance: What is to be computed from the sums.
+        grouping: Which units the importance of query heads counts for.
     """
 
-    def __init__(self, view: DecoderView, units: Sequence[Units], importance: Importance) -> None:
+    def __init__(
+        self,
+        view: DecoderView,
+        units: Sequence[Units],
+        importance: Importance,
+        grouping: Grouping = "heads",
+    ) -> None:
         self._view = view
         self._units = units
         self._importance = importance
+        self._grouping = grouping
         self._names = tuple(name for found in units for name in found.linears)
         self._num_windows = dict.fromkeys(self._names, 0)
         self._rows = dict.fromkeys(self._names, 0)
@@ -101,7 +109,7 @@ class UnitGradients:
             value.div_(num_windows if name.endswith(_SQUARES) else num_targets)
         found = {}
         for units in self._units:
-            scores = unit_importance(self._view, units, self._importance, self.sums)
+            scores = unit_importance(self._view, units, self._importance, self.sums, self._grouping)
             if not scores.isfinite().all():
                 raise NumericsError(
                     f"the gradients of the units that {units.reader} reads are NaN or infinite; "
@@ -113,13 +121,18 @@ class UnitGradients:
 
 
 def unit_importance(
-    view: DecoderView, units: Units, importance: Importance, gradients: Mapping[str, Tensor]
+    view: DecoderView,
+    units: Units,
+    importance: Importance,
+    gradients: Mapping[str, Tensor],
+    grouping: Grouping = "heads",
 ) -> Tensor:
     """Return the sum of the importance of all weights in each unit of a block, float64, ``(U,)``.
 
     Args:
         gradients: Gradients ``<module>.<parameter>``, and squared ones with ``.squares`` after
             it; none for ``l2``.
+        grouping: ``released``: query head i counts for unit i modulo U.
     """
     total = torch.zeros(units.number, dtype=torch.float64)
     for name in units.linears:
@@ -129,7 +142,7 @@ def unit_importance(
             found = _importance(
                 importance, value, gradients.get(full), gradients.get(f"{full}{_SQUARES}")
             )
-            total += _unit_sums(units, name, found)
+            total += _unit_sums(units, name, found, grouping)
     return total
 
 
@@ -148,16 +161,23 @@ def _importance(
     return first.abs() if second is None else (first - second / 2).abs()
 
 
-def _unit_sums(units: Units, name: str, values: Tensor) -> Tensor:
+def _unit_sums(units: Units, name: str, values: Tensor, grouping: Grouping) -> Tensor:
     """Return the sums of values like a weight or bias over each unit, float64, ``(U,)``."""
     if name == units.reader:
-        columns = values.sum(dim=0, dtype=torch.float64).cpu()
-        return columns.reshape(units.number, units.width).sum(dim=1)
-    rows = values.reshape(len(values), -1).sum(dim=1, dtype=torch.float64).cpu()
+        found = values.sum(dim=0, dtype=torch.float64).cpu()
+        sizes: tuple[int, ...] = (units.width,)
+    else:
+        found = values.reshape(len(values), -1).sum(dim=1, dtype=torch.float64).cpu()
+        sizes = units.parts[units.writers.index(name)]
     sums = torch.zeros(units.number, dtype=torch.float64)
-    sizes = units.parts[units.writers.index(name)]
-    for part, size in zip(torch.split(rows, [n * units.number for n in sizes]), sizes, strict=True):
-        sums += part.reshape(units.number, size).sum(dim=1)
+    head = min(min(part) for part in units.parts)
+    for part, size in zip(
+        torch.split(found, [n * units.number for n in sizes]), sizes, strict=True
+    ):
+        if grouping == "released" and units.are_heads:
+            sums += part.reshape(size // head, units.number, head).sum(dim=(0, 2))
+        else:
+            sums += part.reshape(units.number, size).sum(dim=1)
     return sums
 
 

@@ -54,10 +54,11 @@ class Refitter:
     The fit is pulled towards the truncated tensors: by default, their difference costs as much as
     the fit's error. Without the pull it overfits the calibration text.
 
-    Source: ``prefix`` without a pull is the layer-wise closed-form update of the first version of
-    Wang et al., "SVD-LLM", arXiv:2403.07378. As the target, its public code takes the dense weight
-    times the input in the compressed model, and not the output in the dense one. We know of no
-    publication that targets the residual stream.
+    Source: ``prefix`` without a pull follows the layer-wise closed-form update of the first version
+    of Wang et al., "SVD-LLM", arXiv:2403.07378. Its public code, on 16 samples, takes the inputs of
+    all linears of a layer from the dense layer behind the compressed ones, so those of ``o_proj``
+    and ``down_proj`` come from dense blocks. Its target is the dense weight times this input, not
+    the output in the dense model. We know of no publication that targets the residual stream.
 
     Args:
         max_bytes: Memory for hidden states; the rest is stored in files.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grasp_lightning.callbacks.measure import TrainerMeasure
-from grasp_lightning.config import CalibrationConfig, Importance, MethodConfig
+from grasp_lightning.config import CalibrationConfig, Grouping, Importance, MethodConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError, ModelError, NumericsError
@@ -60,7 +60,22 @@ def gradients(view: DecoderView, windows: list[int]) -> dict[str, Tensor]:
     return found
 
 
-def by_autograd(view: DecoderView, units: Units, importance: Importance) -> list[float]:
+def counted(units: Units, module: str, unit: int, grouping: Grouping) -> Tensor:
+    """Columns of the reader, or rows of a writer, whose scores count for a unit."""
+    is_reader = module == units.reader
+    own = units.columns([unit]) if is_reader else units.rows(module, [unit])
+    has_queries = units.are_heads and (is_reader or module == units.writers[0])
+    if grouping == "heads" or not has_queries:
+        return own
+    size = min(min(sizes) for sizes in units.parts)
+    heads = range(unit, units.width // size * units.number, units.number)
+    dealt = torch.cat([torch.arange(head * size, (head + 1) * size) for head in heads])
+    return torch.cat([dealt, own[units.width :]])  # queries come first
+
+
+def by_autograd(
+    view: DecoderView, units: Units, importance: Importance, grouping: Grouping = "heads"
+) -> list[float]:
     """The definition, written out weight by weight and unit by unit."""
     everything = list(range(len(WINDOWS)))
     whole = gradients(view, everything)
@@ -84,10 +99,9 @@ def by_autograd(view: DecoderView, units: Units, importance: Importance) -> list
                 "l2": parameter.square(),
             }[importance]
             for unit in range(units.number):
-                if module == units.reader:
-                    scores[unit] += float(values[:, units.columns([unit])].sum())
-                else:
-                    scores[unit] += float(values[units.rows(module, [unit])].sum())
+                chosen = counted(units, module, unit, grouping)
+                found = values[:, chosen] if module == units.reader else values[chosen]
+                scores[unit] += float(found.sum())
     return scores
 
 
@@ -113,6 +127,37 @@ def test_scores_are_those_of_autograd(family: str, importance: Importance) -> No
     for block in units:
         expected = by_autograd(naive, block, importance)
         assert scores[block.reader].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
+def test_released_scores_deal_query_heads_to_the_groups_in_turn(family: str) -> None:
+    view, naive = DecoderView(tiny_model(family)), DecoderView(tiny_model(family).double())
+    units = removable_units(view, (1,), "test")
+    needs = Needs(units=units, importance="taylor_mixed", grouping="released")
+    measure = TrainerMeasure(data_of(WINDOWS, 2), progress=False)
+    scores = measure(view, Step(name="gradients", needs=needs)).unit_scores
+    for block in units:
+        expected = by_autograd(naive, block, "taylor_mixed", "released")
+        assert scores[block.reader].tolist() == pytest.approx(expected, rel=1e-4)
+        own = by_autograd(naive, block, "taylor_mixed", "heads")
+        assert (own == pytest.approx(expected, rel=1e-4)) is not block.are_heads
+
+
+@pytest.mark.parametrize(("grouping", "kept"), [(None, 0), ("heads", 0), ("released", 1)])
+def test_a_large_query_head_saves_the_group_that_it_counts_for(
+    grouping: Grouping | None, kept: int
+) -> None:
+    view = DecoderView(tiny_model())  # heads 0 and 1 read group 0
+    size = view.model.config.head_dim
+    for index in (1, 2):
+        with torch.no_grad():
+            view.layer(index).get_parameter("self_attn.q_proj.weight")[size : 2 * size] *= 100
+    config = MethodConfig(name="llm_pruner", removed_ratio=0.15, importance="l2", grouping=grouping)
+    config = replace(config, protect_first=1, protect_last=1)
+    method = build_method(resolve_method(config), view)
+    plan = compress(view, method, lambda *_: Statistics(), Plan(method="llm_pruner"), _no)
+    heads = [op.groups for op in plan.operations if isinstance(op, RemoveHeads)]
+    assert heads == [(kept,), (kept,)]
 
 
 def test_neither_batches_nor_groups_matter() -> None:
