@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grasp_lightning import processes
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.models.checkpoint import attach_quantizer, check_not_quantized
@@ -52,7 +53,7 @@ def load_streamed(
 ) -> tuple[LoadedModel, str]:
     """Return a streamed model in eval mode with its tokenizer, and the hash of its weights.
 
-    All weights are read once, layer by layer, to check and hash them. It fails like
+    All weights are read once, in one process, to check and hash them. It fails like
     ``load_model``, and with a ``ModelError`` for a family that cannot be run layer by layer.
 
     Args:
@@ -77,7 +78,7 @@ def load_streamed(
             f"streamed: {_INSTEAD}"
         )
     weights = _attached(source.name, model, folder, device)
-    digest = hash_of_tensors(_checked(model, weights))
+    digest = processes.on_first(lambda: hash_of_tensors(_checked(model, weights)))
     model.config.name_or_path = model.name_or_path = source.name  # no path of this machine is saved
     tokenizer.name_or_path = source.name
     loaded = LoadedModel(model=model, tokenizer=tokenizer, origin=describe_origin(source))

@@ -120,7 +120,8 @@ class RefitLayers:
         )
 
     def saved(self, number: int) -> Mapping[str, Tensor]:
-        """Return the tensors of a finished layer or group, read on access."""
+        """Return the tensors of a finished layer or group, read on access; all must call it."""
+        processes.barrier()  # rank 0 may be writing it
         path = self._run.path(self._name.format(number=number))
         file = TensorFile(path, _KEY, advice=self._advice)
         file.metadata()
@@ -204,7 +205,7 @@ class RunProgress(RunNotes):
         self.factors = merged(self.factors, read_on_access(file, factors))
 
     def add_step(self, plan: Plan, decision: Decision) -> None:
-        """Save a step that was applied, and its plan."""
+        """Save a step that was applied, and its plan; all processes must call it."""
         scores = {f"{_SCORE_PREFIX}{key}": value for key, value in decision.scores.items()}
         factors = {f"{_FACTOR_PREFIX}{key}": key for key in decision.tensors}
         tensors = merged(
@@ -219,6 +220,7 @@ class RunProgress(RunNotes):
             lambda path: write_tensors(path, tensors, {_END: str(len(plan.operations))}),
         )
         self._run.write_text(_PLAN, plan.to_json())
+        processes.barrier()  # the others may be reading what is deleted, and will read the file
         self._run.remove_all(f"{CHECKPOINTS}/refit-*")
         self._run.remove_all(DECIDED)
         self._run.remove_all(TRAINING_CHECKPOINT)
