@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from grasp_lightning.models.lowrank import (
     is_quantized_here,
     take_over_remote_code,
 )
-from grasp_lightning.models.source import describe_origin, resolve_source
+from grasp_lightning.models.source import describe_origin, downloaded, resolve_source
 from grasp_lightning.models.stored_shapes import stored_shapes
 from grasp_lightning.models.streamed import StoredAt, StreamedWeights, read_stored
 from grasp_lightning.models.weight_files import ADVICE, fault, weight_files
@@ -42,8 +43,6 @@ def check_streamable(config: ModelConfig) -> None:
         problem = "code of a checkpoint (model.trust_remote_code) may build it in another way"
     elif source.gguf_file is not None:
         problem = "a GGUF file is converted as a whole"
-    elif source.is_hub:
-        problem = "it reads a local folder: download the model, and set model.path to its folder"
     if problem is not None:
         raise ConfigError(f"model.loading is streamed, but {problem}; or {_INSTEAD}")
 
@@ -53,6 +52,7 @@ def load_streamed(
 ) -> tuple[LoadedModel, str]:
     """Return a streamed model in eval mode with its tokenizer, and the hash of its weights.
 
+    The files of a hub model that are not in the cache are downloaded.
     All weights are read once, in one process, to check and hash them. It fails like
     ``load_model``, and with a ``ModelError`` for a family that cannot be run layer by layer.
 
@@ -64,10 +64,11 @@ def load_streamed(
         ModelError: As above.
     """
     check_streamable(config)
-    device, source = resolve_device(config.device), resolve_source(config)
-    model, tokenizer = load_without_weights(config)
+    device = resolve_device(config.device)
+    source = processes.on_first(lambda: downloaded(resolve_source(config)))
+    model, tokenizer = load_without_weights(replace(config, revision=source.revision))
     folder = source.local_folder()
-    assert folder is not None  # checked above
+    assert folder is not None  # all files are in it
     if has_replaced(model) and not may_be_compressed:
         raise ModelError(
             f"{source.name} is compressed already, which cannot be streamed: {_INSTEAD}"
