@@ -21,6 +21,7 @@ from grasp_lightning.stats.base import Moments
 from grasp_lightning.storage.linear_files import DECIDED, LinearFiles, read_on_access
 from grasp_lightning.storage.moments import MomentFiles, stored_moments
 from grasp_lightning.storage.passes import PassFile, PassFiles
+from grasp_lightning.storage.shards import SHARDS, KeptShards
 from grasp_lightning.storage.stages import has_stages
 from grasp_lightning.storage.teacher_cache import has_shards
 from grasp_lightning.storage.tensor_files import (
@@ -224,6 +225,7 @@ class RunProgress(RunNotes):
         self._run.remove_all(f"{CHECKPOINTS}/refit-*")
         self._run.remove_all(DECIDED)
         self._run.remove_all(TRAINING_CHECKPOINT)
+        self._run.remove_all(SHARDS)
         if self._on_disk:
             file = TensorFile(path, _END, advice=_DECIDE_AGAIN)
             file.metadata()
@@ -244,6 +246,11 @@ class RunProgress(RunNotes):
     def refit_layers(self, operations: Sequence[Operation]) -> RefitLayers:
         """Return the store for the layers of a refit after these decisions of the current step."""
         return RefitLayers(self._run, step_key(self.plan.extended(tuple(operations))))
+
+    @property
+    def shards(self) -> KeptShards:
+        """Store for the weight files of the model with all steps applied."""
+        return KeptShards(self._run, step_key(self.plan))
 
     @property
     def training(self) -> TrainingFile:

@@ -49,12 +49,13 @@ METHODS = {
     "fwsvd": ["low_rank", "--method.preset=fwsvd", "--method.keep_ratio=0.6"],
     "grasp_plus": ["grasp_plus", "--method.removed_ratio=0.3"],
 }
-# Kills before the third layer's Gram matrices are stored, and while the model is saved.
+# Kills before the third layer's Gram matrices are stored, and up to the check of the saved model.
 KILLS = {
     "third layer": Kill("grasp_lightning.storage.moments", "MomentFiles", "save", 3),
     "decision": Kill("grasp_lightning.storage.linear_files", "LinearFiles", "save", 9),
     "refit": Kill("grasp_lightning.training.layer_refit", "LayerRefit", "advance", 2),
     "saving": Kill("grasp_lightning.models.streamed_saving", "", "_write_file", 1),
+    "verification": Kill("grasp_lightning.storage.model_folder", "", "verify_streamed", 1),
 }
 
 
@@ -102,7 +103,10 @@ def test_a_killed_streamed_run_resumes(tmp_path: Path) -> None:
 
     for kill in KILLS.values():
         assert killed(kill, signal.SIGKILL, argv) == -signal.SIGKILL
+    written = (tmp_path / "run" / "checkpoints" / "model.safetensors").stat()
     assert main(argv) == 0
+    kept = (tmp_path / "run" / "model" / "model.safetensors").stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     assert main(compress(folder, tmp_path / "whole", "grasp_plus")) == 0
 
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
