@@ -91,7 +91,10 @@ class ModelSource:
 def check_whole(config: ModelConfig) -> None:
     """Refuse a model that is to be streamed: a ``ConfigError``."""
     if config.loading == "streamed":
-        raise ConfigError("model.loading is streamed, which only compress can do: set it to whole")
+        raise ConfigError(
+            "model.loading is streamed, which only compress, evaluate and export can do: set it to "
+            "whole"
+        )
 
 
 def resolve_source(config: ModelConfig) -> ModelSource:

@@ -225,5 +225,5 @@ def test_a_hub_model_that_is_not_in_the_cache_is_one_line() -> None:
 
 
 def test_other_commands_refuse_to_stream(tiny_folder: Path) -> None:
-    with pytest.raises(GraspError, match="which only compress can do"):
+    with pytest.raises(GraspError, match="which only compress, evaluate and export can do"):
         load_model(settings(tiny_folder))
