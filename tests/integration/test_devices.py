@@ -83,6 +83,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compressed_folder(tmp_path_factory.mktemp("compressed"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [
