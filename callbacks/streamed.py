@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from grasp_lightning import processes
 from grasp_lightning.callbacks.attribution import SingularAttribution, group_scores
 from grasp_lightning.callbacks.calibration_checkpoint import StepStore
 from grasp_lightning.callbacks.measurement import Measurement
@@ -42,12 +43,13 @@ class StreamedMeasure:
     """Measures steps of a streamed model by sweeps over its layers.
 
     The same measurements as in a Trainer see the inputs and output gradients of one layer at a
-    time, so statistics are equal.
+    time, so statistics are equal. Each process moves its own windows through all layers, and sums
+    are added up layer by layer.
 
     Args:
-        data: Calibration windows.
+        data: Calibration windows; each process has at least one of them.
         store: Keeps measurements for a later start; None keeps none.
-        max_bytes: Memory for hidden states; the rest is stored in temporary files.
+        max_bytes: Memory for hidden states of this process; the rest is stored in temporary files.
         track: Shows progress over layers.
     """
 
@@ -59,7 +61,9 @@ class StreamedMeasure:
         max_bytes: float,
         track: Callable[[Sequence[str], str], Iterable[str]],
     ) -> None:
-        self._batches = numbered_batches(data)
+        batches = numbered_batches(data)
+        # No layer waits for other processes, so that padding need not run.
+        self._batches = {number: x for number, x in batches.items() if len(x["index"]) > 0}
         self._store = store
         self._max_bytes = max_bytes
         self._track = track
@@ -112,8 +116,9 @@ class StreamedMeasure:
                     sums[start] += measure(entering, leaving, mask)
 
             sweep.up("comparing layers", num_kept=span, passed=passed)
-        num_tokens = sum(int(batch["mask"].sum()) for batch in self._batches.values())
-        return (sums.cpu() / num_tokens).float()
+        num_tokens = torch.tensor(sum(int(b["mask"].sum()) for b in self._batches.values()))
+        total = processes.summed({"sums": sums.cpu(), "num_tokens": num_tokens})
+        return (total["sums"] / total["num_tokens"]).float()
 
     def _moments(self, view: DecoderView, step: Step) -> Mapping[str, Moments]:
         """Measure moments layer by layer; layers that an earlier start has measured are read."""

@@ -242,11 +242,17 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torch and Lightning see a GPU."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", _nothing)
     # Threads that read ahead have no mode.
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     # A mode is not active inside the operations that it handles, and hooks run there.
     monkeypatch.setattr(torch.autograd, "has_torch_function", lambda _: False)
     monkeypatch.setitem(AcceleratorRegistry["cuda"], "accelerator", _PosedAccelerator)
+
+
+def _nothing(*_: object) -> None:
+    """Stand in for a question about graphs of a real GPU."""
 
 
 def _is_posed(device: object) -> bool:

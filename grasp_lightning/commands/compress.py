@@ -197,7 +197,7 @@ def _execute(
             settings=to_dict(config),
             generates=inputs.generates,
         )
-        return write_outputs(run, outcome, phases)
+        return write_outputs(run, outcome, phases, progress.shards)
 
     metrics = processes.on_first(write)
     progress.clear()

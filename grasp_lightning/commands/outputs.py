@@ -52,6 +52,7 @@ from grasp_lightning.reporting.servers import Servers
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.run_folder.names import COMPRESSED, METRICS, PLAN
 from grasp_lightning.storage.model_folder import VERIFY, read_card, write_model
+from grasp_lightning.storage.shards import KeptShards
 from grasp_lightning.storage.tensor_files import write_tensors
 
 M = TypeVar("M", bound=RunMetrics)
@@ -266,11 +267,16 @@ class CompensationOutcome(RunOutcome[CompensationMetrics]):
             run.write_text(PLAN, self.plan.to_json())
 
 
-def write_outputs(run: RunFolder, outcome: RunOutcome[M], phases: Phases) -> M:
-    """Write model, decisions, report and metrics; return the metrics as written."""
+def write_outputs(
+    run: RunFolder, outcome: RunOutcome[M], phases: Phases, shards: KeptShards | None = None
+) -> M:
+    """Write model, decisions, report and metrics; return the metrics as written.
+
+    ``shards`` keeps the weight files of a streamed model for a later start.
+    """
     with phases(SAVE, excluding=(VERIFY,)):
-        card = outcome.card(outcome.metrics(phases))
-        write_model(run, outcome.loaded, card, generates=outcome.generates, phases=phases)
+        card, generates = outcome.card(outcome.metrics(phases)), outcome.generates
+        write_model(run, outcome.loaded, card, generates=generates, phases=phases, shards=shards)
         outcome.write_decisions(run)
     metrics = outcome.metrics(phases)
     run.write_text("report.html", outcome.report(metrics))

@@ -65,9 +65,10 @@ def _other_problem(config: CompressConfig) -> str | None:
     measures_cuts = config.method.weighting == "kfac" and config.statistics.measured_windows > 0
     problems = {
         "cuts are measured in the whole model: set statistics.measured_windows=0": measures_cuts,
-        "one process works: set trainer.devices=1, trainer.num_nodes=1 and trainer.strategy=auto": (
-            trainer.devices * trainer.num_nodes > 1 or trainer.strategy != "auto"
+        "no layer is split over processes: set trainer.strategy=auto": (
+            trainer.strategy not in ("auto", "ddp")
         ),
+        "its processes share temporary files: set trainer.num_nodes=1": trainer.num_nodes > 1,
         "layers compute in their own dtype: set trainer.precision=32-true, and model.dtype": (
             trainer.precision != "32-true"
         ),

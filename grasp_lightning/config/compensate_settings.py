@@ -26,6 +26,11 @@ ADAPTER_MODES: Final[tuple[TrainMode, ...]] = ("lora", "lora_on_factors")
 def check_settings(config: CompensateConfig) -> None:
     """Refuse numbers out of range, and keys that contradict others or have no effect."""
     check_values(config)
+    if config.model.loading == "streamed":
+        raise ConfigError(
+            "model.loading is streamed, but a training needs the whole model: set "
+            "model.loading=whole"
+        )
     if config.objective == "local":
         _check_local(config)
     _refuse_ignored(config)

@@ -76,11 +76,15 @@ def gathering_class() -> Any:  # noqa: ANN401  lm-eval has no usable types
     class Gathering(lm_eval_library().models.huggingface.HFLM):  # type: ignore[misc]  # untyped there
         """Collects the batches of all requests first; these are the same each time.
 
+        The windows of long texts, which lm-eval answers in groups, are collected together, too.
+
         Args:
             predict: As in ``Harness.run``.
             task: Name of the task, for messages.
             **options: Arguments of lm-eval's class.
         """
+
+        # Any: lm-eval has no usable types for requests and results.
 
         def __init__(self, predict: Predict, task: str, **options: Any) -> None:  # noqa: ANN401
             super().__init__(**options)
@@ -95,19 +99,23 @@ def gathering_class() -> Any:  # noqa: ANN401  lm-eval has no usable types
             self._collected.append(inps.cpu())
             return torch.zeros((), device=inps.device).expand(*inps.shape, self.vocab_size)
 
-        def _loglikelihood_tokens(
-            self,
-            requests: list[Any],  # Any: lm-eval has no usable types
-            disable_tqdm: bool = False,
-            override_bs: int | None = None,
-        ) -> list[tuple[float, bool]]:
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            return self._from_one_sweep(super().loglikelihood, requests, disable_tqdm)
+
+        def loglikelihood_rolling(
+            self, requests: list[Any], disable_tqdm: bool = False
+        ) -> list[Any]:
+            return self._from_one_sweep(super().loglikelihood_rolling, requests, disable_tqdm)
+
+        def _from_one_sweep(
+            self, answer: Callable[..., list[Any]], requests: list[Any], disable_tqdm: bool
+        ) -> list[Any]:
             collected: list[Tensor] = []
             self._collected = collected
-            super()._loglikelihood_tokens(list(requests), True, override_bs)
+            answer(requests, disable_tqdm=True)
             self._collected, self._logits = None, self._predict(collected)
-            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-                list(requests), disable_tqdm, override_bs
-            )
+            found = answer(requests, disable_tqdm=disable_tqdm)
+            assert next(self._logits, None) is None  # which also ends the sweep
             return found
 
         def generate_until(self, *_: object, **__: object) -> list[str]:

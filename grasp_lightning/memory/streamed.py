@@ -35,11 +35,13 @@ class StreamedMemory(NamedTuple):
 
     Attributes:
         device: On the device in its most expensive phase, where one layer has its weights.
-        host: Hidden states up to ``statistics.max_memory``, and the layer that is read next.
+        host: Hidden states up to ``statistics.max_memory``, and the layer that is read next, of one
+            process.
         together: Where a CPU is the device: the peak of both in one phase.
-        disk: Temporary files: the other hidden states, and decompositions that wait.
+        disk: Temporary files of all processes: the other hidden states, and decompositions that
+            wait.
         run: Files in the folder of the run, until it ends: statistics, factors and the model.
-        read: Bytes of decoder layers that are read from the checkpoint, about.
+        read: Bytes of decoder layers that all processes read from the checkpoint, about.
     """
 
     device: CalibrationMemory
@@ -97,9 +99,9 @@ def streamed_memory(
         device=max((phase.device for phase in phases), key=lambda device: device.total),
         host=max(phase.host for phase in phases),
         together=max(phase.together for phase in phases),
-        disk=hidden - in_memory + waiting,
+        disk=config.trainer.devices * (hidden - in_memory) + waiting,
         run=packed + factors + 2 * written * model.element_size,
-        read=_num_reads(config, scored) * (model.weights - model.outside),
+        read=config.trainer.devices * _num_reads(config, scored) * (model.weights - model.outside),
     )
 
 
@@ -192,12 +194,13 @@ def _num_reads(config: CompressConfig, scored: Scored) -> int:
 
 
 def _hidden_bytes(config: CompressConfig, model: ModelShape, scored: Scored) -> int:
-    """Return the bytes of hidden states that are kept at a time.
+    """Return the bytes of hidden states that a process keeps at a time.
 
     A backward sweep needs the inputs of all layers that it goes through; a forward sweep those of
     as many layers as the metric compares across.
     """
-    tokens = config.calibration.num_samples * config.calibration.seqlen
+    windows = -(-config.calibration.num_samples // config.trainer.devices)
+    tokens = windows * config.calibration.seqlen
     layer = tokens * model.hidden * model.element_size
     num_layers = 1
     if config.method.layer_metric == "angular":

@@ -1,6 +1,8 @@
 """Gradient scores of singular components, and factors of the best components."""
 
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +17,7 @@ from grasp_lightning.errors import OutputError
 from grasp_lightning.linalg.factors import SVD, balanced_factors, factorize
 from grasp_lightning.linalg.ranks import top_components
 from grasp_lightning.methods.base import Decision, Track, untracked
-from grasp_lightning.methods.dealing import own_weights
+from grasp_lightning.methods.dealing import kept, own_weights
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.streamed import dense_weights, streamed_weights
 from grasp_lightning.plan import FactorizeLinear
@@ -52,22 +54,40 @@ def attribution_step(
 def _on_disk(weights: Mapping[str, Tensor], track: Track) -> Mapping[str, SVD]:
     """Factorize every weight; the results wait in temporary files, and are read on access.
 
-    Raises:
-        OutputError: If the disk is full.
+    The processes share the work. Each has a folder of its own, with links to the files of the
+    others, so that it may delete its folder at any time. A full disk raises ``OutputError``.
     """
     folder = TemporaryDirectory()  # it is deleted with the last reader
-    readers: dict[str, Callable[[], SVD]] = {}
-    for name, weight in own_weights(weights, track, "factorize"):
-        path = Path(folder.name) / f"{len(readers):06d}.safetensors"
-        parts = {part: tensor.cpu() for part, tensor in factorize(weight)._asdict().items()}
-        try:
-            save_file(parts, path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(
-                f"cannot write {path}: {error}; set TMPDIR to a folder on a larger disk"
-            ) from error
-        readers[name] = partial(_read_basis, folder, path)
-    return OnAccess(readers)
+    paths = {name: Path(folder.name) / f"{n:06d}.safetensors" for n, name in enumerate(weights)}
+    for name in track(processes.own_share(tuple(weights)), "factorize"):
+        parts = {part: tensor.cpu() for part, tensor in factorize(weights[name])._asdict().items()}
+        with _as_output_error(paths[name]):
+            save_file(parts, paths[name])
+    folders = processes.gather(folder.name)
+    for position, path in enumerate(paths.values()):
+        owner = position % len(folders)
+        if owner != processes.rank():
+            with _as_output_error(path):
+                _link(Path(folders[owner]) / path.name, path)
+    processes.barrier()  # the others may still link to its files
+    return OnAccess({name: partial(_read_basis, folder, path) for name, path in paths.items()})
+
+
+@contextmanager
+def _as_output_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"cannot write {path}: {error}; set TMPDIR to a folder on a larger disk"
+        ) from error
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
 
 
 def _read_basis(folder: "TemporaryDirectory[str]", path: Path) -> SVD:
@@ -120,14 +140,21 @@ def keep_best_components(
         store: Keeps the factors; None: they stay in memory.
     """
     operations: list[FactorizeLinear] = []
-    found: dict[str, Mapping[str, Tensor]] = {}
+    chosen: dict[str, tuple[int, ...]] = {}
     for module in bases:
         if module not in ranks:
             continue
         components = top_components(scores[module], ranks[module])
-        factors = balanced_factors(bases[module], components)._asdict()
-        found[module] = factors if store is None else store.save("factorize", module, factors)
         operations.append(FactorizeLinear(module=module, rank=ranks[module], components=components))
+        chosen[module] = components
+
+    def factors(module: str) -> Mapping[str, Tensor]:
+        return balanced_factors(bases[module], chosen[module])._asdict()
+
+    if store is None:
+        found = {module: factors(module) for module in chosen}
+    else:
+        found = kept(store, chosen, factors, untracked, "factorize")
     return Decision(
         operations=tuple(operations),
         tensors=by_full_name(found, "left", "right"),

@@ -1,6 +1,6 @@
 """Work on many weights, shared by the processes of a run."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from grasp_lightning import processes
 from grasp_lightning.methods.base import Track
 from grasp_lightning.models.sharding import whole
+from grasp_lightning.stats.base import DecidedLinears
 
 T = TypeVar("T")
 
@@ -32,6 +33,32 @@ def dealt(
     own = {name: work(name, weight) for name, weight in own_weights(weights, track, description)}
     for position, name in enumerate(weights):
         yield name, processes.shared(own.pop(name, None), position % processes.num_processes())
+
+
+def kept(
+    store: DecidedLinears,
+    modules: Iterable[str],
+    work: Callable[[str], Mapping[str, Tensor]],
+    track: Track,
+    description: str,
+) -> dict[str, Mapping[str, Tensor]]:
+    """Compute tensors for linears, and keep them out of memory; the processes share the work.
+
+    Args:
+        store: Keeps them.
+        modules: Full names of the linears, the same in all processes.
+        work: Takes the name of a linear.
+        track: Shows the progress.
+        description: Label of the progress, and of what the store keeps.
+
+    Returns:
+        The tensors of each linear, read on access.
+    """
+    names = tuple(modules)
+    store.claim(description, names)
+    for name in track(processes.own_share(names), description):
+        store.save(description, name, work(name))
+    return store.load(description, names)
 
 
 def own_weights(

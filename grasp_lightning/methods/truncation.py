@@ -11,7 +11,7 @@ from grasp_lightning.linalg.factors import SVD, balanced_factors
 from grasp_lightning.linalg.weightings import even_norms
 from grasp_lightning.methods.base import REFIT_PULL, Decision, Track, untracked
 from grasp_lightning.methods.blocks import factorize_operations, waiting_ranks
-from grasp_lightning.methods.dealing import dealt
+from grasp_lightning.methods.dealing import dealt, kept
 from grasp_lightning.methods.layer_choice import LayerChoice
 from grasp_lightning.methods.layerwise import LayerwiseMethod
 from grasp_lightning.methods.metric import Metric
@@ -71,13 +71,12 @@ class Measured:
             return work(name, weight, self._moments_for(name, weight))
 
         names = tuple(modules)
-        load = (lambda _, __: None) if self.store is None else self.store.load
-        found = {name: parts for name in names if (parts := load(description, name)) is not None}
-        waiting = dense_weights(self.view, [name for name in names if name not in found])
-        for name, parts in dealt(waiting, on_device, self.track, description):
-            kept = None if self.store is None else self.store.save(description, name, parts)
-            found[name] = parts if kept is None else kept
-        return {name: found[name] for name in names}
+        weights, store = dense_weights(self.view, names), self.store
+        if store is None:
+            return dict(dealt(weights, on_device, self.track, description))
+        waiting = store.missing(description, names)
+        kept(store, waiting, lambda n: on_device(n, weights[n]), self.track, description)
+        return store.load(description, names)
 
     def basis(self, name: str, weight: Tensor) -> SVD:
         """Return the components of a whole weight ``(N, M)``, both vectors of each of one norm."""

@@ -14,8 +14,7 @@ from grasp_lightning.models.quiet_hub import quiet_hub
 logger = logging.getLogger(__name__)
 
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-# Weights of all frameworks, their indices, hidden files, and files that every copy writes itself.
-_LEFT_OUT = (
+WEIGHTS = (  # of all frameworks
     "*.safetensors",
     "*.bin",
     "*.pt",
@@ -31,6 +30,10 @@ _LEFT_OUT = (
     "*.pkl",
     "*.tflite",
     "*.mlmodel",
+)
+# Also indices, hidden files, and files that every copy writes itself.
+_LEFT_OUT = (
+    *WEIGHTS,
     "*.index.json",
     ".*",
     "config.json",

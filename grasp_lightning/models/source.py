@@ -14,13 +14,16 @@ from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ConfigError, DataError, ModelError
 from grasp_lightning.models import gguf
 from grasp_lightning.models.quiet_hub import quiet_hub
-from grasp_lightning.models.side_files import is_licence, side_files
+from grasp_lightning.models.side_files import WEIGHTS, is_licence, side_files
 from grasp_lightning.models.weight_files import weight_files
 from grasp_lightning.reading.text import user_path
 from grasp_lightning.reading.yaml_text import parse_yaml
 
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*(?:\n|\Z)", re.DOTALL)
 _MAX_QUOTED = 300  # characters of a foreign error message
+# Other copies of the weights, and subfolders.
+_NOT_LOADED = [*(pattern for pattern in WEIGHTS if pattern != "*.safetensors")]
+_NOT_LOADED += ["consolidated*", ".*", "*/*"]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
@@ -88,7 +91,10 @@ class ModelSource:
 def check_whole(config: ModelConfig) -> None:
     """Refuse a model that is to be streamed: a ``ConfigError``."""
     if config.loading == "streamed":
-        raise ConfigError("model.loading is streamed, which only compress can do: set it to whole")
+        raise ConfigError(
+            "model.loading is streamed, which only compress, evaluate and export can do: set it to "
+            "whole"
+        )
 
 
 def resolve_source(config: ModelConfig) -> ModelSource:
@@ -219,8 +225,39 @@ def pinned(source: ModelSource) -> ModelSource:
         return source
     source = replace(source, revision=_commit(source.location, source.revision))
     folder = source.local_folder()
-    is_whole = folder and (folder / "tokenizer_config.json").exists() and weight_files(folder)
-    return replace(source, snapshot=folder) if is_whole else source
+    return replace(source, snapshot=folder) if folder and _is_whole(folder) else source
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a folder of the cache has all files of a model: a download may have ended."""
+    try:
+        return (folder / "tokenizer_config.json").exists() and bool(weight_files(folder))
+    except ModelError:
+        return False
+
+
+def downloaded(source: ModelSource) -> ModelSource:
+    """Pin a hub model whose safetensors files are read from a folder, and download what it lacks.
+
+    Other sources are returned unchanged. Files that are neither in the cache nor on the hub raise a
+    ``ModelError``.
+    """
+    source = pinned(source)
+    is_there = not source.is_hub or source.snapshot is not None
+    return source if is_there else replace(source, snapshot=_download(source))
+
+
+def _download(source: ModelSource) -> Path:
+    try:
+        with quiet_hub():
+            folder = huggingface_hub.snapshot_download(
+                source.location, revision=source.revision, ignore_patterns=_NOT_LOADED
+            )
+    except (OSError, HFValidationError) as error:
+        raise hub_error(source.location, error) from error
+    if not weight_files(Path(folder)):
+        raise hub_error(source.location, OSError("it has no safetensors files"))
+    return Path(folder)
 
 
 def _commit(name: str, revision: str | None) -> str:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grasp_lightning import processes
 from grasp_lightning.config import ModelConfig
 from grasp_lightning.errors import ConfigError, ModelError
 from grasp_lightning.models.checkpoint import attach_quantizer, check_not_quantized
@@ -24,7 +26,7 @@ from grasp_lightning.models.lowrank import (
     is_quantized_here,
     take_over_remote_code,
 )
-from grasp_lightning.models.source import describe_origin, resolve_source
+from grasp_lightning.models.source import describe_origin, downloaded, resolve_source
 from grasp_lightning.models.stored_shapes import stored_shapes
 from grasp_lightning.models.streamed import StoredAt, StreamedWeights, read_stored
 from grasp_lightning.models.weight_files import ADVICE, fault, weight_files
@@ -41,8 +43,6 @@ def check_streamable(config: ModelConfig) -> None:
         problem = "code of a checkpoint (model.trust_remote_code) may build it in another way"
     elif source.gguf_file is not None:
         problem = "a GGUF file is converted as a whole"
-    elif source.is_hub:
-        problem = "it reads a local folder: download the model, and set model.path to its folder"
     if problem is not None:
         raise ConfigError(f"model.loading is streamed, but {problem}; or {_INSTEAD}")
 
@@ -52,7 +52,8 @@ def load_streamed(
 ) -> tuple[LoadedModel, str]:
     """Return a streamed model in eval mode with its tokenizer, and the hash of its weights.
 
-    All weights are read once, layer by layer, to check and hash them. It fails like
+    The files of a hub model that are not in the cache are downloaded.
+    All weights are read once, in one process, to check and hash them. It fails like
     ``load_model``, and with a ``ModelError`` for a family that cannot be run layer by layer.
 
     Args:
@@ -63,10 +64,11 @@ def load_streamed(
         ModelError: As above.
     """
     check_streamable(config)
-    device, source = resolve_device(config.device), resolve_source(config)
-    model, tokenizer = load_without_weights(config)
+    device = resolve_device(config.device)
+    source = processes.on_first(lambda: downloaded(resolve_source(config)))
+    model, tokenizer = load_without_weights(replace(config, revision=source.revision))
     folder = source.local_folder()
-    assert folder is not None  # checked above
+    assert folder is not None  # all files are in it
     if has_replaced(model) and not may_be_compressed:
         raise ModelError(
             f"{source.name} is compressed already, which cannot be streamed: {_INSTEAD}"
@@ -77,7 +79,7 @@ def load_streamed(
             f"streamed: {_INSTEAD}"
         )
     weights = _attached(source.name, model, folder, device)
-    digest = hash_of_tensors(_checked(model, weights))
+    digest = processes.on_first(lambda: hash_of_tensors(_checked(model, weights)))
     model.config.name_or_path = model.name_or_path = source.name  # no path of this machine is saved
     tokenizer.name_or_path = source.name
     loaded = LoadedModel(model=model, tokenizer=tokenizer, origin=describe_origin(source))

@@ -11,7 +11,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grasp_lightning.errors import ModelError, OutputError
+from grasp_lightning.errors import GraspError, ModelError, OutputError
 from grasp_lightning.models.checkpoint import prepare_folder, write_remote_code
 from grasp_lightning.models.integrity import bytes_of
 from grasp_lightning.models.lowrank import check_fails_closed, has_replaced
@@ -21,6 +21,8 @@ from grasp_lightning.models.streamed_loading import stored_names
 from grasp_lightning.reading.tensors import open_tensors, read_shapes
 
 Tensors = Callable[[Sequence[str]], Iterator[tuple[str, Tensor]]]
+WriteFile = Callable[[Path, Callable[[Path], dict[str, str]]], dict[str, str]]
+"""Puts a file that a function writes in its place, and returns what the function returns."""
 
 _FILES: Final = "model{suffix}.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
@@ -45,6 +47,7 @@ def save_streamed(
     *,
     tokenizer: PreTrainedTokenizerBase,
     max_shard_size: int | str = "5GB",
+    write_file: WriteFile | None = None,
 ) -> dict[str, str]:
     """Write a streamed model as a folder that ``from_pretrained`` opens, as ``save_model`` does.
 
@@ -54,6 +57,8 @@ def save_streamed(
         folder: Created if absent.
         tokenizer: Saved with the model.
         max_shard_size: Maximum size of a weight file, in bytes or as text such as ``5GB``.
+        write_file: Writes a weight file, which it may have kept from an earlier start; None writes
+            each one.
 
     Returns:
         The sha256 of the values of each stored tensor, by its name in the files.
@@ -75,7 +80,7 @@ def save_streamed(
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-    hashes = _write_weights(model, tensors, folder, max_shard_size)
+    hashes = _write_weights(model, tensors, folder, max_shard_size, write_file or _written)
     if has_replaced(model):
         write_remote_code(model, folder)
     tokenizer.save_pretrained(folder)
@@ -94,10 +99,7 @@ def verify_streamed(folder: Path, hashes: Mapping[str, str]) -> None:
     """
     found: dict[str, str] = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        for name in read_shapes(path, OutputError):
-            # Opened for each tensor: what is read stays mapped until the file is closed.
-            with open_tensors(path, OutputError) as content:
-                found[name] = _sha256(content.get_tensor(name))
+        found |= file_hashes(path, OutputError)
     wrong = sorted(name for name, digest in hashes.items() if found.get(name) != digest)
     if wrong or found.keys() != hashes.keys():
         raise OutputError(
@@ -106,8 +108,26 @@ def verify_streamed(folder: Path, hashes: Mapping[str, str]) -> None:
         )
 
 
+def file_hashes(path: Path, error: type[GraspError]) -> dict[str, str]:
+    """Return the sha256 of each tensor of a file, by name; a damaged file raises ``error``."""
+    found: dict[str, str] = {}
+    for name in read_shapes(path, error):
+        # Opened for each tensor: what is read stays mapped until the file is closed.
+        with open_tensors(path, error) as content:
+            found[name] = _sha256(content.get_tensor(name))
+    return found
+
+
+def _written(path: Path, write: Callable[[Path], dict[str, str]]) -> dict[str, str]:
+    return write(path)
+
+
 def _write_weights(
-    model: PreTrainedModel, tensors: Tensors, folder: Path, max_shard_size: int | str
+    model: PreTrainedModel,
+    tensors: Tensors,
+    folder: Path,
+    max_shard_size: int | str,
+    write_file: WriteFile,
 ) -> dict[str, str]:
     names, metadata = stored_names(model)
     shapes = model.state_dict()
@@ -119,8 +139,12 @@ def _write_weights(
     hashes: dict[str, str] = {}
     for file, keys in split.filename_to_tensors.items():
         header = {key: stored[key] for key in keys}
-        found = (tensor for _, tensor in tensors([own[key] for key in keys]))
-        hashes |= _write_file(folder / file, header, found, {**metadata, "format": "pt"})
+
+        def write(path: Path, header: Mapping[str, Tensor] = header) -> dict[str, str]:
+            found = (tensor for _, tensor in tensors([own[key] for key in header]))
+            return _write_file(path, header, found, {**metadata, "format": "pt"})
+
+        hashes |= write_file(folder / file, write)
     if split.is_sharded:
         content = {
             "metadata": {"total_parameters": model.num_parameters(), **split.metadata},

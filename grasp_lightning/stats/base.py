@@ -1,6 +1,6 @@
 """What a step needs measured, and the statistics that a pass returns."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -336,13 +336,22 @@ class MergedMoments(Mapping[str, Moments]):
 
 
 class DecidedLinears(Protocol):
-    """Keeps what a decision computes for single linears, for a later start and out of memory."""
+    """Keeps what a decision computes for single linears, for a later start and out of memory.
 
-    def load(self, work: str, module: str) -> Mapping[str, Tensor] | None:
-        """Return the tensors of a linear, read on access; None if they are not computed yet."""
+    Of several processes, each computes and saves some of the linears.
+    """
 
-    def save(self, work: str, module: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Keep the tensors of a linear, and return them, read on access."""
+    def missing(self, work: str, modules: Iterable[str]) -> list[str]:
+        """Return the linears that are not computed yet; all processes must call it."""
+
+    def claim(self, work: str, modules: Iterable[str]) -> None:
+        """Announce the linears that the processes will save; all processes must call it."""
+
+    def save(self, work: str, module: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a linear that was announced."""
+
+    def load(self, work: str, modules: Iterable[str]) -> dict[str, Mapping[str, Tensor]]:
+        """Return the tensors of linears, read on access; all processes must call it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,12 +1,13 @@
 """Files with what a decision computes for single linears, and tensors that are read from files."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Final
 
 from torch import Tensor
 
+from grasp_lightning import processes
 from grasp_lightning.errors import PlanError
 from grasp_lightning.reading.on_access import OnAccess
 from grasp_lightning.run_folder import RunFolder
@@ -30,21 +31,39 @@ class LinearFiles:
         self._run = run
         self._key = key
 
-    def load(self, work: str, module: str) -> Mapping[str, Tensor] | None:
-        """Return the tensors of a linear, read on access; None if they are not computed yet."""
-        file = TensorFile(self._run.path(self._file(work, module)), _KEY, advice=_ADVICE)
-        if not file or file.metadata()[_KEY] != self._key:
-            return None
-        return read_on_access(file, {name: name for name in file.shapes})
+    def missing(self, work: str, modules: Iterable[str]) -> list[str]:
+        """Return the linears that are not computed yet; all processes must call it."""
+        return [name for name in modules if not self._is_saved(work, name)]
 
-    def save(self, work: str, module: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Keep the tensors of a linear, and return them, read on access."""
-        self._run.write_with(
+    def claim(self, work: str, modules: Iterable[str]) -> None:
+        """Record that processes of the run will save some linears; all processes must call it."""
+        processes.barrier()  # another one may still look for files
+        for name in modules:
+            self._run.claim(self._file(work, name))
+        processes.barrier()
+
+    def save(self, work: str, module: str, tensors: Mapping[str, Tensor]) -> None:
+        """Save the tensors of a linear that was claimed, in the process that computed them."""
+        self._run.write_claimed(
             self._file(work, module), lambda path: save_tensors(path, tensors, {_KEY: self._key})
         )
-        kept = self.load(work, module)
-        assert kept is not None  # it was written just now
-        return kept
+
+    def load(self, work: str, modules: Iterable[str]) -> dict[str, Mapping[str, Tensor]]:
+        """Return the saved tensors of linears, read on access; all processes must call it."""
+        processes.barrier()  # another one may be writing them
+        return {name: self._saved(work, name) for name in modules}
+
+    def _is_saved(self, work: str, module: str) -> bool:
+        file = self._tensors(work, module)
+        return bool(file) and file.metadata()[_KEY] == self._key
+
+    def _saved(self, work: str, module: str) -> Mapping[str, Tensor]:
+        file = self._tensors(work, module)
+        file.metadata()
+        return read_on_access(file, {name: name for name in file.shapes})
+
+    def _tensors(self, work: str, module: str) -> TensorFile:
+        return TensorFile(self._run.path(self._file(work, module)), _KEY, advice=_ADVICE)
 
     def _file(self, work: str, module: str) -> str:
         digest = hashlib.sha256(f"{work}:{module}".encode()).hexdigest()[:32]

@@ -17,6 +17,7 @@ from grasp_lightning.plan import Plan
 from grasp_lightning.reading.text import read_text, told
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.run_folder.names import PLAN
+from grasp_lightning.storage.shards import KeptShards
 
 VERIFY = "verify"
 _CARD_NAME = "README.md"
@@ -29,6 +30,7 @@ def write_model(
     *,
     generates: bool = True,
     phases: Phases | None = None,
+    shards: KeptShards | None = None,
 ) -> None:
     """Write the folder ``model`` of a run, and verify it: in a fresh process unless streamed.
 
@@ -37,6 +39,7 @@ def write_model(
         card: Content of README.md.
         generates: Whether the model can generate with its cache.
         phases: Times the verification.
+        shards: Keeps the weight files of a streamed model for a later start; None keeps none.
     """
     model, weights = loaded.model, streamed_weights(loaded.model)
     hashes: dict[str, str] = {}
@@ -44,7 +47,9 @@ def write_model(
         if weights is None:
             save_model(model, folder, tokenizer=loaded.tokenizer)
         else:
-            hashes = save_streamed(model, weights.tensors, folder, tokenizer=loaded.tokenizer)
+            hashes = save_streamed(
+                model, weights.tensors, folder, tokenizer=loaded.tokenizer, write_file=shards
+            )
         write_beside(folder, loaded.origin, card)
         with nullcontext() if phases is None else phases(VERIFY):
             if weights is None:

@@ -21,6 +21,7 @@ from grasp_lightning.stats.base import Moments
 from grasp_lightning.storage.linear_files import DECIDED, LinearFiles, read_on_access
 from grasp_lightning.storage.moments import MomentFiles, stored_moments
 from grasp_lightning.storage.passes import PassFile, PassFiles
+from grasp_lightning.storage.shards import SHARDS, KeptShards
 from grasp_lightning.storage.stages import has_stages
 from grasp_lightning.storage.teacher_cache import has_shards
 from grasp_lightning.storage.tensor_files import (
@@ -120,7 +121,8 @@ class RefitLayers:
         )
 
     def saved(self, number: int) -> Mapping[str, Tensor]:
-        """Return the tensors of a finished layer or group, read on access."""
+        """Return the tensors of a finished layer or group, read on access; all must call it."""
+        processes.barrier()  # rank 0 may be writing it
         path = self._run.path(self._name.format(number=number))
         file = TensorFile(path, _KEY, advice=self._advice)
         file.metadata()
@@ -204,7 +206,7 @@ class RunProgress(RunNotes):
         self.factors = merged(self.factors, read_on_access(file, factors))
 
     def add_step(self, plan: Plan, decision: Decision) -> None:
-        """Save a step that was applied, and its plan."""
+        """Save a step that was applied, and its plan; all processes must call it."""
         scores = {f"{_SCORE_PREFIX}{key}": value for key, value in decision.scores.items()}
         factors = {f"{_FACTOR_PREFIX}{key}": key for key in decision.tensors}
         tensors = merged(
@@ -219,9 +221,11 @@ class RunProgress(RunNotes):
             lambda path: write_tensors(path, tensors, {_END: str(len(plan.operations))}),
         )
         self._run.write_text(_PLAN, plan.to_json())
+        processes.barrier()  # the others may be reading what is deleted, and will read the file
         self._run.remove_all(f"{CHECKPOINTS}/refit-*")
         self._run.remove_all(DECIDED)
         self._run.remove_all(TRAINING_CHECKPOINT)
+        self._run.remove_all(SHARDS)
         if self._on_disk:
             file = TensorFile(path, _END, advice=_DECIDE_AGAIN)
             file.metadata()
@@ -242,6 +246,11 @@ class RunProgress(RunNotes):
     def refit_layers(self, operations: Sequence[Operation]) -> RefitLayers:
         """Return the store for the layers of a refit after these decisions of the current step."""
         return RefitLayers(self._run, step_key(self.plan.extended(tuple(operations))))
+
+    @property
+    def shards(self) -> KeptShards:
+        """Store for the weight files of the model with all steps applied."""
+        return KeptShards(self._run, step_key(self.plan))
 
     @property
     def training(self) -> TrainingFile:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from grasp_lightning import processes
 from grasp_lightning.config import FisherChoice
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.evaluation.perplexity import perplexity_of
@@ -209,19 +210,21 @@ def sweep_perplexity(
 ) -> float:
     """Return the perplexity on held-out windows, which pass the model layer by layer.
 
+    The processes share the windows, and all get the perplexity of all windows.
+
     Args:
         view: The model, usually a streamed one.
         windows: Held-out windows.
         batch_size: Windows per forward pass of a layer.
-        max_bytes: Memory for hidden states; the rest is stored in files.
+        max_bytes: Memory for hidden states of this process; the rest is stored in files.
         track: Shows progress over layers.
         description: Label of the progress.
     """
-    starts = range(0, len(windows), batch_size)
-    batches = {
-        number: windows.batch(range(start, min(start + batch_size, len(windows))))
-        for number, start in enumerate(starts)
-    }
+    shares = processes.own_batches(range(len(windows)), batch_size)
+    own = [windows.batch(rows) for rows, counts in shares if counts]
+    if not own:  # there are more processes than windows
+        return perplexity_of(view, ())
+    batches = dict(enumerate(own))
     with _predicted(view, batches, max_bytes, track, description) as predictions:
         return perplexity_of(view, predictions)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grasp_lightning.cli import main
 from tests.conftest import save_tiny
+from tests.integration.compensation import compensate_argv, compressed_folder
 from tests.posing import POSED, MixedDevicesError, Posing, one_gpu
 
 # One wait per batch, each for a number that decides what happens next.
@@ -75,6 +76,34 @@ def test_no_operation_mixes_devices(
 ) -> None:
     one_gpu(monkeypatch)
     assert waits_of(folder, tmp_path / "run", 2, *keys)
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compressed_folder(tmp_path_factory.mktemp("compressed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["--train=lora", "--lora.rank=2"],
+        ["--train=factors", "--training.validate_every=1", "--training.keep=best"],
+    ],
+    ids=["adapters", "factors"],
+)
+def test_no_operation_of_a_training_mixes_devices(
+    keys: list[str], compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_gpu(monkeypatch)
+    posing = Posing()
+    argv = [*compensate_argv(compressed, tmp_path), *keys, "--model.device=cuda"]
+    argv += ["--training.max_steps=2", f"--output_dir={tmp_path / 'run'}"]
+
+    with posing.active():
+        assert main(["compensate", *argv]) == 0
+
+    assert any("CompensationModule" in place for place in posing.waits)  # the steps ran there
 
 
 def test_posing_refuses_and_counts_what_a_gpu_would(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grasp_lightning.cli import main
-from grasp_lightning.config import ModelConfig
+from grasp_lightning.commands.streamed import check_streamed
+from grasp_lightning.config import CompressConfig, MethodConfig, ModelConfig, TrainerConfig
+from grasp_lightning.errors import ConfigError
 from grasp_lightning.models.formats.dense import densify
 from grasp_lightning.models.loading import load_model
 from grasp_lightning.models.streamed_saving import verify_streamed
@@ -26,7 +28,7 @@ from grasp_lightning.storage.progress import RunProgress
 from grasp_lightning.training.layer_refit import LayerRefit
 from grasp_lightning.training.sweep import LayerSweep
 from tests.conftest import save_tiny
-from tests.integration.forked import killed
+from tests.integration.forked import killed, run_ranks
 from tests.integration.killing import Kill
 from tests.unit.evaluation.test_harness import questions
 
@@ -47,12 +49,13 @@ METHODS = {
     "fwsvd": ["low_rank", "--method.preset=fwsvd", "--method.keep_ratio=0.6"],
     "grasp_plus": ["grasp_plus", "--method.removed_ratio=0.3"],
 }
-# Kills before the third layer's Gram matrices are stored, and while the model is saved.
+# Kills before the third layer's Gram matrices are stored, and up to the check of the saved model.
 KILLS = {
     "third layer": Kill("grasp_lightning.storage.moments", "MomentFiles", "save", 3),
     "decision": Kill("grasp_lightning.storage.linear_files", "LinearFiles", "save", 9),
     "refit": Kill("grasp_lightning.training.layer_refit", "LayerRefit", "advance", 2),
     "saving": Kill("grasp_lightning.models.streamed_saving", "", "_write_file", 1),
+    "verification": Kill("grasp_lightning.storage.model_folder", "", "verify_streamed", 1),
 }
 
 
@@ -100,11 +103,53 @@ def test_a_killed_streamed_run_resumes(tmp_path: Path) -> None:
 
     for kill in KILLS.values():
         assert killed(kill, signal.SIGKILL, argv) == -signal.SIGKILL
+    written = (tmp_path / "run" / "checkpoints" / "model.safetensors").stat()
     assert main(argv) == 0
+    kept = (tmp_path / "run" / "model" / "model.safetensors").stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     assert main(compress(folder, tmp_path / "whole", "grasp_plus")) == 0
 
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["angular", "grasp", "grasp_plus"])
+def test_several_processes_share_the_windows_and_decide_as_one(method: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny")
+    more = ["--model.loading=streamed", "--statistics.max_memory=1e-6"]
+    assert main(compress(folder, tmp_path / "alone", method, *more)) == 0
+    # Five windows and three held-out ones: the processes have unequal shares.
+    argv = compress(folder, tmp_path / "run", method, *more, "--trainer.devices=2")
+
+    if method == "grasp_plus":  # the rest runs in one process
+        kills = [KILLS["third layer"], KILLS["decision"]._replace(call=5), KILLS["refit"]]
+        for kill in kills:
+            assert run_ranks(argv, 2, kill).codes == [-signal.SIGKILL] * 2
+        assert main(compress(folder, tmp_path / "run", method, *more)) == 0
+    else:
+        done = run_ranks(argv, 2)
+        assert done.codes == [0, 0], done.text
+        assert done.text.count("model:  ") == 1
+
+    assert_close_runs(tmp_path / "alone", tmp_path / "run")
+
+
+def assert_close_runs(first: Path, second: Path) -> None:
+    """Decisions are the same, and scores and weights close."""
+    assert (first / "plan.json").read_bytes() == (second / "plan.json").read_bytes()
+    for name, rtol in (("scores.safetensors", 1e-5), ("model/model.safetensors", 1e-3)):
+        assert (first / name).exists() == (second / name).exists()
+        if (first / name).exists():
+            left, right = load_file(first / name), load_file(second / name)
+            assert left.keys() == right.keys()
+            for key, values in left.items():
+                scale = float(values.abs().max())
+                torch.testing.assert_close(right[key], values, rtol=rtol, atol=rtol * scale)
+    metrics = [json.loads((x / "metrics.json").read_text()) for x in (first, second)]
+    perplexities = [content["perplexity"]["compressed"] for content in metrics]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-5)
+    assert not (second / "checkpoints").exists()
 
 
 @pytest.mark.slow
@@ -227,7 +272,7 @@ def in_process(argv: list[str], *, max_file_bytes: int) -> tuple[int, str]:
         (["--method.seam=linear"], "set method.seam=none"),
         (["--method.name=grasp", "--method.schedule=iterative"], "set method.schedule=one_shot"),
         (["--method.name=grasp_plus"], "set statistics.measured_windows=0"),
-        (["--trainer.strategy=fsdp"], "one process works"),
+        (["--trainer.strategy=fsdp"], "set trainer.strategy=auto"),
         (["--trainer.precision=bf16-mixed"], "set trainer.precision=32-true"),
         (["--calibration.source=self"], "leave self out of calibration.source"),
         (["--statistics.shared=shared"], "leave statistics.shared unset"),
@@ -252,6 +297,16 @@ def test_what_needs_the_whole_model_is_refused_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_of_several_nodes_are_refused_in_one_line(tiny_folder: Path) -> None:
+    config = CompressConfig(
+        model=ModelConfig(path=str(tiny_folder), loading="streamed"),
+        method=MethodConfig(name="drop", num_layers=1),
+        trainer=TrainerConfig(devices=2, num_nodes=2),
+    )
+    with pytest.raises(ConfigError, match=r"set trainer\.num_nodes=1; or set model\.loading=whole"):
+        check_streamed(config)
+
+
 def test_the_plan_shows_memory_of_device_host_and_disk(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,6 +319,23 @@ def test_the_plan_shows_memory_of_device_host_and_disk(
 
     assert main([*argv, "--method.schedule=iterative"]) == 0
     assert "streamed" not in capsys.readouterr().out
+
+
+def test_the_plan_counts_what_all_processes_read(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["plan", f"--model.path={tiny_folder}", "--method.name=grasp", "--method.num_layers=2"]
+    argv += ["--statistics.max_memory=1e-6", "--trainer.precision=32-true"]
+    found: list[tuple[float, float]] = []
+    for number in (1, 2):
+        assert main([*argv, f"--trainer.devices={number}"]) == 0
+        text = capsys.readouterr().out
+        numbers = re.search(r"([\d.]+) MB of\s+temporary files.*about ([\d.]+) MB", text, re.DOTALL)
+        assert numbers is not None
+        found.append((float(numbers[1]), float(numbers[2])))
+    (disk, read), (disk_of_two, read_of_two) = found
+    assert disk_of_two == pytest.approx(disk, abs=0.02)
+    assert read_of_two == pytest.approx(2 * read, abs=0.02)
 
 
 def test_too_little_disk_is_found_before_the_first_sweep(

@@ -58,6 +58,14 @@ def test_the_defaults_are_the_published_settings() -> None:
     check_settings(given)
 
 
+def test_a_training_does_not_stream_its_model() -> None:
+    model = ModelConfig(path="runs/first/model", loading="streamed")
+    teacher = DistillationConfig(teacher="models/dense")
+    given = config(objective="local", train="all", distillation=teacher)
+    expected = "model.loading is streamed, but a training needs the whole model: "
+    assert refusal(replace(given, model=model)) == expected + "set model.loading=whole"
+
+
 # Bounds
 
 

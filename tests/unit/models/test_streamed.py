@@ -2,14 +2,17 @@
 
 import re
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from weakref import WeakSet
 
 import pytest
 import torch
+from huggingface_hub import ResolvedRevision
 from torch import Tensor, nn
 
-from grasp_lightning.config import ModelConfig
+from grasp_lightning.commands.streamed import check_chain
+from grasp_lightning.config import MethodConfig, ModelConfig
 from grasp_lightning.errors import GraspError, ModelError
 from grasp_lightning.models.calls import leave_uncalled
 from grasp_lightning.models.decoder import DecoderView
@@ -19,6 +22,7 @@ from grasp_lightning.models.streamed_loading import check_apart, load_streamed
 from grasp_lightning.training.layer_streams import HiddenStates
 from grasp_lightning.training.sweep import LayerSweep, unseen
 from tests.conftest import save_tiny, tiny_model
+from tests.unit.models.test_calls import gemma4
 
 # Tied embeddings and biases, transposed linears, buffers that are not stored, softcapping.
 FAMILIES = ("llama", "qwen2", "opt", "gpt2", "gemma2")
@@ -118,6 +122,19 @@ def test_layers_that_share_a_weight_are_refused() -> None:
         check_apart(model, view)
 
 
+def test_layers_that_share_keys_and_values_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny")
+    gemma4(num_kv_shared_layers=2, hidden_size_per_layer_input=8).save_pretrained(folder)
+    view = DecoderView(load_streamed(settings(folder))[0].model)
+
+    with pytest.raises(ModelError) as raised:
+        check_chain(view, MethodConfig(name="grasp"))
+    assert str(raised.value) == (
+        "decoder layers of Gemma4ForCausalLM pass on more than hidden states, such as keys and "
+        "values, so they cannot be streamed: set model.loading=whole"
+    )
+
+
 def test_an_absent_shard_is_refused(tiny_folder: Path) -> None:
     (tiny_folder / "model.safetensors").unlink()
     tiny_model().save_pretrained(tiny_folder, max_shard_size="20kB")
@@ -146,6 +163,67 @@ def test_a_source_that_cannot_be_streamed_is_one_line(
     assert str(caught.value).endswith("set model.loading=whole")
 
 
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model of several shards in the cache of the hub, as org/tiny; there is no network."""
+    commit, repository = "0123456789" * 4, tmp_path / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for module in ("constants", "hf_api", "file_download", "_snapshot_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", tmp_path, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = save_tiny(repository / "snapshots" / commit)
+    (folder / "model.safetensors").unlink()
+    tiny_model().save_pretrained(folder, max_shard_size="20kB")
+    return folder
+
+
+def test_a_hub_model_in_the_cache_is_streamed(snapshot: Path) -> None:
+    loaded, digest = load_streamed(settings(Path("org/tiny")))
+
+    assert digest == model_hash(tiny_model())
+    assert (loaded.origin.name, loaded.origin.folder) == ("org/tiny", None)
+    assert loaded.model.name_or_path == "org/tiny"
+    assert weights_of(loaded.model)._files["lm_head.weight"].path.parent == snapshot
+
+
+def test_shards_that_the_cache_lacks_are_downloaded(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = sorted(snapshot.glob("model-*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(ModelError, match=re.escape(f"{shard.name}")):
+        load_streamed(settings(Path("org/tiny")))
+
+    def download(name: str, *, revision: ResolvedRevision, ignore_patterns: list[str]) -> str:
+        assert (name, revision.resolved) == ("org/tiny", snapshot.name)
+        assert not any(fnmatch(shard.name, pattern) for pattern in ignore_patterns)
+        shard.write_bytes(content)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load_streamed(settings(Path("org/tiny")))[1] == model_hash(tiny_model())
+
+
+def test_a_hub_model_without_safetensors_files_is_one_line(snapshot: Path) -> None:
+    for file in snapshot.glob("model*"):
+        file.unlink()
+
+    with pytest.raises(ModelError, match="cannot get org/tiny from the Hugging Face hub") as caught:
+        load_streamed(settings(Path("org/tiny")))
+    assert "it has no safetensors files" in str(caught.value)
+
+
+@pytest.mark.usefixtures("snapshot")
+def test_a_hub_model_that_is_not_in_the_cache_is_one_line() -> None:
+    with pytest.raises(
+        ModelError, match="cannot get org/other from the Hugging Face hub"
+    ) as caught:
+        load_streamed(settings(Path("org/other")))
+    assert "\n" not in str(caught.value)
+
+
 def test_other_commands_refuse_to_stream(tiny_folder: Path) -> None:
-    with pytest.raises(GraspError, match="which only compress can do"):
+    with pytest.raises(GraspError, match="which only compress, evaluate and export can do"):
         load_model(settings(tiny_folder))

@@ -62,6 +62,17 @@ def load_moments(run: RunFolder) -> object:
     return found and found["a"]
 
 
+def save_linear(files: LinearFiles) -> None:
+    files.claim("factorize", ["a"])
+    files.save("factorize", "a", {"left": torch.ones(4, 1)})
+
+
+def load_linear(files: LinearFiles) -> Tensor | None:
+    return (
+        None if files.missing("factorize", ["a"]) else files.load("factorize", ["a"])["a"]["left"]
+    )
+
+
 def draw(run: RunFolder) -> Tensor:
     text = SampledText(tiny_model, "model", Phases())
     text.keep_in(run)
@@ -76,8 +87,8 @@ TENSORS: dict[str, tuple[Callable[[RunFolder], Any], Callable[[RunFolder], Any]]
         lambda run: RefitLayers(run, "key").load(2),
     ),
     "checkpoints/decided-5f372af1c901bdcbcbfe62f3de7b26bd.safetensors": (
-        lambda run: LinearFiles(run, "key").save("factorize", "a", {"left": torch.ones(4, 1)}),
-        lambda run: (LinearFiles(run, "key").load("factorize", "a") or {})["left"],
+        lambda run: save_linear(LinearFiles(run, "key")),
+        lambda run: load_linear(LinearFiles(run, "key")),
     ),
     "statistics.safetensors": (save_moments, load_moments),
     "sampled_text.safetensors": (draw, draw),
