@@ -17,10 +17,14 @@ class VocabularyMoments(MomentMeasurement[VocabularySums]):
     Args:
         step: A step that needs ``vocabulary``.
         windows: All calibration windows, whose tokens are counted.
+        corpus: How often a larger text holds each token, ``(V,)``; None without one.
     """
 
-    def __init__(self, step: Step, windows: TokenWindows) -> None:
+    def __init__(
+        self, step: Step, windows: TokenWindows, corpus: torch.Tensor | None = None
+    ) -> None:
         super().__init__(step)
+        self._corpus = corpus
         self._tokens = windows.input_ids[windows.mask]
 
     def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
@@ -29,6 +33,6 @@ class VocabularyMoments(MomentMeasurement[VocabularySums]):
         assert names is not None  # the caller only asks in that case
         size, features = view.module(names.embedding).get_parameter("weight").shape
         counts = torch.bincount(self._tokens, minlength=size)
-        self._sums = VocabularySums(names, counts, features, view.model.device)
+        self._sums = VocabularySums(names, counts, features, view.model.device, self._corpus)
         self._num_tokens = 0
         return VocabularyObserver(view, names, self._sums).attached()

@@ -47,20 +47,25 @@ def group_sizes(num_tokens: int, num_special: int) -> tuple[int, ...]:
     return (num_tokens - sum(sizes), *sizes)
 
 
-def smoothed_frequencies(counts: Tensor) -> Tensor:
+def smoothed_frequencies(counts: Tensor, corpus: Tensor | None = None) -> Tensor:
     """Return how often each token may occur, as shares that sum to 1, ``(V,)``, float64.
 
     Tokens that a text does not hold are not free: they get the share of text that Good and
     Turing estimate for unseen tokens, the share of tokens seen once. It is spread over all tokens
-    by Zipf's law, with ids as ranks, since tokenizers number frequent pieces first.
+    as a larger text uses them, or without one by Zipf's law, with ids as ranks, since tokenizers
+    number frequent pieces first.
 
     Args:
         counts: How often a text holds each token, ``(V,)``.
+        corpus: How often a larger text holds each; it is smoothed by Zipf's law itself.
     """
     counts = counts.double()
     total = counts.sum().clamp(min=1)
-    ranks = torch.arange(len(counts), dtype=torch.float64, device=counts.device)
-    prior = 1 / (ranks + _ZIPF_SHIFT)
+    if corpus is not None:
+        prior = smoothed_frequencies(corpus)
+    else:
+        ranks = torch.arange(len(counts), dtype=torch.float64, device=counts.device)
+        prior = 1 / (ranks + _ZIPF_SHIFT)
     # At least one token's share: a short text may repeat all that it holds.
     unseen = ((counts == 1).sum().clamp(min=1) / total).clamp(max=1)
     return (1 - unseen) * counts / total + unseen * prior / prior.sum()

@@ -30,15 +30,21 @@ class VocabularySums:
         counts: How often the text holds each token, ``(V,)``.
         features: d.
         device: Device of the sums.
+        corpus: How often a larger text holds each token, to smooth the counts; None without one.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, counts: Tensor, features: int, device: torch.device
+        self,
+        vocabulary: Vocabulary,
+        counts: Tensor,
+        features: int,
+        device: torch.device,
+        corpus: Tensor | None = None,
     ) -> None:
         self._names = vocabulary
         self._counts = counts.double().cpu()
         # As they are stored: a decision finds the same groups in them.
-        self.frequencies = smoothed_frequencies(self._counts).float()
+        self.frequencies = smoothed_frequencies(self._counts, corpus).float()
         self._groups = groups_of(vocabulary, self.frequencies).to(device)
         number = int(self._groups.max()) + 1
         self._members = nn.functional.one_hot(self._groups, number).float()  # (V, G)
