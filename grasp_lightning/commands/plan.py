@@ -22,6 +22,7 @@ from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, memor
 from grasp_lightning.methods import build_method, predict, resolve_method
 from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.budgeted_truncation import BudgetedTruncation
+from grasp_lightning.methods.embedding_rows import row_shapes
 from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.narrowing import narrowable_mlps
 from grasp_lightning.methods.prediction import Prediction
@@ -137,6 +138,7 @@ def planned(
                 else _moment_bytes(view, config, prediction, by_layer=True)
             ),
             set_weights=_set_weights(view, prediction),
+            row_groups=tuple(row_shapes(view).values()) if prediction.has_rows else (),
             device_memory=config.device_memory if isinstance(config, PlanConfig) else None,
         ),
         compensation=compensation_plan(

@@ -14,7 +14,7 @@ from grasp_lightning.linalg.weightings import check_root
 
 _NUM_DOUBLINGS: Final = 5
 _ZIPF_SHIFT: Final = 2.7  # Mandelbrot's, of words of English
-_CHUNK: Final = 8192  # rows in float64 at a time
+CHUNK: Final = 8192  # rows in float64 at a time
 
 
 class RowFactors(NamedTuple):
@@ -112,7 +112,7 @@ def row_factors(rows: Tensor, weights: Tensor, root: Tensor, rank: int) -> RowFa
     vectors = torch.linalg.eigh(_whitened_gram(rows, weights, root)).eigenvectors.flip(1)[:, :rank]
     wide = root.double()
     right = torch.linalg.solve_triangular(wide, vectors.mT, upper=False, left=False)  # (r, d)
-    left = torch.cat([part.double() @ (wide @ vectors) for part in torch.split(rows, _CHUNK)])
+    left = torch.cat([part.double() @ (wide @ vectors) for part in torch.split(rows, CHUNK)])
     ratio = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
     ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
     return RowFactors((left * ratio).contiguous(), (right / ratio[:, None]).contiguous())
@@ -122,7 +122,7 @@ def _whitened_gram(rows: Tensor, weights: Tensor, root: Tensor) -> Tensor:
     """Return ``R^T W^T diag(w) W R``, ``(d, d)``, float64."""
     check_root("root", root, rows.shape[1])
     gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    for part, weight in zip(*(torch.split(part, _CHUNK) for part in (rows, weights)), strict=True):
+    for part, weight in zip(*(torch.split(part, CHUNK) for part in (rows, weights)), strict=True):
         wide = part.double()
         gram.addmm_(wide.mT, wide * weight.double()[:, None])
     return root.double().mT @ gram @ root.double()

@@ -19,7 +19,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import row_group
 from grasp_lightning.stats.base import Moments, Vocabulary, check_seen
 
-_CHUNK: Final = 64  # rows of logits that are squared at a time
+CHUNK: Final = 64  # rows of logits that are squared at a time
 
 
 class VocabularySums:
@@ -71,7 +71,7 @@ class VocabularySums:
     def add_head(self, states: Tensor, gradient: Tensor) -> None:
         """Add one window of the head: inputs ``(T, d)``, gradient of the logits ``(T, V)``."""
         self._num_windows[self._names.head] += 1
-        parts = (torch.split(tensor, _CHUNK) for tensor in (states.float(), gradient))
+        parts = (torch.split(tensor, CHUNK) for tensor in (states.float(), gradient))
         with full_precision(states.device):
             for x, part in zip(*parts, strict=True):
                 squares = part.float().square()
