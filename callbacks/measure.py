@@ -99,6 +99,8 @@ class TrainerMeasure:
             are tried.
         caches: Keep the inputs of layers for later passes, see ``HiddenCache``; not for models
             whose layers pass each other more than hidden states.
+        token_counts: How often a larger text uses each token, which smooths how often the
+            calibration text does; None without one.
     """
 
     def __init__(
@@ -113,8 +115,10 @@ class TrainerMeasure:
         max_bytes: float = math.inf,
         priced_windows: int = 1,
         caches: bool = True,
+        token_counts: Tensor | None = None,
     ) -> None:
         self._data = data
+        self._token_counts = token_counts
         self._config = config or TrainerConfig()
         self._log_dir = log_dir
         self._progress = progress
@@ -316,7 +320,8 @@ class TrainerMeasure:
         if ends:
             needs = Needs(vocabulary=step.needs.vocabulary, fisher=step.needs.fisher)
             alone = replace(step, needs=needs)
-            measurement = VocabularyMoments(alone, self._data.windows, self._num_tried)
+            data, tried = self._data.windows, self._num_tried
+            measurement = VocabularyMoments(alone, data, tried, self._token_counts)
             found.append(self._kept(view, alone, measurement, "-vocabulary"))
         return found[0] if len(found) == 1 else MergedMoments(found)
 

@@ -6,6 +6,7 @@ import torch
 
 from grasp_lightning.callbacks.moments import MomentMeasurement
 from grasp_lightning.data.windows import TokenWindows
+from grasp_lightning.linalg.row_groups import smoothed_frequencies
 from grasp_lightning.stats.base import Step
 from grasp_lightning.stats.vocabulary import VocabularyObserver, VocabularySums
 from grasp_lightning.training.calibration import CalibrationModule
@@ -19,12 +20,16 @@ class VocabularyMoments(MomentMeasurement[VocabularySums]):
         windows: All calibration windows.
         num_tried: Number of windows at the start on which factors are tried. They do not decide on
             the groups if there are others.
+        corpus: How often a larger text holds each token, ``(V,)``; None without one.
     """
 
-    def __init__(self, step: Step, windows: TokenWindows, num_tried: int) -> None:
+    def __init__(
+        self, step: Step, windows: TokenWindows, num_tried: int, corpus: torch.Tensor | None = None
+    ) -> None:
         super().__init__(step)
         self._windows = windows
         self._counted = slice(num_tried % len(windows), None)
+        self._corpus = corpus
 
     def observe(self, module: CalibrationModule, step: Step) -> AbstractContextManager[None]:
         """Return the hooks on embedding and head."""
@@ -36,6 +41,7 @@ class VocabularyMoments(MomentMeasurement[VocabularySums]):
             torch.bincount(ids[part][mask[part]], minlength=size)
             for part in (slice(None), self._counted)
         )
-        self._sums = VocabularySums(names, counts, grouping, features, view.model.device)
+        frequencies = smoothed_frequencies(grouping, self._corpus)
+        self._sums = VocabularySums(names, counts, frequencies, features, view.model.device)
         self._num_tokens = 0
         return VocabularyObserver(view, names, self._sums).attached()

@@ -31,6 +31,7 @@ from grasp_lightning.config.second_stage import second_stage, split_options
 from grasp_lightning.errors import GraspError, Interrupted
 from grasp_lightning.launch import joined
 from grasp_lightning.reporting.metrics import CompensationMetrics, Metrics
+from grasp_lightning.run_folder.names import TRIM
 from grasp_lightning.starting import begin
 
 FAILED = 1
@@ -165,14 +166,14 @@ def _trim(prog: str, argv: Sequence[str]) -> None:
     _check_source(config.model)
     from rich.console import Console  # noqa: PLC0415
 
-    from grasp_lightning.commands.trim import FACTS_NAME, run_trim  # noqa: PLC0415
+    from grasp_lightning.commands.trim import run_trim  # noqa: PLC0415
     from grasp_lightning.reporting.trimming import trim_table  # noqa: PLC0415
 
     begin()
     run = run_trim(config)
     Console().print(trim_table(run.facts))
     print(f"model:  {run.model_folder}")
-    _print_files(run.folder / FACTS_NAME)
+    _print_files(run.folder / TRIM)
 
 
 def _evaluate(prog: str, argv: Sequence[str]) -> None:

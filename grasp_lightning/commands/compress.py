@@ -1,7 +1,8 @@
 """``compress``: from a configuration to a run folder with a smaller model."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -25,6 +26,7 @@ from grasp_lightning.commands.stages import (
     compress_work,
 )
 from grasp_lightning.commands.streamed import check_streamed
+from grasp_lightning.commands.vocabulary import check_vocabulary_keys
 from grasp_lightning.commands.workflow import output_folder, run_in_folder, tracked_perplexity
 from grasp_lightning.config import CompressConfig, MethodConfig
 from grasp_lightning.config.parsing import to_dict
@@ -37,12 +39,12 @@ from grasp_lightning.models.in_memory import ModelInMemory
 from grasp_lightning.models.loading import LoadedModel, load_model, model_hash
 from grasp_lightning.models.plain import make_plain
 from grasp_lightning.models.sharding import is_sharded
-from grasp_lightning.models.size import count_inputs, measure_size
+from grasp_lightning.models.size import ModelSize, count_inputs, measure_size
 from grasp_lightning.models.source import resolve_source
 from grasp_lightning.models.streamed import streamed_weights
 from grasp_lightning.models.surgery import apply_operations
 from grasp_lightning.pipeline import Finish, Measure, compress
-from grasp_lightning.plan import Plan
+from grasp_lightning.plan import OptionValue, Plan
 from grasp_lightning.progress import RunBar, expect_work, track
 from grasp_lightning.reporting.metrics import Metrics, Pair
 from grasp_lightning.run_folder import RunFolder, check_free_space
@@ -119,6 +121,8 @@ def resolved(
     if config.statistics.shared is not None:
         check_shared_folder(config.statistics.shared, output_dir)
     config = replace(config, method=_resolved_method(config))
+    with _from_stored(config):
+        check_vocabulary_keys(config, is_given=given is not None)
     if config.trainer.strategy == "fsdp":
         _check_splittable(config.method)
     if config.model.loading == "streamed":
@@ -132,8 +136,15 @@ def resolved(
 
 
 def _resolved_method(config: CompressConfig) -> MethodConfig:
-    try:
+    with _from_stored(config):
         return resolve_method(config.method, config.seed)
+
+
+@contextmanager
+def _from_stored(config: CompressConfig) -> Iterator[None]:
+    """Say of keys that contradict each other where those come from that are not set."""
+    try:
+        yield
     except ConfigError as error:
         if config.from_scores is None:
             raise
@@ -151,12 +162,12 @@ def _execute(
     weights = streamed_weights(inputs.loaded.model)
     progress = RunProgress(
         run,
-        Plan(method=method.name, options=method.options, inputs=inputs.hashes),
+        Plan(method=method.name, options=_options(config, inputs), inputs=inputs.hashes),
         on_disk=weights is not None,
     )
     prediction = method.predict(view)
     expect_work(compress_work(config, view, prediction, inputs.held_out, progress.plan))
-    dense_size, num_inputs = measure_size(view), count_inputs(view)
+    dense_size, num_inputs = _dense_size(inputs), count_inputs(view)
     dense_perplexity = progress.noted("dense_perplexity")
     if dense_perplexity is None:
         dense_perplexity = _perplexity(config, inputs, phases, "dense")
@@ -196,6 +207,7 @@ def _execute(
             perplexity_tokens=inputs.held_out.num_targets,
             settings=to_dict(config),
             generates=inputs.generates,
+            trim=inputs.trim,
         )
         return write_outputs(run, outcome, phases, progress.shards)
 
@@ -205,6 +217,26 @@ def _execute(
         progress.forget_moments()
     run.finish()
     return metrics
+
+
+def _options(config: CompressConfig, inputs: Inputs) -> dict[str, OptionValue]:
+    """Return the options for the plan; a share is of the model before its vocabulary is trimmed."""
+    options = dict(inputs.method.options)
+    if inputs.trim is None:
+        return options
+    if "removed_ratio" in options:
+        options["removed_ratio"] = config.method.removed_ratio
+    return {**options, "vocabulary": config.method.vocabulary}
+
+
+def _dense_size(inputs: Inputs) -> ModelSize:
+    """Return the size of the model before anything was removed."""
+    size = measure_size(inputs.view)
+    if inputs.trim is None:
+        return size
+    before, after = inputs.trim.parameters.values
+    removed = (before - after) * inputs.loaded.model.dtype.itemsize
+    return replace(size, parameters=before, bytes=size.bytes + removed)
 
 
 def _check_disk(config: CompressConfig, run: RunFolder, inputs: Inputs) -> None:
@@ -261,6 +293,7 @@ def _measure(
         priced_windows=config.statistics.priced_windows,
         caches=_reads_hidden_states_again(config.method)
         and pass_on_hidden_states_only(inputs.view),
+        token_counts=inputs.token_counts,
     )
     if inputs.shared is None:
         return measure

@@ -12,6 +12,7 @@ from grasp_lightning.callbacks.placement import check_placement
 from grasp_lightning.commands.compress import resolved
 from grasp_lightning.commands.inputs import bytes_needed, check_num_windows
 from grasp_lightning.commands.plan import planned
+from grasp_lightning.commands.vocabulary import without_weights
 from grasp_lightning.config import (
     CompensateConfig,
     CompressConfig,
@@ -24,13 +25,11 @@ from grasp_lightning.data.hub import HUB_CORPORA
 from grasp_lightning.data.mixture import mixture_parts
 from grasp_lightning.data.section_windows import evaluation_windows, local_calibration_windows
 from grasp_lightning.data.sources import check_corpus
-from grasp_lightning.errors import ModelError
 from grasp_lightning.launch import check_number
 from grasp_lightning.methods import build_method
 from grasp_lightning.models.calls import check_length, check_vocabulary
-from grasp_lightning.models.checkpoint import check_not_quantized
 from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.loading import load_without_weights, resolve_device
+from grasp_lightning.models.loading import resolve_device
 from grasp_lightning.run_folder import RunFolder, check_free_space
 from grasp_lightning.run_folder.folder import RunState
 from grasp_lightning.run_folder.names import CONFIG
@@ -93,10 +92,9 @@ def check_compression(
     mixture_parts(config.calibration, "calibration")
     check_placement(config.trainer, resolve_device(config.model.device))
     stored = None if config.from_scores is None else StoredScores(config.from_scores)
-    model, tokenizer = load_without_weights(config.model)
-    check_not_quantized(model, ModelError)
+    model, tokenizer, config, vocabulary = without_weights(config)
     view = DecoderView(model)
-    forecast = planned(replace(config, compensate=source), second, view)
+    forecast = planned(replace(config, compensate=source), second, view, vocabulary)
     if stored is not None:
         config = replace(config, method=replace(config.method, score_all_layers=None))
     method = build_method(config.method, view)

@@ -7,11 +7,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from grasp_lightning import __version__, processes
 from grasp_lightning.callbacks.placement import check_trainer, is_split
 from grasp_lightning.commands.stages import LOAD
 from grasp_lightning.commands.streamed import check_chain
+from grasp_lightning.commands.vocabulary import shares_of_the_rest, vocabulary_of
 from grasp_lightning.config import CompressConfig
 from grasp_lightning.config.values import check_values
 from grasp_lightning.data.datamodules import CalibrationData
@@ -35,6 +37,7 @@ from grasp_lightning.models.streamed_loading import load_streamed
 from grasp_lightning.models.verification import can_generate
 from grasp_lightning.models.vocabulary.ends import special_tokens
 from grasp_lightning.progress import track
+from grasp_lightning.reporting.trimming import TrimFacts
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.progress import check_same_model
 from grasp_lightning.storage.recut import StoredScores
@@ -48,7 +51,7 @@ _SAFETY = 1.1  # tokenizer, report and logs, in addition to weights and factors
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The checked inputs of a run.
+    """The checked inputs of a run; the budget of the method is what trimming left of it.
 
     Attributes:
         text: Writes calibration text with the model.
@@ -56,6 +59,8 @@ class Inputs:
         stored: Stored scores to cut again; None if the run measures.
         shared: Measurements that runs share; None if this one shares nothing.
         hashes: Hashes of the model and of the windows, for the plan.
+        token_counts: How often a larger text uses each token, ``(V,)``; None without one.
+        trim: What trimming the vocabulary removed before anything else, if it did.
         generates: Whether the model generates with its cache.
     """
 
@@ -70,6 +75,8 @@ class Inputs:
     hashes: Mapping[str, str]
     bytes_needed: int
     generates: bool
+    token_counts: Tensor | None = None
+    trim: TrimFacts | None = None
 
 
 def prepare(
@@ -93,15 +100,20 @@ def prepare(
         config = replace(config, method=replace(config.method, score_all_layers=None))
     with phases(LOAD, excluding=(SAMPLE,)):
         loaded, digest = _load(config, given)
+        vocabulary = vocabulary_of(config, loaded, digest)
+        loaded, hashes = vocabulary.loaded, dict(vocabulary.hashes)
+        config = replace(config, method=vocabulary.method)
+        digest = hashes["model"]
         view = DecoderView(loaded.model)
         view.special_tokens = special_tokens(loaded.tokenizer)
         is_streamed = streamed_weights(loaded.model) is not None
         if is_streamed:
             check_chain(view, config.method)
         leave_uncalled(view)
-        method = build_method(config.method, view, track)
-        check_independent(view, config.method, skips_parts=method.skips_parts)
-        prediction = method.predict(view)
+        with shares_of_the_rest(vocabulary.facts):
+            method = build_method(config.method, view, track)
+            check_independent(view, config.method, skips_parts=method.skips_parts)
+            prediction = method.predict(view)
         shared = _shared(config, loaded, digest, phases)
         text = SampledText(
             lambda: loaded.model,
@@ -117,9 +129,10 @@ def prepare(
         check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
         held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
         check_vocabulary(view, held_out.input_ids)
-        hashes, data = {"model": digest}, None
+        data = None
         if stored is not None:
-            stored.check(hashes["model"], method.options)
+            stored.check_vocabulary(hashes, config.method.embeddings)
+            stored.check(digest, method.options)
             hashes |= stored.inputs
         if stored is None or "refit" in method.options:
             if stored is not None:
@@ -142,6 +155,8 @@ def prepare(
         hashes=hashes,
         bytes_needed=bytes_needed(prediction, loaded.model.dtype),
         generates=generates,
+        token_counts=vocabulary.counts,
+        trim=vocabulary.facts,
     )
 
 

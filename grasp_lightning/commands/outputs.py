@@ -31,6 +31,7 @@ from grasp_lightning.models.size import ModelSize, count_parameters
 from grasp_lightning.plan import Plan
 from grasp_lightning.reading.on_access import OnAccess
 from grasp_lightning.reading.text import read_json
+from grasp_lightning.reading.typed import to_plain
 from grasp_lightning.reporting.card import base_model_of, compensated_card, model_card
 from grasp_lightning.reporting.linears import layer_changes, predicted_losses
 from grasp_lightning.reporting.metrics import (
@@ -49,8 +50,9 @@ from grasp_lightning.reporting.metrics import (
 )
 from grasp_lightning.reporting.page import render_compensation_report, render_report
 from grasp_lightning.reporting.servers import Servers
+from grasp_lightning.reporting.trimming import TrimFacts
 from grasp_lightning.run_folder import RunFolder
-from grasp_lightning.run_folder.names import COMPRESSED, METRICS, PLAN
+from grasp_lightning.run_folder.names import COMPRESSED, METRICS, PLAN, TRIM
 from grasp_lightning.storage.model_folder import VERIFY, read_card, write_model
 from grasp_lightning.storage.shards import KeptShards
 from grasp_lightning.storage.tensor_files import write_tensors
@@ -95,6 +97,7 @@ class Outcome(RunOutcome[Metrics]):
             ``<module>.weight`` of the readers of narrowed MLPs and of sparse linears.
         num_inputs: Inputs of every linear in decoder layers of the dense model.
         settings: The resolved configuration as plain values.
+        trim: What trimming the vocabulary removed, if it did.
     """
 
     plan: Plan
@@ -104,6 +107,7 @@ class Outcome(RunOutcome[Metrics]):
     sizes: Pair[ModelSize]
     perplexity: Pair[float | None]
     settings: Mapping[str, Any]  # Any: values of YAML
+    trim: TrimFacts | None = None
 
     def metrics(self, phases: Phases) -> Metrics:
         """Return the numbers, with the times so far."""
@@ -139,6 +143,7 @@ class Outcome(RunOutcome[Metrics]):
                 name: Pair(dense=total, compressed=kept)
                 for name, (kept, total) in self.plan.heads.items()
             },
+            vocabulary=None if self.trim is None else self.trim.change,
             source_bytes=self.loaded.origin.source_bytes,
             perplexity=self.perplexity,
             perplexity_tokens=self.perplexity_tokens,
@@ -170,7 +175,9 @@ class Outcome(RunOutcome[Metrics]):
         return render_report(metrics, self.plan, self.scores, self.settings)
 
     def write_decisions(self, run: RunFolder) -> None:
-        """Write scores, factors and plan."""
+        """Write scores, factors and plan, and what trimming the vocabulary removed."""
+        if self.trim is not None:
+            run.write_json(TRIM, to_plain(self.trim))
         _write_tensors(run, "scores.safetensors", self.scores, torch.float32)
         _write_tensors(run, "factors.safetensors", self.factors, self.loaded.model.dtype)
         run.write_text(PLAN, self.plan.to_json())

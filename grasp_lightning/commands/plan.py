@@ -4,6 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from grasp_lightning.commands.streamed import check_streamed, method_problem
+from grasp_lightning.commands.vocabulary import (
+    check_vocabulary_keys,
+    shares_of_the_rest,
+    without_weights,
+)
 from grasp_lightning.config import (
     CompensateConfig,
     CompressConfig,
@@ -17,6 +22,7 @@ from grasp_lightning.memory.text import CalibrationPlan, CompensationPlan, memor
 from grasp_lightning.methods import build_method, predict, resolve_method
 from grasp_lightning.methods.blocks import weight_shapes
 from grasp_lightning.methods.budgeted_truncation import BudgetedTruncation
+from grasp_lightning.methods.embedding_rows import row_shapes
 from grasp_lightning.methods.metric import Metric
 from grasp_lightning.methods.narrowing import narrowable_mlps
 from grasp_lightning.methods.prediction import Prediction
@@ -26,7 +32,8 @@ from grasp_lightning.models.loading import load_meta_model
 from grasp_lightning.models.mixtures import in_model_order, weights_of
 from grasp_lightning.models.operations import applier_of
 from grasp_lightning.plan import NarrowExperts, Plan
-from grasp_lightning.reporting.tables import target_losses_text
+from grasp_lightning.reporting.metrics import VocabularyChange
+from grasp_lightning.reporting.tables import change_lines, target_losses_text
 from grasp_lightning.stats.base import Needs
 from grasp_lightning.stats.moments import layer_groups, moment_bytes
 from grasp_lightning.storage.recut import StoredScores
@@ -46,6 +53,7 @@ class Planned:
     Attributes:
         target_losses: Predicted loss by ``method.target``; None if the method has no targets.
         matmul_precision: How the passes of the model round products.
+        vocabulary: What trimming removes first; None if all tokens stay.
     """
 
     prediction: Prediction
@@ -53,12 +61,15 @@ class Planned:
     calibration: CalibrationPlan
     compensation: CompensationPlan
     matmul_precision: MatmulPrecision
+    vocabulary: VocabularyChange | None = None
 
     @property
     def lines(self) -> list[str]:
         """All of it as text; the first line begins with the removed share, if known."""
         memory = memory_lines(self.calibration, self.compensation)
-        said = [*self.prediction.lines, *self._target_lines, *self._precision_lines]
+        first, *others = self.prediction.lines
+        trimmed = [] if self.vocabulary is None else change_lines(self.vocabulary)
+        said = [first, *trimmed, *others, *self._target_lines, *self._precision_lines]
         return [*said, "", *memory]
 
     @property
@@ -82,13 +93,20 @@ class Planned:
 def run_plan(config: PlanConfig, compensate: CompensateConfig | None = None) -> Planned:
     """Return what a configuration would remove and the memory it takes; reads no weights."""
     config = replace(config, method=resolve_method(config.method, config.seed))
+    check_vocabulary_keys(config)
     if config.model.loading == "streamed":
         check_streamed(config)
+    if config.method.vocabulary == "corpus":  # which reads the tokenizer
+        model, _, trimmed, vocabulary = without_weights(config)
+        return planned(trimmed, compensate, DecoderView(model), vocabulary)
     return planned(config, compensate, DecoderView(load_meta_model(config.model, warns=True)))
 
 
 def planned(
-    config: CompressConfig, compensate: CompensateConfig | None, view: DecoderView
+    config: CompressConfig,
+    compensate: CompensateConfig | None,
+    view: DecoderView,
+    vocabulary: VocabularyChange | None = None,
 ) -> Planned:
     """Return the forecast of a configuration with its method resolved, and of a compensation.
 
@@ -96,9 +114,13 @@ def planned(
         config: The configuration.
         compensate: None for the defaults.
         view: The dense model; its weights may be on the meta device.
+        vocabulary: What trimming has removed from it; ``config`` has what is left of the budget.
     """
     compensate = compensate or CompensateConfig(model=config.model)
-    prediction = predict(view, config.method)
+    with shares_of_the_rest(vocabulary):
+        prediction = predict(view, config.method)
+    if vocabulary is not None:
+        prediction = replace(prediction, dense=vocabulary.parameters.before)
     dense = model_shape(view)
     compressed = shape_after(dense, prediction.operations, prediction.most)
     return Planned(
@@ -116,6 +138,7 @@ def planned(
                 else _moment_bytes(view, config, prediction, by_layer=True)
             ),
             set_weights=_set_weights(view, prediction),
+            row_groups=tuple(row_shapes(view).values()) if prediction.has_rows else (),
             device_memory=config.device_memory if isinstance(config, PlanConfig) else None,
         ),
         compensation=compensation_plan(
@@ -126,6 +149,7 @@ def planned(
             trainers=[config.trainer],
         ),
         matmul_precision=config.trainer.matmul_precision,
+        vocabulary=vocabulary,
     )
 
 

@@ -75,6 +75,9 @@ def _other_problem(config: CompressConfig) -> str | None:
         "the whole model would generate text: leave self out of calibration.source": (
             SELF in ((sources,) if isinstance(sources, str) else sources)
         ),
+        "rows are removed in the whole model: set method.vocabulary=keep, or trim first": (
+            config.method.vocabulary == "corpus"
+        ),
         "its measurements are not shared: leave statistics.shared unset": (
             config.statistics.shared is not None
         ),

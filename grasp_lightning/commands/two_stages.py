@@ -26,6 +26,7 @@ from grasp_lightning.commands.training_checks import (
     check_training,
     training_bytes,
 )
+from grasp_lightning.commands.vocabulary import without_weights
 from grasp_lightning.commands.workflow import begins_anew, output_folder
 from grasp_lightning.config import CompensateConfig, CompressConfig
 from grasp_lightning.config.parsing import to_dict
@@ -33,7 +34,7 @@ from grasp_lightning.evaluation.peak_memory import forget_peak
 from grasp_lightning.methods import predict
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.in_memory import ModelInMemory
-from grasp_lightning.models.loading import load_without_weights, resolve_device
+from grasp_lightning.models.loading import resolve_device
 from grasp_lightning.run_folder import RunFolder, check_free_space
 from grasp_lightning.run_folder.folder import RunState
 from grasp_lightning.run_folder.names import COMPRESSED, MODEL
@@ -133,7 +134,7 @@ def check_second_stage(
 def _check(first: CompressConfig, second: CompensateConfig, given: ModelInMemory | None) -> None:
     first, _ = resolved(first, given)
     if given is None:
-        model, tokenizer = load_without_weights(first.model)
+        model, tokenizer, first, _ = without_weights(first)
     else:
         model, tokenizer = given.model, given.tokenizer
     view = DecoderView(model)

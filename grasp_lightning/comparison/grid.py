@@ -88,6 +88,7 @@ def grid_cells(config: CompareConfig) -> tuple[Cell, ...]:
         ConfigError: If a method or its size is wrong, with the key, or the grid is empty.
     """
     _check_names(config)
+    _check_vocabularies(config)
     _check_numbers(config)
     absent = unknown_methods(config)
     if absent and not config.skip_unknown:
@@ -198,6 +199,15 @@ def _check_names(config: CompareConfig) -> None:
     if DENSE in config.methods:
         raise ConfigError(
             f"methods.{DENSE}: this name is the model before compression; use another"
+        )
+
+
+def _check_vocabularies(config: CompareConfig) -> None:
+    trimming = [name for name, method in config.methods.items() if method.vocabulary == "corpus"]
+    if trimming:
+        raise ConfigError(
+            f"methods.{trimming[0]}.vocabulary is corpus, but a grid reads all texts with one "
+            "tokenizer; trim first, and name the trimmed model in models"
         )
 
 

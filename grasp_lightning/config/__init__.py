@@ -94,9 +94,10 @@ from grasp_lightning.config.method import (
     TargetChoice,
     Terms,
     Unit,
+    VocabularyChoice,
     Weighting,
 )
-from grasp_lightning.config.trim import TrimConfig
+from grasp_lightning.config.trim import TokensConfig, TrimConfig, VocabularySettings
 
 CONFIGS: Final[Mapping[str, type]] = MappingProxyType(
     {
@@ -189,10 +190,13 @@ __all__ = [
     "TasksConfig",
     "Terms",
     "TextConfig",
+    "TokensConfig",
     "TrainMode",
     "TrainerConfig",
     "TrainingConfig",
     "TrimConfig",
     "Unit",
+    "VocabularyChoice",
+    "VocabularySettings",
     "Weighting",
 ]

@@ -11,6 +11,7 @@ from grasp_lightning.config.common import (
     TrainerConfig,
 )
 from grasp_lightning.config.method import MethodConfig
+from grasp_lightning.config.trim import TokensConfig
 from grasp_lightning.config.values import Count, PathName, Positive, Range, Seed
 
 
@@ -56,6 +57,7 @@ class CompressConfig:
             predicts its memory. Unset: no training follows.
         model: Model to compress.
         method: Compression method.
+        tokens: Texts whose tokens are counted.
         calibration: Calibration text.
         evaluation: Held-out text for perplexity.
         trainer: Lightning settings.
@@ -70,6 +72,7 @@ class CompressConfig:
     compensate: PathName | None = None
     model: ModelConfig
     method: MethodConfig = field(default_factory=MethodConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -37,6 +37,7 @@ RemovableChoice = Literal["none", "layers", "layers_and_blocks"]
 SeamChoice = Literal["none", "linear"]
 TargetChoice = Literal["any", "no_factors", "gguf", "plain"]
 EmbeddingsChoice = Literal["none", "factors"]
+VocabularyChoice = Literal["keep", "corpus"]
 CriterionChoice = Literal["taylor_plus", "taylor", "perplexity"]
 Importance = Literal["taylor", "taylor_second", "taylor_mixed", "l2"]
 Grouping = Literal["heads", "released"]
@@ -66,11 +67,14 @@ class AmountOptions:
         num_layers: Number of decoder layers to replace or delete.
         removed_ratio: Share of all parameters to remove, or, for wanda and sparsegpt, to set to
             zero; replaces ``num_layers`` or ``keep_ratio``.
+        vocabulary: corpus: first remove the tokens that ``tokens.corpora`` never use, with their
+            rows in embedding and head, which ``removed_ratio`` counts; keep, or unset: all stay.
     """
 
     name: str = "grasp_plus"
     num_layers: int | None = None
     removed_ratio: float | None = None
+    vocabulary: VocabularyChoice | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The texts that ``trim`` reads: corpora whose tokens stay, and one that is not named."""
+"""The texts behind a vocabulary: corpora whose tokens count, and one that is not named."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from grasp_lightning.config import EvaluationConfig, TrimConfig
+from grasp_lightning.config import EvaluationConfig, TokensConfig, TrimConfig
 from grasp_lightning.data.sources import Documents, corpus_named, read_documents
 from grasp_lightning.data.token_texts import (
     TokenCounts,
@@ -24,10 +24,11 @@ _COLUMNS = (".jsonl", ".parquet")
 
 
 class Corpus(NamedTuple):
-    """How to read a text, and whether it is one of ``corpora``."""
+    """How to read a text, whether it is one of ``corpora``, and the key that names it."""
 
     section: EvaluationConfig
     is_named: bool
+    key: str = "corpora"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,24 +51,31 @@ class CountedText:
         return self.documents.name.rpartition("/")[2]
 
 
-def corpora_of(config: TrimConfig) -> list[Corpus]:
+def corpora_of(config: TrimConfig | TokensConfig, section: str = "") -> list[Corpus]:
     """Return how to read the corpora, and last the unnamed text, without reading any.
+
+    Args:
+        config: What names them.
+        section: Prefix of its keys in messages, such as ``tokens.``.
 
     Raises:
         ConfigError: If a name is unknown or given twice, or ``field`` has no effect.
     """
+    key, unnamed = f"{section}corpora", f"{section}unnamed"
     if not config.corpora:
-        raise ConfigError("corpora is empty; name at least one text, as in --corpora=wikitext2")
+        raise ConfigError(f"{key} is empty; name at least one text, as in --{key}=wikitext2")
     twice = sorted({name for name in config.corpora if config.corpora.count(name) > 1})
     if twice:
-        raise ConfigError(f"corpora: {twice[0]} is named twice")
-    found = [Corpus(_section(name, "corpora", config.field), True) for name in config.corpora]
-    other = _section(config.unnamed, "unnamed", config.field)
+        raise ConfigError(f"{key}: {twice[0]} is named twice")
+    found = [Corpus(_section(name, key, config.field), True, key) for name in config.corpora]
+    other = _section(config.unnamed, unnamed, config.field)
     if other.path is not None and config.unnamed in config.corpora:
-        raise ConfigError(f"unnamed: {config.unnamed} is one of the corpora; name another text")
-    found.append(Corpus(other, False))
+        raise ConfigError(f"{unnamed}: {config.unnamed} is one of the corpora; name another text")
+    found.append(Corpus(other, False, unnamed))
     if config.field not in {EvaluationConfig().field, *(one.section.field for one in found)}:
-        raise ConfigError(f"field {config.field!r} has no effect: no text has columns; remove it")
+        raise ConfigError(
+            f"{section}field {config.field!r} has no effect: no text has columns; remove it"
+        )
     return found
 
 
@@ -79,7 +87,7 @@ def counted_texts(
     Raises:
         DataError: If it cannot be read, or is named and uses too few tokens.
     """
-    section, is_named = corpus
+    section, is_named, key = corpus
     documents = read_documents(section, "calibration" if is_named else "evaluation")
     forms = [documents]
     if section.path is not None and Path(section.path).suffix.lower() == ".txt":
@@ -90,7 +98,7 @@ def counted_texts(
         counts = count_tokens(form, tokenizer, num_ids, _NUM_FIRST)
         if is_named and counts.num_used < _LEAST_USED:
             raise DataError(
-                f"corpora: {form.name} uses only {counts.num_used} different tokens, expected at "
+                f"{key}: {form.name} uses only {counts.num_used} different tokens, expected at "
                 f"least {_LEAST_USED:,}; name a longer text"
             )
         yield CountedText(documents=form, counts=counts, is_named=is_named, is_shown=number == 0)

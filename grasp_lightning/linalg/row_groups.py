@@ -15,7 +15,7 @@ from grasp_lightning.linalg.weightings import check_root
 _NUM_DOUBLINGS: Final = 5
 NUM_GROUPS: Final = 1 + _NUM_DOUBLINGS
 _ZIPF_SHIFT: Final = 2.7  # Mandelbrot's, of words of English
-_CHUNK: Final = 8192  # rows in float64 at a time
+CHUNK: Final = 8192  # rows in float64 at a time
 
 
 class RowFactors(NamedTuple):
@@ -48,20 +48,25 @@ def group_sizes(num_tokens: int, num_special: int) -> tuple[int, ...]:
     return (num_tokens - sum(sizes), *sizes)
 
 
-def smoothed_frequencies(counts: Tensor) -> Tensor:
+def smoothed_frequencies(counts: Tensor, corpus: Tensor | None = None) -> Tensor:
     """Return how often each token may occur, as shares that sum to 1, ``(V,)``, float64.
 
     Tokens that a text does not hold are not free: they get the share of text that Good and
     Turing estimate for unseen tokens, the share of tokens seen once. It is spread over all tokens
-    by Zipf's law, with ids as ranks, since tokenizers number frequent pieces first.
+    as a larger text uses them, or without one by Zipf's law, with ids as ranks, since tokenizers
+    number frequent pieces first.
 
     Args:
         counts: How often a text holds each token, ``(V,)``.
+        corpus: How often a larger text holds each; it is smoothed by Zipf's law itself.
     """
     counts = counts.double()
     total = counts.sum().clamp(min=1)
-    ranks = torch.arange(len(counts), dtype=torch.float64, device=counts.device)
-    prior = 1 / (ranks + _ZIPF_SHIFT)
+    if corpus is not None:
+        prior = smoothed_frequencies(corpus)
+    else:
+        ranks = torch.arange(len(counts), dtype=torch.float64, device=counts.device)
+        prior = 1 / (ranks + _ZIPF_SHIFT)
     # At least one token's share: a short text may repeat all that it holds.
     unseen = ((counts == 1).sum().clamp(min=1) / total).clamp(max=1)
     return (1 - unseen) * counts / total + unseen * prior / prior.sum()
@@ -108,7 +113,7 @@ def row_factors(rows: Tensor, weights: Tensor, root: Tensor, rank: int) -> RowFa
     vectors = torch.linalg.eigh(_whitened_gram(rows, weights, root)).eigenvectors.flip(1)[:, :rank]
     wide = root.double()
     right = torch.linalg.solve_triangular(wide, vectors.mT, upper=False, left=False)  # (r, d)
-    left = torch.cat([part.double() @ (wide @ vectors) for part in torch.split(rows, _CHUNK)])
+    left = torch.cat([part.double() @ (wide @ vectors) for part in torch.split(rows, CHUNK)])
     ratio = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
     ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
     return RowFactors((left * ratio).contiguous(), (right / ratio[:, None]).contiguous())
@@ -118,7 +123,7 @@ def _whitened_gram(rows: Tensor, weights: Tensor, root: Tensor) -> Tensor:
     """Return ``R^T W^T diag(w) W R``, ``(d, d)``, float64."""
     check_root("root", root, rows.shape[1])
     gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    for part, weight in zip(*(torch.split(part, _CHUNK) for part in (rows, weights)), strict=True):
+    for part, weight in zip(*(torch.split(part, CHUNK) for part in (rows, weights)), strict=True):
         wide = part.double()
         gram.addmm_(wide.mT, wide * weight.double()[:, None])
     return root.double().mT @ gram @ root.double()

@@ -8,8 +8,11 @@ computed value.
 """
 
 from collections.abc import Iterable
+from math import prod
 from typing import NamedTuple
 
+from grasp_lightning.linalg.row_groups import CHUNK as ROW_CHUNK
+from grasp_lightning.linalg.row_groups import group_sizes
 from grasp_lightning.memory.activations import (
     FLOAT32,
     FLOAT64,
@@ -21,6 +24,7 @@ from grasp_lightning.memory.activations import (
 )
 from grasp_lightning.memory.shapes import ModelShape, Pass, Scored, part_of
 from grasp_lightning.models.size import LinearShape
+from grasp_lightning.stats.vocabulary import CHUNK
 
 # FSDP2 gathers weights into a buffer, then copies them out of it.
 FSDP_COPIES = 2
@@ -74,19 +78,27 @@ def calibration_memory(
         tied = model.tied * model.element_size
         weights = tied + part_of(weights - tied, num_parts) + FSDP_COPIES * model.largest_split
     # Saving packs the moments into a copy of half their size.
-    statistics = scored.moments * 3 // 2 + training_bytes(scored.trained, model.element_size)
+    statistics = scored.moments * 3 // 2
+    if scored.rows:  # a pass of its own, after those of the moments
+        statistics = max(statistics, vocabulary_bytes(model.vocabulary, model.hidden))
+    statistics += training_bytes(scored.trained, model.element_size)
     if scored.has_bases:
         statistics += bases_bytes(scored.linears, model.element_size)
     if scored.lowest is not None and (scored.has_bases or scored.sums_gradients):
         sums = sums_bytes(scored.linears, sums_gradients=scored.sums_gradients)
         statistics += scored.num_sums * sums
     decomposition = max((decomposition_bytes(linear) for linear in scored.linears), default=0)
-    decomposition = max(decomposition, scored.update)
+    updates = (row_update_bytes(shape, model.element_size) for shape in scored.rows)
+    decomposition = max(decomposition, scored.update, *updates)
+    activations = calibration_activations(model, run, scored)
+    if scored.rows:
+        activations = max(activations, vocabulary_activations(model, run))
     return CalibrationMemory(
         weights=weights,
         statistics=statistics,
-        factors=factors_bytes(replaced) + set_weights,
-        activations=max(calibration_activations(model, run, scored), decomposition),
+        # Of rows at most, with as many values as they have.
+        factors=factors_bytes(replaced) + set_weights + FLOAT32 * sum(map(prod, scored.rows)),
+        activations=max(activations, decomposition),
         cache=cache,
     )
 
@@ -111,6 +123,42 @@ def calibration_activations(model: ModelShape, run: Pass, scored: Scored) -> int
     )
     backward = run.num_tokens * (3 * model.inner + 2 * model.hidden) * computed + scoring
     return kept + scored.num_layers * held + max(head_bytes(model, run), backward)
+
+
+def vocabulary_bytes(vocabulary: int, hidden: int) -> int:
+    """Return the bytes of the sums at embedding and head, and of their means.
+
+    G groups of tokens have two Gram matrices each, in sums and in means: ``16 G D^2`` bytes. Each
+    token has one sum, one mean, a frequency, and its place among the groups: ``(4 G + 20) V``; and
+    the last also in float64 at the end, ``8 G V``.
+    """
+    num_groups = len(group_sizes(vocabulary, 0))
+    grams = 2 * FLOAT32 * num_groups * hidden**2
+    places = (FLOAT32 + FLOAT64) * num_groups + 3 * FLOAT32 + FLOAT64
+    return 2 * grams + places * vocabulary
+
+
+def vocabulary_activations(model: ModelShape, run: Pass) -> int:
+    """Return the peak of the pass that prices rows, besides weights and sums, in bytes.
+
+    Autograd keeps ``layer_bytes`` of all layers, and the embedded tokens. The squares of a few rows
+    of logits come on top.
+    """
+    kept = len(model.layers) * layer_bytes(model, run)
+    embedded = run.num_tokens * model.hidden * 2 * computed_size(model, run)
+    return kept + embedded + head_bytes(model, run) + 2 * FLOAT32 * CHUNK * model.vocabulary
+
+
+def row_update_bytes(shape: tuple[int, int], element_size: int) -> int:
+    """Return what the factors of one group of rows need, with at most as many values as its rows.
+
+    In float64: the left factor and a copy of it, or a few rows and their weighted copy; and six
+    matrices of the hidden size. Besides these, the rows themselves.
+    """
+    rows, hidden = shape
+    rank = rows * hidden // (rows + hidden)
+    largest = 2 * max(rows * rank, min(rows, ROW_CHUNK) * hidden)
+    return FLOAT64 * (largest + 6 * hidden**2) + element_size * rows * hidden
 
 
 def bases_bytes(linears: Iterable[LinearShape], element_size: int = FLOAT32) -> int:

@@ -61,6 +61,7 @@ def calibration_plan(
     moments: int = 0,
     layer_moments: int | None = None,
     set_weights: int = 0,
+    row_groups: tuple[tuple[int, int], ...] = (),
     device_memory: float | None = None,
 ) -> CalibrationPlan:
     """Return the memory of a calibration, by strategy.
@@ -73,10 +74,11 @@ def calibration_plan(
         moments: Bytes of the Gram matrices that one pass sums.
         layer_moments: The same for a single layer; None if the method cannot be streamed.
         set_weights: Number of weights that are replaced by others of equal shape.
+        row_groups: Groups of rows of embedding and head that are priced, ``(V_g, D)`` each.
         device_memory: Memory of the device in GB, for which the way to load is chosen.
     """
     run = calibration_pass(config)
-    scored = replace(scored_by(config, dense, layers), moments=moments)
+    scored = replace(scored_by(config, dense, layers), moments=moments, rows=row_groups)
     if config.method.name == SPARSEGPT.name:
         linears = [x for i in layers for x in dense.layers[i].linears.values()]
         scored = replace(scored, update=max(map(update_bytes, linears)))

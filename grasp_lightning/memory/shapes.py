@@ -136,6 +136,8 @@ class Scored:
         has_logits: Whether a pass without gradients computes the loss.
         trained: Parameters of the largest layer, if one layer is trained; else 0.
         update: Bytes of the largest update of a weight, if weights are updated; else 0.
+        rows: Groups of rows of embedding and head, ``(V_g, D)`` each, if they are priced in a pass
+            of their own, which reaches the embedding.
     """
 
     linears: tuple[LinearShape, ...]
@@ -149,6 +151,7 @@ class Scored:
     has_logits: bool = False
     trained: int = 0
     update: int = 0
+    rows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

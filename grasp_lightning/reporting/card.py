@@ -77,6 +77,7 @@ def model_card(
         num_biases=sum(isinstance(op, AddBias) for op in plan.operations),
         removed=_removed(plan),
         factored=_factored(plan),
+        trimmed=_trimmed(metrics),
         merges=_merges(plan),
         correction=_correction(plan),
         directions=_slicing(plan),
@@ -108,6 +109,12 @@ def _factored(plan: Plan) -> str:
             modules = " and ".join(map(phrases.code_span, op.modules))
             found.append(f"{sum(ranked):,} of {len(op.groups):,} tokens in {modules}")
     return "; of ".join(found)
+
+
+def _trimmed(metrics: Metrics) -> str:
+    """Return the texts whose tokens stayed; empty if all tokens did."""
+    texts = () if metrics.vocabulary is None else metrics.vocabulary.texts
+    return " and ".join(phrases.code_span(text.name) for text in texts if text.is_named)
 
 
 def copy_card(

@@ -30,10 +30,45 @@ class Pair(States[T]):
 
 @dataclass(frozen=True, kw_only=True)
 class Change(States[T]):
-    """One quantity before and after compensation."""
+    """One quantity before and after compensation or trimming."""
 
     before: T
     after: T
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextLength:
+    """The length of a text in tokens, before and after.
+
+    Attributes:
+        name: Corpus and split, or name of the file.
+        is_named: Whether it is one of the corpora, whose tokens stay.
+        num_bytes: Its length in UTF-8.
+        tokens_per_byte: Tokens divided by bytes.
+    """
+
+    name: str
+    is_named: bool
+    num_bytes: int
+    tokens: Change[int]
+    tokens_per_byte: Change[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyChange:
+    """What trimming the vocabulary removed.
+
+    Attributes:
+        tokens: Rows of the embedding.
+        parameters: Of the whole model, tied ones counted once.
+        same_pieces: Whether the corpora are split as before.
+        texts: Lengths of the corpora, and of another text.
+    """
+
+    tokens: Change[int]
+    parameters: Change[int]
+    same_pieces: bool
+    texts: tuple[TextLength, ...]
 
 
 _NO_PAIR = Pair[float | None](dense=None, compressed=None)
@@ -161,6 +196,8 @@ class Metrics(RunMetrics):
         heads: Key/value groups of every attention that lost some, by its full name.
         source_bytes: Size of the source's weight files on disk.
         perplexity: On held-out text; None if not measured.
+        vocabulary: What ``method.vocabulary`` removed before anything else; None if all tokens
+            stayed. The dense perplexity is then that of the trimmed model.
         target_losses: Predicted increase of the loss in nats per token for each ``method.target``
             that this budget and this model allow; empty if it was not predicted.
     """
@@ -178,6 +215,7 @@ class Metrics(RunMetrics):
     channels: Mapping[str, Pair[int]] = field(default_factory=dict)
     experts: Mapping[str, Pair[int]] = field(default_factory=dict)
     heads: Mapping[str, Pair[int]] = field(default_factory=dict)
+    vocabulary: VocabularyChange | None = None
     source_bytes: int | None = None
     perplexity: Pair[float | None] = _NO_PAIR
     loss_change: LossChange = LossChange()

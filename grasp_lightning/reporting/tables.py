@@ -10,7 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from grasp_lightning.config import TargetChoice
-from grasp_lightning.reporting.metrics import CompensationMetrics, FirstStage, Metrics, States
+from grasp_lightning.reporting.metrics import (
+    CompensationMetrics,
+    FirstStage,
+    Metrics,
+    States,
+    VocabularyChange,
+)
 
 T = TypeVar("T")
 AnyMetrics = Metrics | CompensationMetrics
@@ -111,14 +117,21 @@ def comparison_rows(metrics: AnyMetrics) -> tuple[Row, ...] | tuple[StagesRow, .
     if isinstance(metrics, CompensationMetrics):
         loss = _row("validation loss", metrics.validation_loss, loss_text, difference_text)
         return parameters, size, perplexity, loss
-    linears = metrics.decoder_linears
+    linears, vocabulary = metrics.decoder_linears, metrics.vocabulary
+    tokens = () if vocabulary is None else (_tokens_row(vocabulary),)
     return (
+        *tokens,
         parameters,
         _row("parameters in decoder linears", linears.parameters, "{:,}".format, percent_text),
         size,
         _row("MB in decoder linears", linears.bytes, megabytes_text, percent_text),
         perplexity,
     )
+
+
+def _tokens_row(vocabulary: VocabularyChange) -> Row:
+    before, after = vocabulary.tokens.values
+    return Row("tokens", f"{before:,}", f"{after:,}", percent_text(before, after))
 
 
 def _rows_of_stages(metrics: CompensationMetrics, first: FirstStage) -> tuple[StagesRow, ...]:
@@ -183,7 +196,8 @@ def _validation_note(objective: str, tokens: int) -> str:
 
 
 def _compression_notes(metrics: Metrics) -> list[str]:
-    notes, change, dense = [], metrics.loss_change, metrics.bytes.dense
+    change, dense = metrics.loss_change, metrics.bytes.dense
+    notes = [] if metrics.vocabulary is None else _vocabulary_notes(metrics.vocabulary)
     if metrics.zero_ratio:
         notes.append(
             f"{metrics.zero_ratio:.1%} of all parameters were set to zero. They are stored like "
@@ -207,6 +221,31 @@ def _compression_notes(metrics: Metrics) -> list[str]:
             "at equal dtype."
         )
     return notes
+
+
+def _vocabulary_notes(vocabulary: VocabularyChange) -> list[str]:
+    trimmed, *lengths = change_lines(vocabulary)
+    return [
+        f"The vocabulary was trimmed first: {trimmed}.",
+        *(f"{line[0].upper()}{line[1:]}." for line in lengths),
+        "Perplexity of the dense model is measured after trimming, on the same tokens.",
+    ]
+
+
+def change_lines(vocabulary: VocabularyChange) -> list[str]:
+    """Return what trimming the vocabulary removes, and how much longer texts become."""
+    (tokens, left), (parameters, size) = vocabulary.tokens.values, vocabulary.parameters.values
+    share = (parameters - size) / parameters
+    lengths = [
+        f"{text.name}{'' if text.is_named else ' (not named)'} "
+        f"{factor_text(*text.tokens_per_byte.values)}"
+        for text in vocabulary.texts
+    ]
+    gone = f"{tokens - left:,} of {tokens:,} tokens go"
+    return [
+        f"{gone}, with {parameters - size:,} parameters ({share:.1%})",
+        f"tokens per byte of text: {', '.join(lengths)}",
+    ]
 
 
 def _training_notes(metrics: CompensationMetrics) -> list[str]:

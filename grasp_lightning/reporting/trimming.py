@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from grasp_lightning.reporting.metrics import Change
+from grasp_lightning.reporting.metrics import Change, TextLength, VocabularyChange
 from grasp_lightning.reporting.tables import (
     Row,
     factor_text,
@@ -15,24 +15,6 @@ from grasp_lightning.reporting.tables import (
 )
 
 _MAX_SHOWN = 8  # special tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextLength:
-    """The length of a text in tokens, before and after.
-
-    Attributes:
-        name: Corpus and split, or name of the file.
-        is_named: Whether it is one of ``corpora``, whose tokens stay.
-        num_bytes: Its length in UTF-8.
-        tokens_per_byte: Tokens divided by bytes.
-    """
-
-    name: str
-    is_named: bool
-    num_bytes: int
-    tokens: Change[int]
-    tokens_per_byte: Change[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +48,16 @@ class TrimFacts:
     largest_logit: float
     special_tokens: Mapping[str, int]
     texts: tuple[TextLength, ...]
+
+    @property
+    def change(self) -> VocabularyChange:
+        """What a run's metrics say of it."""
+        return VocabularyChange(
+            tokens=self.tokens,
+            parameters=self.parameters,
+            same_pieces=self.same_pieces,
+            texts=self.texts,
+        )
 
 
 def trim_table(facts: TrimFacts) -> Table:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from grasp_lightning.errors import NumericsError
 from grasp_lightning.linalg.precision import full_precision
-from grasp_lightning.linalg.row_groups import frequency_groups, smoothed_frequencies
+from grasp_lightning.linalg.row_groups import frequency_groups
 from grasp_lightning.linalg.triangles import pack_triangle, unpack_triangle
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.plan import row_group
 from grasp_lightning.stats.base import Moments, Vocabulary, check_seen
 
-_CHUNK: Final = 64  # rows of logits that are squared at a time
+CHUNK: Final = 64  # rows of logits that are squared at a time
 
 
 class VocabularySums:
@@ -28,7 +28,7 @@ class VocabularySums:
     Args:
         vocabulary: The two ends.
         counts: How often the text holds each token, ``(V,)``.
-        grouping: The same in the text that decides on the groups.
+        frequencies: How often each token may occur, ``(V,)``, which decides on its group.
         features: d.
         device: Device of the sums.
     """
@@ -37,14 +37,14 @@ class VocabularySums:
         self,
         vocabulary: Vocabulary,
         counts: Tensor,
-        grouping: Tensor,
+        frequencies: Tensor,
         features: int,
         device: torch.device,
     ) -> None:
         self._names = vocabulary
         self._counts = counts.double().cpu()
         # As they are stored: a decision finds the same groups in them.
-        self.frequencies = smoothed_frequencies(grouping.cpu()).float()
+        self.frequencies = frequencies.float().cpu()
         self._groups = groups_of(vocabulary, self.frequencies).to(device)
         number = int(self._groups.max()) + 1
         self._members = nn.functional.one_hot(self._groups, number).float()  # (V, G)
@@ -71,7 +71,7 @@ class VocabularySums:
     def add_head(self, states: Tensor, gradient: Tensor) -> None:
         """Add one window of the head: inputs ``(T, d)``, gradient of the logits ``(T, V)``."""
         self._num_windows[self._names.head] += 1
-        parts = (torch.split(tensor, _CHUNK) for tensor in (states.float(), gradient))
+        parts = (torch.split(tensor, CHUNK) for tensor in (states.float(), gradient))
         with full_precision(states.device):
             for x, part in zip(*parts, strict=True):
                 squares = part.float().square()

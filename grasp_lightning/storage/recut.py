@@ -85,6 +85,23 @@ class StoredScores:
         """Hashes of the windows behind the scores."""
         return {key: value for key, value in self.plan.inputs.items() if key != "model"}
 
+    def check_vocabulary(self, inputs: Mapping[str, str], embeddings: str | None) -> None:
+        """Check that the scores belong to this vocabulary, and to these counts of its tokens.
+
+        Args:
+            inputs: Hashes of a run.
+            embeddings: Its ``method.embeddings``.
+
+        Raises:
+            ConfigError: If they do not.
+        """
+        keys = ("vocabulary", *(("token_counts",) if embeddings == "factors" else ()))
+        if any(self.plan.inputs.get(key) != inputs.get(key) for key in keys):
+            raise ConfigError(
+                f"from_scores: {self._folder} was made with another vocabulary: use its "
+                "method.vocabulary and tokens.corpora, or measure again without from_scores"
+            )
+
     def check(self, model_hash: str, options: Mapping[str, OptionValue]) -> None:
         """Check that the scores belong to this model and fit the method's options.
 

@@ -38,6 +38,7 @@ def choose_tokens(
     *,
     multiple_of: int,
     num_tokens: int | None = None,
+    section: str = "",
 ) -> Choice:
     """Choose what stays: the protected tokens, those in use, and all that these need.
 
@@ -50,6 +51,7 @@ def choose_tokens(
         protected: Ids that stay in any case, also of rows without a token.
         multiple_of: The number of tokens becomes a multiple of this.
         num_tokens: Keep about this many, the most frequent; None keeps all that are used.
+        section: Prefix of the keys in messages.
 
     Raises:
         ConfigError: If ``num_tokens`` is less than what must stay, or there are too few tokens for
@@ -64,8 +66,8 @@ def choose_tokens(
             kept |= _needs(pieces, tokens, token)
     elif num_tokens < num_needed:
         raise ConfigError(
-            f"num_tokens is {num_tokens:,}, but {num_needed:,} tokens must stay: special and added "
-            "ones, bytes and characters; set a higher number"
+            f"{section}num_tokens is {num_tokens:,}, but {num_needed:,} tokens must stay: special "
+            "and added ones, bytes and characters; set a higher number"
         )
     wanted = -(-(num_tokens or len(kept)) // multiple_of) * multiple_of
     unused = [token for token in sorted(tokens) if not counts[token]]
@@ -74,13 +76,13 @@ def choose_tokens(
     num_used = sum(1 for token in kept if counts[token])
     if len(kept) >= len(counts):
         raise DataError(
-            f"corpora: all {len(counts):,} tokens would stay, so there is nothing to remove; name "
-            "less text, or set num_tokens"
+            f"{section}corpora: all {len(counts):,} tokens would stay, so there is nothing to "
+            "remove; name less text, or set num_tokens"
         )
     if kept >= tokens.keys() and len(kept) % multiple_of:
         raise ConfigError(
-            f"multiple_of is {multiple_of:,}, but all {len(kept):,} tokens would stay, which is "
-            "not a multiple of it; set a lower one, name less text, or set num_tokens"
+            f"{section}multiple_of is {multiple_of:,}, but all {len(kept):,} tokens would stay, "
+            "which is no multiple of it; set a lower one, name less text, or set num_tokens"
         )
     keeps_all_used = num_used == len(used)
     return Choice(

@@ -82,6 +82,7 @@ def test_a_wrong_part_is_refused(part: str) -> None:
         ({"methods": {"dense": MethodConfig(name="drop")}}, "methods.dense: this name"),
         ({"methods": {"x": MethodConfig(name="grasp")}}, "methods.x.removed_ratio also needs"),
         ({"methods": {"x": MethodConfig(name="drop", refit="none")}}, "methods.x.refit would be"),
+        ({"methods": {"x": MethodConfig(vocabulary="corpus")}}, "methods.x.vocabulary is corpus"),
         ({"methods": {}}, "methods is empty"),
         ({"models": {"..": ModelConfig(path="x")}}, "models: expected names that begin with"),
         ({"seeds": (1, 1)}, "seeds contains a value more than once"),

@@ -26,6 +26,7 @@ KEYS = {
     "decoder_linears.parameters.compressed",
     "decoder_linears.bytes.dense",
     "decoder_linears.bytes.compressed",
+    "vocabulary",
     "source_bytes",
     "perplexity.dense",
     "perplexity.compressed",
