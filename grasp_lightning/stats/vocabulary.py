@@ -103,9 +103,9 @@ class VocabularySums:
           group, times its share of all tokens, for gradients e by the embedded rows; and
           ``input_gram``, the mean of ``x x^T`` times the squared gradients of the group's logits.
           Both are ``(d, d)``. Gradients of a group that the text hardly holds are mixed with those
-          of all tokens, as if d more of these were in the group. The share is that of the squared
-          gradients of logits, the variance of the model's predictions: counts say too little of
-          rare tokens.
+          of all tokens, as if d more of these were in the group. The group has the share of tokens
+          that it has of the squared gradients of logits, the variance of the model's predictions:
+          counts are too low for rare tokens.
 
         Raises:
             NumericsError: If a sum is NaN or infinite.

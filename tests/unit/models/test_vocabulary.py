@@ -87,10 +87,13 @@ def test_tables_of_ids_are_built_once() -> None:
     assert choice.new_ids == {1: 0, 0: 1}
 
 
-def chosen(pieces: Pieces, counts: list[int], **options: int) -> tuple[int, ...]:
+def chosen(
+    pieces: Pieces, counts: list[int], *, multiple_of: int = 1, num_tokens: int | None = None
+) -> tuple[int, ...]:
     tokens = {index: piece for piece, index in pieces.ids.items()}
-    options = {"multiple_of": 1, **options}
-    return choose_tokens(pieces, tokens, counts, {0}, **options).rows
+    return choose_tokens(
+        pieces, tokens, counts, {0}, multiple_of=multiple_of, num_tokens=num_tokens
+    ).rows
 
 
 def test_unused_tokens_fill_up_the_number() -> None:
