@@ -129,12 +129,12 @@ def vocabulary_bytes(vocabulary: int, hidden: int) -> int:
     """Return the bytes of the sums at embedding and head, and of their means.
 
     G groups of tokens have two Gram matrices each, in sums and in means: ``16 G D^2`` bytes. Each
-    token has one sum, one mean, a frequency, and its place among the groups: ``(4 G + 20) V``; and
-    the last also in float64 at the end, ``8 G V``.
+    token has one sum, one mean, a frequency, and its place among the groups: ``(4 G + 20) V``. In
+    float64 it has a count, and at the end its sum and its place: ``(8 G + 16) V``.
     """
     num_groups = len(group_sizes(vocabulary, 0))
     grams = 2 * FLOAT32 * num_groups * hidden**2
-    places = (FLOAT32 + FLOAT64) * num_groups + 3 * FLOAT32 + FLOAT64
+    places = (FLOAT32 + FLOAT64) * num_groups + 3 * FLOAT32 + 3 * FLOAT64
     return 2 * grams + places * vocabulary
 
 

@@ -62,5 +62,5 @@ def test_tasks_that_write_text_are_refused_by_name(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     _, gathering, _ = adapters(model, tokenizer)
-    with pytest.raises(ConfigError, match="tasks: a task lets the model write text"):
+    with pytest.raises(ConfigError, match="tasks: a task lets the model generate text"):
         gathering.generate_until(asked("generate_until", ("a", "b")))
