@@ -381,7 +381,7 @@ def left_to_remove(method: MethodConfig, parameters: Change[int]) -> MethodConfi
 def _read_again(
     config: CompressConfig, trimming: Trimming, model: PreTrainedModel, parameters: Change[int]
 ) -> tuple[PreTrainedTokenizerBase, VocabularyChange]:
-    """Return the trimmed tokenizer as transformers reads it from a folder, and what went."""
+    """Return the trimmed tokenizer as transformers reads it from a folder, and what was removed."""
     with TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         code = config.model.trust_remote_code
