@@ -36,7 +36,7 @@ from grasp_lightning.callbacks.vocabulary import VocabularyMoments
 from grasp_lightning.config import TrainerConfig
 from grasp_lightning.data.datamodules import CalibrationData
 from grasp_lightning.errors import PlanError
-from grasp_lightning.evaluation.cut_losses import cut_losses, first_tokens
+from grasp_lightning.evaluation.cut_losses import first_tokens
 from grasp_lightning.methods.attribution import ATTRIBUTION, attribution_step
 from grasp_lightning.methods.embedding_rows import MeasuredRows
 from grasp_lightning.methods.layer_choice import GRADIENTS, SELECT
@@ -48,7 +48,7 @@ from grasp_lightning.methods.truncation import CURVATURE, Measured
 from grasp_lightning.methods.unit_removal import SPREAD
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.sharding import is_sharded, mesh_of
-from grasp_lightning.plan import FactorizeRows, MergeLayers
+from grasp_lightning.plan import MergeLayers
 from grasp_lightning.progress import expect_passes, skip_pass, track
 from grasp_lightning.stats.base import (
     MergedMoments,
@@ -70,6 +70,7 @@ from grasp_lightning.training.calibration import CalibrationModule
 from grasp_lightning.training.hidden_cache import HiddenCache
 from grasp_lightning.training.merge_trials import MergeTrials, final_states
 from grasp_lightning.training.removal_losses import removal_losses
+from grasp_lightning.training.row_losses import row_losses
 from grasp_lightning.training.strategies import CalibrationFSDP
 from grasp_lightning.training.stream_bases import stream_bases
 from grasp_lightning.training.truncation_losses import num_sweeps, truncation_losses
@@ -222,16 +223,11 @@ class TrainerMeasure:
     def _row_losses(
         self, view: DecoderView, ends: Vocabulary | None, moments: Mapping[str, Moments]
     ) -> Mapping[str, float]:
-        """Measure factors of each group of rows alone, on windows whose tokens were not counted."""
+        """Measure factors of each group of rows, on windows whose tokens were not counted."""
         if ends is None:
             return {}
-        trial = MeasuredRows(view, ends, moments).trial()
-        cuts = [c for op in trial.operations if isinstance(op, FactorizeRows) for c in op.cuts]
-        batches = self._first_batches(self._num_tried)
-        found = [cut_losses(view, cuts, trial.tensors, batch, self._track) for batch in batches]
-        # Rounding can make the divergence negative if nothing changes.
-        means = {cut.solved: sum(losses[cut.solved] for losses in found) for cut in cuts}
-        return {name: max(total / len(found), 0.0) for name, total in means.items()}
+        rows, batches = MeasuredRows(view, ends, moments), self._first_batches(self._num_tried)
+        return row_losses(view, rows, batches, self._track)
 
     @property
     def _num_tried(self) -> int:

@@ -119,17 +119,21 @@ class MeasuredRows:
         for name, (names, group) in self._present.items():
             # The loss is quadratic around the dense rows: half its second derivative.
             losses = row_losses(*self._group(names, group)).cpu() / 2
-            predicted = float(losses[_tried_rank(losses) :].sum())
+            predicted = float(losses[_tried_rank(len(losses)) :].sum())
             scale = tried[name] / predicted if name in tried and predicted > 0 else 1.0
             found[name] = losses * scale
         return found
 
     def trial(self) -> Decision:
         """Return factors of half the rank for all groups, to be measured one by one."""
-        ranks = {}
-        for name, (names, group) in self._present.items():
-            ranks[name] = _tried_rank(row_losses(*self._group(names, group)))
-        return self.decision(ranks)
+        features = self._view.module(self._names.embedding).get_parameter("weight").shape[1]
+        sizes = torch.bincount(self._groups).tolist()
+        return self.decision(
+            {
+                name: _tried_rank(min(sizes[group], features))
+                for name, (_, group) in self._present.items()
+            }
+        )
 
     def decision(self, ranks: Mapping[str, int]) -> Decision:
         """Return the factors of ranks by name of a group; other groups stay dense."""
@@ -182,5 +186,5 @@ class MeasuredRows:
         return _Group(weight[ids.to(device)], (weights / weights.sum()).to(device), root.to(device))
 
 
-def _tried_rank(losses: Tensor) -> int:
-    return max(len(losses) // 2, 1)
+def _tried_rank(num_components: int) -> int:
+    return max(num_components // 2, 1)

@@ -85,10 +85,10 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
     """
     gated: Any = module  # Any: attributes of experts alone
     own = dict(module.named_parameters(recurse=False))
-    if not all(isinstance(getattr(module, flag, None), bool) for flag in _FLAGS):
-        return _scaled_layout(module, own)
     if READER not in own or own[READER].dim() != 3 or _has_more(module):  # noqa: PLR2004
         return None
+    if not all(isinstance(getattr(module, flag, None), bool) for flag in _FLAGS):
+        return _scaled_layout(module, own)
     number, *sides = own[READER].shape
     hidden, width = sides[::-1] if gated.is_transposed else sides
     layout = ExpertsLayout(
@@ -107,8 +107,6 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
 
 def _scaled_layout(module: nn.Module, own: Mapping[str, Tensor]) -> ExpertsLayout | None:
     """Return the layout of gated experts whose tokens are scaled; None for other modules."""
-    if READER not in own or own[READER].dim() != 3 or _has_more(module):  # noqa: PLR2004
-        return None
     number, width, hidden = own[READER].shape
     layout = ExpertsLayout(
         writer="gate_up_proj",
