@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from grasp_lightning.commands.vocabulary import Trimming, trimming_of
+from grasp_lightning.commands.trimming import Trimming, trimming_of
 from grasp_lightning.config import TrimConfig
 from grasp_lightning.config.parsing import to_dict
 from grasp_lightning.config.values import check_values
