@@ -54,6 +54,7 @@ def main() -> None:
         "--size", type=int, nargs=6, default=(2048, 22, 32, 4, 5632, 32000), help=names
     )
     parser.add_argument("--limit", type=float, default=3.0, help="GB per command")
+    parser.add_argument("--dtype", default="float32", help="of the computation")
     parser.add_argument("--max_memory", type=float, default=0.1, help="GB for hidden states")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, appended to")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="for models and runs")
@@ -64,6 +65,7 @@ def main() -> None:
     for each in (_SMALLEST, size):
         for command in _COMMANDS:
             key = {"command": command, "size": each.label, "limit": arguments.limit}
+            key["dtype"] = arguments.dtype
             if any(key.items() <= record.items() for record in records):
                 continue
             records.append({**key, **_measured(command, each, arguments)})
@@ -79,36 +81,39 @@ def _measured(command: str, size: Size, arguments: argparse.Namespace) -> Record
         print(f"writing a random model to {folder}", flush=True)
         run_fresh(write_model, size, folder)
     run = root / size.label
-    argv = _command(command, folder, run, arguments.max_memory)
+    chosen = settings(folder, run, arguments.max_memory, arguments.dtype)
+    argv = _command(command, chosen, run)
     print(f"measuring {' '.join(argv)}", flush=True)
     found = run_limited(argv, int(arguments.limit * _GIGA))
     if found["code"] != 0:
         raise GraspError(f"grasp {command} ended with exit code {found['code']:.0f}")
-    modelled = run_fresh(modelled_bytes, folder, run, arguments.max_memory)
+    modelled = run_fresh(modelled_bytes, chosen, run)
     return {**found, "modelled": modelled.get(command)}
 
 
-def _command(command: str, folder: Path, run: Path, max_memory: float) -> list[str]:
+def _command(command: str, chosen: list[str], run: Path) -> list[str]:
     if command == "evaluate":
         windows = ["--evaluation.num_samples=8", "--evaluation.seqlen=128"]
         windows += ["--evaluation.batch_size=1", "--loading=streamed"]
         return ["evaluate", f"--model={run / 'model'}", "--corpora=pydoc", *windows]
-    return [command, *settings(folder, run, max_memory)]
+    return [command, *chosen]
 
 
-def settings(folder: Path, run: Path, max_memory: float) -> list[str]:
+def settings(folder: Path, run: Path, max_memory: float, dtype: str) -> list[str]:
     """Return the arguments of a compression.
 
     Args:
         folder: The model.
         run: The run folder.
         max_memory: GB for hidden states.
+        dtype: In which the model is computed.
     """
     text = ["source=pydoc", "num_samples=8", "seqlen=128", "batch_size=1"]
     sections = [f"--{section}.{key}" for section in ("calibration", "evaluation") for key in text]
     return [
         f"--model.path={folder}",
         "--model.loading=streamed",
+        f"--model.dtype={dtype}",
         f"--output_dir={run}",
         "--method.name=grasp_plus",
         "--method.removed_ratio=0.2",
@@ -148,13 +153,12 @@ def write_model(size: Size, folder: Path) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
-def modelled_bytes(folder: Path, run: Path, max_memory: float) -> dict[str, int]:
+def modelled_bytes(chosen: list[str], run: Path) -> dict[str, int]:
     """Return the peak memory of commands that ``plan`` computes, without libraries.
 
     Args:
-        folder: The dense model.
+        chosen: The arguments of the compression.
         run: The run folder.
-        max_memory: GB for hidden states.
     """
     from grasp_lightning.commands.plan import run_plan  # noqa: PLC0415  only the new process
     from grasp_lightning.config import ModelConfig, PlanConfig  # noqa: PLC0415
@@ -165,7 +169,7 @@ def modelled_bytes(folder: Path, run: Path, max_memory: float) -> dict[str, int]
     from grasp_lightning.models.decoder import DecoderView  # noqa: PLC0415
     from grasp_lightning.models.loading import load_meta_model  # noqa: PLC0415
 
-    planned = run_plan(parse(PlanConfig, "plan", settings(folder, run, max_memory)))
+    planned = run_plan(parse(PlanConfig, "plan", chosen))
     streamed = planned.calibration.streamed
     assert streamed is not None  # grasp_plus can be streamed
     found = {"compress": streamed.together}

@@ -35,10 +35,12 @@ from grasp_lightning.data.windows import own_micro_batches
 from grasp_lightning.errors import ConfigError
 from grasp_lightning.evaluation.phases import Phases
 from grasp_lightning.models.checkpoint import push_folder
+from grasp_lightning.models.integrity import model_hash
 from grasp_lightning.models.model_settings import named_by
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.source import resolve_source
-from grasp_lightning.progress import RunBar, expect_work
+from grasp_lightning.models.streamed import streamed_weights
+from grasp_lightning.progress import RunBar, expect_work, track
 from grasp_lightning.reporting.metrics import Change, CompensationMetrics
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.run_folder.names import COMPRESSED, MODEL
@@ -47,6 +49,7 @@ from grasp_lightning.storage.training import RunNotes, check_inputs
 from grasp_lightning.training.compensation import CompensationModule
 from grasp_lightning.training.compensation.adapters import consolidated
 from grasp_lightning.training.strategies import is_sharded_strategy
+from grasp_lightning.training.sweep import sweep_perplexity
 
 _MEMORY_KEYS = (
     "training.micro_batch_size, data.max_length, text.seqlen or evaluation.batch_size, or set "
@@ -207,6 +210,7 @@ def _training(
             stages,
             notes,
             stop,
+            digest=inputs.digest or model_hash(view.model),
             rewritten=rewritten,
         )
     module = CompensationModule(
@@ -265,7 +269,16 @@ def _train_split(
 def _perplexity(
     config: CompensateConfig, inputs: TrainingInputs, phases: Phases, when: str
 ) -> float:
+    windows, batch_size = inputs.held_out, config.evaluation.batch_size
+    description = f"perplexity, {when}"
     with phases(EVALUATE):
-        return tracked_perplexity(
-            inputs.view, inputs.held_out, config.evaluation.batch_size, f"perplexity, {when}"
+        if streamed_weights(inputs.loaded.model) is None:
+            return tracked_perplexity(inputs.view, windows, batch_size, description)
+        return sweep_perplexity(
+            inputs.view,
+            windows,
+            batch_size,
+            max_bytes=config.local.max_memory * 1e9,
+            track=track,
+            description=description,
         )

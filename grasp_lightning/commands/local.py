@@ -13,7 +13,6 @@ from typing import NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from torch import nn
 
 from grasp_lightning import processes
 from grasp_lightning.callbacks.best_weights import ValidateLastStep
@@ -34,11 +33,11 @@ from grasp_lightning.commands.training import (
 )
 from grasp_lightning.config import CompensateConfig
 from grasp_lightning.config.values import seconds_of
-from grasp_lightning.data.batching import collate
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.errors import NumericsError
 from grasp_lightning.models.decoder import DecoderView, frozen
-from grasp_lightning.models.integrity import model_hash, nan_advice
+from grasp_lightning.models.integrity import nan_advice
+from grasp_lightning.models.streamed import streamed_weights
 from grasp_lightning.progress import track
 from grasp_lightning.reporting.metrics import Change
 from grasp_lightning.run_folder import RunFolder
@@ -68,8 +67,8 @@ class _Started(NamedTuple):
 class LocalRun:
     """Trains the layers of a model, stage by stage, on the hidden states of the dense model.
 
-    ``history`` includes the steps of all stages. ``rewritten`` names further parameters for
-    ``train: replaced``.
+    ``history`` includes the steps of all stages. ``digest`` is the hash of the model's weights, and
+    ``rewritten`` names further parameters for ``train: replaced``.
     """
 
     config: CompensateConfig
@@ -80,6 +79,7 @@ class LocalRun:
     stages: list[LocalStage]
     notes: RunNotes
     stop: StopRequest
+    digest: str = field(kw_only=True)
     rewritten: Collection[str] = field(default=(), kw_only=True)
     history: TrainingHistory = field(default_factory=TrainingHistory, init=False)
 
@@ -87,9 +87,11 @@ class LocalRun:
         self._files = StageFiles(self.run)
         self._errors: list[float] = []
         self._seconds, self._planned, self._tokens, self._num_stages = 0.0, 0, 0, 0
-        self.model_hashes = {"model": model_hash(self.view.model), "teacher": self.dense.digest}
+        self.model_hashes = {"model": self.digest, "teacher": self.dense.digest}
         make_trainable(self.view, self.config.train, self.config.lora, self.rewritten)
-        self._parameters = {n: p for n, p in self.view.model.named_parameters() if p.requires_grad}
+        parameters = self.view.model.named_parameters()
+        # A streamed layer gets new parameters whenever it is read, so they are known by name.
+        self._sizes = {name: p.numel() for name, p in parameters if p.requires_grad}
         self.view.model.requires_grad_(False)
 
     @property
@@ -103,12 +105,11 @@ class LocalRun:
         Raises:
             NumericsError: If an error is NaN or infinite.
         """
-        samples, size = self.data.samples.validation, self.config.training.micro_batch_size
-        own = processes.own_share(range(len(samples)))
-        parts = [own[start : start + size] for start in range(0, len(own), size)]
-        batches = (collate(samples, [[i] for i in part]) for part in track(parts, "hidden states"))
-        scale = self.config.local.scale
-        errors = stage_errors(self._dense_view, self.view, self.stages, batches, scale)
+        with self._hidden() as hidden, frozen(self.view.model):
+            data = LocalData(self.data, hidden, validates=True, trains=False)
+            streams = PairedStreams(self._dense_view, self.view, data)
+            stages = track(self.stages, "hidden states")
+            errors = stage_errors(streams, stages, self.config.local.scale)
         for stage, error in zip(self.stages, errors, strict=True):
             if not math.isfinite(error):
                 raise NumericsError(
@@ -149,7 +150,7 @@ class LocalRun:
                     spent = time.monotonic() - begun
                     limit = self._limit(spent, (waiting - 1) * moved, waiting)
                     result = self._trained(number, started, mean_square, limit, spent)
-                self._take(result)
+                self._take(number, result)
                 begun, waiting = time.monotonic(), waiting - 1
 
     @property
@@ -159,7 +160,7 @@ class LocalRun:
         per_epoch = self.data.steps().steps_per_epoch
         return TrainingSummary(
             history=self.history,
-            num_parameters=sum(p.numel() for p in self._parameters.values()),
+            num_parameters=sum(self._sizes.values()),
             num_tokens=self._tokens,
             epochs=len(self.history.steps) / (max(self._num_stages, 1) * per_epoch),
             best_step=None,
@@ -176,21 +177,25 @@ class LocalRun:
     def _dense_view(self) -> DecoderView:
         return DecoderView(self.dense.load())
 
-    def _trained_of(self, stage: LocalStage) -> dict[str, nn.Parameter]:
-        """Return the trained parameters of a stage by full name."""
+    def _trained_of(self, stage: LocalStage) -> list[str]:
+        """Return the full names of the trained parameters of a stage."""
         layers = range(stage.first, stage.last + 1)
         starts = tuple(f"{self.view.layers_name}.{layer}." for layer in layers)
-        return {name: p for name, p in self._parameters.items() if name.startswith(starts)}
+        return [name for name in self._sizes if name.startswith(starts)]
 
     @contextmanager
     def _started(self) -> Iterator[_Started]:
         validates = self.config.training.validate_every is not None
-        with TemporaryDirectory() as folder, frozen(self.view.model):
-            hidden = HiddenStates(Path(folder), self.config.local.max_memory * _GIGA)
+        with self._hidden() as hidden, frozen(self.view.model):
             data = LocalData(self.data, hidden, validates=validates)
             self._check_space(data)
             streams = PairedStreams(self._dense_view, self.view, data)
             yield _Started(data, streams, new_loggers(self.config, self.run))
+
+    @contextmanager
+    def _hidden(self) -> Iterator[HiddenStates]:
+        with TemporaryDirectory() as folder:
+            yield HiddenStates(Path(folder), self.config.local.max_memory * _GIGA)
 
     def _check_space(self, data: LocalData) -> None:
         """Refuse hidden states that fit neither into memory nor on the disk."""
@@ -227,13 +232,13 @@ class LocalRun:
     ) -> StageResult:
         """Train a stage from its checkpoint, if there is one, and store the result."""
         stage, history, data = self.stages[number], self.history, started.data
-        config, parameters = self.config, self._trained_of(stage)
+        config, names = self.config, self._trained_of(stage)
         steps, validations = len(history.steps), len(history.validations)
         store = self._files.running(number)
-        data.restart(f"{stage} {list(parameters)}")
+        data.restart(f"{stage} {names}")
         with started.streams.with_weights(stage) as run:
             module = LocalModule(
-                {name: parameter.detach() for name, parameter in parameters.items()},
+                {name: self.view.model.get_parameter(name).detach() for name in names},
                 data,
                 run,
                 config.optimizer,
@@ -289,11 +294,15 @@ class LocalRun:
         self.history.speeds += [speed for *_, speed in result.steps]
         self.history.validations += result.validations
 
-    def _take(self, result: StageResult) -> None:
+    def _take(self, number: int, result: StageResult) -> None:
         """Put the trained weights of a stage into the model."""
         steps = self.data.steps()
         self._tokens += sum(steps.num_tokens(n) for n, _ in enumerate(result.steps))
         self._seconds, self._planned = result.seconds, result.planned_steps
+        weights = streamed_weights(self.view.model)
+        if weights is not None:
+            weights.read_from(self._files.stored(number, result.weights))
+            return
         with torch.no_grad():
             for name, value in result.weights.items():
-                self._parameters[name].copy_(value)
+                self.view.model.get_parameter(name).copy_(value)

@@ -20,6 +20,7 @@ from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.models.loading import LoadedModel, load_model, load_without_weights
 from grasp_lightning.models.model_settings import named_by
 from grasp_lightning.models.source import resolve_source, source_hash
+from grasp_lightning.models.streamed_loading import check_streamable, load_streamed
 from grasp_lightning.progress import track
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.storage.sampled_text import SampledText
@@ -64,6 +65,11 @@ class DenseModel:
     ) -> None:
         self._settings = teacher_settings(config)
         self._model: PreTrainedModel | None = None
+        if self._settings.loading == "streamed":
+            try:
+                check_streamable(self._settings)
+            except ConfigError as error:
+                raise ConfigError(f"distillation.teacher: {error}") from error
         with named_by("distillation.teacher"):
             model, own_tokenizer = load_without_weights(self._settings)
             name = resolve_source(self._settings).name
@@ -102,7 +108,10 @@ class DenseModel:
         """Return the model, without gradients; it is loaded once."""
         if self._model is None:
             with named_by("distillation.teacher"):
-                self._model = load_model(self._settings).model
+                if self._settings.loading == "streamed":
+                    self._model = load_streamed(self._settings)[0].model
+                else:
+                    self._model = load_model(self._settings).model
             self._model.requires_grad_(False)
         return self._model
 

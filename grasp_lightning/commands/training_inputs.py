@@ -24,6 +24,7 @@ from grasp_lightning.models.loading import LoadedModel, load_model, resolve_devi
 from grasp_lightning.models.size import count_parameters
 from grasp_lightning.models.sliced import stream_settings
 from grasp_lightning.models.source import resolve_source
+from grasp_lightning.models.streamed_loading import load_streamed
 from grasp_lightning.models.verification import can_generate
 from grasp_lightning.plan import Operation, Plan, SliceStream
 from grasp_lightning.run_folder import RunFolder
@@ -51,6 +52,7 @@ class TrainingInputs:
     """The checked inputs of a compensation.
 
     Attributes:
+        digest: Hash of the weights, if reading them has given it: of a streamed model.
         view: The model of ``loaded``.
         held_out: Text for the perplexity before and after.
         lesson: What the dense model contributes.
@@ -62,6 +64,7 @@ class TrainingInputs:
     """
 
     loaded: LoadedModel
+    digest: str | None
     view: DecoderView
     data: TrainingData
     held_out: TokenWindows
@@ -86,11 +89,7 @@ def prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) -> 
     check_trainer(config.trainer, device, get_args(Strategy), "compensation")
     check_strategy(strategy, device)
     with phases(LOAD, excluding=(SAMPLE,)):
-        # A model that will be split need not fit on the device.
-        loaded = load_model(
-            replace(config.model, device="cpu") if is_sharded_strategy(strategy) else config.model
-        )
-        check_not_quantized(loaded.model, ModelError)
+        loaded, digest = _load(config)
         view = DecoderView(loaded.model)
         plan = plan_beside(config)
         rewritten = rewritten_by_plan(config, view, plan)
@@ -108,9 +107,11 @@ def prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) -> 
         check_length(view, config.evaluation.seqlen, "evaluation.seqlen")
         held_out = evaluation_windows(config.evaluation, loaded.tokenizer)
         check_vocabulary(view, held_out.input_ids)
-        generates = can_generate(loaded.model)
+        # Reading all layers for each token would take long.
+        generates = digest is not None or can_generate(loaded.model)
     return TrainingInputs(
         loaded=loaded,
+        digest=digest,
         view=view,
         data=data,
         held_out=held_out,
@@ -122,6 +123,17 @@ def prepare(config: CompensateConfig, phases: Phases, run: RunFolder | None) -> 
         plan=plan,
         stages=stages,
     )
+
+
+def _load(config: CompensateConfig) -> tuple[LoadedModel, str | None]:
+    """Return the model, and for a streamed one the hash of its weights."""
+    if config.model.loading == "streamed":
+        return load_streamed(config.model, may_be_compressed=True)
+    # A model that will be split need not fit on the device.
+    is_split = is_sharded_strategy(config.trainer.strategy)
+    loaded = load_model(replace(config.model, device="cpu") if is_split else config.model)
+    check_not_quantized(loaded.model, ModelError)
+    return loaded, None
 
 
 def plan_beside(config: CompensateConfig) -> Plan | None:

@@ -34,7 +34,7 @@ class ModelConfig:
         device: Device of the model: auto, cpu, cuda, cuda:1, ...
         trust_remote_code: Run model code that comes with the checkpoint.
         loading: whole: the device holds all weights; streamed: it holds one decoder layer at a
-            time, read from the disk (compress only).
+            time, read from the disk (compress, and compensate with objective local).
     """
 
     path: PathName

@@ -26,11 +26,7 @@ ADAPTER_MODES: Final[tuple[TrainMode, ...]] = ("lora", "lora_on_factors")
 def check_settings(config: CompensateConfig) -> None:
     """Refuse numbers out of range, and keys that contradict others or have no effect."""
     check_values(config)
-    if config.model.loading == "streamed":
-        raise ConfigError(
-            "model.loading is streamed, but a training needs the whole model: set "
-            "model.loading=whole"
-        )
+    _check_loading(config)
     if config.objective == "local":
         _check_local(config)
     _refuse_ignored(config)
@@ -57,6 +53,28 @@ def uses_self(config: Recipe) -> bool:
 def needs_dense(config: Recipe) -> bool:
     """Return whether a training needs a dense model: as the teacher, or to write text."""
     return config.objective in {"distill", "local"} or uses_self(config)
+
+
+def _check_loading(config: CompensateConfig) -> None:
+    """Refuse a streamed model where a training needs more than one layer at a time."""
+    if config.model.loading == "whole":
+        return
+    trainer = config.trainer
+    problems = {
+        f"objective {config.objective} trains the whole model: set objective=local": (
+            config.objective != "local"
+        ),
+        "the whole model would generate text: leave self out of text.source": uses_self(config),
+        "layers compute in their own dtype: set trainer.precision=32-true, and model.dtype": (
+            trainer.precision != "32-true"
+        ),
+        "its processes share files: set trainer.num_nodes=1": trainer.num_nodes > 1,
+    }
+    for reason, applies in problems.items():
+        if applies:
+            raise ConfigError(
+                f"model.loading is streamed, but {reason}; or set model.loading=whole"
+            )
 
 
 def _refuse_ignored(config: CompensateConfig) -> None:

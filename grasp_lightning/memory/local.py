@@ -31,7 +31,8 @@ def local_memory(
     """Return what one process needs on its device, by kind.
 
     - weights: both models, if they share the device, and float32 copies of the trained weights, as
-      they are and, with ``keep: best``, as they were best.
+      they are and, with ``keep: best``, as they were best. Of a streamed model, what is outside the
+      layers, the layers of one stage, and the dense layer that is read next.
     - gradients: ``4 t``; several processes sum them in a copy.
     - activations: those of the largest stage, of the error, and the hidden states in memory.
     """
@@ -51,9 +52,14 @@ def local_memory(
     most = int(config.local.max_memory * _GIGA)
     kept = min(hidden_state_bytes(config, dense, compressed, num_processes), most)
     copies = 2 if config.training.keep == "best" else 1
-    teacher = dense.weights if config.distillation.device == "auto" else 0
+    teacher, model = dense.weights, compressed.weights
+    if config.model.loading == "streamed":
+        teacher = dense.outside + dense.largest_layer
+        model = compressed.outside + size * compressed.largest_layer
+    if config.distillation.device != "auto":
+        teacher = 0
     return CompensationMemory(
-        weights=compressed.weights + copies * FLOAT32 * trained + teacher,
+        weights=model + copies * FLOAT32 * trained + teacher,
         gradients=FLOAT32 * trained * (2 if num_processes > 1 else 1),
         optimizer=optimizer_bytes(trained, is_8bit=config.optimizer.name == "adamw_8bit"),
         activations=activations + kept,

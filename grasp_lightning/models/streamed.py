@@ -6,7 +6,7 @@ device, except during a call of the layer, or while it is held.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -103,6 +103,11 @@ class StreamedWeights:
     def use(self, tensors: Mapping[str, Tensor]) -> None:
         """Read tensors of operations from another place from now on."""
         self._tensors = merged(self._tensors, tensors)
+
+    def read_from(self, files: Mapping[str, StoredAt]) -> None:
+        """Read tensors, by their name in the model, from other files from now on."""
+        self._take(None)  # it may have been read before from the present file
+        self._files = {**self._files, **files}
 
     def dense_weight(self, module: str) -> Tensor:
         """Return the weight of a linear of the dense model, ``(N, M)``, on the device."""
@@ -237,6 +242,18 @@ def holding(model: nn.Module, index: int, following: int | None = None) -> Itera
         yield
         return
     with weights.holding(index, following):
+        yield
+
+
+@contextmanager
+def holding_all(
+    model: nn.Module, first: int, last: int, following: int | None = None
+) -> Iterator[None]:
+    """Keep the weights of decoder layers ``first`` to ``last``, as ``holding`` does for one."""
+    with ExitStack() as held:
+        for index in range(first, last + 1):
+            after = index + 1 if index < last else following
+            held.enter_context(holding(model, index, after))
         yield
 
 

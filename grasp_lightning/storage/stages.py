@@ -1,6 +1,6 @@
 """What a layer-local training keeps of its finished stages, and of the running one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grasp_lightning import processes
+from grasp_lightning.models.streamed import StoredAt
 from grasp_lightning.run_folder import RunFolder
 from grasp_lightning.run_folder.names import CHECKPOINTS
 from grasp_lightning.storage.tensor_files import TensorFile, save_tensors
@@ -78,6 +79,11 @@ class StageFiles:
         tensors[_TIME] = torch.tensor([result.seconds, result.planned_steps], dtype=torch.float64)
         self._run.write_with(self._name(number), partial(save_tensors, tensors=tensors))
         self._run.remove_all(self._running(number))
+
+    def stored(self, number: int, names: Iterable[str]) -> dict[str, StoredAt]:
+        """Return where the trained parameters of a finished stage are, by full name."""
+        path = self._run.path(self._name(number))
+        return {name: StoredAt(path, f"{_WEIGHT}{name}") for name in names}
 
     def running(self, number: int) -> TrainingFile:
         """Return the checkpoint of the training of a stage."""

@@ -3,25 +3,20 @@
 Legend: B windows of T tokens, D hidden size.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterable, Mapping
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from grasp_lightning import processes
 from grasp_lightning.config import LocalScale, OptimizerConfig
-from grasp_lightning.models.calls import hidden_output
-from grasp_lightning.models.decoder import DecoderView
-from grasp_lightning.models.next_token import forward_inputs
 from grasp_lightning.training.compensation import VALIDATION_LOSS
 from grasp_lightning.training.compensation.optimizer import make_optimizer, rate_share
 from grasp_lightning.training.layer_training import LayerModule, RunLayers
 from grasp_lightning.training.local_stages import LocalStage
-from grasp_lightning.training.local_streams import LocalData
+from grasp_lightning.training.local_streams import LocalData, PairedStreams
 
 _LEAST = 1e-30  # a mean square that cannot be divided by
 
@@ -108,40 +103,24 @@ class LocalModule(LayerModule):
 
 @torch.no_grad()
 def stage_errors(
-    dense: DecoderView,
-    compressed: DecoderView,
-    stages: Sequence[LocalStage],
-    batches: Iterator[Mapping[str, Tensor]],
-    scale: LocalScale,
+    streams: PairedStreams, stages: Iterable[LocalStage], scale: LocalScale
 ) -> list[float]:
     """Return the normalised error of the hidden states after each stage, see ``LocalModule``.
 
-    Both models run as a whole. The means are taken over all tokens of all processes' batches, which
-    have no padding; all processes must call this.
+    The means are over all tokens of all processes' windows, which have no padding; all processes
+    must call this. Afterwards, the hidden states are at the end of the last stage.
     """
-    sums = torch.zeros(len(stages), 2, dtype=torch.float64)  # of errors, and to divide them by
-    expected: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: object, output: object) -> None:
-        expected.append(hidden_output(output).float())
-
-    def compare(number: int, _module: nn.Module, _args: object, output: object) -> None:
-        found = hidden_output(output).float()
-        target = expected[number].to(found.device)
-        errors, squares = (found - target).square().mean(-1), target.square().mean(-1)
-        if scale == "token":
-            errors, squares = errors / squares.clamp_min(_LEAST), torch.ones_like(squares)
-        sums[number] += torch.stack([errors.double().sum(), squares.double().sum()]).cpu()
-
-    with ExitStack() as hooks:
-        for number, stage in enumerate(stages):
-            layer, last = dense.layer(stage.dense_last), compressed.layer(stage.last)
-            hooks.enter_context(layer.register_forward_hook(keep))
-            hooks.enter_context(last.register_forward_hook(partial(compare, number)))
-        for batch in batches:
-            expected.clear()
-            for view in (dense, compressed):
-                inputs = {k: v.to(view.model.device) for k, v in forward_inputs(batch).items()}
-                view.model.base_model(**inputs, use_cache=False)
-    total = processes.summed({"sums": sums})["sums"]
+    sums = []  # of errors, and of what they are divided by
+    for stage in stages:
+        streams.advance_dense(stage)
+        streams.advance_compressed(stage)
+        both = torch.zeros(2, dtype=torch.float64)
+        for entering, leaving in streams.pairs():
+            found, target = entering.float(), leaving.to(entering.device).float()
+            errors, squares = (found - target).square().mean(-1), target.square().mean(-1)
+            if scale == "token":
+                errors, squares = errors / squares.clamp_min(_LEAST), torch.ones_like(squares)
+            both += torch.stack([errors.double().sum(), squares.double().sum()]).cpu()
+        sums.append(both)
+    total = processes.summed({"sums": torch.stack(sums)})["sums"]
     return [float(errors / max(squares, _LEAST)) for errors, squares in total]

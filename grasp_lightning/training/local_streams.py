@@ -3,8 +3,8 @@
 Legend: B windows of T tokens, D hidden size.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from grasp_lightning.data.batching import collate
 from grasp_lightning.data.datamodules import TrainingData
 from grasp_lightning.data.steps import ResumableSteps
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.streamed import holding_all
 from grasp_lightning.training.layer_streams import HiddenStates, LayerRunner
 from grasp_lightning.training.layer_training import ENTERING, LEAVING, LayerData, RunLayers
 from grasp_lightning.training.local_stages import LocalStage
@@ -43,15 +44,19 @@ class LocalData(LayerData):
     Args:
         data: The windows.
         hidden: Stores the hidden states.
-        validates: Whether windows are validated during the training.
+        validates: Whether it holds the windows for validation.
+        trains: Whether it holds the windows to train on.
     """
 
-    def __init__(self, data: TrainingData, hidden: HiddenStates, *, validates: bool) -> None:
+    def __init__(
+        self, data: TrainingData, hidden: HiddenStates, *, validates: bool, trains: bool = True
+    ) -> None:
         self._train, self._set_aside = data.samples.train, data.samples.validation
         number = len(self._train)
+        train = range(number) if trains else ()
         validation = range(number, number + len(self._set_aside)) if validates else ()
         size = data.training.micro_batch_size
-        super().__init__(range(number), validation, size, hidden, data.fingerprint)
+        super().__init__(train, validation, size, hidden, data.fingerprint)
         self._windows = data
         self.restart("")
 
@@ -85,21 +90,27 @@ class LocalData(LayerData):
 class PairedStreams:
     """Moves the hidden states of the dense and the compressed model from layer to layer.
 
-    Only the present depth is stored. Both models run one stage at a time.
+    Only the present depth is stored. Both models run one stage at a time. Of a streamed model, only
+    the layers of this stage have their weights.
     """
 
     def __init__(self, dense: DecoderView, compressed: DecoderView, data: LocalData) -> None:
         self._data = data
         self._rows = data.batches()
         self._batches = {number: data.batch(rows) for number, rows in self._rows.items()}
-        self._dense, self._compressed = LayerRunner(dense), LayerRunner(compressed)
-        for name, runner in ((ENTERING, self._compressed), (LEAVING, self._dense)):
-            for number, hidden in runner.inputs_of(0, self._batches):
+        self._dense, self._compressed = _Side(dense), _Side(compressed)
+        for name, side in ((ENTERING, self._compressed), (LEAVING, self._dense)):
+            for number, hidden in side.runner.inputs_of(0, self._batches):
                 data.keep(name, self._rows[number], hidden)
 
-    def with_weights(self, stage: LocalStage) -> AbstractContextManager[RunLayers]:
+    @contextmanager
+    def with_weights(self, stage: LocalStage) -> Iterator[RunLayers]:
         """Run a stage of the compressed model with given parameters during a ``with`` block."""
-        return self._compressed.with_weights(stage.first, stage.last)
+        with (
+            self._compressed.holding(stage.first, stage.last),
+            self._compressed.runner.with_weights(stage.first, stage.last) as run,
+        ):
+            yield run
 
     def advance_dense(self, stage: LocalStage) -> float:
         """Move those of the dense model to the end of a stage; return their mean square.
@@ -114,7 +125,7 @@ class PairedStreams:
                 sums["squares"] += hidden.double().square().mean(-1).sum().cpu()
                 sums["tokens"] += self._data.num_tokens(rows)
         sums = processes.summed(sums)
-        return float(sums["squares"] / sums["tokens"])
+        return float(sums["squares"] / sums["tokens"].clamp_min(1))
 
     def agree(self, stage: LocalStage) -> bool:
         """Return whether a stage gives exactly the dense hidden states, so that it has no error.
@@ -122,7 +133,7 @@ class PairedStreams:
         The dense ones must have been moved to its end. They count as equal if they are so in the
         dtype of the compressed model. All processes must call this.
         """
-        with self._compressed.only(stage.first, stage.last) as run:
+        with self._compressed.running(stage.first, stage.last) as run:
             pairs = (
                 (run(batch, self._data.states(ENTERING, rows)), self._data.states(LEAVING, rows))
                 for batch, rows in zip(self._batches.values(), self._rows.values(), strict=True)
@@ -135,12 +146,40 @@ class PairedStreams:
         for _ in self._advance(self._compressed, ENTERING, stage.first, stage.last):
             pass
 
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the hidden states of the compressed and of the dense model, each ``(B, T, D)``."""
+        for rows in self._rows.values():
+            yield self._data.states(ENTERING, rows), self._data.states(LEAVING, rows)
+
     def _advance(
-        self, runner: LayerRunner, name: str, first: int, last: int
+        self, side: "_Side", name: str, first: int, last: int
     ) -> Iterator[tuple[list[int], Tensor]]:
-        with runner.only(first, last) as run:
+        with side.running(first, last, last + 1) as run:
             for number, batch in self._batches.items():
                 rows = self._rows[number]
                 hidden = run(batch, self._data.states(name, rows))
                 self._data.keep(name, rows, hidden)
                 yield rows, hidden
+
+
+class _Side:
+    """One of the two models."""
+
+    def __init__(self, view: DecoderView) -> None:
+        self.runner = LayerRunner(view)
+        self._view = view
+
+    @contextmanager
+    def holding(self, first: int, last: int, following: int | None = None) -> Iterator[None]:
+        """Keep the weights of some layers, and read those of the following one, if there is one."""
+        after = following if following in self._view.layer_indices else None
+        with holding_all(self._view.model, first, last, after):
+            yield
+
+    @contextmanager
+    def running(
+        self, first: int, last: int, following: int | None = None
+    ) -> Iterator[Callable[[Mapping[str, Tensor], Tensor], Tensor]]:
+        """Hold some layers, and run them alone as ``LayerRunner.only``."""
+        with self.holding(first, last, following), self.runner.only(first, last) as run:
+            yield run

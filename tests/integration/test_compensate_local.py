@@ -13,6 +13,7 @@ from grasp_lightning.cli import main
 from grasp_lightning.commands.training_inputs import run_bytes
 from grasp_lightning.config import CompensateConfig, ModelConfig
 from grasp_lightning.models.decoder import DecoderView
+from grasp_lightning.models.streamed import StreamedWeights
 from tests.conftest import save_tiny, tiny_model
 from tests.integration.compensation import assert_equal_models, metrics_of, weights
 from tests.integration.forked import killed, run_ranks
@@ -201,6 +202,57 @@ def test_a_killed_training_ends_with_the_bytes_of_one_that_was_not(
     assert contents[0] == contents[1]
     assert len(contents[0]["history"]["validation_loss"]) == 4 * 3  # after the last step, too
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_streamed_training_gives_the_bytes_of_a_whole_one(
+    resumable: list[str], whole: Path, tmp_path: Path
+) -> None:
+    argv = [*resumable, "--model.loading=streamed", f"--output_dir={tmp_path / 'run'}"]
+    for place in ("inside the third layer", "between two layers", "while the model is written"):
+        assert killed(KILLS[place], signal.SIGKILL, argv) == -signal.SIGKILL
+    assert main(argv) == 0
+    assert_equal_models(whole, tmp_path / "run")
+    contents = [metrics_of(folder) for folder in (whole, tmp_path / "run")]
+    for key in ("history", "layer_errors", "validation_loss", "parameters", "steps"):
+        assert contents[0][key] == contents[1][key]
+    first, second = (content["perplexity"] for content in contents)
+    assert second == pytest.approx(first, rel=1e-6)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_streamed_training_holds_one_layer_of_each_model(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: dict[StreamedWeights, int] = {}
+    load = StreamedWeights._load
+
+    def noted(weights: StreamedWeights, index: int) -> None:
+        load(weights, index)
+        held[weights] = max(held.get(weights, 0), len(weights._loaded))
+
+    monkeypatch.setattr(StreamedWeights, "_load", noted)
+    more = ["--model.loading=streamed", "--local.max_memory=1e-6"]
+    assert main([*settings, *more, f"--output_dir={tmp_path / 'run'}"]) == 0
+    assert list(held.values()) == [1, 1]  # of the model and its teacher
+
+
+def test_a_streamed_training_refuses_a_model_that_cannot_be_streamed(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--model.loading=streamed", f"--output_dir={tmp_path / 'run'}"]
+    for words, message in (
+        (
+            ["--distillation.teacher=smollm2"],
+            "distillation.teacher: model.loading is streamed",
+        ),
+        (["--objective=distill"], "objective distill trains the whole model"),
+    ):
+        for how in ([], ["--dry_run"]):
+            assert main([*settings, *words, *more, *how]) == 2
+            (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+            assert message in error
+            assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

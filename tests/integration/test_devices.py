@@ -20,6 +20,7 @@ from tests.posing import POSED, MixedDevicesError, Posing, one_gpu
 EXPECTED = re.compile(
     r"HiddenStates.__setitem__ \(|"  # host memory has them
     r"find_non_finite \(|"  # stops a run at the first batch that is not finite
+    r"CompensationModule.validation_step \(|"  # so does this
     r"in transformers \(|"  # asks whether a batch is packed
     r"TrainerMeasure._run in lightning \("  # logs the loss of each batch
 )
@@ -104,6 +105,29 @@ def test_no_operation_of_a_training_mixes_devices(
         assert main(["compensate", *argv]) == 0
 
     assert any("CompensationModule" in place for place in posing.waits)  # the steps ran there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["instruction", "distill"])
+def test_no_micro_batch_of_a_training_waits_for_the_device(
+    objective: str, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_gpu(monkeypatch)
+    found = []
+    for size in (4, 1):  # one micro-batch per step, and four
+        posing, folder = Posing(), tmp_path / str(size)
+        folder.mkdir()
+        argv = [*compensate_argv(compressed, folder), "--train=factors", "--model.device=cuda"]
+        argv += [f"--objective={objective}", f"--training.micro_batch_size={size}"]
+        if objective == "distill":
+            argv += [f"--distillation.teacher={compressed}"]
+        argv += ["--training.max_steps=2", f"--output_dir={folder / 'run'}"]
+        with posing.active():
+            assert main(["compensate", *argv]) == 0
+        found.append(posing.waits)
+    one, four = found
+    places = {place for place in four if four[place] > one[place]}
+    assert {place for place in places if not EXPECTED.search(place)} == set()
 
 
 def test_posing_refuses_and_counts_what_a_gpu_would(monkeypatch: pytest.MonkeyPatch) -> None:

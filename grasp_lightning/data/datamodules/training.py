@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from typing import NamedTuple
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -35,9 +36,10 @@ from grasp_lightning.data.instructions import (
 )
 from grasp_lightning.data.section_windows import training_windows
 from grasp_lightning.data.self_text import Sampler
-from grasp_lightning.data.steps import StepOptions, TrainingSteps
+from grasp_lightning.data.steps import StepBatch, StepOptions, TrainingSteps
 from grasp_lightning.data.windows import TokenWindows
 from grasp_lightning.errors import ConfigError
+from grasp_lightning.models.next_token import on_device
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,15 @@ class TrainingData(L.LightningDataModule):
     def setup(self, stage: str) -> None:  # noqa: ARG002  # Lightning passes it by name
         """Read the samples, so that unreadable text fails before the first step."""
         _ = self.samples
+
+    def transfer_batch_to_device(
+        self, batch: StepBatch | MicroBatch, device: torch.device, dataloader_idx: int
+    ) -> StepBatch | MicroBatch:
+        """Move the tokens; the rest is read on the CPU."""
+        del dataloader_idx
+        if isinstance(batch, StepBatch):
+            return batch._replace(parts=[on_device(part, device) for part in batch.parts])
+        return on_device(batch, device)
 
     def train_dataloader(self) -> TrainingSteps:
         """Return all optimizer steps, as a loader whose position is saved in checkpoints."""

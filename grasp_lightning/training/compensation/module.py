@@ -154,16 +154,17 @@ class CompensationModule(L.LightningModule):
         for number, part in enumerate(batch.parts, start=1):
             with self._synchronized(number == len(batch.parts)):
                 loss = self._run(part).sum() / num_tokens
-                if not loss.isfinite():
-                    self._objective.check_teacher(part)
-                    raise NumericsError(
-                        f"the training loss is {float(loss.detach())} in step {batch_idx}; "
-                        f"{nan_advice(self.model.dtype, _LOWER)}"
-                    )
                 # Strategies average gradients over processes; this makes it a sum.
                 self.manual_backward(loss * self.trainer.world_size)
             total += loss.detach()
         total = processes.summed({"loss": total})["loss"]
+        if not total.isfinite():
+            for part in batch.parts:
+                self._objective.check_teacher(part)
+            raise NumericsError(
+                f"the training loss is {float(total)} in step {batch_idx}; "
+                f"{nan_advice(self.model.dtype, _LOWER)}"
+            )
         learning_rate = self._step(optimizer)
         self.num_trained_tokens += num_tokens
         speed = num_tokens / (time.perf_counter() - start)

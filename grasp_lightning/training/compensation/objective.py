@@ -15,6 +15,7 @@ from grasp_lightning.models.next_token import (
     distillation_losses,
     forward_inputs,
     next_token_losses,
+    on_device,
     top_k_distillation_losses,
 )
 from grasp_lightning.training.compensation.prediction import refuse_non_finite
@@ -109,12 +110,12 @@ class Objective:
         return next_token_losses(logits, batch["input_ids"], batch["targets"])
 
     def _logits(self, model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-        batch = {name: part.to(model.device) for name, part in batch.items()}
         form = self._forms.get(model)
         inputs: dict[str, Any]  # Any: keyword arguments of a model
         if form is None:
-            inputs = {**forward_inputs(batch), "use_cache": False}
+            inputs = {**forward_inputs(on_device(batch, model.device)), "use_cache": False}
         else:
-            inputs = dict(packed_inputs(batch, form, model.dtype))
+            moved = {name: part.to(model.device) for name, part in batch.items()}
+            inputs = dict(packed_inputs(moved, form, model.dtype))
         logits: Tensor = model(**inputs).logits
         return logits

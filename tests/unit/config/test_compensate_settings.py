@@ -12,6 +12,7 @@ from grasp_lightning.config import (
     LoraSettings,
     ModelConfig,
     TextConfig,
+    TrainerConfig,
     TrainingConfig,
 )
 from grasp_lightning.config.compensate_settings import check_settings, uses_instructions
@@ -58,12 +59,20 @@ def test_the_defaults_are_the_published_settings() -> None:
     check_settings(given)
 
 
-def test_a_training_does_not_stream_its_model() -> None:
+def test_only_a_layer_local_training_streams_its_model() -> None:
     model = ModelConfig(path="runs/first/model", loading="streamed")
     teacher = DistillationConfig(teacher="models/dense")
-    given = config(objective="local", train="all", distillation=teacher)
-    expected = "model.loading is streamed, but a training needs the whole model: "
-    assert refusal(replace(given, model=model)) == expected + "set model.loading=whole"
+    given = replace(config(objective="local", train="all", distillation=teacher), model=model)
+    check_settings(given)
+    for more, expected in (
+        ({"objective": "distill"}, "objective distill trains the whole model: set objective=local"),
+        ({"text": TextConfig(source=("pydoc", "self"))}, "the whole model would generate text"),
+        ({"trainer": TrainerConfig(precision="bf16-mixed")}, "layers compute in their own dtype"),
+        ({"trainer": TrainerConfig(num_nodes=2)}, "its processes share files"),
+    ):
+        assert refusal(replace(given, **more)).startswith(
+            f"model.loading is streamed, but {expected}"
+        )
 
 
 # Bounds

@@ -18,6 +18,7 @@ from grasp_lightning.memory.shapes import Adapters, Pass
 from grasp_lightning.models.decoder import DecoderView
 from grasp_lightning.training.layer_streams import HiddenStates
 from grasp_lightning.training.layer_training import ENTERING, LEAVING
+from grasp_lightning.training.local_stages import LocalStage
 from grasp_lightning.training.local_streams import LocalData, PairedStreams
 from tests.conftest import tiny_model
 from tests.unit.memory.test_memory import bytes_kept, compressed_view, kept_by_autograd
@@ -48,6 +49,11 @@ def test_only_the_largest_stage_is_trained() -> None:
     copied = local_memory(best, dense, model, run, ALL, num_processes=1)
     assert copied.weights == alone.weights + 4 * trained
     assert local_memory(CONFIG, dense, model, run, ALL, num_processes=2).gradients == 8 * trained
+    streamed = replace(CONFIG, model=ModelConfig(path="m", loading="streamed"))
+    layer = local_memory(streamed, dense, model, run, ALL, num_processes=1)
+    outside = dense.outside + model.outside
+    layers = dense.largest_layer + 2 * model.largest_layer
+    assert layer == alone._replace(weights=outside + layers + 4 * trained)
     elsewhere = replace(CONFIG, distillation=DistillationConfig(teacher="d", device="cpu"))
     there = local_memory(elsewhere, dense, model, run, ALL, num_processes=1)
     assert there.weights == alone.weights - dense.weights
@@ -72,7 +78,6 @@ def test_hidden_states_and_activations_are_covered(tmp_path: Path) -> None:
     assert unlimited.activations - limited.activations == kept - 1
     with kept_by_autograd(view.model) as tensors:
         hidden = data.states(ENTERING, [0, 1]).requires_grad_(True)
-        runner = streams._compressed
-        with runner.with_weights(0, 1) as run:
+        with streams.with_weights(LocalStage(0, 1, 0, 1)) as run:
             run(data.batch([0, 1]), hidden, {})
     assert 0 < bytes_kept(tensors) < limited.activations < 4 * bytes_kept(tensors)
