@@ -241,7 +241,7 @@ def change_lines(vocabulary: VocabularyChange) -> list[str]:
         f"{factor_text(*text.tokens_per_byte.values)}"
         for text in vocabulary.texts
     ]
-    gone = f"{tokens - left:,} of {tokens:,} tokens go"
+    gone = f"{tokens - left:,} of {tokens:,} tokens are removed"
     return [
         f"{gone}, with {parameters - size:,} parameters ({share:.1%})",
         f"tokens per byte of text: {', '.join(lengths)}",

@@ -114,7 +114,10 @@ def test_the_folder_and_its_papers_say_what_went(run: Path, source: Path) -> Non
     removed = facts["parameters"]["before"] - facts["parameters"]["after"]
     card, report = (folder / "README.md").read_text(), (run / "report.html").read_text()
     for text in (card, report):
-        assert f"{NUM_ROWS - number:,} of {NUM_ROWS:,} tokens go, with {removed:,} param" in text
+        assert (
+            f"{NUM_ROWS - number:,} of {NUM_ROWS:,} tokens are removed, with {removed:,} param"
+            in text
+        )
         assert "Tokens per byte of text: corpus.txt x 1.00, other.txt (not named) x 1." in text
     assert "tokens that `corpus.txt` do not use were removed" in card
     assert str(source.parent) not in card
@@ -134,7 +137,7 @@ def test_plan_and_dry_run_predict_it(
         assert main(argv) == 0
         first, second, third, *_ = capsys.readouterr().out.splitlines()
         assert first.startswith(f"30.0% of {before:,} parameters removed")
-        assert second.startswith(f"{gone:,} of {NUM_ROWS:,} tokens go, with ")
+        assert second.startswith(f"{gone:,} of {NUM_ROWS:,} tokens are removed, with ")
         assert third.startswith("tokens per byte of text: corpus.txt x 1.00, ")
     assert not any(tmp_path.iterdir())
 
